@@ -1,0 +1,66 @@
+"""Which sample when, and its random seed: everything a run draws is a function of (seed, epoch, sample index).
+
+One permutation an epoch is sliced at the position, so that resuming at any step costs nothing and replays nothing, and
+no generator's state has to be saved.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+
+def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The generator from which sample `index` draws its crop, flip and mask in epoch `epoch`."""
+    return np.random.default_rng((seed, epoch, index))
+
+
+def model_seed(seed: int, step: int, position: int) -> int:
+    """The seed of what the model draws (drop path, dropout) in the forward pass of step `step` that starts at the
+    image `position` of the global batch."""
+    return int(np.random.SeedSequence((seed, step, position)).generate_state(1, np.uint64)[0])
+
+
+def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
+    """The permutation of epoch `epoch`: (num_samples,), int64."""
+    return np.random.default_rng((seed, epoch)).permutation(num_samples)
+
+
+class StepSampler:
+    """Yields, for one process, the micro-batches of optimizer steps `start_step` .. `total_steps` - 1.
+
+    A micro-batch is a list of (epoch, sample index). Step s takes the samples [s * G, (s + 1) * G) of its epoch's
+    permutation, G the global batch; each process takes a contiguous share of them. What is left of a permutation after
+    floor(num_samples / G) steps is not used.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        total_steps: int,
+        start_step: int = 0,
+        seed: int = 0,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ):
+        self.num_samples, self.seed = num_samples, seed
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.start_step, self.total_steps = start_step, total_steps
+        self.per_process = global_batch_size // num_processes
+        self.first_position = process_index * self.per_process
+        self.steps_per_epoch = num_samples // global_batch_size
+
+    def __len__(self) -> int:
+        return (self.total_steps - self.start_step) * (self.per_process // self.micro_batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order, order_epoch = None, -1
+        for step in range(self.start_step, self.total_steps):
+            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = epoch_order(self.seed, epoch, self.num_samples), epoch
+            first = step_in_epoch * self.global_batch_size + self.first_position
+            for start in range(first, first + self.per_process, self.micro_batch_size):
+                yield [(epoch, int(index)) for index in order[start : start + self.micro_batch_size]]

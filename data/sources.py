@@ -1,0 +1,141 @@
+"""Where samples come from. One indexable interface: `len(source)`, `fetch(indices)`, `name(index)`, `fingerprint()`,
+`prepare()` once before the first fetch, and, where the data have classes, `labels` (N,) and `classes`.
+
+Paths and labels are kept in flat buffers, so that worker processes share them without copies.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from data import shapes
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".jp2")
+
+
+class DataError(ValueError):
+    """Data that cannot be used: what was given, what was expected, and the remedy, in one line."""
+
+
+class FolderSource:
+    """All images below a folder, ordered by the bytes of their relative paths.
+
+    Where each lies in a folder of its own below `root`, that folder's name is its class; otherwise `labels` is None.
+    Raises DataError for a folder that does not exist, cannot be read, or holds no image.
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise DataError(f"{root} is no folder; --path_to_data takes a folder of images or builtin:shapes")
+        try:
+            paths = sorted(self._scan(os.fsencode(self.root)))
+        except OSError as error:
+            raise DataError(f"{error.filename!r} cannot be read ({error.strerror}); check its permissions") from None
+        if not paths:
+            raise DataError(f"{root} holds no image; expected files named {', '.join(SUFFIXES)}")
+        self._paths = b"".join(paths)
+        self._ends = np.cumsum([len(path) for path in paths])
+        folders = [path.partition(b"/")[0] if b"/" in path else None for path in paths]
+        self.classes: list[str] = []
+        self.labels: np.ndarray | None = None
+        if None not in folders:
+            names = sorted(set(folders))
+            numbers = {name: number for number, name in enumerate(names)}
+            self.classes = [os.fsdecode(name) for name in names]
+            self.labels = np.array([numbers[folder] for folder in folders])
+
+    @staticmethod
+    def _scan(root: bytes) -> list[bytes]:
+        """Relative paths of the images below `root`, in no order; hidden files and folders are passed over."""
+        found, folders = [], [b""]
+        while folders:
+            folder = folders.pop()
+            with os.scandir(os.path.join(root, folder)) as entries:
+                for entry in entries:
+                    if entry.name.startswith(b"."):
+                        continue
+                    path = os.path.join(folder, entry.name)
+                    if entry.is_dir():
+                        folders.append(path)
+                    elif os.path.splitext(entry.name)[1].lower().decode(errors="replace") in SUFFIXES:
+                        found.append(path)
+        return found
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def prepare(self, *, processes: int = 1, progress: bool = False) -> None:
+        """Nothing: files are read when they are wanted."""
+
+    def name(self, index: int) -> str:
+        """The path of an image."""
+        start = self._ends[index - 1] if index else 0
+        return os.path.join(self.root, os.fsdecode(self._paths[start : self._ends[index]]))
+
+    def fetch(self, indices: list[int]) -> list[bytes | OSError]:
+        """The encoded images, or why one could not be read."""
+        return [self._read(Path(self.name(index))) for index in indices]
+
+    @staticmethod
+    def _read(path: Path) -> bytes | OSError:
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            return error
+
+    def fingerprint(self) -> str:
+        """Equal for two data sets with the same relative paths, wherever they lie."""
+        return hashlib.sha256(self._paths + self._ends.tobytes()).hexdigest()[:16]
+
+
+class ShapesSource:
+    """A split of the built-in scenes, drawn at the start and kept: 64 x 64, with `labels` and `masks`."""
+
+    def __init__(self, split: str, channels: int):
+        self.classes = list(shapes.CLASSES)
+        self.split, self.channels = split, channels
+        self.size = shapes.TRAIN_IMAGES if split == "train" else shapes.VALIDATION_IMAGES
+
+    def prepare(self, *, processes: int = 1, progress: bool = False) -> None:
+        """Draws all scenes, with a progress bar where asked for."""
+        self.images, self.labels, self.masks = shapes.draw_split(self.split, processes=processes, progress=progress)
+        if self.channels == 1:  # luminance of ITU-R BT.601, as Pillow converts
+            self.images = (self.images @ np.array([0.299, 0.587, 0.114]) + 0.5).astype(np.uint8)[..., None]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def name(self, index: int) -> str:
+        """A name for messages."""
+        return f"builtin:shapes/{self.split}/{index}"
+
+    def fetch(self, indices: list[int]) -> list[np.ndarray]:
+        """The images, uint8 (64, 64, C)."""
+        return [self.images[index] for index in indices]
+
+    def fingerprint(self) -> str:
+        """Equal for the same scenes."""
+        return f"builtin:shapes/{self.split}/{len(self)}"
+
+
+Source = FolderSource | ShapesSource
+
+
+def open_sources(path_to_data: str, channels: int) -> tuple[Source, Source | None]:
+    """The training source, and the validation source where there is one.
+
+    `path_to_data` is `builtin:shapes`, a folder that holds `train/` and perhaps `val/` or `validation/`, or any folder
+    of images. Raises DataError.
+    """
+    if path_to_data == "builtin:shapes":
+        return ShapesSource("train", channels), ShapesSource("validation", channels)
+    if path_to_data.startswith("builtin:"):
+        raise DataError(f"--path_to_data {path_to_data} is unknown; the built-in data set is builtin:shapes")
+    root = Path(path_to_data)
+    if not (root / "train").is_dir():
+        return FolderSource(root), None
+    validation = next((root / name for name in ("val", "validation") if (root / name).is_dir()), None)
+    return FolderSource(root / "train"), FolderSource(validation) if validation else None

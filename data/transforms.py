@@ -1,0 +1,84 @@
+"""Image to network input, still uint8: the crop of pre-training and the centre crop of evaluation.
+
+Pure functions: what is random comes from the generator that is passed in. Images are uint8 (C, H, W), sizes are
+(height, width) and boxes (top, left, height, width), all in pixels.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
+
+
+def random_crop_box(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    *,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+    """A box (top, left, h, w) inside a height x width image, distributed as torchvision's RandomResizedCrop.
+
+    `scale` bounds the box's share of the area, `ratio` its width / height, uniform in the logarithm. Ten draws that do
+    not fit end in the central box of the nearest ratio.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random())
+        aspect = math.exp(low + (high - low) * rng.random())
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    h, w = height, width
+    if width / height < ratio[0]:
+        h = max(1, round(width / ratio[0]))
+    elif width / height > ratio[1]:
+        w = max(1, round(height * ratio[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def resized_crop(image: torch.Tensor, box: tuple[int, int, int, int], size: tuple[int, int]) -> torch.Tensor:
+    """The box (top, left, h, w) of `image`, resized to `size` by antialiased bicubic: uint8 (C, *size).
+
+    As in torchvision, nothing outside the box enters the result. A box of that very size comes back bit for bit, as a
+    view of `image`.
+    """
+    top, left, h, w = box
+    crop = image[:, top : top + h, left : left + w]
+    if (h, w) == tuple(size):
+        return crop
+    return interpolate(crop[None], tuple(size), mode="bicubic", antialias=True)[0]
+
+
+def pretraining(
+    image: torch.Tensor, rng: np.random.Generator, size: tuple[int, int], *, scale: tuple[float, float] = (0.2, 1.0)
+) -> torch.Tensor:
+    """A random resized crop, mirrored half the time (MAE, appendix A.1): uint8 (C, H, W) -> (C, *size)."""
+    crop = resized_crop(image, random_crop_box(rng, *image.shape[1:], scale=scale), size)
+    return crop.flip(2) if rng.random() < 0.5 else crop
+
+
+def evaluation(image: torch.Tensor, size: tuple[int, int], *, crop_ratio: float = 1.0) -> torch.Tensor:
+    """The centre of `image`, proportions kept: uint8 (C, H, W) of any H x W -> (C, *size).
+
+    The image is resized until it just covers size / crop_ratio, then `size` is cut from its centre: (224, 224) with
+    crop_ratio 0.875 is torchvision's Resize(256) and CenterCrop(224). Raises ValueError unless 0 < crop_ratio <= 1.
+    """
+    if not 0 < crop_ratio <= 1:
+        raise ValueError(f"crop_ratio is {crop_ratio}; expected more than 0 and at most 1")
+    cover_h, cover_w = (math.floor(side / crop_ratio + 1e-6) for side in size)
+    height, width = image.shape[1:]
+    # Strips lose their ends first, far from what is kept: 1 x 100000 pixels would be resized to 224 x 22400000.
+    cut_h = max(0, height - 8 * math.ceil(width * cover_h / cover_w)) // 2
+    cut_w = max(0, width - 8 * math.ceil(height * cover_w / cover_h)) // 2
+    image = image[:, cut_h : height - cut_h, cut_w : width - cut_w]
+    height, width = image.shape[1:]
+    if height * cover_w <= width * cover_h:
+        new_h, new_w = cover_h, width * cover_h // height
+    else:
+        new_h, new_w = height * cover_w // width, cover_w
+    image = resized_crop(image, (0, 0, height, width), (new_h, new_w))
+    top, left = round((new_h - size[0]) / 2), round((new_w - size[1]) / 2)
+    return image[:, top : top + size[0], left : left + size[1]]

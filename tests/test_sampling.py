@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+
+from data.sampling import StepSampler, epoch_order, model_seed, sample_generator
+
+
+def batches(**options):
+    defaults = dict(global_batch_size=8, micro_batch_size=8, total_steps=7, seed=3)
+    return list(StepSampler(21, **{**defaults, **options}))
+
+
+def test_every_epoch_is_a_permutation_of_its_own():
+    orders = [epoch_order(0, epoch, 100) for epoch in range(3)]
+    assert all(sorted(order) == list(range(100)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+    assert not np.array_equal(epoch_order(1, 0, 100), orders[0])
+
+
+def test_the_rest_of_an_epoch_is_not_used():
+    drawn = batches()  # 21 images in batches of 8: two steps an epoch
+    assert [batch[0][0] for batch in drawn] == [0, 0, 1, 1, 2, 2, 3]
+    assert len({index for batch in drawn[:2] for _, index in batch}) == 16
+
+
+@pytest.mark.parametrize("start", range(8))
+def test_starting_at_a_step_equals_going_there(start):
+    assert batches(start_step=start) == batches()[start:]
+
+
+@pytest.mark.parametrize(("processes", "micro"), [(1, 4), (1, 2), (2, 4), (2, 2), (4, 1)])
+def test_any_split_of_the_global_batch_has_the_same_samples(processes, micro):
+    parts = [batches(micro_batch_size=micro, num_processes=processes, process_index=rank) for rank in range(processes)]
+    per_step = 8 // processes // micro
+    for step, whole in enumerate(batches()):
+        joined = [item for part in parts for b in part[step * per_step : (step + 1) * per_step] for item in b]
+        assert joined == whole
+
+
+def test_length_is_the_number_of_micro_batches():
+    sampler = StepSampler(21, global_batch_size=8, micro_batch_size=2, total_steps=7, start_step=2)
+    assert len(sampler) == len(list(sampler)) == 20
+
+
+def test_randomness_is_a_function_of_seed_epoch_and_index():
+    draws = {key: sample_generator(*key).random() for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]}
+    assert len(set(draws.values())) == 4
+    assert sample_generator(0, 1, 0).random() == draws[0, 1, 0]
+    assert len({model_seed(0, step, position) for step in range(5) for position in (0, 8)}) == 10

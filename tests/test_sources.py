@@ -1,0 +1,82 @@
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+from conftest import write_images
+
+from data import shapes
+from data.sources import DataError, FolderSource, ShapesSource, open_sources
+
+
+def test_a_folder_in_the_order_of_its_bytes(tmp_path):
+    for name in ("b/x.jpg", "a/2.PNG", "a/10.jpeg", "B/ü.webp", "a/notes.txt", ".hidden/x.jpg", "a/.x.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    source = FolderSource(tmp_path)
+    names = [os.path.relpath(source.name(i), tmp_path) for i in range(len(source))]
+    assert names == ["B/ü.webp", "a/10.jpeg", "a/2.PNG", "b/x.jpg"]
+    assert source.classes == ["B", "a", "b"] and source.labels.tolist() == [0, 1, 1, 2]
+    assert source.fetch([3, 0]) == [b"b/x.jpg", "B/ü.webp".encode()]
+
+
+def test_a_tree_without_classes(tmp_path):
+    write_images(tmp_path / "deep", 3)
+    (tmp_path / "top.jpg").write_bytes(b"x")
+    source = FolderSource(tmp_path)
+    assert len(source) == 4 and source.labels is None and source.classes == []
+
+
+@pytest.mark.parametrize("name", ["val", "validation"])
+def test_training_and_validation_folders(tmp_path, name):
+    write_images(tmp_path / "train", 5)
+    assert open_sources(str(tmp_path), 3)[1] is None
+    write_images(tmp_path / name, 3)
+    train, validation = open_sources(str(tmp_path), 3)
+    assert (len(train), len(validation)) == (5, 3)
+
+
+def test_a_file_that_cannot_be_read_is_no_exception(tmp_path):
+    source = FolderSource(write_images(tmp_path, 2))
+    os.unlink(source.name(1))
+    first, second = source.fetch([0, 1])
+    assert isinstance(first, bytes) and isinstance(second, FileNotFoundError)
+
+
+def test_the_fingerprint_follows_names_not_places(tmp_path):
+    one = FolderSource(write_images(tmp_path / "one", 4))
+    two = FolderSource(shutil.copytree(tmp_path / "one", tmp_path / "two"))
+    assert one.fingerprint() == two.fingerprint()
+    os.rename(two.name(0), two.name(0) + ".png")
+    assert FolderSource(tmp_path / "two").fingerprint() != one.fingerprint()
+
+
+def test_bad_data(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path, word in [
+        (tmp_path / "nowhere", "is no folder"),
+        (tmp_path / "empty", "holds no image"),
+        ("builtin:nothing", "builtin:shapes"),
+    ]:
+        with pytest.raises(DataError, match=word):
+            open_sources(str(path), 3)
+
+
+def test_a_source_travels_to_workers(tmp_path):
+    source = FolderSource(write_images(tmp_path, 4))
+    assert pickle.loads(pickle.dumps(source)).fetch([2]) == source.fetch([2])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_builtin_shapes(channels):
+    train, validation = open_sources("builtin:shapes", channels)
+    assert (len(train), len(validation)) == (10_000, 1_000)
+    assert isinstance(validation, ShapesSource) and train.fingerprint() != validation.fingerprint()
+    validation.prepare()
+    image, label, mask = shapes.draw(10_007)
+    (fetched,) = validation.fetch([7])
+    assert fetched.shape == (64, 64, channels) and fetched.dtype == np.uint8
+    if channels == 3:
+        np.testing.assert_array_equal(fetched, image)
+    assert validation.labels[7] == label and np.array_equal(validation.masks[7], mask)
