@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+import torch
+
+from training.metrics import psnr, reconstruction_metrics
+
+
+def gaussian_ssim_map(a, b):
+    """SSIM of two 2-D arrays at every pixel, written from Wang et al. 2004: 11 x 11 Gaussian, sigma 1.5."""
+    x = np.arange(11) - 5
+    window = np.exp(-(x**2) / (2 * 1.5**2))
+    window = np.outer(window, window) / window.sum() ** 2
+
+    def blur(image):
+        padded = np.pad(image, 5, mode="reflect")
+        return np.einsum("ijkl,kl->ij", np.lib.stride_tricks.sliding_window_view(padded, (11, 11)), window)
+
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b, cov = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    return ((2 * mean_a * mean_b + c1) * (2 * cov + c2)) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+
+
+@pytest.fixture
+def case():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(3, 3, 32, 48, generator=generator)
+    prediction = (images + 0.3 * torch.randn(images.shape, generator=generator)) * 1.2  # some of it out of range
+    patches = (torch.rand(3, 1, 4, 6, generator=generator) < 0.75).float()
+    return images, prediction, patches.repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+
+def test_against_a_definition_in_numpy(case):
+    images, prediction, mask = case
+    got = reconstruction_metrics(*case)
+    for i in range(len(images)):
+        image, guess = images[i].double().numpy(), prediction[i].clamp(0, 1).double().numpy()
+        removed = mask[i, 0].bool().numpy()
+        fill = np.broadcast_to(image[:, ~removed].mean(axis=1)[:, None, None], image.shape)
+        pasted = np.where(removed, guess, image)
+        maps = np.mean([gaussian_ssim_map(g, o) for g, o in zip(guess, image, strict=True)], axis=0)
+        expected = {
+            "masked_psnr": -10 * np.log10(((guess - image) ** 2)[:, removed].mean()),
+            "masked_psnr_visible_mean": -10 * np.log10(((fill - image) ** 2)[:, removed].mean()),
+            "prediction_psnr": -10 * np.log10(((guess - image) ** 2).mean()),
+            "pasted_psnr": -10 * np.log10(((pasted - image) ** 2).mean()),
+            "masked_ssim": maps[removed].mean(),
+        }
+        for name, value in expected.items():
+            assert got[name][i].item() == pytest.approx(value, abs=2e-4), name
+
+
+def test_a_perfect_prediction(case):
+    images, _, mask = case
+    got = reconstruction_metrics(images, images, mask)
+    assert torch.allclose(got["masked_ssim"], torch.ones(3)) and torch.allclose(got["pasted_ssim"], torch.ones(3))
+    assert (got["prediction_psnr"] == 100).all()
+
+
+def test_pasting_visible_pixels_helps_by_the_removed_share(case):
+    """Half of the pixels removed, the same error everywhere: pasting halves the squared error, 3.01 dB."""
+    images = torch.full((1, 3, 16, 16), 0.5)
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., :8] = 1
+    got = reconstruction_metrics(images, images + 0.1, mask)
+    assert got["prediction_psnr"].item() == pytest.approx(20, abs=1e-4)
+    assert got["pasted_psnr"].item() == pytest.approx(20 + 3.0103, abs=1e-3)
+    assert got["masked_psnr"].item() == pytest.approx(20, abs=1e-4)
+
+
+def test_psnr_by_hand():
+    error = torch.tensor([0.01, 0.0001]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+    assert psnr(error).tolist() == pytest.approx([20, 40])

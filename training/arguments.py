@@ -1,0 +1,311 @@
+"""Flags that the scripts share, how they are read and checked, and how a script refuses bad ones."""
+
+import argparse
+import difflib
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import torch
+
+# What may differ between a run and its resumption: it decides neither samples nor losses. The data set is compared by
+# its fingerprint, the batch by its global size.
+FREE_FLAGS = {
+    *("experiment_name", "working_directory", "path_to_data", "resume_from_checkpoint", "num_workers", "pin_memory"),
+    *("wandb_run_name", "log_wandb", "log_every", "validate_every", "num_preview_images"),
+    *("save_checkpoint_interval", "save_checkpoint_steps", "keep_checkpoints"),
+    *("per_gpu_batch_size", "micro_batch_size", "gradient_accumulation_steps"),
+}
+
+
+class RunError(Exception):
+    """Something that ends the run with one line: what happened, what was expected, the remedy."""
+
+
+def fail(errors: list[str], *, exit_code: int, show: bool = True) -> NoReturn:
+    """Prints one `error:` line each (`show`: on the main process) and ends the process."""
+    if show:
+        if exit_code == 1:  # the bar may stand on this line
+            print(file=sys.stderr)
+        for error in dict.fromkeys(errors):
+            print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(exit_code)
+
+
+class Unreadable(NamedTuple):
+    """Stands in for a flag's value that could not be read, so that all of them are reported together."""
+
+    text: str
+    expected: str
+
+
+def integer(minimum: int) -> Callable[[str], int | Unreadable]:
+    """A flag's type: a whole number of at least `minimum`."""
+
+    def read(text: str) -> int | Unreadable:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        return value if value >= minimum else Unreadable(text, f"a whole number of at least {minimum}")
+
+    return read
+
+
+def number(minimum: float = 0.0, maximum: float = float("inf")) -> Callable[[str], float | Unreadable]:
+    """A flag's type: a number in [minimum, maximum]."""
+    bounds = f"of at least {minimum:g}" if maximum == float("inf") else f"from {minimum:g} to {maximum:g}"
+
+    def read(text: str) -> float | Unreadable:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        in_bounds = minimum <= value <= maximum and value != float("inf")
+        return value if in_bounds else Unreadable(text, f"a number {bounds}")
+
+    return read
+
+
+def one_of(*choices: str) -> Callable[[str], str | Unreadable]:
+    """A flag's type: one of some words."""
+    return lambda text: text if text in choices else Unreadable(text, f"one of {', '.join(choices)}")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with `@FILE` for recipes, no abbreviations, and one report of all bad flags."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog="@FILE inserts the flags of a recipe file (# starts a comment); later flags win.",
+        )
+
+    def error(self, message: str) -> NoReturn:
+        fail([f"{message}; {self.prog} --help lists the flags"], exit_code=2, show=is_main_process())
+
+    def read(self, argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+        """The flags, and what is wrong with them; a flag that could not be read then has its default."""
+        words, errors = _expand_recipes(sys.argv[1:] if argv is None else argv)
+        args, unknown = self.parse_known_args(words)
+        known = [option for action in self._actions for option in action.option_strings]
+        strays = [word.partition("=")[0] for word in unknown if word.startswith("--")] or unknown
+        for word in strays:
+            close = difflib.get_close_matches(word, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"{self.prog} --help lists the flags"
+            errors.append(f"{word} is not a flag of {self.prog}; {hint}")
+        for name, value in vars(args).items():
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, Unreadable):
+                    errors.append(f"--{name} {item.text} is no valid value; expected {item.expected}")
+                    setattr(args, name, self.get_default(name))
+        return args, errors
+
+
+def _expand_recipes(words: list[str]) -> tuple[list[str], list[str]]:
+    """Replaces every `@FILE` by the words of that file."""
+    expanded, errors = [], []
+    for word in words:
+        if not word.startswith("@"):
+            expanded.append(word)
+            continue
+        try:
+            expanded += shlex.split(Path(word[1:]).read_text(), comments=True)
+        except OSError as error:
+            errors.append(f"the recipe {word[1:]} cannot be read ({error.strerror}); expected a file of flags")
+        except ValueError as error:
+            errors.append(f"the recipe {word[1:]} cannot be read ({error}); expected flags as a shell would split them")
+    return expanded, errors
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that speaks, known before Accelerate is."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def add_run_flags(parser: Parser, *, name: str) -> None:
+    """Where a run lives, what it reads, how it starts and resumes."""
+    group = parser.add_argument_group("run")
+    flag = group.add_argument
+    flag("--experiment_name", default=name, help=f"name of the run and its folder (default {name})")
+    flag("--working_directory", default="work_dir", help="folder that holds the runs (default work_dir)")
+    flag("--path_to_data", help="folder of images, with train/ and val/ or without, or builtin:shapes (required)")
+    flag("--seed", type=integer(0), default=0, help="seed of samples, masks and weights (default 0)")
+    flag("--resume_from_checkpoint", metavar="latest|auto|FOLDER", help="continue a run; auto also starts a new one")
+    flag("--num_workers", type=integer(0), help="loader workers per process (default min(32, cores / processes))")
+    flag("--pin_memory", action="store_true", help="copy batches to the GPU from pinned memory")
+    flag(
+        "--mixed_precision",
+        type=one_of("no", "bf16", "fp16"),
+        help="no, bf16 or fp16 (default: Accelerate's value; where that is no, bf16 on a GPU that has it)",
+    )
+
+
+def add_length_flags(parser: Parser, *, epochs: int, warmup_epochs: int) -> None:
+    """How long a run is, and its warmup."""
+    flag = parser.add_argument_group("length").add_argument
+    flag("--epochs", type=integer(1), default=epochs, help=f"passes over the data (default {epochs})")
+    flag("--max_steps", type=integer(1), help="optimizer steps; overrides --epochs, and the schedule spans them")
+    flag("--warmup_epochs", type=number(), help=f"default {warmup_epochs}, or 5 %% of the run where that is less")
+    flag("--warmup_steps", type=integer(0), help="optimizer steps; overrides --warmup_epochs")
+
+
+def add_batch_flags(parser: Parser) -> None:
+    """How many images an optimizer step takes, and in which portions."""
+    flag = parser.add_argument_group("batch").add_argument
+    flag("--per_gpu_batch_size", type=integer(1), help="images per process per optimizer step (default 256)")
+    flag("--gradient_accumulation_steps", type=integer(1), help="micro-batches those are split into (default 1)")
+    flag("--global_batch_size", type=integer(1), help="images per optimizer step, over all processes")
+    flag("--micro_batch_size", type=integer(1), help="images per process per forward pass")
+
+
+def add_optimizer_flags(parser: Parser, *, base_learning_rate: float, weight_decay: float) -> None:
+    """Learning rate, weight decay and clipping."""
+    flag = parser.add_argument_group("optimizer").add_argument
+    flag(
+        "--base_learning_rate",
+        type=number(),
+        default=base_learning_rate,
+        help=f"peak rate for 256 images: the rate is this x global batch / 256 (default {base_learning_rate})",
+    )
+    flag("--learning_rate", type=number(), help="peak rate, absolute; overrides --base_learning_rate")
+    flag("--min_learning_rate", type=number(), default=0.0, help="rate of the last step, absolute (default 0)")
+    flag("--weight_decay", type=number(), default=weight_decay, help=f"default {weight_decay}")
+    flag("--bias_weight_decay", action="store_true", help="also decay biases")
+    flag("--norm_weight_decay", action="store_true", help="also decay weights and biases of norms")
+    flag("--max_grad_norm", type=number(), default=1.0, help="clip the global gradient norm; 0 = none (default 1.0)")
+
+
+def add_logging_flags(parser: Parser) -> None:
+    """What is logged, and where to."""
+    flag = parser.add_argument_group("logging").add_argument
+    flag("--log_every", type=integer(1), default=50, help="optimizer steps between two log lines (default 50)")
+    flag("--log_wandb", action="store_true", help="also log to Weights & Biases; WANDB_MODE=offline works")
+    flag("--wandb_run_name", help="name of the run there; its project is the experiment's name")
+
+
+def add_saving_flags(parser: Parser, *, interval: int) -> None:
+    """When checkpoints are written, and how many are kept; the last step is always saved."""
+    flag = parser.add_argument_group("checkpoints").add_argument
+    flag(
+        "--save_checkpoint_interval",
+        type=number(),
+        default=interval,
+        help=f"epochs between two checkpoints, 0 = none (default {interval})",
+    )
+    flag("--save_checkpoint_steps", type=integer(1), help="optimizer steps between two; overrides the interval")
+    flag("--keep_checkpoints", type=integer(1), default=3, help="how many of the newest to keep (default 3)")
+
+
+class BatchPlan(NamedTuple):
+    """How many images an optimizer step takes: over all processes, of one process, and in one forward pass."""
+
+    global_size: int
+    per_process: int
+    micro: int
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of a process in one optimizer step."""
+        return self.per_process // self.micro
+
+
+def plan_batch(args: argparse.Namespace, *, num_processes: int, held: int | None) -> tuple[BatchPlan, list[str]]:
+    """The batch that the flags ask for, or `held`, the global batch of the checkpoint to resume; and what is wrong."""
+    errors = []
+    global_size, per_process = args.global_batch_size, args.per_gpu_batch_size
+    if global_size and global_size % num_processes:
+        errors.append(
+            f"--global_batch_size {global_size} is not divided by {num_processes} processes; "
+            f"take a multiple of {num_processes}"
+        )
+    elif global_size and per_process and global_size != per_process * num_processes:
+        errors.append(
+            f"--global_batch_size {global_size} and --per_gpu_batch_size {per_process} x {num_processes} processes "
+            f"= {per_process * num_processes} do not agree; give one of them"
+        )
+    if global_size is None and per_process is not None:
+        global_size = per_process * num_processes
+    if held and global_size and global_size != held:
+        errors.append(
+            f"the batch flags mean {global_size} images per optimizer step, the checkpoint has {held}; "
+            f"leave them out or give --global_batch_size {held}"
+        )
+    if held and held % num_processes:
+        errors.append(
+            f"the checkpoint's global batch of {held} images is not divided by {num_processes} processes; "
+            "start another number of processes"
+        )
+    global_size = held or global_size or 256 * num_processes
+    per_process = max(1, global_size // num_processes)
+
+    micro, accumulation = args.micro_batch_size, args.gradient_accumulation_steps
+    if micro and accumulation and micro * accumulation != per_process:
+        errors.append(
+            f"--micro_batch_size {micro} x --gradient_accumulation_steps {accumulation} = {micro * accumulation} "
+            f"is not the batch of {per_process} images per process; give one of them"
+        )
+    elif micro and per_process % micro:
+        errors.append(f"--micro_batch_size {micro} does not divide the batch of {per_process} images per process")
+    elif not micro and per_process % (accumulation or 1):
+        errors.append(
+            f"--gradient_accumulation_steps {accumulation} does not divide the batch of {per_process} images a process"
+        )
+    micro = micro or max(1, per_process // (accumulation or 1))
+    return BatchPlan(global_size, per_process, micro), errors
+
+
+class LengthPlan(NamedTuple):
+    """Optimizer steps of an epoch, of the run, and of its warmup."""
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+
+
+def plan_length(
+    args: argparse.Namespace, *, num_samples: int, global_batch_size: int, default_warmup_epochs: float
+) -> tuple[LengthPlan, list[str]]:
+    """The length that the flags ask for, and what is wrong."""
+    steps_per_epoch = num_samples // global_batch_size
+    if not steps_per_epoch:
+        return LengthPlan(1, 1, 0), [
+            f"the data hold {num_samples} images, fewer than one global batch of {global_batch_size}; "
+            "give a smaller --per_gpu_batch_size or more images"
+        ]
+    total_steps = args.max_steps or args.epochs * steps_per_epoch
+    if args.warmup_steps is None and args.warmup_epochs is None:
+        warmup_steps = min(round(default_warmup_epochs * steps_per_epoch), total_steps // 20)
+        return LengthPlan(steps_per_epoch, total_steps, warmup_steps), []
+    name = "warmup_epochs" if args.warmup_steps is None else "warmup_steps"
+    warmup_steps = round(args.warmup_epochs * steps_per_epoch) if args.warmup_steps is None else args.warmup_steps
+    errors = []
+    if warmup_steps and warmup_steps >= total_steps:
+        errors.append(
+            f"--{name} {getattr(args, name):g} is {warmup_steps} steps, not shorter than the run of {total_steps}; "
+            "give a shorter warmup or a longer run"
+        )
+    return LengthPlan(steps_per_epoch, total_steps, warmup_steps), errors
+
+
+def resolve_precision(wanted: str | None) -> str:
+    """`no`, `bf16` or `fp16`: the flag, else Accelerate's own choice, else what the device does best.
+
+    The launcher always sets its variable, so that its default `no` cannot be told from a choice.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if wanted or launched != "no":
+        return wanted or launched
+    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
+    return "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+
+
+def default_workers(num_processes_here: int) -> int:
+    """Loader workers per process: min(32, cores / processes on this machine)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(32, max(1, cores // num_processes_here))

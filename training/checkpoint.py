@@ -1,0 +1,232 @@
+"""The run folder: its lock, its checkpoints, and what a resumption must find there.
+
+A checkpoint is whole or absent: it is written to a temporary folder beside its place, synced, and renamed.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from training.arguments import FREE_FLAGS, RunError
+
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
+
+
+class RunFolder:
+    """`WORKING_DIRECTORY/EXPERIMENT_NAME`, of which one run at a time is the writer."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self._lock = None
+
+    def lock(self) -> None:
+        """Makes this process the writer, until it ends. Raises RunError where the folder has one or is not writable."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 - held until the process ends
+        except OSError as error:
+            raise RunError(
+                f"{self.path} is not writable ({error.strerror}); give another --working_directory"
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"{self.path} is being written to by another run; wait for it or give another --experiment_name"
+            ) from None
+
+    def whole_checkpoints(self) -> list[Path]:
+        """The folders of all whole checkpoints, the oldest first."""
+        return sorted(path for path in self.checkpoints.glob("step_*") if is_whole(path))
+
+    def find(self, wanted: str | None) -> Path | None:
+        """The checkpoint that --resume_from_checkpoint names, or None for a fresh start. Raises RunError."""
+        whole = self.whole_checkpoints()
+        if wanted is None:
+            if whole or (self.path / "metrics.json").exists():
+                raise RunError(
+                    f"{self.path} already holds a run; continue it with --resume_from_checkpoint latest or give "
+                    "another --experiment_name"
+                )
+            return None
+        if wanted in ("latest", "auto"):
+            if whole or wanted == "auto":
+                return whole[-1] if whole else None
+            raise RunError(
+                f"--resume_from_checkpoint latest found no whole checkpoint in {self.checkpoints}; "
+                "leave the flag out, or give auto, to start the run"
+            )
+        path = self.checkpoints / wanted if (self.checkpoints / wanted).is_dir() else Path(wanted)
+        if not path.is_dir():
+            raise RunError(
+                f"--resume_from_checkpoint {wanted} is no folder; expected latest, auto or one of "
+                f"{', '.join(p.name for p in whole) or 'the checkpoints of a run (there are none)'}"
+            )
+        if not is_whole(path):
+            raise RunError(f"the checkpoint {path} is incomplete; resume from another one, or give latest")
+        return path
+
+    def remove_leftovers(self, *, afresh: bool) -> None:
+        """Removes what an interrupted save left behind and, `afresh`, what an earlier run without checkpoint did."""
+        for path in self.checkpoints.glob(".saving_*"):
+            shutil.rmtree(path, ignore_errors=True)
+        if afresh:
+            for name in ("log.jsonl", "damaged.jsonl", "wandb_run_id"):
+                (self.path / name).unlink(missing_ok=True)
+            shutil.rmtree(self.path / "reconstructions", ignore_errors=True)
+
+    def save(self, model: dict[str, torch.Tensor], optimizer: dict, state: dict, *, keep: int) -> Path:
+        """Writes the checkpoint of `state["step"]`, then removes all but the `keep` newest. Raises RunError where that
+        fails, and has lost nothing then.
+
+        `model` is a state dict, `optimizer` what torch.load(weights_only=True) can read, `state` goes to state.json.
+        """
+        step = state["step"]
+        target = self.checkpoints / f"step_{step:08d}"
+        if is_whole(target):  # written before an interruption, and a run is a function of its flags
+            return target
+        temporary = self.checkpoints / f".saving_{target.name}"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}
+            save_file(tensors, temporary / MODEL, metadata={"format": "pt"})
+            torch.save(optimizer, temporary / OPTIMIZER)
+            sizes = {name: (temporary / name).stat().st_size for name in (MODEL, OPTIMIZER)}
+            write_json(temporary / STATE, {**state, "files": sizes})
+            shutil.copymode(temporary / STATE, temporary / MODEL)  # safetensors leaves it readable by the owner alone
+            for name in (MODEL, OPTIMIZER, ""):
+                _sync(temporary / name)
+            shutil.rmtree(target, ignore_errors=True)  # an incomplete folder of that name
+            temporary.rename(target)
+            _sync(self.checkpoints)
+        except Exception as error:  # safetensors and torch wrap a full disk in errors of their own
+            full = shutil.disk_usage(self.path).free < 2**16
+            reason = "the disk is full" if full else " ".join(str(error).split()) or type(error).__name__
+            shutil.rmtree(temporary, ignore_errors=True)
+            whole = self.whole_checkpoints()
+            raise RunError(
+                f"the checkpoint of step {step} could not be written to {self.checkpoints} ({reason}); make room and "
+                "give --resume_from_checkpoint auto: "
+                f"{whole[-1].name + ' is whole' if whole else 'no earlier checkpoint exists'}"
+            ) from error
+        for path in self.whole_checkpoints()[:-keep]:
+            (path / STATE).unlink()  # first, so that a half-removed folder is never taken for a checkpoint
+            shutil.rmtree(path)
+        return target
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a folder holds a checkpoint with all its files at their full size."""
+    try:
+        files = json.loads((path / STATE).read_text())["files"]
+        return all((path / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def read_state(checkpoint: Path) -> dict:
+    """The state.json of a checkpoint."""
+    return json.loads((checkpoint / STATE).read_text())
+
+
+def save_training(folder: RunFolder, accelerator, crew, model, optimizer, state: dict, *, keep: int) -> None:
+    """Saves what `load_training` loads, from the main process. Every process must call it, and raises RunError where
+    that one could not write."""
+    failures = []
+    if accelerator.is_main_process:
+        states = {"optimizer": optimizer.state_dict()}
+        if accelerator.scaler is not None:
+            states["scaler"] = accelerator.scaler.state_dict()
+        try:
+            folder.save(accelerator.unwrap_model(model).state_dict(), states, state, keep=keep)
+        except RunError as error:
+            failures.append(str(error))
+    failures = crew.gather(failures)
+    if failures:
+        raise RunError(failures[0])
+
+
+def load_training(checkpoint: Path, accelerator, model, optimizer) -> None:
+    """Loads weights (every one of them), optimizer and loss scaler into the prepared objects."""
+    accelerator.unwrap_model(model).load_state_dict(load_file(checkpoint / MODEL))
+    states = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(states["optimizer"])
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(states["scaler"])
+
+
+def compare_with_run(checkpoint: Path, flags: dict, fingerprint: str | None) -> list[str]:
+    """What differs between a checkpoint's run and the flags (and data) that are to continue it, a line each.
+
+    `fingerprint` is the data set's, None where it could not be opened.
+    """
+    path = checkpoint.parent.parent / "args.json"
+    try:
+        saved = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return [f"{path} of the run to resume cannot be read; expected the file that the run wrote at its start"]
+    errors = [
+        f"--{name} {_shown(flags[name])} differs from the run to resume, which has {_shown(saved['flags'].get(name))}; "
+        "resume with the same, or start another --experiment_name"
+        for name in flags
+        if name not in FREE_FLAGS and flags[name] != saved["flags"].get(name)
+    ]
+    if fingerprint is not None and read_state(checkpoint)["data"] != fingerprint:
+        errors.append(
+            f"--path_to_data {flags['path_to_data']} is not the data set of the run to resume "
+            f"({saved['flags']['path_to_data']}): its images differ in number or names; give that data set"
+        )
+    return errors
+
+
+def _shown(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def describe_environment() -> dict:
+    """Versions, git revision and machine, for args.json."""
+    revision = None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        here = Path(__file__).parent
+        revision = subprocess.check_output(
+            ["git", "describe", "--always", "--dirty"], cwd=here, text=True, stderr=subprocess.DEVNULL
+        ).strip()
+    packages = ("torchvision", "accelerate", "numpy", "pillow", "safetensors")
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": {**versions, **{name: metadata.version(name) for name in packages}},
+        "git_revision": revision,
+        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "gpus": gpus},
+    }
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a JSON file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _sync(path: Path) -> None:
+    """Makes sure that a file's or folder's content has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,15 @@
+"""The learning rate as a function of the optimizer step."""
+
+import math
+
+
+def learning_rate_at(step: int, *, peak: float, total_steps: int, warmup_steps: int, minimum: float = 0.0) -> float:
+    """Linear from 0 over the warmup, then half a cosine (Loshchilov & Hutter 2016), at `minimum` in the last step.
+
+    `step` counts from 0: the rate is 0 at step 0 of a warmup, `peak` at step `warmup_steps`, `minimum` at step
+    `total_steps` - 1.
+    """
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
