@@ -1,0 +1,182 @@
+"""Vision Transformer (Dosovitskiy et al. 2020), with the parameter names of timm and of the official MAE.
+
+Legend: B batch, C channels, H W pixels, h w patches, L = h * w, K kept patches, N tokens, D width, P patch side.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import StochasticDepth
+
+from modeling.position import sincos_positions
+
+SIZES = {
+    "tiny": dict(embed_dim=192, depth=12, num_heads=3, patch_size=16),
+    "small": dict(embed_dim=384, depth=12, num_heads=6, patch_size=16),
+    "base": dict(embed_dim=768, depth=12, num_heads=12, patch_size=16),
+    "large": dict(embed_dim=1024, depth=24, num_heads=16, patch_size=16),
+    "huge": dict(embed_dim=1280, depth=32, num_heads=16, patch_size=14),
+}
+
+
+def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """(B, C, H, W) -> (B, L, P*P*C): patches in rows, the pixels of each ordered row, column, channel."""
+    b, c, height, width = images.shape
+    h, w = height // patch_size, width // patch_size
+    x = images.reshape(b, c, h, patch_size, w, patch_size)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(b, h * w, patch_size * patch_size * c)
+
+
+def unpatchify(patches: torch.Tensor, patch_size: int, grid: tuple[int, int]) -> torch.Tensor:
+    """(B, L, P*P*C) -> (B, C, H, W): the inverse of `patchify`."""
+    b, (h, w) = patches.shape[0], grid
+    x = patches.reshape(b, h, w, patch_size, patch_size, -1)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, h * patch_size, w * patch_size)
+
+
+def initialize_like_paper(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases for Linear layers, 1 and 0 for norms; for `model.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, PatchEmbedding):  # seen as the Linear layer that it is
+        nn.init.xavier_uniform_(module.proj.weight.data.flatten(1))
+        nn.init.zeros_(module.proj.bias)
+
+
+class PatchEmbedding(nn.Module):
+    """Patches to tokens: (B, K, P*P*C) -> (B, K, D).
+
+    Holds the weight as a convolution, as every library stores it, and applies it as the matrix product it is: so the
+    patches that a mask removes are never embedded.
+    """
+
+    def __init__(self, patch_size: int, in_channels: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P*P*C), in the order of `patchify`
+        return F.linear(patches, weight, self.proj.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017, section 3.2.2): (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, n, d = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)  # softmax statistics stay in float32 under bf16
+        return self.proj(x.transpose(1, 2).reshape(b, n, d))
+
+
+class MLP(nn.Module):
+    """Two layers with an exact GELU between: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.drop_path = StochasticDepth(drop_path, mode="row") if drop_path else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class VisionTransformer(nn.Module):
+    """The encoder: images (B, C, H, W) -> tokens (B, 1 + L, D), the cls token first.
+
+    `drop_path` is the rate of the last block; it grows linearly from 0 at the first. Positions are the fixed
+    sine-cosine table, a parameter that takes no gradient until somebody asks for one. `custom_weight_init` is the
+    paper's initialisation (appendix A.1); without it, layers keep PyTorch's own.
+
+    Raises ValueError for an image side that the patch size, or a width that the heads, does not divide.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_channels: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        custom_weight_init: bool = True,
+    ):
+        super().__init__()
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        if any(side % patch_size for side in self.img_size):
+            raise ValueError(f"an image of {self.img_size} pixels is not divided by patches of {patch_size}")
+        if embed_dim % num_heads:
+            raise ValueError(f"a width of {embed_dim} is not divided by {num_heads} heads")
+        self.grid = (self.img_size[0] // patch_size, self.img_size[1] // patch_size)
+        self.patch_size, self.in_channels, self.embed_dim = patch_size, in_channels, embed_dim
+        self.depth, self.num_heads, self.mlp_ratio = depth, num_heads, mlp_ratio
+
+        self.patch_embed = PatchEmbedding(patch_size, in_channels, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim).normal_(std=0.02))
+        self.pos_embed = nn.Parameter(sincos_positions(self.grid, embed_dim), requires_grad=False)
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates])
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        if custom_weight_init:
+            self.apply(initialize_like_paper)
+
+    def embed(self, patches: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Patches (B, L, P*P*C) and the indices of those to keep (B, K), all by default -> tokens (B, 1 + K, D)."""
+        positions = self.pos_embed[:, 1:]
+        if kept is not None:
+            patches = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+            positions = positions.squeeze(0)[kept]  # (B, K, D)
+        x = self.patch_embed(patches) + positions
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        return torch.cat([cls_token.to(x.dtype), x], dim=1)
+
+    def encode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """All blocks and the final norm: (B, N, D) -> (B, N, D)."""
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, 1 + L, D), after the final norm; equal to timm's method of the same name."""
+        return self.encode(self.embed(patchify(images, self.patch_size)))
+
+    forward = forward_features
+
+    def forward_layers(self, images: torch.Tensor, indices: list[int]) -> list[torch.Tensor]:
+        """(B, C, H, W) -> one map (B, D, h, w) for each 0-based block index, in the order given, without final norm."""
+        x, maps = self.embed(patchify(images, self.patch_size)), {}
+        for i, block in enumerate(self.blocks[: max(indices) + 1]):
+            x = block(x)
+            if i in indices:
+                maps[i] = x[:, 1:].transpose(1, 2).reshape(x.shape[0], -1, *self.grid)
+        return [maps[i] for i in indices]

@@ -1,0 +1,224 @@
+"""Exported folders, loaded by transformers, timm and this project: no parameter left over, the same numbers."""
+
+import ast
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import timm.data
+import torch
+from PIL import Image
+from safetensors import safe_open
+from transformers import AutoImageProcessor, AutoModel, ViTMAEForPreTraining, ViTModel
+
+from modeling import export
+from modeling.export import export_autoencoder, export_encoder, to_transformers
+from modeling.mae import MaskedAutoencoder
+from modeling.vit import SIZES, VisionTransformer
+from modeling.weights import load_weights, read_state_dict, to_ours
+
+MEAN, STD = [0.485, 0.456, 0.406, 0.5], [0.229, 0.224, 0.225, 0.25]
+ENCODERS = {
+    "tiny, 2 blocks": SIZES["tiny"] | dict(depth=2),
+    "128 x 4, 64 pixels": dict(img_size=64, patch_size=8, embed_dim=128, depth=4, num_heads=4),
+    "32 x 64, 4 channels": dict(img_size=(32, 64), patch_size=8, in_channels=4, embed_dim=128, depth=4, num_heads=4),
+    "a thin MLP": dict(img_size=48, patch_size=16, in_channels=1, embed_dim=64, depth=2, num_heads=2, mlp_ratio=2.5),
+}
+
+
+def new_encoder(size: dict) -> VisionTransformer:
+    """An encoder whose every parameter is random."""
+    return randomised(VisionTransformer(**size))
+
+
+def randomised(module: torch.nn.Module) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return module.eval()
+
+
+def statistics(encoder: VisionTransformer) -> dict:
+    return dict(mean=MEAN[: encoder.in_channels], std=STD[: encoder.in_channels])
+
+
+@pytest.fixture(scope="module", params=ENCODERS)
+def exported(request, tmp_path_factory):
+    encoder = new_encoder(ENCODERS[request.param])
+    folder = tmp_path_factory.mktemp("encoder") / "new" / "folder"
+    export_encoder(encoder, folder, **statistics(encoder))
+    return encoder, folder
+
+
+@torch.inference_mode()
+def test_three_libraries_load_the_encoder_and_agree(exported):
+    encoder, folder = exported
+    images = torch.randn(2, encoder.in_channels, *encoder.img_size, generator=torch.Generator().manual_seed(1))
+    features = encoder(images)
+
+    theirs, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert isinstance(theirs, ViTModel) and not any(info.values()), info
+    output = theirs.eval()(images)
+    torch.testing.assert_close(output.last_hidden_state, features, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output.pooler_output, features[:, 0], rtol=0, atol=1e-5)
+
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    theirs.load_state_dict(read_state_dict(folder), strict=True)
+    torch.testing.assert_close(theirs.forward_features(images), features, rtol=0, atol=1e-5)
+    torch.testing.assert_close(theirs(images), features[:, 0], rtol=0, atol=1e-5)
+
+    for path in (folder, folder / "transformers_model.safetensors"):
+        ours = VisionTransformer(
+            img_size=encoder.img_size,
+            in_channels=encoder.in_channels,
+            mlp_ratio=encoder.mlp_ratio,
+            **{key: getattr(encoder, key) for key in ("patch_size", "embed_dim", "depth", "num_heads")},
+        )
+        load_weights(ours.eval(), read_state_dict(path))
+        assert torch.equal(ours(images), features)
+
+
+def test_timm_reads_the_file_and_not_its_own_initialisation(exported):
+    encoder, folder = exported
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
+    assert all(torch.equal(theirs[name], value) for name, value in encoder.state_dict().items())
+    assert theirs.keys() == encoder.state_dict().keys()
+
+
+def test_timm_knows_the_input(exported):
+    encoder, folder = exported
+    config = timm.data.resolve_data_config(model=timm.create_model(f"local-dir:{folder}", pretrained=True))
+    assert config["input_size"] == (encoder.in_channels, *encoder.img_size)
+    assert (config["interpolation"], config["crop_pct"]) == ("bicubic", 0.875)
+    assert (list(config["mean"]), list(config["std"])) == tuple(statistics(encoder).values())
+
+
+@pytest.mark.parametrize(
+    "size, name", [(size, f"vit_{size}_patch{SIZES[size]['patch_size']}_224") for size in SIZES] + [(None, None)]
+)
+def test_architecture_is_one_of_timms(size, name):
+    args = SIZES[size] if size else ENCODERS["128 x 4, 64 pixels"]
+    with torch.device("meta"):
+        encoder = VisionTransformer(**args)
+    assert export._architecture(encoder) == (name or "vit_base_patch16_224")
+    assert timm.is_model(export._architecture(encoder))
+
+
+def test_both_image_processors_do_the_evaluation_transform(tmp_path):
+    encoder = new_encoder(SIZES["tiny"] | dict(depth=1))
+    export_encoder(encoder, tmp_path, **statistics(encoder))
+    small = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    image = Image.fromarray(small).resize((500, 375), Image.Resampling.BICUBIC)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    assert processor.size["shortest_edge"] == 256
+    theirs = processor(image, return_tensors="pt").pixel_values
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    timms = timm.data.create_transform(**timm.data.resolve_data_config(model=model))(image)
+    assert theirs.shape == (1, 3, 224, 224)
+    assert (theirs[0] - timms).abs().mean() < 0.5 / 255 / 0.22  # one rounds to uint8, the other does not
+
+
+def test_image_processor_of_other_sizes(exported):
+    encoder, folder = exported
+    if encoder.in_channels == 3:
+        image = Image.new("RGB", (100, 80))
+        pixels = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt").pixel_values
+        assert pixels.shape == (1, 3, *encoder.img_size)
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    height, width = encoder.img_size
+    resized = config["size"]
+    if height == width:
+        assert resized == {"shortest_edge": {224: 256, 64: 73, 48: 54}[height]}  # rounded down, as timm does
+    else:
+        assert resized == {"height": 36, "width": 73}
+    assert config["crop_size"] == {"height": height, "width": width}
+
+
+@pytest.mark.parametrize("norm_pix_loss, mask_ratio", [(True, 0.75), (False, 0.6)])
+@pytest.mark.parametrize("size", ["tiny, 2 blocks", "128 x 4, 64 pixels", "a thin MLP"])
+def test_transformers_loads_the_autoencoder_and_agrees(size, norm_pix_loss, mask_ratio, tmp_path):
+    encoder = VisionTransformer(**ENCODERS[size])
+    settings = dict(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4, decoder_mlp_ratio=3.0)
+    model = MaskedAutoencoder(encoder, **settings, norm_pix_loss=norm_pix_loss, mask_ratio=mask_ratio)
+    randomised(model)
+    export_encoder(encoder, tmp_path, **statistics(encoder))
+    export_autoencoder(model, tmp_path / "pretraining", **statistics(encoder))
+    images = torch.randn(2, encoder.in_channels, *encoder.img_size, generator=torch.Generator().manual_seed(1))
+    noise = torch.rand(2, encoder.grid[0] * encoder.grid[1], generator=torch.Generator().manual_seed(2))
+
+    places = [((tmp_path / "pretraining",), {}), ((tmp_path,), dict(subfolder="pretraining"))]
+    for args, kwargs in places:
+        theirs, info = ViTMAEForPreTraining.from_pretrained(*args, **kwargs, output_loading_info=True)
+        assert not any(info.values()), info
+        with torch.inference_mode():
+            expected, output = theirs.eval()(images, noise=noise), model(images, noise)
+        assert torch.equal(output.mask, expected.mask)
+        torch.testing.assert_close(output.prediction, expected.logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(output.loss, expected.loss, rtol=0, atol=1e-5)
+    assert theirs.config.norm_pix_loss is norm_pix_loss
+
+    again = MaskedAutoencoder(VisionTransformer(**ENCODERS[size]), **settings)
+    load_weights(again, read_state_dict(tmp_path / "pretraining"))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize("grid", [(1, 3), (7, 7), (14, 14), (5, 10), (13, 31)])
+def test_the_mask_ratio_keeps_as_many_patches(grid, tmp_path):
+    size = dict(img_size=(2 * grid[0], 2 * grid[1]), patch_size=2, embed_dim=4, depth=1, num_heads=1)
+    encoder = VisionTransformer(**size)
+    num_patches = grid[0] * grid[1]
+    for kept in range(1, num_patches, max(1, num_patches // 20)):
+        decoder = dict(decoder_embed_dim=4, decoder_depth=1, decoder_num_heads=1)
+        model = MaskedAutoencoder(encoder, **decoder, mask_ratio=1 - (kept + 0.3) / num_patches)
+        assert model.num_kept == kept
+        export_autoencoder(model, tmp_path, **statistics(encoder))
+        ratio = json.loads((tmp_path / "config.json").read_text())["mask_ratio"]
+        assert int(num_patches * (1 - ratio)) == kept
+
+
+def test_an_autoencoder_that_is_not_square_is_for_this_project_alone(tmp_path):
+    size, decoder = ENCODERS["32 x 64, 4 channels"], dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    model = randomised(MaskedAutoencoder(VisionTransformer(**size), **decoder))
+    export_autoencoder(model, tmp_path, **statistics(model.encoder))
+    again = MaskedAutoencoder(VisionTransformer(**size), **decoder)
+    load_weights(again, read_state_dict(tmp_path))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+def test_renaming_and_back_is_bit_equal():
+    model = randomised(MaskedAutoencoder(VisionTransformer(**ENCODERS["32 x 64, 4 channels"]), decoder_depth=2))
+    state = model.state_dict()
+    theirs = to_transformers(state)
+    assert len(theirs) == len(state) + 2 * 2 * (4 + 2)  # q, k, v of two parameters a block
+    assert not theirs.keys() & state.keys()
+    _, back = to_ours(theirs)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_files_are_float32_on_the_cpu_and_say_pt(tmp_path):
+    encoder = new_encoder(ENCODERS["a thin MLP"]).bfloat16()
+    export_encoder(encoder, tmp_path, **statistics(encoder))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "transformers_model.safetensors",
+    ]
+    for name in ("model.safetensors", "transformers_model.safetensors"):
+        with safe_open(tmp_path / name, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            assert all(file.get_tensor(key).dtype == torch.float32 for key in file.keys())  # noqa: SIM118
+    assert encoder.cls_token.dtype == torch.bfloat16
+
+
+def test_exporting_needs_neither_transformers_nor_timm():
+    modules = set()
+    for node in ast.walk(ast.parse(Path(export.__file__).read_text())):
+        modules |= {name.name for name in node.names} if isinstance(node, ast.Import) else set()
+        modules |= {node.module} if isinstance(node, ast.ImportFrom) else set()
+    allowed = {"json", "collections", "pathlib", "torch", "safetensors", "modeling"}
+    assert {module.partition(".")[0] for module in modules} <= allowed

@@ -1,0 +1,230 @@
+"""The autoencoder, against transformers' ViTMAEForPreTraining; and what it may and may not see."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+from modeling.mae import MaskedAutoencoder
+from modeling.vit import SIZES, VisionTransformer, patchify
+from modeling.weights import load_weights
+
+SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+DECODER = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+
+
+def transformers_model(size: dict, *, mask_ratio: float = 0.75) -> ViTMAEForPreTraining:
+    """A randomly initialised model whose tables, tokens, biases and norms are random too."""
+    config = ViTMAEConfig(
+        hidden_size=size["embed_dim"],
+        num_hidden_layers=size["depth"],
+        num_attention_heads=size["num_heads"],
+        intermediate_size=4 * size["embed_dim"],
+        patch_size=size["patch_size"],
+        layer_norm_eps=1e-6,
+        mask_ratio=mask_ratio,
+    )
+    model = ViTMAEForPreTraining(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("name, batch, mask_ratio", [("tiny", 4, 0.75), ("tiny", 2, 0.6), ("base", 1, 0.75)])
+def test_loss_prediction_and_mask_equal_transformers(name, batch, mask_ratio):
+    theirs = transformers_model(SIZES[name], mask_ratio=mask_ratio)
+    ours = MaskedAutoencoder(VisionTransformer(**SIZES[name]), mask_ratio=mask_ratio).eval()
+    load_weights(ours, theirs.state_dict())
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(batch, 3, 224, 224, generator=generator)
+    noise = torch.rand(batch, 196, generator=generator)
+    for norm_pix_loss in (True, False):
+        theirs.config.norm_pix_loss = ours.norm_pix_loss = norm_pix_loss
+        with torch.inference_mode():
+            expected, output = theirs(images, noise=noise), ours(images, noise)
+        assert torch.equal(output.mask, expected.mask)
+        torch.testing.assert_close(output.prediction, expected.logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(output.loss, expected.loss, rtol=0, atol=1e-5)
+
+
+def test_gradients_equal_transformers():
+    size = SIZES["tiny"] | dict(depth=2)
+    theirs = transformers_model(size)
+    theirs.config.norm_pix_loss = True
+    ours = MaskedAutoencoder(VisionTransformer(**size))
+    load_weights(ours, theirs.state_dict())
+    images, noise = torch.randn(2, 3, 224, 224), torch.rand(2, 196)
+    ours(images, noise).loss.backward()
+    theirs(images, noise=noise).loss.backward()
+    pairs = [
+        (ours.mask_token, theirs.decoder.mask_token),
+        (ours.encoder.cls_token, theirs.vit.embeddings.cls_token),
+        (ours.encoder.patch_embed.proj.weight, theirs.vit.embeddings.patch_embeddings.projection.weight),
+        (ours.decoder_pred.weight, theirs.decoder.decoder_pred.weight),
+    ]
+    for mine, other in pairs:
+        scale = other.grad.abs().max()
+        torch.testing.assert_close(mine.grad / scale, other.grad / scale, rtol=0, atol=1e-5)
+    assert ours.encoder.pos_embed.grad is None and ours.decoder_pos_embed.grad is None
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(VisionTransformer(**SMALL), **DECODER)
+    return model, torch.randn(3, 3, 32, 32), torch.rand(3, 16)
+
+
+def test_the_smallest_noise_is_kept(small):
+    model, images, noise = small
+    mask = model(images, noise).mask
+    for sample in range(3):
+        kept = sorted(range(16), key=lambda patch: noise[sample, patch].item())[:4]
+        assert mask[sample].tolist() == [0.0 if patch in kept else 1.0 for patch in range(16)]
+
+
+@pytest.mark.parametrize("ratio", [0.75, 0.5, 0.6, 0.9, 0.1])
+def test_number_of_kept_patches(ratio):
+    model = MaskedAutoencoder(VisionTransformer(**SMALL), **DECODER, mask_ratio=ratio)
+    mask = model(torch.randn(2, 3, 32, 32), torch.rand(2, 16)).mask
+    assert (mask == 0).sum(dim=1).tolist() == [int(16 * (1 - ratio))] * 2
+
+
+def test_prediction_does_not_see_removed_patches(small):
+    model, images, noise = small
+    output = model(images, noise)
+    removed = model.pixel_mask(output.mask).bool()
+    changed = model(torch.where(removed, torch.randn_like(images) * 100, images), noise)
+    assert torch.equal(changed.prediction, output.prediction)
+    assert changed.loss != output.loss
+    brighter = model(torch.where(removed, images, images + 1), noise)  # it sees the others
+    assert not torch.equal(brighter.prediction, output.prediction)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_loss_counts_removed_patches_only(small, norm_pix_loss):
+    model, images, noise = small
+    model.norm_pix_loss = norm_pix_loss
+    _, prediction, mask = model(images, noise)
+    patches, kept = patchify(images, 8), mask.unsqueeze(-1) == 0
+    loss = model.loss(patches, prediction, mask)
+    assert torch.equal(
+        model.loss(torch.where(kept, patches + torch.randn_like(patches), patches), prediction, mask), loss
+    )
+    assert torch.equal(model.loss(patches, torch.where(kept, prediction + 1, prediction), mask), loss)
+    assert not torch.equal(model.loss(patches, torch.where(kept, prediction, prediction + 1), mask), loss)
+
+
+def test_gradient_reaches_no_removed_pixel_through_the_prediction(small):
+    model, images, noise = small
+    images.requires_grad_()
+    output = model(images, noise)
+    output.prediction.square().sum().backward()
+    removed = model.pixel_mask(output.mask).bool().expand_as(images)
+    assert not images.grad[removed].any() and images.grad[~removed].all()
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_micro_batches_have_the_gradient_of_the_whole_batch(small, micro_batch_size):
+    model, images, noise = small[0], torch.randn(8, 3, 32, 32), torch.rand(8, 16)
+
+    def gradients(size):
+        model.zero_grad()
+        for start in range(0, 8, size):
+            output = model(images[start : start + size], noise[start : start + size])
+            (output.loss * size / 8).backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    whole, parts = gradients(8), gradients(micro_batch_size)
+    total = torch.stack([g.norm() for g in whole]).norm()
+    difference = torch.stack([(a - b).norm() for a, b in zip(whole, parts, strict=True)]).norm()
+    assert difference <= 1e-5 * total
+
+
+def test_targets_have_mean_0_and_unbiased_variance_1(small):
+    model, images, _ = small
+    target = model.target(patchify(images * 5 + 3, 8))
+    torch.testing.assert_close(target.mean(dim=-1), torch.zeros(3, 16), rtol=0, atol=1e-5)
+    torch.testing.assert_close(target.var(dim=-1, correction=1), torch.ones(3, 16), rtol=0, atol=1e-4)
+    faint = 1e-3 * patchify(images, 8).double()  # where the epsilon matters
+    variance = (faint - faint.mean(-1, keepdim=True)).square().sum(-1, keepdim=True) / 191
+    expected = (faint - faint.mean(-1, keepdim=True)) / (variance + 1e-6).sqrt()
+    torch.testing.assert_close(model.target(faint).double(), expected, rtol=0, atol=1e-4)
+    flat = torch.full((1, 16, 192), 0.7)
+    assert model.target(flat).abs().max() < 1e-3  # a flat patch gives no NaN and nothing large
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_reconstructing_the_target_is_the_image(small, norm_pix_loss):
+    model, images, _ = small
+    model.norm_pix_loss = norm_pix_loss
+    patches = patchify(images, 8)
+    torch.testing.assert_close(model.reconstruct(images, model.target(patches)), images, rtol=0, atol=1e-5)
+
+
+def test_pixel_mask_is_the_patches(small):
+    model, _, _ = small
+    mask = (torch.rand(2, 16) < 0.5).float()
+    pixels = model.pixel_mask(mask)
+    assert pixels.shape == (2, 1, 32, 32)
+    assert torch.equal(pixels[:, 0], mask.reshape(2, 4, 4).repeat_interleave(8, 1).repeat_interleave(8, 2))
+
+
+def test_images_that_are_not_square_with_four_channels():
+    encoder = VisionTransformer(**SMALL | dict(img_size=(24, 64), in_channels=4))
+    model = MaskedAutoencoder(encoder, **DECODER)
+    images = torch.randn(2, 4, 24, 64)
+    output = model(images, torch.rand(2, 24))
+    assert output.prediction.shape == (2, 24, 8 * 8 * 4) and output.mask.shape == (2, 24)
+    assert model.reconstruct(images, output.prediction).shape == images.shape
+    output.loss.backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing and output.loss.isfinite()
+
+
+def test_loss_stays_in_float32_under_bfloat16(small):
+    model, images, noise = small
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(images, noise)
+    assert output.loss.dtype == torch.float32
+    torch.testing.assert_close(output.loss, model(images, noise).loss, rtol=0.02, atol=0)
+    output.loss.backward()
+
+
+def test_initialisation_of_the_decoder_is_the_papers():
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(VisionTransformer(**SMALL), decoder_embed_dim=256, decoder_depth=1)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not name.startswith("encoder."):
+            bound = math.sqrt(6 / sum(module.weight.shape))
+            assert 0.99 * bound < module.weight.abs().max() <= bound, name
+            assert module.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03), name
+            assert not module.bias.any(), name
+        if isinstance(module, nn.LayerNorm):
+            assert (module.weight == 1).all() and not module.bias.any() and module.eps == 1e-6, name
+    tokens = torch.stack([MaskedAutoencoder(VisionTransformer(**SMALL)).mask_token.detach() for _ in range(10)])
+    assert tokens.std().item() == pytest.approx(0.02, rel=0.05) and abs(tokens.mean()) < 0.002
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["decoder_pos_embed", "encoder.pos_embed"]
+    plain = MaskedAutoencoder(VisionTransformer(**SMALL), custom_weight_init=False)
+    assert plain.decoder_blocks[0].mlp.fc1.bias.any() and plain.decoder_pred.bias.any()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(mask_ratio=0.0), "keeps 16 of 16 patches"),
+        (dict(mask_ratio=1.0), "keeps 0 of 16 patches"),
+        (dict(mask_ratio=0.95), "keeps 0 of 16 patches"),
+        (dict(decoder_depth=0), "decoder of 0 blocks"),
+        (dict(decoder_num_heads=3), "decoder width of 16 is not divided by 3 heads"),
+        (dict(decoder_embed_dim=18), "4 divides, not 18"),
+    ],
+)
+def test_impossible_settings_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        MaskedAutoencoder(VisionTransformer(**SMALL), **DECODER | change)

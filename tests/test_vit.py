@@ -1,0 +1,160 @@
+"""The encoder, against timm: names, features, taps, drop path; and its initialisation against the formula."""
+
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from modeling.vit import SIZES, VisionTransformer, patchify, unpatchify
+from modeling.weights import load_weights
+
+SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
+
+
+def randomised(module: nn.Module, std: float = 0.02) -> nn.Module:
+    """`module` in evaluation mode with every parameter moved, so that no bias, norm or table keeps its start."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += std * torch.randn(parameter.shape, generator=generator)
+    return module.eval()
+
+
+def test_patchify_by_hand():
+    images = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6).float()
+    patches = patchify(images, 2)
+    assert patches.shape == (2, 2 * 3, 2 * 2 * 3)
+    for h in range(2):
+        for w in range(3):
+            pixels = [images[1, c, 2 * h + y, 2 * w + x].item() for y in range(2) for x in range(2) for c in range(3)]
+            assert patches[1, h * 3 + w].tolist() == pixels
+    assert torch.equal(unpatchify(patches, 2, (2, 3)), images)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_parameters_are_those_of_timm(name):
+    size = SIZES[name]
+    assert size["depth"] == {"tiny": 12, "small": 12, "base": 12, "large": 24, "huge": 32}[name]
+    with torch.device("meta"):  # names and shapes only
+        theirs = timm.create_model(f"vit_{name}_patch{size['patch_size']}_224", num_classes=0)
+        ours = VisionTransformer(**size)
+    assert {n: p.shape for n, p in ours.state_dict().items()} == {n: p.shape for n, p in theirs.state_dict().items()}
+    assert ours.num_heads == theirs.blocks[0].attn.num_heads
+
+
+def test_features_equal_timm_base():
+    theirs = randomised(timm.create_model("vit_base_patch16_224", num_classes=0))
+    ours = VisionTransformer(**SIZES["base"]).eval()
+    load_weights(ours, theirs.state_dict())
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(images), theirs.forward_features(images), rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours.forward_features(images), ours(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("img_size, channels", [(64, 3), ((32, 96), 4)])
+def test_taps_equal_timm(img_size, channels):
+    args = dict(img_size=img_size, patch_size=16)
+    theirs = randomised(timm.create_model("vit_tiny_patch16_224", num_classes=0, in_chans=channels, **args))
+    ours = VisionTransformer(**SIZES["tiny"] | args, in_channels=channels).eval()
+    load_weights(ours, theirs.state_dict())
+    images = torch.randn(2, channels, *ours.img_size, generator=torch.Generator().manual_seed(1))
+    indices = [11, 3, 0, 7]
+    with torch.inference_mode():
+        maps = ours.forward_layers(images, indices)
+        taken = theirs.get_intermediate_layers(images, n=sorted(indices), reshape=True, norm=False)
+        torch.testing.assert_close(ours(images), theirs.forward_features(images), rtol=0, atol=1e-5)
+    for index, feature_map in zip(indices, maps, strict=True):
+        assert feature_map.shape == (2, 192, *ours.grid)
+        torch.testing.assert_close(feature_map, taken[sorted(indices).index(index)], rtol=0, atol=1e-5)
+
+
+def test_patch_embedding_is_the_convolution_it_stores():
+    model = VisionTransformer(**SMALL | dict(in_channels=4, img_size=(16, 40)))
+    images = torch.randn(2, 4, 16, 40)
+    conv = F.conv2d(images, model.patch_embed.proj.weight, model.patch_embed.proj.bias, stride=8)
+    torch.testing.assert_close(model.patch_embed(patchify(images, 8)), conv.flatten(2).transpose(1, 2))
+
+
+def test_embedding_some_patches_is_taking_some_tokens():
+    model = randomised(VisionTransformer(**SMALL))
+    patches = patchify(torch.randn(2, 3, 32, 32), 8)
+    kept = torch.tensor([[5, 0, 11], [15, 3, 2]])
+    every, some = model.embed(patches), model.embed(patches, kept)
+    assert some.shape == (2, 4, 32)
+    torch.testing.assert_close(some[:, 0], every[:, 0])
+    for image in range(2):
+        torch.testing.assert_close(some[image, 1:], every[image, 1:][kept[image]])
+
+
+def test_initialisation_is_the_papers():
+    torch.manual_seed(0)
+    model = VisionTransformer(**SIZES["tiny"] | dict(depth=2))
+    weights = {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    weights["patch_embed.proj"] = model.patch_embed.proj.weight.flatten(1)  # (D, P*P*C), as a Linear layer
+    assert len(weights) == 2 * 4 + 1
+    for name, weight in weights.items():
+        bound = math.sqrt(6 / (weight.shape[0] + weight.shape[1]))
+        assert 0.99 * bound < weight.abs().max() <= bound, name
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02), name  # of a uniform distribution
+        assert abs(weight.mean()) < 0.02 * bound, name
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        if "norm" in name and name.endswith("weight"):
+            assert (parameter == 1).all(), name
+    tokens = torch.stack([VisionTransformer(**SMALL | dict(depth=1)).cls_token.detach() for _ in range(100)])
+    assert tokens.std().item() == pytest.approx(0.02, rel=0.05) and abs(tokens.mean()) < 0.002
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["pos_embed"]
+
+
+def test_without_the_papers_initialisation_layers_keep_pytorchs():
+    model = VisionTransformer(**SIZES["tiny"] | dict(depth=1), custom_weight_init=False)
+    fc1, proj = model.blocks[0].mlp.fc1, model.patch_embed.proj
+    for layer, fan_in in ((fc1, 192), (proj, 768)):  # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), weights and biases alike
+        assert 0.95 / math.sqrt(fan_in) < layer.weight.abs().max() <= 1 / math.sqrt(fan_in) + 1e-7
+        assert layer.bias.any()
+
+
+def test_drop_path_grows_linearly_as_in_timm():
+    model = VisionTransformer(**SMALL, drop_path=0.3)
+    theirs = timm.create_model("vit_tiny_patch16_224", depth=4, drop_path_rate=0.3)
+    rates = [getattr(block.drop_path, "p", 0.0) for block in model.blocks]
+    assert rates == pytest.approx([getattr(block.drop_path1, "drop_prob", 0.0) for block in theirs.blocks])
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
+
+
+def test_drop_path_drops_whole_branches_of_a_sample_in_training_only():
+    torch.manual_seed(0)
+    model = randomised(VisionTransformer(**SMALL | dict(depth=2), drop_path=0.5))
+    plain = VisionTransformer(**SMALL | dict(depth=2)).eval()
+    plain.load_state_dict(model.state_dict())
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(model(images), plain(images))
+
+    # Both branches of the last block come out at twice their size or not at all: four outcomes, each seen.
+    x, block = model.blocks[0](model.embed(patchify(images, 8))), model.blocks[1]
+    outcomes = []
+    for attention in (0, 2):
+        middle = x + attention * block.attn(block.norm1(x))
+        outcomes += [middle + mlp * block.mlp(block.norm2(middle)) for mlp in (0, 2)]
+    dropped = block.train()(x.expand(64, -1, -1))
+    fits = torch.stack([(dropped - outcome).abs().amax(dim=(1, 2)) < 1e-5 for outcome in outcomes])
+    assert (fits.sum(dim=0) == 1).all() and fits.any(dim=1).all()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(img_size=30), r"\(30, 30\) pixels is not divided by patches of 8"),
+        (dict(img_size=(32, 36)), r"\(32, 36\) pixels"),
+        (dict(num_heads=3), "width of 32 is not divided by 3 heads"),
+        (dict(embed_dim=30), "4 divides, not 30"),
+    ],
+)
+def test_impossible_sizes_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        VisionTransformer(**SMALL | change)
