@@ -1,6 +1,7 @@
 import argparse
 
 import pytest
+import torch
 
 from training import arguments
 from training.arguments import Parser, integer, number, one_of, plan_batch, plan_length
@@ -152,5 +153,24 @@ def test_precision_is_the_flag_then_accelerates_then_the_devices(monkeypatch):
     assert arguments.resolve_precision(None) == "bf16" and arguments.resolve_precision("no") == "no"
 
 
-def test_default_workers():
-    assert arguments.default_workers(1) >= 1 and arguments.default_workers(10_000) == 1
+def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert arguments.cores_per_process() >= 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "10000")
+    assert arguments.cores_per_process() == 1
+
+
+@pytest.mark.parametrize(("launched", "threads", "expected"), [(True, "1", 3), (True, "2", 7), (False, "1", 7)])
+def test_the_launchers_single_thread_is_undone(monkeypatch, launched, threads, expected):
+    monkeypatch.setattr(arguments, "cores_per_process", lambda: 3)
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(7)
+        arguments.use_all_cores()
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)

@@ -305,7 +305,13 @@ def resolve_precision(wanted: str | None) -> str:
     return "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
-def default_workers(num_processes_here: int) -> int:
-    """Loader workers per process: min(32, cores / processes on this machine)."""
+def cores_per_process() -> int:
+    """CPU cores of this machine that each of its processes may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(32, max(1, cores // num_processes_here))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def use_all_cores() -> None:
+    """Undoes the one thread that `accelerate launch` gives a process on a CPU where nobody said how many."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(cores_per_process())

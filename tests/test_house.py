@@ -1,0 +1,95 @@
+"""The house: which file may import which, and that every command in README and recipes is one that the scripts take."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+import pretrain_mae
+
+PACKAGES = ("modeling", "data", "training")
+SCRIPTS = {"pretrain_mae.py": pretrain_mae}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_do_not_import_each_other_or_a_script(package):
+    for path in (ROOT / package).glob("*.py"):
+        tops = {name.partition(".")[0] for name in imports(path)}
+        assert not tops & ({*PACKAGES} - {package}), path
+        assert not tops & {script.removesuffix(".py") for script in SCRIPTS}, path
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_inside_a_package_there_is_no_cycle(package):
+    modules = {f"{package}.{path.stem}": path for path in (ROOT / package).glob("*.py")}
+    graph = {name: imports(path) & modules.keys() for name, path in modules.items()}
+    while leaves := {name for name, needs in graph.items() if not needs & graph.keys()}:
+        graph = {name: needs for name, needs in graph.items() if name not in leaves}
+    assert not graph
+
+
+def test_pretraining_starts_without_the_packages_that_it_does_not_use():
+    blocked = ("timm", "transformers", "datasets", "evaluate", "wandb", "torchmetrics")
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import pretrain_mae"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def commands(text: str):
+    """The argument lists of all commands that run one of the scripts."""
+    for line in re.sub(r"\\\n\s*#?", " ", text).splitlines():
+        for script in SCRIPTS:
+            before, found, after = line.partition(f" {script} ")
+            if found and ("launch" in before or before.strip("$ #`").endswith("python")):
+                words = shlex.split(after.partition("`")[0].partition("&&")[0], comments=True)
+                if words != ["--help"]:
+                    yield script, words
+
+
+RECIPES = sorted((ROOT / "recipes").rglob("*.args"))
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *RECIPES]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_is_read_without_errors(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = list(commands(path.read_text()))
+    assert found
+    for script, words in found:
+        _, errors = SCRIPTS[script].parse_args(words)
+        assert not errors, words
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_recipe_opens_with_its_command_and_says_what_to_expect(path):
+    header = path.read_text().partition("\n--")[0].lower()
+    assert str(path.relative_to(ROOT)) in header
+    assert "expect" in header and ("unmeasured" in header or "measured" in header or "source" in header)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_accelerate_reads_its_configurations(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert path.read_text().startswith("# ") and f"accelerate_configs/{path.name}" in path.read_text()
+    wanted = yaml.safe_load(path.read_text())
+    config = load_config_from_file(str(path))
+    for name, value in wanted.items():
+        assert str(
+            getattr(config, name).value if hasattr(getattr(config, name), "value") else getattr(config, name)
+        ) == str(value)

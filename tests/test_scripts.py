@@ -1,0 +1,309 @@
+"""Whole runs of the scripts, as their users start them."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, TWO_PROCESSES, launch, log_of, losses_of, run, start, write_images
+from PIL import Image
+from safetensors.torch import load_file
+
+SCRIPT = "pretrain_mae.py"
+
+
+def weights(run_folder, step):
+    return load_file(run_folder / "checkpoints" / f"step_{step:08d}" / "model.safetensors")
+
+
+def assert_equal_runs(one, other, step):
+    """Every logged loss, every validation and the weights are equal to the last bit."""
+    assert losses_of(one) == losses_of(other)
+    validations = [
+        [{k: v for k, v in line.items() if "per_second" not in k} for line in log_of(run) if "val_loss" in line]
+        for run in (one, other)
+    ]
+    assert validations[0] == validations[1] and validations[0]
+    a, b = weights(one, step), weights(other, step)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="session")
+def flags(image_folder):
+    """40 images in batches of 8: five steps an epoch, 23 in all, so that the run ends inside its fifth epoch."""
+    return [*TINY, "--path_to_data", image_folder, "--max_steps", 23, "--validate_every", 2, "--drop_path", 0.2]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, flags):
+    """A run of 23 steps that nothing interrupts, with drop path on and gradients accumulated."""
+    cwd = tmp_path_factory.mktemp("undisturbed")
+    run(SCRIPT, *flags, "--gradient_accumulation_steps", 2, "--save_checkpoint_steps", 4, cwd=cwd)
+    return cwd / "work_dir" / "pretrain_mae"
+
+
+def test_what_a_run_leaves_behind(undisturbed):
+    assert sorted(os.listdir(undisturbed / "checkpoints")) == ["step_00000016", "step_00000020", "step_00000023"]
+    lines = log_of(undisturbed)
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 24))
+    assert training[9]["epoch"] == 2 and training[0]["learning_rate"] == 0 and training[1]["learning_rate"] == 1e-3
+    assert all(line["grad_norm"] > 0 and 0 <= line["data_wait"] <= 1 for line in training)
+    assert [line["step"] for line in lines if "val_loss" in line] == [10, 20, 23]
+    metrics = json.loads((undisturbed / "metrics.json").read_text())
+    assert metrics["step"] == 23 and metrics["uses_true_patch_statistics"] is True
+    assert metrics["val_loss"] == lines[-1]["val_loss"] and metrics["masked_psnr"] > 0
+    saved = json.loads((undisturbed / "args.json").read_text())
+    assert saved["flags"]["global_batch_size"] == 8 and saved["flags"]["img_size"] == [32, 32]
+    assert saved["versions"]["torch"] == torch.__version__
+    with Image.open(undisturbed / "reconstructions" / "step_00000023.png") as picture:
+        assert picture.width > 4 * 100
+
+
+def test_the_result_loads_in_timm_and_transformers(undisturbed):
+    import timm
+    from transformers import AutoModel, ViTMAEForPreTraining
+
+    encoder = undisturbed / "encoder"
+    images = torch.randn(2, 3, 32, 32)
+    theirs = timm.create_model(f"local-dir:{encoder}", pretrained=True).eval().forward_features(images)
+    model, loading = AutoModel.from_pretrained(encoder, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    torch.testing.assert_close(model.eval()(images).last_hidden_state, theirs, atol=1e-5, rtol=0)
+    _, loading = ViTMAEForPreTraining.from_pretrained(encoder, subfolder="pretraining", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_kill_at_a_random_step_and_resume_with_other_workers(undisturbed, flags, tmp_path, seed):
+    flags = [*flags, "--gradient_accumulation_steps", 2, "--save_checkpoint_steps", 4]
+    folder = tmp_path / "work_dir" / "pretrain_mae"
+    process = start(SCRIPT, *flags, cwd=tmp_path)
+    at = random.Random(seed).randint(5, 21)
+    while process.poll() is None and (not (folder / "log.jsonl").exists() or len(losses_of_partial(folder)) < at):
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    assert not (folder / "metrics.json").exists()
+    run(SCRIPT, *flags, "--num_workers", 2, "--resume_from_checkpoint", "auto", cwd=tmp_path)
+    assert_equal_runs(undisturbed, folder, 23)
+
+
+def losses_of_partial(folder):
+    """The lines of a log that is being written."""
+    return [line for line in (folder / "log.jsonl").read_text().splitlines() if '"loss"' in line]
+
+
+def test_sigterm_saves_and_exits_0_and_the_rest_is_the_same(undisturbed, flags, tmp_path):
+    flags = [*flags, "--gradient_accumulation_steps", 2, "--save_checkpoint_interval", 0, "--num_workers", 1]
+    folder = tmp_path / "work_dir" / "pretrain_mae"
+    process = start(SCRIPT, *flags, cwd=tmp_path)
+    while process.poll() is None and (not (folder / "log.jsonl").exists() or len(losses_of_partial(folder)) < 7):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step_"))
+    assert 7 <= step < 23 and f"stopped by SIGTERM after step {step}" in out + err
+    again = run(SCRIPT, *flags, cwd=tmp_path, code=2)  # without the flag, the run folder is refused
+    assert "already holds a run" in again.stderr and "--resume_from_checkpoint latest" in again.stderr
+    run(SCRIPT, *flags, "--resume_from_checkpoint", checkpoint.name, cwd=tmp_path)
+    assert_equal_runs(undisturbed, folder, 23)
+
+
+def test_resume_refuses_what_would_change_the_run(undisturbed, flags, tmp_path):
+    folder = shutil.copytree(undisturbed, tmp_path / "work_dir" / "pretrain_mae")
+    resume = ["--resume_from_checkpoint", "step_00000016"]
+    other = write_images(tmp_path / "other" / "train", 40, classes=4)
+    changed = ["--seed", 1, "--per_gpu_batch_size", 16, "--mask_ratio", 0.5, "--path_to_data", other.parent]
+    refused = run(SCRIPT, *flags, *changed, *resume, cwd=tmp_path, code=2).stderr
+    errors = [line for line in refused.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 4 and "Traceback" not in refused
+    for word in ("--seed 1", "16 images per optimizer step, the checkpoint has 8", "--mask_ratio", "not the data set"):
+        assert any(word in error for error in errors), word
+    (folder / "checkpoints" / "step_00000023" / "optimizer.pt").unlink()
+    broken = run(SCRIPT, *flags, "--resume_from_checkpoint", "step_00000023", cwd=tmp_path, code=2)
+    assert "error: the checkpoint" in broken.stderr and "is incomplete" in broken.stderr
+
+
+def test_a_finished_run_resumes_to_the_same_end(undisturbed, flags, tmp_path):
+    folder = shutil.copytree(undisturbed, tmp_path / "work_dir" / "pretrain_mae")
+    (folder / "metrics.json").unlink()
+    run(SCRIPT, *flags, "--gradient_accumulation_steps", 2, "--resume_from_checkpoint", "latest", cwd=tmp_path)
+    assert (folder / "metrics.json").exists()
+    assert_equal_runs(undisturbed, folder, 23)
+
+
+def test_one_writer_at_a_time(flags, tmp_path):
+    process = start(SCRIPT, *flags, "--max_steps", 5000, cwd=tmp_path)
+    while process.poll() is None and not (tmp_path / "work_dir" / "pretrain_mae" / "log.jsonl").exists():
+        time.sleep(0.05)
+    refused = run(SCRIPT, *flags, cwd=tmp_path, code=2)
+    process.kill()
+    process.communicate()
+    assert "is being written to by another run" in refused.stderr
+
+
+def test_splits_of_one_global_batch_agree(image_folder, tmp_path):
+    """Contract 1: one process, two and four micro-batches, and two processes; 20 steps of 8 images."""
+    flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 20, "--validate_every", 0, "--warmup_steps", 2]
+    runs = {}
+    for accumulation in (1, 2, 4):
+        cwd = tmp_path / str(accumulation)
+        cwd.mkdir()
+        run(SCRIPT, *flags, "--gradient_accumulation_steps", accumulation, cwd=cwd)
+        runs[accumulation] = cwd / "work_dir" / "pretrain_mae"
+    cwd = tmp_path / "processes"
+    cwd.mkdir()
+    flags[flags.index("--per_gpu_batch_size") + 1] = "4"
+    two = launch(*TWO_PROCESSES, ROOT / SCRIPT, *flags, cwd=cwd)
+    assert two.returncode == 0, two.stderr
+    assert "batch      8 = 2 processes x 1 micro-batches x 4" in two.stdout
+    runs["processes"] = cwd / "work_dir" / "pretrain_mae"
+    assert len(losses_of(runs["processes"])) == 20  # the main process alone writes
+
+    losses, norms = losses_of(runs[1]), [line["grad_norm"] for line in log_of(runs[1]) if "loss" in line]
+    model = weights(runs[1], 20)
+    for name, folder in runs.items():
+        assert losses_of(folder) == pytest.approx(losses, rel=1e-5), name
+        first = next(line["grad_norm"] for line in log_of(folder))
+        assert first == pytest.approx(norms[0], rel=1e-5), name
+        for key, value in weights(folder, 20).items():
+            difference = value - model[key]
+            if key.endswith(
+                "qkv.bias"
+            ):  # softmax cancels the key's bias: its gradient is rounding, which Adam enlarges
+                difference[len(difference) // 3 : -len(difference) // 3] = 0
+            assert difference.norm() <= 1e-4 * model[key].norm(), (name, key)
+        assert log_of(folder)[-1]["val_loss"] == pytest.approx(log_of(runs[1])[-1]["val_loss"], rel=1e-4)
+
+
+def test_all_bad_flags_at_once(tmp_path):
+    bad = run(
+        SCRIPT,
+        *("--path_to_data", tmp_path / "nowhere", "--img_size", 100, "--mask_ratio", 0.999, "--epochs", "x"),
+        *("--encoder_num_heads", 7, "--per_gpu_batch_size", 8, "--gradient_accumulation_steps", 3, "--what", 1),
+        cwd=tmp_path,
+        code=2,
+    ).stderr
+    lines = bad.strip().splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    for word in ("nowhere", "--img_size 100 100", "--epochs x", "--encoder_num_heads 7", "does not divide", "--what"):
+        assert any(word in error for error in errors), word
+    assert "Traceback" not in bad and len(errors) == 6  # patches cannot be counted, so no word of the mask ratio
+    ratio = run(SCRIPT, "--mask_ratio", 0.999, "@missing.args", cwd=tmp_path, code=2).stderr
+    for word in ("--mask_ratio 0.999 keeps 0 of 196", "--path_to_data is missing", "the recipe missing.args"):
+        assert word in ratio
+
+
+def test_data_that_cannot_be_trained_on(tmp_path):
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    few = write_images(tmp_path / "few", 3)
+    for path, word in [(tmp_path / "empty", "holds no image"), (few, "fewer than one global batch of 8")]:
+        assert word in run(SCRIPT, *TINY, "--path_to_data", path, cwd=tmp_path, code=2).stderr
+    (tmp_path / "file").write_text("")
+    flags = [*TINY, "--path_to_data", few, "--working_directory", tmp_path / "file"]
+    assert "is not writable" in run(SCRIPT, *flags, cwd=tmp_path, code=2).stderr
+
+
+def test_damaged_images_are_named_and_replaced_until_they_are_too_many(tmp_path):
+    images = write_images(tmp_path / "images", 40)
+    paths = sorted(images.rglob("*.jpg"))
+    for path in paths[:3]:
+        path.write_bytes(path.read_bytes()[:200])
+    flags = [*TINY, "--path_to_data", images, "--validate_every", 0]
+    run(SCRIPT, *flags, "--epochs", 2, cwd=tmp_path)
+    named = [json.loads(line) for line in (tmp_path / "work_dir/pretrain_mae/damaged.jsonl").read_text().splitlines()]
+    assert sorted(entry["path"] for entry in named) == [str(path) for path in paths[:3]]
+    for path in paths[:20]:
+        path.write_text("no image")
+    flags += ["--experiment_name", "many", "--num_workers", 1]
+    stopped = run(SCRIPT, *flags, "--epochs", 20, cwd=tmp_path, code=1).stderr
+    assert "of 40 images are damaged, more than the 10 allowed" in stopped and "Traceback" not in stopped
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(image_folder, tmp_path):
+    flags = [*TINY, "--path_to_data", image_folder, "--learning_rate", 1e30, "--max_grad_norm", 0, "--log_every", 7]
+    flags += ["--max_steps", 200, "--save_checkpoint_steps", 5, "--warmup_steps", 3]
+    stopped = run(SCRIPT, *flags, cwd=tmp_path, code=1).stderr
+    error = next(line for line in stopped.splitlines() if line.startswith("error: "))
+    assert "is not finite" in error and "Traceback" not in stopped
+    step = int(error.partition(" of step ")[2].split()[0])
+    assert 1 < step <= 14
+    for path in (tmp_path / "work_dir/pretrain_mae/checkpoints").glob("*"):
+        assert int(path.name.removeprefix("step_")) < step
+        model = load_file(path / "model.safetensors")
+        assert all(value.isfinite().all() for value in model.values())
+
+
+def small_disk(path, kilobytes):
+    """Mounts a file system of a few kilobytes at `path`, or skips the test where that is not allowed."""
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(path)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(image_folder, tmp_path):
+    disk = tmp_path / "disk"
+    flags = [*TINY, "--path_to_data", image_folder, "--validate_every", 0, "--working_directory", disk]
+    flags += ["--save_checkpoint_steps", 3, "--max_steps", 30]
+    small_disk(disk, 1000)  # room for one checkpoint of about 640 kB
+    try:
+        stopped = run(SCRIPT, *flags, cwd=tmp_path, code=1).stderr
+        assert "error: the checkpoint of step 6 could not be written" in stopped and "Traceback" not in stopped
+        assert "step_00000003 is whole" in stopped and "the disk is full" in stopped
+        assert os.listdir(disk / "pretrain_mae" / "checkpoints") == ["step_00000003"]
+        shutil.copytree(disk, tmp_path / "work_dir")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    flags[flags.index(disk)] = tmp_path / "work_dir"
+    run(SCRIPT, *flags, "--resume_from_checkpoint", "latest", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("strategy", ["block", "grid"])
+def test_other_masks_sizes_and_channels(strategy, tmp_path):
+    images = write_images(tmp_path / "images", 16)
+    flags = [*TINY, "--path_to_data", images, "--mask_strategy", strategy, "--img_size", 16, 32, "--max_steps", 2]
+    run(SCRIPT, *flags, "--input_channels", 1, "--no-norm_pix_loss", "--no-custom_weight_init", cwd=tmp_path)
+    metrics = json.loads((tmp_path / "work_dir/pretrain_mae/metrics.json").read_text())
+    assert metrics["uses_true_patch_statistics"] is False
+
+
+def test_the_blogs_command_runs_unchanged(image_folder, tmp_path):
+    """Every flag of the script that users already have."""
+    command = f"""--experiment_name mae --wandb_run_name first --path_to_data {image_folder} --working_directory runs
+        --epochs 1 --warmup_epochs 0 --save_checkpoint_interval 10 --per_gpu_batch_size 8
+        --gradient_accumulation_steps 2 --base_learning_rate 1.5e-4 --weight_decay 0.05 --bias_weight_decay
+        --norm_weight_decay --max_grad_norm 1.0 --img_size 32 --input_channels 3 --num_workers 1 --pin_memory
+        --patch_size 16 --encoder_embed_dim 32 --encoder_depth 1 --encoder_num_heads 2 --encoder_mlp_ratio 4
+        --decoder_embed_dim 32 --decoder_depth 1 --decoder_num_heads 2 --decoder_mlp_ratio 4 --custom_weight_init
+        --log_wandb --resume_from_checkpoint auto"""
+    environment = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    run(SCRIPT, *command.split(), cwd=tmp_path, **environment)
+    folder = tmp_path / "runs" / "mae"
+    assert list((folder / "wandb").glob("offline-run-*")) and (folder / "metrics.json").exists()
+    assert (folder / "wandb_run_id").read_text().strip() in str(list((folder / "wandb").iterdir()))
+
+
+def test_the_launcher_and_the_quickstart_recipe(tmp_path):
+    """The README's first command, cut short: one process, the built-in data set."""
+    recipe = f"@{ROOT}/recipes/quickstart/pretrain.args"
+    done = launch(ROOT / SCRIPT, recipe, "--max_steps", 3, "--num_preview_images", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "work_dir" / "quickstart_pretrain"
+    assert json.loads((folder / "metrics.json").read_text())["masked_psnr_visible_mean"] > 10
+    assert "10000 images, 1000 held out" in done.stdout
+
+
+def test_real_photographs(real_images, tmp_path):
+    flags = ["--path_to_data", real_images / "imagenet_sample", "--model", "tiny", "--per_gpu_batch_size", 16]
+    flags += ["--max_steps", 2, "--num_workers", 2, "--decoder_depth", 1, "--log_every", 1]
+    run(SCRIPT, *flags, cwd=tmp_path)
+    assert not (tmp_path / "work_dir/pretrain_mae/damaged.jsonl").exists()
