@@ -297,6 +297,7 @@ def main(argv=None):
             train_source, validation_source = open_sources(args.path_to_data, args.input_channels)
     except DataError as error:
         errors.append(str(error))
+    fingerprint = train_source.fingerprint() if train_source else None
     saved = read_state(checkpoint) if checkpoint else {}
     batch_plan, found = arguments.plan_batch(
         args, num_processes=accelerator.num_processes, held=saved.get("global_batch_size")
@@ -313,7 +314,7 @@ def main(argv=None):
         )
         errors += found
     if checkpoint:
-        errors += compare_with_run(checkpoint, vars(args), train_source.fingerprint() if train_source else None)
+        errors += compare_with_run(checkpoint, vars(args), fingerprint)
     errors = crew.gather(errors)
     if errors:
         fail(errors, exit_code=2, show=accelerator.is_main_process)
@@ -454,7 +455,7 @@ def main(argv=None):
                     "step": done,
                     "epoch": done / length.steps_per_epoch,
                     "global_batch_size": batch_plan.global_size,
-                    "data": train_source.fingerprint(),
+                    "data": fingerprint,
                     "seconds": progress.seconds,
                 }
                 save_training(folder, accelerator, crew, model, optimizer, state, keep=args.keep_checkpoints)

@@ -6,7 +6,7 @@ class is the shape of the largest object. Nothing is downloaded or stored; a sce
 
 import cmath
 import math
-import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from statistics import NormalDist
 
@@ -180,10 +180,10 @@ def draw_range(indices: range, *, processes: int = 1, progress: str | None = Non
     chunks = [indices[start : start + chunk] for start in range(0, len(indices), chunk)]
     parts = []
     with (
-        multiprocessing.Pool(processes) if processes > 1 else nullcontext() as pool,
+        ProcessPoolExecutor(processes) if processes > 1 else nullcontext() as pool,
         tqdm(total=len(indices), desc=progress, unit="image", disable=progress is None) as bar,
     ):
-        for part in pool.imap(_draw_chunk, chunks) if pool else map(_draw_chunk, chunks):
+        for part in pool.map(_draw_chunk, chunks) if pool else map(_draw_chunk, chunks):
             parts.append(part)
             bar.update(len(part[1]))
     return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
