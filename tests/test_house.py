@@ -11,10 +11,11 @@ import pytest
 import yaml
 from conftest import ROOT
 
+import benchmark
 import pretrain_mae
 
 PACKAGES = ("modeling", "data", "training")
-SCRIPTS = {"pretrain_mae.py": pretrain_mae}
+SCRIPTS = {"pretrain_mae.py": pretrain_mae, "benchmark.py": benchmark}
 
 
 def imports(path: Path) -> set[str]:
