@@ -148,7 +148,7 @@ def main(argv=None):
     except DataError as error:
         errors.append(str(error))
     if errors:
-        fail(errors, exit_code=2)
+        fail(errors)
     rows = benchmark_data(source, img_size=args.img_size, num_images=args.num_images, rounds=args.rounds)
     print(machine())
     for entry in rows:

@@ -8,6 +8,7 @@ scripts load. Kill it at any moment: the same command with --resume_from_checkpo
 """
 
 import argparse
+import math
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -97,7 +98,7 @@ def parse_args(argv=None):
 def check_flags(args):
     """What is wrong with the flags of images, masks and model, a line each; --img_size becomes [H, W]."""
     errors = []
-    if args.path_to_data is None:
+    if not args.path_to_data:
         errors.append("--path_to_data is missing; give a folder of images or builtin:shapes")
     if args.input_channels not in (1, 3):
         errors.append(f"--input_channels {args.input_channels} is not supported; expected 3 (colour) or 1 (grey)")
@@ -110,6 +111,8 @@ def check_flags(args):
         errors.append(f"--img_size {' '.join(map(str, args.img_size))} has more than two values; expected H or H W")
     args.img_size = (args.img_size * 2)[:2] if len(args.img_size) == 1 else args.img_size[:2]
     height, width = args.img_size
+    if min(height, width) < 6:
+        errors.append(f"--img_size {height} {width} is too small; expected at least 6 pixels a side")
     if height % args.patch_size or width % args.patch_size:
         errors.append(
             f"--img_size {height} {width} is not divided by --patch_size {args.patch_size}; "
@@ -159,15 +162,12 @@ def build_model(args):
     )
 
 
-def describe_plan(args, model, batch, length, peak, accelerator, train_source, validation_source):
+def describe_plan(args, model, batch, length, accelerator, train_source, validation_source):
     """The resolved plan, printed before the first step."""
     parameters = sum(p.numel() for p in model.parameters())
     encoder_parameters = sum(p.numel() for p in model.encoder.parameters())
     grid = model.encoder.grid
     target = "pixels normalised per patch" if args.norm_pix_loss else "plain pixels"
-    rate = f"{peak:.3g} absolute"
-    if args.learning_rate is None:
-        rate = f"{peak:.3g} = {args.base_learning_rate:g} x {batch.global_size} / 256"
     held_out = (
         f"{len(validation_source)} held out" if validation_source else "none held out: validated on some of these"
     )
@@ -183,7 +183,7 @@ def describe_plan(args, model, batch, length, peak, accelerator, train_source, v
             f"batch      {batch.global_size} = {accelerator.num_processes} processes x {batch.accumulation} "
             f"micro-batches x {batch.micro}",
             f"length     {length.total_steps} steps, {length.steps_per_epoch} an epoch, {length.warmup_steps} warmup",
-            f"rate       {rate}, cosine to {args.min_learning_rate:g}",
+            f"rate       {args.learning_rate:.3g} at its peak, cosine to {args.min_learning_rate:g}",
             f"precision  {args.mixed_precision.replace('no', 'float32')} on {accelerator.device}"
             + (f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""),
         ]
@@ -220,17 +220,27 @@ def evaluate(
     damage,
 ):
     """Logs and returns means over the images `indices`, each once under its fixed mask: the masked loss, PSNR and SSIM,
-    named as in metrics.json. Draws a picture of `num_previews` of them into `folder`; appends to `damage`."""
+    named as in metrics.json. Draws a picture of `num_previews` of them into `folder`; appends to `damage`.
+
+    Returns None, at once, where the run is asked to stop meanwhile.
+    """
     with progress.paused():
         model.eval()
         own = [(FIXED_EPOCH, index) for index in indices[accelerator.process_index :: accelerator.num_processes]]
         batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+        loader = iter(make_loader(dataset, batches, num_workers=num_workers))
         sums, total = Counter(), Counter()
-        for batch in make_loader(dataset, batches, num_workers=num_workers):
+        for _ in range(math.ceil(len(indices) / accelerator.num_processes / batch_size)):  # the same on all processes
+            if crew.wanted():  # the run stops; resumed, it validates this step again
+                model.train()
+                return None
+            batch = next(loader, None)
+            if batch is None:
+                continue
             loss, images, prediction, mask = reconstruct(model, batch, normalize, accelerator)
             sums.update({"count": len(images), "val_loss": loss.item() * len(images)})
             for name, value in reconstruction_metrics(images, prediction, mask).items():
-                sums[name] += value.double().sum().item()
+                sums[name] += value.cpu().double().sum().item()
             damage += [(dataset.source.name(index), reason) for index, reason in batch.damaged]
         for part in crew.gather([sums]):
             total.update(part)
@@ -313,13 +323,21 @@ def main(argv=None):
             default_warmup_epochs=DEFAULT_WARMUP_EPOCHS,
         )
         errors += found
+        args.max_steps, args.warmup_steps = length.total_steps, length.warmup_steps
+    if args.learning_rate is None:
+        args.learning_rate = args.base_learning_rate * batch_plan.global_size / 256
+    if args.min_learning_rate > args.learning_rate:
+        errors.append(
+            f"--min_learning_rate {args.min_learning_rate:g} is above the peak of {args.learning_rate:g}; "
+            "take a lower one"
+        )
     if checkpoint:
         errors += compare_with_run(checkpoint, vars(args), fingerprint)
     errors = crew.gather(errors)
     if errors:
-        fail(errors, exit_code=2, show=accelerator.is_main_process)
+        fail(errors, show=accelerator.is_main_process)
     if accelerator.is_main_process:
-        folder.remove_leftovers(afresh=checkpoint is None)
+        folder.clear_beyond(saved.get("step", 0))
         if checkpoint is None:
             write_json(folder.path / "args.json", {"flags": vars(args), **describe_environment()})
     for source in (train_source, validation_source):
@@ -340,12 +358,9 @@ def main(argv=None):
     validation_data = PretrainingDataset(validation_source or train_source, seed=0, train=False, **sample_options)
 
     # Optimizer
-    peak = args.learning_rate
-    if peak is None:
-        peak = args.base_learning_rate * batch_plan.global_size / 256
     lr_at = partial(
         learning_rate_at,
-        peak=peak,
+        peak=args.learning_rate,
         total_steps=length.total_steps,
         warmup_steps=length.warmup_steps,
         minimum=args.min_learning_rate,
@@ -357,9 +372,7 @@ def main(argv=None):
         norm_weight_decay=args.norm_weight_decay,
     )
     optimizer = adamw(groups, betas=(0.9, 0.95))
-    accelerator.print(
-        describe_plan(args, model, batch_plan, length, peak, accelerator, train_source, validation_source)
-    )
+    accelerator.print(describe_plan(args, model, batch_plan, length, accelerator, train_source, validation_source))
 
     # Prepare
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -391,7 +404,7 @@ def main(argv=None):
         num_processes=accelerator.num_processes,
     )
     batches = iter(make_loader(train_data, sampler, num_workers=args.num_workers, pin_memory=args.pin_memory))
-    save_every = args.save_checkpoint_steps or round(args.save_checkpoint_interval * length.steps_per_epoch)
+    save_every = args.save_checkpoint_steps or math.ceil(args.save_checkpoint_interval * length.steps_per_epoch)
     progress = Progress(
         accelerator,
         folder.path,
@@ -423,6 +436,7 @@ def main(argv=None):
         damage=new_damage,
     )
     model.train()
+    done = start_step
     for step in range(start_step, length.total_steps):
         if step and validate_every and step % validate_every == 0:
             validate(step)
@@ -444,11 +458,13 @@ def main(argv=None):
                 optimizer.zero_grad()
             new_damage += [(train_source.name(index), reason) for index, reason in batch.damaged]
         done = step + 1
-        if progress.step(done, loss, grad_norm, learning_rate):  # a line was due
+        logged = progress.step(done, loss, grad_norm, learning_rate)
+        stopping = crew.wanted()
+        saving = stopping or done == length.total_steps or (save_every and done % save_every == 0)
+        if logged or saving:
             damaged_images.add(crew.gather(new_damage))
             new_damage.clear()
-        stopping = crew.wanted()
-        if stopping or done == length.total_steps or (save_every and done % save_every == 0):
+        if saving:
             with progress.paused():
                 progress.check_finite()
                 state = {
@@ -459,16 +475,18 @@ def main(argv=None):
                     "seconds": progress.seconds,
                 }
                 save_training(folder, accelerator, crew, model, optimizer, state, keep=args.keep_checkpoints)
-        if stopping and done < length.total_steps:
-            progress.say(
-                f"stopped by {crew.signal_name or 'a signal'} after step {done}, which is saved; continue with "
-                "--resume_from_checkpoint latest"
-            )
-            accelerator.end_training()
-            return
+        if stopping:
+            break
 
     # Evaluate
-    values = validate(length.total_steps)
+    values = None if crew.wanted() else validate(length.total_steps)
+    if values is None:
+        progress.say(
+            f"stopped by {crew.signal_name or 'a signal'} after step {done}, which is saved; continue with "
+            "--resume_from_checkpoint latest"
+        )
+        accelerator.end_training()
+        return
     damaged_images.add(crew.gather(new_damage))
     progress.close()
 
@@ -497,7 +515,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except RunError as error:
-        fail([str(error)], exit_code=1, show=arguments.is_main_process())
+    arguments.run_script(main)

@@ -8,21 +8,25 @@ from collections.abc import Iterator
 
 import numpy as np
 
+# The first word of every seed, so that no two purposes share a stream; all seeds have four words below 2^32, as NumPy
+# pads shorter ones with zeros and splits larger words.
+ORDER, SAMPLE, MODEL = 0, 1, 2
+
 
 def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The generator from which sample `index` draws its crop, flip and mask in epoch `epoch`."""
-    return np.random.default_rng((seed, epoch, index))
+    return np.random.default_rng((SAMPLE, seed, epoch, index))
 
 
 def model_seed(seed: int, step: int, position: int) -> int:
     """The seed of what the model draws (drop path, dropout) in the forward pass of step `step` that starts at the
     image `position` of the global batch."""
-    return int(np.random.SeedSequence((seed, step, position)).generate_state(1, np.uint64)[0])
+    return int(np.random.SeedSequence((MODEL, seed, step, position)).generate_state(1, np.uint64)[0])
 
 
 def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
     """The permutation of epoch `epoch`: (num_samples,), int64."""
-    return np.random.default_rng((seed, epoch)).permutation(num_samples)
+    return np.random.default_rng((ORDER, seed, epoch, 0)).permutation(num_samples)
 
 
 class StepSampler:

@@ -33,7 +33,9 @@ class FolderSource:
         try:
             paths = sorted(self._scan(os.fsencode(self.root)))
         except OSError as error:
-            raise DataError(f"{error.filename!r} cannot be read ({error.strerror}); check its permissions") from None
+            raise DataError(
+                f"{os.fsdecode(error.filename)} cannot be read ({error.strerror}); check its permissions"
+            ) from None
         if not paths:
             raise DataError(f"{root} holds no image; expected files named {', '.join(SUFFIXES)}")
         self._paths = b"".join(paths)
@@ -53,12 +55,15 @@ class FolderSource:
         found, folders = [], [b""]
         while folders:
             folder = folders.pop()
-            with os.scandir(os.path.join(root, folder)) as entries:
+            here = os.path.join(root, folder)
+            with os.scandir(here) as entries:
                 for entry in entries:
                     if entry.name.startswith(b"."):
                         continue
                     path = os.path.join(folder, entry.name)
                     if entry.is_dir():
+                        if entry.is_symlink() and _holds(entry.path, here):
+                            continue  # a link to a folder that holds it
                         folders.append(path)
                     elif os.path.splitext(entry.name)[1].lower().decode(errors="replace") in SUFFIXES:
                         found.append(path)
@@ -89,6 +94,11 @@ class FolderSource:
     def fingerprint(self) -> str:
         """Equal for two data sets with the same relative paths, wherever they lie."""
         return hashlib.sha256(self._paths + self._ends.tobytes()).hexdigest()[:16]
+
+
+def _holds(outer: bytes, inner: bytes) -> bool:
+    """Whether the folder `inner` is `outer` or lies below it, links resolved."""
+    return os.path.join(os.path.realpath(inner), b"").startswith(os.path.join(os.path.realpath(outer), b""))
 
 
 class ShapesSource:

@@ -4,12 +4,11 @@ Configurations are plain JSON, so none of these libraries is needed to write the
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from modeling.mae import MaskedAutoencoder
 from modeling.vit import SIZES, VisionTransformer
@@ -154,8 +153,6 @@ def _write(folder: str | Path, weights: dict[str, dict[str, torch.Tensor]], conf
     for file, state in weights.items():
         # Copies, as a part of q, k, v is a view, and safetensors refuses tensors that share memory.
         state = {n: t.detach().to("cpu", torch.float32, copy=True).contiguous() for n, t in state.items()}
-        save_file(state, folder / file, metadata={"format": "pt"})
+        (folder / file).write_bytes(save(state, metadata={"format": "pt"}))
     for file, content in (("preprocessor_config.json", preprocessor), ("config.json", config)):
         (folder / file).write_text(json.dumps(content, indent=2) + "\n")
-    for file in weights:  # which safetensors leaves readable by the owner alone
-        shutil.copymode(folder / "config.json", folder / file)

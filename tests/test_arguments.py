@@ -28,6 +28,7 @@ def test_defaults_have_no_errors():
 def test_all_bad_values_are_reported_together():
     args, errors = read("--epochs", "x", "--seed", "-1", "--weight_decay", "nan", "--mixed_precision", "fp8", "--lol=1")
     assert len(errors) == 5
+    assert len(read("--what", "1", "--seed", "9" * 30)[1]) == 2 and len(read("stray", "-z")[1]) == 2
     assert "--epochs x is no valid value; expected a whole number of at least 1" in errors
     assert "--mixed_precision fp8 is no valid value; expected one of no, bf16, fp16" in errors
     assert any(error.startswith("--lol is not a flag") for error in errors)

@@ -20,7 +20,9 @@ def save(folder, step, keep=3):
 
 @pytest.fixture
 def folder(tmp_path):
-    return RunFolder(tmp_path / "run")
+    result = RunFolder(tmp_path / "run")
+    result.checkpoints.mkdir(parents=True)
+    return result
 
 
 def test_a_checkpoint_holds_what_was_saved_and_nothing_is_left_beside_it(folder):
@@ -72,18 +74,26 @@ def test_what_resume_finds(folder, tmp_path):
     write_json(tmp_path / "metrics.json", {})
     finished.path.mkdir()
     write_json(finished.path / "metrics.json", {})
-    with pytest.raises(RunError, match="already holds a run"):
-        finished.find(None)
+    for wanted in (None, "auto"):
+        with pytest.raises(RunError, match="already holds a run"):
+            finished.find(wanted)
+    with pytest.raises(RunError, match="is of another run"):
+        finished.find(str(first))
+    with pytest.raises(RunError, match="is no folder"):
+        folder.find("")
 
 
 def test_leftovers_are_removed(folder):
     save(folder, 1)
     (folder.checkpoints / ".saving_step_00000002").mkdir()
     (folder.path / "log.jsonl").write_text("{}\n")
-    folder.remove_leftovers(afresh=False)
+    save(folder, 5)
+    write_json(folder.path / "metrics.json", {})
+    folder.clear_beyond(1)
     assert os.listdir(folder.checkpoints) == ["step_00000001"] and (folder.path / "log.jsonl").exists()
-    folder.remove_leftovers(afresh=True)
-    assert not (folder.path / "log.jsonl").exists()
+    assert not (folder.path / "metrics.json").exists()
+    folder.clear_beyond(0)
+    assert os.listdir(folder.checkpoints) == [] and not (folder.path / "log.jsonl").exists()
 
 
 def test_one_writer_until_its_process_ends(folder):

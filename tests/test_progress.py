@@ -24,6 +24,9 @@ def test_damaged_images_are_named_once_and_limited(tmp_path):
     again.add([("a.jpg", "truncated"), ("c.jpg", "empty")])
     lines = [json.loads(line) for line in (tmp_path / "damaged.jsonl").read_text().splitlines()]
     assert [line["path"] for line in lines] == ["a.jpg", "b.jpg", "c.jpg"] and lines[1]["reason"] == "empty"
+    with open(tmp_path / "damaged.jsonl", "a") as file:
+        file.write('{"path": "/cu')
+    assert DamagedImages(tmp_path, 50, is_main_process=True).named == {"a.jpg", "b.jpg", "c.jpg"}
     again.add([(f"{i}.jpg", "empty") for i in range(7)])
     with pytest.raises(RunError, match="11 of 50 images are damaged, more than the 10 allowed"):
         again.add([("x.jpg", "empty")])

@@ -42,6 +42,8 @@ def test_length_is_the_number_of_micro_batches():
 
 
 def test_randomness_is_a_function_of_seed_epoch_and_index():
+    streams = [epoch_order(3, 5, 10).tolist(), sample_generator(3, 5, 0).permutation(10).tolist()]
+    assert streams[0] != streams[1]
     draws = {key: sample_generator(*key).random() for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]}
     assert len(set(draws.values())) == 4
     assert sample_generator(0, 1, 0).random() == draws[0, 1, 0]

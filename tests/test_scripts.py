@@ -6,11 +6,12 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TWO_PROCESSES, launch, log_of, losses_of, run, start, write_images
+from conftest import ROOT, TINY, TWO_PROCESSES, environment, launch, log_of, losses_of, run, start, write_images
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -83,14 +84,14 @@ def test_the_result_loads_in_timm_and_transformers(undisturbed):
 def test_kill_at_a_random_step_and_resume_with_other_workers(undisturbed, flags, tmp_path, seed):
     flags = [*flags, "--gradient_accumulation_steps", 2, "--save_checkpoint_steps", 4]
     folder = tmp_path / "work_dir" / "pretrain_mae"
-    process = start(SCRIPT, *flags, cwd=tmp_path)
+    process = start(SCRIPT, *flags, "--num_workers", 2 - seed, cwd=tmp_path)
     at = random.Random(seed).randint(5, 21)
     while process.poll() is None and (not (folder / "log.jsonl").exists() or len(losses_of_partial(folder)) < at):
         time.sleep(0.005)
     process.kill()
     process.communicate()
     assert not (folder / "metrics.json").exists()
-    run(SCRIPT, *flags, "--num_workers", 2, "--resume_from_checkpoint", "auto", cwd=tmp_path)
+    run(SCRIPT, *flags, "--num_workers", seed, "--resume_from_checkpoint", "auto", cwd=tmp_path)
     assert_equal_runs(undisturbed, folder, 23)
 
 
@@ -138,6 +139,66 @@ def test_a_finished_run_resumes_to_the_same_end(undisturbed, flags, tmp_path):
     run(SCRIPT, *flags, "--gradient_accumulation_steps", 2, "--resume_from_checkpoint", "latest", cwd=tmp_path)
     assert (folder / "metrics.json").exists()
     assert_equal_runs(undisturbed, folder, 23)
+
+
+def test_resuming_from_an_earlier_checkpoint_goes_on_from_there(undisturbed, flags, tmp_path):
+    folder = shutil.copytree(undisturbed, tmp_path / "work_dir" / "pretrain_mae")
+    flags = [*flags, "--gradient_accumulation_steps", 2, "--save_checkpoint_interval", 0]
+    run(SCRIPT, *flags, "--resume_from_checkpoint", "step_00000016", cwd=tmp_path)
+    assert sorted(os.listdir(folder / "checkpoints")) == ["step_00000016", "step_00000023"]
+    assert_equal_runs(undisturbed, folder, 23)
+    foreign = ["--experiment_name", "other", "--resume_from_checkpoint", folder / "checkpoints" / "step_00000016"]
+    assert "is of another run" in run(SCRIPT, *flags, *foreign, cwd=tmp_path, code=2).stderr
+
+
+def test_two_processes_stop_together_and_one_continues(image_folder, tmp_path):
+    """SIGTERM to the launcher of two processes; one process then continues with the same global batch."""
+    (tmp_path / "data").mkdir()
+    shutil.copytree(image_folder / "train", tmp_path / "data" / "train")
+    damaged = sorted((tmp_path / "data").rglob("*.jpg"))[5]
+    damaged.write_bytes(b"no image")
+    flags = [*TINY, "--path_to_data", tmp_path / "data", "--validate_every", 0, "--max_steps", 3000]
+    folder = tmp_path / "work_dir" / "pretrain_mae"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *TWO_PROCESSES, str(ROOT / SCRIPT), *map(str, flags)]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and (not (folder / "log.jsonl").exists() or len(losses_of_partial(folder)) < 7):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)  # the launcher makes an exit code of its own
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step_"))
+    assert json.loads((folder / "damaged.jsonl").read_text())["path"] == str(damaged)
+    one = [*flags, "--resume_from_checkpoint", "latest"]
+    refused = run(SCRIPT, *one, cwd=tmp_path, code=2).stderr
+    assert "the batch flags mean 8 images per optimizer step, the checkpoint has 16" in refused
+    one[one.index("--per_gpu_batch_size") + 1] = 16
+    process = start(SCRIPT, *one, cwd=tmp_path)
+    while process.poll() is None and len(losses_of_partial(folder)) < step + 3:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert [line["step"] for line in log_of(folder)] == list(range(1, len(log_of(folder)) + 1))
+
+
+def test_a_failure_nobody_foresaw_ends_at_once_with_its_traceback(flags, tmp_path):
+    """With loader workers alive, which Python's farewell would wait for."""
+    code = (
+        "import sys, pretrain_mae; from training import arguments, progress\n"
+        "def fail(*_): raise ValueError('unforeseen')\n"
+        "progress.Progress.write = fail\n"
+        "arguments.run_script(lambda: pretrain_mae.main(sys.argv[1:]))"
+    )
+    words = [str(word) for word in [*flags, "--num_workers", 2]]
+    failed = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert failed.returncode == 1 and "Traceback" in failed.stderr and "ValueError: unforeseen" in failed.stderr
 
 
 def test_one_writer_at_a_time(flags, tmp_path):
@@ -263,7 +324,16 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(image_folder, tmp_path):
         shutil.copytree(disk, tmp_path / "work_dir")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-    flags[flags.index(disk)] = tmp_path / "work_dir"
+    small_disk(tmp_path / "smaller", 60)  # room for the flags and a part of the log
+    try:
+        flags[flags.index(disk)] = tmp_path / "smaller"
+        longer = ["--max_steps", 2000, "--save_checkpoint_steps", 2000, "--num_workers", 2]
+        stopped = run(SCRIPT, *flags, *longer, cwd=tmp_path, code=1)
+        assert "could not be written (the disk is full)" in stopped.stderr
+        assert "Traceback" not in stopped.stderr
+    finally:
+        subprocess.run(["umount", str(tmp_path / "smaller")], check=True)
+    flags[flags.index(tmp_path / "smaller")] = tmp_path / "work_dir"
     run(SCRIPT, *flags, "--resume_from_checkpoint", "latest", cwd=tmp_path)
 
 

@@ -21,6 +21,16 @@ def test_a_folder_in_the_order_of_its_bytes(tmp_path):
     assert source.fetch([3, 0]) == [b"b/x.jpg", "B/ü.webp".encode()]
 
 
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    write_images(tmp_path / "data", 3)
+    write_images(tmp_path / "elsewhere", 2)
+    os.symlink(tmp_path / "data", tmp_path / "data" / "class_0" / "up")
+    os.symlink(tmp_path / "elsewhere" / "class_0", tmp_path / "data" / "more")
+    names = [os.path.relpath(FolderSource(tmp_path / "data").name(i), tmp_path / "data") for i in range(4)]
+    assert names == ["class_0/0000.jpg", "class_0/0002.jpg", "class_1/0001.jpg", "more/0000.jpg"]
+    assert len(FolderSource(tmp_path / "data")) == 4
+
+
 def test_a_tree_without_classes(tmp_path):
     write_images(tmp_path / "deep", 3)
     (tmp_path / "top.jpg").write_bytes(b"x")

@@ -2,9 +2,11 @@
 
 import argparse
 import difflib
+import errno
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -25,14 +27,42 @@ class RunError(Exception):
     """Something that ends the run with one line: what happened, what was expected, the remedy."""
 
 
-def fail(errors: list[str], *, exit_code: int, show: bool = True) -> NoReturn:
-    """Prints one `error:` line each (`show`: on the main process) and ends the process."""
+def fail(errors: list[str], *, show: bool = True) -> NoReturn:
+    """Refuses bad input: prints one `error:` line each (`show`: on the main process) and ends with exit code 2."""
     if show:
-        if exit_code == 1:  # the bar may stand on this line
-            print(file=sys.stderr)
         for error in dict.fromkeys(errors):
             print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(exit_code)
+    raise SystemExit(2)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's `main`. What ends it with a known cause ends in one line, and no failure waits for anybody.
+
+    A failed process leaves without Python's farewell, which would wait for loader workers and for other processes.
+    """
+    try:
+        main()
+        return
+    except RunError as error:
+        report, code = str(error), 1
+    except OSError as error:
+        report, code = traceback.format_exc(), 1
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            report = (
+                f"{error.filename or 'a file of the run'} could not be written (the disk is full); make room and "
+                "continue with --resume_from_checkpoint auto: whole checkpoints stay whole"
+            )
+    except KeyboardInterrupt:  # the second one: the first finishes the step and saves
+        report, code = "interrupted before the step was saved; continue with --resume_from_checkpoint auto", 130
+    except Exception:
+        report, code = traceback.format_exc(), 1
+    if "Traceback" in report:
+        print(f"\n{report}", file=sys.stderr)
+    elif is_main_process():
+        print(f"\nerror: {report}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class Unreadable(NamedTuple):
@@ -42,15 +72,16 @@ class Unreadable(NamedTuple):
     expected: str
 
 
-def integer(minimum: int) -> Callable[[str], int | Unreadable]:
-    """A flag's type: a whole number of at least `minimum`."""
+def integer(minimum: int, maximum: int = 2**63 - 1) -> Callable[[str], int | Unreadable]:
+    """A flag's type: a whole number in [minimum, maximum]."""
+    bounds = f"of at least {minimum}" if maximum == 2**63 - 1 else f"from {minimum} to {maximum}"
 
     def read(text: str) -> int | Unreadable:
         try:
             value = int(text)
         except ValueError:
             value = minimum - 1
-        return value if value >= minimum else Unreadable(text, f"a whole number of at least {minimum}")
+        return value if minimum <= value <= maximum else Unreadable(text, f"a whole number {bounds}")
 
     return read
 
@@ -87,15 +118,17 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        fail([f"{message}; {self.prog} --help lists the flags"], exit_code=2, show=is_main_process())
+        fail([f"{message}; {self.prog} --help lists the flags"], show=is_main_process())
 
     def read(self, argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
         """The flags, and what is wrong with them; a flag that could not be read then has its default."""
         words, errors = _expand_recipes(sys.argv[1:] if argv is None else argv)
         args, unknown = self.parse_known_args(words)
         known = [option for action in self._actions for option in action.option_strings]
-        strays = [word.partition("=")[0] for word in unknown if word.startswith("--")] or unknown
-        for word in strays:
+        for before, word in zip(["", *unknown], unknown, strict=False):
+            if before.startswith("-") and "=" not in before and not word.startswith("-"):
+                continue  # the value of an unknown flag
+            word = word.partition("=")[0]
             close = difflib.get_close_matches(word, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"{self.prog} --help lists the flags"
             errors.append(f"{word} is not a flag of {self.prog}; {hint}")
@@ -135,7 +168,7 @@ def add_run_flags(parser: Parser, *, name: str) -> None:
     flag("--experiment_name", default=name, help=f"name of the run and its folder (default {name})")
     flag("--working_directory", default="work_dir", help="folder that holds the runs (default work_dir)")
     flag("--path_to_data", help="folder of images, with train/ and val/ or without, or builtin:shapes (required)")
-    flag("--seed", type=integer(0), default=0, help="seed of samples, masks and weights (default 0)")
+    flag("--seed", type=integer(0, 2**32 - 1), default=0, help="seed of samples, masks and weights (default 0)")
     flag("--resume_from_checkpoint", metavar="latest|auto|FOLDER", help="continue a run; auto also starts a new one")
     flag("--num_workers", type=integer(0), help="loader workers per process (default min(32, cores / processes))")
     flag("--pin_memory", action="store_true", help="copy batches to the GPU from pinned memory")

@@ -4,12 +4,14 @@ A checkpoint is whole or absent: it is written to a temporary folder beside its 
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -32,15 +34,21 @@ class RunFolder:
     def lock(self) -> None:
         """Makes this process the writer, until it ends. Raises RunError where the folder has one or is not writable."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.checkpoints).close()
             self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 - held until the process ends
         except OSError as error:
             raise RunError(
                 f"{self.path} is not writable ({error.strerror}); give another --working_directory"
             ) from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loader workers
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise RunError(
+                    f"{self.path} cannot be locked ({error.strerror}); give a --working_directory on a file system "
+                    "with locks"
+                ) from None
             raise RunError(
                 f"{self.path} is being written to by another run; wait for it or give another --experiment_name"
             ) from None
@@ -52,8 +60,9 @@ class RunFolder:
     def find(self, wanted: str | None) -> Path | None:
         """The checkpoint that --resume_from_checkpoint names, or None for a fresh start. Raises RunError."""
         whole = self.whole_checkpoints()
-        if wanted is None:
-            if whole or (self.path / "metrics.json").exists():
+        finished = (self.path / "metrics.json").exists()
+        if wanted is None or (wanted == "auto" and finished and not whole):
+            if whole or finished:
                 raise RunError(
                     f"{self.path} already holds a run; continue it with --resume_from_checkpoint latest or give "
                     "another --experiment_name"
@@ -67,20 +76,30 @@ class RunFolder:
                 "leave the flag out, or give auto, to start the run"
             )
         path = self.checkpoints / wanted if (self.checkpoints / wanted).is_dir() else Path(wanted)
-        if not path.is_dir():
+        if not path.is_dir() or not wanted:
             raise RunError(
                 f"--resume_from_checkpoint {wanted} is no folder; expected latest, auto or one of "
                 f"{', '.join(p.name for p in whole) or 'the checkpoints of a run (there are none)'}"
+            )
+        if path.resolve().parent != self.checkpoints.resolve():
+            raise RunError(
+                f"the checkpoint {path} is of another run than {self.path}; continue that one, by its "
+                "--working_directory and --experiment_name"
             )
         if not is_whole(path):
             raise RunError(f"the checkpoint {path} is incomplete; resume from another one, or give latest")
         return path
 
-    def remove_leftovers(self, *, afresh: bool) -> None:
-        """Removes what an interrupted save left behind and, `afresh`, what an earlier run without checkpoint did."""
+    def clear_beyond(self, step: int) -> None:
+        """Removes what lies beyond the step to start from: an interrupted save, later checkpoints, the final metrics;
+        from step 0 also the log and the pictures of an earlier start that left no checkpoint."""
+        (self.path / "metrics.json").unlink(missing_ok=True)
         for path in self.checkpoints.glob(".saving_*"):
             shutil.rmtree(path, ignore_errors=True)
-        if afresh:
+        for path in self.whole_checkpoints():
+            if read_state(path)["step"] > step:
+                _remove(path)
+        if step == 0:
             for name in ("log.jsonl", "damaged.jsonl", "wandb_run_id"):
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(self.path / "reconstructions", ignore_errors=True)
@@ -93,12 +112,10 @@ class RunFolder:
         """
         step = state["step"]
         target = self.checkpoints / f"step_{step:08d}"
-        if is_whole(target):  # written before an interruption, and a run is a function of its flags
-            return target
         temporary = self.checkpoints / f".saving_{target.name}"
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            temporary.mkdir()
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}
             save_file(tensors, temporary / MODEL, metadata={"format": "pt"})
             torch.save(optimizer, temporary / OPTIMIZER)
@@ -116,14 +133,18 @@ class RunFolder:
             shutil.rmtree(temporary, ignore_errors=True)
             whole = self.whole_checkpoints()
             raise RunError(
-                f"the checkpoint of step {step} could not be written to {self.checkpoints} ({reason}); make room and "
-                "give --resume_from_checkpoint auto: "
+                f"the checkpoint of step {step} could not be written to {self.checkpoints} ({reason}); "
+                f"{'make room' if full else 'make it writable'} and give --resume_from_checkpoint auto: "
                 f"{whole[-1].name + ' is whole' if whole else 'no earlier checkpoint exists'}"
             ) from error
         for path in self.whole_checkpoints()[:-keep]:
-            (path / STATE).unlink()  # first, so that a half-removed folder is never taken for a checkpoint
-            shutil.rmtree(path)
+            _remove(path)
         return target
+
+
+def _remove(checkpoint: Path) -> None:
+    (checkpoint / STATE).unlink()  # first, so that a half-removed folder is never taken for a checkpoint
+    shutil.rmtree(checkpoint)
 
 
 def is_whole(path: Path) -> bool:
@@ -131,7 +152,7 @@ def is_whole(path: Path) -> bool:
     try:
         files = json.loads((path / STATE).read_text())["files"]
         return all((path / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -209,6 +230,7 @@ def describe_environment() -> dict:
         "versions": {**versions, **{name: metadata.version(name) for name in packages}},
         "git_revision": revision,
         "machine": {"system": platform.platform(), "cores": os.cpu_count(), "gpus": gpus},
+        "threads": torch.get_num_threads(),
     }
 
 

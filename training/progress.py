@@ -157,8 +157,13 @@ class DamagedImages:
         self.path, self.is_main_process = folder / "damaged.jsonl", is_main_process
         self.limit = max(10, num_samples // 100)
         self.num_samples = num_samples
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.named = {json.loads(line)["path"] for line in lines}
+        self.named = set()
+        for text in self.path.read_text().splitlines() if self.path.exists() else []:
+            with contextlib.suppress(ValueError):  # a line that a kill cut short
+                self.named.add(json.loads(text)["path"])
+        if self.named and is_main_process and not self.path.read_text().endswith("\n"):
+            with open(self.path, "a") as file:
+                file.write("\n")
 
     def add(self, found: list[tuple[str, str]]) -> None:
         """Notes (path, reason) pairs, the same on all processes. Raises RunError beyond the limit."""
