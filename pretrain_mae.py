@@ -310,17 +310,25 @@ def main(argv=None):
     fingerprint = train_source.fingerprint() if train_source else None
     saved = read_state(checkpoint) if checkpoint else {}
     batch_plan, found = arguments.plan_batch(
-        args, num_processes=accelerator.num_processes, held=saved.get("global_batch_size")
+        global_batch_size=args.global_batch_size,
+        per_gpu_batch_size=args.per_gpu_batch_size,
+        micro_batch_size=args.micro_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        num_processes=accelerator.num_processes,
+        held=saved.get("global_batch_size"),
     )
     errors += found
     args.global_batch_size, args.per_gpu_batch_size, args.micro_batch_size = batch_plan
     args.gradient_accumulation_steps = accelerator.gradient_accumulation_steps = batch_plan.accumulation
     if train_source:
         length, found = arguments.plan_length(
-            args,
+            epochs=args.epochs,
+            max_steps=args.max_steps,
+            warmup_epochs=args.warmup_epochs,
+            warmup_steps=args.warmup_steps,
+            default_warmup_epochs=DEFAULT_WARMUP_EPOCHS,
             num_samples=len(train_source),
             global_batch_size=batch_plan.global_size,
-            default_warmup_epochs=DEFAULT_WARMUP_EPOCHS,
         )
         errors += found
         args.max_steps, args.warmup_steps = length.total_steps, length.warmup_steps

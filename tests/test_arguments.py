@@ -1,5 +1,3 @@
-import argparse
-
 import pytest
 import torch
 
@@ -77,8 +75,7 @@ def test_a_flag_without_its_value_ends_with_code_2(capsys):
 
 def batch(processes=1, held=None, **given):
     names = ("global_batch_size", "per_gpu_batch_size", "micro_batch_size", "gradient_accumulation_steps")
-    args = argparse.Namespace(**{name: given.get(name) for name in names})
-    return plan_batch(args, num_processes=processes, held=held)
+    return plan_batch(**{name: given.get(name) for name in names}, num_processes=processes, held=held)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +118,8 @@ def test_a_checkpoint_keeps_its_global_batch_on_other_processes():
 
 def length(num_samples=100, global_batch_size=8, **given):
     defaults = dict(epochs=10, max_steps=None, warmup_epochs=None, warmup_steps=None)
-    args = argparse.Namespace(**{**defaults, **given})
-    return plan_length(args, num_samples=num_samples, global_batch_size=global_batch_size, default_warmup_epochs=4)
+    sizes = dict(num_samples=num_samples, global_batch_size=global_batch_size, default_warmup_epochs=4)
+    return plan_length(**{**defaults, **given}, **sizes)
 
 
 @pytest.mark.parametrize(

@@ -248,10 +248,21 @@ class BatchPlan(NamedTuple):
         return self.per_process // self.micro
 
 
-def plan_batch(args: argparse.Namespace, *, num_processes: int, held: int | None) -> tuple[BatchPlan, list[str]]:
-    """The batch that the flags ask for, or `held`, the global batch of the checkpoint to resume; and what is wrong."""
+def plan_batch(
+    *,
+    global_batch_size: int | None,
+    per_gpu_batch_size: int | None,
+    micro_batch_size: int | None,
+    gradient_accumulation_steps: int | None,
+    num_processes: int,
+    held: int | None,
+) -> tuple[BatchPlan, list[str]]:
+    """The batch that the flags ask for, or `held`, the global batch of the checkpoint to resume; and what is wrong.
+
+    A flag that was not given is None.
+    """
     errors = []
-    global_size, per_process = args.global_batch_size, args.per_gpu_batch_size
+    global_size, per_process = global_batch_size, per_gpu_batch_size
     if global_size and global_size % num_processes:
         errors.append(
             f"--global_batch_size {global_size} is not divided by {num_processes} processes; "
@@ -277,7 +288,7 @@ def plan_batch(args: argparse.Namespace, *, num_processes: int, held: int | None
     global_size = held or global_size or 256 * num_processes
     per_process = max(1, global_size // num_processes)
 
-    micro, accumulation = args.micro_batch_size, args.gradient_accumulation_steps
+    micro, accumulation = micro_batch_size, gradient_accumulation_steps
     if micro and accumulation and micro * accumulation != per_process:
         errors.append(
             f"--micro_batch_size {micro} x --gradient_accumulation_steps {accumulation} = {micro * accumulation} "
@@ -302,28 +313,37 @@ class LengthPlan(NamedTuple):
 
 
 def plan_length(
-    args: argparse.Namespace, *, num_samples: int, global_batch_size: int, default_warmup_epochs: float
+    *,
+    epochs: int,
+    max_steps: int | None,
+    warmup_epochs: float | None,
+    warmup_steps: int | None,
+    default_warmup_epochs: float,
+    num_samples: int,
+    global_batch_size: int,
 ) -> tuple[LengthPlan, list[str]]:
-    """The length that the flags ask for, and what is wrong."""
+    """The length that the flags ask for, and what is wrong. A flag that was not given is None."""
     steps_per_epoch = num_samples // global_batch_size
     if not steps_per_epoch:
         return LengthPlan(1, 1, 0), [
             f"the data hold {num_samples} images, fewer than one global batch of {global_batch_size}; "
             "give a smaller --per_gpu_batch_size or more images"
         ]
-    total_steps = args.max_steps or args.epochs * steps_per_epoch
-    if args.warmup_steps is None and args.warmup_epochs is None:
-        warmup_steps = min(round(default_warmup_epochs * steps_per_epoch), total_steps // 20)
-        return LengthPlan(steps_per_epoch, total_steps, warmup_steps), []
-    name = "warmup_epochs" if args.warmup_steps is None else "warmup_steps"
-    warmup_steps = round(args.warmup_epochs * steps_per_epoch) if args.warmup_steps is None else args.warmup_steps
+    total_steps = max_steps or epochs * steps_per_epoch
+    if warmup_steps is not None:
+        given, warmup = f"--warmup_steps {warmup_steps}", warmup_steps
+    elif warmup_epochs is not None:
+        given, warmup = f"--warmup_epochs {warmup_epochs:g}", round(warmup_epochs * steps_per_epoch)
+    else:
+        warmup = min(round(default_warmup_epochs * steps_per_epoch), total_steps // 20)
+        return LengthPlan(steps_per_epoch, total_steps, warmup), []
     errors = []
-    if warmup_steps and warmup_steps >= total_steps:
+    if warmup and warmup >= total_steps:
         errors.append(
-            f"--{name} {getattr(args, name):g} is {warmup_steps} steps, not shorter than the run of {total_steps}; "
+            f"{given} is {warmup} steps, not shorter than the run of {total_steps}; "
             "give a shorter warmup or a longer run"
         )
-    return LengthPlan(steps_per_epoch, total_steps, warmup_steps), errors
+    return LengthPlan(steps_per_epoch, total_steps, warmup), errors
 
 
 def resolve_precision(wanted: str | None) -> str:
