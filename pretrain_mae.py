@@ -40,7 +40,7 @@ from training.optimizer import adamw, parameter_groups, set_learning_rate
 from training.pictures import reconstruction_grid
 from training.progress import DamagedImages, Progress, start_wandb, truncate_log
 from training.schedule import learning_rate_at
-from training.stopping import Stopper
+from training.stopping import Crew
 
 DEFAULT_WARMUP_EPOCHS = 40
 
@@ -293,7 +293,7 @@ def main(argv=None):
     args.mixed_precision, device = accelerator.mixed_precision, accelerator.device
     if device.type == "cpu":
         arguments.use_all_cores()
-    crew = Stopper()
+    crew = Crew()
     folder = RunFolder(Path(args.working_directory) / args.experiment_name)
     checkpoint, found = claim_run_folder(folder, args.resume_from_checkpoint, accelerator)
     errors += found

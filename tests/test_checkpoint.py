@@ -86,6 +86,7 @@ def test_what_resume_finds(folder, tmp_path):
 def test_leftovers_are_removed(folder):
     save(folder, 1)
     (folder.checkpoints / ".saving_step_00000002").mkdir()
+    (save(folder, 3) / "state.json").unlink()  # as a kill leaves it while old checkpoints are removed
     (folder.path / "log.jsonl").write_text("{}\n")
     save(folder, 5)
     write_json(folder.path / "metrics.json", {})

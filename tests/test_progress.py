@@ -32,6 +32,13 @@ def test_damaged_images_are_named_once_and_limited(tmp_path):
         again.add([("x.jpg", "empty")])
 
 
+def test_of_few_images_one_must_be_readable(tmp_path):
+    damaged = DamagedImages(tmp_path, 3, is_main_process=True)
+    damaged.add([("a.jpg", "empty"), ("b.jpg", "empty")])
+    with pytest.raises(RunError, match="3 of 3 images are damaged, more than the 2 allowed"):
+        damaged.add([("c.jpg", "empty")])
+
+
 def test_the_limit_is_one_percent_of_a_large_set(tmp_path):
     damaged = DamagedImages(tmp_path, 5000, is_main_process=False)
     damaged.add([(f"{i}.jpg", "empty") for i in range(50)])

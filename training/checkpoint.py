@@ -91,10 +91,11 @@ class RunFolder:
         return path
 
     def clear_beyond(self, step: int) -> None:
-        """Removes what lies beyond the step to start from: an interrupted save, later checkpoints, the final metrics;
-        from step 0 also the log and the pictures of an earlier start that left no checkpoint."""
+        """Removes what lies beyond the step to start from: later checkpoints, the final metrics, what a kill left of a
+        save or a removal; from step 0 also the log and pictures of an earlier start that left no checkpoint."""
         (self.path / "metrics.json").unlink(missing_ok=True)
-        for path in self.checkpoints.glob(".saving_*"):
+        half_removed = [path for path in self.checkpoints.glob("step_*") if not (path / STATE).exists()]
+        for path in [*self.checkpoints.glob(".saving_*"), *half_removed]:
             shutil.rmtree(path, ignore_errors=True)
         for path in self.whole_checkpoints():
             if read_state(path)["step"] > step:

@@ -155,7 +155,7 @@ class DamagedImages:
 
     def __init__(self, folder: Path, num_samples: int, *, is_main_process: bool):
         self.path, self.is_main_process = folder / "damaged.jsonl", is_main_process
-        self.limit = max(10, num_samples // 100)
+        self.limit = min(max(10, num_samples // 100), num_samples - 1)
         self.num_samples = num_samples
         self.named = set()
         for text in self.path.read_text().splitlines() if self.path.exists() else []:
@@ -174,7 +174,7 @@ class DamagedImages:
             if self.is_main_process:
                 with open(self.path, "a") as file:
                     file.write(json.dumps({"path": path, "reason": reason}) + "\n")
-        if len(self.named) > self.limit or len(self.named) >= self.num_samples:
+        if len(self.named) > self.limit:
             raise RunError(
                 f"{len(self.named)} of {self.num_samples} images are damaged, more than the {self.limit} allowed; "
                 f"{self.path} names them: repair or remove them"

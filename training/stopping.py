@@ -6,10 +6,11 @@ import torch
 import torch.distributed as dist
 
 
-class Stopper:
-    """Notes SIGTERM, SIGUSR1 and Ctrl-C; the loop asks once a step. A second Ctrl-C ends the process at once.
+class Crew:
+    """The processes of a run, of which each notes SIGTERM, SIGUSR1 and Ctrl-C; the loop asks once a step.
 
-    With several processes, they agree by one integer over a group on the CPU, so that the device is never waited for.
+    Several agree by one integer over a group on the CPU, so that the device is never waited for. A second Ctrl-C ends
+    its process at once.
     """
 
     def __init__(self):
