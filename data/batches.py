@@ -1,6 +1,7 @@
 """Samples -> batches: what runs in the loader's worker processes."""
 
 import signal
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +29,8 @@ class PretrainingDataset(Dataset):
     """Takes a list of (epoch, sample index) and fills one batch buffer.
 
     A sample's crop, flip and mask are drawn from (seed, epoch, index) alone; with `train=False` the crop is the centre.
-    A damaged image is replaced by the next readable one.
+    An image that stands several times in a row is read and decoded once. A damaged one is replaced by the next readable
+    one. `crop_scale` is that of `transforms.pretraining`, `crop_ratio` that of `transforms.evaluation`.
     """
 
     def __init__(
@@ -42,10 +44,13 @@ class PretrainingDataset(Dataset):
         mask_strategy: str,
         seed: int,
         train: bool,
+        crop_scale: tuple[float, float] = (0.2, 1.0),
+        crop_ratio: float = 1.0,
     ):
         self.source, self.img_size, self.channels = source, img_size, channels
         self.grid, self.num_kept, self.mask_strategy = grid, num_kept, mask_strategy
         self.seed, self.train = seed, train
+        self.crop_scale, self.crop_ratio = crop_scale, crop_ratio
 
     def __len__(self) -> int:
         return len(self.source)
@@ -54,13 +59,22 @@ class PretrainingDataset(Dataset):
         images = torch.empty(len(items), self.channels, *self.img_size, dtype=torch.uint8)
         noise = np.empty((len(items), self.grid[0] * self.grid[1]), dtype=np.float32)
         damaged: list[tuple[int, str]] = []
-        encoded = self.source.fetch([index for _, index in items])
-        for row, ((epoch, index), data) in enumerate(zip(items, encoded, strict=True)):
-            image = self.readable(index, data, damaged)
-            rng = sample_generator(self.seed, epoch, index)
-            images[row] = pretraining(image, rng, self.img_size) if self.train else evaluation(image, self.img_size)
-            noise[row] = mask_noise(self.mask_strategy, rng, self.grid, self.num_kept)
+        encoded = iter(self.source.fetch([index for index, _ in groupby(index for _, index in items)]))
+        row = 0
+        for index, views in groupby(items, key=lambda item: item[1]):
+            image = self.readable(index, next(encoded), damaged)
+            for epoch, _ in views:
+                rng = sample_generator(self.seed, epoch, index)
+                images[row] = self.crop(image, rng)
+                noise[row] = mask_noise(self.mask_strategy, rng, self.grid, self.num_kept)
+                row += 1
         return PretrainingBatch(images, torch.from_numpy(noise), damaged)
+
+    def crop(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        """(C, H, W) of any size -> (C, *img_size)."""
+        if self.train:
+            return pretraining(image, rng, self.img_size, scale=self.crop_scale)
+        return evaluation(image, self.img_size, crop_ratio=self.crop_ratio)
 
     def readable(self, index: int, data: bytes | np.ndarray | OSError, damaged: list) -> torch.Tensor:
         """The image (C, H, W) that `data` encodes, or the next one that can be read; appends to `damaged`."""

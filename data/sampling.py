@@ -35,6 +35,10 @@ class StepSampler:
     A micro-batch is a list of (epoch, sample index). Step s takes the samples [s * G, (s + 1) * G) of its epoch's
     permutation, G the global batch; each process takes a contiguous share of them. What is left of a permutation after
     floor(num_samples / G) steps is not used.
+
+    With `views` > 1 (repeated augmentation, Hoffer et al. 2020), every sample stands that many times in a row, and its
+    view v in epoch e is the one of epoch e * views + v without: an epoch has floor(num_samples * views / G) steps.
+    `views` divides the micro-batch, so that all views of a sample are in one.
     """
 
     def __init__(
@@ -48,13 +52,14 @@ class StepSampler:
         seed: int = 0,
         process_index: int = 0,
         num_processes: int = 1,
+        views: int = 1,
     ):
-        self.num_samples, self.seed = num_samples, seed
+        self.num_samples, self.seed, self.views = num_samples, seed, views
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.start_step, self.total_steps = start_step, total_steps
         self.per_process = global_batch_size // num_processes
         self.first_position = process_index * self.per_process
-        self.steps_per_epoch = num_samples // global_batch_size
+        self.steps_per_epoch = num_samples * views // global_batch_size
 
     def __len__(self) -> int:
         return (self.total_steps - self.start_step) * (self.per_process // self.micro_batch_size)
@@ -67,4 +72,5 @@ class StepSampler:
                 order, order_epoch = epoch_order(self.seed, epoch, self.num_samples), epoch
             first = step_in_epoch * self.global_batch_size + self.first_position
             for start in range(first, first + self.per_process, self.micro_batch_size):
-                yield [(epoch, int(index)) for index in order[start : start + self.micro_batch_size]]
+                positions = range(start, start + self.micro_batch_size)
+                yield [(epoch * self.views + p % self.views, int(order[p // self.views])) for p in positions]

@@ -55,6 +55,28 @@ def test_workers_do_not_change_the_batches(source):
         assert torch.equal(one.images, other.images) and torch.equal(one.noise, other.noise)
 
 
+def test_views_of_an_image_cost_one_reading_and_equal_those_of_their_epochs(source, monkeypatch):
+    fetched = []
+    fetch = source.fetch
+    monkeypatch.setattr(source, "fetch", lambda indices: fetched.extend(indices) or fetch(indices))
+    batch = dataset(source).__getitems__([(4, 7), (5, 7), (4, 2), (5, 2)])
+    assert fetched == [7, 2]
+    for row, item in enumerate([(4, 7), (5, 7), (4, 2), (5, 2)]):
+        alone = dataset(source).__getitems__([item])
+        assert torch.equal(batch.images[row], alone.images[0]) and torch.equal(batch.noise[row], alone.noise[0])
+    open(source.name(7), "wb").close()
+    assert [index for index, _ in dataset(source).__getitems__([(4, 7), (5, 7)]).damaged] == [7]
+
+
+def test_a_crop_of_the_whole_image_shows_all_of_it(source):
+    square = dict(img_size=(20, 20), grid=(2, 2))
+    image = dataset(source, train=False, **square).__getitems__([(0, 3)]).images[0]  # 40 x 40, so all of it
+    whole = dataset(source, crop_scale=(1.0, 1.0), **square).__getitems__([(0, 3)]).images[0]
+    assert torch.equal(whole, image) or torch.equal(whole, image.flip(2))
+    part = dataset(source, crop_scale=(0.2, 0.3), **square).__getitems__([(0, 3)]).images[0]
+    assert not torch.equal(part, image) and not torch.equal(part, image.flip(2))
+
+
 def test_validation_is_the_centre_with_fixed_noise(source):
     first = dataset(source, train=False).__getitems__([(FIXED_EPOCH, 2), (FIXED_EPOCH, 3)])
     again = dataset(source, train=False).__getitems__([(FIXED_EPOCH, 3)])

@@ -36,6 +36,22 @@ def test_any_split_of_the_global_batch_has_the_same_samples(processes, micro):
         assert joined == whole
 
 
+@pytest.mark.parametrize(("processes", "micro"), [(1, 4), (2, 2)])
+def test_repeated_views_stand_together_and_are_those_of_later_epochs(processes, micro):
+    options = dict(total_steps=10, views=2, num_processes=processes, micro_batch_size=micro)
+    parts = [batches(process_index=rank, **options) for rank in range(processes)]
+    for batch in [batch for part in parts for batch in part]:
+        epochs, indices = zip(*batch, strict=True)
+        assert indices[::2] == indices[1::2] and len(set(indices)) == micro // 2
+        assert all(
+            second == first + 1 and first % 2 == 0 for first, second in zip(epochs[::2], epochs[1::2], strict=True)
+        )
+    first_epoch = batches(total_steps=5, views=2)  # 21 images, twice each, in batches of 8: five steps an epoch
+    assert {epoch for batch in first_epoch for epoch, _ in batch} == {0, 1}
+    assert len({index for batch in first_epoch for _, index in batch}) == 20
+    assert batches(total_steps=6, views=2)[5][0][0] == 2
+
+
 def test_length_is_the_number_of_micro_batches():
     sampler = StepSampler(21, global_batch_size=8, micro_batch_size=2, total_steps=7, start_step=2)
     assert len(sampler) == len(list(sampler)) == 20
