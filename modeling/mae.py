@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from modeling.position import sincos_positions
-from modeling.vit import Block, VisionTransformer, initialize_like_paper, patchify, unpatchify
+from modeling.vit import Block, VisionTransformer, initialize_like_paper, patchify, run_blocks, unpatchify
 
 
 class MAEOutput(NamedTuple):
@@ -22,6 +22,8 @@ class MAEOutput(NamedTuple):
 
 class MaskedAutoencoder(nn.Module):
     """An encoder that sees the kept patches only, and a light decoder that predicts the pixels of the removed ones.
+
+    The decoder checkpoints its gradients where the encoder does.
 
     Raises ValueError for a mask ratio that keeps or removes nothing, a decoder without blocks, or a decoder width that
     its heads do not divide.
@@ -82,8 +84,8 @@ class MaskedAutoencoder(nn.Module):
         patches = torch.cat([x[:, 1:], mask_tokens], dim=1)
         patches = patches.gather(1, restore.unsqueeze(-1).expand(-1, -1, d))
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
-        for block in self.decoder_blocks:
-            x = block(x)
+        checkpointed = self.encoder.gradient_checkpointing and self.training
+        x = run_blocks(self.decoder_blocks, x, checkpointed=checkpointed)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     def loss(self, patches: torch.Tensor, prediction: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -122,14 +124,33 @@ class MaskedAutoencoder(nn.Module):
         the backward pass costs twice the forward pass."""
         encoder, decoder_dim = self.encoder, self.decoder_embed.out_features
         pixels, num_patches = self.decoder_pred.out_features, encoder.grid[0] * encoder.grid[1]
-        blocks = [(block, 1 + self.num_kept) for block in encoder.blocks]
-        blocks += [(block, 1 + num_patches) for block in self.decoder_blocks]
         multiply_adds = self.num_kept * pixels * encoder.embed_dim
         multiply_adds += (1 + self.num_kept) * encoder.embed_dim * decoder_dim + num_patches * decoder_dim * pixels
-        for block, tokens in blocks:
+        for block, tokens in self._blocks_and_tokens():
             dim, hidden = block.mlp.fc1.in_features, block.mlp.fc1.out_features
             multiply_adds += tokens * (4 * dim**2 + 2 * dim * hidden) + 2 * tokens**2 * dim
         return 6.0 * multiply_adds
+
+    def activation_bytes(self, *, half_precision: bool) -> float:
+        """Memory per image, about, of what the forward pass keeps for the backward pass.
+
+        A block keeps, per token and channel, two inputs of norms in float32 and, in the precision of matrix products,
+        the two norms' outputs, queries, keys, values, the attention's output and two hidden layers; with gradient
+        checkpointing its input alone, and one block at a time the rest.
+        """
+        size = 2 if half_precision else 4
+        whole, inputs = [], []
+        for block, tokens in self._blocks_and_tokens():
+            values = tokens * block.mlp.fc1.in_features
+            inputs.append(4 * values)
+            whole.append(8 * values + size * (6 * values + 2 * tokens * block.mlp.fc1.out_features))
+        return sum(inputs) + max(whole) if self.encoder.gradient_checkpointing else sum(whole)
+
+    def _blocks_and_tokens(self) -> list[tuple[Block, int]]:
+        """All blocks, each with the number of its tokens."""
+        num_patches = self.encoder.grid[0] * self.encoder.grid[1]
+        blocks = [(block, 1 + self.num_kept) for block in self.encoder.blocks]
+        return blocks + [(block, 1 + num_patches) for block in self.decoder_blocks]
 
     def no_weight_decay(self) -> set[str]:
         """Names, beyond biases and norms, that weight decay leaves alone: none, as the official recipe has it."""

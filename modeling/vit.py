@@ -6,6 +6,7 @@ Legend: B batch, C channels, H W pixels, h w patches, L = h * w, K kept patches,
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 from modeling.position import sincos_positions
@@ -108,12 +109,24 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, *, checkpointed: bool) -> torch.Tensor:
+    """(B, N, D) -> (B, N, D) through all blocks.
+
+    Where `checkpointed`, the backward pass finds each block's input alone and computes the rest again (Chen et al.
+    2016, "Training Deep Nets with Sublinear Memory Cost"), with the same random draws.
+    """
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
+    return x
+
+
 class VisionTransformer(nn.Module):
     """The encoder: images (B, C, H, W) -> tokens (B, 1 + L, D), the cls token first.
 
     `drop_path` is the rate of the last block; it grows linearly from 0 at the first. Positions are the fixed
     sine-cosine table, a parameter that takes no gradient until somebody asks for one. `custom_weight_init` is the
-    paper's initialisation (appendix A.1); without it, layers keep PyTorch's own.
+    paper's initialisation (appendix A.1); without it, layers keep PyTorch's own. `gradient_checkpointing` trades a
+    second forward pass for the memory of activations, in training.
 
     Raises ValueError for an image side that the patch size, or a width that the heads, does not divide.
     """
@@ -130,8 +143,10 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
         custom_weight_init: bool = True,
+        gradient_checkpointing: bool = False,
     ):
         super().__init__()
+        self.gradient_checkpointing = gradient_checkpointing
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         if any(side % patch_size for side in self.img_size):
             raise ValueError(f"an image of {self.img_size} pixels is not divided by patches of {patch_size}")
@@ -162,9 +177,8 @@ class VisionTransformer(nn.Module):
 
     def encode(self, tokens: torch.Tensor) -> torch.Tensor:
         """All blocks and the final norm: (B, N, D) -> (B, N, D)."""
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.norm(tokens)
+        checkpointed = self.gradient_checkpointing and self.training
+        return self.norm(run_blocks(self.blocks, tokens, checkpointed=checkpointed))
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> (B, 1 + L, D), after the final norm; equal to timm's method of the same name."""
