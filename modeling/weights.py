@@ -4,18 +4,21 @@ Nothing is skipped in silence: what is not planned for is an error that lists al
 """
 
 import argparse
+import contextlib
+import json
 import math
 import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
 
 from modeling.mae import MaskedAutoencoder
 from modeling.position import resize_positions
-from modeling.vit import VisionTransformer
+from modeling.vit import SIZES, VisionTransformer
 
 # Names of MaskedAutoencoder and of transformers' files (those of `vit`, ViTMAE and ViT alike); read both ways.
 TRANSFORMERS_NAMES = [
@@ -51,7 +54,10 @@ TRANSFORMERS_5_NAMES = [
 
 HEADS = ("head.", "fc_norm.", "classifier.", "vit.pooler.")  # what other libraries put on top of an encoder
 DECODER = ("mask_token", "decoder_")
+BLOCKS = {"encoder": "encoder.blocks.", "decoder": "decoder_blocks."}
+PROJECTION = "encoder.patch_embed.proj.weight"  # (D, C, P, P)
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")  # of DistributedDataParallel and torch.compile
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder, the first that is there is read
 
 
 class WeightsError(ValueError):
@@ -63,16 +69,80 @@ class LoadReport:
     """What `load_weights` did, in MaskedAutoencoder's names; `str` is one line for the console."""
 
     layout: str
-    loaded: int  # parameters, resized ones included
-    missing: tuple[str, ...]  # in the model only
+    loaded: int  # parameters, resized and adapted ones included
+    missing: tuple[str, ...]  # in the model only: a new decoder's, left as they were initialised
     ignored: tuple[str, ...]  # in the checkpoint only
     resized: tuple[str, ...]  # "name 14x14 -> 32x32"
+    adapted: tuple[str, ...] = ()  # "name 3 -> 1 channels"
 
     def __str__(self) -> str:
         parts = sorted({name.removeprefix("vit.").partition(".")[0] for name in self.ignored})
         ignored = f"{len(self.ignored)} ignored" + (f" ({', '.join(parts)})" if parts else "")
-        resized = f"resized: {', '.join(self.resized) or 'none'}"
-        return f"weights of {self.layout}: {self.loaded} loaded, {len(self.missing)} missing, {ignored}, {resized}"
+        line = f"weights of {self.layout}: {self.loaded} loaded, {len(self.missing)} missing, {ignored}, "
+        line += f"resized: {', '.join(self.resized) or 'none'}"
+        if self.adapted:
+            line += f", adapted: {', '.join(self.adapted)}"
+        if self.missing:
+            line += f", decoder: newly initialised ({len(self.missing)} parameters missing)"
+        return line
+
+
+def find_weights(path: str | Path, *, whole: bool) -> Path:
+    """What `read_state_dict` is to read where `path` may also be a run folder or an exported `encoder/`.
+
+    `whole` asks for the autoencoder: `encoder/pretraining/` of a run, else its newest whole checkpoint; `pretraining/`
+    of an `encoder/`. Otherwise an encoder is enough: `encoder/` of a run, else its newest whole checkpoint. Files and
+    other folders with weights are returned as they are. Raises WeightsError for a path that is not there, and for a
+    folder that has none of these.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise WeightsError(
+            f"{path}: no such file or folder; expected weights or a run folder; correct the path or download them first"
+        )
+    encoder = path / "encoder"
+    exported = [path / "pretraining", path, encoder / "pretraining"] if whole else [path, encoder]
+    for folder in [*exported, *sorted(path.glob("checkpoints/step_*"), reverse=True)]:
+        # The run writes these last; without one, the folder is half written or half removed.
+        finished = folder == path or (folder / "config.json").is_file() or (folder / "state.json").is_file()
+        if finished and any((folder / name).is_file() for name in WEIGHT_FILES):
+            return folder
+    if (path / "args.json").is_file() or (path / "checkpoints").is_dir():
+        raise WeightsError(
+            f"{path}: a run that has no weights yet; expected encoder/{'pretraining/' if whole else ''} or a whole "
+            "checkpoint in checkpoints/; wait for its first checkpoint or give another path"
+        )
+    raise WeightsError(
+        f"{path}: a folder without weights; expected {' or '.join(WEIGHT_FILES)}, or a run's checkpoints/ or encoder/; "
+        "give one of these or the file itself"
+    )
+
+
+class Stored(NamedTuple):
+    """What parameters do not tell of themselves; None where nobody does."""
+
+    grid: tuple[int, int] | None = None  # h w patches of the position tables
+    num_heads: int | None = None
+    decoder_num_heads: int | None = None
+
+
+def read_stored(path: str | Path) -> Stored:
+    """What stands beside weights: in the config.json of a folder, or in the args.json of a checkpoint's run."""
+    folder = Path(path)
+    if folder.name in WEIGHT_FILES:
+        folder = folder.parent
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        config = json.loads((folder / "config.json").read_text())
+        sides = config["image_size"] if isinstance(config["image_size"], list) else [config["image_size"]] * 2
+        grid = tuple(side // config["patch_size"] for side in sides)
+        return Stored(grid, config["num_attention_heads"], config.get("decoder_num_attention_heads"))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        flags = json.loads((folder.resolve().parent.parent / "args.json").read_text())["flags"]
+        grid = tuple(side // flags["patch_size"] for side in flags["img_size"])
+        return Stored(grid, flags["encoder_num_heads"], flags["decoder_num_heads"])
+    return Stored()
 
 
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
@@ -83,10 +153,10 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """
     path = Path(path)
     if path.is_dir():
-        names = ("model.safetensors", "pytorch_model.bin")
-        file = next((path / name for name in names if (path / name).is_file()), None)
+        file = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
         if file is None:
-            raise WeightsError(f"{path}: a folder without weights; expected {' or '.join(names)}; give the file itself")
+            expected = " or ".join(WEIGHT_FILES)
+            raise WeightsError(f"{path}: a folder without weights; expected {expected}; give the file itself")
         path = file
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; expected weights (.safetensors, .pth, .pt, .bin); correct the path")
@@ -159,19 +229,60 @@ def load_weights(
     model: MaskedAutoencoder | VisionTransformer,
     state: dict[str, torch.Tensor],
     *,
-    old_grid: tuple[int, int] | None = None,
+    stored: Stored = Stored(),  # noqa: B008 - immutable
+    adapt_channels: bool = False,
+    new_decoder: bool = False,
 ) -> LoadReport:
     """Copy the parameters of any known layout into `model`, and say what became of each.
 
-    Heads are left out, and for a VisionTransformer the decoder too. Positions of another grid are resized; `old_grid`
-    (h, w) is theirs, by default the model's own where the number of patches agrees, otherwise a square. Raises
-    WeightsError, before anything is copied, that lists every parameter that is missing, unexpected or of another shape.
+    Heads are left out, and for a VisionTransformer the decoder too. Positions of another grid are resized; where
+    `stored` does not tell theirs, it is the model's own if the number of patches agrees, otherwise a square.
+    `adapt_channels` converts weights for images of another number of channels; `new_decoder` takes weights that hold no
+    decoder at all, and leaves the model's as it was initialised. Raises WeightsError, before anything is copied: for
+    other sizes in words, otherwise with every parameter that is missing, unexpected or of another shape. A different
+    number of attention heads shows in `stored` alone.
     """
     layout, state = to_ours(state)
     encoder_only = isinstance(model, VisionTransformer)
     grid = model.grid if encoder_only else model.encoder.grid
     wanted = {f"encoder.{n}" if encoder_only else n: value for n, value in model.state_dict().items()}
+    _check_sizes(layout, state, wanted, adapt_channels, _other_heads(model, stored))
+    adapted = _adapt_channels(state, wanted)
+    resized, problems = _resize_tables(state, wanted, grid, stored.grid)
 
+    no_decoder = not encoder_only and not any(name.startswith(DECODER) for name in state)
+    new = [name for name in wanted if name.startswith(DECODER)] if no_decoder and new_decoder else []
+    planned = HEADS + DECODER if encoder_only else HEADS
+    ignored = sorted(name for name in state.keys() - wanted.keys() if name.startswith(planned))
+    problems += _misfits(state, wanted, expected={*new, *ignored})
+    if problems:
+        remedy = "give those of a plain ViT or MAE"
+        if no_decoder and not new_decoder:
+            remedy = "they hold no decoder: give those of a whole autoencoder, or new_decoder to begin a decoder afresh"
+        raise WeightsError(f"weights of {layout} do not fit: {'; '.join(problems)}; {remedy}")
+    values = {name: state.get(name, value) for name, value in wanted.items()}
+    model.load_state_dict({n.removeprefix("encoder.") if encoder_only else n: value for n, value in values.items()})
+    return LoadReport(layout, len(wanted) - len(new), tuple(new), tuple(ignored), tuple(resized), tuple(adapted))
+
+
+def _misfits(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], expected: set[str]) -> list[str]:
+    """Every parameter that is missing in `state`, unexpected there or of another shape, but for those in `expected`."""
+    problems = [f"{name} is missing" for name in wanted if name not in state and name not in expected]
+    problems += [f"{name} is unexpected" for name in sorted(state.keys() - wanted.keys() - expected)]
+    return problems + [
+        f"{name} is {tuple(state[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in state and state[name].shape != value.shape
+    ]
+
+
+def _resize_tables(
+    state: dict[str, torch.Tensor],
+    wanted: dict[str, torch.Tensor],
+    grid: tuple[int, int],
+    old_grid: tuple[int, int] | None,
+) -> tuple[list[str], list[str]]:
+    """Brings the position tables in `state`, (1, 1 + L, D), to `grid`: what was resized, and what could not be."""
     resized, problems = [], []
     for name in ("encoder.pos_embed", "decoder_pos_embed"):
         if name in wanted and name in state and state[name].ndim == 3:
@@ -179,22 +290,125 @@ def load_weights(
             side = math.isqrt(count)
             grid_there = old_grid or (grid if count == math.prod(grid) else (side, side))
             if math.prod(grid_there) != count:
-                problems.append(f"{name} has {count} positions, which are no grid of {grid_there} (give old_grid)")
+                problems.append(f"{name} has {count} positions, which are no grid of {grid_there}")
             elif grid_there != grid:
                 state[name] = resize_positions(state[name], grid_there, grid)
                 resized.append(f"{name} {grid_there[0]}x{grid_there[1]} -> {grid[0]}x{grid[1]}")
+    return resized, problems
 
-    planned = HEADS + DECODER if encoder_only else HEADS
-    extra = state.keys() - wanted.keys()
-    ignored = sorted(name for name in extra if name.startswith(planned))
-    problems += [f"{name} is missing" for name in wanted if name not in state]
-    problems += [f"{name} is unexpected" for name in sorted(extra.difference(ignored))]
-    problems += [
-        f"{name} is {tuple(state[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if name in state and state[name].shape != value.shape
+
+def _adapt_channels(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> list[str]:
+    """Gives the parameters in `state` that see or predict pixels as many channels as in `wanted`; names them.
+
+    Old and new channels are paired by counting through both, the fewer again and again: 3 -> 1 as (0, 0) (1, 0) (2, 0),
+    3 -> 4 as (0, 0) (1, 1) (2, 2) (0, 3). The model then does what the checkpoint's would on converted images, whose
+    old channels are each the mean of the new ones paired with it, and predicts a new channel as the mean of the old
+    ones paired with it. So an image whose channels are all equal keeps its tokens.
+    """
+    old, new = _channels(state), _channels(wanted)
+    if old in (None, new):
+        return []
+    pairs = torch.zeros(new, old, device=state[PROJECTION].device)
+    for k in range(max(new, old)):
+        pairs[k % new, k % old] = 1
+    seen = pairs / pairs.sum(dim=0)  # the new weights of an old channel add up to its own
+    predicted = pairs / pairs.sum(dim=1, keepdim=True)
+
+    state[PROJECTION] = torch.einsum("ji,dihw->djhw", seen, state[PROJECTION].float())
+    adapted, pixels = [PROJECTION], math.prod(wanted[PROJECTION].shape[2:])
+    for name in ("decoder_pred.weight", "decoder_pred.bias"):
+        if name in wanted and name in state and state[name].shape[:1] == (pixels * old,):
+            value = state[name].float().unflatten(0, (pixels, old))  # (P*P, C, ...), in the order of `patchify`
+            state[name] = torch.einsum("ji,pi...->pj...", predicted, value).flatten(0, 1)
+            adapted.append(name)
+    return [f"{name} {old} -> {new} channels" for name in adapted]
+
+
+def _channels(state: dict[str, torch.Tensor]) -> int | None:
+    """The number of input channels, None where no projection of patches (D, C, P, P) tells it."""
+    projection = state.get(PROJECTION)
+    return projection.shape[1] if projection is not None and projection.ndim == 4 else None
+
+
+class PartSizes(NamedTuple):
+    """What the parameters of an encoder or a decoder tell of its sizes; the number of heads is not among it."""
+
+    width: int
+    depth: int
+    mlp_ratio: float
+    patch_size: int | None  # of an encoder
+
+    def describe(self, *, mlp: bool) -> str:
+        """In words, with the MLP ratio where `mlp`: "1024 x 24 with patches of 16 and an MLP ratio of 4"."""
+        details = [f"patches of {self.patch_size}"] if self.patch_size else []
+        details += [f"an MLP ratio of {self.mlp_ratio:g}"] if mlp else []
+        return f"{self.width} x {self.depth}" + (f" with {' and '.join(details)}" if details else "")
+
+
+def _sizes(state: dict[str, torch.Tensor], part: str) -> PartSizes | None:
+    """The sizes of the "encoder" or "decoder" in `state`; None where the parameters that tell them are not there."""
+    blocks = BLOCKS[part]
+    fc1 = state.get(f"{blocks}0.mlp.fc1.weight")
+    if fc1 is None or fc1.ndim != 2 or _channels(state) is None:
+        return None
+    hidden, width = fc1.shape
+    indices = [name.removeprefix(blocks).partition(".")[0] for name in state if name.startswith(blocks)]
+    depth = 1 + max(int(index) for index in indices if index.isdecimal())
+    mlp_ratio = math.ceil(round(hidden / width * 1e4, 3)) / 1e4  # upwards, as a model rounds width * mlp_ratio down
+    return PartSizes(width, depth, mlp_ratio, state[PROJECTION].shape[-1] if part == "encoder" else None)
+
+
+def _other_heads(model: MaskedAutoencoder | VisionTransformer, stored: Stored) -> list[tuple[str, str]]:
+    """Where checkpoint and model differ in their number of attention heads, in words, and the flag to give."""
+    encoder = getattr(model, "encoder", model)
+    heads = [("encoder", stored.num_heads, encoder.num_heads)]
+    if encoder is not model:
+        heads.append(("decoder", stored.decoder_num_heads, model.decoder_blocks[0].attn.num_heads))
+    return [
+        (f"{there} {part} heads, the model {here}", f"--{part}_num_heads {there}")
+        for part, there, here in heads
+        if there not in (None, here)
     ]
-    if problems:
-        raise WeightsError(f"weights of {layout} do not fit: {'; '.join(problems)}; check the sizes of the model")
-    model.load_state_dict({name.removeprefix("encoder.") if encoder_only else name: state[name] for name in wanted})
-    return LoadReport(layout, len(wanted), (), tuple(ignored), tuple(resized))
+
+
+def _check_sizes(
+    layout: str,
+    state: dict[str, torch.Tensor],
+    wanted: dict[str, torch.Tensor],
+    adapt_channels: bool,
+    other_heads: list[tuple[str, str]],
+) -> None:
+    """Raises WeightsError, in words and with the flags to give, where checkpoint and model differ in their sizes."""
+    words, remedies = [], []
+    for article, part in (("an", "encoder"), ("a", "decoder")):
+        there, here = _sizes(state, part), _sizes(wanted, part)
+        if there and here and there != here:
+            mlp = there.mlp_ratio != here.mlp_ratio
+            words.append(f"{article} {part} of {there.describe(mlp=mlp)}, the model {here.describe(mlp=mlp)}")
+            remedies.append(_flags(part, there, here))
+    there, here = _channels(state), _channels(wanted)
+    if there not in (None, here) and not adapt_channels:
+        words.append(f"{there} input channels, the model {here}")
+        remedies.append(f"--adapt_channels to convert them (or --input_channels {there})")
+    if not words:  # other widths have other heads, and say so
+        words, remedies = ([pair[i] for pair in other_heads] for i in (0, 1))
+    if words:
+        raise WeightsError(f"weights of {layout} have {'; '.join(words)}; give {' and '.join(remedies)}")
+
+
+def _flags(part: str, there: PartSizes, here: PartSizes) -> str:
+    """The flags that turn an encoder or decoder of the sizes `here` into one of those `there`."""
+    named = {(size["embed_dim"], size["depth"]): name for name, size in SIZES.items()} if part == "encoder" else {}
+    model = named.get((there.width, there.depth))
+    wider, deeper = there.width != here.width, there.depth != here.depth
+    flags = [f"--{part}_embed_dim {there.width}"] if wider else []
+    flags += [f"--{part}_depth {there.depth}"] if deeper else []
+    flags += [f"--{part}_num_heads {SIZES[model]['num_heads']}"] if wider and model else []
+    patch_sizes = {here.patch_size}  # that the model may have once the flags above are given
+    if model and flags:
+        flags = [f"--model {model} (or {' '.join(flags)})"]
+        patch_sizes.add(SIZES[model]["patch_size"])
+    flags += [f"--patch_size {there.patch_size}"] if patch_sizes != {there.patch_size} else []
+    flags += [f"--{part}_mlp_ratio {there.mlp_ratio:g}"] if there.mlp_ratio != here.mlp_ratio else []
+    flags += [f"and the --{part}_num_heads of its training"] if wider and not model else []
+    return " ".join(flags)

@@ -1,6 +1,7 @@
 """Reading weights: every layout against the library that wrote it, and refusals that say what is wrong."""
 
 import argparse
+import json
 import math
 import os
 import pickle
@@ -21,9 +22,10 @@ from transformers import (
     ViTModel,
 )
 
+from modeling.export import export_autoencoder, export_encoder
 from modeling.mae import MaskedAutoencoder
-from modeling.vit import VisionTransformer
-from modeling.weights import WeightsError, load_weights, read_state_dict, to_ours
+from modeling.vit import SIZES, VisionTransformer
+from modeling.weights import Stored, WeightsError, find_weights, load_weights, read_state_dict, read_stored, to_ours
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
 DECODER = dict(decoder_embed_dim=16, decoder_depth=3, decoder_num_heads=2)
@@ -58,8 +60,8 @@ def new_encoder(**change) -> VisionTransformer:
     return VisionTransformer(**SMALL | change).eval()
 
 
-def new_autoencoder(**change) -> MaskedAutoencoder:
-    return MaskedAutoencoder(new_encoder(**change), **DECODER).eval()
+def new_autoencoder(*, decoder: dict | None = None, **change) -> MaskedAutoencoder:
+    return MaskedAutoencoder(new_encoder(**change), **DECODER | (decoder or {})).eval()
 
 
 def official(model: MaskedAutoencoder) -> dict[str, torch.Tensor]:
@@ -178,62 +180,166 @@ def test_positions_are_resized_as_transformers_does():
         ours = new_encoder(img_size=img_size)
         images = torch.randn(2, 3, *img_size)
         same_count = math.prod(ours.grid) == 16  # cannot be told from a table of this very grid
-        report = load_weights(ours, theirs.state_dict(), old_grid=(4, 4) if same_count else None)
+        report = load_weights(ours, theirs.state_dict(), stored=Stored((4, 4) if same_count else None))
         expected = theirs(images, interpolate_pos_encoding=True).last_hidden_state
         torch.testing.assert_close(ours(images), expected, rtol=0, atol=1e-5)
         assert report.resized == (f"encoder.pos_embed 4x4 -> {name}",)
 
 
-def test_both_tables_of_an_autoencoder_are_resized():
-    ours = new_autoencoder(img_size=64)
-    report = load_weights(ours, new_autoencoder().state_dict())
-    assert report.resized == ("encoder.pos_embed 4x4 -> 8x8", "decoder_pos_embed 4x4 -> 8x8")
-    ours(torch.randn(1, 3, 64, 64), torch.rand(1, 64))
+@pytest.mark.parametrize(("img_size", "name"), [((64, 64), "8x8"), ((24, 64), "3x8")])
+def test_both_tables_of_an_autoencoder_are_resized_as_transformers_does(img_size, name, tmp_path):
+    theirs = randomised(ViTMAEForPreTraining(ViTMAEConfig(**THEIRS, **THEIR_DECODER)))
+    ours = new_autoencoder(img_size=img_size)
+    report = load_weights(ours, written_by(theirs, tmp_path))
+    assert report.resized == (f"encoder.pos_embed 4x4 -> {name}", f"decoder_pos_embed 4x4 -> {name}")
+    for resized, table in (
+        (ours.encoder.pos_embed, theirs.vit.embeddings.position_embeddings),
+        (ours.decoder_pos_embed, theirs.decoder.decoder_pos_embed),
+    ):  # by ViTModel's method, as that of ViTMAE's decoder takes the grid for a line
+        embeddings = ViTModel(ViTConfig(**THEIRS | dict(hidden_size=table.shape[2]))).embeddings
+        embeddings.position_embeddings.data = table.data
+        expected = embeddings.interpolate_pos_encoding(torch.empty_like(resized), *img_size)
+        torch.testing.assert_close(resized, expected, rtol=0, atol=1e-6)
+    ours(torch.randn(1, 3, *img_size), torch.rand(1, math.prod(ours.encoder.grid)))
 
 
-def test_old_grid():
+def test_the_stored_grid():
     state = new_encoder(img_size=(16, 48)).state_dict()  # 2 x 6, which is no square
-    with pytest.raises(WeightsError, match=r"12 positions, which are no grid of \(3, 3\) \(give old_grid\)"):
+    with pytest.raises(WeightsError, match=r"12 positions, which are no grid of \(3, 3\)"):
         load_weights(new_encoder(), state)
     with pytest.raises(WeightsError, match=r"12 positions, which are no grid of \(4, 4\)"):
-        load_weights(new_encoder(img_size=(16, 48)), state, old_grid=(4, 4))
-    assert load_weights(new_encoder(), state, old_grid=(2, 6)).resized == ("encoder.pos_embed 2x6 -> 4x4",)
+        load_weights(new_encoder(img_size=(16, 48)), state, stored=Stored((4, 4)))
+    assert load_weights(new_encoder(), state, stored=Stored((2, 6))).resized == ("encoder.pos_embed 2x6 -> 4x4",)
     assert load_weights(new_encoder(img_size=(16, 48)), state).resized == ()
 
 
 # Refusals
 
 
-def refused(model, state) -> str:
+def refused(model, state, **options) -> str:
     """The message; and nothing was copied."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(WeightsError) as error:
-        load_weights(model, state)
+        load_weights(model, state, **options)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert isinstance(error.value, ValueError) and "\n" not in str(error.value)
     return str(error.value)
 
 
 def test_every_missing_and_unexpected_parameter_is_named():
-    deep, shallow = randomised(new_encoder(depth=3)), randomised(new_encoder())
-    block = [f"encoder.blocks.2.{name}" for name in deep.blocks[2].state_dict()]
-    message = refused(new_encoder(depth=3), shallow.state_dict())
-    assert all(f"{name} is missing" in message for name in block) and message.count("is missing") == len(block)
-    message = refused(new_encoder(), deep.state_dict())
-    assert all(f"{name} is unexpected" in message for name in block) and message.count("unexpected") == len(block)
+    state = randomised(new_encoder()).state_dict()
+    block = [name for name in state if name.startswith("blocks.1.") and "fc1" not in name]
+    holed = {name: value for name, value in state.items() if name not in block}
+    message = refused(new_encoder(), holed)
+    assert all(f"encoder.{name} is missing" in message for name in block) and message.count("missing") == len(block)
+    message = refused(new_encoder(), state | {f"extra.{name}": state[name] for name in block})
+    assert all(f"extra.{name} is unexpected" in message for name in block) and message.count("unexp") == len(block)
 
 
 def test_every_wrong_shape_is_named():
-    message = refused(new_encoder(), randomised(new_encoder(embed_dim=64)).state_dict())
+    state = randomised(new_encoder()).state_dict()
+    message = refused(new_encoder(), state | {"cls_token": torch.ones(1, 1, 64), "norm.weight": torch.ones(7)})
     assert "encoder.cls_token is (1, 1, 64) instead of (1, 1, 32)" in message
-    assert message.count("instead of") == len(new_encoder().state_dict())
-    message = refused(new_encoder(), randomised(new_encoder(patch_size=4, img_size=16)).state_dict())
-    assert message.count("instead of") == 1 and "(32, 3, 4, 4) instead of (32, 3, 8, 8)" in message
+    assert "encoder.norm.weight is (7,) instead of (32,)" in message and message.count("instead of") == 2
+    assert "(32, 192) instead of (32, 3, 8, 8)" in refused(  # a projection that is flat
+        new_encoder(), state | {"patch_embed.proj.weight": state["patch_embed.proj.weight"].flatten(1)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "words"),
+    [
+        (
+            dict(embed_dim=64, depth=3),
+            dict(),
+            "have an encoder of 64 x 3 with patches of 8, the model 32 x 2 with patches of 8; "
+            "give --encoder_embed_dim 64 --encoder_depth 3 and the --encoder_num_heads of its training",
+        ),
+        (
+            dict(depth=3, decoder=dict(decoder_depth=2)),
+            dict(),
+            "have an encoder of 32 x 3 with patches of 8, the model 32 x 2 with patches of 8; "
+            "a decoder of 16 x 2, the model 16 x 3; give --encoder_depth 3 and --decoder_depth 2",
+        ),
+        (
+            dict(decoder=dict(decoder_embed_dim=32)),
+            dict(),
+            "have a decoder of 32 x 3, the model 16 x 3; "
+            "give --decoder_embed_dim 32 and the --decoder_num_heads of its training",
+        ),
+        (
+            dict(patch_size=4, img_size=16),
+            dict(in_channels=1),
+            "have an encoder of 32 x 2 with patches of 4, the model 32 x 2 with patches of 8; "
+            "3 input channels, the model 1; "
+            "give --patch_size 4 and --adapt_channels to convert them (or --input_channels 3)",
+        ),
+        (
+            dict(mlp_ratio=85 / 32, decoder=dict(decoder_mlp_ratio=2)),
+            dict(),
+            "have an encoder of 32 x 2 with patches of 8 and an MLP ratio of 2.6563, "
+            "the model 32 x 2 with patches of 8 and an MLP ratio of 4; "
+            "a decoder of 16 x 3 with an MLP ratio of 2, the model 16 x 3 with an MLP ratio of 4; "
+            "give --encoder_mlp_ratio 2.6563 and --decoder_mlp_ratio 2",
+        ),
+    ],
+)
+def test_other_sizes_are_told_in_words(there, here, words):
+    state = official(randomised(new_autoencoder(**there)))
+    assert refused(new_autoencoder(**here), state) == f"weights of the official MAE {words}"
+    load_weights(new_autoencoder(**there), state)
+
+
+def test_the_flags_that_an_error_gives_are_those_that_fit():
+    state = new_encoder(embed_dim=48, num_heads=2, mlp_ratio=113 / 48).state_dict()
+    message = refused(new_encoder(), state)
+    ratio = float(message.partition("--encoder_mlp_ratio ")[2].split()[0])
+    load_weights(new_encoder(embed_dim=48, mlp_ratio=ratio), state)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "flags"),
+    [
+        (
+            SIZES["large"],
+            SIZES["base"],
+            "--model large (or --encoder_embed_dim 1024 --encoder_depth 24 --encoder_num_heads 16)",
+        ),
+        (
+            SIZES["huge"],
+            SIZES["base"],
+            "--model huge (or --encoder_embed_dim 1280 --encoder_depth 32 --encoder_num_heads 16) --patch_size 14",
+        ),
+        (
+            SIZES["huge"] | dict(patch_size=16),  # which --model huge alone does not have
+            SIZES["base"],
+            "--model huge (or --encoder_embed_dim 1280 --encoder_depth 32 --encoder_num_heads 16) --patch_size 16",
+        ),
+        (SIZES["tiny"], SIZES["tiny"] | dict(depth=4), "--model tiny (or --encoder_depth 12)"),
+        (SIZES["base"], SIZES["base"] | dict(patch_size=8), "--patch_size 16"),
+    ],
+)
+def test_other_sizes_are_told_by_their_name(there, here, flags):
+    with torch.device("meta"):  # shapes without numbers
+        there, model = VisionTransformer(**there), VisionTransformer(**here)
+    with pytest.raises(WeightsError) as error:
+        load_weights(model, there.state_dict())
+    assert str(error.value).endswith(f"; give {flags}")
+
+
+def test_a_hole_is_not_taken_for_another_depth():
+    state = official(randomised(new_autoencoder()))
+    holed = {name: value for name, value in state.items() if not name.startswith("decoder_blocks.1.")}
+    message = refused(new_autoencoder(), holed)
+    assert "decoder_blocks.1.norm1.weight is missing" in message and message.count("is missing") == 12
 
 
 def test_an_encoder_is_no_autoencoder():
     message = refused(new_autoencoder(), randomised(new_encoder()).state_dict())
     assert "mask_token is missing" in message and "decoder_blocks.2.attn.qkv.weight is missing" in message
+    assert message.endswith(
+        "they hold no decoder: give those of a whole autoencoder, or new_decoder to begin a decoder afresh"
+    )
 
 
 def test_near_relatives_are_refused():
@@ -256,6 +362,124 @@ def test_report_is_one_line():
     assert line == (
         "weights of the official MAE: 30 loaded, 0 missing, 45 ignored (decoder_blocks, decoder_embed, decoder_norm, "
         "decoder_pos_embed, decoder_pred, head, mask_token), resized: encoder.pos_embed 4x4 -> 8x8"
+    )
+
+
+# A new decoder
+
+
+def encoders_of_several_layouts() -> list[dict[str, torch.Tensor]]:
+    source = randomised(new_encoder())
+    named = {f"encoder.{name}": value for name, value in source.state_dict().items()}
+    head = {"head.weight": torch.ones(1)}
+    return [source.state_dict() | head, named, randomised(ViTModel(ViTConfig(**THEIRS))).state_dict()]
+
+
+@pytest.mark.parametrize("state", encoders_of_several_layouts())
+def test_a_new_decoder(state):
+    expected, ours = new_encoder(), randomised(new_autoencoder())
+    load_weights(expected, state)
+    before = {name: value.clone() for name, value in ours.state_dict().items()}
+    report = load_weights(ours, state, new_decoder=True)
+    assert torch.equal(ours.encoder(IMAGES), expected(IMAGES))
+    decoder = tuple(name for name in before if not name.startswith("encoder."))
+    assert report.missing == decoder and report.loaded == len(expected.state_dict())
+    assert all(torch.equal(ours.state_dict()[name], before[name]) for name in decoder)
+    line = str(report)
+    assert "30 loaded, 44 missing" in line and "\n" not in line
+    assert line.endswith("decoder: newly initialised (44 parameters missing)")
+
+
+def test_a_new_decoder_is_not_for_weights_that_hold_one_or_a_part_of_one():
+    source, ours = randomised(new_autoencoder()), new_autoencoder()
+    assert load_weights(ours, official(source), new_decoder=True).missing == ()
+    assert torch.equal(ours(IMAGES, NOISE).prediction, source(IMAGES, NOISE).prediction)
+    for kept in ("mask_token", "decoder_pred.bias", "decoder_blocks.2."):
+        part = {n: v for n, v in source.state_dict().items() if n.startswith(("encoder.", kept))}
+        message = refused(new_autoencoder(), part, new_decoder=True)
+        assert "decoder_embed.weight is missing" in message and f"{kept} is missing" not in message
+
+
+def test_a_new_decoder_does_not_excuse_the_encoder():
+    state = randomised(new_encoder()).state_dict()
+    del state["norm.bias"]
+    message = refused(new_autoencoder(), state, new_decoder=True)
+    assert "do not fit: encoder.norm.bias is missing; give" in message
+
+
+# Channels
+
+
+def converted(images: torch.Tensor, channels: int) -> torch.Tensor:
+    """Images of N channels as the checkpoint's model, of `channels`, is to see them."""
+    n = images.shape[1]
+    if n <= channels:
+        return images[:, [i % n for i in range(channels)]]
+    return torch.stack([images[:, i::channels].mean(dim=1) for i in range(channels)], dim=1)
+
+
+def predicted(pixels: torch.Tensor, old: int, new: int) -> torch.Tensor:
+    """Predictions (B, L, P*P*old) as the adapted model is to make them."""
+    pixels = pixels.reshape(*pixels.shape[:2], 64, old)
+    if new >= old:
+        return pixels[..., [j % old for j in range(new)]].flatten(2)
+    return torch.stack([pixels[..., j::new].mean(dim=-1) for j in range(new)], dim=-1).flatten(2)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("old", "new"), [(3, 1), (1, 3), (3, 4), (4, 3), (4, 2), (2, 5)])
+def test_other_channels(old, new):
+    source = randomised(new_autoencoder(in_channels=old))
+    ours, encoder = new_autoencoder(in_channels=new), new_encoder(in_channels=new)
+    report = load_weights(ours, source.state_dict(), adapt_channels=True)
+    names = ("encoder.patch_embed.proj.weight", "decoder_pred.weight", "decoder_pred.bias")
+    assert report.adapted == tuple(f"{name} {old} -> {new} channels" for name in names)
+    assert f"adapted: encoder.patch_embed.proj.weight {old} -> {new} channels, decoder_pred" in str(report)
+    assert report.missing == report.resized == () and report.loaded == len(ours.state_dict())
+
+    images = torch.randn(2, new, 32, 32, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(ours.encoder(images), source.encoder(converted(images, old)), rtol=0, atol=1e-5)
+    expected = predicted(source(converted(images, old), NOISE).prediction, old, new)
+    torch.testing.assert_close(ours(images, NOISE).prediction, expected, rtol=0, atol=1e-5)
+
+    grey = images[:, :1]  # the same in every channel: the same tokens, whatever the numbers of channels
+    tokens = ours.encoder(grey.expand(-1, new, -1, -1))
+    torch.testing.assert_close(tokens, source.encoder(grey.expand(-1, old, -1, -1)), rtol=0, atol=1e-5)
+
+    report = load_weights(encoder, source.state_dict(), adapt_channels=True)  # the encoder alone
+    assert torch.equal(encoder(images), ours.encoder(images)) and len(report.adapted) == 1
+
+
+@torch.inference_mode()
+def test_grey_from_a_folder_of_transformers(tmp_path):
+    theirs = randomised(ViTMAEForPreTraining(ViTMAEConfig(**THEIRS, **THEIR_DECODER)))
+    theirs.save_pretrained(tmp_path)
+    ours, grey = new_autoencoder(in_channels=1), IMAGES[:, :1]
+    load_weights(ours, read_state_dict(find_weights(tmp_path, whole=True)), adapt_channels=True)
+    expected = theirs(grey.expand(-1, 3, -1, -1), noise=NOISE).logits.unflatten(2, (64, 3)).mean(dim=-1)
+    torch.testing.assert_close(ours(grey, NOISE).prediction, expected, rtol=0, atol=1e-5)
+
+
+def test_other_channels_are_refused_unless_asked_for():
+    state = official(randomised(new_autoencoder()))
+    for model in (new_autoencoder(in_channels=1), new_encoder(in_channels=1)):
+        assert refused(model, state) == (
+            "weights of the official MAE have 3 input channels, the model 1; "
+            "give --adapt_channels to convert them (or --input_channels 3)"
+        )
+    assert load_weights(new_autoencoder(), state, adapt_channels=True).adapted == ()  # nothing to adapt
+    message = refused(new_autoencoder(in_channels=1), state | {"decoder_pred.bias": torch.ones(7)}, adapt_channels=True)
+    assert "decoder_pred.bias is (7,) instead of (64,)" in message
+
+
+def test_channels_size_and_decoder_change_at_once():
+    source, ours = randomised(new_encoder()), new_autoencoder(in_channels=1, img_size=64)
+    report = load_weights(ours, source.state_dict(), adapt_channels=True, new_decoder=True)
+    assert (len(report.adapted), len(report.resized), len(report.missing)) == (1, 1, 44)
+    assert str(report) == (
+        "weights of a timm or MAE encoder: 30 loaded, 44 missing, 0 ignored, resized: encoder.pos_embed 4x4 -> 8x8, "
+        "adapted: encoder.patch_embed.proj.weight 3 -> 1 channels, "
+        "decoder: newly initialised (44 parameters missing)"
     )
 
 
@@ -348,3 +572,119 @@ def test_half_precision_files_load_into_float32(tmp_path):
     load_weights(ours, load_file(tmp_path / "a.safetensors"))
     assert ours.cls_token.dtype == torch.float32
     torch.testing.assert_close(ours.cls_token, source.cls_token, rtol=0.01, atol=0)
+
+
+# What a user may give
+
+
+def write_checkpoint(folder: Path, model: MaskedAutoencoder) -> Path:
+    """A checkpoint as a run leaves it, but for the optimizer."""
+    folder.mkdir(parents=True)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "state.json").write_text(json.dumps({"step": int(folder.name[5:])}))
+    return folder
+
+
+@pytest.fixture
+def run_folder(tmp_path) -> tuple[Path, MaskedAutoencoder]:
+    """A finished run and its model; its checkpoints hold another one."""
+    run, model = tmp_path / "run", randomised(new_autoencoder())
+    statistics = dict(mean=[0.5] * 3, std=[0.5] * 3)
+    export_encoder(model.encoder, run / "encoder", **statistics)
+    export_autoencoder(model, run / "encoder" / "pretraining", **statistics)
+    for step in (9, 10, 100):
+        write_checkpoint(run / "checkpoints" / f"step_{step:08d}", new_autoencoder())
+    (run / "args.json").write_text("{}")
+    return run, model
+
+
+def test_the_weights_of_a_run(run_folder):
+    run, model = run_folder
+    encoder, autoencoder = run / "encoder", run / "encoder" / "pretraining"
+    checkpoints = sorted((run / "checkpoints").iterdir())
+    for whole, given, found in [
+        (True, run, autoencoder),
+        (True, encoder, autoencoder),
+        (False, run, encoder),
+        (False, encoder, encoder),
+        *((whole, path, path) for whole in (True, False) for path in (autoencoder, *checkpoints)),
+        *((whole, path, path) for whole in (True, False) for path in run.rglob("*.safetensors")),
+    ]:
+        assert find_weights(given, whole=whole) == find_weights(str(given), whole=whole) == found
+        read_state_dict(found)
+    ours, features = new_autoencoder(), new_encoder()
+    assert load_weights(ours, read_state_dict(find_weights(run, whole=True))).layout == "transformers' ViTMAE"
+    assert torch.equal(ours(IMAGES, NOISE).prediction, model(IMAGES, NOISE).prediction)
+    assert load_weights(features, read_state_dict(find_weights(run, whole=False))).layout == "a timm or MAE encoder"
+    assert torch.equal(features(IMAGES), model.encoder(IMAGES))
+
+
+def test_heads_and_grid_stand_beside_the_weights(tmp_path):
+    """In the configuration of an export, and in the flags of a checkpoint's run; they are held against the model."""
+    wide = randomised(new_autoencoder(img_size=(16, 64), patch_size=8))
+    heads, decoder_heads = wide.encoder.num_heads, wide.decoder_blocks[0].attn.num_heads
+    run, statistics = tmp_path / "run", dict(mean=[0.5] * 3, std=[0.5] * 3)
+    export_encoder(wide.encoder, run / "encoder", **statistics)
+    export_autoencoder(wide, run / "encoder" / "pretraining", **statistics)
+    checkpoint = write_checkpoint(run / "checkpoints" / "step_00000003", wide)
+    flags = dict(img_size=[16, 64], patch_size=8, encoder_num_heads=heads, decoder_num_heads=decoder_heads)
+    (run / "args.json").write_text(json.dumps({"flags": flags}))
+    assert read_stored(run / "encoder") == Stored((2, 8), heads)
+    whole = (run / "encoder" / "pretraining", checkpoint, checkpoint / "model.safetensors")
+    assert [read_stored(path) for path in whole] == [Stored((2, 8), heads, decoder_heads)] * 3
+    assert read_stored(tmp_path) == read_stored(tmp_path / "mae.pth") == Stored()
+
+    larger = new_autoencoder(img_size=(32, 64), patch_size=8)
+    report = load_weights(larger, wide.state_dict(), stored=read_stored(checkpoint))
+    assert report.resized == ("encoder.pos_embed 2x8 -> 4x8", "decoder_pos_embed 2x8 -> 4x8")
+    with pytest.raises(WeightsError, match=f"have 16 encoder heads, the model {heads}; give --encoder_num_heads 16"):
+        load_weights(wide, wide.state_dict(), stored=Stored(num_heads=16))
+    with pytest.raises(WeightsError, match="give --decoder_num_heads 16"):
+        load_weights(wide, wide.state_dict(), stored=Stored(decoder_num_heads=16))
+
+
+def test_a_run_that_is_not_finished(run_folder):
+    run, _ = run_folder
+    old, middle, new = sorted((run / "checkpoints").iterdir())
+    (run / "encoder" / "pretraining" / "config.json").unlink()  # an export that was killed: it is written last
+    assert find_weights(run, whole=True) == new
+    (run / "encoder" / "config.json").unlink()
+    assert find_weights(run, whole=False) == new
+    (new / "state.json").unlink()  # half removed
+    (run / "checkpoints" / ".saving_step_00000200").mkdir()
+    assert find_weights(run, whole=True) == find_weights(run, whole=False) == middle
+    (middle / "model.safetensors").unlink()
+    assert find_weights(run, whole=True) == old
+    load_weights(new_autoencoder(), read_state_dict(old))
+    (old / "state.json").unlink()
+    for whole, expected in ((True, r"encoder/pretraining/ or"), (False, r"encoder/ or")):
+        with pytest.raises(WeightsError, match=rf"run: a run that has no weights yet; expected {expected}.*; wait"):
+            find_weights(run, whole=whole)
+
+
+def test_an_encoder_folder_without_an_autoencoder(tmp_path):
+    export_encoder(new_encoder(), tmp_path / "encoder", mean=[0.5] * 3, std=[0.5] * 3)
+    for whole in (True, False):  # what it lacks is for `load_weights` to say
+        assert find_weights(tmp_path / "encoder", whole=whole) == tmp_path / "encoder"
+    assert find_weights(tmp_path, whole=False) == tmp_path / "encoder"
+    with pytest.raises(WeightsError, match="a folder without weights"):
+        find_weights(tmp_path, whole=True)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_paths_that_lead_to_no_weights(whole, tmp_path):
+    with pytest.raises(WeightsError, match=r"nothing: no such file or folder; expected .*; correct the path"):
+        find_weights(tmp_path / "nothing", whole=whole)
+    with pytest.raises(WeightsError, match=r"a folder without weights; expected model\.safetensors or"):
+        find_weights(tmp_path, whole=whole)
+    (tmp_path / "checkpoints").mkdir()  # a run that has just begun
+    with pytest.raises(WeightsError, match="a run that has no weights yet"):
+        find_weights(tmp_path, whole=whole)
+
+
+def test_a_damaged_export_is_refused_with_its_name(run_folder):
+    run, _ = run_folder
+    file = run / "encoder" / "pretraining" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(WeightsError, match=r"pretraining/model\.safetensors: not readable"):
+        read_state_dict(find_weights(run, whole=True))
