@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.metrics import psnr, reconstruction_metrics
+from training.metrics import knn_vote, linear_sums, linear_vote, nearest, psnr, reconstruction_metrics
 
 
 def gaussian_ssim_map(a, b):
@@ -71,3 +71,37 @@ def test_pasting_visible_pixels_helps_by_the_removed_share(case):
 def test_psnr_by_hand():
     error = torch.tensor([0.01, 0.0001]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
     assert psnr(error).tolist() == pytest.approx([20, 40])
+
+
+def test_neighbours_vote_with_their_similarity():
+    """By hand: the nearest is of class 2, but two others of class 1 weigh more together."""
+    bank = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [-1.0, 0.0]])
+    similarity, labels = nearest(bank, torch.tensor([1, 0, 2, 1]), torch.tensor([[2.0, 2.0], [-5.0, 0.0]]), 3)
+    half = 0.5**0.5
+    torch.testing.assert_close(similarity, torch.tensor([[half, half, half], [1.0, 0.0, -1.0]]))
+    assert sorted(labels[0].tolist()) == [0, 1, 2] and labels[1, 0] == 1
+    similarity, labels = torch.tensor([[0.90, 0.88, 0.87]]), torch.tensor([[2, 1, 1]])
+    assert knn_vote(similarity, labels, 3).tolist() == [1]
+    assert knn_vote(similarity, labels, 3, temperature=0.02).tolist() == [2]
+    many = torch.randn(3000, 8)
+    similarity, labels = nearest(many, torch.arange(3000), many, 1)  # more queries than one portion
+    assert labels[:, 0].tolist() == list(range(3000))
+
+
+def test_the_linear_classifier_is_least_squares():
+    """Against torch's own solver, where the penalty vanishes; in parts as in one; whatever the features' scale."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (200,), generator=generator)
+    features = torch.randn(200, 5, generator=generator) + torch.nn.functional.one_hot(labels, 5)
+    queries = torch.randn(50, 5, generator=generator)
+    sums = linear_sums(features, labels, 3)
+    with_ones = torch.cat([features, torch.ones(200, 1)], dim=1).double()
+    weight = torch.linalg.lstsq(with_ones, torch.nn.functional.one_hot(labels, 3).double()).solution
+    expected = (torch.cat([queries, torch.ones(50, 1)], dim=1).double() @ weight).argmax(dim=1)
+    assert torch.equal(linear_vote(sums, queries, ridge=0), expected)
+    parts = linear_sums(features[:70], labels[:70], 3) + linear_sums(features[70:], labels[70:], 3)
+    torch.testing.assert_close(parts, sums)
+    scale = torch.tensor([1e3, 1.0, 1e-3, 5.0, 2.0])
+    scaled = linear_vote(linear_sums(features * scale + 7, labels, 3), queries * scale + 7)
+    assert torch.equal(scaled, linear_vote(sums, queries))
+    assert (linear_vote(sums, features) == labels).double().mean() > 0.5

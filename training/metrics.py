@@ -43,3 +43,43 @@ def reconstruction_metrics(
         "pasted_psnr": psnr((pasted - images).square()),
         "pasted_ssim": pasted_ssim,
     }
+
+
+def nearest(
+    bank: torch.Tensor, bank_labels: torch.Tensor, queries: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cosine similarities and the labels of the k members of `bank` (N, D) that are nearest to each of `queries`
+    (M, D): both (M, min(k, N)), the nearest first."""
+    bank, queries = torch.nn.functional.normalize(bank), torch.nn.functional.normalize(queries)
+    found = [(part @ bank.T).topk(min(k, len(bank))) for part in queries.split(1024)]
+    return torch.cat([part.values for part in found]), bank_labels[torch.cat([part.indices for part in found])]
+
+
+def knn_vote(
+    similarity: torch.Tensor, labels: torch.Tensor, num_classes: int, *, temperature: float = 0.07
+) -> torch.Tensor:
+    """The class of each query (M,) from its neighbours (M, k), each of which votes with exp(similarity / temperature)
+    (Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", section 3.4)."""
+    votes = torch.zeros(len(similarity), num_classes, device=similarity.device)
+    return votes.scatter_add_(1, labels, (similarity / temperature).exp()).argmax(dim=1)
+
+
+def linear_sums(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """What `linear_vote` needs to know of features (N, D) and labels (N,): (D + 1, D + 1 + num_classes), float64. Those
+    of several parts of the data are added."""
+    x = torch.cat([features, torch.ones_like(features[:, :1])], dim=1).double()
+    y = torch.nn.functional.one_hot(labels, num_classes).double()
+    return x.T @ torch.cat([x, y], dim=1)
+
+
+def linear_vote(sums: torch.Tensor, queries: torch.Tensor, *, ridge: float = 0.01) -> torch.Tensor:
+    """The class of each of `queries` (M, D) by the linear classifier of least squares, in closed form: no learning
+    rate, no epochs. `ridge` is the penalty on weights of features that are scaled to variance 1."""
+    dim = len(sums) - 1
+    count, total, moments = sums[dim, dim], sums[dim], sums[:dim]
+    mean, class_mean = total[:dim] / count, total[dim + 1 :] / count
+    covariance = moments[:, :dim] / count - mean.outer(mean)
+    with_classes = moments[:, dim + 1 :] / count - mean.outer(class_mean)
+    penalty = ridge * covariance.diagonal().clamp(min=1e-12)
+    weight = torch.linalg.solve(covariance + penalty.diag(), with_classes)  # (D, num_classes)
+    return ((queries.double() - mean) @ weight + class_mean).argmax(dim=1)
