@@ -9,10 +9,14 @@ scripts load. Kill it at any moment: the same command with --resume_from_checkpo
 
 import argparse
 import math
+import resource
+import sys
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -24,6 +28,7 @@ from data.sources import DataError, open_sources
 from modeling.export import export_autoencoder, export_encoder
 from modeling.mae import MaskedAutoencoder
 from modeling.vit import SIZES, VisionTransformer
+from modeling.weights import WeightsError, find_weights, load_weights, read_state_dict, read_stored
 from training import arguments
 from training.arguments import RunError, fail, integer, number, one_of
 from training.checkpoint import (
@@ -35,14 +40,23 @@ from training.checkpoint import (
     save_training,
     write_json,
 )
-from training.metrics import reconstruction_metrics
+from training.metrics import knn_vote, linear_sums, linear_vote, nearest, reconstruction_metrics
 from training.optimizer import adamw, parameter_groups, set_learning_rate
 from training.pictures import reconstruction_grid
-from training.progress import DamagedImages, Progress, start_wandb, truncate_log
+from training.progress import (
+    DamagedImages,
+    Progress,
+    finish_trackers,
+    in_bytes,
+    in_time,
+    start_trackers,
+    truncate_log,
+)
 from training.schedule import learning_rate_at
 from training.stopping import Crew
 
 DEFAULT_WARMUP_EPOCHS = 40
+EVALUATION_CROP_RATIO = 0.875  # that of encoder/preprocessor_config.json
 
 
 def parse_args(argv=None):
@@ -52,6 +66,7 @@ def parse_args(argv=None):
     arguments.add_length_flags(parser, epochs=800, warmup_epochs=DEFAULT_WARMUP_EPOCHS)
     arguments.add_batch_flags(parser)
     arguments.add_optimizer_flags(parser, base_learning_rate=1.5e-4, weight_decay=0.05)
+    arguments.add_speed_flags(parser)
     arguments.add_logging_flags(parser)
     arguments.add_saving_flags(parser, interval=10)
 
@@ -60,6 +75,21 @@ def parse_args(argv=None):
     flag("--input_channels", type=integer(1), default=3, help="3 (colour) or 1 (grey) (default 3)")
     flag("--mean", type=number(), nargs="+", help="channel means of images in [0, 1] (default ImageNet's)")
     flag("--std", type=number(1e-6), nargs="+", help="channel deviations of images in [0, 1] (default ImageNet's)")
+    flag(
+        "--crop_scale",
+        type=number(1e-3, 1),
+        nargs=2,
+        default=[0.2, 1.0],
+        metavar=("MIN", "MAX"),
+        help="share of an image's area that random crops take (default 0.2 1.0)",
+    )
+    flag(
+        "--repeated_augmentation",
+        type=integer(1),
+        default=1,
+        metavar="K",
+        help="crops and masks of each image that is read, in one micro-batch; they count as images (default 1)",
+    )
     flag("--mask_ratio", type=number(0, 1), default=0.75, help="share of patches that is removed (default 0.75)")
     flag("--mask_strategy", type=one_of(*MASK_STRATEGIES), default="random", help="random, block or grid")
 
@@ -75,12 +105,21 @@ def parse_args(argv=None):
     flag("--decoder_num_heads", type=integer(1), default=16, help="default 16")
     flag("--decoder_mlp_ratio", type=number(0.1), default=4.0, help="default 4")
     flag("--drop_path", type=number(0, 0.99), default=0.0, help="stochastic depth rate of the last block (default 0)")
+    flag(
+        "--init_from", metavar="PATH", help="start from a checkpoint of this project, the official MAE or transformers"
+    )
     pair = partial(flag, action=argparse.BooleanOptionalAction, default=True)
     pair("--norm_pix_loss", help="predict pixels normalised per patch (default) or plain ones")
     pair("--custom_weight_init", help="initialise as the paper does (default) or as PyTorch does")
+    pair(
+        "--adapt_channels",
+        default=False,
+        help="sum or repeat the channels of --init_from to fit --input_channels (off)",
+    )
 
     flag = parser.add_argument_group("validation").add_argument
     flag("--validate_every", type=integer(0), default=10, help="epochs between validations, 0 = at the end only")
+    flag("--knn_every", type=integer(0), default=0, help="epochs between classifications by k-NN, 0 = none (default)")
     flag("--num_preview_images", type=integer(0), default=8, help="rows of the pictures (default 8)")
     args, errors = parser.read(argv)
 
@@ -110,6 +149,10 @@ def check_flags(args):
     if len(args.img_size) > 2:
         errors.append(f"--img_size {' '.join(map(str, args.img_size))} has more than two values; expected H or H W")
     args.img_size = (args.img_size * 2)[:2] if len(args.img_size) == 1 else args.img_size[:2]
+    if args.crop_scale[0] > args.crop_scale[1]:
+        errors.append(
+            f"--crop_scale {args.crop_scale[0]:g} {args.crop_scale[1]:g} is no range; give the smaller share first"
+        )
     height, width = args.img_size
     if min(height, width) < 6:
         errors.append(f"--img_size {height} {width} is too small; expected at least 6 pixels a side")
@@ -162,6 +205,78 @@ def build_model(args):
     )
 
 
+def plan_run(args, *, num_images, num_processes, held):
+    """Resolves the flags of batch, length and learning rate, in `args` too: both plans, and what is wrong.
+
+    `num_images` is None where the data could not be opened; `held` is the global batch of the checkpoint to resume.
+    """
+    batch, errors = arguments.plan_batch(
+        global_batch_size=args.global_batch_size,
+        per_gpu_batch_size=args.per_gpu_batch_size,
+        micro_batch_size=args.micro_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        num_processes=num_processes,
+        held=held,
+    )
+    args.global_batch_size, args.per_gpu_batch_size, args.micro_batch_size = batch
+    args.gradient_accumulation_steps = batch.accumulation
+    if batch.micro % args.repeated_augmentation:
+        errors.append(
+            f"--repeated_augmentation {args.repeated_augmentation} does not divide the micro-batch of {batch.micro} "
+            "images; give a --micro_batch_size that is a multiple of it"
+        )
+    length = None
+    if num_images is not None:
+        length, found = arguments.plan_length(
+            epochs=args.epochs,
+            max_steps=args.max_steps,
+            warmup_epochs=args.warmup_epochs,
+            warmup_steps=args.warmup_steps,
+            default_warmup_epochs=DEFAULT_WARMUP_EPOCHS,
+            num_samples=num_images * args.repeated_augmentation,
+            global_batch_size=batch.global_size,
+        )
+        errors += found
+        args.max_steps, args.warmup_steps = length.total_steps, length.warmup_steps
+    if args.learning_rate is None:
+        args.learning_rate = args.base_learning_rate * batch.global_size / 256
+    if args.min_learning_rate > args.learning_rate:
+        errors.append(
+            f"--min_learning_rate {args.min_learning_rate:g} is above the peak of {args.learning_rate:g}; "
+            "take a lower one"
+        )
+    return batch, length, errors
+
+
+def check_labels(path_to_data, train_source, validation_source):
+    """What keeps held-out images from being classified by their neighbours, a line each."""
+    if validation_source is None:
+        return [f"--knn_every needs held-out images, and {path_to_data} has no val/ beside train/; leave the flag out"]
+    if not train_source.classes or not validation_source.classes:
+        return [
+            f"--knn_every needs labels, and {path_to_data} has images outside of class folders; expected "
+            "train/CLASS/IMAGE and val/CLASS/IMAGE; leave the flag out"
+        ]
+    strange = sorted({*validation_source.classes} - {*train_source.classes})
+    if strange:
+        return [
+            f"--knn_every needs the classes of val/ in train/, and {path_to_data} lacks {len(strange)} of them there "
+            f"({', '.join(strange[:3])}{', ...' if strange[3:] else ''}); leave the flag out"
+        ]
+    return []
+
+
+def with_labels(train_source, validation_source, **options):
+    """The bank of a classification by neighbours, and its queries: (dataset, indices, labels in train's numbers)."""
+    options.update(seed=0, train=False, crop_ratio=EVALUATION_CROP_RATIO)
+    numbers = np.array([train_source.classes.index(name) for name in validation_source.classes])
+    labels = (train_source.labels, numbers[validation_source.labels])
+    return [
+        (PretrainingDataset(source, **options), np.arange(len(source)), own_labels)
+        for source, own_labels in zip((train_source, validation_source), labels, strict=True)
+    ]
+
+
 def describe_plan(args, model, batch, length, accelerator, train_source, validation_source):
     """The resolved plan, printed before the first step."""
     parameters = sum(p.numel() for p in model.parameters())
@@ -171,9 +286,18 @@ def describe_plan(args, model, batch, length, accelerator, train_source, validat
     held_out = (
         f"{len(validation_source)} held out" if validation_source else "none held out: validated on some of these"
     )
+    views = f", {args.repeated_augmentation} views of each" if args.repeated_augmentation > 1 else ""
+    half = args.mixed_precision != "no"
+    fixed = 18 if half else 16  # bytes of a weight, its gradient and two moments, and its copy in half precision
+    activations = model.activation_bytes(half_precision=half)
+    precision = args.mixed_precision.replace("no", "float32")
+    if accelerator.device.type == "cuda" and args.tf32 and not half:
+        precision += " (matrix products in TF32)"
+    speed = [name.replace("_", " ") for name in ("compile", "gradient_checkpointing") if getattr(args, name)]
     return "\n".join(
         [
-            f"data       {args.path_to_data}: {len(train_source)} images, {held_out}",
+            f"data       {args.path_to_data}: {len(train_source)} images (about "
+            f"{in_bytes(train_source.size_in_bytes())}){views}, {held_out}",
             f"model      {args.encoder_embed_dim} x {args.encoder_depth} encoder, {args.decoder_embed_dim} x "
             f"{args.decoder_depth} decoder: {parameters / 1e6:.1f} M parameters ({encoder_parameters / 1e6:.1f} M "
             f"encoder), {model.training_flops() / 1e9:.3g} GFLOP per image and step",
@@ -184,64 +308,115 @@ def describe_plan(args, model, batch, length, accelerator, train_source, validat
             f"micro-batches x {batch.micro}",
             f"length     {length.total_steps} steps, {length.steps_per_epoch} an epoch, {length.warmup_steps} warmup",
             f"rate       {args.learning_rate:.3g} at its peak, cosine to {args.min_learning_rate:g}",
-            f"precision  {args.mixed_precision.replace('no', 'float32')} on {accelerator.device}"
+            f"precision  {', '.join([precision, *speed])} on {accelerator.device}"
             + (f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""),
+            f"memory     about {in_bytes(fixed * parameters + batch.micro * activations)} a process: "
+            f"{in_bytes(fixed * parameters)} for weights, gradients and AdamW, {in_bytes(activations)} an image for "
+            "activations",
         ]
     )
 
 
-def claim_run_folder(folder, wanted, accelerator):
-    """Locks the run folder and finds the checkpoint to resume, on the main process: (its path or None, errors)."""
+def claim_run_folder(folder, wanted, accelerator, *, write):
+    """Finds the checkpoint to resume, on the main process: (its path or None, errors). Locks the run folder, too, where
+    the run will `write`."""
     found = [None, []]
     if accelerator.is_main_process:
         try:
-            folder.lock()
+            if write:
+                folder.lock()
             found[0] = folder.find(wanted)
         except RunError as error:
             found[1] = [str(error)]
     return broadcast_object_list(found)
 
 
+def optimizer_step(model, optimizer, batches, normalize, seeds, *, accelerator, waiting, max_grad_norm):
+    """One optimizer step over as many micro-batches as there are `seeds`: its loss and gradient norm, which stay on the
+    device, and (index, reason) of damaged images."""
+    loss, damaged = 0.0, []
+    for seed in seeds:
+        with waiting():
+            batch = next(batches)
+        with accelerator.accumulate(model):
+            torch.manual_seed(seed)
+            images = normalize(batch.images.to(accelerator.device, non_blocking=True))
+            with accelerator.autocast():
+                output = model(images, batch.noise.to(accelerator.device, non_blocking=True))
+            accelerator.backward(output.loss)
+            loss += output.loss.detach() / len(seeds)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+        damaged += batch.damaged
+    return loss, grad_norm, damaged
+
+
+def rehearse(train, crew, progress, *, read_ahead, steps_left, global_batch_size):
+    """Times `train(step)` on real batches for some seconds, after a warmup, and says what the run will take."""
+
+    def run(first, *, seconds, at_least):
+        begin, waited, step = time.perf_counter(), progress.waited, first
+        while True:
+            loss, _, _ = train(step)
+            loss.item()  # waits for the device
+            step, spent = step + 1, time.perf_counter() - begin
+            enough = (spent > seconds and step - first >= at_least) or spent > 6 * seconds
+            if crew.any(enough or crew.signal_name is not None):
+                return step, spent / (step - first), (progress.waited - waited) / spent
+
+    # What the workers have read ahead would hide that they are slow
+    warmup, _, _ = run(0, seconds=5, at_least=2 + read_ahead)
+    end, seconds, waited = run(warmup, seconds=15, at_least=3)
+    device = progress.accelerator.device
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    progress.say(
+        f"dry run    {end - warmup} steps timed after {warmup}: {seconds:.3g} s a step, "
+        f"{global_batch_size / seconds:.4g} images/s, data wait {waited:.0%}, peak memory {in_bytes(peak)}\n"
+        f"           {steps_left} steps take {in_time(seconds * steps_left)}, validation and saving left out; nothing "
+        "was written"
+    )
+
+
+def own_batches(dataset, indices, *, batch_size, num_workers, accelerator, crew):
+    """Yields this process's share of the images `indices` in batches, and asks as often on every process whether the
+    run is to stop; then it ends early."""
+    own = [(FIXED_EPOCH, index) for index in indices[accelerator.process_index :: accelerator.num_processes]]
+    batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+    loader = iter(make_loader(dataset, batches, num_workers=num_workers))
+    for _ in range(math.ceil(len(indices) / accelerator.num_processes / batch_size)):
+        if crew.wanted():
+            return
+        batch = next(loader, None)
+        if batch is not None:
+            yield batch
+
+
 @torch.no_grad()
 def evaluate(
-    model,
-    dataset,
-    normalize,
-    step,
-    *,
-    accelerator,
-    crew,
-    progress,
-    indices,
-    batch_size,
-    num_workers,
-    num_previews,
-    folder,
-    damage,
+    model, dataset, indices, normalize, step, *, read, accelerator, crew, progress, num_previews, folder, damage
 ):
     """Logs and returns means over the images `indices`, each once under its fixed mask: the masked loss, PSNR and SSIM,
     named as in metrics.json. Draws a picture of `num_previews` of them into `folder`; appends to `damage`.
 
-    Returns None, at once, where the run is asked to stop meanwhile.
+    Returns None where the run is asked to stop meanwhile; resumed, it validates this step again.
     """
     with progress.paused():
         model.eval()
-        own = [(FIXED_EPOCH, index) for index in indices[accelerator.process_index :: accelerator.num_processes]]
-        batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
-        loader = iter(make_loader(dataset, batches, num_workers=num_workers))
         sums, total = Counter(), Counter()
-        for _ in range(math.ceil(len(indices) / accelerator.num_processes / batch_size)):  # the same on all processes
-            if crew.wanted():  # the run stops; resumed, it validates this step again
-                model.train()
-                return None
-            batch = next(loader, None)
-            if batch is None:
-                continue
+        for batch in read(dataset, indices):
             loss, images, prediction, mask = reconstruct(model, batch, normalize, accelerator)
             sums.update({"count": len(images), "val_loss": loss.item() * len(images)})
             for name, value in reconstruction_metrics(images, prediction, mask).items():
                 sums[name] += value.cpu().double().sum().item()
             damage += [(dataset.source.name(index), reason) for index, reason in batch.damaged]
+        if crew.wanted():
+            model.train()
+            return None
         for part in crew.gather([sums]):
             total.update(part)
         values = {name: total[name] / total["count"] for name in sorted(total) if name != "count"}
@@ -256,15 +431,72 @@ def evaluate(
             chosen = [(FIXED_EPOCH, indices[i]) for i in spread(num_previews, len(indices))]
             shown = dataset.__getitems__(chosen)
             _, images, prediction, mask = reconstruct(model, shown, normalize, accelerator)
+            path = folder / f"step_{step:08d}.png"
             reconstruction_grid(
-                folder / f"step_{step:08d}.png",
+                path,
                 images,
                 prediction,
                 mask,
                 title=f"step {step}, epoch {epoch:.4g}",
                 uses_true_patch_statistics=model.norm_pix_loss,
             )
+            progress.picture(path, "reconstructions", step)
         model.train()
+    return values
+
+
+@torch.no_grad()
+def features_of(model, dataset, indices, labels, normalize, *, read, accelerator):
+    """This process's share of the images `indices`, damaged ones left out: the mean of their patch tokens under the
+    unmasked encoder (n, D), and their labels (n,)."""
+    own = indices[accelerator.process_index :: accelerator.num_processes]
+    features, damaged = [torch.empty(0, model.encoder.embed_dim, device=accelerator.device)], set()
+    for batch in read(dataset, indices):
+        with accelerator.autocast():
+            tokens = model.encoder.forward_features(normalize(batch.images.to(accelerator.device)))
+        features.append(tokens[:, 1:].float().mean(dim=1))
+        damaged.update(index for index, _ in batch.damaged)
+    features = torch.cat(features)
+    healthy = torch.tensor(
+        [i for i, index in enumerate(own[: len(features)]) if index not in damaged], dtype=torch.long
+    )
+    return features[healthy], torch.from_numpy(labels[own])[healthy].to(accelerator.device)
+
+
+def classify(model, bank, queries, normalize, step, *, read, accelerator, crew, progress):
+    """Logs and returns how many of `queries` are classified rightly by the encoder's features, in percent: by their
+    nearest neighbours in `bank`, and by the linear classifier that fits `bank` best in least squares.
+
+    Both are (dataset, indices, labels). Every process searches its own share of the bank. Returns None where the run
+    is asked to stop meanwhile.
+    """
+    with progress.paused():
+        model.eval()
+        num_classes = len(bank[0].source.classes)
+        bank, bank_labels = features_of(model, *bank, normalize, read=read, accelerator=accelerator)
+        queries, labels = features_of(model, *queries, normalize, read=read, accelerator=accelerator)
+        model.train()
+        if crew.wanted():
+            return None
+        queries, labels = torch.cat(crew.gather([queries.cpu()])), torch.cat(crew.gather([labels.cpu()]))
+        sums = sum(crew.gather([linear_sums(bank, bank_labels, num_classes).cpu()]))
+        counts = sum(crew.gather([torch.bincount(bank_labels, minlength=num_classes).cpu()]))
+        k = min(200, int(counts[counts > 0].min()))
+        similarity, classes = nearest(bank, bank_labels, queries.to(bank.device), k)  # in this process's share
+        similarity, classes = (torch.cat(crew.gather([part.cpu()]), dim=1) for part in (similarity, classes))
+        similarity, order = similarity.topk(k)
+        by_neighbours = knn_vote(similarity, classes.gather(1, order), num_classes)
+        by_line = linear_vote(sums, queries)
+        values = {
+            "knn_top1": 100 * (by_neighbours == labels).double().mean().item(),
+            "linear_top1": 100 * (by_line == labels).double().mean().item(),
+        }
+        epoch = step / progress.steps_per_epoch
+        progress.write({"step": step, "epoch": epoch, **values})
+        progress.say(
+            f"epoch {epoch:.4g}: {values['knn_top1']:.2f} % right by {k} nearest neighbours, "
+            f"{values['linear_top1']:.2f} % by a linear classifier"
+        )
     return values
 
 
@@ -272,9 +504,14 @@ def reconstruct(model, batch, normalize, accelerator):
     """A batch's loss, its images and predictions (B, C, H, W) in [0, 1], and masks (B, 1, H, W)."""
     images, noise = normalize(batch.images.to(accelerator.device)), batch.noise.to(accelerator.device)
     with accelerator.autocast():
-        loss, prediction, mask = model(images, noise)
+        loss, prediction, mask = model.forward(images, noise)  # not compiled: sizes vary
     prediction = normalize.undo(model.reconstruct(images, prediction))
     return loss, normalize.undo(images), prediction, model.pixel_mask(mask)
+
+
+def is_due(step, every):
+    """Whether what happens every so many steps (0: never) happens after `step` of them."""
+    return bool(every) and step > 0 and step % every == 0
 
 
 def spread(count, total):
@@ -283,78 +520,78 @@ def spread(count, total):
     return [i * total // count for i in range(count)]
 
 
+def finish(folder, model, metrics, *, mean, std):
+    """Writes the run's results: encoder/, the whole autoencoder below it, and metrics.json."""
+    encoder = folder / "encoder"
+    export_encoder(model.encoder, encoder, mean=mean, std=std)
+    export_autoencoder(model, encoder / "pretraining", mean=mean, std=std)
+    write_json(folder / "metrics.json", {**metrics, "uses_true_patch_statistics": model.norm_pix_loss})
+    print(
+        f"finished: {folder / 'metrics.json'}, pictures in {folder / 'reconstructions'}. Use the encoder:\n"
+        f"  python -c \"import timm; timm.create_model('local-dir:{encoder}', pretrained=True)\"\n"
+        f"  python -c \"from transformers import AutoModel; AutoModel.from_pretrained('{encoder}')\""
+    )
+
+
 def main(argv=None):
     """Runs the script; see the module's docstring."""
     # Accelerator, seed and run folder
     args, errors = parse_args(argv)
-    accelerator = Accelerator(
-        mixed_precision=arguments.resolve_precision(args.mixed_precision), log_with="wandb" if args.log_wandb else None
-    )
+    accelerator = Accelerator(mixed_precision=arguments.resolve_precision(args.mixed_precision))
     args.mixed_precision, device = accelerator.mixed_precision, accelerator.device
-    if device.type == "cpu":
-        arguments.use_all_cores()
+    arguments.set_speed(device, tf32=args.tf32)
+    errors += arguments.check_compiler(device) if args.compile else []
     crew = Crew()
     folder = RunFolder(Path(args.working_directory) / args.experiment_name)
-    checkpoint, found = claim_run_folder(folder, args.resume_from_checkpoint, accelerator)
+    checkpoint, found = claim_run_folder(folder, args.resume_from_checkpoint, accelerator, write=not args.dry_run)
     errors += found
+    saved = read_state(checkpoint) if checkpoint else {}
+    start_step = saved.get("step", 0)
     if args.num_workers is None:
         args.num_workers = min(32, arguments.cores_per_process())
 
     # Data, and the plan that follows from its size
-    train_source = validation_source = None
+    train_source = validation_source = initial_weights = stored = None
     try:
         if args.path_to_data:
             train_source, validation_source = open_sources(args.path_to_data, args.input_channels)
     except DataError as error:
         errors.append(str(error))
+    try:
+        if args.init_from and not checkpoint:
+            weights_path = find_weights(args.init_from, whole=True)
+            initial_weights, stored = read_state_dict(weights_path), read_stored(weights_path)
+    except WeightsError as error:
+        errors.append(f"--init_from {error}")
     fingerprint = train_source.fingerprint() if train_source else None
-    saved = read_state(checkpoint) if checkpoint else {}
-    batch_plan, found = arguments.plan_batch(
-        global_batch_size=args.global_batch_size,
-        per_gpu_batch_size=args.per_gpu_batch_size,
-        micro_batch_size=args.micro_batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+    if args.knn_every and train_source:
+        errors += check_labels(args.path_to_data, train_source, validation_source)
+    batch_plan, length, found = plan_run(
+        args,
+        num_images=len(train_source) if train_source else None,
         num_processes=accelerator.num_processes,
         held=saved.get("global_batch_size"),
     )
     errors += found
-    args.global_batch_size, args.per_gpu_batch_size, args.micro_batch_size = batch_plan
-    args.gradient_accumulation_steps = accelerator.gradient_accumulation_steps = batch_plan.accumulation
-    if train_source:
-        length, found = arguments.plan_length(
-            epochs=args.epochs,
-            max_steps=args.max_steps,
-            warmup_epochs=args.warmup_epochs,
-            warmup_steps=args.warmup_steps,
-            default_warmup_epochs=DEFAULT_WARMUP_EPOCHS,
-            num_samples=len(train_source),
-            global_batch_size=batch_plan.global_size,
-        )
-        errors += found
-        args.max_steps, args.warmup_steps = length.total_steps, length.warmup_steps
-    if args.learning_rate is None:
-        args.learning_rate = args.base_learning_rate * batch_plan.global_size / 256
-    if args.min_learning_rate > args.learning_rate:
-        errors.append(
-            f"--min_learning_rate {args.min_learning_rate:g} is above the peak of {args.learning_rate:g}; "
-            "take a lower one"
-        )
+    accelerator.gradient_accumulation_steps = batch_plan.accumulation
     if checkpoint:
         errors += compare_with_run(checkpoint, vars(args), fingerprint)
     errors = crew.gather(errors)
     if errors:
         fail(errors, show=accelerator.is_main_process)
-    if accelerator.is_main_process:
-        folder.clear_beyond(saved.get("step", 0))
-        if checkpoint is None:
-            write_json(folder.path / "args.json", {"flags": vars(args), **describe_environment()})
-    for source in (train_source, validation_source):
-        if source:
-            source.prepare(processes=args.num_workers or 1, progress=accelerator.is_main_process)
 
     # Model
     torch.manual_seed(args.seed)
     model = build_model(args)
+    try:
+        if initial_weights:
+            options = dict(stored=stored, adapt_channels=args.adapt_channels, new_decoder=True)
+            report = load_weights(model, initial_weights, **options)
+            accelerator.print(f"--init_from {args.init_from}: {report}")
+    except WeightsError as error:
+        fail([f"--init_from {args.init_from}: {error}"], show=accelerator.is_main_process)
+    if args.compile:
+        model.compile(fullgraph=True, dynamic=False)
     normalize = Normalization(args.mean, args.std, device)
     sample_options = dict(
         img_size=tuple(args.img_size),
@@ -362,8 +599,8 @@ def main(argv=None):
         grid=model.encoder.grid,
         num_kept=model.num_kept,
         mask_strategy=args.mask_strategy,
+        crop_scale=tuple(args.crop_scale),
     )
-    validation_data = PretrainingDataset(validation_source or train_source, seed=0, train=False, **sample_options)
 
     # Optimizer
     lr_at = partial(
@@ -384,18 +621,29 @@ def main(argv=None):
 
     # Prepare
     model, optimizer = accelerator.prepare(model, optimizer)
-    plain_model = accelerator.unwrap_model(model)
+    plain_model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the loop says itself where it autocasts
+    for source in (train_source, validation_source):
+        if source:
+            source.prepare(processes=args.num_workers or 1, progress=accelerator.is_main_process)
 
     # Resume
-    start_step = saved.get("step", 0)
+    if accelerator.is_main_process and not args.dry_run:
+        folder.clear_beyond(start_step)
+        if checkpoint is None:
+            write_json(folder.path / "args.json", {"flags": vars(args), **describe_environment()})
+        truncate_log(folder.path, start_step)
     if checkpoint:
         load_training(checkpoint, accelerator, model, optimizer)
         accelerator.print(f"resuming from {checkpoint}, after step {start_step}")
-    if accelerator.is_main_process:
-        truncate_log(folder.path, start_step)
-    if args.log_wandb:
-        start_wandb(
-            accelerator, folder.path, project=args.experiment_name, run_name=args.wandb_run_name, flags=vars(args)
+    if not args.dry_run:
+        start_trackers(
+            accelerator,
+            folder.path,
+            args.report_to,
+            project=args.experiment_name,
+            run_name=args.wandb_run_name,
+            flags=vars(args),
+            start_step=start_step,
         )
     accelerator.wait_for_everyone()
 
@@ -405,11 +653,12 @@ def main(argv=None):
         len(train_source),
         global_batch_size=batch_plan.global_size,
         micro_batch_size=batch_plan.micro,
-        total_steps=length.total_steps,
+        total_steps=2**40 if args.dry_run else length.total_steps,
         start_step=start_step,
         seed=args.seed,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
+        views=args.repeated_augmentation,
     )
     batches = iter(make_loader(train_data, sampler, num_workers=args.num_workers, pin_memory=args.pin_memory))
     save_every = args.save_checkpoint_steps or math.ceil(args.save_checkpoint_interval * length.steps_per_epoch)
@@ -423,102 +672,115 @@ def main(argv=None):
         start_step=start_step,
         seconds=saved.get("seconds", 0.0),
     )
+
+    def train(step):
+        first = sampler.first_position
+        positions = range(first, first + batch_plan.per_process, batch_plan.micro)
+        return optimizer_step(
+            model,
+            optimizer,
+            batches,
+            normalize,
+            [model_seed(args.seed, step, position) for position in positions],
+            accelerator=accelerator,
+            waiting=progress.waiting,
+            max_grad_norm=args.max_grad_norm,
+        )
+
+    model.train()
+    if args.dry_run:
+        rehearse(
+            train,
+            crew,
+            progress,
+            read_ahead=math.ceil(2 * args.num_workers / batch_plan.accumulation),
+            steps_left=length.total_steps - start_step,
+            global_batch_size=batch_plan.global_size,
+        )
+        return
     num_images = len(train_source) + (len(validation_source) if validation_source else 0)
     damaged_images = DamagedImages(folder.path, num_images, is_main_process=accelerator.is_main_process)
     new_damage = []
-    validate_every = args.validate_every * length.steps_per_epoch
-
-    validate = partial(
-        evaluate,
-        plain_model,
-        validation_data,
-        normalize,
-        accelerator=accelerator,
-        crew=crew,
-        progress=progress,
-        indices=range(len(validation_source)) if validation_source else spread(1000, len(train_source)),
+    read = partial(
+        own_batches,
         batch_size=min(batch_plan.micro, 256),
         num_workers=args.num_workers,
-        num_previews=args.num_preview_images,
-        folder=folder.path / "reconstructions",
-        damage=new_damage,
+        accelerator=accelerator,
+        crew=crew,
     )
-    model.train()
-    done = start_step
-    for step in range(start_step, length.total_steps):
-        if step and validate_every and step % validate_every == 0:
-            validate(step)
+    shared = dict(read=read, accelerator=accelerator, crew=crew, progress=progress)
+    validation_data = PretrainingDataset(validation_source or train_source, seed=0, train=False, **sample_options)
+    held_out = range(len(validation_source)) if validation_source else spread(1000, len(train_source))
+    bank_and_queries = with_labels(train_source, validation_source, **sample_options) if args.knn_every else None
+
+    def validate(step):
+        """The metrics that are due after `step` steps, or None where the run is asked to stop meanwhile."""
+        values, last = {}, step == length.total_steps
+        if last or is_due(step, args.validate_every * length.steps_per_epoch):
+            pictures = dict(num_previews=args.num_preview_images, folder=folder.path / "reconstructions")
+            found = evaluate(
+                plain_model, validation_data, held_out, normalize, step, damage=new_damage, **pictures, **shared
+            )
+            values = found and {**values, **found}
+        if values is not None and args.knn_every and (last or is_due(step, args.knn_every * length.steps_per_epoch)):
+            found = classify(plain_model, *bank_and_queries, normalize, step, **shared)
+            values = found and {**values, **found}
+        return values
+
+    def save(step):
+        with progress.paused():
+            progress.check_finite()
+            state = {
+                "step": step,
+                "epoch": step / length.steps_per_epoch,
+                "global_batch_size": batch_plan.global_size,
+                "data": fingerprint,
+                "seconds": progress.seconds,
+            }
+            save_training(folder, accelerator, crew, model, optimizer, state, keep=args.keep_checkpoints)
+
+    for step in range(start_step, length.total_steps + 1):  # optimizer steps that are completed
+        metrics = validate(step)
+        if metrics is None:
+            save(step)
+        if metrics is None or step == length.total_steps:
+            break
         learning_rate = lr_at(step)
         set_learning_rate(optimizer, learning_rate)
-        loss = 0.0
-        for micro in range(batch_plan.accumulation):
-            with progress.waiting():
-                batch = next(batches)
-            with accelerator.accumulate(model):
-                torch.manual_seed(model_seed(args.seed, step, sampler.first_position + micro * batch_plan.micro))
-                images = normalize(batch.images.to(device, non_blocking=True))
-                output = model(images, batch.noise.to(device, non_blocking=True))
-                accelerator.backward(output.loss)
-                loss += output.loss.detach() / batch_plan.accumulation
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or float("inf"))
-                optimizer.step()
-                optimizer.zero_grad()
-            new_damage += [(train_source.name(index), reason) for index, reason in batch.damaged]
-        done = step + 1
-        logged = progress.step(done, loss, grad_norm, learning_rate)
+        loss, grad_norm, damaged = train(step)
+        new_damage += [(train_source.name(index), reason) for index, reason in damaged]
+        logged = progress.step(step + 1, loss, grad_norm, learning_rate)
         stopping = crew.wanted()
-        saving = stopping or done == length.total_steps or (save_every and done % save_every == 0)
+        saving = stopping or step + 1 == length.total_steps or is_due(step + 1, save_every)
         if logged or saving:
             damaged_images.add(crew.gather(new_damage))
             new_damage.clear()
         if saving:
-            with progress.paused():
-                progress.check_finite()
-                state = {
-                    "step": done,
-                    "epoch": done / length.steps_per_epoch,
-                    "global_batch_size": batch_plan.global_size,
-                    "data": fingerprint,
-                    "seconds": progress.seconds,
-                }
-                save_training(folder, accelerator, crew, model, optimizer, state, keep=args.keep_checkpoints)
+            save(step + 1)
         if stopping:
+            metrics, step = None, step + 1
             break
 
-    # Evaluate
-    values = None if crew.wanted() else validate(length.total_steps)
-    if values is None:
+    # Finish
+    if metrics is None:
         progress.say(
-            f"stopped by {crew.signal_name or 'a signal'} after step {done}, which is saved; continue with "
+            f"stopped by {crew.signal_name or 'a signal'} after step {step}, which is saved; continue with "
             "--resume_from_checkpoint latest"
         )
+        finish_trackers(accelerator)
         accelerator.end_training()
         return
     damaged_images.add(crew.gather(new_damage))
     progress.close()
-
-    # Finish
     if accelerator.is_main_process:
-        seconds = progress.seconds
-        metrics = {
-            "step": length.total_steps,
-            "epoch": length.total_steps / length.steps_per_epoch,
-            "seconds": round(seconds, 1),
-            "images_per_second": round(length.total_steps * batch_plan.global_size / seconds, 2),
-            **values,
-            "uses_true_patch_statistics": args.norm_pix_loss,
+        run = {
+            "step": step,
+            "epoch": step / length.steps_per_epoch,
+            "seconds": round(progress.seconds, 1),
+            "images_per_second": round(step * batch_plan.global_size / progress.seconds, 2),
         }
-        export_encoder(plain_model.encoder, folder.path / "encoder", mean=args.mean, std=args.std)
-        export_autoencoder(plain_model, folder.path / "encoder" / "pretraining", mean=args.mean, std=args.std)
-        write_json(folder.path / "metrics.json", metrics)
-        print(
-            f"finished: {folder.path / 'metrics.json'}, pictures in {folder.path / 'reconstructions'}. "
-            "Use the encoder:\n"
-            f"  python -c \"import timm; timm.create_model('local-dir:{folder.path / 'encoder'}', pretrained=True)\"\n"
-            '  python -c "from transformers import AutoModel; '
-            f"AutoModel.from_pretrained('{folder.path / 'encoder'}')\""
-        )
+        finish(folder.path, plain_model, {**run, **metrics}, mean=args.mean, std=args.std)
+    finish_trackers(accelerator)
     accelerator.end_training()
 
 

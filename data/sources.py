@@ -1,9 +1,11 @@
 """Where samples come from. One indexable interface: `len(source)`, `fetch(indices)`, `name(index)`, `fingerprint()`,
-`prepare()` once before the first fetch, and, where the data have classes, `labels` (N,) and `classes`.
+`size_in_bytes()`, `prepare()` once before the first fetch, and, where the data have classes, `labels` (N,) and
+`classes` (otherwise None and []).
 
 Paths and labels are kept in flat buffers, so that worker processes share them without copies.
 """
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -91,6 +93,15 @@ class FolderSource:
         except OSError as error:
             return error
 
+    def size_in_bytes(self) -> float:
+        """About what all images take on disk, from some of them."""
+        some = [index * len(self) // 200 for index in range(200)] if len(self) > 200 else range(len(self))
+        sizes = []
+        for index in some:
+            with contextlib.suppress(OSError):
+                sizes.append(os.stat(self.name(index)).st_size)
+        return len(self) * sum(sizes) / max(1, len(sizes))
+
     def fingerprint(self) -> str:
         """Equal for two data sets with the same relative paths, wherever they lie."""
         return hashlib.sha256(self._paths + self._ends.tobytes()).hexdigest()[:16]
@@ -125,6 +136,10 @@ class ShapesSource:
     def fetch(self, indices: list[int]) -> list[np.ndarray]:
         """The images, uint8 (64, 64, C)."""
         return [self.images[index] for index in indices]
+
+    def size_in_bytes(self) -> float:
+        """What all images take in memory."""
+        return len(self) * shapes.SIZE * shapes.SIZE * self.channels
 
     def fingerprint(self) -> str:
         """Equal for the same scenes."""

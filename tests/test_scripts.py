@@ -369,7 +369,7 @@ def test_the_launcher_and_the_quickstart_recipe(tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "work_dir" / "quickstart_pretrain"
     assert json.loads((folder / "metrics.json").read_text())["masked_psnr_visible_mean"] > 10
-    assert "10000 images, 1000 held out" in done.stdout
+    assert "10000 images (about 123 MB), 1000 held out" in done.stdout
 
 
 def test_real_photographs(real_images, tmp_path):
@@ -377,3 +377,242 @@ def test_real_photographs(real_images, tmp_path):
     flags += ["--max_steps", 2, "--num_workers", 2, "--decoder_depth", 1, "--log_every", 1]
     run(SCRIPT, *flags, cwd=tmp_path)
     assert not (tmp_path / "work_dir/pretrain_mae/damaged.jsonl").exists()
+
+
+def in_process(code, words, cwd, **variables):
+    """Runs a script's `main` in a process of its own, after some code that looks over its shoulder."""
+    program = f"import sys, pretrain_mae; from training import arguments\n{code}"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, words)],
+        cwd=cwd,
+        env=environment(PYTHONPATH=str(ROOT), **variables),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_signal_during_validation_saves_the_step_and_validates_it_again(undisturbed, flags, tmp_path):
+    code = """
+import os, signal
+reconstruct = pretrain_mae.reconstruct
+def interrupted(*given):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return reconstruct(*given)
+pretrain_mae.reconstruct = interrupted
+arguments.run_script(lambda: pretrain_mae.main(sys.argv[1:]))"""
+    flags = [*flags, "--gradient_accumulation_steps", 2, "--save_checkpoint_interval", 0]
+    in_process(code, flags, tmp_path)
+    folder = tmp_path / "work_dir" / "pretrain_mae"
+    assert os.listdir(folder / "checkpoints") == ["step_00000010"]
+    run(SCRIPT, *flags, "--resume_from_checkpoint", "auto", cwd=tmp_path)
+    assert_equal_runs(undisturbed, folder, 23)
+
+
+def test_a_dry_run_says_what_will_happen_and_writes_nothing(image_folder, tmp_path):
+    flags = [*TINY, "--path_to_data", image_folder, "--gradient_accumulation_steps", 2, "--num_workers", 1]
+    flags += ["--epochs", 300, "--repeated_augmentation", 2, "--report_to", "tensorboard"]
+    done = run(SCRIPT, *flags, "--dry_run", cwd=tmp_path)
+    for word in (
+        *("40 images (about ", "2 views of each, 11 held out", "M parameters", "GFLOP per image and step"),
+        *("8 = 1 processes x 2 micro-batches x 4", "3000 steps, 10 an epoch, 150 warmup", "0.001 at its peak"),
+        *("float32 on cpu", "an image for activations", "steps timed after", "images/s, data wait", "peak memory"),
+        *("3000 steps take", "nothing was written"),
+    ):
+        assert word in done.stdout + done.stderr, word
+    assert os.listdir(tmp_path) == []
+    refused = run(SCRIPT, *flags, "--dry_run", "--mask_ratio", 1, "--knn_every", -1, cwd=tmp_path, code=2).stderr
+    assert "--mask_ratio" in refused and "--knn_every" in refused and os.listdir(tmp_path) == []
+
+
+def test_a_dry_run_of_a_resumption_counts_what_is_left(undisturbed, flags, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "work_dir" / "pretrain_mae")
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    flags = [*flags, "--gradient_accumulation_steps", 2, "--resume_from_checkpoint", "step_00000016", "--dry_run"]
+    done = run(SCRIPT, *flags, cwd=tmp_path)
+    assert "7 steps take" in done.stdout + done.stderr
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
+def test_neighbours_are_asked_without_disturbing_the_run(undisturbed, flags, tmp_path):
+    flags = [*flags, "--gradient_accumulation_steps", 2, "--save_checkpoint_steps", 4]
+    run(SCRIPT, *flags, "--knn_every", 1, "--report_to", "tensorboard", cwd=tmp_path)
+    folder = tmp_path / "work_dir" / "pretrain_mae"
+    assert_equal_runs(undisturbed, folder, 23)
+    lines = [line for line in log_of(folder) if "knn_top1" in line]
+    assert [line["step"] for line in lines] == [5, 10, 15, 20, 23]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["knn_top1"] == lines[-1]["knn_top1"] and metrics["linear_top1"] == lines[-1]["linear_top1"]
+    two = launch(  # the last step again, its bank and queries shared by two processes
+        *(*TWO_PROCESSES, ROOT / SCRIPT, *flags, "--knn_every", 1, "--resume_from_checkpoint", "latest"),
+        *("--per_gpu_batch_size", 4, "--gradient_accumulation_steps", 1),
+        cwd=tmp_path,
+    )
+    assert two.returncode == 0, two.stderr
+    again = json.loads((folder / "metrics.json").read_text())
+    assert again["knn_top1"] == metrics["knn_top1"] and again["linear_top1"] == metrics["linear_top1"]
+    assert again["val_loss"] == pytest.approx(metrics["val_loss"], rel=1e-6)
+
+
+def test_neighbours_are_those_that_a_stranger_finds(undisturbed, flags, image_folder, tmp_path):
+    """k-NN by hand, on the exported encoder in timm, from files: shortest side 36, centre crop 32."""
+    import timm
+    from torchvision.transforms import v2
+
+    folder = shutil.copytree(undisturbed, tmp_path / "work_dir" / "pretrain_mae")
+    (folder / "metrics.json").unlink()
+    flags = [*flags, "--gradient_accumulation_steps", 2, "--resume_from_checkpoint", "latest", "--knn_every", 1]
+    run(SCRIPT, *flags, cwd=tmp_path)
+    model = timm.create_model(f"local-dir:{folder / 'encoder'}", pretrained=True).eval()
+    usual = v2.Compose(
+        [v2.Resize(36, v2.InterpolationMode.BICUBIC), v2.CenterCrop(32), v2.ToImage(), v2.ToDtype(torch.float32, True)]
+    )
+    normalise = v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    features, labels = {}, {}
+    for split in ("train", "val"):
+        paths = sorted((image_folder / split).rglob("*.jpg"))
+        images = torch.stack([normalise(usual(Image.open(path))) for path in paths])
+        with torch.no_grad():
+            tokens = model.forward_features(images)[:, 1:].mean(dim=1)
+        features[split] = tokens / tokens.norm(dim=1, keepdim=True)
+        labels[split] = [int(path.parent.name[-1]) for path in paths]
+    right = 0
+    for feature, label in zip(features["val"], labels["val"], strict=True):
+        similarity = features["train"] @ feature
+        votes = [0.0, 0.0]
+        for i in similarity.argsort(descending=True)[:20]:  # 20 images a class
+            votes[labels["train"][i]] += (similarity[i] / 0.07).exp().item()
+        right += votes.index(max(votes)) == label
+    found = json.loads((folder / "metrics.json").read_text())["knn_top1"]
+    assert abs(found - 100 * right / 11) <= 100 / 11 + 1e-6  # Pillow and torch differ by a grey level
+
+
+def test_neighbours_need_labels(tmp_path):
+    flat = tmp_path / "flat" / "train"
+    write_images(flat, 8)
+    for path in list(flat.rglob("*.jpg")):
+        path.rename(flat / path.name)
+    write_images(tmp_path / "flat" / "val", 4)
+    write_images(tmp_path / "strange" / "train", 8)
+    write_images(tmp_path / "strange" / "val", 9, classes=3)
+    alone = write_images(tmp_path / "alone", 8)
+    for path, word in [
+        (tmp_path / "flat", "has images outside of class folders"),
+        (tmp_path / "strange", "lacks 1 of them there (class_2)"),
+        (alone, "has no val/ beside train/"),
+    ]:
+        refused = run(SCRIPT, *TINY, "--path_to_data", path, "--knn_every", 1, cwd=tmp_path, code=2).stderr
+        assert "--knn_every" in refused and word in refused and "leave the flag out" in refused
+
+
+def test_compile_and_checkpointing_leave_the_losses_alone(image_folder, tmp_path):
+    """20 steps in two micro-batches with drop path; one graph, never broken, compiled once."""
+    flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 20, "--validate_every", 2, "--drop_path", 0.2]
+    flags += ["--gradient_accumulation_steps", 2]
+    code = """
+import torch._dynamo
+from torch._dynamo.utils import counters
+torch._dynamo.config.error_on_recompile = True
+pretrain_mae.main(sys.argv[1:])
+print(f"breaks {sum(counters['graph_break'].values())} graphs {counters['stats']['unique_graphs']}")"""
+    run(SCRIPT, *flags, "--experiment_name", "plain", cwd=tmp_path)
+    run(SCRIPT, *flags, "--gradient_checkpointing", "--experiment_name", "checkpointed", cwd=tmp_path)
+    words = [*flags, "--compile", "--gradient_checkpointing", "--experiment_name", "compiled"]
+    done = in_process(code, words, tmp_path)
+    assert "breaks 0 graphs 2" in done  # the step's, and that of the compiler's check
+    assert "float32, compile, gradient checkpointing on cpu" in done
+    losses = {name: losses_of(tmp_path / "work_dir" / name) for name in ("plain", "checkpointed", "compiled")}
+    assert len(losses["plain"]) == 20
+    for name in ("checkpointed", "compiled"):
+        assert losses[name] == pytest.approx(losses["plain"], abs=1e-5), name
+
+
+def test_compile_without_a_compiler_is_refused(image_folder, tmp_path):
+    flags = [*TINY, "--path_to_data", image_folder, "--compile"]
+    variables = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    refused = run(SCRIPT, *flags, cwd=tmp_path, code=2, **variables).stderr
+    error = next(line for line in refused.splitlines() if line.startswith("error: "))
+    assert "--compile found no working compiler" in error and "Traceback" not in refused
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU is waited for")
+def test_the_loop_does_not_wait_for_the_gpu(image_folder, tmp_path):
+    code = """
+import torch
+optimizer_step = pretrain_mae.optimizer_step
+def watched(*given, **options):
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        return optimizer_step(*given, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+pretrain_mae.optimizer_step = watched
+pretrain_mae.main(sys.argv[1:])"""
+    flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 5, "--mixed_precision", "bf16", "--pin_memory"]
+    in_process(code, flags, tmp_path, ACCELERATE_USE_CPU="false")
+
+
+def test_repeated_augmentation_is_the_same_on_one_process_and_two(image_folder, tmp_path):
+    flags = [*TINY, "--path_to_data", image_folder, "--repeated_augmentation", 2, "--max_steps", 12]
+    flags += ["--validate_every", 0]
+    run(SCRIPT, *flags, "--experiment_name", "one", cwd=tmp_path)
+    flags[flags.index("--per_gpu_batch_size") + 1] = "4"
+    two = launch(*TWO_PROCESSES, ROOT / SCRIPT, *flags, "--experiment_name", "two", cwd=tmp_path)
+    assert two.returncode == 0, two.stderr
+    one, other = (tmp_path / "work_dir" / name for name in ("one", "two"))
+    assert losses_of(one) == pytest.approx(losses_of(other), rel=1e-5)
+    assert log_of(one)[9]["epoch"] == 1  # 40 images, twice each, in batches of 8
+    flags += ["--micro_batch_size", 1]
+    assert "--repeated_augmentation 2 does not divide" in run(SCRIPT, *flags, cwd=tmp_path, code=2).stderr
+
+
+def test_init_from_every_layout(undisturbed, flags, tmp_path):
+    """A run's folder, its checkpoint, its encoder alone, other sizes and channels; and what does not fit."""
+    flags = [*flags, "--max_steps", 1, "--log_every", 1, "--validate_every", 0]
+    at_once = {}
+    for name, path in {
+        "run": undisturbed,
+        "checkpoint": undisturbed / "checkpoints" / "step_00000023",
+        "whole": undisturbed / "encoder" / "pretraining",
+    }.items():
+        done = run(SCRIPT, *flags, "--init_from", path, "--experiment_name", name, cwd=tmp_path)
+        assert f"--init_from {path}: weights of" in done.stdout and " 0 missing" in done.stdout
+        at_once[name] = losses_of(tmp_path / "work_dir" / name)[1]
+    assert len(set(at_once.values())) == 1 and at_once["run"] < 0.98 * losses_of(undisturbed)[1]
+
+    encoder = undisturbed / "encoder" / "model.safetensors"
+    done = run(SCRIPT, *flags, "--init_from", encoder, "--experiment_name", "encoder", cwd=tmp_path)
+    assert "newly initialised" in done.stdout
+    larger = [*flags, "--img_size", 48, "--input_channels", 1, "--init_from", undisturbed]
+    refused = run(SCRIPT, *larger, "--experiment_name", "grey", cwd=tmp_path, code=2).stderr
+    assert "--adapt_channels" in refused and "Traceback" not in refused
+    assert not (tmp_path / "work_dir" / "grey" / "args.json").exists()
+    done = run(SCRIPT, *larger, "--adapt_channels", "--experiment_name", "grey", cwd=tmp_path)
+    assert "4x4 -> 6x6" in done.stdout and "3 -> 1 channels" in done.stdout
+    wider = [*flags, "--encoder_embed_dim", 64, "--init_from", undisturbed, "--experiment_name", "wider"]
+    refused = run(SCRIPT, *wider, cwd=tmp_path, code=2).stderr
+    assert "--encoder_embed_dim 32" in refused and "Traceback" not in refused
+    missing = run(SCRIPT, *flags, "--init_from", tmp_path / "nowhere", "--seed", "x", cwd=tmp_path, code=2).stderr
+    assert "nowhere" in missing and "--seed x" in missing
+
+
+def test_trackers_continue_their_curves_and_their_absence_costs_a_warning(image_folder, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 10, "--save_checkpoint_steps", 4]
+    flags += ["--validate_every", 1, "--report_to", "tensorboard", "wandb", "--keep_checkpoints", 9]
+    nobody = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_API_KEY": "", "WANDB_MODE": "online"}
+    done = run(SCRIPT, *flags, cwd=tmp_path, **nobody)
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and "not logging to wandb" in warnings[0]
+    run(SCRIPT, *flags, "--resume_from_checkpoint", "step_00000004", cwd=tmp_path, WANDB_MODE="offline")
+    folder = tmp_path / "work_dir" / "pretrain_mae"
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 11))
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx([*losses_of(folder).values()])
+    assert [event.step for event in events.Images("reconstructions")] == [5, 10]
+    assert list((folder / "wandb").glob("offline-run-*"))
+    both = run(SCRIPT, *TINY, "--report_to", "none", "wandb", cwd=tmp_path, code=2).stderr
+    assert "--report_to none wandb contradicts itself" in both

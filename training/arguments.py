@@ -17,10 +17,14 @@ import torch
 # its fingerprint, the batch by its global size.
 FREE_FLAGS = {
     *("experiment_name", "working_directory", "path_to_data", "resume_from_checkpoint", "num_workers", "pin_memory"),
-    *("wandb_run_name", "log_wandb", "log_every", "validate_every", "num_preview_images"),
+    *("wandb_run_name", "log_wandb", "report_to", "log_every", "validate_every", "knn_every", "num_preview_images"),
+    *("compile", "gradient_checkpointing", "dry_run"),
     *("save_checkpoint_interval", "save_checkpoint_steps", "keep_checkpoints"),
     *("per_gpu_batch_size", "micro_batch_size", "gradient_accumulation_steps"),
 }
+
+
+TRACKERS = ("wandb", "tensorboard")
 
 
 class RunError(Exception):
@@ -137,6 +141,11 @@ class Parser(argparse.ArgumentParser):
                 if isinstance(item, Unreadable):
                     errors.append(f"--{name} {item.text} is no valid value; expected {item.expected}")
                     setattr(args, name, self.get_default(name))
+        if hasattr(args, "report_to"):
+            if "none" in args.report_to and len(args.report_to) > 1:
+                errors.append(f"--report_to {' '.join(args.report_to)} contradicts itself; give none or trackers")
+            wanted = {*args.report_to, *(["wandb"] if args.log_wandb else [])}
+            args.report_to = [name for name in TRACKERS if name in wanted]
         return args, errors
 
 
@@ -169,6 +178,12 @@ def add_run_flags(parser: Parser, *, name: str) -> None:
     flag("--working_directory", default="work_dir", help="folder that holds the runs (default work_dir)")
     flag("--path_to_data", help="folder of images, with train/ and val/ or without, or builtin:shapes (required)")
     flag("--seed", type=integer(0, 2**32 - 1), default=0, help="seed of samples, masks and weights (default 0)")
+    flag(
+        "--dry_run",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="print the plan, time some steps, say how long the run takes, write nothing",
+    )
     flag("--resume_from_checkpoint", metavar="latest|auto|FOLDER", help="continue a run; auto also starts a new one")
     flag("--num_workers", type=integer(0), help="loader workers per process (default min(32, cores / processes))")
     flag("--pin_memory", action="store_true", help="copy batches to the GPU from pinned memory")
@@ -214,11 +229,33 @@ def add_optimizer_flags(parser: Parser, *, base_learning_rate: float, weight_dec
     flag("--max_grad_norm", type=number(), default=1.0, help="clip the global gradient norm; 0 = none (default 1.0)")
 
 
+def add_speed_flags(parser: Parser) -> None:
+    """What trades time, memory and precision against each other."""
+    flag = parser.add_argument_group("speed").add_argument
+    pair = argparse.BooleanOptionalAction
+    flag("--compile", action=pair, default=False, help="compile the training step with torch.compile (off)")
+    flag(
+        "--gradient_checkpointing",
+        action=pair,
+        default=False,
+        help="keep less for the backward pass, at the cost of a second forward pass (off)",
+    )
+    flag("--tf32", action=pair, default=True, help="TF32 for matrix products of float32 on a GPU (on)")
+
+
 def add_logging_flags(parser: Parser) -> None:
     """What is logged, and where to."""
     flag = parser.add_argument_group("logging").add_argument
     flag("--log_every", type=integer(1), default=50, help="optimizer steps between two log lines (default 50)")
-    flag("--log_wandb", action="store_true", help="also log to Weights & Biases; WANDB_MODE=offline works")
+    flag(
+        "--report_to",
+        type=one_of("none", *TRACKERS),
+        nargs="+",
+        default=["none"],
+        metavar="TRACKER",
+        help="also log to wandb, tensorboard or both (default none); WANDB_MODE=offline works",
+    )
+    flag("--log_wandb", action="store_true", help="the same as --report_to wandb")
     flag("--wandb_run_name", help="name of the run there; its project is the experiment's name")
 
 
@@ -356,6 +393,28 @@ def resolve_precision(wanted: str | None) -> str:
         return wanted or launched
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
     return "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+
+
+def set_speed(device: torch.device, *, tf32: bool) -> None:
+    """Settings of torch that the whole process has: threads on a CPU, TF32 on a GPU."""
+    if device.type == "cpu":
+        use_all_cores()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+
+
+def check_compiler(device: torch.device) -> list[str]:
+    """Why torch.compile cannot work here, found by compiling something small."""
+    # Drop path then draws what it draws without --compile
+    torch._inductor.config.fallback_random = True
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # which one depends on what is missing: a C++ compiler, Triton, a driver
+        reason = str(error).strip().partition("\n")[0]
+        return [
+            f"--compile found no working compiler ({reason}); install "
+            f"{'g++ or set CXX' if device.type == 'cpu' else 'triton and gcc'}, or leave the flag out"
+        ]
+    return []
 
 
 def cores_per_process() -> int:

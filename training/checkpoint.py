@@ -103,7 +103,8 @@ class RunFolder:
         if step == 0:
             for name in ("log.jsonl", "damaged.jsonl", "wandb_run_id"):
                 (self.path / name).unlink(missing_ok=True)
-            shutil.rmtree(self.path / "reconstructions", ignore_errors=True)
+            for name in ("reconstructions", "tensorboard"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
 
     def save(self, model: dict[str, torch.Tensor], optimizer: dict, state: dict, *, keep: int) -> Path:
         """Writes the checkpoint of `state["step"]`, then removes all but the `keep` newest. Raises RunError where that
@@ -113,6 +114,8 @@ class RunFolder:
         """
         step = state["step"]
         target = self.checkpoints / f"step_{step:08d}"
+        if is_whole(target):  # a run is a function of its flags
+            return target
         temporary = self.checkpoints / f".saving_{target.name}"
         try:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -6,10 +6,13 @@ import json
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate.tracking import TensorBoardTracker, WandBTracker
+from PIL import Image
 from tqdm import tqdm
 
 from training.arguments import RunError
@@ -121,7 +124,14 @@ class Progress:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
         numbers = {name: value for name, value in line.items() if isinstance(value, int | float) and name != "step"}
-        self.accelerator.log(numbers, step=line["step"])
+        _track(self.accelerator, lambda tracker: tracker.log(numbers, step=line["step"]))
+
+    def picture(self, path: Path, name: str, step: int) -> None:
+        """Sends a picture that was written to a file to the trackers."""
+        if self.accelerator.trackers:  # so on the main process alone
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))[None]  # (1, H, W, C)
+            _track(self.accelerator, lambda tracker: tracker.log_images({name: pixels}, step=step))
 
     def say(self, text: str) -> None:
         """Prints a line above the bar, on the main process."""
@@ -134,7 +144,8 @@ class Progress:
 
 
 def truncate_log(folder: Path, step: int) -> None:
-    """Removes the lines of log.jsonl beyond a step: what a resumed run is about to write again."""
+    """Removes what a resumed run is about to write again from log.jsonl: lines beyond its checkpoint's step, and those
+    of that step that are no training step's."""
     path = folder / "log.jsonl"
     if not path.exists():
         return
@@ -142,8 +153,8 @@ def truncate_log(folder: Path, step: int) -> None:
     for text in path.read_text().splitlines():
         with contextlib.suppress(ValueError):  # a line that a kill cut short
             line = json.loads(text)
-            # The validation of the checkpoint's own step came after the save, and is repeated
-            if line["step"] < step or (line["step"] == step and "val_loss" not in line):
+            # What is measured at the checkpoint's own step comes after the save, and will be written again
+            if line["step"] < step or (line["step"] == step and "loss" in line):
                 kept.append(text + "\n")
     temporary = path.with_name(".log.jsonl.tmp")
     temporary.write_text("".join(kept))
@@ -181,24 +192,129 @@ class DamagedImages:
             )
 
 
-def start_wandb(accelerator, folder: Path, *, project: str, run_name: str | None, flags: dict) -> None:
-    """Starts a Weights & Biases run whose id is kept in the run folder, so that a resumption continues its curves.
+def start_trackers(
+    accelerator, folder: Path, names: list[str], *, project: str, run_name: str | None, flags: dict, start_step: int
+) -> None:
+    """Starts each of the trackers `names` ("wandb", "tensorboard"), on the main process, for Progress to write to.
 
-    Where wandb is missing or refuses, the run goes on without it, with one warning.
+    One that is not installed, not logged in or refuses costs one warning; the run and the other tracker go on. The
+    flags become its configuration: numbers and text, lists joined by spaces, without those that were not given.
+    `start_step` is the step of the checkpoint that the run continues, or 0.
     """
     if not accelerator.is_main_process:
         return
-    if importlib.util.find_spec("wandb") is None:
-        print("warning: not logging to wandb: the package is not installed; pip install wandb", file=sys.stderr)
-        return
-    id_file = folder / "wandb_run_id"
-    run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
-    config = {name: value if isinstance(value, int | float | str) else str(value) for name, value in flags.items()}
-    options = {"name": run_name, "id": run_id, "resume": "allow", "dir": str(folder)}
-    try:
-        accelerator.init_trackers(project, config=config, init_kwargs={"wandb": options})
-    except Exception as error:  # not logged in, no network: whatever it is, it is no reason not to train
-        accelerator.trackers = []
-        print(f"warning: not logging to wandb: {' '.join(str(error).split())}", file=sys.stderr)
-        return
-    id_file.write_text(run_id + "\n")
+    given = {name: value for name, value in flags.items() if value is not None}
+    config = {name: value if isinstance(value, int | float) else _as_text(value) for name, value in given.items()}
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # no origin: merely a folder of that name, as wandb itself makes
+            _warn(f"not logging to {name}: the package is not installed; pip install {name}")
+            continue
+        try:
+            tracker = WandB(folder, project, run_name) if name == "wandb" else TensorBoard(folder, start_step)
+            tracker.start()
+            tracker.store_init_configuration(config)
+        except Exception as error:  # whatever it is, it is no reason not to train
+            remedy = {
+                "wandb": "run `wandb login`, or set WANDB_MODE=offline",
+                "tensorboard": f"make {folder} writable, or pip install --upgrade tensorboard",
+            }
+            _warn(f"not logging to {name}: {_reason(error)}; {remedy[name]}")
+        else:
+            accelerator.trackers.append(tracker)
+
+
+def finish_trackers(accelerator) -> None:
+    """Ends what `start_trackers` started. It may wait for an upload: whatever the run writes should be written."""
+    _track(accelerator, lambda tracker: tracker.finish())
+    accelerator.trackers.clear()
+
+
+class WandB(WandBTracker):
+    """A Weights & Biases run whose id is kept in `wandb_run_id` of the run folder: a resumption continues its curves.
+
+    wandb's own steps cannot go back, as a resumption does after a kill: it would drop what comes again, with a warning
+    each time. So the step is logged as a value, which wandb takes as the x axis of every curve; where a run goes back,
+    its points are there twice. Offline, wandb keeps a folder for each start.
+    """
+
+    def __init__(self, folder: Path, project: str, run_name: str | None):
+        self.id_file = folder / "wandb_run_id"
+        known_id = self.id_file.read_text().strip() if self.id_file.exists() else None
+        super().__init__(
+            project,
+            name=run_name,
+            id=known_id or secrets.token_hex(4),
+            resume="allow" if known_id else None,  # offline, wandb warns that it ignores it
+            dir=str(folder),
+        )
+
+    def start(self) -> None:
+        super().start()
+        self.id_file.write_text(self.init_kwargs["id"] + "\n")
+        self.run.define_metric("step", hidden=True)
+        self.run.define_metric("*", step_metric="step")
+
+    def store_init_configuration(self, values: dict) -> None:
+        self.run.config.update(values, allow_val_change=True)  # Accelerate 1.10 starts a second run offline
+
+    def log(self, values: dict, step: int | None = None, **kwargs) -> None:
+        self.run.log({**values, "step": step}, **kwargs)
+
+
+class TensorBoard(TensorBoardTracker):
+    """Event files in `tensorboard` of the run folder. Those of a resumption tell TensorBoard to forget the points
+    beyond its checkpoint, which come again."""
+
+    def __init__(self, folder: Path, start_step: int):
+        super().__init__("tensorboard", folder, purge_step=start_step + 1)
+        self.start_step = start_step
+
+    def store_init_configuration(self, values: dict) -> None:
+        """Adds a table, among the texts. Accelerate's hyperparameters would be a run of their own, at each start."""
+        rows = [f"| {name} | `{value}` |" for name, value in values.items()]
+        self.writer.add_text("flags", "\n".join(["| flag | value |", "|---|---|", *rows]), self.start_step)
+        self.writer.flush()
+
+    def log_images(self, values: dict, step: int | None = None, **kwargs) -> None:
+        super().log_images(values, step, dataformats="NHWC", **kwargs)
+        self.writer.flush()
+
+
+def _track(accelerator, act: Callable) -> None:
+    """Calls `act` with each tracker. One that fails is dropped, with a warning."""
+    for tracker in list(accelerator.trackers):
+        try:
+            act(tracker)
+        except Exception as error:  # a full quota, a lost process: whatever it is, it is no reason not to train
+            accelerator.trackers.remove(tracker)
+            _warn(f"not logging to {tracker.name} any more: {_reason(error)}; log.jsonl has the rest")
+
+
+def _as_text(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def _warn(text: str) -> None:
+    tqdm.write(f"warning: {text}", file=sys.stderr)  # above the bar, where there is one
+
+
+def in_bytes(count: float) -> str:
+    """A number of bytes, for people: "1.79 GB"."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"
+
+
+def in_time(seconds: float) -> str:
+    """A time, for people: "41.3 hours"."""
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} seconds"
