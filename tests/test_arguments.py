@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from training import arguments
-from training.arguments import Parser, integer, number, one_of, plan_batch, plan_length
+from training.arguments import Parser, add_logging_flags, integer, number, one_of, plan_batch, plan_length
 
 
 def parser():
@@ -172,3 +172,17 @@ def test_the_launchers_single_thread_is_undone(monkeypatch, launched, threads, e
         assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
+
+
+def test_trackers_are_asked_for_in_two_ways():
+    def trackers(*words):
+        parser = Parser("")
+        add_logging_flags(parser)
+        args, errors = parser.read(list(words))
+        return args.report_to, errors
+
+    assert trackers() == trackers("--report_to", "none") == ([], [])
+    assert trackers("--log_wandb") == trackers("--report_to", "wandb") == (["wandb"], [])
+    assert trackers("--report_to", "tensorboard", "--log_wandb") == (["wandb", "tensorboard"], [])
+    assert "contradicts itself" in trackers("--report_to", "none", "tensorboard")[1][0]
+    assert "expected one of none, wandb, tensorboard" in trackers("--report_to", "comet")[1][0]

@@ -33,6 +33,13 @@ def test_a_checkpoint_holds_what_was_saved_and_nothing_is_left_beside_it(folder)
     assert os.listdir(folder.checkpoints) == ["step_00000012"]
 
 
+def test_a_whole_checkpoint_is_not_written_again(folder):
+    path = save(folder, 12)
+    before = path.stat().st_ino, (path / "model.safetensors").stat().st_mtime_ns
+    assert save(folder, 12) == path
+    assert (path.stat().st_ino, (path / "model.safetensors").stat().st_mtime_ns) == before
+
+
 def test_the_newest_are_kept(folder):
     for step in (5, 100, 20, 1000):
         save(folder, step, keep=2)

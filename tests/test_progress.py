@@ -12,7 +12,15 @@ from conftest import ROOT, environment
 from PIL import Image
 
 from training.arguments import RunError
-from training.progress import DamagedImages, Progress, finish_trackers, start_trackers, truncate_log
+from training.progress import (
+    DamagedImages,
+    Progress,
+    finish_trackers,
+    in_bytes,
+    in_time,
+    start_trackers,
+    truncate_log,
+)
 
 FLAGS = {"seed": 3, "learning_rate": 1e-3, "img_size": [32, 48], "pin_memory": False, "max_steps": None}
 
@@ -207,3 +215,8 @@ def test_the_limit_is_one_percent_of_a_large_set(tmp_path):
     assert not (tmp_path / "damaged.jsonl").exists()
     with pytest.raises(RunError):
         damaged.add([("x.jpg", "empty")])
+
+
+def test_sizes_and_times_for_people():
+    assert [in_bytes(count) for count in (1.79e9, 4.5e6, 830, 2.4e12)] == ["1.79 GB", "4.5 MB", "0.83 kB", "2.4e+03 GB"]
+    assert [in_time(seconds) for seconds in (0.25, 90, 148_680)] == ["0.25 seconds", "1.5 minutes", "41.3 hours"]

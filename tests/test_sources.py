@@ -90,3 +90,12 @@ def test_builtin_shapes(channels):
     if channels == 3:
         np.testing.assert_array_equal(fetched, image)
     assert validation.labels[7] == label and np.array_equal(validation.masks[7], mask)
+
+
+def test_the_size_of_the_data_is_told_from_some_of_it(tmp_path):
+    source = FolderSource(write_images(tmp_path, 6))
+    assert source.size_in_bytes() == sum(path.stat().st_size for path in tmp_path.rglob("*.jpg"))
+    for i in range(1000):
+        (tmp_path / f"{i}.png").write_bytes(b"0" * 500)
+    assert FolderSource(tmp_path).size_in_bytes() == pytest.approx(1006 * 500, rel=0.05)
+    assert ShapesSource("train", 3).size_in_bytes() == 10_000 * 64 * 64 * 3
