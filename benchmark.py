@@ -1,42 +1,124 @@
 """Measures what this machine reaches, against what a user would use instead, both in one run and in alternation.
 
     python benchmark.py data --path_to_data IMAGES
+    python benchmark.py train --task mae --model base
+    python benchmark.py cost --model base
 
 `data`: this loader against torchvision's usual PIL pipeline (open, RandomResizedCrop bicubic, flip, to float,
-normalise) on a folder of real images, on one core, with the time of each stage. Quote ratios: they hold when a
-machine's speed drifts. --json writes what was measured.
+normalise) on a folder of real images, on one core, with the time of each stage.
+
+`train`: a training step (forward, backward, clipping, fused AdamW) on random images, of the masked autoencoder against
+transformers' ViTMAEForPreTraining with its fast attention (sdpa), or of the encoder on whole images against timm's.
+Both have the same weights, inputs, precision and optimizer; unless both compute the same loss and the same gradient
+norm, nothing is timed. On a GPU also TFLOP/s, as a share of what a large bf16 matrix product reaches in the same run,
+and peak memory. --compile adds both sides compiled, and ours compiled against the better of theirs.
+
+`cost`: what a pre-training step takes as images and batches grow, in images/s and peak memory, each setting in a
+process of its own (`ours` is null where memory does not suffice); and the seconds from `accelerate launch
+pretrain_mae.py` to the first line of its log.
+
+Quote ratios: they hold when a machine's speed drifts. --json writes what was measured.
 """
 
+import contextlib
+import importlib.util
 import json
+import multiprocessing
 import os
 import platform
+import signal
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from data.batches import PretrainingDataset
 from data.decode import decode
 from data.sources import DataError, FolderSource
 from data.transforms import pretraining
-from training.arguments import Parser, fail, integer, one_of
+from modeling.export import export_autoencoder
+from modeling.mae import MaskedAutoencoder
+from modeling.vit import SIZES, VisionTransformer
+from training.arguments import Parser, RunError, fail, integer, one_of, run_script
+from training.optimizer import adamw, set_learning_rate
+
+ROOT = Path(__file__).parent
+PEERS = {"mae": "transformers", "encoder": "timm"}
+STEP = dict(model="base", img_size=224, batch_size=16, mixed_precision=None, rounds=5)
+DEFAULTS = {  # the flags that each takes, beside --json
+    "data": dict(path_to_data=None, img_size=224, num_images=400, rounds=5),
+    "train": STEP | dict(task="mae", compile=False, gradient_checkpointing=False),
+    "cost": STEP | dict(img_sizes=[64, 128, 224, 448], batch_sizes=[1, 4, 16, 64]),
+}
 
 
 def parse_args(argv=None):
-    """The flags, and what is wrong with them."""
+    """The flags, those of another measurement left at None, and what is wrong with them."""
     parser = Parser(__doc__)
-    parser.add_argument("what", type=one_of("data"), help="data")
-    parser.add_argument("--path_to_data", help="folder of images (required)")
-    parser.add_argument("--img_size", type=integer(1), default=224, help="pixels (default 224)")
-    parser.add_argument("--num_images", type=integer(1), default=400, help="images at most (default 400)")
-    parser.add_argument("--rounds", type=integer(1), default=5, help="rounds, both sides in each (default 5)")
-    parser.add_argument("--json", metavar="FILE", help="write a list of what was measured")
+    parser.add_argument("what", type=one_of(*DEFAULTS), help=", ".join(DEFAULTS))
+    flag = parser.add_argument_group("all").add_argument
+    flag("--img_size", type=integer(1), help="pixels (default 224); cost: of the batches")
+    flag("--rounds", type=integer(1), help="rounds, both sides in each (default 5)")
+    flag("--json", metavar="FILE", help="write a list of what was measured")
+    flag = parser.add_argument_group("data").add_argument
+    flag("--path_to_data", help="folder of images (required)")
+    flag("--num_images", type=integer(1), help="images at most (default 400)")
+    flag = parser.add_argument_group("train and cost").add_argument
+    flag("--model", type=one_of(*SIZES), help=f"{', '.join(SIZES)} (default base)")
+    flag("--batch_size", type=integer(1), help="images per step (default 16); cost: of the image sizes")
+    flag("--mixed_precision", type=one_of("no", "bf16"), help="no or bf16 (default bf16 on a GPU, no on a CPU)")
+    flag = parser.add_argument_group("train").add_argument
+    flag("--task", type=one_of(*PEERS), help="mae (default) or encoder")
+    flag("--compile", action="store_true", default=None, help="also both sides compiled")
+    flag("--gradient_checkpointing", action="store_true", default=None, help="both sides")
+    flag = parser.add_argument_group("cost").add_argument
+    flag("--img_sizes", type=integer(1), nargs="+", metavar="N", help="pixels (default 64 128 224 448)")
+    flag("--batch_sizes", type=integer(1), nargs="+", metavar="N", help="images per step (default 1 4 16 64)")
     args, errors = parser.read(argv)
-    if args.path_to_data is None:
-        errors.append("--path_to_data is missing; give a folder of images")
+    if args.what is not None:
+        errors += fill_defaults(args)
     return args, errors
+
+
+def fill_defaults(args) -> list[str]:
+    """Gives the flags of `args.what` their defaults; what is wrong with the flags, a line each."""
+    errors, defaults = [], DEFAULTS[args.what]
+    for name in dict.fromkeys(name for flags in DEFAULTS.values() for name in flags):
+        if name in defaults:
+            if getattr(args, name) is None:
+                setattr(args, name, defaults[name])
+        elif getattr(args, name) is not None:
+            others = " and ".join(what for what, flags in DEFAULTS.items() if name in flags)
+            errors.append(f"--{name} is no flag of {args.what}, but of {others}; leave it out")
+    if args.what == "data":
+        if args.path_to_data is None:
+            errors.append("--path_to_data is missing; give a folder of images")
+        return errors
+    args.mixed_precision = args.mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
+    patch_size = SIZES[args.model]["patch_size"]
+    if args.what == "cost" and args.img_sizes is defaults["img_sizes"]:
+        args.img_sizes = [size // 16 * patch_size for size in args.img_sizes]  # as many patches in every model
+    for name in ("img_size", "img_sizes"):
+        value = getattr(args, name)
+        for size in value if isinstance(value, list) else [value] if value else []:
+            if size % patch_size or size < 2 * patch_size:
+                errors.append(
+                    f"--{name} {size} does not suit the patches of {patch_size} pixels of {args.model}; "
+                    f"take a multiple of {patch_size}, at least {2 * patch_size}"
+                )
+    return errors
 
 
 def seconds_of(work) -> float:
@@ -46,12 +128,24 @@ def seconds_of(work) -> float:
     return time.perf_counter() - start
 
 
-def alternate(ours, theirs, *, rounds: int) -> tuple[float, float, float]:
-    """Median seconds of both after one round to warm up, and the median over rounds of theirs / ours."""
-    ours(), theirs()
-    pairs = [(seconds_of(ours), seconds_of(theirs)) for _ in range(rounds)]
-    medians = [statistics.median(times) for times in zip(*pairs, strict=True)]
-    return *medians, statistics.median(b / a for a, b in pairs)
+def alternate(works: dict[str, Callable], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each work in each round, all works in every round, after rounds to warm up."""
+    times = {name: [] for name in works}
+    for _ in range(warmup + rounds):
+        for name, work in works.items():
+            times[name].append(seconds_of(work))
+    return {name: values[warmup:] for name, values in times.items()}
+
+
+def rate_row(name: str, count: int, ours: list[float], theirs: list[float]) -> dict:
+    """Images/s of two sides from the seconds that `count` images took in each round: medians, and the median ratio."""
+    ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+    return row(name, count / statistics.median(ours), count / statistics.median(theirs), "images/s", ratio)
+
+
+def row(name, ours, theirs, unit, ratio) -> dict:
+    """An entry of the JSON list; a ratio above 1 is better for us."""
+    return {"name": name, "ours": ours, "theirs": theirs, "unit": unit, "ratio": ratio, "machine": machine()}
 
 
 def pin_to_one_core() -> None:
@@ -101,8 +195,8 @@ def benchmark_data(source: FolderSource, *, img_size: int, num_images: int, roun
         for batch in batches():
             torch.stack([usual(Image.open(source.name(index)).convert("RGB")) for index in batch])
 
-    our_seconds, their_seconds, ratio = alternate(ours, theirs, rounds=rounds)
-    rows = [row("data: file to batch", count / our_seconds, count / their_seconds, "images/s", ratio)]
+    times = alternate({"ours": ours, "theirs": theirs}, rounds=rounds)
+    rows = [rate_row("data: file to batch", count, times["ours"], times["theirs"])]
 
     # Stages, each over all images; what is left of the whole are masks, flips' copies and the batch buffer
     encoded = source.fetch(list(indices))
@@ -118,13 +212,272 @@ def benchmark_data(source: FolderSource, *, img_size: int, num_images: int, roun
         taken = statistics.median(seconds_of(work) for _ in range(rounds))
         spent += taken
         rows.append(row(f"data: {name}", 1000 * taken / count, None, "ms/image", None))
-    rows.append(row("data: collate", max(0.0, 1000 * (our_seconds - spent) / count), None, "ms/image", None))
-    return rows
+        if name == "decode":
+            limit = row("data: the limit, decoding alone", count / taken, None, "images/s", None)
+    collate = 1000 * (statistics.median(times["ours"]) - spent) / count
+    return [*rows, row("data: collate", max(0.0, collate), None, "ms/image", None), limit]
 
 
-def row(name, ours, theirs, unit, ratio) -> dict:
-    """An entry of the JSON list; a ratio above 1 is better for us."""
-    return {"name": name, "ours": ours, "theirs": theirs, "unit": unit, "ratio": ratio, "machine": machine()}
+class Setting(NamedTuple):
+    """What a training step is measured with."""
+
+    model: str  # a name in SIZES
+    img_size: int
+    batch_size: int
+    precision: str
+    rounds: int
+
+
+class Side(NamedTuple):
+    """One of the two that are compared, eager or compiled."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of images (B, C, H, W) and noise (B, L)
+
+
+def new_model(task: str, setting: Setting, *, gradient_checkpointing: bool) -> MaskedAutoencoder | VisionTransformer:
+    """The masked autoencoder of a size, with the default decoder, or its encoder alone."""
+    torch.manual_seed(0)
+    size = SIZES[setting.model] | dict(img_size=setting.img_size)
+    encoder = VisionTransformer(**size, gradient_checkpointing=gradient_checkpointing)
+    return MaskedAutoencoder(encoder) if task == "mae" else encoder
+
+
+def transformers_peer(model: MaskedAutoencoder, *, gradient_checkpointing: bool) -> nn.Module:
+    """transformers' model with the sizes and weights of `model`, and its positions fixed as in its own pre-training."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        export_autoencoder(model, folder, mean=[0.5] * 3, std=[0.5] * 3)
+        options = dict(attn_implementation="sdpa", output_loading_info=True)
+        peer, info = transformers.ViTMAEForPreTraining.from_pretrained(folder, **options)
+    if any(info.values()):
+        raise RunError(f"transformers does not load every weight: {info}; expected a release that requirements.txt has")
+    peer.vit.embeddings.position_embeddings.requires_grad_(False)  # which from_pretrained of 5.23 undoes
+    peer.decoder.decoder_pos_embed.requires_grad_(False)
+    if gradient_checkpointing:
+        peer.gradient_checkpointing_enable({"use_reentrant": False})
+    return peer.train()
+
+
+def timm_peer(encoder: VisionTransformer, *, gradient_checkpointing: bool) -> nn.Module:
+    """timm's model with the sizes and weights of `encoder`, and its positions fixed as they are here."""
+    from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+
+    sizes = {key: getattr(encoder, key) for key in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
+    peer = TimmVisionTransformer(**sizes, num_classes=0)
+    peer.load_state_dict(encoder.state_dict(), strict=True)
+    peer.pos_embed.requires_grad_(False)
+    peer.set_grad_checkpointing(gradient_checkpointing)
+    return peer.train()
+
+
+def new_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """The scripts' AdamW over all parameters that train, in one group."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = adamw([{"params": trained, "weight_decay": 0.05}], betas=(0.9, 0.95))
+    set_learning_rate(optimizer, 1e-4)
+    return optimizer
+
+
+def loss_function(task: str, model: nn.Module, *, compiled: bool, fullgraph: bool) -> Callable:
+    """The loss of (images, noise): the autoencoder's own, or the mean square of the encoder's features."""
+    forward = model.forward if task == "mae" else model.forward_features
+    if compiled:
+        forward = torch.compile(forward, fullgraph=fullgraph, dynamic=False)
+    if task == "mae":
+        return lambda images, noise: forward(images, noise=noise).loss
+    return lambda images, noise: forward(images).float().square().mean()
+
+
+def random_inputs(setting: Setting, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (B, C, H, W) and the noise (B, L) of their masks."""
+    num_patches = (setting.img_size // SIZES[setting.model]["patch_size"]) ** 2
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(setting.batch_size, 3, setting.img_size, setting.img_size, generator=generator)
+    noise = torch.rand(setting.batch_size, num_patches, generator=generator)
+    return images.to(device), noise.to(device)
+
+
+def forward_and_backward(side: Side, inputs: tuple, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and the norm of its gradients, which are clipped as pretrain_mae.py does by default."""
+    with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=precision == "bf16"):
+        loss = side.loss(*inputs)
+    loss.backward()
+    return loss.detach(), nn.utils.clip_grad_norm_(side.model.parameters(), 1.0)
+
+
+def step(side: Side, inputs: tuple, precision: str) -> None:
+    """A training step, until the device has done it."""
+    forward_and_backward(side, inputs, precision)
+    side.optimizer.step()
+    side.optimizer.zero_grad()
+    if inputs[0].is_cuda:
+        torch.cuda.synchronize()
+
+
+def require_equal_work(sides: dict[tuple[str, str], Side], inputs: tuple, precision: str) -> None:
+    """Raises RunError unless all sides compute the same loss and gradient norm: other work is not worth timing."""
+    tolerance = 1e-2 if precision == "bf16" else 1e-4
+    results = {}
+    for name, side in sides.items():
+        results[name] = torch.stack(forward_and_backward(side, inputs, precision)).tolist()
+        side.optimizer.zero_grad()
+    expected = next(iter(results.values()))
+    for result in results.values():
+        if any(abs(a - b) > tolerance * abs(b) for a, b in zip(result, expected, strict=True)):
+            listed = "; ".join(f"{' '.join(n)}: {loss:.6f}, {norm:.6f}" for n, (loss, norm) in results.items())
+            raise RunError(
+                f"the two sides do not compute the same loss and gradient norm ({listed}); expected a relative "
+                f"difference of at most {tolerance:g}; compare releases of the libraries with requirements.txt"
+            )
+
+
+def benchmark_train(task: str, setting: Setting, *, compiled: bool, gradient_checkpointing: bool) -> Iterator[dict]:
+    """Images/s of a training step, eager and where asked compiled; on a GPU also what it makes of the device."""
+    device, precision = find_device(), setting.precision
+    ours = new_model(task, setting, gradient_checkpointing=gradient_checkpointing)
+    new_peer = transformers_peer if task == "mae" else timm_peer
+    modules = {"ours": ours, "theirs": new_peer(ours, gradient_checkpointing=gradient_checkpointing)}
+    optimizers = {name: new_optimizer(module.to(device)) for name, module in modules.items()}
+    inputs = random_inputs(setting, device)
+    modes = ["eager", "compiled"] if compiled else ["eager"]
+    sides = {}
+    for mode in modes:
+        for name, module in modules.items():
+            loss = loss_function(task, module, compiled=mode == "compiled", fullgraph=name == "ours")
+            sides[name, mode] = Side(module, optimizers[name], loss)
+    require_equal_work(sides, inputs, precision)
+
+    works = {key: partial(step, side, inputs, precision) for key, side in sides.items()}
+    times = alternate(works, rounds=setting.rounds, warmup=2)
+    name = f"train: {task} {setting.model}"
+    for mode in modes:
+        rates = rate_row(f"{name} {mode}", setting.batch_size, times["ours", mode], times["theirs", mode])
+        yield rates
+        if device.type == "cuda":
+            flops = ours.training_flops() if task == "mae" else encoder_flops(ours)
+            reached, reachable = flops * rates["ours"] / 1e12, matmul_rate()
+            yield row(f"{name} {mode}: rate", reached, None, "TFLOP/s", None)
+            yield row(f"{name} {mode}: share of a bf16 product", 100 * reached / reachable, None, "%", None)
+            mine, other = sides["ours", mode], sides["theirs", mode]
+            memory = peak_memory(mine, other, inputs, precision), peak_memory(other, mine, inputs, precision)
+            yield row(f"{name} {mode}: peak memory", *memory, "GB", memory[1] / memory[0])
+    if compiled:
+        best = min(modes, key=lambda mode: statistics.median(times["theirs", mode]))
+        title = f"{name} compiled, theirs {best} (their best)"
+        yield rate_row(title, setting.batch_size, times["ours", "compiled"], times["theirs", best])
+
+
+def find_device() -> torch.device:
+    """The GPU, where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def encoder_flops(encoder: VisionTransformer) -> float:
+    """As `MaskedAutoencoder.training_flops`, of the encoder on all patches."""
+    patches, dim = encoder.grid[0] * encoder.grid[1], encoder.embed_dim
+    tokens, hidden = 1 + patches, encoder.blocks[0].mlp.fc1.out_features
+    block = tokens * (4 * dim**2 + 2 * dim * hidden) + 2 * tokens**2 * dim
+    return 6.0 * (patches * encoder.patch_size**2 * encoder.in_channels * dim + encoder.depth * block)
+
+
+def matmul_rate() -> float:
+    """TFLOP/s of a large bf16 matrix product on the GPU, the median of several."""
+    size, repeats = 8192, 10
+    a, b = torch.randn(2, size, size, device="cuda", dtype=torch.bfloat16)
+
+    def products():
+        for _ in range(repeats):
+            a @ b
+        torch.cuda.synchronize()
+
+    seconds = statistics.median(alternate({"product": products}, rounds=5)["product"])
+    return 2 * size**3 * repeats / seconds / 1e12
+
+
+def peak_memory(side: Side, other: Side, inputs: tuple, precision: str) -> float:
+    """GB on the GPU during a step of `side`, without what `other` keeps there meanwhile."""
+    kept = [*other.model.parameters(), *other.model.buffers()]
+    kept += [value for state in other.optimizer.state.values() for value in state.values()]
+    torch.cuda.reset_peak_memory_stats()
+    step(side, inputs, precision)
+    return (torch.cuda.max_memory_allocated() - sum(value.nbytes for value in kept if value.is_cuda)) / 1e9
+
+
+def step_cost(setting: Setting) -> tuple[float, float] | tuple[None, None]:
+    """Images/s of a training step, and this process's peak memory in GB; None where memory does not suffice."""
+    device = find_device()
+    try:
+        model = new_model("mae", setting, gradient_checkpointing=False).to(device)
+        side = Side(model, new_optimizer(model), loss_function("mae", model, compiled=False, fullgraph=False))
+        work = partial(step, side, random_inputs(setting, device), setting.precision)
+        seconds = statistics.median(alternate({"step": work}, rounds=setting.rounds)["step"])
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            return None, None
+        raise
+    if device.type == "cuda":
+        return setting.batch_size / seconds, torch.cuda.max_memory_allocated() / 1e9
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return setting.batch_size / seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def in_new_process(work: Callable, *values):
+    """`work(*values)` in a new process, so that the peak memory it finds is its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *values).result()
+
+
+def start_up_seconds(model: str, img_size: int) -> float:
+    """Seconds from `accelerate launch pretrain_mae.py` on a few images to the first line of its log."""
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as folder:
+        log, errors = Path(folder) / "work_dir" / "pretrain_mae" / "log.jsonl", Path(folder) / "errors"
+        (Path(folder) / "images").mkdir()
+        for i in range(8):
+            Image.new("RGB", (256, 256), (30 * i, 0, 0)).save(Path(folder) / "images" / f"{i}.jpg")
+        flags = ["--path_to_data", "images", "--model", model, "--img_size", img_size, "--max_steps", 2]
+        flags += ["--per_gpu_batch_size", 8]
+        command = [sys.executable, "-m", "accelerate.commands.launch", ROOT / "pretrain_mae.py", *flags]
+        options = dict(cwd=folder, stdout=subprocess.DEVNULL, start_new_session=True)
+        with errors.open("w") as stream:
+            start = time.perf_counter()
+            process = subprocess.Popen(list(map(str, command)), stderr=stream, **options)
+        try:
+            while True:
+                ended = process.poll() is not None
+                if log.exists() and log.stat().st_size:
+                    return time.perf_counter() - start
+                if ended:
+                    raise RunError(f"pretrain_mae.py did not reach its first step: {errors.read_text().strip()}")
+                time.sleep(0.01)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # a launcher does not pass signals on
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def benchmark_cost(setting: Setting, *, img_sizes: list[int], batch_sizes: list[int]) -> Iterator[dict]:
+    """Images/s and peak memory of `setting` at each image size and at each batch size, and the time to a first step."""
+    settings = [setting._replace(img_size=size) for size in img_sizes]
+    settings += [setting._replace(batch_size=size) for size in batch_sizes]
+    for each in dict.fromkeys(settings):
+        try:
+            rate, memory = in_new_process(step_cost, each)
+        except BrokenProcessPool:  # it was killed, which is how Linux answers a want of memory
+            rate, memory = None, None
+        name = f"cost: {each.model}, {each.img_size} pixels, batch {each.batch_size}"
+        yield row(name, rate, None, "images/s", None)
+        yield row(f"{name}: peak memory", memory, None, "GB", None)
+    for model in dict.fromkeys(["tiny", setting.model]):
+        seconds = start_up_seconds(model, setting.img_size)
+        yield row(f"cost: start of pretrain_mae.py, {model}", seconds, None, "s", None)
 
 
 def machine() -> str:
@@ -138,6 +491,16 @@ def machine() -> str:
     return f"{', '.join(gpus) or 'no GPU'}; {os.cpu_count()} cores of {cpu}; torch {torch.__version__}"
 
 
+def describe(entry: dict) -> str:
+    """An entry of the JSON list as a line."""
+    if entry["ours"] is None:
+        return f"{entry['name']:52} out of memory"
+    text = f"{entry['name']:52} {entry['ours']:9.2f}"
+    if entry["ratio"] is not None:
+        text += f" against {entry['theirs']:.2f}, ratio {entry['ratio']:.2f}"
+    return f"{text} {entry['unit']}"
+
+
 def main(argv=None):
     """Runs the script; see the module's docstring."""
     args, errors = parse_args(argv)
@@ -147,18 +510,31 @@ def main(argv=None):
             source = FolderSource(args.path_to_data)
     except DataError as error:
         errors.append(str(error))
+    if args.task and importlib.util.find_spec(PEERS[args.task]) is None:
+        errors.append(f"--task {args.task} compares with {PEERS[args.task]}, which is missing; install it with pip")
     if errors:
         fail(errors)
-    rows = benchmark_data(source, img_size=args.img_size, num_images=args.num_images, rounds=args.rounds)
+
     print(machine())
+    if args.what == "data":
+        rows = benchmark_data(source, img_size=args.img_size, num_images=args.num_images, rounds=args.rounds)
+    else:
+        setting = Setting(args.model, args.img_size, args.batch_size, args.mixed_precision, args.rounds)
+        print(f"{args.mixed_precision.replace('no', 'float32')}, {torch.get_num_threads()} threads")
+    if args.what == "train":
+        peer = PEERS[args.task]
+        print(f"batch {args.batch_size}, {args.img_size} pixels; theirs: {peer} {version(peer)}, attention sdpa")
+        options = dict(compiled=args.compile, gradient_checkpointing=args.gradient_checkpointing)
+        rows = benchmark_train(args.task, setting, **options)
+    elif args.what == "cost":
+        rows = benchmark_cost(setting, img_sizes=args.img_sizes, batch_sizes=args.batch_sizes)
+    measured = []
     for entry in rows:
-        text = f"{entry['name']:24} {entry['ours']:9.2f}"
-        if entry["ratio"] is not None:
-            text += f" against {entry['theirs']:.2f}, ratio {entry['ratio']:.2f}"
-        print(f"{text} {entry['unit']}")
+        print(describe(entry), flush=True)
+        measured.append(entry)
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
+        Path(args.json).write_text(json.dumps(measured, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,6 +1,33 @@
 import json
 
+import pytest
+import torch
 from conftest import run
+
+import benchmark
+from training.arguments import RunError
+
+KEYS = {"name", "ours", "theirs", "unit", "ratio", "machine"}
+SMALL = ["--model", "tiny", "--img_size", "32", "--batch_size", "2", "--rounds", "1", "--mixed_precision", "no"]
+SETTING = benchmark.Setting("tiny", 32, 2, "no", 1)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """A tiny model of two blocks."""
+    monkeypatch.setitem(benchmark.SIZES, "tiny", benchmark.SIZES["tiny"] | dict(depth=2))
+
+
+def check_comparison(entry: dict, name: str) -> None:
+    """A row of one round that compares images/s."""
+    assert set(entry) == KEYS and entry["name"] == name and entry["unit"] == "images/s"
+    assert entry["ours"] > 0 and entry["theirs"] > 0
+    assert abs(entry["ratio"] / (entry["ours"] / entry["theirs"]) - 1) < 1e-6
 
 
 def test_data_is_measured_against_torchvision_and_by_stage(image_folder, tmp_path):
@@ -8,17 +35,126 @@ def test_data_is_measured_against_torchvision_and_by_stage(image_folder, tmp_pat
     done = run("benchmark.py", "data", *flags, "--json", "out.json", cwd=tmp_path)
     rows = json.loads((tmp_path / "out.json").read_text())
     assert [row["name"] for row in rows] == [
-        *("data: file to batch", "data: read", "data: decode", "data: crop and resize", "data: collate")
+        *("data: file to batch", "data: read", "data: decode", "data: crop and resize", "data: collate"),
+        "data: the limit, decoding alone",
     ]
-    assert all(set(row) == {"name", "ours", "theirs", "unit", "ratio", "machine"} for row in rows)
-    whole = rows[0]
-    assert whole["unit"] == "images/s" and whole["ours"] > 0 and whole["theirs"] > 0
-    assert abs(whole["ratio"] - whole["ours"] / whole["theirs"]) < 1e-6  # of a single round
-    assert f"ratio {whole['ratio']:.2f}" in done.stdout and "cores" in whole["machine"]
+    assert all(set(row) == KEYS for row in rows)
+    check_comparison(rows[0], "data: file to batch")
+    assert f"ratio {rows[0]['ratio']:.2f}" in done.stdout and "cores" in rows[0]["machine"]
 
 
-def test_bad_flags(tmp_path):
-    bad = run("benchmark.py", "nothing", "--rounds", 0, cwd=tmp_path, code=2).stderr
-    for word in ("nothing is no valid value; expected one of data", "--rounds 0", "--path_to_data is missing"):
-        assert word in bad
-    assert "holds no image" in run("benchmark.py", "data", "--path_to_data", tmp_path, cwd=tmp_path, code=2).stderr
+def test_a_training_step_is_measured_against_transformers(tmp_path):
+    done = run("benchmark.py", "train", *SMALL, "--json", "out.json", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    check_comparison(row, "train: mae tiny eager")
+    assert "theirs: transformers" in done.stdout and "sdpa" in done.stdout
+    assert f"ratio {row['ratio']:.2f} images/s" in done.stdout
+
+
+def test_the_encoder_is_measured_against_timm(tmp_path, capsys, on_cpu):
+    flags = [*SMALL, "--task", "encoder", "--mixed_precision", "bf16", "--gradient_checkpointing"]
+    benchmark.main(["train", *flags, "--json", str(tmp_path / "out.json")])
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    check_comparison(row, "train: encoder tiny eager")
+    assert "bf16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["mae", "encoder"])
+def test_compiled_is_compared_with_the_better_of_theirs(task, monkeypatch, shallow, on_cpu):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: compiled.append(options) or forward)
+    setting = SETTING._replace(precision="bf16")
+    eager, both, best = benchmark.benchmark_train(task, setting, compiled=True, gradient_checkpointing=True)
+    check_comparison(eager, f"train: {task} tiny eager")
+    check_comparison(both, f"train: {task} tiny compiled")
+    theirs = "eager" if eager["theirs"] > both["theirs"] else "compiled"
+    check_comparison(best, f"train: {task} tiny compiled, theirs {theirs} (their best)")
+    assert best["ours"] == both["ours"] and best["theirs"] == max(eager["theirs"], both["theirs"])
+    assert compiled == [dict(fullgraph=True, dynamic=False), dict(fullgraph=False, dynamic=False)]
+
+
+@pytest.mark.slow  # half a minute and more
+@pytest.mark.parametrize("task", ["mae", "encoder"])
+def test_both_sides_compile(task, shallow, on_cpu):
+    rows = list(benchmark.benchmark_train(task, SETTING, compiled=True, gradient_checkpointing=False))
+    check_comparison(rows[1], f"train: {task} tiny compiled")
+
+
+@pytest.mark.parametrize("task, peer", [("mae", "transformers_peer"), ("encoder", "timm_peer")])
+def test_sides_that_compute_something_else_are_not_timed(task, peer, monkeypatch, shallow, on_cpu):
+    new_peer = getattr(benchmark, peer)
+
+    def changed_peer(model, *, gradient_checkpointing):
+        theirs = new_peer(model, gradient_checkpointing=gradient_checkpointing)
+        with torch.no_grad():
+            next(p for name, p in theirs.named_parameters() if name.endswith("fc1.weight")).mul_(1.05)
+        return theirs
+
+    monkeypatch.setattr(benchmark, peer, changed_peer)
+    monkeypatch.setattr(benchmark, "alternate", None)
+    with pytest.raises(RunError, match=r"do not compute the same loss .*ours eager: .*theirs eager: "):
+        list(benchmark.benchmark_train(task, SETTING, compiled=False, gradient_checkpointing=False))
+
+
+def test_operations_of_the_encoder():
+    """Against the count of the autoencoder, whose encoder sees all patches but one."""
+    encoder = benchmark.new_model("encoder", SETTING, gradient_checkpointing=False)
+    widths = 12 * 192**2  # of a block: four projections, and two layers of four times the width
+    forward = 4 * 768 * 192 + 12 * (5 * widths + 2 * 5**2 * 192)
+    assert benchmark.encoder_flops(encoder) == 6 * forward
+
+
+def test_the_cost_of_larger_work_and_of_starting(tmp_path, capsys, on_cpu):
+    flags = ["--img_sizes", "32", "--batch_sizes", "2", "--json", str(tmp_path / "out.json")]
+    benchmark.main(["cost", *SMALL, *flags])
+    rows = json.loads((tmp_path / "out.json").read_text())
+    name = "cost: tiny, 32 pixels, batch 2"  # once, though both lists have it
+    units = {name: "images/s", f"{name}: peak memory": "GB", "cost: start of pretrain_mae.py, tiny": "s"}
+    assert {row["name"]: row["unit"] for row in rows} == units
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert set(row) == KEYS and row["ours"] > 0 and row["theirs"] is None and row["ratio"] is None
+        assert f"{row['ours']:.2f} {row['unit']}" in printed
+
+
+def test_a_want_of_memory_is_a_result(monkeypatch, capsys, on_cpu):
+    monkeypatch.setattr(benchmark, "in_new_process", lambda work, *values: work(*values))
+    monkeypatch.setattr(benchmark, "start_up_seconds", lambda model, img_size: 1.0)
+    benchmark.main(["cost", *SMALL, "--img_sizes", "32", "--batch_sizes", str(10**10)])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("out of memory" in line for line in lines) == 2
+    assert all("batch 10000000000" in line for line in lines if "out of memory" in line)
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("nothing --rounds 0", ["nothing is no valid value; expected one of data, train, cost", "--rounds 0"]),
+        ("data --compile --num_images x", ["--path_to_data is missing", "--compile is no flag of data", "images x"]),
+        ("data --model base", ["--path_to_data is missing", "--model is no flag of data, but of train and cost"]),
+        ("train --img_size 230 --task both", ["--img_size 230 does not suit the patches of 16 pixels", "--task both"]),
+        ("train --batch_sizes 1 2 --img_size 16", ["--batch_sizes is no flag of train", "--img_size 16 does not"]),
+        ("cost --model huge --img_sizes 14 30 56", ["--img_sizes 14 does not", "--img_sizes 30 does not"]),
+        ("cost --mixed_precision fp16 --compile", ["--mixed_precision fp16", "--compile is no flag of cost"]),
+    ],
+)
+def test_bad_flags_are_refused_together(flags, expected, capsys):
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main(flags.split())
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2 and errors.count("error: ") == len(expected)
+    assert all(text in errors for text in expected)
+
+
+def test_a_folder_without_images_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["data", "--path_to_data", str(tmp_path)])
+    assert "holds no image" in capsys.readouterr().err
+
+
+def test_defaults_suit_every_model():
+    for model in benchmark.SIZES:
+        for words in (["train", "--task", "encoder"], ["cost"]):
+            args, errors = benchmark.parse_args([*words, "--model", model])
+            assert not errors and args.rounds == 5 and args.path_to_data is None
+    assert args.img_sizes == [56, 112, 196, 392]  # huge, whose patches have 14 pixels
