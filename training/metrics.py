@@ -72,7 +72,7 @@ def linear_sums(features: torch.Tensor, labels: torch.Tensor, num_classes: int) 
     return x.T @ torch.cat([x, y], dim=1)
 
 
-def linear_vote(sums: torch.Tensor, queries: torch.Tensor, *, ridge: float = 0.01) -> torch.Tensor:
+def linear_vote(sums: torch.Tensor, queries: torch.Tensor, *, ridge: float = 1e-3) -> torch.Tensor:
     """The class of each of `queries` (M, D) by the linear classifier of least squares, in closed form: no learning
     rate, no epochs. `ridge` is the penalty on weights of features that are scaled to variance 1."""
     dim = len(sums) - 1
