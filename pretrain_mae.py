@@ -149,6 +149,10 @@ def check_flags(args):
     if len(args.img_size) > 2:
         errors.append(f"--img_size {' '.join(map(str, args.img_size))} has more than two values; expected H or H W")
     args.img_size = (args.img_size * 2)[:2] if len(args.img_size) == 1 else args.img_size[:2]
+    if args.adapt_channels and not args.init_from:
+        errors.append(
+            "--adapt_channels converts the weights of --init_from, which is missing; give it or leave this out"
+        )
     if args.crop_scale[0] > args.crop_scale[1]:
         errors.append(
             f"--crop_scale {args.crop_scale[0]:g} {args.crop_scale[1]:g} is no range; give the smaller share first"
@@ -192,6 +196,7 @@ def build_model(args):
         mlp_ratio=args.encoder_mlp_ratio,
         drop_path=args.drop_path,
         custom_weight_init=args.custom_weight_init,
+        gradient_checkpointing=args.gradient_checkpointing,
     )
     return MaskedAutoencoder(
         encoder,
@@ -223,7 +228,7 @@ def plan_run(args, *, num_images, num_processes, held):
     if batch.micro % args.repeated_augmentation:
         errors.append(
             f"--repeated_augmentation {args.repeated_augmentation} does not divide the micro-batch of {batch.micro} "
-            "images; give a --micro_batch_size that is a multiple of it"
+            "images; give a batch and micro-batch that are multiples of it"
         )
     length = None
     if num_images is not None:
@@ -277,6 +282,18 @@ def with_labels(train_source, validation_source, **options):
     ]
 
 
+def start_from(path, model, *, adapt_channels, mean, std):
+    """Loads the weights that `path` leads to, and says what became of them. Raises WeightsError."""
+    path = find_weights(path, whole=True)
+    stored = read_stored(path)
+    options = dict(stored=stored, adapt_channels=adapt_channels, new_decoder=True)
+    report = f"{path}: {load_weights(model, read_state_dict(path), **options)}"
+    if stored.mean in (None, mean) and stored.std in (None, std):
+        return report
+    theirs, ours = (f"mean {numbers[0]} and std {numbers[1]}" for numbers in ((stored.mean, stored.std), (mean, std)))
+    return f"{report}; they were trained with {theirs}, this run has {ours}: --mean and --std choose"
+
+
 def describe_plan(args, model, batch, length, accelerator, train_source, validation_source):
     """The resolved plan, printed before the first step."""
     parameters = sum(p.numel() for p in model.parameters())
@@ -288,7 +305,8 @@ def describe_plan(args, model, batch, length, accelerator, train_source, validat
     )
     views = f", {args.repeated_augmentation} views of each" if args.repeated_augmentation > 1 else ""
     half = args.mixed_precision != "no"
-    fixed = 18 if half else 16  # bytes of a weight, its gradient and two moments, and its copy in half precision
+    # Bytes of a weight, its gradient and two moments, its copy in half precision, and what processes exchange
+    fixed = 16 + 2 * half + 4 * (accelerator.num_processes > 1)
     activations = model.activation_bytes(half_precision=half)
     precision = args.mixed_precision.replace("no", "float32")
     if accelerator.device.type == "cuda" and args.tf32 and not half:
@@ -299,13 +317,13 @@ def describe_plan(args, model, batch, length, accelerator, train_source, validat
             f"data       {args.path_to_data}: {len(train_source)} images (about "
             f"{in_bytes(train_source.size_in_bytes())}){views}, {held_out}",
             f"model      {args.encoder_embed_dim} x {args.encoder_depth} encoder, {args.decoder_embed_dim} x "
-            f"{args.decoder_depth} decoder: {parameters / 1e6:.1f} M parameters ({encoder_parameters / 1e6:.1f} M "
+            f"{args.decoder_depth} decoder: {parameters / 1e6:.3g} M parameters ({encoder_parameters / 1e6:.3g} M "
             f"encoder), {model.training_flops() / 1e9:.3g} GFLOP per image and step",
             f"images     {args.img_size[0]} x {args.img_size[1]}, {args.input_channels} channels, "
             f"{grid[0] * grid[1]} patches of {args.patch_size}, {model.num_kept} kept ({args.mask_strategy}); "
             f"target: {target}",
-            f"batch      {batch.global_size} = {accelerator.num_processes} processes x {batch.accumulation} "
-            f"micro-batches x {batch.micro}",
+            f"batch      {batch.global_size} = {several(accelerator.num_processes, 'process')} x "
+            f"{several(batch.accumulation, 'micro-batch')} x {batch.micro}",
             f"length     {length.total_steps} steps, {length.steps_per_epoch} an epoch, {length.warmup_steps} warmup",
             f"rate       {args.learning_rate:.3g} at its peak, cosine to {args.min_learning_rate:g}",
             f"precision  {', '.join([precision, *speed])} on {accelerator.device}"
@@ -315,6 +333,11 @@ def describe_plan(args, model, batch, length, accelerator, train_source, validat
             "activations",
         ]
     )
+
+
+def several(count, noun):
+    """ "1 process", "2 processes"."""
+    return f"{count} {noun}{'' if count == 1 else 'es'}"
 
 
 def claim_run_folder(folder, wanted, accelerator, *, write):
@@ -353,33 +376,43 @@ def optimizer_step(model, optimizer, batches, normalize, seeds, *, accelerator, 
     return loss, grad_norm, damaged
 
 
-def rehearse(train, crew, progress, *, read_ahead, steps_left, global_batch_size):
-    """Times `train(step)` on real batches for some seconds, after a warmup, and says what the run will take."""
+def rehearse(train, crew, progress, *, read_ahead, steps_left, global_batch_size, left_out):
+    """Times `train(step)` on real batches for some seconds, and says what the run will take, without `left_out`.
+
+    `read_ahead` steps are trained before, as what the workers have in stock would hide that they are slow.
+    """
+    damaged, losses = [], []
 
     def run(first, *, seconds, at_least):
         begin, waited, step = time.perf_counter(), progress.waited, first
         while True:
-            loss, _, _ = train(step)
-            loss.item()  # waits for the device
+            loss, _, found = train(step)
+            losses.append(loss.item())  # waits for the device
+            damaged.extend(found)
             step, spent = step + 1, time.perf_counter() - begin
             enough = (spent > seconds and step - first >= at_least) or spent > 6 * seconds
             if crew.any(enough or crew.signal_name is not None):
                 return step, spent / (step - first), (progress.waited - waited) / spent
 
-    # What the workers have read ahead would hide that they are slow
-    warmup, _, _ = run(0, seconds=5, at_least=2 + read_ahead)
-    end, seconds, waited = run(warmup, seconds=15, at_least=3)
+    first, _, _ = run(0, seconds=0, at_least=1)  # compiles, starts the workers
+    warm, _, _ = run(first, seconds=5, at_least=1 + read_ahead)
+    end, seconds, waited = run(warm, seconds=15, at_least=3)
     device = progress.accelerator.device
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
+        peak = torch.cuda.max_memory_reserved(device)
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    stock = "" if warm - first > read_ahead else ", too few to know the data wait"
     progress.say(
-        f"dry run    {end - warmup} steps timed after {warmup}: {seconds:.3g} s a step, "
+        f"dry run    {end - warm} steps timed after {warm}{stock}: {seconds:.3g} s a step, "
         f"{global_batch_size / seconds:.4g} images/s, data wait {waited:.0%}, peak memory {in_bytes(peak)}\n"
-        f"           {steps_left} steps take {in_time(seconds * steps_left)}, validation and saving left out; nothing "
-        "was written"
+        f"           {steps_left} steps take {in_time(seconds * steps_left)}, {left_out} left out; nothing was written"
     )
+    if damaged:
+        index, reason = damaged[0]
+        progress.say(f"           {len(damaged)} damaged images were met, number {index} first: {reason}")
+    if not all(map(math.isfinite, losses)):
+        raise RunError("a loss of the dry run is not finite; look at the data, or take another --mixed_precision")
 
 
 def own_batches(dataset, indices, *, batch_size, num_workers, accelerator, crew):
@@ -450,17 +483,19 @@ def features_of(model, dataset, indices, labels, normalize, *, read, accelerator
     """This process's share of the images `indices`, damaged ones left out: the mean of their patch tokens under the
     unmasked encoder (n, D), and their labels (n,)."""
     own = indices[accelerator.process_index :: accelerator.num_processes]
-    features, damaged = [torch.empty(0, model.encoder.embed_dim, device=accelerator.device)], set()
+    features = torch.empty(len(own), model.encoder.embed_dim, device=accelerator.device)
+    done, damaged = 0, set()
     for batch in read(dataset, indices):
         with accelerator.autocast():
             tokens = model.encoder.forward_features(normalize(batch.images.to(accelerator.device)))
-        features.append(tokens[:, 1:].float().mean(dim=1))
+        features[done : done + len(tokens)] = tokens[:, 1:].float().mean(dim=1)
+        done += len(tokens)
         damaged.update(index for index, _ in batch.damaged)
-    features = torch.cat(features)
-    healthy = torch.tensor(
-        [i for i, index in enumerate(own[: len(features)]) if index not in damaged], dtype=torch.long
-    )
-    return features[healthy], torch.from_numpy(labels[own])[healthy].to(accelerator.device)
+    labels = torch.from_numpy(labels[own]).to(accelerator.device)
+    if damaged:
+        healthy = torch.tensor([i for i, index in enumerate(own) if index not in damaged], dtype=torch.long)
+        features, labels = features[healthy], labels[healthy]
+    return features, labels
 
 
 def classify(model, bank, queries, normalize, step, *, read, accelerator, crew, progress):
@@ -540,7 +575,7 @@ def main(argv=None):
     accelerator = Accelerator(mixed_precision=arguments.resolve_precision(args.mixed_precision))
     args.mixed_precision, device = accelerator.mixed_precision, accelerator.device
     arguments.set_speed(device, tf32=args.tf32)
-    errors += arguments.check_compiler(device) if args.compile else []
+    errors += arguments.prepare_compiler(device) if args.compile else []
     crew = Crew()
     folder = RunFolder(Path(args.working_directory) / args.experiment_name)
     checkpoint, found = claim_run_folder(folder, args.resume_from_checkpoint, accelerator, write=not args.dry_run)
@@ -551,18 +586,12 @@ def main(argv=None):
         args.num_workers = min(32, arguments.cores_per_process())
 
     # Data, and the plan that follows from its size
-    train_source = validation_source = initial_weights = stored = None
+    train_source = validation_source = None
     try:
         if args.path_to_data:
             train_source, validation_source = open_sources(args.path_to_data, args.input_channels)
     except DataError as error:
         errors.append(str(error))
-    try:
-        if args.init_from and not checkpoint:
-            weights_path = find_weights(args.init_from, whole=True)
-            initial_weights, stored = read_state_dict(weights_path), read_stored(weights_path)
-    except WeightsError as error:
-        errors.append(f"--init_from {error}")
     fingerprint = train_source.fingerprint() if train_source else None
     if args.knn_every and train_source:
         errors += check_labels(args.path_to_data, train_source, validation_source)
@@ -575,21 +604,23 @@ def main(argv=None):
     errors += found
     accelerator.gradient_accumulation_steps = batch_plan.accumulation
     if checkpoint:
-        errors += compare_with_run(checkpoint, vars(args), fingerprint)
-    errors = crew.gather(errors)
-    if errors:
-        fail(errors, show=accelerator.is_main_process)
+        errors += compare_with_run(checkpoint, vars(args), fingerprint, defaults=vars(parse_args([])[0]))
 
     # Model
     torch.manual_seed(args.seed)
-    model = build_model(args)
     try:
-        if initial_weights:
-            options = dict(stored=stored, adapt_channels=args.adapt_channels, new_decoder=True)
-            report = load_weights(model, initial_weights, **options)
-            accelerator.print(f"--init_from {args.init_from}: {report}")
+        model = build_model(args)
+        if args.init_from and not checkpoint:
+            options = dict(adapt_channels=args.adapt_channels, mean=args.mean, std=args.std)
+            accelerator.print(f"--init_from {start_from(args.init_from, model, **options)}")
     except WeightsError as error:
-        fail([f"--init_from {args.init_from}: {error}"], show=accelerator.is_main_process)
+        errors.append(f"--init_from {error}")
+    except ValueError:  # impossible sizes
+        if not errors:
+            raise
+    errors = crew.gather(errors)
+    if errors:
+        fail(errors, show=accelerator.is_main_process)
     if args.compile:
         model.compile(fullgraph=True, dynamic=False)
     normalize = Normalization(args.mean, args.std, device)
@@ -610,12 +641,8 @@ def main(argv=None):
         warmup_steps=length.warmup_steps,
         minimum=args.min_learning_rate,
     )
-    groups = parameter_groups(
-        model,
-        args.weight_decay,
-        bias_weight_decay=args.bias_weight_decay,
-        norm_weight_decay=args.norm_weight_decay,
-    )
+    decay = dict(bias_weight_decay=args.bias_weight_decay, norm_weight_decay=args.norm_weight_decay)
+    groups = parameter_groups(model, args.weight_decay, **decay)
     optimizer = adamw(groups, betas=(0.9, 0.95))
     accelerator.print(describe_plan(args, model, batch_plan, length, accelerator, train_source, validation_source))
 
@@ -627,24 +654,19 @@ def main(argv=None):
             source.prepare(processes=args.num_workers or 1, progress=accelerator.is_main_process)
 
     # Resume
+    measured = [{}]
     if accelerator.is_main_process and not args.dry_run:
         folder.clear_beyond(start_step)
         if checkpoint is None:
             write_json(folder.path / "args.json", {"flags": vars(args), **describe_environment()})
-        truncate_log(folder.path, start_step)
+        measured = [truncate_log(folder.path, start_step)]
+    (measured,) = broadcast_object_list(measured)  # after `start_step`, before the run was interrupted
     if checkpoint:
         load_training(checkpoint, accelerator, model, optimizer)
         accelerator.print(f"resuming from {checkpoint}, after step {start_step}")
     if not args.dry_run:
-        start_trackers(
-            accelerator,
-            folder.path,
-            args.report_to,
-            project=args.experiment_name,
-            run_name=args.wandb_run_name,
-            flags=vars(args),
-            start_step=start_step,
-        )
+        names = dict(project=args.experiment_name, run_name=args.wandb_run_name)
+        start_trackers(accelerator, folder.path, args.report_to, **names, flags=vars(args), start_step=start_step)
     accelerator.wait_for_everyone()
 
     # Loop
@@ -696,6 +718,7 @@ def main(argv=None):
             read_ahead=math.ceil(2 * args.num_workers / batch_plan.accumulation),
             steps_left=length.total_steps - start_step,
             global_batch_size=batch_plan.global_size,
+            left_out=f"validation, {'k-NN ' if args.knn_every else ''}and saving",
         )
         return
     num_images = len(train_source) + (len(validation_source) if validation_source else 0)
@@ -715,16 +738,24 @@ def main(argv=None):
 
     def validate(step):
         """The metrics that are due after `step` steps, or None where the run is asked to stop meanwhile."""
-        values, last = {}, step == length.total_steps
-        if last or is_due(step, args.validate_every * length.steps_per_epoch):
+        values, last = dict(measured) if step == start_step else {}, step == length.total_steps
+        if (last or is_due(step, args.validate_every * length.steps_per_epoch)) and "val_loss" not in values:
             pictures = dict(num_previews=args.num_preview_images, folder=folder.path / "reconstructions")
             found = evaluate(
                 plain_model, validation_data, held_out, normalize, step, damage=new_damage, **pictures, **shared
             )
-            values = found and {**values, **found}
-        if values is not None and args.knn_every and (last or is_due(step, args.knn_every * length.steps_per_epoch)):
+            if found is None:
+                return None
+            values.update(found)
+        if (
+            args.knn_every
+            and (last or is_due(step, args.knn_every * length.steps_per_epoch))
+            and "knn_top1" not in values
+        ):
             found = classify(plain_model, *bank_and_queries, normalize, step, **shared)
-            values = found and {**values, **found}
+            if found is None:
+                return None
+            values.update(found)
         return values
 
     def save(step):

@@ -126,6 +126,8 @@ class Stored(NamedTuple):
     grid: tuple[int, int] | None = None  # h w patches of the position tables
     num_heads: int | None = None
     decoder_num_heads: int | None = None
+    mean: list[float] | None = None  # of the channels, by which images were normalised
+    std: list[float] | None = None
 
 
 def read_stored(path: str | Path) -> Stored:
@@ -137,11 +139,15 @@ def read_stored(path: str | Path) -> Stored:
         config = json.loads((folder / "config.json").read_text())
         sides = config["image_size"] if isinstance(config["image_size"], list) else [config["image_size"]] * 2
         grid = tuple(side // config["patch_size"] for side in sides)
-        return Stored(grid, config["num_attention_heads"], config.get("decoder_num_attention_heads"))
+        heads = config["num_attention_heads"], config.get("decoder_num_attention_heads")
+        processor = {}
+        with contextlib.suppress(OSError):
+            processor = json.loads((folder / "preprocessor_config.json").read_text())
+        return Stored(grid, *heads, processor.get("image_mean"), processor.get("image_std"))
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         flags = json.loads((folder.resolve().parent.parent / "args.json").read_text())["flags"]
         grid = tuple(side // flags["patch_size"] for side in flags["img_size"])
-        return Stored(grid, flags["encoder_num_heads"], flags["decoder_num_heads"])
+        return Stored(grid, flags["encoder_num_heads"], flags["decoder_num_heads"], flags["mean"], flags["std"])
     return Stored()
 
 
@@ -172,7 +178,8 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
             "if you trust its source, save its state dict as .safetensors"
         ) from error
     except Exception as error:  # what a cut file raises depends on where it is cut
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = str(error).partition("\n")[0]
+        reason = reason if " " in reason else "it is no file of weights"
         raise WeightsError(f"{path}: not readable ({reason}); expected a whole file; copy it again") from error
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
@@ -258,7 +265,7 @@ def load_weights(
     if problems:
         remedy = "give those of a plain ViT or MAE"
         if no_decoder and not new_decoder:
-            remedy = "they hold no decoder: give those of a whole autoencoder, or new_decoder to begin a decoder afresh"
+            remedy = "they hold no decoder: give those of a whole autoencoder"
         raise WeightsError(f"weights of {layout} do not fit: {'; '.join(problems)}; {remedy}")
     values = {name: state.get(name, value) for name, value in wanted.items()}
     model.load_state_dict({n.removeprefix("encoder.") if encoder_only else n: value for n, value in values.items()})
@@ -393,7 +400,7 @@ def _check_sizes(
     if not words:  # other widths have other heads, and say so
         words, remedies = ([pair[i] for pair in other_heads] for i in (0, 1))
     if words:
-        raise WeightsError(f"weights of {layout} have {'; '.join(words)}; give {' and '.join(remedies)}")
+        raise WeightsError(f"weights of {layout} have {'; '.join(words)}; give {', '.join(remedies)}")
 
 
 def _flags(part: str, there: PartSizes, here: PartSizes) -> str:
@@ -410,5 +417,5 @@ def _flags(part: str, there: PartSizes, here: PartSizes) -> str:
         patch_sizes.add(SIZES[model]["patch_size"])
     flags += [f"--patch_size {there.patch_size}"] if patch_sizes != {there.patch_size} else []
     flags += [f"--{part}_mlp_ratio {there.mlp_ratio:g}"] if there.mlp_ratio != here.mlp_ratio else []
-    flags += [f"and the --{part}_num_heads of its training"] if wider and not model else []
-    return " ".join(flags)
+    told = " ".join(flags)
+    return f"{told} with the --{part}_num_heads of its training" if wider and not model else told

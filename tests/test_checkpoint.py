@@ -140,14 +140,17 @@ def test_all_differences_to_the_run_are_listed(folder):
     path = save(folder, 1)
     flags = {"seed": 0, "img_size": [64, 64], "mask_ratio": 0.75, "num_workers": 2, "path_to_data": "a"}
     (folder.path / "args.json").write_text(json.dumps({"flags": flags}))
-    assert compare_with_run(path, dict(flags, num_workers=7, path_to_data="b"), "abc") == []
-    errors = compare_with_run(path, dict(flags, seed=1, img_size=[32, 64]), "other")
+    assert compare_with_run(path, dict(flags, num_workers=7, path_to_data="b"), "abc", defaults={}) == []
+    errors = compare_with_run(path, dict(flags, seed=1, img_size=[32, 64]), "other", defaults={})
     assert len(errors) == 3
     assert errors[0].startswith("--seed 1 differs from the run to resume, which has 0")
     assert errors[1].startswith("--img_size 32 64 differs from the run to resume, which has 64 64")
     assert "is not the data set of the run" in errors[2]
+    newer = dict(flags, tf32=True)  # a flag that the run did not know yet
+    assert compare_with_run(path, newer, "abc", defaults={"tf32": True}) == []
+    assert "--tf32 True differs" in compare_with_run(path, newer, "abc", defaults={"tf32": False})[0]
     (folder.path / "args.json").unlink()
-    assert "cannot be read" in compare_with_run(path, flags, "abc")[0]
+    assert "cannot be read" in compare_with_run(path, flags, "abc", defaults={})[0]
 
 
 def test_json_is_replaced_whole(tmp_path):

@@ -66,10 +66,10 @@ def test_lines_beyond_the_checkpoint_are_removed(tmp_path):
     lines += [{"step": 5, "val_loss": 1.0}, {"step": 5, "knn_top1": 40.0}, {"step": 6, "loss": 0.5}]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "log.jsonl").write_text(text + '{"step": 7, "lo')
-    truncate_log(tmp_path, 5)
+    assert truncate_log(tmp_path, 5) == {"val_loss": 1.0, "knn_top1": 40.0}
     kept = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert kept == lines[:3]
-    truncate_log(tmp_path / "nothing here", 5)
+    assert kept == lines[:5]
+    assert truncate_log(tmp_path, 1) == truncate_log(tmp_path / "nothing here", 5) == {}
 
 
 def test_tensorboard_continues_a_curve_without_the_steps_that_were_discarded(tmp_path):

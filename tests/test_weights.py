@@ -253,26 +253,26 @@ def test_every_wrong_shape_is_named():
             dict(embed_dim=64, depth=3),
             dict(),
             "have an encoder of 64 x 3 with patches of 8, the model 32 x 2 with patches of 8; "
-            "give --encoder_embed_dim 64 --encoder_depth 3 and the --encoder_num_heads of its training",
+            "give --encoder_embed_dim 64 --encoder_depth 3 with the --encoder_num_heads of its training",
         ),
         (
             dict(depth=3, decoder=dict(decoder_depth=2)),
             dict(),
             "have an encoder of 32 x 3 with patches of 8, the model 32 x 2 with patches of 8; "
-            "a decoder of 16 x 2, the model 16 x 3; give --encoder_depth 3 and --decoder_depth 2",
+            "a decoder of 16 x 2, the model 16 x 3; give --encoder_depth 3, --decoder_depth 2",
         ),
         (
             dict(decoder=dict(decoder_embed_dim=32)),
             dict(),
             "have a decoder of 32 x 3, the model 16 x 3; "
-            "give --decoder_embed_dim 32 and the --decoder_num_heads of its training",
+            "give --decoder_embed_dim 32 with the --decoder_num_heads of its training",
         ),
         (
             dict(patch_size=4, img_size=16),
             dict(in_channels=1),
             "have an encoder of 32 x 2 with patches of 4, the model 32 x 2 with patches of 8; "
             "3 input channels, the model 1; "
-            "give --patch_size 4 and --adapt_channels to convert them (or --input_channels 3)",
+            "give --patch_size 4, --adapt_channels to convert them (or --input_channels 3)",
         ),
         (
             dict(mlp_ratio=85 / 32, decoder=dict(decoder_mlp_ratio=2)),
@@ -280,7 +280,7 @@ def test_every_wrong_shape_is_named():
             "have an encoder of 32 x 2 with patches of 8 and an MLP ratio of 2.6563, "
             "the model 32 x 2 with patches of 8 and an MLP ratio of 4; "
             "a decoder of 16 x 3 with an MLP ratio of 2, the model 16 x 3 with an MLP ratio of 4; "
-            "give --encoder_mlp_ratio 2.6563 and --decoder_mlp_ratio 2",
+            "give --encoder_mlp_ratio 2.6563, --decoder_mlp_ratio 2",
         ),
     ],
 )
@@ -337,9 +337,7 @@ def test_a_hole_is_not_taken_for_another_depth():
 def test_an_encoder_is_no_autoencoder():
     message = refused(new_autoencoder(), randomised(new_encoder()).state_dict())
     assert "mask_token is missing" in message and "decoder_blocks.2.attn.qkv.weight is missing" in message
-    assert message.endswith(
-        "they hold no decoder: give those of a whole autoencoder, or new_decoder to begin a decoder afresh"
-    )
+    assert message.endswith("they hold no decoder: give those of a whole autoencoder")
 
 
 def test_near_relatives_are_refused():
@@ -628,10 +626,11 @@ def test_heads_and_grid_stand_beside_the_weights(tmp_path):
     export_autoencoder(wide, run / "encoder" / "pretraining", **statistics)
     checkpoint = write_checkpoint(run / "checkpoints" / "step_00000003", wide)
     flags = dict(img_size=[16, 64], patch_size=8, encoder_num_heads=heads, decoder_num_heads=decoder_heads)
+    flags.update(statistics)
     (run / "args.json").write_text(json.dumps({"flags": flags}))
-    assert read_stored(run / "encoder") == Stored((2, 8), heads)
+    assert read_stored(run / "encoder") == Stored((2, 8), heads, None, *statistics.values())
     whole = (run / "encoder" / "pretraining", checkpoint, checkpoint / "model.safetensors")
-    assert [read_stored(path) for path in whole] == [Stored((2, 8), heads, decoder_heads)] * 3
+    assert [read_stored(path) for path in whole] == [Stored((2, 8), heads, decoder_heads, *statistics.values())] * 3
     assert read_stored(tmp_path) == read_stored(tmp_path / "mae.pth") == Stored()
 
     larger = new_autoencoder(img_size=(32, 64), patch_size=8)

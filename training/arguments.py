@@ -402,9 +402,11 @@ def set_speed(device: torch.device, *, tf32: bool) -> None:
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
 
 
-def check_compiler(device: torch.device) -> list[str]:
-    """Why torch.compile cannot work here, found by compiling something small."""
-    # Drop path then draws what it draws without --compile
+def prepare_compiler(device: torch.device) -> list[str]:
+    """Makes torch.compile draw random numbers as it is done without it (of drop path). Returns why it cannot work
+    here, found by compiling something small."""
+    import torch._inductor.config
+
     torch._inductor.config.fallback_random = True
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))

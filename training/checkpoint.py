@@ -191,21 +191,23 @@ def load_training(checkpoint: Path, accelerator, model, optimizer) -> None:
         accelerator.scaler.load_state_dict(states["scaler"])
 
 
-def compare_with_run(checkpoint: Path, flags: dict, fingerprint: str | None) -> list[str]:
+def compare_with_run(checkpoint: Path, flags: dict, fingerprint: str | None, *, defaults: dict) -> list[str]:
     """What differs between a checkpoint's run and the flags (and data) that are to continue it, a line each.
 
-    `fingerprint` is the data set's, None where it could not be opened.
+    `fingerprint` is the data set's, None where it could not be opened. A flag that the run did not know yet, as it is
+    older, had its default.
     """
     path = checkpoint.parent.parent / "args.json"
     try:
         saved = json.loads(path.read_text())
     except (OSError, ValueError):
         return [f"{path} of the run to resume cannot be read; expected the file that the run wrote at its start"]
+    before = {**defaults, **saved["flags"]}
     errors = [
-        f"--{name} {_shown(flags[name])} differs from the run to resume, which has {_shown(saved['flags'].get(name))}; "
+        f"--{name} {_shown(flags[name])} differs from the run to resume, which has {_shown(before.get(name))}; "
         "resume with the same, or start another --experiment_name"
         for name in flags
-        if name not in FREE_FLAGS and flags[name] != saved["flags"].get(name)
+        if name not in FREE_FLAGS and flags[name] != before.get(name)
     ]
     if fingerprint is not None and read_state(checkpoint)["data"] != fingerprint:
         errors.append(

@@ -51,7 +51,8 @@ def nearest(
     """The cosine similarities and the labels of the k members of `bank` (N, D) that are nearest to each of `queries`
     (M, D): both (M, min(k, N)), the nearest first."""
     bank, queries = torch.nn.functional.normalize(bank), torch.nn.functional.normalize(queries)
-    found = [(part @ bank.T).topk(min(k, len(bank))) for part in queries.split(1024)]
+    portion = max(1, 2**26 // max(1, len(bank)))  # of queries, so that their similarities take 256 MB at most
+    found = [(part @ bank.T).topk(min(k, len(bank))) for part in queries.split(portion)]
     return torch.cat([part.values for part in found]), bank_labels[torch.cat([part.indices for part in found])]
 
 
@@ -67,9 +68,13 @@ def knn_vote(
 def linear_sums(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
     """What `linear_vote` needs to know of features (N, D) and labels (N,): (D + 1, D + 1 + num_classes), float64. Those
     of several parts of the data are added."""
-    x = torch.cat([features, torch.ones_like(features[:, :1])], dim=1).double()
-    y = torch.nn.functional.one_hot(labels, num_classes).double()
-    return x.T @ torch.cat([x, y], dim=1)
+    dim = features.shape[1]
+    sums = torch.zeros(dim + 1, dim + 1 + num_classes, dtype=torch.float64, device=features.device)
+    for part, own_labels in zip(features.split(8192), labels.split(8192), strict=True):  # in float64 it is large
+        x = torch.cat([part, torch.ones_like(part[:, :1])], dim=1).double()
+        sums[:, : dim + 1] += x.T @ x
+        sums[:, dim + 1 :].T.index_add_(0, own_labels, x)
+    return sums
 
 
 def linear_vote(sums: torch.Tensor, queries: torch.Tensor, *, ridge: float = 1e-3) -> torch.Tensor:

@@ -143,22 +143,24 @@ class Progress:
         self.bar.close()
 
 
-def truncate_log(folder: Path, step: int) -> None:
-    """Removes what a resumed run is about to write again from log.jsonl: lines beyond its checkpoint's step, and those
-    of that step that are no training step's."""
+def truncate_log(folder: Path, step: int) -> dict[str, float]:
+    """Removes from log.jsonl the lines beyond a step: what a resumed run is about to write again. Returns what was
+    measured, by validation, after that very step."""
     path = folder / "log.jsonl"
+    kept, measured = [], {}
     if not path.exists():
-        return
-    kept = []
+        return measured
     for text in path.read_text().splitlines():
         with contextlib.suppress(ValueError):  # a line that a kill cut short
             line = json.loads(text)
-            # What is measured at the checkpoint's own step comes after the save, and will be written again
-            if line["step"] < step or (line["step"] == step and "loss" in line):
+            if line["step"] <= step:
                 kept.append(text + "\n")
+            if line["step"] == step and "loss" not in line:
+                measured.update({name: value for name, value in line.items() if name not in ("step", "epoch")})
     temporary = path.with_name(".log.jsonl.tmp")
     temporary.write_text("".join(kept))
     temporary.replace(path)
+    return measured
 
 
 class DamagedImages:
