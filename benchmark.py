@@ -287,8 +287,9 @@ def loss_function(task: str, model: nn.Module, *, compiled: bool, fullgraph: boo
     forward = model.forward if task == "mae" else model.forward_features
     if compiled:
         forward = torch.compile(forward, fullgraph=fullgraph, dynamic=False)
-    if task == "mae":
-        return lambda images, noise: forward(images, noise=noise).loss
+    if task == "mae":  # what pretrain_mae.py asks for, which only our model knows
+        options = dict(removed_only=True) if isinstance(model, MaskedAutoencoder) else {}
+        return lambda images, noise: forward(images, noise=noise, **options).loss
     return lambda images, noise: forward(images).float().square().mean()
 
 

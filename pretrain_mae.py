@@ -365,9 +365,10 @@ def optimizer_step(model, optimizer, batches, normalize, seeds, *, accelerator, 
             torch.manual_seed(seed)
             images = normalize(batch.images.to(accelerator.device, non_blocking=True))
             with accelerator.autocast():
-                output = model(images, batch.noise.to(accelerator.device, non_blocking=True))
-            accelerator.backward(output.loss)
-            loss += output.loss.detach() / len(seeds)
+                noise = batch.noise.to(accelerator.device, non_blocking=True)
+                micro_loss = model(images, noise, removed_only=True).loss
+            accelerator.backward(micro_loss)
+            loss += micro_loss.detach() / len(seeds)
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
             optimizer.step()
@@ -718,7 +719,7 @@ def main(argv=None):
             read_ahead=math.ceil(2 * args.num_workers / batch_plan.accumulation),
             steps_left=length.total_steps - start_step,
             global_batch_size=batch_plan.global_size,
-            left_out=f"validation, {'k-NN ' if args.knn_every else ''}and saving",
+            left_out="validation, k-NN and saving" if args.knn_every else "validation and saving",
         )
         return
     num_images = len(train_source) + (len(validation_source) if validation_source else 0)

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from modeling.position import sincos_positions
-from modeling.vit import Block, VisionTransformer, initialize_like_paper, patchify, run_blocks, unpatchify
+from modeling.vit import Block, VisionTransformer, initialize_like_paper, patchify, run_blocks, take, unpatchify
 
 
 class MAEOutput(NamedTuple):
     """What `MaskedAutoencoder.forward` returns."""
 
     loss: torch.Tensor  # (), float32
-    prediction: torch.Tensor  # (B, L, P*P*C), in the space of the target
+    prediction: torch.Tensor  # (B, L, P*P*C), in the space of the target; or of the removed patches alone
     mask: torch.Tensor  # (B, L), 1 = removed, 0 = kept
 
 
@@ -66,32 +66,41 @@ class MaskedAutoencoder(nn.Module):
                 if name != "encoder":  # which initialised itself
                     module.apply(initialize_like_paper)
 
-    def forward(self, images: torch.Tensor, noise: torch.Tensor) -> MAEOutput:
-        """Normalised images (B, C, H, W) and the noise (B, L) whose K smallest values mark the kept patches."""
+    def forward(self, images: torch.Tensor, noise: torch.Tensor, *, removed_only: bool = False) -> MAEOutput:
+        """Normalised images (B, C, H, W) and the noise (B, L) whose K smallest values mark the kept patches.
+
+        With `removed_only` the prediction is (B, L - K, P*P*C): of the removed patches, in the order of their noise.
+        That is all that the loss needs, so training asks for no more.
+        """
         patches = patchify(images, self.encoder.patch_size)
         order = noise.argsort(dim=1, stable=True)  # kept patches first
         tokens = self.encoder.encode(self.encoder.embed(patches, order[:, : self.num_kept]))
+        removed = order[:, self.num_kept :]
+        prediction = self.decode(tokens, order, removed.shape[1] if removed_only else None)
+        loss = self.loss(take(patches, removed), prediction[:, -removed.shape[1] :])
         restore = order.argsort(dim=1)  # where each patch stands in `order`
-        prediction = self.decode(tokens, restore)
         mask = (restore >= self.num_kept).float()
-        return MAEOutput(self.loss(patches, prediction, mask), prediction, mask)
+        return MAEOutput(loss, prediction if removed_only else take(prediction, restore), mask)
 
-    def decode(self, tokens: torch.Tensor, restore: torch.Tensor) -> torch.Tensor:
-        """Encoded tokens (B, 1 + K, D) and each patch's rank (B, L) -> predictions (B, L, P*P*C)."""
+    def decode(self, tokens: torch.Tensor, order: torch.Tensor, last: int | None = None) -> torch.Tensor:
+        """Encoded tokens (B, 1 + K, D) and the patches' order (B, L), kept ones first -> predictions (B, L, P*P*C) in
+        that order, or (B, M, P*P*C) of the last M.
+
+        Blocks do not care for the order of tokens: each patch has its position added, wherever it stands.
+        """
         x = self.decoder_embed(tokens)
-        b, _, d = x.shape
-        mask_tokens = self.mask_token.to(x.dtype).expand(b, restore.shape[1] - self.num_kept, -1)
-        patches = torch.cat([x[:, 1:], mask_tokens], dim=1)
-        patches = patches.gather(1, restore.unsqueeze(-1).expand(-1, -1, d))
-        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+        positions = self.decoder_pos_embed.squeeze(0)
+        mask_tokens = self.mask_token.to(x.dtype).expand(x.shape[0], order.shape[1] - self.num_kept, -1)
+        x = torch.cat(
+            [x[:, :1] + positions[:1], torch.cat([x[:, 1:], mask_tokens], dim=1) + positions[1 + order]], dim=1
+        )
         checkpointed = self.encoder.gradient_checkpointing and self.training
-        x = run_blocks(self.decoder_blocks, x, checkpointed=checkpointed)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        x = run_blocks(self.decoder_blocks, x, checkpointed=checkpointed, last=last or order.shape[1])
+        return self.decoder_pred(self.decoder_norm(x))
 
-    def loss(self, patches: torch.Tensor, prediction: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Mean squared error over the removed patches, in float32 (section 3, "Reconstruction target")."""
-        error = (prediction.float() - self.target(patches)).square().mean(dim=-1)  # (B, L)
-        return (error * mask).sum() / mask.sum()
+    def loss(self, patches: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+        """Mean squared error of removed patches (B, L - K, P*P*C), in float32 (section 3, "Reconstruction target")."""
+        return (prediction.float() - self.target(patches)).square().mean()
 
     def target(self, patches: torch.Tensor) -> torch.Tensor:
         """Patches (B, L, P*P*C) -> what is predicted, in float32: their pixels, each patch normalised where asked."""
@@ -123,12 +132,13 @@ class MaskedAutoencoder(nn.Module):
         """Floating-point operations of a training step per image, of the matrix products: 2 for a multiply-add, and
         the backward pass costs twice the forward pass."""
         encoder, decoder_dim = self.encoder, self.decoder_embed.out_features
-        pixels, num_patches = self.decoder_pred.out_features, encoder.grid[0] * encoder.grid[1]
+        pixels, num_removed = self.decoder_pred.out_features, encoder.grid[0] * encoder.grid[1] - self.num_kept
         multiply_adds = self.num_kept * pixels * encoder.embed_dim
-        multiply_adds += (1 + self.num_kept) * encoder.embed_dim * decoder_dim + num_patches * decoder_dim * pixels
+        multiply_adds += (1 + self.num_kept) * encoder.embed_dim * decoder_dim + num_removed * decoder_dim * pixels
         for block, tokens in self._blocks_and_tokens():
             dim, hidden = block.mlp.fc1.in_features, block.mlp.fc1.out_features
-            multiply_adds += tokens * (4 * dim**2 + 2 * dim * hidden) + 2 * tokens**2 * dim
+            queries = num_removed if block is self.decoder_blocks[-1] else tokens
+            multiply_adds += tokens * 3 * dim**2 + queries * (dim**2 + 2 * dim * hidden) + 2 * tokens * queries * dim
         return 6.0 * multiply_adds
 
     def activation_bytes(self, *, half_precision: bool) -> float:

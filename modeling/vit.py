@@ -35,6 +35,11 @@ def unpatchify(patches: torch.Tensor, patch_size: int, grid: tuple[int, int]) ->
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, h * patch_size, w * patch_size)
 
 
+def take(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Patches or tokens (B, N, D) at `indices` (B, K) -> (B, K, D)."""
+    return x.gather(1, indices.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
 def initialize_like_paper(module: nn.Module) -> None:
     """Xavier-uniform weights and zero biases for Linear layers, 1 and 0 for norms; for `model.apply`."""
     if isinstance(module, nn.Linear):
@@ -66,7 +71,8 @@ class PatchEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, section 3.2.2): (B, N, D) -> (B, N, D)."""
+    """Multi-head self-attention (Vaswani et al. 2017, section 3.2.2): (B, N, D) -> (B, N, D), or (B, M, D) of the last
+    M tokens where they alone are wanted."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -74,17 +80,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, last: int | None = None) -> torch.Tensor:
         b, n, d = x.shape
         qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, d // self.num_heads)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, N, D / heads)
+        q = q if last is None else q[:, :, n - last :]
         if x.device.type == "cpu" and q.dtype == torch.bfloat16:
             # torch's attention on a CPU is faster in float32: a step of ViT-B by 9 %
             with torch.autocast("cpu", enabled=False):
                 x = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
         else:
             x = F.scaled_dot_product_attention(q, k, v)  # softmax statistics stay in float32 under bf16
-        return self.proj(x.transpose(1, 2).reshape(b, n, d))
+        return self.proj(x.transpose(1, 2).reshape(b, -1, d))
 
 
 class MLP(nn.Module):
@@ -100,7 +107,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: (B, N, D) -> (B, N, D)."""
+    """A pre-norm transformer block: (B, N, D) -> (B, N, D), or (B, M, D) of the last M tokens."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float = 0.0):
         super().__init__()
@@ -110,19 +117,21 @@ class Block(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         self.drop_path = StochasticDepth(drop_path, mode="row") if drop_path else nn.Identity()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(self, x: torch.Tensor, last: int | None = None) -> torch.Tensor:
+        attended = self.attn(self.norm1(x), last)
+        x = (x if last is None else x[:, x.shape[1] - last :]) + self.drop_path(attended)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, *, checkpointed: bool) -> torch.Tensor:
-    """(B, N, D) -> (B, N, D) through all blocks.
+def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, *, checkpointed: bool, last: int | None = None) -> torch.Tensor:
+    """(B, N, D) -> (B, N, D) through all blocks, or (B, M, D) where the last M tokens alone are wanted.
 
     Where `checkpointed`, the backward pass finds each block's input alone and computes the rest again (Chen et al.
     2016, "Training Deep Nets with Sublinear Memory Cost"), with the same random draws.
     """
     for block in blocks:
-        x = checkpoint(block, x, use_reentrant=False) if checkpointed else block(x)
+        wanted = last if block is blocks[-1] else None
+        x = checkpoint(block, x, wanted, use_reentrant=False) if checkpointed else block(x, wanted)
     return x
 
 
@@ -175,7 +184,7 @@ class VisionTransformer(nn.Module):
         """Patches (B, L, P*P*C) and the indices of those to keep (B, K), all by default -> tokens (B, 1 + K, D)."""
         positions = self.pos_embed[:, 1:]
         if kept is not None:
-            patches = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+            patches = take(patches, kept)
             positions = positions.squeeze(0)[kept]  # (B, K, D)
         x = self.patch_embed(patches) + positions
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
