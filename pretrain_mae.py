@@ -396,8 +396,8 @@ def rehearse(train, crew, progress, *, read_ahead, steps_left, global_batch_size
                 return step, spent / (step - first), (progress.waited - waited) / spent
 
     first, _, _ = run(0, seconds=0, at_least=1)  # compiles, starts the workers
-    warm, _, _ = run(first, seconds=5, at_least=1 + read_ahead)
-    end, seconds, waited = run(warm, seconds=15, at_least=3)
+    warm, _, _ = run(first, seconds=3, at_least=1 + read_ahead)
+    end, seconds, waited = run(warm, seconds=10, at_least=3)
     device = progress.accelerator.device
     if device.type == "cuda":
         peak = torch.cuda.max_memory_reserved(device)
@@ -721,6 +721,7 @@ def main(argv=None):
             global_batch_size=batch_plan.global_size,
             left_out="validation, k-NN and saving" if args.knn_every else "validation and saving",
         )
+        accelerator.end_training()
         return
     num_images = len(train_source) + (len(validation_source) if validation_source else 0)
     damaged_images = DamagedImages(folder.path, num_images, is_main_process=accelerator.is_main_process)

@@ -15,6 +15,9 @@ from conftest import ROOT, TINY, TWO_PROCESSES, environment, launch, log_of, los
 from PIL import Image
 from safetensors.torch import load_file
 
+import pretrain_mae
+from data.sources import open_sources
+
 SCRIPT = "pretrain_mae.py"
 
 
@@ -506,8 +509,10 @@ def test_neighbours_need_labels(tmp_path):
         (tmp_path / "strange", "lacks 1 of them there (class_2)"),
         (alone, "has no val/ beside train/"),
     ]:
-        refused = run(SCRIPT, *TINY, "--path_to_data", path, "--knn_every", 1, cwd=tmp_path, code=2).stderr
-        assert "--knn_every" in refused and word in refused and "leave the flag out" in refused
+        (error,) = pretrain_mae.check_labels(path, *open_sources(str(path), 3))
+        assert error.startswith("--knn_every needs") and word in error and "leave the flag out" in error
+    refused = run(SCRIPT, *TINY, "--path_to_data", alone, "--knn_every", 1, cwd=tmp_path, code=2).stderr
+    assert f"error: {error}" in refused
 
 
 def test_compile_and_checkpointing_leave_the_losses_alone(image_folder, tmp_path):
