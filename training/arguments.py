@@ -406,6 +406,7 @@ def prepare_compiler(device: torch.device) -> list[str]:
     """Makes torch.compile draw random numbers as it is done without it (of drop path). Returns why it cannot work
     here, found by compiling something small."""
     import torch._inductor.config
+    import torchmetrics.functional.image  # noqa: F401 - validation's; importing it later recompiles, in torch 2.8
 
     torch._inductor.config.fallback_random = True
     try:
