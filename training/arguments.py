@@ -399,7 +399,8 @@ def set_speed(device: torch.device, *, tf32: bool) -> None:
     """Settings of torch that the whole process has: threads on a CPU, TF32 on a GPU."""
     if device.type == "cpu":
         use_all_cores()
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    else:
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
 
 
 def prepare_compiler(device: torch.device) -> list[str]:
