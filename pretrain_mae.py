@@ -291,7 +291,7 @@ def start_from(path, model, *, adapt_channels, mean, std):
     if stored.mean in (None, mean) and stored.std in (None, std):
         return report
     theirs, ours = (f"mean {numbers[0]} and std {numbers[1]}" for numbers in ((stored.mean, stored.std), (mean, std)))
-    return f"{report}; they were trained with {theirs}, this run has {ours}: --mean and --std choose"
+    return f"{report}; they were trained with {theirs}, this run has {ours}; give --mean and --std to choose"
 
 
 def describe_plan(args, model, batch, length, accelerator, train_source, validation_source):
