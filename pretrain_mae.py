@@ -9,9 +9,6 @@ scripts load. Kill it at any moment: the same command with --resume_from_checkpo
 
 import argparse
 import math
-import resource
-import sys
-import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -21,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from data.batches import FIXED_EPOCH, Normalization, PretrainingDataset, make_loader
+from data.batches import FIXED_EPOCH, Normalization, PretrainingDataset, make_loader, own_batches
 from data.masking import MASK_STRATEGIES
 from data.sampling import StepSampler, model_seed
 from data.sources import DataError, open_sources
@@ -30,9 +27,10 @@ from modeling.mae import MaskedAutoencoder
 from modeling.vit import SIZES, VisionTransformer
 from modeling.weights import WeightsError, find_weights, load_weights, read_state_dict, read_stored
 from training import arguments
-from training.arguments import RunError, fail, integer, number, one_of
+from training.arguments import fail, integer, number, one_of
 from training.checkpoint import (
     RunFolder,
+    claim_run_folder,
     compare_with_run,
     describe_environment,
     load_training,
@@ -43,16 +41,9 @@ from training.checkpoint import (
 from training.metrics import knn_vote, linear_sums, linear_vote, nearest, reconstruction_metrics
 from training.optimizer import adamw, parameter_groups, set_learning_rate
 from training.pictures import reconstruction_grid
-from training.progress import (
-    DamagedImages,
-    Progress,
-    finish_trackers,
-    in_bytes,
-    in_time,
-    start_trackers,
-    truncate_log,
-)
-from training.schedule import learning_rate_at
+from training.plan import describe_run, plan_run, rehearse
+from training.progress import DamagedImages, Progress, finish_trackers, in_bytes, start_trackers, truncate_log
+from training.schedule import is_due, learning_rate_at
 from training.stopping import Crew
 
 DEFAULT_WARMUP_EPOCHS = 40
@@ -70,19 +61,10 @@ def parse_args(argv=None):
     arguments.add_logging_flags(parser)
     arguments.add_saving_flags(parser, interval=10)
 
-    flag = parser.add_argument_group("images and masks").add_argument
-    flag("--img_size", type=integer(1), nargs="+", default=[224], metavar="H [W]", help="pixels (default 224)")
-    flag("--input_channels", type=integer(1), default=3, help="3 (colour) or 1 (grey) (default 3)")
-    flag("--mean", type=number(), nargs="+", help="channel means of images in [0, 1] (default ImageNet's)")
-    flag("--std", type=number(1e-6), nargs="+", help="channel deviations of images in [0, 1] (default ImageNet's)")
-    flag(
-        "--crop_scale",
-        type=number(1e-3, 1),
-        nargs=2,
-        default=[0.2, 1.0],
-        metavar=("MIN", "MAX"),
-        help="share of an image's area that random crops take (default 0.2 1.0)",
-    )
+    arguments.add_image_flags(parser, crop_scale=(0.2, 1.0))
+    arguments.add_encoder_flags(parser, sizes=SIZES)
+
+    flag = parser.add_argument_group("views and masks").add_argument
     flag(
         "--repeated_augmentation",
         type=integer(1),
@@ -93,24 +75,16 @@ def parse_args(argv=None):
     flag("--mask_ratio", type=number(0, 1), default=0.75, help="share of patches that is removed (default 0.75)")
     flag("--mask_strategy", type=one_of(*MASK_STRATEGIES), default="random", help="random, block or grid")
 
-    flag = parser.add_argument_group("model").add_argument
-    flag("--model", type=one_of(*SIZES), default="base", help=f"{', '.join(SIZES)}: sets the four encoder flags")
-    flag("--patch_size", type=integer(1), help="pixels (default 16; huge: 14)")
-    flag("--encoder_embed_dim", type=integer(1), help="width; this and the next two override --model")
-    flag("--encoder_depth", type=integer(1), help="number of blocks")
-    flag("--encoder_num_heads", type=integer(1))
-    flag("--encoder_mlp_ratio", type=number(0.1), default=4.0, help="hidden width of the MLPs / width (default 4)")
+    flag = parser.add_argument_group("decoder and target").add_argument
     flag("--decoder_embed_dim", type=integer(1), default=512, help="width (default 512)")
     flag("--decoder_depth", type=integer(1), default=8, help="number of blocks (default 8)")
     flag("--decoder_num_heads", type=integer(1), default=16, help="default 16")
     flag("--decoder_mlp_ratio", type=number(0.1), default=4.0, help="default 4")
-    flag("--drop_path", type=number(0, 0.99), default=0.0, help="stochastic depth rate of the last block (default 0)")
     flag(
         "--init_from", metavar="PATH", help="start from a checkpoint of this project, the official MAE or transformers"
     )
     pair = partial(flag, action=argparse.BooleanOptionalAction, default=True)
     pair("--norm_pix_loss", help="predict pixels normalised per patch (default) or plain ones")
-    pair("--custom_weight_init", help="initialise as the paper does (default) or as PyTorch does")
     pair(
         "--adapt_channels",
         default=False,
@@ -123,49 +97,20 @@ def parse_args(argv=None):
     flag("--num_preview_images", type=integer(0), default=8, help="rows of the pictures (default 8)")
     args, errors = parser.read(argv)
 
-    size = SIZES[args.model]
-    args.patch_size = args.patch_size or size["patch_size"]
-    args.encoder_embed_dim = args.encoder_embed_dim or size["embed_dim"]
-    args.encoder_depth = args.encoder_depth or size["depth"]
-    args.encoder_num_heads = args.encoder_num_heads or size["num_heads"]
-    imagenet = args.input_channels == 3
-    args.mean = args.mean or ([0.485, 0.456, 0.406] if imagenet else [0.5] * args.input_channels)
-    args.std = args.std or ([0.229, 0.224, 0.225] if imagenet else [0.5] * args.input_channels)
+    args.model = args.model or "base"
     return args, errors + check_flags(args)
 
 
 def check_flags(args):
-    """What is wrong with the flags of images, masks and model, a line each; --img_size becomes [H, W]."""
-    errors = []
-    if not args.path_to_data:
-        errors.append("--path_to_data is missing; give a folder of images or builtin:shapes")
-    if args.input_channels not in (1, 3):
-        errors.append(f"--input_channels {args.input_channels} is not supported; expected 3 (colour) or 1 (grey)")
-    for name in ("mean", "std"):
-        if len(getattr(args, name)) != args.input_channels:
-            errors.append(
-                f"--{name} has {len(getattr(args, name))} values for {args.input_channels} channels; give one a channel"
-            )
-    if len(args.img_size) > 2:
-        errors.append(f"--img_size {' '.join(map(str, args.img_size))} has more than two values; expected H or H W")
-    args.img_size = (args.img_size * 2)[:2] if len(args.img_size) == 1 else args.img_size[:2]
+    """What is wrong with the flags of images, masks and model, a line each."""
+    errors = arguments.check_images(args)
     if args.adapt_channels and not args.init_from:
         errors.append(
             "--adapt_channels converts the weights of --init_from, which is missing; give it or leave this out"
         )
-    if args.crop_scale[0] > args.crop_scale[1]:
-        errors.append(
-            f"--crop_scale {args.crop_scale[0]:g} {args.crop_scale[1]:g} is no range; give the smaller share first"
-        )
+    errors += arguments.check_encoder(args, SIZES[args.model])
     height, width = args.img_size
-    if min(height, width) < 6:
-        errors.append(f"--img_size {height} {width} is too small; expected at least 6 pixels a side")
-    if height % args.patch_size or width % args.patch_size:
-        errors.append(
-            f"--img_size {height} {width} is not divided by --patch_size {args.patch_size}; "
-            f"take multiples of {args.patch_size}"
-        )
-    else:
+    if not height % args.patch_size and not width % args.patch_size:
         num_patches = (height // args.patch_size) * (width // args.patch_size)
         kept = int(num_patches * (1 - args.mask_ratio))
         if not 0 < kept < num_patches:
@@ -173,15 +118,7 @@ def check_flags(args):
                 f"--mask_ratio {args.mask_ratio:g} keeps {kept} of {num_patches} patches; "
                 "take a ratio that keeps and removes at least one"
             )
-    for part in ("encoder", "decoder"):
-        dim, heads = getattr(args, f"{part}_embed_dim"), getattr(args, f"{part}_num_heads")
-        if dim % heads:
-            errors.append(
-                f"--{part}_embed_dim {dim} is not divided by --{part}_num_heads {heads}; take a multiple of {heads}"
-            )
-        if dim % 4:
-            errors.append(f"--{part}_embed_dim {dim} is not divided by 4, as its positions need; take a multiple of 4")
-    return errors
+    return errors + arguments.check_width("decoder", args.decoder_embed_dim, args.decoder_num_heads)
 
 
 def build_model(args):
@@ -208,49 +145,6 @@ def build_model(args):
         norm_pix_loss=args.norm_pix_loss,
         custom_weight_init=args.custom_weight_init,
     )
-
-
-def plan_run(args, *, num_images, num_processes, held):
-    """Resolves the flags of batch, length and learning rate, in `args` too: both plans, and what is wrong.
-
-    `num_images` is None where the data could not be opened; `held` is the global batch of the checkpoint to resume.
-    """
-    batch, errors = arguments.plan_batch(
-        global_batch_size=args.global_batch_size,
-        per_gpu_batch_size=args.per_gpu_batch_size,
-        micro_batch_size=args.micro_batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        num_processes=num_processes,
-        held=held,
-    )
-    args.global_batch_size, args.per_gpu_batch_size, args.micro_batch_size = batch
-    args.gradient_accumulation_steps = batch.accumulation
-    if batch.micro % args.repeated_augmentation:
-        errors.append(
-            f"--repeated_augmentation {args.repeated_augmentation} does not divide the micro-batch of {batch.micro} "
-            "images; give a batch and micro-batch that are multiples of it"
-        )
-    length = None
-    if num_images is not None:
-        length, found = arguments.plan_length(
-            epochs=args.epochs,
-            max_steps=args.max_steps,
-            warmup_epochs=args.warmup_epochs,
-            warmup_steps=args.warmup_steps,
-            default_warmup_epochs=DEFAULT_WARMUP_EPOCHS,
-            num_samples=num_images * args.repeated_augmentation,
-            global_batch_size=batch.global_size,
-        )
-        errors += found
-        args.max_steps, args.warmup_steps = length.total_steps, length.warmup_steps
-    if args.learning_rate is None:
-        args.learning_rate = args.base_learning_rate * batch.global_size / 256
-    if args.min_learning_rate > args.learning_rate:
-        errors.append(
-            f"--min_learning_rate {args.min_learning_rate:g} is above the peak of {args.learning_rate:g}; "
-            "take a lower one"
-        )
-    return batch, length, errors
 
 
 def check_labels(path_to_data, train_source, validation_source):
@@ -304,14 +198,8 @@ def describe_plan(args, model, batch, length, accelerator, train_source, validat
         f"{len(validation_source)} held out" if validation_source else "none held out: validated on some of these"
     )
     views = f", {args.repeated_augmentation} views of each" if args.repeated_augmentation > 1 else ""
-    half = args.mixed_precision != "no"
-    # Bytes of a weight, its gradient and two moments, its copy in half precision, and what processes exchange
-    fixed = 16 + 2 * half + 4 * (accelerator.num_processes > 1)
-    activations = model.activation_bytes(half_precision=half)
-    precision = args.mixed_precision.replace("no", "float32")
-    if accelerator.device.type == "cuda" and args.tf32 and not half:
-        precision += " (matrix products in TF32)"
-    speed = [name.replace("_", " ") for name in ("compile", "gradient_checkpointing") if getattr(args, name)]
+    activations = model.activation_bytes(half_precision=args.mixed_precision != "no")
+    sizes = dict(parameters=parameters, trained=parameters, activations=activations)
     return "\n".join(
         [
             f"data       {args.path_to_data}: {len(train_source)} images (about "
@@ -322,36 +210,9 @@ def describe_plan(args, model, batch, length, accelerator, train_source, validat
             f"images     {args.img_size[0]} x {args.img_size[1]}, {args.input_channels} channels, "
             f"{grid[0] * grid[1]} patches of {args.patch_size}, {model.num_kept} kept ({args.mask_strategy}); "
             f"target: {target}",
-            f"batch      {batch.global_size} = {several(accelerator.num_processes, 'process')} x "
-            f"{several(batch.accumulation, 'micro-batch')} x {batch.micro}",
-            f"length     {length.total_steps} steps, {length.steps_per_epoch} an epoch, {length.warmup_steps} warmup",
-            f"rate       {args.learning_rate:.3g} at its peak, cosine to {args.min_learning_rate:g}",
-            f"precision  {', '.join([precision, *speed])} on {accelerator.device}"
-            + (f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""),
-            f"memory     about {in_bytes(fixed * parameters + batch.micro * activations)} a process: "
-            f"{in_bytes(fixed * parameters)} for weights, gradients and AdamW, {in_bytes(activations)} an image for "
-            "activations",
+            *describe_run(args, batch, length, accelerator, **sizes),
         ]
     )
-
-
-def several(count, noun):
-    """ "1 process", "2 processes"."""
-    return f"{count} {noun}{'' if count == 1 else 'es'}"
-
-
-def claim_run_folder(folder, wanted, accelerator, *, write):
-    """Finds the checkpoint to resume, on the main process: (its path or None, errors). Locks the run folder, too, where
-    the run will `write`."""
-    found = [None, []]
-    if accelerator.is_main_process:
-        try:
-            if write:
-                folder.lock()
-            found[0] = folder.find(wanted)
-        except RunError as error:
-            found[1] = [str(error)]
-    return broadcast_object_list(found)
 
 
 def optimizer_step(model, optimizer, batches, normalize, seeds, *, accelerator, waiting, max_grad_norm):
@@ -375,59 +236,6 @@ def optimizer_step(model, optimizer, batches, normalize, seeds, *, accelerator, 
             optimizer.zero_grad()
         damaged += batch.damaged
     return loss, grad_norm, damaged
-
-
-def rehearse(train, crew, progress, *, read_ahead, steps_left, global_batch_size, left_out):
-    """Times `train(step)` on real batches for some seconds, and says what the run will take, without `left_out`.
-
-    `read_ahead` steps are trained before, as what the workers have in stock would hide that they are slow.
-    """
-    damaged, losses = [], []
-
-    def run(first, *, seconds, at_least):
-        begin, waited, step = time.perf_counter(), progress.waited, first
-        while True:
-            loss, _, found = train(step)
-            losses.append(loss.item())  # waits for the device
-            damaged.extend(found)
-            step, spent = step + 1, time.perf_counter() - begin
-            enough = (spent > seconds and step - first >= at_least) or spent > 6 * seconds
-            if crew.any(enough or crew.signal_name is not None):
-                return step, spent / (step - first), (progress.waited - waited) / spent
-
-    first, _, _ = run(0, seconds=0, at_least=1)  # compiles, starts the workers
-    warm, _, _ = run(first, seconds=3, at_least=1 + read_ahead)
-    end, seconds, waited = run(warm, seconds=10, at_least=3)
-    device = progress.accelerator.device
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_reserved(device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    stock = "" if warm - first > read_ahead else ", too few to know the data wait"
-    progress.say(
-        f"dry run    {end - warm} steps timed after {warm}{stock}: {seconds:.3g} s a step, "
-        f"{global_batch_size / seconds:.4g} images/s, data wait {waited:.0%}, peak memory {in_bytes(peak)}\n"
-        f"           {steps_left} steps take {in_time(seconds * steps_left)}, {left_out} left out; nothing was written"
-    )
-    if damaged:
-        index, reason = damaged[0]
-        progress.say(f"           {len(damaged)} damaged images were met, number {index} first: {reason}")
-    if not all(map(math.isfinite, losses)):
-        raise RunError("a loss of the dry run is not finite; look at the data, or take another --mixed_precision")
-
-
-def own_batches(dataset, indices, *, batch_size, num_workers, accelerator, crew):
-    """Yields this process's share of the images `indices` in batches, and asks as often on every process whether the
-    run is to stop; then it ends early."""
-    own = [(FIXED_EPOCH, index) for index in indices[accelerator.process_index :: accelerator.num_processes]]
-    batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
-    loader = iter(make_loader(dataset, batches, num_workers=num_workers))
-    for _ in range(math.ceil(len(indices) / accelerator.num_processes / batch_size)):
-        if crew.wanted():
-            return
-        batch = next(loader, None)
-        if batch is not None:
-            yield batch
 
 
 @torch.no_grad()
@@ -545,11 +353,6 @@ def reconstruct(model, batch, normalize, accelerator):
     return loss, normalize.undo(images), prediction, model.pixel_mask(mask)
 
 
-def is_due(step, every):
-    """Whether what happens every so many steps (0: never) happens after `step` of them."""
-    return bool(every) and step > 0 and step % every == 0
-
-
 def spread(count, total):
     """At most `count` indices, evenly spread over `total`."""
     count = min(count, total)
@@ -598,11 +401,17 @@ def main(argv=None):
         errors += check_labels(args.path_to_data, train_source, validation_source)
     batch_plan, length, found = plan_run(
         args,
-        num_images=len(train_source) if train_source else None,
+        num_samples=len(train_source) * args.repeated_augmentation if train_source else None,
         num_processes=accelerator.num_processes,
         held=saved.get("global_batch_size"),
+        default_warmup_epochs=DEFAULT_WARMUP_EPOCHS,
     )
     errors += found
+    if batch_plan.micro % args.repeated_augmentation:
+        errors.append(
+            f"--repeated_augmentation {args.repeated_augmentation} does not divide the micro-batch of "
+            f"{batch_plan.micro} images; give a batch and micro-batch that are multiples of it"
+        )
     accelerator.gradient_accumulation_steps = batch_plan.accumulation
     if checkpoint:
         errors += compare_with_run(checkpoint, vars(args), fingerprint, defaults=vars(parse_args([])[0]))
@@ -712,15 +521,9 @@ def main(argv=None):
 
     model.train()
     if args.dry_run:
-        rehearse(
-            train,
-            crew,
-            progress,
-            read_ahead=math.ceil(2 * args.num_workers / batch_plan.accumulation),
-            steps_left=length.total_steps - start_step,
-            global_batch_size=batch_plan.global_size,
-            left_out="validation, k-NN and saving" if args.knn_every else "validation and saving",
-        )
+        read_ahead = math.ceil(2 * args.num_workers / batch_plan.accumulation)
+        left_out = "validation, k-NN and saving" if args.knn_every else "validation and saving"
+        rehearse(train, crew, progress, read_ahead=read_ahead, left_out=left_out)
         accelerator.end_training()
         return
     num_images = len(train_source) + (len(validation_source) if validation_source else 0)
@@ -730,8 +533,9 @@ def main(argv=None):
         own_batches,
         batch_size=min(batch_plan.micro, 256),
         num_workers=args.num_workers,
-        accelerator=accelerator,
-        crew=crew,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        stop=crew.wanted,
     )
     shared = dict(read=read, accelerator=accelerator, crew=crew, progress=progress)
     validation_data = PretrainingDataset(validation_source or train_source, seed=0, train=False, **sample_options)

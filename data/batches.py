@@ -1,18 +1,22 @@
 """Samples -> batches: what runs in the loader's worker processes."""
 
+import math
 import signal
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from data.decode import DamagedImage, decode
 from data.masking import mask_noise
 from data.sampling import sample_generator
 from data.sources import Source
-from data.transforms import evaluation, pretraining
+from data.transforms import evaluation, pretraining, training
 
 FIXED_EPOCH = 2**32 - 1  # the "epoch" of validation: its noise is the same in every epoch and run
 
@@ -25,12 +29,57 @@ class PretrainingBatch(NamedTuple):
     damaged: list[tuple[int, str]]  # index and reason of every image that could not be read
 
 
+class ClassificationBatch(NamedTuple):
+    """A micro-batch."""
+
+    images: torch.Tensor  # (B, C, H, W), uint8
+    labels: torch.Tensor  # (B,), int64: the classes of what `images` shows
+    indices: list[int]  # the samples that were asked for: one that is in `damaged` shows another image
+    damaged: list[tuple[int, str]]  # index and reason of every image that could not be read
+
+
+def readable(
+    source: Source, index: int, data: bytes | np.ndarray | OSError, channels: int, damaged: list[tuple[int, str]]
+) -> tuple[torch.Tensor, int]:
+    """The image (C, H, W) that `data` encodes, or the next one that can be read, and its index; appends to `damaged`.
+
+    Where none can be read, the image is one black pixel, with the index of the first: the run will stop.
+    """
+    for _ in range(len(source)):
+        try:
+            if isinstance(data, OSError):
+                raise DamagedImage(data.strerror or str(data))
+            if isinstance(data, np.ndarray):
+                return torch.from_numpy(data).permute(2, 0, 1), index
+            return decode(data, channels), index
+        except DamagedImage as error:
+            damaged.append((index, str(error)))
+        index = (index + 1) % len(source)
+        (data,) = source.fetch([index])
+    return torch.zeros(channels, 1, 1, dtype=torch.uint8), index
+
+
+def read_images(
+    source: Source, items: list[tuple[int, int]], channels: int, damaged: list[tuple[int, str]]
+) -> Iterator[tuple[int, int, torch.Tensor, int]]:
+    """For every (epoch, sample index) of `items`: the two, the image (C, H, W) and the index of the image that it is.
+
+    That is another one where the sample's own cannot be read, see `readable`. An image that stands several times in a
+    row is read and decoded once.
+    """
+    encoded = source.fetch([index for index, _ in groupby(index for _, index in items)])
+    for data, (index, views) in zip(encoded, groupby(items, key=itemgetter(1)), strict=True):
+        image, shown = readable(source, index, data, channels, damaged)
+        for epoch, _ in views:
+            yield epoch, index, image, shown
+
+
 class PretrainingDataset(Dataset):
     """Takes a list of (epoch, sample index) and fills one batch buffer.
 
     A sample's crop, flip and mask are drawn from (seed, epoch, index) alone; with `train=False` the crop is the centre.
-    An image that stands several times in a row is read and decoded once. A damaged one is replaced by the next readable
-    one. `crop_scale` is that of `transforms.pretraining`, `crop_ratio` that of `transforms.evaluation`.
+    A damaged image is replaced by the next readable one. `crop_scale` is that of `transforms.pretraining`, `crop_ratio`
+    that of `transforms.evaluation`.
     """
 
     def __init__(
@@ -59,15 +108,11 @@ class PretrainingDataset(Dataset):
         images = torch.empty(len(items), self.channels, *self.img_size, dtype=torch.uint8)
         noise = np.empty((len(items), self.grid[0] * self.grid[1]), dtype=np.float32)
         damaged: list[tuple[int, str]] = []
-        encoded = iter(self.source.fetch([index for index, _ in groupby(index for _, index in items)]))
-        row = 0
-        for index, views in groupby(items, key=lambda item: item[1]):
-            image = self.readable(index, next(encoded), damaged)
-            for epoch, _ in views:
-                rng = sample_generator(self.seed, epoch, index)
-                images[row] = self.crop(image, rng)
-                noise[row] = mask_noise(self.mask_strategy, rng, self.grid, self.num_kept)
-                row += 1
+        samples = read_images(self.source, items, self.channels, damaged)
+        for row, (epoch, index, image, _) in enumerate(samples):
+            rng = sample_generator(self.seed, epoch, index)
+            images[row] = self.crop(image, rng)
+            noise[row] = mask_noise(self.mask_strategy, rng, self.grid, self.num_kept)
         return PretrainingBatch(images, torch.from_numpy(noise), damaged)
 
     def crop(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
@@ -76,20 +121,54 @@ class PretrainingDataset(Dataset):
             return pretraining(image, rng, self.img_size, scale=self.crop_scale)
         return evaluation(image, self.img_size, crop_ratio=self.crop_ratio)
 
-    def readable(self, index: int, data: bytes | np.ndarray | OSError, damaged: list) -> torch.Tensor:
-        """The image (C, H, W) that `data` encodes, or the next one that can be read; appends to `damaged`."""
-        for _ in range(len(self.source)):
-            try:
-                if isinstance(data, OSError):
-                    raise DamagedImage(data.strerror or str(data))
-                if isinstance(data, np.ndarray):
-                    return torch.from_numpy(data).permute(2, 0, 1)
-                return decode(data, self.channels)
-            except DamagedImage as error:
-                damaged.append((index, str(error)))
-            index = (index + 1) % len(self.source)
-            (data,) = self.source.fetch([index])
-        return torch.zeros(self.channels, *self.img_size, dtype=torch.uint8)  # none can be read: the run will stop
+
+class ClassificationDataset(Dataset):
+    """Takes a list of (epoch, sample index) and fills one batch buffer; `labels` (N,) has a class for every sample.
+
+    A sample's crop, flip and augmentation are drawn from (seed, epoch, index) alone; with `train=False` the crop is the
+    centre. A damaged image is replaced by the next readable one, with that one's label. `crop_scale` and `augment` are
+    those of `transforms.training`, `crop_ratio` that of `transforms.evaluation`. Raises ValueError where `labels` are
+    not as many as the samples.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        labels: np.ndarray,
+        *,
+        img_size: tuple[int, int],
+        channels: int,
+        seed: int,
+        train: bool,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        crop_ratio: float = 0.875,
+        augment: Callable[[Image.Image], Image.Image] | None = None,
+    ):
+        if len(labels) != len(source):
+            raise ValueError(f"{len(labels)} labels for {len(source)} images; expected one for each")
+        self.source, self.labels, self.img_size, self.channels = source, labels, img_size, channels
+        self.seed, self.train = seed, train
+        self.crop_scale, self.crop_ratio, self.augment = crop_scale, crop_ratio, augment
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> ClassificationBatch:
+        images = torch.empty(len(items), self.channels, *self.img_size, dtype=torch.uint8)
+        labels = torch.empty(len(items), dtype=torch.int64)
+        damaged: list[tuple[int, str]] = []
+        samples = read_images(self.source, items, self.channels, damaged)
+        for row, (epoch, index, image, shown) in enumerate(samples):
+            images[row] = self.crop(image, epoch, index)
+            labels[row] = int(self.labels[shown])
+        return ClassificationBatch(images, labels, [index for _, index in items], damaged)
+
+    def crop(self, image: torch.Tensor, epoch: int, index: int) -> torch.Tensor:
+        """(C, H, W) of any size -> (C, *img_size)."""
+        if not self.train:
+            return evaluation(image, self.img_size, crop_ratio=self.crop_ratio)
+        rng = sample_generator(self.seed, epoch, index)
+        return training(image, rng, self.img_size, scale=self.crop_scale, augment=self.augment)
 
 
 class Normalization:
@@ -129,3 +208,28 @@ def make_loader(dataset: Dataset, batches, *, num_workers: int, pin_memory: bool
         worker_init_fn=_keep_working,
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def own_batches(
+    dataset: Dataset,
+    indices: Sequence[int],
+    *,
+    batch_size: int,
+    num_workers: int,
+    process_index: int,
+    num_processes: int,
+    stop: Callable[[], bool],
+) -> Iterator:
+    """Yields this process's share of the samples `indices` in batches, in the epoch of validation.
+
+    Every process asks `stop` equally often, before each batch, and ends early where it is true.
+    """
+    own = [(FIXED_EPOCH, int(index)) for index in indices[process_index::num_processes]]
+    batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+    loader = iter(make_loader(dataset, batches, num_workers=num_workers))
+    for _ in range(math.ceil(len(indices) / num_processes / batch_size)):
+        if stop():
+            return
+        batch = next(loader, None)
+        if batch is not None:
+            yield batch

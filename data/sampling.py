@@ -1,12 +1,15 @@
 """Which sample when, and its random seed: everything a run draws is a function of (seed, epoch, sample index).
 
 One permutation an epoch is sliced at the position, so that resuming at any step costs nothing and replays nothing, and
-no generator's state has to be saved.
+no generator's state has to be saved. Libraries that draw from the global generators do so inside `seeded`.
 """
 
+import contextlib
+import random
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 # The first word of every seed, so that no two purposes share a stream; all seeds have four words below 2^32, as NumPy
 # pads shorter ones with zeros and splits larger words.
@@ -27,6 +30,40 @@ def model_seed(seed: int, step: int, position: int) -> int:
 def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
     """The permutation of epoch `epoch`: (num_samples,), int64."""
     return np.random.default_rng((ORDER, seed, epoch, 0)).permutation(num_samples)
+
+
+def _seed_host(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed([seed % 2**32, seed // 2**32])  # it takes words of 32 bits
+    torch.default_generator.manual_seed(seed)
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the global generators of `random`, NumPy and torch, on all devices, with 0 <= seed < 2**64."""
+    _seed_host(seed)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """What is drawn inside from `random`, NumPy or torch depends on `seed` (0 <= seed < 2**64) alone.
+
+    Afterwards these generators, and that of the current CUDA device, stand where they stood before.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    # A device that nobody has used yet is left alone: torch.manual_seed would keep the seed for it until it starts.
+    on_device = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    try:
+        _seed_host(seed)
+        if on_device is not None:
+            torch.cuda.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device)
 
 
 class StepSampler:

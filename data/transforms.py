@@ -1,14 +1,19 @@
-"""Image to network input, still uint8: the crop of pre-training and the centre crop of evaluation.
+"""Image to network input, still uint8: the crop of pre-training, that of training a classifier with RandAugment, and
+the centre crop of evaluation.
 
 Pure functions: what is random comes from the generator that is passed in. Images are uint8 (C, H, W), sizes are
 (height, width) and boxes (top, left, height, width), all in pixels.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch.nn.functional import interpolate
+
+from data.sampling import seeded
 
 
 def random_crop_box(
@@ -58,6 +63,55 @@ def pretraining(
     """A random resized crop, mirrored half the time (MAE, appendix A.1): uint8 (C, H, W) -> (C, *size)."""
     crop = resized_crop(image, random_crop_box(rng, *image.shape[1:], scale=scale), size)
     return crop.flip(2) if rng.random() < 0.5 else crop
+
+
+def training(
+    image: torch.Tensor,
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),
+    augment: Callable[[Image.Image], Image.Image] | None = None,
+) -> torch.Tensor:
+    """A random resized crop, mirrored half the time, then `augment`ed: uint8 (C, H, W) -> (C, *size).
+
+    `augment` takes and returns a PIL image of mode RGB, or L where C is 1. It may draw from the global generators of
+    `random`, NumPy and torch, which are seeded from `rng` for it and restored.
+    """
+    crop = pretraining(image, rng, size, scale=scale)
+    if augment is None:
+        return crop
+    pixels = crop.permute(1, 2, 0).numpy()
+    picture = Image.fromarray(np.ascontiguousarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels))
+    with seeded(int(rng.integers(2**64, dtype=np.uint64))):
+        picture = augment(picture)
+    return torch.from_numpy(np.array(picture).reshape(pixels.shape)).permute(2, 0, 1)
+
+
+def rand_augment(magnitude: int, size: tuple[int, int], mean: Sequence[float]) -> Callable[[Image.Image], Image.Image]:
+    """timm's RandAugment "rand-m{magnitude}-mstd0.5-inc1", as its create_transform builds it for bicubic images of
+    `size` (Cubuk et al. 2019; MAE, table 9).
+
+    It takes and returns a PIL image of mode RGB, or L where `mean` has one entry, and draws from the global generators.
+    What a turned or shifted image leaves open is filled with `mean`, one value in [0, 1] a channel.
+    """
+    from timm.data.auto_augment import rand_augment_transform
+
+    options = dict(
+        translate_const=int(min(size) * 0.45),
+        img_mean=tuple(min(255, round(255 * value)) for value in mean),
+        interpolation=Image.Resampling.BICUBIC,
+    )
+    augment = rand_augment_transform(f"rand-m{magnitude}-mstd0.5-inc1", options)
+    for operation in augment.ops:
+        if operation.name == "PosterizeIncreasing":
+            operation.aug_fn = _posterize
+    return augment
+
+
+def _posterize(image: Image.Image, bits: int, **_) -> Image.Image:
+    """timm's operation, which keeps 0 bits at a drawn magnitude of 10: that is black, but Pillow 13 refuses it."""
+    return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
 def evaluation(image: torch.Tensor, size: tuple[int, int], *, crop_ratio: float = 1.0) -> torch.Tensor:

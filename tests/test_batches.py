@@ -1,3 +1,4 @@
+import pickle
 import random
 
 import numpy as np
@@ -5,14 +6,33 @@ import pytest
 import torch
 from conftest import write_images
 
-from data.batches import FIXED_EPOCH, Normalization, PretrainingDataset, make_loader
+from data.batches import (
+    FIXED_EPOCH,
+    ClassificationDataset,
+    Normalization,
+    PretrainingDataset,
+    make_loader,
+    own_batches,
+)
+from data.decode import decode
 from data.sampling import StepSampler
-from data.sources import FolderSource
+from data.sources import FolderSource, ShapesSource
+from data.transforms import evaluation, rand_augment
+
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")  # torchvision's
 
 
 def dataset(source, **options):
     defaults = dict(img_size=(16, 24), channels=3, grid=(2, 3), num_kept=1, mask_strategy="random", seed=0, train=True)
     return PretrainingDataset(source, **{**defaults, **options})
+
+
+def labelled(source, **options):
+    """A data set for classification, with RandAugment."""
+    defaults = dict(img_size=(16, 24), channels=3, seed=0, train=True)
+    options = {**defaults, **options}
+    options.setdefault("augment", rand_augment(9, options["img_size"], (0.5,) * options["channels"]))
+    return ClassificationDataset(source, options.pop("labels", source.labels), **options)
 
 
 @pytest.fixture
@@ -98,6 +118,135 @@ def test_where_none_can_be_read_all_are_named(source):
         open(source.name(index), "wb").close()
     batch = dataset(source).__getitems__([(0, 4)])
     assert sorted(index for index, _ in batch.damaged) == list(range(12))
+
+
+def test_a_batch_of_classification(source):
+    batch = labelled(source).__getitems__([(0, 3), (0, 6), (1, 3)])
+    assert batch.images.shape == (3, 3, 16, 24) and batch.images.dtype == torch.uint8
+    assert batch.labels.dtype == torch.int64 and batch.labels.tolist() == [0, 1, 0]  # sorted by path: class 1 from 6 on
+    assert batch.indices == [3, 6, 3] and batch.damaged == []
+    assert not torch.equal(batch.images[0], batch.images[2])  # another epoch, another crop
+    with pytest.raises(ValueError, match="11 labels for 12 images"):
+        labelled(source, labels=source.labels[:11])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_augmented_sample_depends_on_nothing_but_seed_epoch_and_index(source, channels):
+    items = [(epoch, index) for epoch in range(2) for index in range(12)]
+    data = labelled(source, channels=channels)
+    alone = [data.__getitems__([item]).images[0] for item in items]
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    order = np.random.permutation(len(items))
+    among = data.__getitems__([items[i] for i in order]).images
+    assert all(torch.equal(alone[i], image) for i, image in zip(order, among, strict=True))
+    plain = labelled(source, channels=channels, augment=None).__getitems__(items).images
+    assert sum(not torch.equal(a, b) for a, b in zip(alone, plain, strict=True)) > 8
+    other = labelled(source, channels=channels, seed=1).__getitems__(items).images
+    assert not any(torch.equal(a, b) for a, b in zip(alone, other, strict=True))
+
+
+def test_augmentation_leaves_the_global_generators_alone(source):
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    before = random.getstate(), str(np.random.get_state()), torch.get_rng_state()
+    loader = make_loader(labelled(source), [[(0, i)] for i in range(12)], num_workers=0)
+    assert len(list(loader)) == 12
+    assert (random.getstate(), str(np.random.get_state())) == before[:2]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_workers_do_not_change_the_batches_of_classification(source, channels):
+    truncate(source.name(2))
+
+    def all_batches(num_workers):
+        sampler = StepSampler(len(source), global_batch_size=4, micro_batch_size=2, total_steps=5)
+        return list(make_loader(labelled(source, channels=channels), sampler, num_workers=num_workers))
+
+    for one, other in zip(all_batches(0), all_batches(2), strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
+        assert one.indices == other.indices and one.damaged == other.damaged
+
+
+def test_the_evaluation_of_classification_is_the_centre(source):
+    data = labelled(source, train=False, crop_ratio=0.75)
+    batch = data.__getitems__([(FIXED_EPOCH, 2), (0, 2), (FIXED_EPOCH, 7)])
+    assert torch.equal(batch.images[0], batch.images[1])
+    for row, index in ((0, 2), (2, 7)):
+        (encoded,) = source.fetch([index])
+        assert torch.equal(batch.images[row], evaluation(decode(encoded, 3), (16, 24), crop_ratio=0.75))
+    assert not torch.equal(batch.images, labelled(source, train=False).__getitems__([(0, 2), (0, 2), (0, 7)]).images)
+
+
+def truncate(path):
+    with open(path, "r+b") as file:
+        file.truncate(len(file.read()) // 2)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_replacement_of_a_damaged_image_brings_its_own_label(source, channels, num_workers):
+    data = labelled(source, train=False, channels=channels)
+    healthy = data.__getitems__([(0, 6), (0, 0)])
+    truncate(source.name(4))
+    for index in (5, 11):
+        with open(source.name(index), "w") as file:
+            file.write("a text file")
+    items = [(0, 4), (0, 4), (0, 11), (0, 6)]
+    (batch,) = make_loader(data, [items], num_workers=num_workers)
+    assert source.labels[4] == 0 and batch.labels.tolist() == [1, 1, 0, 1]
+    assert batch.indices == [4, 4, 11, 6]
+    for row, expected in enumerate((0, 0, 1, 0)):
+        assert torch.equal(batch.images[row], healthy.images[expected])
+    assert [index for index, _ in batch.damaged] == [4, 5, 11] and all(reason for _, reason in batch.damaged)
+
+
+def test_where_no_image_of_classification_can_be_read_all_are_named(source):
+    for index in range(len(source)):
+        open(source.name(index), "wb").close()
+    batch = labelled(source).__getitems__([(0, 4)])
+    assert sorted(index for index, _ in batch.damaged) == list(range(12)) and batch.labels.tolist() == [0]
+
+
+def test_arrays_are_classified_like_files():
+    scenes = ShapesSource("validation", 1)
+    scenes.size, scenes.labels = 4, np.array([3, 1, 0, 2], dtype=np.uint8)
+    scenes.images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 1), dtype=np.uint8)
+    before = scenes.images.copy()
+    batch = labelled(scenes, channels=1, img_size=(64, 64)).__getitems__([(0, 1), (0, 3)])
+    assert batch.images.shape == (2, 1, 64, 64) and batch.labels.tolist() == [1, 2]
+    whole = labelled(scenes, channels=1, img_size=(64, 64), train=False, crop_ratio=1.0).__getitems__([(0, 1)])
+    assert torch.equal(whole.images[0, 0], torch.from_numpy(before[1, :, :, 0]))
+    assert np.array_equal(scenes.images, before)
+
+
+def test_a_data_set_with_rand_augment_can_be_sent_to_another_process(source):
+    data, items = labelled(source), [(epoch, 1) for epoch in range(12)]
+    images = pickle.loads(pickle.dumps(data)).__getitems__(items).images
+    assert torch.equal(images, data.__getitems__(items).images)
+
+
+@pytest.mark.parametrize(("num_processes", "num_workers"), [(1, 0), (2, 0), (3, 2), (5, 0)])
+def test_processes_share_the_samples_of_an_evaluation(source, num_processes, num_workers):
+    data, asked = labelled(source, train=False), [0] * num_processes
+    shown = []
+    for process in range(num_processes):
+
+        def stop(process=process):
+            asked[process] += 1
+            return False
+
+        share = dict(process_index=process, num_processes=num_processes, stop=stop)
+        batches = list(own_batches(data, np.arange(4), batch_size=2, num_workers=num_workers, **share))
+        assert all(len(batch.indices) <= 2 for batch in batches)
+        shown += [index for batch in batches for index in batch.indices]
+    assert sorted(shown) == list(range(4)) and all(type(index) is int for index in shown)
+    assert len(set(asked)) == 1  # each process takes part in as many questions, with nothing left to read too
+
+
+def test_an_evaluation_ends_where_the_run_is_to_stop(source):
+    answers = iter([False, False, True])
+    options = dict(batch_size=2, num_workers=0, process_index=0, num_processes=1, stop=lambda: next(answers))
+    assert len(list(own_batches(dataset(source, train=False), range(12), **options))) == 2
 
 
 def test_normalisation_and_its_inverse():

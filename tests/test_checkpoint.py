@@ -1,14 +1,29 @@
+import copy
 import json
 import os
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from conftest import ROOT
 from safetensors.torch import load_file
 
 from training.arguments import RunError
-from training.checkpoint import RunFolder, compare_with_run, is_whole, read_state, write_json
+from training.checkpoint import (
+    RunFolder,
+    claim_run_folder,
+    compare_with_run,
+    is_whole,
+    load_training,
+    read_state,
+    replace_folder,
+    save_training,
+    write_json,
+)
 
 MODEL = {"weight": torch.arange(6.0).reshape(2, 3)}
 
@@ -31,6 +46,30 @@ def test_a_checkpoint_holds_what_was_saved_and_nothing_is_left_beside_it(folder)
     assert torch.equal(load_file(path / "model.safetensors")["weight"], MODEL["weight"])
     assert torch.load(path / "optimizer.pt", weights_only=True)["optimizer"]["lr"] == 0.1
     assert os.listdir(folder.checkpoints) == ["step_00000012"]
+
+
+def test_a_moving_average_is_part_of_the_checkpoint(folder):
+    """It is loaded as it was saved; and a checkpoint without its file is incomplete."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    ema = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in ema.parameters():
+            parameter.mul_(0.5).add_(1)
+    accelerator, state = Accelerator(cpu=True), {"step": 3}
+    optimizer = torch.optim.AdamW(model.parameters())
+    alone = SimpleNamespace(gather=lambda here: here)  # a Crew without its signal handlers
+    save_training(folder, accelerator, alone, model, optimizer, state, keep=1, ema=ema)
+    path = folder.find("latest")
+    assert sorted(read_state(path)["files"]) == ["ema.safetensors", "model.safetensors", "optimizer.pt"]
+    assert (path / "ema.safetensors").stat().st_mode == (path / "state.json").stat().st_mode
+    other_model, other_ema = (torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)) for _ in range(2))
+    load_training(path, accelerator, other_model, torch.optim.AdamW(other_model.parameters()), ema=other_ema)
+    for loaded, saved in ((other_model, model), (other_ema, ema)):
+        for name, tensor in saved.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor), name
+    (path / "ema.safetensors").unlink()
+    assert not is_whole(path)
 
 
 def test_a_whole_checkpoint_is_not_written_again(folder):
@@ -100,8 +139,14 @@ def test_leftovers_are_removed(folder):
     folder.clear_beyond(1)
     assert os.listdir(folder.checkpoints) == ["step_00000001"] and (folder.path / "log.jsonl").exists()
     assert not (folder.path / "metrics.json").exists()
+    for name in ("predictions", "model", "best", "reconstructions", "tensorboard"):
+        (folder.path / name).mkdir()
+        (folder.path / name / "file").touch()
+    (folder.path / ".new_best").mkdir()
+    folder.clear_beyond(1)
+    assert {"model", "best", "predictions"} < {*os.listdir(folder.path)} and not (folder.path / ".new_best").exists()
     folder.clear_beyond(0)
-    assert os.listdir(folder.checkpoints) == [] and not (folder.path / "log.jsonl").exists()
+    assert os.listdir(folder.path) == ["checkpoints"] and os.listdir(folder.checkpoints) == []
 
 
 def test_one_writer_until_its_process_ends(folder):
@@ -151,6 +196,100 @@ def test_all_differences_to_the_run_are_listed(folder):
     assert "--tf32 True differs" in compare_with_run(path, newer, "abc", defaults={"tf32": False})[0]
     (folder.path / "args.json").unlink()
     assert "cannot be read" in compare_with_run(path, flags, "abc", defaults={})[0]
+
+
+def test_the_run_folder_is_claimed(folder):
+    accelerator = Accelerator(cpu=True)
+    path = save(folder, 1)
+    assert claim_run_folder(folder, "latest", accelerator, write=False) == [path, []]
+    assert not (folder.path / ".lock").exists()
+    checkpoint, errors = claim_run_folder(folder, None, accelerator, write=True)
+    assert checkpoint is None and len(errors) == 1 and "already holds a run" in errors[0]
+    assert (folder.path / ".lock").exists()
+
+
+def fill(text):
+    def write(folder):
+        (folder / "deep").mkdir()
+        (folder / "deep" / "file").write_text(text)
+
+    return write
+
+
+def content(target):
+    """What a folder holds, and that nothing lies beside it."""
+    assert os.listdir(target.parent) == [target.name] and os.listdir(target) == ["deep"]
+    return (target / "deep" / "file").read_text()
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    target = tmp_path / "run" / "best"
+    for text in ("first", "second"):
+        replace_folder(target, fill(text))
+        assert content(target) == text
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("a bug"), KeyboardInterrupt()])
+def test_a_failed_write_leaves_the_old_folder(tmp_path, error):
+    target = tmp_path / "run" / "best"
+
+    def fail(folder):
+        (folder / "half").write_text("")
+        raise error
+
+    with pytest.raises(type(error)):
+        replace_folder(target, fail)
+    assert os.listdir(tmp_path / "run") == []
+    replace_folder(target, fill("old"))
+    with pytest.raises(type(error)):
+        replace_folder(target, fail)
+    assert content(target) == "old"
+
+
+def test_a_failed_exchange_takes_the_old_folder_back(tmp_path, monkeypatch):
+    target, rename = tmp_path / "run" / "best", type(tmp_path).rename
+    replace_folder(target, fill("old"))
+
+    def refuse(path, to):
+        if path.name == ".new_best":
+            raise OSError(5, "Input/output error")
+        return rename(path, to)
+
+    monkeypatch.setattr(type(tmp_path), "rename", refuse)
+    with pytest.raises(OSError, match="Input/output"):
+        replace_folder(target, fill("new"))
+    assert content(target) == "old"
+
+
+@pytest.mark.parametrize("moment", ["write", "exchange"])
+def test_what_a_kill_left_is_cleaned_up(tmp_path, moment):
+    """Killed while it writes, the old folder stands; killed within the exchange, the next attempt takes it back."""
+    target = tmp_path / "run" / "best"
+    code = (
+        "import os, signal, sys; from pathlib import Path; from training.checkpoint import replace_folder\n"
+        "def kill(*args): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def write(text, then=lambda: None):\n"
+        "    def fill(folder):\n"
+        "        (folder / 'deep').mkdir(); (folder / 'deep' / 'file').write_text(text); then()\n"
+        "    return fill\n"
+        "replace_folder(Path(sys.argv[1]), write('old'))\n"
+        "if sys.argv[2] == 'write': replace_folder(Path(sys.argv[1]), write('new', then=kill))\n"
+        "rename = Path.rename\n"
+        "Path.rename = lambda path, to: kill() if path.name == '.new_best' else rename(path, to)\n"
+        "replace_folder(Path(sys.argv[1]), write('new'))\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, target, moment], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    assert ".new_best" in os.listdir(target.parent) and target.exists() == (moment == "write")
+
+    def fail(folder):
+        raise OSError("no")
+
+    with pytest.raises(OSError, match="no"):
+        replace_folder(target, fail)
+    assert content(target) == "old"
+    replace_folder(target, fill("newer"))
+    assert content(target) == "newer"
 
 
 def test_json_is_replaced_whole(tmp_path):

@@ -1,7 +1,10 @@
+import random
+
 import numpy as np
 import pytest
+import torch
 
-from data.sampling import StepSampler, epoch_order, model_seed, sample_generator
+from data.sampling import StepSampler, epoch_order, model_seed, sample_generator, seed_everything, seeded
 
 
 def batches(**options):
@@ -64,3 +67,61 @@ def test_randomness_is_a_function_of_seed_epoch_and_index():
     assert len(set(draws.values())) == 4
     assert sample_generator(0, 1, 0).random() == draws[0, 1, 0]
     assert len({model_seed(0, step, position) for step in range(5) for position in (0, 8)}) == 10
+
+
+def draws():
+    return random.random(), random.gauss(0, 1), np.random.random(), np.random.normal(), torch.rand(()).item()
+
+
+def test_seeding_takes_any_64_bits():
+    seeds = [0, 1, 2**32, 2**32 + 1, 2**63, 2**64 - 1, model_seed(0, 1, 2)]
+    found = []
+    for seed in seeds:
+        seed_everything(seed)
+        first = draws()
+        seed_everything(seed)
+        assert draws() == first
+        found.append(first)
+    *others, of_torch = zip(*found, strict=True)
+    assert all(len(set(drawn)) == len(seeds) for drawn in others)
+    assert len(set(of_torch)) == len({seed % 2**32 for seed in seeds})  # all that torch's own generator for CPUs uses
+
+
+@pytest.mark.parametrize("seed", [0, 2**64 - 1])
+def test_a_seeded_scope_draws_the_same_and_leaves_no_trace(seed):
+    seed_everything(5)
+    expected = draws() + draws()
+    seed_everything(seed)
+    inside = draws()
+    seed_everything(5)
+    first = draws()  # of gauss and normal one number is now in store
+    with seeded(seed):
+        assert draws() == inside
+        with seeded(1):
+            draws()
+    with pytest.raises(ZeroDivisionError), seeded(seed):
+        draws()
+        raise ZeroDivisionError
+    assert first + draws() == expected
+
+
+def test_a_seeded_scope_leaves_no_seed_for_a_device_that_is_not_in_use(monkeypatch):
+    called = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "manual_seed", called.append)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", called.append)
+    with seeded(3):
+        pass
+    assert not called
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_seeded_scope_covers_the_gpu():
+    torch.cuda.manual_seed(5)
+    expected = torch.rand(4, device="cuda")
+    torch.cuda.manual_seed(5)
+    with seeded(2**64 - 1):
+        first = torch.rand(3, device="cuda")
+    with seeded(2**64 - 1):
+        assert torch.equal(torch.rand(3, device="cuda"), first)
+    assert torch.equal(torch.rand(4, device="cuda"), expected)

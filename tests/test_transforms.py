@@ -1,7 +1,9 @@
-"""data/transforms.py: crops distributed and resized as torchvision's and Pillow's, and a function of the generator."""
+"""data/transforms.py: crops distributed and resized as torchvision's and Pillow's, and a function of the generator;
+RandAugment as timm builds it."""
 
 import math
 import os
+import pickle
 import random
 from pathlib import Path
 
@@ -9,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
+from timm.data.auto_augment import RandAugment
 from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import Resize
 
 from data.decode import decode
-from data.transforms import evaluation, pretraining, random_crop_box, resized_crop
+from data.sampling import seeded
+from data.transforms import evaluation, pretraining, rand_augment, random_crop_box, resized_crop, training
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")  # torchvision's
 
@@ -27,6 +32,11 @@ def picture(height: int, width: int, channels: int = 3, seed: int = 0) -> torch.
     return torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)).permute(2, 0, 1)
 
 
+def pillow(image: torch.Tensor) -> Image.Image:
+    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+
+
 def pillow_resized_crop(image: torch.Tensor, box, size) -> np.ndarray:
     """Pillow's antialiased bicubic on the same pixels, the width first and then the height.
 
@@ -34,8 +44,7 @@ def pillow_resized_crop(image: torch.Tensor, box, size) -> np.ndarray:
     then differs: by 50 to 55 dB, from torch and from older Pillow alike.
     """
     top, left, h, w = box
-    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-    crop = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).crop((left, top, left + w, top + h))
+    crop = pillow(image).crop((left, top, left + w, top + h))
     narrow = crop.resize((size[1], h), Image.Resampling.BICUBIC)
     resized = np.asarray(narrow.resize((size[1], size[0]), Image.Resampling.BICUBIC))
     return resized.reshape(*size, -1).transpose(2, 0, 1)
@@ -146,6 +155,105 @@ def test_the_generator_decides_and_global_states_are_left_alone():
     again = [pretraining(image, np.random.default_rng((7, 0, i)), (32, 32)) for i in range(5)]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], first[1])
+
+
+def test_training_without_augmentation_is_the_crop_of_classification():
+    image = picture(90, 120)
+    for seed in range(20):
+        expected = pretraining(image, np.random.default_rng(seed), (16, 24), scale=(0.08, 1.0))
+        assert torch.equal(training(image, np.random.default_rng(seed), (16, 24)), expected)
+    whole = training(image, np.random.default_rng(0), (90, 120), scale=(1.0, 1.0))
+    assert torch.equal(whole, image) or torch.equal(whole, image.flip(2))
+
+
+MEANS = {3: (0.485, 0.456, 0.406), 1: (0.48,)}
+
+
+def timm_rand_augment(magnitude: int, size: tuple[int, int], channels: int) -> RandAugment:
+    """The step of timm's own training transform."""
+    whole = create_transform(
+        (channels, *size),
+        is_training=True,
+        auto_augment=f"rand-m{magnitude}-mstd0.5-inc1",
+        interpolation="bicubic",
+        mean=MEANS[channels],
+        std=(0.25,) * channels,
+    )
+    (step,) = (step for step in whole.transforms if isinstance(step, RandAugment))
+    return step
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(48, 48), (40, 64)])
+@pytest.mark.parametrize("magnitude", [0, 5, 9])
+def test_rand_augment_is_timms(magnitude, size, channels):
+    ours, theirs = rand_augment(magnitude, size, MEANS[channels]), timm_rand_augment(magnitude, size, channels)
+    assert repr(ours) == repr(theirs)
+    assert [op.hparams for op in ours.ops] == [op.hparams for op in theirs.ops]
+    image = pillow(picture(*size, channels))
+    changed = 0
+    for seed in range(60):
+        with seeded(seed):
+            expected = theirs(image)
+        with seeded(seed):
+            result = ours(image)
+        assert result.mode == expected.mode == image.mode and result.size == image.size
+        assert np.array_equal(result, expected)
+        changed += not np.array_equal(result, image)
+    assert changed > 15
+
+
+def test_every_operation_of_rand_augment_takes_grey_as_it_takes_colour():
+    """At magnitude 10 too, where timm asks Pillow to keep 0 bits of a pixel, which Pillow 13 refuses."""
+    grey = pillow(picture(37, 53, 1))
+    for magnitude in (0, 9, 10):
+        pairs = zip(
+            rand_augment(magnitude, (37, 53), (0.5,)).ops,
+            rand_augment(magnitude, (37, 53), (0.5,) * 3).ops,
+            strict=True,
+        )
+        for for_grey, for_colour in pairs:
+            for_grey.prob = for_colour.prob = 1.0
+            for seed in range(8):
+                with seeded(seed):
+                    result = for_grey(grey)
+                with seeded(seed):
+                    expected = np.asarray(for_colour(grey.convert("RGB")))
+                assert result.mode == "L", for_grey
+                assert (np.asarray(result)[:, :, None] == expected).all(), for_grey
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_posterizing_to_no_bits_is_black(channels):
+    (operation,) = (op for op in rand_augment(10, (8, 8), MEANS[channels]).ops if op.name == "PosterizeIncreasing")
+    operation.prob, operation.magnitude_std = 1.0, 0
+    assert not np.asarray(operation(pillow(picture(8, 8, channels)))).any()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_training_augments_the_crop_from_its_generator_alone(channels):
+    image, size = picture(90, 120, channels), (32, 40)
+    augment = rand_augment(9, size, MEANS[channels])
+    before = image.clone()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    states = random.getstate(), str(np.random.get_state()), torch.get_rng_state()
+    first = [training(image, np.random.default_rng(i), size, augment=augment) for i in range(30)]
+    assert (random.getstate(), str(np.random.get_state())) == states[:2]
+    assert torch.equal(torch.get_rng_state(), states[2])
+    random.seed(2), np.random.seed(2), torch.manual_seed(2)
+    augment = pickle.loads(pickle.dumps(augment))
+    changed = 0
+    for i, result in enumerate(first):
+        assert result.dtype == torch.uint8 and tuple(result.shape) == (channels, *size)
+        assert torch.equal(result, training(image, np.random.default_rng(i), size, augment=augment))
+        rng = np.random.default_rng(i)
+        crop = pretraining(image, rng, size, scale=(0.08, 1.0))
+        with seeded(int(rng.integers(2**64, dtype=np.uint64))):
+            expected = np.asarray(timm_rand_augment(9, size, channels)(pillow(crop))).reshape(*size, channels)
+        assert np.array_equal(result.permute(1, 2, 0), expected)
+        changed += not torch.equal(result, crop)
+    assert changed > 10
+    assert torch.equal(image, before)
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (333, 250), (100, 130), (256, 256), (225, 226)])

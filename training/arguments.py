@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -212,7 +212,7 @@ def add_batch_flags(parser: Parser) -> None:
     flag("--micro_batch_size", type=integer(1), help="images per process per forward pass")
 
 
-def add_optimizer_flags(parser: Parser, *, base_learning_rate: float, weight_decay: float) -> None:
+def add_optimizer_flags(parser: Parser, *, base_learning_rate: float | None, weight_decay: float | None) -> None:
     """Learning rate, weight decay and clipping."""
     flag = parser.add_argument_group("optimizer").add_argument
     flag(
@@ -227,6 +227,96 @@ def add_optimizer_flags(parser: Parser, *, base_learning_rate: float, weight_dec
     flag("--bias_weight_decay", action="store_true", help="also decay biases")
     flag("--norm_weight_decay", action="store_true", help="also decay weights and biases of norms")
     flag("--max_grad_norm", type=number(), default=1.0, help="clip the global gradient norm; 0 = none (default 1.0)")
+
+
+def add_image_flags(parser: Parser, *, crop_scale: tuple[float, float]) -> None:
+    """What the images are, and how they are normalised."""
+    flag = parser.add_argument_group("images").add_argument
+    flag("--img_size", type=integer(1), nargs="+", metavar="H [W]", help="pixels (default 224, or that of the weights)")
+    flag("--input_channels", type=integer(1), default=3, help="3 (colour) or 1 (grey) (default 3)")
+    flag("--mean", type=number(), nargs="+", help="channel means of images in [0, 1] (default ImageNet's)")
+    flag("--std", type=number(1e-6), nargs="+", help="channel deviations of images in [0, 1] (default ImageNet's)")
+    flag(
+        "--crop_scale",
+        type=number(1e-3, 1),
+        nargs=2,
+        default=list(crop_scale),
+        metavar=("MIN", "MAX"),
+        help="share of an image's area that random crops take (default {:g} {:g})".format(*crop_scale),
+    )
+
+
+def add_encoder_flags(parser: Parser, *, sizes: Iterable[str], drop_path: float | None = 0.0) -> None:
+    """The sizes of the encoder; `sizes` are the names that --model takes."""
+    flag = parser.add_argument_group("encoder").add_argument
+    flag("--model", type=one_of(*sizes), help=f"{', '.join(sizes)}: sets the next four (default base)")
+    flag("--patch_size", type=integer(1), help="pixels (default 16; huge: 14)")
+    flag("--encoder_embed_dim", type=integer(1), help="width; this and the next two override --model")
+    flag("--encoder_depth", type=integer(1), help="number of blocks")
+    flag("--encoder_num_heads", type=integer(1))
+    flag("--encoder_mlp_ratio", type=number(0.1), help="hidden width of the MLPs / width (default 4)")
+    flag("--drop_path", type=number(0, 0.99), default=drop_path, help="stochastic depth rate of the last block")
+    flag(
+        "--custom_weight_init",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="initialise as the paper does (default) or as PyTorch does",
+    )
+
+
+def check_images(args: argparse.Namespace) -> list[str]:
+    """Gives the flags of images that were left out their defaults, --img_size as [H, W]; what is wrong with them."""
+    errors, channels = [], args.input_channels
+    if not args.path_to_data:
+        errors.append("--path_to_data is missing; give a folder of images or builtin:shapes")
+    if channels not in (1, 3):
+        errors.append(f"--input_channels {channels} is not supported; expected 3 (colour) or 1 (grey)")
+    args.mean = args.mean or ([0.485, 0.456, 0.406] if channels == 3 else [0.5] * channels)
+    args.std = args.std or ([0.229, 0.224, 0.225] if channels == 3 else [0.5] * channels)
+    for name in ("mean", "std"):
+        count = len(getattr(args, name))
+        if count != channels:
+            errors.append(f"--{name} has {count} values for {channels} channels; give one a channel")
+    if args.crop_scale[0] > args.crop_scale[1]:
+        errors.append(
+            f"--crop_scale {args.crop_scale[0]:g} {args.crop_scale[1]:g} is no range; give the smaller share first"
+        )
+    args.img_size = args.img_size or [224]
+    if len(args.img_size) > 2:
+        errors.append(f"--img_size {' '.join(map(str, args.img_size))} has more than two values; expected H or H W")
+    args.img_size = (args.img_size * 2)[:2] if len(args.img_size) == 1 else args.img_size[:2]
+    return errors
+
+
+def check_encoder(args: argparse.Namespace, size: dict) -> list[str]:
+    """Gives the flags of the encoder that were left out their values in `size`; what is wrong with them, and with the
+    resolved --img_size."""
+    args.patch_size = args.patch_size or size["patch_size"]
+    for name in ("embed_dim", "depth", "num_heads", "mlp_ratio"):
+        if getattr(args, f"encoder_{name}") is None:
+            setattr(args, f"encoder_{name}", size.get(name, 4.0))
+    errors = check_width("encoder", args.encoder_embed_dim, args.encoder_num_heads)
+    height, width = args.img_size
+    if min(height, width) < 6:
+        errors.append(f"--img_size {height} {width} is too small; expected at least 6 pixels a side")
+    if height % args.patch_size or width % args.patch_size:
+        errors.append(
+            f"--img_size {height} {width} is not divided by --patch_size {args.patch_size}; "
+            f"take multiples of {args.patch_size}"
+        )
+    return errors
+
+
+def check_width(part: str, dim: int, heads: int) -> list[str]:
+    """What is wrong with the width and the number of heads of the "encoder" or "decoder"."""
+    errors = []
+    if dim % heads:
+        errors.append(
+            f"--{part}_embed_dim {dim} is not divided by --{part}_num_heads {heads}; take a multiple of {heads}"
+        )
+    if dim % 4:
+        errors.append(f"--{part}_embed_dim {dim} is not divided by 4, as its positions need; take a multiple of 4")
+    return errors
 
 
 def add_speed_flags(parser: Parser) -> None:
@@ -270,117 +360,6 @@ def add_saving_flags(parser: Parser, *, interval: int) -> None:
     )
     flag("--save_checkpoint_steps", type=integer(1), help="optimizer steps between two; overrides the interval")
     flag("--keep_checkpoints", type=integer(1), default=3, help="how many of the newest to keep (default 3)")
-
-
-class BatchPlan(NamedTuple):
-    """How many images an optimizer step takes: over all processes, of one process, and in one forward pass."""
-
-    global_size: int
-    per_process: int
-    micro: int
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches of a process in one optimizer step."""
-        return self.per_process // self.micro
-
-
-def plan_batch(
-    *,
-    global_batch_size: int | None,
-    per_gpu_batch_size: int | None,
-    micro_batch_size: int | None,
-    gradient_accumulation_steps: int | None,
-    num_processes: int,
-    held: int | None,
-) -> tuple[BatchPlan, list[str]]:
-    """The batch that the flags ask for, or `held`, the global batch of the checkpoint to resume; and what is wrong.
-
-    A flag that was not given is None.
-    """
-    errors = []
-    global_size, per_process = global_batch_size, per_gpu_batch_size
-    if global_size and global_size % num_processes:
-        errors.append(
-            f"--global_batch_size {global_size} is not divided by {num_processes} processes; "
-            f"take a multiple of {num_processes}"
-        )
-    elif global_size and per_process and global_size != per_process * num_processes:
-        errors.append(
-            f"--global_batch_size {global_size} and --per_gpu_batch_size {per_process} x {num_processes} processes "
-            f"= {per_process * num_processes} do not agree; give one of them"
-        )
-    if global_size is None and per_process is not None:
-        global_size = per_process * num_processes
-    if held and global_size and global_size != held:
-        errors.append(
-            f"the batch flags mean {global_size} images per optimizer step, the checkpoint has {held}; "
-            f"leave them out or give --global_batch_size {held}"
-        )
-    if held and held % num_processes:
-        errors.append(
-            f"the checkpoint's global batch of {held} images is not divided by {num_processes} processes; "
-            "start another number of processes"
-        )
-    global_size = held or global_size or 256 * num_processes
-    per_process = max(1, global_size // num_processes)
-
-    micro, accumulation = micro_batch_size, gradient_accumulation_steps
-    if micro and accumulation and micro * accumulation != per_process:
-        errors.append(
-            f"--micro_batch_size {micro} x --gradient_accumulation_steps {accumulation} = {micro * accumulation} "
-            f"is not the batch of {per_process} images per process; give one of them"
-        )
-    elif micro and per_process % micro:
-        errors.append(f"--micro_batch_size {micro} does not divide the batch of {per_process} images per process")
-    elif not micro and per_process % (accumulation or 1):
-        errors.append(
-            f"--gradient_accumulation_steps {accumulation} does not divide the batch of {per_process} images a process"
-        )
-    micro = micro or max(1, per_process // (accumulation or 1))
-    return BatchPlan(global_size, per_process, micro), errors
-
-
-class LengthPlan(NamedTuple):
-    """Optimizer steps of an epoch, of the run, and of its warmup."""
-
-    steps_per_epoch: int
-    total_steps: int
-    warmup_steps: int
-
-
-def plan_length(
-    *,
-    epochs: int,
-    max_steps: int | None,
-    warmup_epochs: float | None,
-    warmup_steps: int | None,
-    default_warmup_epochs: float,
-    num_samples: int,
-    global_batch_size: int,
-) -> tuple[LengthPlan, list[str]]:
-    """The length that the flags ask for, and what is wrong. A flag that was not given is None."""
-    steps_per_epoch = num_samples // global_batch_size
-    if not steps_per_epoch:
-        return LengthPlan(1, 1, 0), [
-            f"the data hold {num_samples} images, fewer than one global batch of {global_batch_size}; "
-            "give a smaller --per_gpu_batch_size or more images"
-        ]
-    total_steps = max_steps or epochs * steps_per_epoch
-    if warmup_steps is not None:
-        given, warmup = f"--warmup_steps {warmup_steps}", warmup_steps
-    elif warmup_epochs is not None:
-        given, warmup = f"--warmup_epochs {warmup_epochs:g}", round(warmup_epochs * steps_per_epoch)
-    else:
-        warmup = min(round(default_warmup_epochs * steps_per_epoch), total_steps // 20)
-        return LengthPlan(steps_per_epoch, total_steps, warmup), []
-    errors = []
-    if warmup and warmup >= total_steps:
-        errors.append(
-            f"{given} is {warmup} steps, not shorter than the run of {total_steps}; "
-            "give a shorter warmup or a longer run"
-        )
-    return LengthPlan(steps_per_epoch, total_steps, warmup), errors
 
 
 def resolve_precision(wanted: str | None) -> str:

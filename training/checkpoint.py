@@ -12,15 +12,18 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from training.arguments import FREE_FLAGS, RunError
 
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
+MODEL, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.pt", "state.json"
 
 
 class RunFolder:
@@ -92,7 +95,7 @@ class RunFolder:
 
     def clear_beyond(self, step: int) -> None:
         """Removes what lies beyond the step to start from: later checkpoints, the final metrics, what a kill left of a
-        save or a removal; from step 0 also the log and pictures of an earlier start that left no checkpoint."""
+        save or a removal; from step 0 also the log, pictures and models of an earlier start that left no checkpoint."""
         (self.path / "metrics.json").unlink(missing_ok=True)
         half_removed = [path for path in self.checkpoints.glob("step_*") if not (path / STATE).exists()]
         for path in [*self.checkpoints.glob(".saving_*"), *half_removed]:
@@ -100,17 +103,28 @@ class RunFolder:
         for path in self.whole_checkpoints():
             if read_state(path)["step"] > step:
                 _remove(path)
+        for name in ("model", "best"):
+            _clear_beside(self.path / name)
         if step == 0:
             for name in ("log.jsonl", "damaged.jsonl", "wandb_run_id"):
                 (self.path / name).unlink(missing_ok=True)
-            for name in ("reconstructions", "tensorboard"):
+            for name in ("reconstructions", "predictions", "model", "best", "tensorboard"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
 
-    def save(self, model: dict[str, torch.Tensor], optimizer: dict, state: dict, *, keep: int) -> Path:
+    def save(
+        self,
+        model: dict[str, torch.Tensor],
+        optimizer: dict,
+        state: dict,
+        *,
+        keep: int,
+        ema: dict[str, torch.Tensor] | None = None,
+    ) -> Path:
         """Writes the checkpoint of `state["step"]`, then removes all but the `keep` newest. Raises RunError where that
         fails, and has lost nothing then.
 
-        `model` is a state dict, `optimizer` what torch.load(weights_only=True) can read, `state` goes to state.json.
+        `model` is a state dict, `ema` that of its moving average where there is one, `optimizer` what
+        torch.load(weights_only=True) can read, `state` goes to state.json.
         """
         step = state["step"]
         target = self.checkpoints / f"step_{step:08d}"
@@ -120,13 +134,16 @@ class RunFolder:
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}
-            save_file(tensors, temporary / MODEL, metadata={"format": "pt"})
+            weights = {MODEL: model} if ema is None else {MODEL: model, EMA: ema}
+            for name, tensors in weights.items():
+                tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+                save_file(tensors, temporary / name, metadata={"format": "pt"})
             torch.save(optimizer, temporary / OPTIMIZER)
-            sizes = {name: (temporary / name).stat().st_size for name in (MODEL, OPTIMIZER)}
+            sizes = {name: (temporary / name).stat().st_size for name in (*weights, OPTIMIZER)}
             write_json(temporary / STATE, {**state, "files": sizes})
-            shutil.copymode(temporary / STATE, temporary / MODEL)  # safetensors leaves it readable by the owner alone
-            for name in (MODEL, OPTIMIZER, ""):
+            for name in weights:  # safetensors leaves it readable by the owner alone
+                shutil.copymode(temporary / STATE, temporary / name)
+            for name in (*sizes, ""):
                 _sync(temporary / name)
             shutil.rmtree(target, ignore_errors=True)  # an incomplete folder of that name
             temporary.rename(target)
@@ -165,16 +182,33 @@ def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / STATE).read_text())
 
 
-def save_training(folder: RunFolder, accelerator, crew, model, optimizer, state: dict, *, keep: int) -> None:
-    """Saves what `load_training` loads, from the main process. Every process must call it, and raises RunError where
-    that one could not write."""
+def claim_run_folder(folder, wanted, accelerator, *, write):
+    """Finds the checkpoint to resume, on the main process: (its path or None, errors). Locks the run folder, too, where
+    the run will `write`."""
+    found = [None, []]
+    if accelerator.is_main_process:
+        try:
+            if write:
+                folder.lock()
+            found[0] = folder.find(wanted)
+        except RunError as error:
+            found[1] = [str(error)]
+    return broadcast_object_list(found)
+
+
+def save_training(
+    folder: RunFolder, accelerator, crew, model, optimizer, state: dict, *, keep: int, ema: nn.Module | None = None
+) -> None:
+    """Saves what `load_training` loads, from the main process: `ema`, the model's moving average, too where there is
+    one. Every process must call it, and raises RunError where that one could not write."""
     failures = []
     if accelerator.is_main_process:
         states = {"optimizer": optimizer.state_dict()}
         if accelerator.scaler is not None:
             states["scaler"] = accelerator.scaler.state_dict()
         try:
-            folder.save(accelerator.unwrap_model(model).state_dict(), states, state, keep=keep)
+            averages = None if ema is None else ema.state_dict()
+            folder.save(accelerator.unwrap_model(model).state_dict(), states, state, keep=keep, ema=averages)
         except RunError as error:
             failures.append(str(error))
     failures = crew.gather(failures)
@@ -182,9 +216,11 @@ def save_training(folder: RunFolder, accelerator, crew, model, optimizer, state:
         raise RunError(failures[0])
 
 
-def load_training(checkpoint: Path, accelerator, model, optimizer) -> None:
-    """Loads weights (every one of them), optimizer and loss scaler into the prepared objects."""
+def load_training(checkpoint: Path, accelerator, model, optimizer, *, ema: nn.Module | None = None) -> None:
+    """Loads weights (every one of them), optimizer and loss scaler into the prepared objects, and into `ema`."""
     accelerator.unwrap_model(model).load_state_dict(load_file(checkpoint / MODEL))
+    if ema is not None:
+        ema.load_state_dict(load_file(checkpoint / EMA))
     states = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
     optimizer.load_state_dict(states["optimizer"])
     if accelerator.scaler is not None:
@@ -249,6 +285,40 @@ def write_json(path: Path, content: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Replaces the folder `target` by what `write(folder)` puts into an empty one.
+
+    It is the old one or the new one and whole, or absent; where `write` fails, or the disk, it is as it was.
+    """
+    _clear_beside(target)
+    new, old = _beside(target)
+    try:
+        new.mkdir(parents=True)
+        write(new)
+        for path in (*new.rglob("*"), new):
+            _sync(path)
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+        _sync(target.parent)
+    finally:
+        _clear_beside(target)
+
+
+def _beside(target: Path) -> tuple[Path, Path]:
+    """Where `replace_folder` keeps the new and the old one while it exchanges them."""
+    return target.with_name(f".new_{target.name}"), target.with_name(f".old_{target.name}")
+
+
+def _clear_beside(target: Path) -> None:
+    """Removes what a replacement that failed or was killed left, or takes the old folder back."""
+    new, old = _beside(target)
+    if old.exists() and not target.exists():
+        old.rename(target)
+    for path in (new, old):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

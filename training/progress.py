@@ -156,11 +156,24 @@ def truncate_log(folder: Path, step: int) -> dict[str, float]:
             if line["step"] <= step:
                 kept.append(text + "\n")
             if line["step"] == step and "loss" not in line:
-                measured.update({name: value for name, value in line.items() if name not in ("step", "epoch")})
+                measured.update(
+                    {name: value for name, value in line.items() if name not in ("step", "epoch", "advice")}
+                )
     temporary = path.with_name(".log.jsonl.tmp")
     temporary.write_text("".join(kept))
     temporary.replace(path)
     return measured
+
+
+def best_of(folder: Path, name: str) -> tuple[float, int | None]:
+    """The highest value of a metric in log.jsonl, and the step where it was first reached: -1 and None without one."""
+    best, best_step = -1.0, None
+    path = folder / "log.jsonl"
+    for text in path.read_text().splitlines() if path.exists() else []:
+        line = json.loads(text)
+        if line.get(name, -1.0) > best:
+            best, best_step = line[name], line["step"]
+    return best, best_step
 
 
 class DamagedImages:
@@ -320,3 +333,8 @@ def in_time(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.3g} seconds"
+
+
+def several(count, noun):
+    """ "1 process", "2 processes"."""
+    return f"{count} {noun}{'' if count == 1 else 'es'}"

@@ -13,3 +13,8 @@ def learning_rate_at(step: int, *, peak: float, total_steps: int, warmup_steps: 
         return peak * step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
     return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def is_due(step, every):
+    """Whether what happens every so many steps (0: never) happens after `step` of them."""
+    return bool(every) and step > 0 and step % every == 0
