@@ -8,7 +8,8 @@
 normalise) on a folder of real images, on one core, with the time of each stage.
 
 `train`: a training step (forward, backward, clipping, fused AdamW) on random images, of the masked autoencoder against
-transformers' ViTMAEForPreTraining with its fast attention (sdpa), or of the encoder on whole images against timm's.
+transformers' ViTMAEForPreTraining with its fast attention (sdpa), or against timm's ViT of the encoder on whole images
+or of a classifier of 1000 classes.
 Both have the same weights, inputs, precision and optimizer; unless both compute the same loss and the same gradient
 norm, nothing is timed. On a GPU also TFLOP/s, as a share of what a large bf16 matrix product reaches in the same run,
 and peak memory. --compile adds both sides compiled, and ours compiled against the better of theirs.
@@ -48,14 +49,16 @@ from data.batches import PretrainingDataset
 from data.decode import decode
 from data.sources import DataError, FolderSource
 from data.transforms import pretraining
+from modeling.classifier import Classifier
 from modeling.export import export_autoencoder
 from modeling.mae import MaskedAutoencoder
-from modeling.vit import SIZES, VisionTransformer
+from modeling.vit import SIZES, VisionTransformer, block_multiply_adds, embedding_multiply_adds
 from training.arguments import Parser, RunError, fail, integer, one_of, run_script
 from training.optimizer import adamw, set_learning_rate
 
 ROOT = Path(__file__).parent
-PEERS = {"mae": "transformers", "encoder": "timm"}
+PEERS = {"mae": "transformers", "encoder": "timm", "classifier": "timm"}
+NUM_CLASSES = 1000
 STEP = dict(model="base", img_size=224, batch_size=16, mixed_precision=None, rounds=5)
 DEFAULTS = {  # the flags that each takes, beside --json
     "data": dict(path_to_data=None, img_size=224, num_images=400, rounds=5),
@@ -80,7 +83,7 @@ def parse_args(argv=None):
     flag("--batch_size", type=integer(1), help="images per step (default 16); cost: of the image sizes")
     flag("--mixed_precision", type=one_of("no", "bf16"), help="no or bf16 (default bf16 on a GPU, no on a CPU)")
     flag = parser.add_argument_group("train").add_argument
-    flag("--task", type=one_of(*PEERS), help="mae (default) or encoder")
+    flag("--task", type=one_of(*PEERS), help="mae (default), encoder or classifier")
     flag("--compile", action="store_true", default=None, help="also both sides compiled")
     flag("--gradient_checkpointing", action="store_true", default=None, help="both sides")
     flag = parser.add_argument_group("cost").add_argument
@@ -236,12 +239,20 @@ class Side(NamedTuple):
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of images (B, C, H, W) and noise (B, L)
 
 
-def new_model(task: str, setting: Setting, *, gradient_checkpointing: bool) -> MaskedAutoencoder | VisionTransformer:
-    """The masked autoencoder of a size, with the default decoder, or its encoder alone."""
+def new_model(
+    task: str, setting: Setting, *, gradient_checkpointing: bool
+) -> MaskedAutoencoder | Classifier | VisionTransformer:
+    """The masked autoencoder of a size, with the default decoder, a classifier, or the encoder alone."""
     torch.manual_seed(0)
     size = SIZES[setting.model] | dict(img_size=setting.img_size)
     encoder = VisionTransformer(**size, gradient_checkpointing=gradient_checkpointing)
-    return MaskedAutoencoder(encoder) if task == "mae" else encoder
+    if task == "mae":
+        return MaskedAutoencoder(encoder)
+    if task == "encoder":
+        return encoder
+    model = Classifier(encoder, NUM_CLASSES)
+    nn.init.normal_(model.head.weight, std=0.02)  # as at its start, a small one, gradients below it would be rounding
+    return model
 
 
 def transformers_peer(model: MaskedAutoencoder, *, gradient_checkpointing: bool) -> nn.Module:
@@ -262,14 +273,19 @@ def transformers_peer(model: MaskedAutoencoder, *, gradient_checkpointing: bool)
     return peer.train()
 
 
-def timm_peer(encoder: VisionTransformer, *, gradient_checkpointing: bool) -> nn.Module:
-    """timm's model with the sizes and weights of `encoder`, and its positions fixed as they are here."""
+def timm_peer(model: VisionTransformer | Classifier, *, gradient_checkpointing: bool) -> nn.Module:
+    """timm's model with the sizes and weights of `model`, and its positions fixed or trained as they are here."""
     from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 
+    encoder = getattr(model, "encoder", model)
     sizes = {key: getattr(encoder, key) for key in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
-    peer = TimmVisionTransformer(**sizes, num_classes=0)
-    peer.load_state_dict(encoder.state_dict(), strict=True)
-    peer.pos_embed.requires_grad_(False)
+    if encoder is model:
+        peer = TimmVisionTransformer(**sizes, num_classes=0)
+    else:
+        peer = TimmVisionTransformer(**sizes, num_classes=NUM_CLASSES, global_pool="avg")
+    state = {name.removeprefix("encoder."): value for name, value in model.state_dict().items()}
+    peer.load_state_dict(state, strict=True)
+    peer.pos_embed.requires_grad_(encoder.pos_embed.requires_grad)
     peer.set_grad_checkpointing(gradient_checkpointing)
     return peer.train()
 
@@ -283,13 +299,17 @@ def new_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def loss_function(task: str, model: nn.Module, *, compiled: bool, fullgraph: bool) -> Callable:
-    """The loss of (images, noise): the autoencoder's own, or the mean square of the encoder's features."""
-    forward = model.forward if task == "mae" else model.forward_features
+    """The loss of (images, noise): the autoencoder's own, the mean square of the encoder's features, or the
+    classifier's cross-entropy, the classes being those of the largest noise."""
+    forward = model.forward_features if task == "encoder" else model.forward
     if compiled:
         forward = torch.compile(forward, fullgraph=fullgraph, dynamic=False)
     if task == "mae":  # what pretrain_mae.py asks for, which only our model knows
         options = dict(removed_only=True) if isinstance(model, MaskedAutoencoder) else {}
         return lambda images, noise: forward(images, noise=noise, **options).loss
+    if task == "classifier":
+        cross_entropy = nn.functional.cross_entropy
+        return lambda images, noise: cross_entropy(forward(images).float(), noise.argmax(dim=1) % NUM_CLASSES)
     return lambda images, noise: forward(images).float().square().mean()
 
 
@@ -359,7 +379,7 @@ def benchmark_train(task: str, setting: Setting, *, compiled: bool, gradient_che
         rates = rate_row(f"{name} {mode}", setting.batch_size, times["ours", mode], times["theirs", mode])
         yield rates
         if device.type == "cuda":
-            flops = ours.training_flops() if task == "mae" else encoder_flops(ours)
+            flops = encoder_flops(ours) if task == "encoder" else ours.training_flops()
             reached, reachable = flops * rates["ours"] / 1e12, matmul_rate()
             yield row(f"{name} {mode}: rate", reached, None, "TFLOP/s", None)
             yield row(f"{name} {mode}: share of a bf16 product", 100 * reached / reachable, None, "%", None)
@@ -379,10 +399,9 @@ def find_device() -> torch.device:
 
 def encoder_flops(encoder: VisionTransformer) -> float:
     """As `MaskedAutoencoder.training_flops`, of the encoder on all patches."""
-    patches, dim = encoder.grid[0] * encoder.grid[1], encoder.embed_dim
-    tokens, hidden = 1 + patches, encoder.blocks[0].mlp.fc1.out_features
-    block = tokens * (4 * dim**2 + 2 * dim * hidden) + 2 * tokens**2 * dim
-    return 6.0 * (patches * encoder.patch_size**2 * encoder.in_channels * dim + encoder.depth * block)
+    patches = encoder.grid[0] * encoder.grid[1]
+    blocks = sum(sum(block_multiply_adds(block, 1 + patches)) for block in encoder.blocks)
+    return 6.0 * (embedding_multiply_adds(encoder, patches) + blocks)
 
 
 def matmul_rate() -> float:

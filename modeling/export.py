@@ -4,21 +4,33 @@ Configurations are plain JSON, so none of these libraries is needed to write the
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 
+from modeling.classifier import Classifier
 from modeling.mae import MaskedAutoencoder
 from modeling.vit import SIZES, VisionTransformer
 from modeling.weights import QKV, TRANSFORMERS_NAMES, TRANSFORMERS_QKV, rename
 
 CROP_RATIO = 0.875  # of evaluation: the part of the resized image that is seen
+KEY_BIAS = TRANSFORMERS_QKV[1] + "bias"
+BEIT = {  # that computes what a ViT with mean pooling does
+    "model_type": "beit",
+    "architectures": ["BeitForImageClassification"],
+    "use_absolute_position_embeddings": True,
+    "use_mean_pooling": True,
+    "layer_scale_init_value": 0.0,
+    "drop_path_rate": 0.0,
+}
 
 
 def to_transformers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Parameters under MaskedAutoencoder's names -> those of transformers' files, which its 4.x and 5.x read.
+    """Parameters under the names of MaskedAutoencoder and Classifier -> those of transformers' files, which its 4.x and
+    5.x read.
 
     The inverse of `weights.to_ours`.
     """
@@ -54,29 +66,65 @@ def export_encoder(
         **_vit_config(encoder),
         "pooler_act": "linear",
         "transformers_weights": "transformers_model.safetensors",
-        # what follows is timm's
-        "architecture": _architecture(encoder),
-        "num_classes": 0,
-        "num_features": encoder.embed_dim,
-        "model_args": {
-            "img_size": list(encoder.img_size),
-            "in_chans": encoder.in_channels,
-            **{key: getattr(encoder, key) for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")},
-        },
-        "pretrained_cfg": {
-            "input_size": [encoder.in_channels, *encoder.img_size],
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": CROP_RATIO,
-            "mean": list(mean),
-            "std": list(std),
-            "num_classes": 0,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        },
+        **_timm_config(encoder, mean, std),
     }
     weights = {"model.safetensors": state, "transformers_model.safetensors": theirs}
     _write(folder, weights, config, _preprocessor(encoder, mean, std))
+
+
+def export_classifier(
+    model: Classifier,
+    folder: str | Path,
+    *,
+    classes: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop_ratio: float,
+) -> None:
+    """A folder for `AutoModelForImageClassification.from_pretrained(FOLDER)`, transformers'
+    `pipeline("image-classification", FOLDER)`, `timm.create_model("local-dir:FOLDER", pretrained=True)` and
+    `weights.read_state_dict(FOLDER)`, which all compute the same logits.
+
+    `classes` are the names of the labels in their order, `crop_ratio` the part of the resized image that evaluation
+    sees; `mean`, `std` and the version of transformers as in `export_encoder`. The BatchNorm of a linear probe becomes
+    a part of the head, with the same results. In transformers, mean pooling is BEiT's; images that are not square take
+    its wrapper of timm, as BEiT's positions are square, and its own processors would stretch them. Raises ValueError
+    where there are more or fewer names than classes.
+    """
+    if len(classes) != model.num_classes:
+        raise ValueError(f"{len(classes)} names for {model.num_classes} classes")
+    encoder, mean_pooled = model.encoder, model.pooling == "mean"
+    state = _folded(model)
+    weights = {"model.safetensors": {name.removeprefix("encoder."): value for name, value in state.items()}}
+    if encoder.img_size[0] != encoder.img_size[1]:
+        library = {"model_type": "timm_wrapper", "architectures": ["TimmWrapperForImageClassification"]}
+    else:
+        theirs = to_transformers(state)
+        library = {"model_type": "vit", "architectures": ["ViTForImageClassification"], **_vit_config(encoder)}
+        if mean_pooled:
+            # Without key biases: they add the same to all products of a query, which the softmax takes away.
+            theirs = {re.sub(r"^vit\.", "beit.", n): t for n, t in theirs.items() if not n.endswith(KEY_BIAS)}
+            library |= BEIT
+        weights["transformers_model.safetensors"] = theirs
+        library |= {
+            "transformers_weights": "transformers_model.safetensors",
+            "id2label": {str(index): name for index, name in enumerate(classes)},
+            "label2id": {name: index for index, name in enumerate(classes)},
+        }
+    pooling = "avg" if mean_pooled else "token"
+    config = library | _timm_config(encoder, mean, std, crop_ratio, classes=classes, global_pool=pooling)
+    _write(folder, weights, config, _preprocessor(encoder, mean, std, crop_ratio))
+
+
+def _folded(model: Classifier) -> dict[str, torch.Tensor]:
+    """The parameters of `model` on the CPU, with the BatchNorm of a linear probe made a part of the head."""
+    state = {name: value.cpu() for name, value in model.state_dict().items() if not name.startswith("head_norm.")}
+    if model.linear_probe:
+        norm = model.head_norm
+        mean, variance = norm.running_mean.cpu().double(), norm.running_var.cpu().double()
+        weight = state["head.weight"].double() * (variance + norm.eps).rsqrt()
+        state |= {"head.weight": weight, "head.bias": state["head.bias"].double() - weight @ mean}
+    return state
 
 
 def export_autoencoder(
@@ -119,10 +167,45 @@ def _vit_config(encoder: VisionTransformer) -> dict:
     }
 
 
-def _preprocessor(encoder: VisionTransformer, mean: Sequence[float], std: Sequence[float]) -> dict:
+def _timm_config(
+    encoder: VisionTransformer,
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop_ratio: float = CROP_RATIO,
+    *,
+    classes: Sequence[str] = (),
+    global_pool: str = "token",
+) -> dict:
+    sizes = {key: getattr(encoder, key) for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
+    config = {
+        "architecture": _architecture(encoder),
+        "num_classes": len(classes),
+        "num_features": encoder.embed_dim,
+        "model_args": {"img_size": list(encoder.img_size), "in_chans": encoder.in_channels, **sizes},
+        "pretrained_cfg": {
+            "input_size": [encoder.in_channels, *encoder.img_size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": crop_ratio,
+            "mean": list(mean),
+            "std": list(std),
+            "num_classes": len(classes),
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    if classes:
+        config |= {"global_pool": global_pool, "label_names": list(classes)}
+        config["model_args"]["global_pool"] = global_pool
+    return config
+
+
+def _preprocessor(
+    encoder: VisionTransformer, mean: Sequence[float], std: Sequence[float], crop_ratio: float = CROP_RATIO
+) -> dict:
     height, width = encoder.img_size
     # Rounded down, as timm and torchvision do. A short side alone does not tell how to cover a crop that is not square.
-    resized_height, resized_width = int(height / CROP_RATIO), int(width / CROP_RATIO)
+    resized_height, resized_width = int(height / crop_ratio), int(width / crop_ratio)
     square = height == width
     return {
         "image_processor_type": "ViTImageProcessor",

@@ -9,7 +9,18 @@ import torch
 from torch import nn
 
 from modeling.position import sincos_positions
-from modeling.vit import Block, VisionTransformer, initialize_like_paper, patchify, run_blocks, take, unpatchify
+from modeling.vit import (
+    Block,
+    VisionTransformer,
+    block_activation_bytes,
+    block_multiply_adds,
+    embedding_multiply_adds,
+    initialize_like_paper,
+    patchify,
+    run_blocks,
+    take,
+    unpatchify,
+)
 
 
 class MAEOutput(NamedTuple):
@@ -133,29 +144,19 @@ class MaskedAutoencoder(nn.Module):
         the backward pass costs twice the forward pass."""
         encoder, decoder_dim = self.encoder, self.decoder_embed.out_features
         pixels, num_removed = self.decoder_pred.out_features, encoder.grid[0] * encoder.grid[1] - self.num_kept
-        multiply_adds = self.num_kept * pixels * encoder.embed_dim
+        multiply_adds = embedding_multiply_adds(encoder, self.num_kept)
         multiply_adds += (1 + self.num_kept) * encoder.embed_dim * decoder_dim + num_removed * decoder_dim * pixels
         for block, tokens in self._blocks_and_tokens():
-            dim, hidden = block.mlp.fc1.in_features, block.mlp.fc1.out_features
-            queries = num_removed if block is self.decoder_blocks[-1] else tokens
-            multiply_adds += tokens * 3 * dim**2 + queries * (dim**2 + 2 * dim * hidden) + 2 * tokens * queries * dim
+            last = num_removed if block is self.decoder_blocks[-1] else None
+            multiply_adds += sum(block_multiply_adds(block, tokens, last))
         return 6.0 * multiply_adds
 
     def activation_bytes(self, *, half_precision: bool) -> float:
-        """Memory per image, about, of what the forward pass keeps for the backward pass.
-
-        A block keeps, per token and channel, two inputs of norms in float32 and, in the precision of matrix products,
-        the two norms' outputs, queries, keys, values, the attention's output and two hidden layers; with gradient
-        checkpointing its input alone, and one block at a time the rest.
-        """
-        size = 2 if half_precision else 4
-        on_cpu = self.mask_token.device.type == "cpu"
-        attention = 18 if half_precision and on_cpu else 4 * size  # in float32 there, and its output once more
-        whole, inputs = [], []
-        for block, tokens in self._blocks_and_tokens():
-            values = tokens * block.mlp.fc1.in_features
-            inputs.append(4 * values)
-            whole.append((8 + attention) * values + size * 2 * (values + tokens * block.mlp.fc1.out_features))
+        """Memory per image, about, of what the forward pass keeps for the backward pass; with gradient checkpointing
+        that is each block's input, and one block at a time the rest."""
+        blocks = self._blocks_and_tokens()
+        whole = [sum(block_activation_bytes(block, n, half_precision=half_precision)) for block, n in blocks]
+        inputs = [4 * n * block.mlp.fc1.in_features for block, n in blocks]
         return sum(inputs) + max(whole) if self.encoder.gradient_checkpointing else sum(whole)
 
     def _blocks_and_tokens(self) -> list[tuple[Block, int]]:

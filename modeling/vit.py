@@ -135,6 +135,31 @@ def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, *, checkpointed: bool, la
     return x
 
 
+def embedding_multiply_adds(encoder: "VisionTransformer", patches: int) -> int:
+    """Of embedding this many patches of an image."""
+    return patches * encoder.patch_embed.proj.weight[0].numel() * encoder.embed_dim
+
+
+def block_multiply_adds(block: Block, tokens: int, last: int | None = None) -> tuple[int, int]:
+    """Of a block's attention and of its MLP, per image, for all tokens or where the last ones alone are wanted."""
+    dim, hidden = block.mlp.fc1.in_features, block.mlp.fc1.out_features
+    queries = last or tokens
+    return tokens * 3 * dim**2 + queries * dim**2 + 2 * tokens * queries * dim, queries * 2 * dim * hidden
+
+
+def block_activation_bytes(block: Block, tokens: int, *, half_precision: bool) -> tuple[int, int]:
+    """Memory per image, about, of what a block's attention and its MLP keep for the backward pass.
+
+    Each keeps, per token and channel, the input of its norm in float32 and, in the precision of matrix products, the
+    norm's output; the attention also queries, keys, values and its output, the MLP two hidden layers.
+    """
+    size = 2 if half_precision else 4
+    on_cpu = block.mlp.fc1.weight.device.type == "cpu"
+    attention = 18 if half_precision and on_cpu else 4 * size  # in float32 there, and its output once more
+    values, hidden = tokens * block.mlp.fc1.in_features, tokens * block.mlp.fc1.out_features
+    return (4 + size + attention) * values, (4 + size) * values + 2 * size * hidden
+
+
 class VisionTransformer(nn.Module):
     """The encoder: images (B, C, H, W) -> tokens (B, 1 + L, D), the cls token first.
 

@@ -16,17 +16,21 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 
+from modeling.classifier import Classifier
 from modeling.mae import MaskedAutoencoder
 from modeling.position import resize_positions
 from modeling.vit import SIZES, VisionTransformer
 
-# Names of MaskedAutoencoder and of transformers' files (those of `vit`, ViTMAE and ViT alike); read both ways.
+# Names of MaskedAutoencoder and Classifier, and of transformers' files (those of `vit`, ViTMAE and ViT alike, and with
+# another prefix those of BEiT); read both ways.
 TRANSFORMERS_NAMES = [
     ("encoder.cls_token", "vit.embeddings.cls_token"),
     ("encoder.pos_embed", "vit.embeddings.position_embeddings"),
     ("encoder.patch_embed.proj.", "vit.embeddings.patch_embeddings.projection."),
     ("encoder.blocks.", "vit.encoder.layer."),
     ("encoder.norm.", "vit.layernorm."),
+    ("fc_norm.", "vit.pooler.layernorm."),  # BEiT's
+    ("head.", "classifier."),
     ("mask_token", "decoder.mask_token"),
     ("decoder_pos_embed", "decoder.decoder_pos_embed"),
     ("decoder_embed.", "decoder.decoder_embed."),
@@ -52,12 +56,15 @@ TRANSFORMERS_5_NAMES = [
     (".attention.o_proj.", ".attention.output.dense."),
 ]
 
-HEADS = ("head.", "fc_norm.", "classifier.", "vit.pooler.")  # what other libraries put on top of an encoder
+OFFICIAL_LINEAR_PROBE_NAMES = [("head.0.", "head_norm."), ("head.1.", "head.")]
+
+HEADS = ("head.", "head_norm.", "fc_norm.", "vit.pooler.")  # what stands on top of an encoder
 DECODER = ("mask_token", "decoder_")
 BLOCKS = {"encoder": "encoder.blocks.", "decoder": "decoder_blocks."}
+SIZE_NAMES = {(size["embed_dim"], size["depth"]): name for name, size in SIZES.items()}
 PROJECTION = "encoder.patch_embed.proj.weight"  # (D, C, P, P)
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")  # of DistributedDataParallel and torch.compile
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder, the first that is there is read
+WEIGHT_FILES = ("ema.safetensors", "model.safetensors", "pytorch_model.bin")  # the first in a folder is read
 
 
 class WeightsError(ValueError):
@@ -66,7 +73,7 @@ class WeightsError(ValueError):
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_weights` did, in MaskedAutoencoder's names; `str` is one line for the console."""
+    """What `load_weights` did, in the names of `to_ours`; `str` is one line for the console."""
 
     layout: str
     loaded: int  # parameters, resized and adapted ones included
@@ -76,7 +83,7 @@ class LoadReport:
     adapted: tuple[str, ...] = ()  # "name 3 -> 1 channels"
 
     def __str__(self) -> str:
-        parts = sorted({name.removeprefix("vit.").partition(".")[0] for name in self.ignored})
+        parts = sorted({re.match(r"(?:vit\.)?((?:encoder\.)?[^.]+)", name)[1] for name in self.ignored})
         ignored = f"{len(self.ignored)} ignored" + (f" ({', '.join(parts)})" if parts else "")
         line = f"weights of {self.layout}: {self.loaded} loaded, {len(self.missing)} missing, {ignored}, "
         line += f"resized: {', '.join(self.resized) or 'none'}"
@@ -91,9 +98,9 @@ def find_weights(path: str | Path, *, whole: bool) -> Path:
     """What `read_state_dict` is to read where `path` may also be a run folder or an exported `encoder/`.
 
     `whole` asks for the autoencoder: `encoder/pretraining/` of a run, else its newest whole checkpoint; `pretraining/`
-    of an `encoder/`. Otherwise an encoder is enough: `encoder/` of a run, else its newest whole checkpoint. Files and
-    other folders with weights are returned as they are. Raises WeightsError for a path that is not there, and for a
-    folder that has none of these.
+    of an `encoder/`. Otherwise an encoder is enough: `encoder/` or a classifier's `model/` of a run, else its newest
+    whole checkpoint. Files and other folders with weights are returned as they are. Raises WeightsError for a path that
+    is not there, and for a folder that has none of these.
     """
     path = Path(path)
     if path.is_file():
@@ -103,20 +110,21 @@ def find_weights(path: str | Path, *, whole: bool) -> Path:
             f"{path}: no such file or folder; expected weights or a run folder; correct the path or download them first"
         )
     encoder = path / "encoder"
-    exported = [path / "pretraining", path, encoder / "pretraining"] if whole else [path, encoder]
+    exported = [path / "pretraining", path, encoder / "pretraining"] if whole else [path, encoder, path / "model"]
     for folder in [*exported, *sorted(path.glob("checkpoints/step_*"), reverse=True)]:
         # The run writes these last; without one, the folder is half written or half removed.
         finished = folder == path or (folder / "config.json").is_file() or (folder / "state.json").is_file()
         if finished and any((folder / name).is_file() for name in WEIGHT_FILES):
             return folder
     if (path / "args.json").is_file() or (path / "checkpoints").is_dir():
+        expected = "encoder/pretraining/" if whole else "encoder/, model/"
         raise WeightsError(
-            f"{path}: a run that has no weights yet; expected encoder/{'pretraining/' if whole else ''} or a whole "
-            "checkpoint in checkpoints/; wait for its first checkpoint or give another path"
+            f"{path}: a run that has no weights yet; expected {expected} or a whole checkpoint in checkpoints/; "
+            "wait for its first checkpoint or give another path"
         )
     raise WeightsError(
-        f"{path}: a folder without weights; expected {' or '.join(WEIGHT_FILES)}, or a run's checkpoints/ or encoder/; "
-        "give one of these or the file itself"
+        f"{path}: a folder without weights; expected {' or '.join(WEIGHT_FILES)}, or a run's checkpoints/, encoder/ or "
+        "model/; give one of these or the file itself"
     )
 
 
@@ -128,27 +136,46 @@ class Stored(NamedTuple):
     decoder_num_heads: int | None = None
     mean: list[float] | None = None  # of the channels, by which images were normalised
     std: list[float] | None = None
+    classes: list[str] | None = None  # names, in the order of the head's rows
 
 
 def read_stored(path: str | Path) -> Stored:
-    """What stands beside weights: in the config.json of a folder, or in the args.json of a checkpoint's run."""
+    """What stands beside weights: in the config.json of a folder, transformers' or timm's, or in the args.json of a
+    checkpoint's run."""
     folder = Path(path)
     if folder.name in WEIGHT_FILES:
         folder = folder.parent
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         config = json.loads((folder / "config.json").read_text())
+        if "image_size" not in config:
+            return _stored_by_timm(config)
         sides = config["image_size"] if isinstance(config["image_size"], list) else [config["image_size"]] * 2
         grid = tuple(side // config["patch_size"] for side in sides)
         heads = config["num_attention_heads"], config.get("decoder_num_attention_heads")
         processor = {}
         with contextlib.suppress(OSError):
             processor = json.loads((folder / "preprocessor_config.json").read_text())
-        return Stored(grid, *heads, processor.get("image_mean"), processor.get("image_std"))
+        names = config.get("id2label")
+        classes = [names[index] for index in sorted(names, key=int)] if names else None
+        return Stored(grid, *heads, processor.get("image_mean"), processor.get("image_std"), classes)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         flags = json.loads((folder.resolve().parent.parent / "args.json").read_text())["flags"]
         grid = tuple(side // flags["patch_size"] for side in flags["img_size"])
-        return Stored(grid, flags["encoder_num_heads"], flags["decoder_num_heads"], flags["mean"], flags["std"])
+        heads = flags["encoder_num_heads"], flags.get("decoder_num_heads")  # a classifier's run has no decoder
+        return Stored(grid, *heads, flags["mean"], flags["std"])
     return Stored()
+
+
+def _stored_by_timm(config: dict) -> Stored:
+    """What timm's own config.json tells: sizes only where they are not those of the architecture that it names."""
+    pretrained, arguments = config.get("pretrained_cfg", config), config.get("model_args", {})
+    grid = None
+    if "img_size" in arguments and "patch_size" in arguments:
+        sides = arguments["img_size"] if isinstance(arguments["img_size"], list) else [arguments["img_size"]] * 2
+        grid = tuple(side // arguments["patch_size"] for side in sides)
+    names = config.get("label_names") or pretrained.get("label_names")
+    classes = list(names.values() if isinstance(names, dict) else names) if names else None
+    return Stored(grid, arguments.get("num_heads"), None, pretrained.get("mean"), pretrained.get("std"), classes)
 
 
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
@@ -197,24 +224,32 @@ def rename(name: str, pairs: list[tuple[str, str]]) -> str:
 
 
 def to_ours(state: dict[str, torch.Tensor]) -> tuple[str, dict[str, torch.Tensor]]:
-    """Parameters of any known layout -> the layout's name, and the parameters under MaskedAutoencoder's names.
+    """Parameters of any known layout -> the layout's name, and the parameters under the names of MaskedAutoencoder and
+    Classifier.
 
-    What has no counterpart, such as a head, keeps its name. Raises WeightsError for a layout that is not known.
+    What has no counterpart keeps its name. Raises WeightsError where there is no encoder of a layout that is known.
     """
     if any(name.startswith("encoder.blocks.") for name in state):
         return "this project", dict(state)
     if {"blocks.0.attn.qkv.weight", "patch_embed.proj.weight"} <= state.keys():
-        layout = "the official MAE" if any(name.startswith(DECODER) for name in state) else "a timm or MAE encoder"
+        if "head.1.weight" in state:
+            state = {rename(name, OFFICIAL_LINEAR_PROBE_NAMES): value for name, value in state.items()}
+        layout = f"a timm or MAE {'classifier' if 'head.weight' in state else 'encoder'}"
+        layout = "the official MAE" if any(name.startswith(DECODER) for name in state) else layout
         return layout, {n if n.startswith(DECODER + HEADS) else f"encoder.{n}": t for n, t in state.items()}
     if "embeddings.cls_token" in state:  # ViTModel and ViTMAEModel, which are the `vit` of the other classes
         state = {f"vit.{name}": value for name, value in state.items()}
-    if "vit.embeddings.cls_token" in state:
+    if "vit.embeddings.cls_token" in state or "beit.embeddings.cls_token" in state:
         layout = "transformers' ViTMAE" if "decoder.mask_token" in state else "transformers' ViT"
+        if "beit.embeddings.cls_token" in state:
+            layout = "transformers' BEiT"
+            state = {re.sub(r"^beit\.", "vit.", name): value for name, value in state.items()}
         state = {rename(name, TRANSFORMERS_5_NAMES): value for name, value in state.items()}
         return layout, _from_transformers(state)
     raise WeightsError(
-        f"weights of an unknown layout ({', '.join(list(state)[:4])}, ...); expected those of this project, "
-        "facebookresearch/mae, timm's ViT or transformers' ViT and ViTMAE; rename them to one of these"
+        f"weights without an encoder, or of an unknown layout ({', '.join(list(state)[:4])}, ...); expected those of "
+        "this project, facebookresearch/mae, timm's ViT or transformers' ViT, ViTMAE and BEiT; give or rename them to "
+        "one of these"
     )
 
 
@@ -224,16 +259,18 @@ def _from_transformers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     query, others = TRANSFORMERS_QKV[0], TRANSFORMERS_QKV[1:]
     ours = {}
     for name, value in state.items():
-        if query in name:  # a part that is absent, as the key bias of some models, shows as a wrong shape
-            parts = [name.replace(query, part) for part in TRANSFORMERS_QKV]
-            ours[rename(name.replace(query, QKV), back)] = torch.cat([state[part] for part in parts if part in state])
+        if query in name:  # a part that is absent shows as a wrong shape
+            parts = [state.get(name.replace(query, part)) for part in TRANSFORMERS_QKV]
+            if name.endswith(".bias") and parts[1] is None:  # BEiT has none, as the softmax takes it away
+                parts[1] = torch.zeros_like(value)
+            ours[rename(name.replace(query, QKV), back)] = torch.cat([part for part in parts if part is not None])
         elif not any(part in name for part in others):
             ours[rename(name, back)] = value
     return ours
 
 
 def load_weights(
-    model: MaskedAutoencoder | VisionTransformer,
+    model: MaskedAutoencoder | Classifier | VisionTransformer,
     state: dict[str, torch.Tensor],
     *,
     stored: Stored = Stored(),  # noqa: B008 - immutable
@@ -242,24 +279,26 @@ def load_weights(
 ) -> LoadReport:
     """Copy the parameters of any known layout into `model`, and say what became of each.
 
-    Heads are left out, and for a VisionTransformer the decoder too. Positions of another grid are resized; where
-    `stored` does not tell theirs, it is the model's own if the number of patches agrees, otherwise a square.
-    `adapt_channels` converts weights for images of another number of channels; `new_decoder` takes weights that hold no
-    decoder at all, and leaves the model's as it was initialised. Raises WeightsError, before anything is copied: for
-    other sizes in words, otherwise with every parameter that is missing, unexpected or of another shape. A different
-    number of attention heads shows in `stored` alone.
+    A Classifier takes its head too; otherwise heads are left out, and for a VisionTransformer the decoder, and the norm
+    where mean pooling took it off the model. Positions of another grid are resized; where `stored` does not tell
+    theirs, it is the model's own if the number of patches agrees, otherwise a square. `adapt_channels` converts weights
+    for images of another number of channels; `new_decoder` takes weights that hold no decoder at all, and leaves the
+    model's as it was initialised. Raises WeightsError, before anything is copied: for other sizes, pooling and heads in
+    words, otherwise with every parameter that is missing, unexpected or of another shape. A different number of
+    attention heads shows in `stored` alone.
     """
     layout, state = to_ours(state)
     encoder_only = isinstance(model, VisionTransformer)
     grid = model.grid if encoder_only else model.encoder.grid
     wanted = {f"encoder.{n}" if encoder_only else n: value for n, value in model.state_dict().items()}
     _check_sizes(layout, state, wanted, adapt_channels, _other_heads(model, stored))
+    _check_head(layout, state, wanted)
     adapted = _adapt_channels(state, wanted)
     resized, problems = _resize_tables(state, wanted, grid, stored.grid)
 
-    no_decoder = not encoder_only and not any(name.startswith(DECODER) for name in state)
+    no_decoder = isinstance(model, MaskedAutoencoder) and not any(name.startswith(DECODER) for name in state)
     new = [name for name in wanted if name.startswith(DECODER)] if no_decoder and new_decoder else []
-    planned = HEADS + DECODER if encoder_only else HEADS
+    planned = (*HEADS, *DECODER, "encoder.norm.") if encoder_only else HEADS
     ignored = sorted(name for name in state.keys() - wanted.keys() if name.startswith(planned))
     problems += _misfits(state, wanted, expected={*new, *ignored})
     if problems:
@@ -270,6 +309,51 @@ def load_weights(
     values = {name: state.get(name, value) for name, value in wanted.items()}
     model.load_state_dict({n.removeprefix("encoder.") if encoder_only else n: value for n, value in values.items()})
     return LoadReport(layout, len(wanted) - len(new), tuple(new), tuple(ignored), tuple(resized), tuple(adapted))
+
+
+def encoder_sizes(state: dict[str, torch.Tensor], stored: Stored = Stored()) -> dict:  # noqa: B008 - immutable
+    """The arguments of the VisionTransformer that fits weights of any known layout, but for its image size.
+
+    Parameters do not tell the number of heads: where `stored` does not either, it is that of the known size of this
+    width and depth, or None. Raises WeightsError for weights without an encoder.
+    """
+    layout, state = to_ours(_without_values(state))
+    sizes = _sizes(state, "encoder")
+    if sizes is None:
+        found = ", ".join(sorted(state)[:4])
+        raise WeightsError(
+            f"weights of {layout} do not tell the sizes of an encoder ({found}, ...); expected {PROJECTION} "
+            f"(D, C, P, P) and {BLOCKS['encoder']}0.mlp.fc1.weight; give those of a plain ViT or MAE"
+        )
+    name = SIZE_NAMES.get((sizes.width, sizes.depth))
+    return dict(
+        embed_dim=sizes.width,
+        depth=sizes.depth,
+        num_heads=stored.num_heads or (SIZES[name]["num_heads"] if name else None),
+        mlp_ratio=sizes.mlp_ratio,
+        patch_size=sizes.patch_size,
+        in_channels=_channels(state),
+    )
+
+
+def classifier_kind(state: dict[str, torch.Tensor]) -> tuple[int, str, bool] | None:
+    """The number of classes, the pooling and whether it is a linear probe, of the Classifier that fits weights of any
+    known layout; None where they hold no head. A folded linear probe is none any more. Raises WeightsError for weights
+    without an encoder."""
+    return _kind(to_ours(_without_values(state))[1])
+
+
+def _without_values(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The shapes alone, which cost nothing to rearrange."""
+    return {name: value.to("meta") for name, value in state.items()}
+
+
+def _kind(state: dict[str, torch.Tensor]) -> tuple[int, str, bool] | None:
+    """As `classifier_kind`, of parameters under our names."""
+    head = state.get("head.weight")
+    if head is None or head.ndim != 2:
+        return None
+    return head.shape[0], "mean" if "fc_norm.weight" in state else "cls", "head_norm.running_mean" in state
 
 
 def _misfits(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], expected: set[str]) -> list[str]:
@@ -365,11 +449,11 @@ def _sizes(state: dict[str, torch.Tensor], part: str) -> PartSizes | None:
     return PartSizes(width, depth, mlp_ratio, state[PROJECTION].shape[-1] if part == "encoder" else None)
 
 
-def _other_heads(model: MaskedAutoencoder | VisionTransformer, stored: Stored) -> list[tuple[str, str]]:
+def _other_heads(model: MaskedAutoencoder | Classifier | VisionTransformer, stored: Stored) -> list[tuple[str, str]]:
     """Where checkpoint and model differ in their number of attention heads, in words, and the flag to give."""
     encoder = getattr(model, "encoder", model)
     heads = [("encoder", stored.num_heads, encoder.num_heads)]
-    if encoder is not model:
+    if isinstance(model, MaskedAutoencoder):
         heads.append(("decoder", stored.decoder_num_heads, model.decoder_blocks[0].attn.num_heads))
     return [
         (f"{there} {part} heads, the model {here}", f"--{part}_num_heads {there}")
@@ -403,10 +487,35 @@ def _check_sizes(
         raise WeightsError(f"weights of {layout} have {'; '.join(words)}; give {', '.join(remedies)}")
 
 
+def _check_head(layout: str, state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Raises WeightsError, in words and with the flags to give, where pooling or head are not those of the model."""
+    there, here = _kind(state), _kind(wanted)
+    if here is None:
+        if "encoder.norm.weight" in wanted and "encoder.norm.weight" not in state and "fc_norm.weight" in state:
+            remedy = "those that it was fine-tuned from" if "mask_token" in wanted else "--pooling mean"
+            raise WeightsError(
+                f"weights of {layout} were trained with mean pooling, so their encoder has no norm; give {remedy}"
+            )
+        return
+    if there is None:
+        raise WeightsError(f"weights of {layout} hold no classifier's head; give those of a trained classifier")
+    words, remedies = [], []
+    if there[0] != here[0]:
+        words.append(f"a head of {there[0]} classes, the model {here[0]}")
+        remedies.append(f"--num_classes {there[0]}")
+    if there[1] != here[1]:
+        words.append(f"{there[1]} pooling, the model {here[1]}")
+        remedies.append(f"--pooling {there[1]}")
+    if there[2] != here[2]:
+        words.append("the BatchNorm of a linear probe" if there[2] else "no BatchNorm of a linear probe")
+        remedies.append("--linear_probe" if there[2] else "no --linear_probe")
+    if words:
+        raise WeightsError(f"weights of {layout} have {'; '.join(words)}; give {', '.join(remedies)}")
+
+
 def _flags(part: str, there: PartSizes, here: PartSizes) -> str:
     """The flags that turn an encoder or decoder of the sizes `here` into one of those `there`."""
-    named = {(size["embed_dim"], size["depth"]): name for name, size in SIZES.items()} if part == "encoder" else {}
-    model = named.get((there.width, there.depth))
+    model = SIZE_NAMES.get((there.width, there.depth)) if part == "encoder" else None
     wider, deeper = there.width != here.width, there.depth != here.depth
     flags = [f"--{part}_embed_dim {there.width}"] if wider else []
     flags += [f"--{part}_depth {there.depth}"] if deeper else []

@@ -1,6 +1,7 @@
 """Exported folders, loaded by transformers, timm and this project: no parameter left over, the same numbers."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,33 @@ import timm.data
 import torch
 from PIL import Image
 from safetensors import safe_open
-from transformers import AutoImageProcessor, AutoModel, ViTMAEForPreTraining, ViTModel
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    BeitForImageClassification,
+    TimmWrapperForImageClassification,
+    ViTForImageClassification,
+    ViTMAEForPreTraining,
+    ViTModel,
+    pipeline,
+)
 
 from modeling import export
-from modeling.export import export_autoencoder, export_encoder, to_transformers
+from modeling.classifier import Classifier
+from modeling.export import export_autoencoder, export_classifier, export_encoder, to_transformers
 from modeling.mae import MaskedAutoencoder
 from modeling.vit import SIZES, VisionTransformer
-from modeling.weights import load_weights, read_state_dict, to_ours
+from modeling.weights import (
+    Stored,
+    classifier_kind,
+    encoder_sizes,
+    find_weights,
+    load_weights,
+    read_state_dict,
+    read_stored,
+    to_ours,
+)
 
 MEAN, STD = [0.485, 0.456, 0.406, 0.5], [0.229, 0.224, 0.225, 0.25]
 ENCODERS = {
@@ -214,6 +235,164 @@ def test_files_are_float32_on_the_cpu_and_say_pt(tmp_path):
             assert file.metadata() == {"format": "pt"}
             assert all(file.get_tensor(key).dtype == torch.float32 for key in file.keys())  # noqa: SIM118
     assert encoder.cls_token.dtype == torch.bfloat16
+
+
+# Classifiers
+
+NAMES = ["ant", "bee", "a cat", "døg", "eel", "fox", "gnu"]
+SHAPES = {
+    "ViT-Ti": SIZES["tiny"],
+    "square": dict(img_size=64, patch_size=8, embed_dim=128, depth=4, num_heads=4),
+    "grey, a thin MLP": dict(
+        img_size=48, patch_size=16, in_channels=1, embed_dim=64, depth=2, num_heads=2, mlp_ratio=2.5
+    ),
+    "four channels": dict(img_size=32, patch_size=8, in_channels=4, embed_dim=64, depth=2, num_heads=2),
+    "32 x 64": ENCODERS["32 x 64, 4 channels"] | dict(in_channels=3),
+    "16 x 64, as many patches as a square": dict(
+        img_size=(16, 64), patch_size=8, in_channels=4, embed_dim=64, depth=2, num_heads=2
+    ),
+}
+KINDS = {
+    "mean": dict(pooling="mean"),
+    "cls": dict(pooling="cls"),
+    "mean, linear probe": dict(pooling="mean", linear_probe=True),
+    "cls, linear probe": dict(pooling="cls", linear_probe=True),
+}
+
+
+def new_classifier(size: dict, kind: dict) -> Classifier:
+    """A classifier whose every number is random, the statistics of its BatchNorm too."""
+    model = randomised(Classifier(VisionTransformer(**size), len(NAMES), **kind, custom_weight_init=False))
+    if model.linear_probe:
+        torch.manual_seed(3)
+        model.head_norm.running_mean.normal_(std=2)
+        model.head_norm.running_var.uniform_(0.01, 3)
+    return model
+
+
+def write(model: Classifier, folder: Path, crop_ratio: float = 0.875) -> Path:
+    export_classifier(model, folder, classes=NAMES, **statistics(model.encoder), crop_ratio=crop_ratio)
+    return folder
+
+
+def pictures(model: Classifier) -> torch.Tensor:
+    encoder = model.encoder
+    return torch.randn(4, encoder.in_channels, *encoder.img_size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_three_libraries_load_the_classifier_and_agree(shape, kind, tmp_path):
+    model = new_classifier(SHAPES[shape], KINDS[kind])
+    folder, images = write(model, tmp_path / "new" / "folder"), pictures(model)
+    logits = model(images)
+    assert (logits.amax(dim=0) - logits.amin(dim=0)).min() > 0.05  # they depend on the image
+
+    theirs, info = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    square = model.encoder.img_size[0] == model.encoder.img_size[1]
+    stock = BeitForImageClassification if model.pooling == "mean" else ViTForImageClassification
+    assert type(theirs) is (stock if square else TimmWrapperForImageClassification)
+    torch.testing.assert_close(theirs.eval()(images).logits, logits, rtol=0, atol=1e-5)
+    assert theirs.config.id2label == dict(enumerate(NAMES)) and theirs.config.label2id["gnu"] == 6
+
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    theirs.load_state_dict(read_state_dict(folder), strict=True)
+    torch.testing.assert_close(theirs(images), logits, rtol=0, atol=1e-5)
+    assert theirs.pretrained_cfg["label_names"] == NAMES and theirs.num_classes == len(NAMES)
+    assert theirs.global_pool == {"mean": "avg", "cls": "token"}[model.pooling]
+
+    files = [folder, folder / "transformers_model.safetensors"] if square else [folder]
+    for path in files:
+        state, stored = read_state_dict(path), read_stored(folder)
+        num_classes, pooling, linear_probe = classifier_kind(state)
+        assert (num_classes, pooling, linear_probe) == (len(NAMES), model.pooling, False)
+        sizes = encoder_sizes(state, stored)
+        again = Classifier(VisionTransformer(img_size=model.encoder.img_size, **sizes), num_classes, pooling=pooling)
+        load_weights(again.eval(), state, stored=stored)
+        torch.testing.assert_close(again(images), logits, rtol=0, atol=1e-5)
+    assert stored == Stored(
+        model.encoder.grid, model.encoder.num_heads, None, *statistics(model.encoder).values(), NAMES
+    )
+
+
+def test_reading_what_was_written_is_bit_equal(tmp_path):
+    for kind in ("mean", "cls"):
+        model = new_classifier(SHAPES["square"], KINDS[kind])
+        again = Classifier(VisionTransformer(**SHAPES["square"]), len(NAMES), **KINDS[kind])
+        load_weights(again, read_state_dict(find_weights(write(model, tmp_path), whole=False)))
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+        state = model.state_dict()
+        _, back = to_ours(to_transformers(state))
+        assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_the_pipeline_gives_the_names_and_the_probabilities(tmp_path):
+    for shape, kind in (("square", "mean"), ("square", "cls, linear probe"), ("32 x 64", "mean"), ("32 x 64", "cls")):
+        model = new_classifier(SHAPES[shape], KINDS[kind])
+        folder = write(model, tmp_path)
+        small = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        image = Image.fromarray(small).resize((200, 150), Image.Resampling.BICUBIC)
+        answers = pipeline("image-classification", model=str(folder))(image, top_k=len(NAMES))
+
+        theirs = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        transform = timm.data.create_transform(**timm.data.resolve_data_config(model=theirs))
+        with torch.inference_mode():
+            expected = model(transform(image)[None]).softmax(dim=1)[0]
+        assert [answer["label"] for answer in answers] == [NAMES[k] for k in expected.argsort(descending=True)]
+        assert [answer["score"] for answer in answers] == pytest.approx(
+            sorted(expected.tolist(), reverse=True), abs=3e-3
+        )
+
+
+@pytest.mark.parametrize(("crop_ratio", "resized"), [(0.875, 73), (1.0, 64), (0.9, 71)])
+def test_the_crop_ratio_reaches_both_libraries(crop_ratio, resized, tmp_path):
+    model = new_classifier(SHAPES["square"], KINDS["mean"])
+    folder = write(model, tmp_path, crop_ratio)
+    assert AutoImageProcessor.from_pretrained(folder).size["shortest_edge"] == resized
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    config = timm.data.resolve_data_config(model=theirs)
+    assert config["crop_pct"] == crop_ratio
+    assert timm.data.create_transform(**config).transforms[0].size == resized
+
+
+def test_folding_happens_in_double_precision(tmp_path):
+    """A mean a thousand deviations from zero leaves half of float32's digits; and the model keeps its own."""
+    model = new_classifier(SHAPES["square"], KINDS["cls, linear probe"])
+    model.head_norm.running_mean.fill_(1.0)
+    model.head_norm.running_var.fill_(1e-6)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = read_state_dict(write(model, tmp_path))
+    weight = model.head.weight.detach().double() / math.sqrt(1e-6 + 1e-6)
+    bias = model.head.bias.detach().double() - weight.sum(dim=1)
+    torch.testing.assert_close(state["head.weight"].double(), weight, rtol=2e-7, atol=0)
+    torch.testing.assert_close(state["head.bias"].double(), bias, rtol=2e-7, atol=0)
+    assert not any(name.startswith("head_norm") for name in state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_files_of_a_classifier(tmp_path):
+    model = new_classifier(SHAPES["square"], KINDS["mean, linear probe"]).bfloat16()
+    names = sorted(path.name for path in write(model, tmp_path).iterdir())
+    assert names == [
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "transformers_model.safetensors",
+    ]
+    for name in ("model.safetensors", "transformers_model.safetensors"):
+        with safe_open(tmp_path / name, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            assert all(file.get_tensor(key).dtype == torch.float32 for key in file.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize("classes", [NAMES[1:], [*NAMES, "hen"], []])
+def test_names_for_other_classes_are_refused(classes, tmp_path):
+    model = new_classifier(SHAPES["square"], KINDS["mean"])
+    with pytest.raises(ValueError, match=f"{len(classes)} names for 7 classes"):
+        export_classifier(model, tmp_path, classes=classes, **statistics(model.encoder), crop_ratio=1.0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_exporting_needs_neither_transformers_nor_timm():

@@ -1,0 +1,320 @@
+"""The classifier, against timm: logits, layers of the learning rate's decay; and what trains in every mode."""
+
+import math
+
+import pytest
+import timm
+import torch
+from timm.models._manipulate import group_parameters
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from modeling.classifier import Classifier
+from modeling.mae import MaskedAutoencoder
+from modeling.vit import SIZES, VisionTransformer
+from modeling.weights import load_weights
+
+SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2)
+POOLINGS = {"mean": "avg", "cls": "token"}  # ours: timm's
+BLOCK = [
+    f"{layer}.{kind}"
+    for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    for kind in ("weight", "bias")
+]
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    """`module` in evaluation mode with every parameter moved, so that no two could be swapped unnoticed."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return module.eval()
+
+
+def new_classifier(pooling: str = "mean", *, num_classes: int = 5, encoder: dict | None = None, **change) -> Classifier:
+    return Classifier(VisionTransformer(**SMALL | (encoder or {})), num_classes, pooling=pooling, **change)
+
+
+def base(pooling: str = "mean", **change) -> Classifier:
+    """ViT-B, names without numbers."""
+    with torch.device("meta"):
+        return Classifier(VisionTransformer(**SIZES["base"]), 1000, pooling=pooling, **change)
+
+
+# Logits
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("size", [dict(), dict(img_size=(16, 64), in_channels=4)])
+def test_logits_equal_timms(pooling, size):
+    ours = new_classifier(pooling, encoder=size).eval()
+    named = {"in_chans" if key == "in_channels" else key: value for key, value in (SMALL | size).items()}
+    args = dict(num_classes=5, global_pool=POOLINGS[pooling], **named)
+    theirs = randomised(timm.create_model("vit_base_patch16_224", **args))
+    report = load_weights(ours, theirs.state_dict())
+    assert report.loaded == len(theirs.state_dict()) and report.ignored == report.missing == ()
+    images = torch.randn(3, ours.encoder.in_channels, *ours.encoder.img_size)
+    expected = theirs(images)
+    assert expected.abs().max() > 0.5
+    torch.testing.assert_close(ours(images), expected, rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_logits_of_an_official_pretraining_equal_timms(pooling):
+    """Its encoder below a new head: what timm computes with the same encoder and head."""
+    decoder = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+    source = randomised(MaskedAutoencoder(VisionTransformer(**SMALL), **decoder))
+    official = {name.removeprefix("encoder."): value for name, value in source.state_dict().items()}
+    ours = randomised(new_classifier(pooling))
+    report = load_weights(ours.encoder, official)
+    assert {"encoder.norm.weight", "encoder.norm.bias"} <= set(report.ignored) or pooling == "cls"
+    assert report.loaded == len(source.encoder.state_dict()) - (2 if pooling == "mean" else 0)
+
+    left_out = ("decoder_", "mask_token", "norm.") if pooling == "mean" else ("decoder_", "mask_token")
+    weights = {name: value for name, value in official.items() if not name.startswith(left_out)}
+    weights |= {n: value for n, value in ours.state_dict().items() if n.startswith(("head.", "fc_norm."))}
+    theirs = timm.create_model("vit_base_patch16_224", num_classes=5, global_pool=POOLINGS[pooling], **SMALL)
+    theirs.load_state_dict(weights, strict=True)
+    images = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(ours(images), theirs.eval()(images), rtol=0, atol=1e-5)
+
+
+def test_mean_pooling_leaves_the_cls_token_out():
+    model = randomised(new_classifier())
+    tokens = torch.randn(2, 17, 32)
+    model.encoder.forward = lambda images: tokens
+    before = model(torch.empty(0))
+    tokens[:, 0] += 1
+    assert torch.equal(model(torch.empty(0)), before)
+
+
+def test_the_batch_norm_of_a_linear_probe():
+    model = randomised(new_classifier("cls", linear_probe=True)).train()
+    images = torch.randn(64, 3, 32, 32)
+    with torch.inference_mode():
+        features = model.encoder(images)[:, 0].double()
+        logits = model(images)
+    variance, mean = torch.var_mean(features, dim=0, correction=0)
+    expected = nn.functional.linear((features - mean) / (variance + 1e-6).sqrt(), model.head.weight.double())
+    torch.testing.assert_close(logits.double(), expected + model.head.bias.double(), rtol=0, atol=1e-4)
+    assert not list(model.head_norm.parameters())
+
+
+# What trains
+
+
+def blocks(first: int, last: int = 11) -> set[str]:
+    return {f"encoder.blocks.{k}.{name}" for k in range(first, last + 1) for name in BLOCK}
+
+
+HEAD = {"head.weight", "head.bias"}
+NORM = {"mean": {"fc_norm.weight", "fc_norm.bias"}, "cls": {"encoder.norm.weight", "encoder.norm.bias"}}
+EMBEDDINGS = {
+    "encoder.cls_token",
+    "encoder.pos_embed",
+    "encoder.patch_embed.proj.weight",
+    "encoder.patch_embed.proj.bias",
+}
+LAST_MLP = {f"encoder.blocks.11.mlp.{layer}.{kind}" for layer in ("fc1", "fc2") for kind in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("everything", EMBEDDINGS | blocks(0) | HEAD),
+        ("linear probe", HEAD),
+        (0, HEAD),
+        (0.5, LAST_MLP | HEAD),
+        (1, blocks(11) | HEAD),
+        (4, blocks(8) | HEAD),
+        (4.0, blocks(8) | HEAD),
+        (12, blocks(0) | HEAD),
+    ],
+)
+def test_what_trains_in_every_mode(pooling, mode, expected):
+    model = base(pooling, linear_probe=mode == "linear probe")
+    every = EMBEDDINGS | blocks(0) | HEAD | NORM[pooling]
+    assert {name for name, _ in model.named_parameters()} == every and len(every) == 4 + 12 * 12 + 2 + 2
+    if not isinstance(mode, str):
+        model.train_last_blocks(mode)
+    expected = expected if mode == "linear probe" else expected | NORM[pooling]
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == expected
+
+
+@pytest.mark.parametrize("mode", ["everything", "linear probe", 0, 0.5, 1, 2])
+def test_gradients_reach_what_trains_and_nothing_else(mode):
+    model = randomised(new_classifier(linear_probe=mode == "linear probe")).train()
+    if not isinstance(mode, str):
+        model.train_last_blocks(mode)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.any()) == parameter.requires_grad, name
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == ({f"head_norm.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")} & {*before})
+
+
+def test_a_later_choice_replaces_the_first():
+    model = new_classifier()
+    model.train_last_blocks(1)
+    model.train_last_blocks(2)
+    assert model.encoder.blocks[1].attn.qkv.weight.requires_grad
+
+
+# Layers
+
+
+def test_layers_are_those_of_beit():
+    """Parameter by parameter: 4 of the embeddings, 12 of each block, and all of the norm and the head."""
+    for pooling in POOLINGS:
+        model = base(pooling)
+        table = dict.fromkeys(EMBEDDINGS, 0) | dict.fromkeys(HEAD | NORM[pooling], 13)
+        for k in range(12):
+            table |= dict.fromkeys(blocks(k, k), k + 1)
+        assert {name: model.layer_index(name) for name, _ in model.named_parameters()} == table
+        assert model.num_layers == 13
+
+
+def test_layers_are_those_of_timm():
+    """With mean pooling; of a norm before the pooling, timm makes a part of the last block."""
+    model = base()
+    with torch.device("meta"):
+        theirs = timm.create_model("vit_base_patch16_224", global_pool="avg")
+    groups = group_parameters(theirs, theirs.group_matcher(coarse=False))
+    indices = {name: index for index, names in groups.items() for name in names}
+    assert indices == {name.removeprefix("encoder."): model.layer_index(name) for name, _ in model.named_parameters()}
+
+
+def test_what_weight_decay_leaves_alone():
+    names = base().no_weight_decay()
+    assert names == {"encoder.cls_token", "encoder.pos_embed"}  # those that the official fine-tuning leaves alone
+    assert names < {name for name, _ in base().named_parameters()}
+
+
+# Initialisation and errors
+
+
+@pytest.mark.parametrize(("linear_probe", "std"), [(False, 2e-5), (True, 0.01)])
+def test_initialisation_of_the_head(linear_probe, std):
+    torch.manual_seed(0)
+    model = new_classifier("cls", num_classes=1000, linear_probe=linear_probe)
+    assert model.head.weight.std().item() == pytest.approx(std, rel=0.02) and not model.head.bias.any()
+    plain = new_classifier(num_classes=1000, linear_probe=linear_probe, custom_weight_init=False)
+    bound = 1 / math.sqrt(32)
+    assert 0.99 * bound < plain.head.weight.abs().max() <= bound and plain.head.bias.any()
+
+
+def test_norms_and_attributes():
+    mean, cls = new_classifier("mean"), new_classifier("cls", linear_probe=True)
+    assert isinstance(mean.encoder.norm, nn.Identity) and isinstance(mean.head_norm, nn.Identity)
+    assert isinstance(cls.fc_norm, nn.Identity) and isinstance(cls.encoder.norm, nn.LayerNorm)
+    assert mean.fc_norm.eps == cls.head_norm.eps == 1e-6 and not cls.head_norm.affine
+    assert (mean.pooling, mean.num_classes, mean.linear_probe) == ("mean", 5, False)
+    assert (cls.pooling, cls.num_classes, cls.linear_probe) == ("cls", 5, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(pooling="max"), "a pooling of 'max'; expected mean or cls"),
+        (dict(num_classes=1), "1 classes; expected at least 2"),
+    ],
+)
+def test_impossible_settings_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        new_classifier(**change)
+
+
+@pytest.mark.parametrize("n", [4, -1, 1.5, 0.25, -0.5, math.nan, math.inf])
+def test_blocks_that_are_not_there(n):
+    model = new_classifier()
+    with pytest.raises(ValueError, match=r"the last .* of 3 blocks; expected 0, 0\.5 or a whole number up to 3"):
+        model.train_last_blocks(n)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+# Costs
+
+
+def in_mode(mode, **change) -> Classifier:
+    """ViT-Ti at 112 pixels: "everything", "linear probe", or the last blocks."""
+    size = SIZES["tiny"] | dict(img_size=112, depth=4)
+    model = Classifier(VisionTransformer(**size, **change), 10, linear_probe=mode == "linear probe")
+    if not isinstance(mode, str):
+        model.train_last_blocks(mode)
+    return model
+
+
+MODES = ["everything", "linear probe", 0, 0.5, 1, 3]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_flops_of_a_step_are_those_that_torch_counts(mode):
+    model = in_mode(mode)
+    # as plain products: older versions do not count the attention of a CPU
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.randn(2, 3, 112, 112)).sum().backward()
+    assert counter.get_total_flops() == pytest.approx(2 * model.training_flops(), rel=0.06)
+
+
+def test_flops_by_hand():
+    block, patches, head = 197 * 12 * 768**2 + 2 * 197**2 * 768, 196 * 768 * 768, 768 * 1000
+    assert base().training_flops() == 6 * (patches + 12 * block + head)
+    model = base()
+    model.train_last_blocks(4)
+    assert model.training_flops() == 2 * patches + 2 * 8 * block + 6 * (4 * block + head)
+    model.train_last_blocks(0.5)
+    mlp = 197 * 8 * 768**2
+    assert model.training_flops() == 2 * (patches + 12 * block - mlp) + 6 * (mlp + head)
+    assert base(linear_probe=True).training_flops() == 2 * (patches + 12 * block) + 6 * head
+
+
+def kept_bytes(model: nn.Module, images: torch.Tensor, *, half_precision: bool) -> int:
+    """Of distinct tensors that autograd keeps, those of parameters and their casts left out."""
+    shapes = {tuple(p.shape) for p in model.parameters()} | {
+        tuple(p.T.shape) for p in model.parameters() if p.ndim == 2
+    }
+    kept = {}
+
+    def keep(tensor):
+        if tuple(tensor.shape) not in shapes:
+            kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=half_precision),
+    ):
+        model(images)
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("half_precision", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_memory_of_activations_is_about_what_autograd_keeps(mode, half_precision):
+    model, images = in_mode(mode), torch.randn(3, 3, 112, 112)
+    expected = 3 * model.activation_bytes(half_precision=half_precision)
+    kept = kept_bytes(model, images, half_precision=half_precision)
+    if mode in ("linear probe", 0):  # the head's input
+        assert expected == 0 and kept < 3 * 4 * 192 * 8
+    else:
+        assert kept == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize("mode", ["everything", 2, 0])
+def test_gradient_checkpointing_changes_memory_and_nothing_else(mode):
+    plain, saving = in_mode(mode), in_mode(mode, gradient_checkpointing=True)
+    saving.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 112, 112)
+    for model in (plain, saving):
+        model(images).square().sum().backward()
+    for one, other in zip(plain.parameters(), saving.parameters(), strict=True):
+        assert (one.grad is None and other.grad is None) or torch.equal(one.grad, other.grad)
+    bytes_of = [model.activation_bytes(half_precision=False) for model in (plain, saving)]
+    blocks_that_train = {"everything": 4, 2: 2, 0: 0}[mode]
+    assert bytes_of[1] == bytes_of[0] / max(1, blocks_that_train) + blocks_that_train * 4 * 50 * 192
