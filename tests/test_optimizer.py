@@ -1,10 +1,21 @@
+import io
+
 import pytest
+import timm
 import torch
+from accelerate import Accelerator
 from torch import nn
 
+from modeling.classifier import Classifier
 from modeling.mae import MaskedAutoencoder
 from modeling.vit import SIZES, VisionTransformer
-from training.optimizer import adamw, parameter_groups, set_learning_rate
+from training.optimizer import adamw, lars, parameter_groups, set_learning_rate
+
+# 0.65 to the power 13 - i, for layer i of ViT-B: 0 the embeddings, 1 to 12 the blocks, 13 the head
+SCALES = [
+    *(0.003697205891, 0.005688009063, 0.008750783174, 0.01346274334, 0.02071191284, 0.03186448129, 0.04902227891),
+    *(0.07541889063, 0.1160290625, 0.17850625, 0.274625, 0.4225, 0.65, 1.0),
+]
 
 
 def names(groups):
@@ -61,3 +72,120 @@ def test_every_trained_parameter_is_in_exactly_one_group(decay):
     model = base_mae()
     listed = [name for group in parameter_groups(model, decay) for name in group["names"]]
     assert sorted(listed) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
+
+
+def base_classifier(pooling, **options):
+    with torch.device("meta"):
+        return Classifier(VisionTransformer(**SIZES["base"]), 1000, pooling=pooling, **options)
+
+
+@pytest.mark.parametrize(("pooling", "theirs"), [("mean", "avg"), ("cls", "token")])
+def test_layer_decay_of_vit_base_against_the_official_rule(pooling, theirs):
+    """The rule of BEiT and of the official MAE, over the literal names and shapes of timm's ViT-B."""
+    with torch.device("meta"):
+        reference = timm.create_model("vit_base_patch16_224", global_pool=theirs)
+    table = {}
+    for name, parameter in reference.named_parameters():
+        if name in ("cls_token", "pos_embed") or name.startswith("patch_embed"):
+            layer = 0
+        elif name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        else:
+            layer = 13
+        decays = len(parameter.shape) > 1 and not name.endswith(".bias") and name not in ("cls_token", "pos_embed")
+        ours = name if name.startswith(("head", "fc_norm")) else f"encoder.{name}"
+        table[ours] = (0.05 if decays else 0.0, SCALES[layer])
+    groups = parameter_groups(base_classifier(pooling), 0.05, layer_decay=0.65)
+    got = {name: (group["weight_decay"], group["lr_scale"]) for group in groups for name in group["names"]}
+    assert got == {name: (decay, pytest.approx(scale, rel=1e-9)) for name, (decay, scale) in table.items()}
+    assert sum(len(group["names"]) for group in groups) == len(table) == 152
+    assert len({(group["weight_decay"], group["lr_scale"]) for group in groups}) == len(groups) == 28
+
+
+def test_without_layer_decay_the_groups_are_two_of_scale_1():
+    groups = parameter_groups(base_classifier("mean"), 0.05)
+    assert [(group["weight_decay"], group["lr_scale"]) for group in groups] == [(0.05, 1.0), (0.0, 1.0)]
+
+
+def small_classifier(**options):
+    encoder = VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2)
+    return Classifier(encoder, 3, **options)
+
+
+@pytest.mark.parametrize("build", [lambda groups: adamw(groups, betas=(0.9, 0.999)), lars])
+def test_scales_survive_accelerate_and_a_checkpoint(build):
+    model = small_classifier()
+    groups = parameter_groups(model, 0.05, layer_decay=0.5)
+    accelerator = Accelerator(cpu=True)
+    optimizer = accelerator.prepare(build(groups))
+    model(torch.rand(2, 3, 8, 8)).square().sum().backward()
+    optimizer.step()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    loaded = accelerator.prepare(build(parameter_groups(model, 0.05, layer_decay=0.5)))
+    set_learning_rate(loaded, 7.0)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    for prepared in (optimizer, loaded):
+        set_learning_rate(prepared, 2.0)
+        rates = {id(p): group["lr"] for group in prepared.param_groups for p in group["params"]}
+        expected = {
+            "encoder.cls_token": 0.25,
+            "encoder.blocks.0.norm1.bias": 0.5,
+            "encoder.blocks.1.attn.qkv.weight": 1,
+        }
+        expected |= {"fc_norm.weight": 2, "head.weight": 2, "head.bias": 2}
+        for name, rate in expected.items():
+            assert rates[id(model.get_parameter(name))] == rate, name
+    assert all("names" not in group for group in optimizer.param_groups)
+    assert loaded.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys() != set()
+
+
+def test_lars_excludes_what_has_one_dimension():
+    """Parameter by parameter for ViT-B, with decay asked for everywhere: no decay and no trust ratio on 1-D ones."""
+    model = base_classifier("cls")
+    groups = parameter_groups(model, 0.1, bias_weight_decay=True, norm_weight_decay=True)
+    by_id = {id(p): group for group in lars(groups).param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        group, vector = by_id.pop(id(parameter)), len(parameter.shape) == 1
+        assert group["always_adapt"] is not vector, name
+        assert group["weight_decay"] == (0.0 if vector or name in ("encoder.pos_embed", "encoder.cls_token") else 0.1)
+        assert (group["momentum"], group["trust_coeff"], group["nesterov"]) == (0.9, 0.001, False)
+    assert not by_id
+    probe = base_classifier("cls", linear_probe=True)
+    groups = lars(parameter_groups(probe, 0.0)).param_groups
+    assert [(group["params"], group["always_adapt"], group["weight_decay"]) for group in groups] == [
+        ([probe.head.weight], True, 0.0),
+        ([probe.head.bias], False, 0.0),
+    ]
+
+
+def lars_of_the_paper(weight, gradients, *, rate, decay, adapted):
+    """You et al. 2017, algorithm 1: the weight after as many steps as there are gradients."""
+    velocity = torch.zeros_like(weight)
+    for gradient in gradients:
+        norm = (weight**2).sum().sqrt()
+        local_rate = 0.001 * norm / ((gradient**2).sum().sqrt() + decay * norm) if adapted else 1.0
+        velocity = 0.9 * velocity + rate * local_rate * (gradient + decay * weight)
+        weight = weight - velocity
+    return weight
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_steps_of_lars_against_the_equations_of_the_paper(decay):
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Linear(5, 4).double()
+    model.no_weight_decay = set
+    weight, bias = model.weight.detach().clone(), model.bias.detach().clone()
+    gradients = [torch.randn(4, 6, generator=generator, dtype=torch.float64) * 3**i for i in range(5)]
+    optimizer = lars(parameter_groups(model, decay, bias_weight_decay=True))
+    set_learning_rate(optimizer, 6.4)
+    for gradient in gradients:
+        model.weight.grad, model.bias.grad = gradient[:, :5].clone(), gradient[:, 5].clone()
+        optimizer.step()
+    expected = lars_of_the_paper(weight, [g[:, :5] for g in gradients], rate=6.4, decay=decay, adapted=True)
+    # timm's adds 1e-8 to the gradient's norm
+    torch.testing.assert_close(model.weight.detach(), expected, rtol=1e-8, atol=1e-9)
+    assert (expected - weight).abs().max() > 1e-3
+    expected = lars_of_the_paper(bias, [g[:, 5] for g in gradients], rate=6.4, decay=0.0, adapted=False)
+    torch.testing.assert_close(model.bias.detach(), expected)

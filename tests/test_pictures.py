@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training.pictures import reconstruction_grid
+from training.pictures import MOST_CLASSES, confusion_matrix, reconstruction_grid
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -31,3 +31,52 @@ def test_true_statistics_are_told(tmp_path):
         reconstruction_grid(tmp_path / f"{told}.png", images, images, mask, title="", uses_true_patch_statistics=told)
     without, with_word = (np.asarray(Image.open(tmp_path / f"{told}.png"))[:24] for told in (False, True))
     assert without.min() == 255 and with_word.min() < 100
+
+
+def cells(path, num_classes, cell, left, top):
+    """The colour (N, N, 3) of each cell, next to its corner, where no number stands."""
+    pixels = np.asarray(Image.open(path)).astype(int)
+    places = np.arange(num_classes) * cell + 3
+    return pixels[np.ix_(top + places, left + places)]
+
+
+def corner(path, num_classes, cell):
+    """(left, top) of the first cell, found by the first whole line of the grid's colour, and the picture's size."""
+    pixels = np.asarray(Image.open(path))
+    grid = (pixels == 0xDD).all(axis=-1)
+    top = int(np.argmax(grid.sum(axis=1) > num_classes * cell))
+    return int(np.argmax(grid[top + 5])), top, pixels.shape
+
+
+def test_a_confusion_matrix_shows_the_share_of_each_class(tmp_path):
+    counts = np.array([[30, 10, 0], [0, 5, 0], [0, 0, 0]])  # the third class has no images
+    path = tmp_path / "deep" / "matrix.png"
+    confusion_matrix(path, counts, ["cat", "dog", "owl"], title="step 1")
+    left, top, (height, width, channels) = corner(path, 3, 40)
+    assert channels == 3 and height >= top + 3 * 40 and width >= left + 3 * 40
+    red = cells(path, 3, 40, left, top)[..., 0]
+    assert red.tolist() == [[70, 193, 255], [255, 8, 255], [255, 255, 255]]  # 255 - 247 * (0.75, 0.25, 1)
+    pixels = np.asarray(Image.open(path)).astype(int)
+    empty = pixels[top + 1 : top + 40, left + 2 * 40 + 1 : left + 3 * 40]
+    numbered = pixels[top + 1 : top + 40, left + 40 + 1 : left + 2 * 40]
+    assert (empty == 255).all() and numbered.min() < 60
+    assert (pixels[0] == 255).all() and (pixels[:, 0] == 255).all()  # the background is white
+
+
+@pytest.mark.parametrize(("num_classes", "cell"), [(2, 40), (12, 40), (13, 30), (50, 24)])
+def test_long_names_do_not_run_over_the_edge(tmp_path, num_classes, cell):
+    for name in ("a", "a very long name of a class\nwith a line break " * 9):
+        confusion_matrix(tmp_path / "matrix.png", np.eye(num_classes, dtype=int), [name] * num_classes, title="t" * 99)
+        left, top, (height, *_) = corner(tmp_path / "matrix.png", num_classes, cell)
+        assert left < 300 and top < 300 and height <= top + num_classes * cell + 16
+        pixels = np.asarray(Image.open(tmp_path / "matrix.png"))
+        for edge in (pixels[0], pixels[:4].reshape(-1, 3), pixels[:, :4].reshape(-1, 3), pixels[:, -4:].reshape(-1, 3)):
+            assert (edge == 255).all()
+
+
+def test_more_classes_than_can_be_read_are_refused(tmp_path):
+    many = MOST_CLASSES + 1
+    for shape, names in ((many, many), (3, 2)):
+        with pytest.raises(ValueError, match="classes and counts"):
+            confusion_matrix(tmp_path / "x.png", np.eye(shape, dtype=int), ["a"] * names, title="")
+    assert not (tmp_path / "x.png").exists()

@@ -1,0 +1,104 @@
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from training.scores import ClassificationScores
+
+
+def case(num_classes, count, *, seed=0):
+    """Logits whose best five are sometimes right, labels that leave the last class out, losses."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(num_classes - 1, (count,), generator=generator)
+    logits = torch.randn(count, num_classes, generator=generator)
+    logits += torch.nn.functional.one_hot(labels, num_classes)
+    return logits, labels, torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+def score(logits, labels, losses, *, portions=1):
+    names = [f"class {i}" for i in range(logits.shape[1])]
+    best = logits.topk(min(5, logits.shape[1])).indices
+    scores = ClassificationScores()
+    for p, r, e in zip(best.chunk(portions), labels.chunk(portions), losses.chunk(portions), strict=True):
+        scores.add_batch(predictions=p, references=r, losses=e)
+    return scores.compute(classes=names)
+
+
+@pytest.mark.parametrize(("num_classes", "count"), [(10, 203), (3, 40), (2, 5), (5, 50)])
+def test_against_counting_and_torchmetrics(num_classes, count):
+    logits, labels, losses = case(num_classes, count)
+    got = score(logits, labels, losses, portions=3)
+    ranks = [sorted(range(num_classes), key=lambda c: -row[c]).index(y) for row, y in zip(logits, labels, strict=True)]
+    assert got["top1"] == pytest.approx(100 * sum(rank == 0 for rank in ranks) / count, abs=1e-9)
+    assert got["top5"] == pytest.approx(100 * sum(rank < 5 for rank in ranks) / count, abs=1e-9)
+    assert got["val_loss"] == pytest.approx(losses.double().mean().item(), rel=1e-12)
+    for c in range(num_classes):
+        of_class = [rank == 0 for rank, label in zip(ranks, labels, strict=True) if label == c]
+        expected = pytest.approx(100 * sum(of_class) / len(of_class), abs=1e-9) if of_class else None
+        assert got["per_class_accuracy"][f"class {c}"] == expected
+    assert got["per_class_accuracy"][f"class {num_classes - 1}"] is None
+    for name, k in (("top1", 1), ("top5", min(5, num_classes))):
+        theirs = multiclass_accuracy(logits, labels, num_classes, average="micro", top_k=k)
+        assert got[name] == pytest.approx(100 * theirs.item(), abs=1e-4)
+    theirs = multiclass_accuracy(logits, labels, num_classes, average="none")
+    ours = list(got["per_class_accuracy"].values())
+    assert ours[:-1] == pytest.approx((100 * theirs).tolist()[:-1], abs=1e-4)
+
+
+def test_the_order_of_rows_and_their_container_make_no_difference():
+    logits, labels, losses = case(10, 101)
+    order = torch.randperm(101, generator=torch.Generator().manual_seed(1))
+    expected = score(logits, labels, losses)
+    assert score(logits[order], labels[order], losses[order], portions=7) == expected
+    best = logits.topk(5).indices
+    scores = ClassificationScores()
+    for convert in (torch.Tensor.numpy, torch.Tensor.tolist):  # twice: it can be used again
+        given = dict(predictions=convert(best), references=convert(labels), losses=convert(losses))
+        assert scores.compute(classes=[f"class {i}" for i in range(10)], **given) == expected
+
+
+def test_labels_without_a_name_are_an_error():
+    with pytest.raises(ValueError, match="zip"):
+        ClassificationScores().compute(predictions=[[0, 1]], references=[2], losses=[1.0], classes=["a", "b"])
+
+
+def test_the_global_random_states_are_left_alone():
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    score(*case(4, 9))
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[:2]
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_no_network_no_cache_no_file(tmp_path):
+    """In a process whose home and caches cannot be made, that may not open a connection."""
+    (tmp_path / "file").touch()
+    (tmp_path / "here").mkdir()
+    (tmp_path / "temporary").mkdir()
+    code = (
+        "import socket\n"
+        "def refuse(*args, **kwargs): raise AssertionError('the network was asked for')\n"
+        "socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse\n"
+        "from training.scores import ClassificationScores\n"
+        "scores = ClassificationScores()\n"
+        "scores.add_batch(predictions=[[0, 1], [1, 0]], references=[0, 0], losses=[0.5, 1.5])\n"
+        "print(scores.compute(classes=['a', 'b']))\n"
+    )
+    nowhere = str(tmp_path / "file" / "home")
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
+    variables |= dict(HOME=nowhere, HF_HOME=nowhere, XDG_CACHE_HOME=nowhere, PYTHONPATH=str(ROOT))
+    variables |= dict(TMPDIR=str(tmp_path / "temporary"), PYTHONDONTWRITEBYTECODE="1")
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "here", env=variables, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == (
+        "{'val_loss': 1.0, 'top1': 50.0, 'top5': 100.0, 'per_class_accuracy': {'a': 50.0, 'b': None}}\n"
+    )
+    assert sorted(os.listdir(tmp_path)) == ["file", "here", "temporary"]
+    assert os.listdir(tmp_path / "here") == os.listdir(tmp_path / "temporary") == []
