@@ -12,10 +12,15 @@ import yaml
 from conftest import ROOT
 
 import benchmark
+import finetune_classifier
 import pretrain_mae
 
 PACKAGES = ("modeling", "data", "training")
-SCRIPTS = {"pretrain_mae.py": pretrain_mae, "benchmark.py": benchmark}
+SCRIPTS = {
+    "pretrain_mae.py": pretrain_mae,
+    "finetune_classifier.py": finetune_classifier,
+    "benchmark.py": benchmark,
+}
 
 
 def imports(path: Path) -> set[str]:

@@ -1,0 +1,791 @@
+"""Fine-tunes a pre-trained encoder to classify images; also linear probes, partial fine-tuning, and from scratch.
+
+    accelerate launch finetune_classifier.py @recipes/quickstart/finetune_classifier.args
+
+prints its plan, then a bar with the loss and, once an epoch, the accuracy; writes work_dir/EXPERIMENT_NAME/ with
+log.jsonl, checkpoints/, predictions/ (the confusion matrix, up to 50 classes), best/ and, at the end, metrics.json and
+model/: folders which transformers and timm load. Kill it at any moment: the same command with
+--resume_from_checkpoint auto continues it exactly.
+
+What trains is decided by three flags: --path_to_pretrained_mae_weights (left out: everything, from scratch),
+--linear_probe (the head alone) and --trainable_blocks. Each has the paper's recipe for ViT-B as its defaults.
+"""
+
+import argparse
+import math
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import broadcast, broadcast_object_list
+
+from data.batches import ClassificationDataset, Normalization, make_loader, own_batches
+from data.sampling import StepSampler, model_seed, seed_everything
+from data.sources import DataError, open_sources
+from data.transforms import rand_augment
+from modeling.classifier import Classifier
+from modeling.export import export_classifier
+from modeling.vit import SIZES, VisionTransformer
+from modeling.weights import (
+    Stored,
+    WeightsError,
+    classifier_kind,
+    encoder_sizes,
+    find_weights,
+    load_weights,
+    read_state_dict,
+    read_stored,
+)
+from training import arguments
+from training.arguments import fail, integer, number, one_of
+from training.checkpoint import (
+    RunFolder,
+    claim_run_folder,
+    compare_with_run,
+    describe_environment,
+    load_training,
+    read_state,
+    replace_folder,
+    save_training,
+    write_json,
+)
+from training.optimizer import adamw, lars, parameter_groups, set_learning_rate
+from training.pictures import MOST_CLASSES, confusion_matrix
+from training.plan import describe_run, plan_run, rehearse
+from training.progress import (
+    DamagedImages,
+    Progress,
+    best_of,
+    finish_trackers,
+    in_bytes,
+    start_trackers,
+    truncate_log,
+)
+from training.schedule import is_due, learning_rate_at
+from training.stopping import Crew
+
+# The defaults of ViT-B (He et al. 2021, tables 9, 10 and 11), by what trains; partial fine-tuning has those of all.
+RECIPES = {
+    "fine-tuning": dict(
+        **dict(epochs=100, warmup_epochs=5, base_learning_rate=5e-4, min_learning_rate=1e-6, layer_decay=0.65),
+        **dict(optimizer="adamw", betas=[0.9, 0.999], weight_decay=0.05, pooling="mean", drop_path=0.1),
+        **dict(random_aug_magnitude=9, random_erase=0.25, mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1),
+    ),
+    "linear probe": dict(
+        **dict(epochs=90, warmup_epochs=10, base_learning_rate=0.1, min_learning_rate=0.0, layer_decay=1.0),
+        **dict(optimizer="lars", betas=[0.9, 0.999], weight_decay=0.0, pooling="cls", drop_path=0.0),
+        **dict(random_aug_magnitude=0, random_erase=0.0, mixup_alpha=0.0, cutmix_alpha=0.0, label_smoothing=0.0),
+    ),
+    "from scratch": dict(
+        **dict(epochs=300, warmup_epochs=20, base_learning_rate=1e-4, min_learning_rate=0.0, layer_decay=1.0),
+        **dict(optimizer="adamw", betas=[0.9, 0.95], weight_decay=0.3, pooling="mean", drop_path=0.1),
+        **dict(random_aug_magnitude=9, random_erase=0.0, mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1),
+    ),
+}
+WEIGHTS = "--path_to_pretrained_mae_weights"
+
+
+def parse_args(argv=None):
+    """The flags, resolved as far as they can be without processes, weights and data, and what is wrong with them."""
+    usual = RECIPES["fine-tuning"]
+    parser = arguments.Parser(__doc__)
+    arguments.add_run_flags(parser, name="finetune_classifier")
+    arguments.add_length_flags(parser, epochs=usual["epochs"], warmup_epochs=usual["warmup_epochs"])
+    arguments.add_batch_flags(parser)
+    sizes = dict(base_learning_rate=usual["base_learning_rate"], weight_decay=usual["weight_decay"])
+    arguments.add_optimizer_flags(parser, **sizes)
+    flag = parser.add_argument_group("optimizer of a classifier").add_argument
+    flag("--optimizer", type=one_of("adamw", "lars"), help="adamw, or lars (default of --linear_probe)")
+    flag("--betas", type=number(0, 0.99999), nargs=2, metavar=("B1", "B2"), help="of AdamW (default 0.9 0.999)")
+    flag("--layer_decay", type=number(0.01, 1), help="rate of a block / that of the block above (default 0.65)")
+    flag("--ema_decay", type=number(0, 0.9999999), default=0.0, help="average the weights; 0 = do not (default 0)")
+    arguments.add_speed_flags(parser)
+    arguments.add_logging_flags(parser)
+    arguments.add_saving_flags(parser, interval=1)
+    arguments.add_image_flags(parser, crop_scale=(0.08, 1.0))
+    arguments.add_encoder_flags(parser, sizes=SIZES)
+
+    flag = parser.add_argument_group("what trains").add_argument
+    pair = partial(flag, action=argparse.BooleanOptionalAction, default=False)
+    flag(
+        WEIGHTS,
+        metavar="PATH",
+        help="a run of pretrain_mae.py, its encoder/, a .pth of the official MAE, or a folder or file of timm or "
+        "transformers; its sizes, --img_size, --mean and --std become the defaults (left out: train from scratch)",
+    )
+    pair("--linear_probe", help="train the head alone, behind a BatchNorm, on frozen features")
+    flag("--trainable_blocks", type=number(), metavar="N", help="train the last N blocks, norm and head; 0.5: one MLP")
+    pair("--adapt_channels", help="sum or repeat the channels of the weights to fit --input_channels (off)")
+    flag("--num_classes", type=integer(2), help="default: as many as the data have")
+    flag(
+        "--pooling", type=one_of("mean", "cls"), help="what the head sees: mean of the patches (default), or cls token"
+    )
+    pair("--eval_only", help=f"only measure the classifier that {WEIGHTS} leads to")
+
+    flag = parser.add_argument_group("augmentation").add_argument
+    flag("--random_aug_magnitude", type=integer(0, 10), help="of RandAugment; 0 = none (default 9)")
+    flag("--random_erase", type=number(0, 1), help="probability of erasing a part of an image (default 0.25)")
+    flag("--mixup_alpha", type=number(), help="of mixup's Beta distribution; 0 = none (default 0.8)")
+    flag("--cutmix_alpha", type=number(), help="of cutmix's; 0 = none (default 1)")
+    flag("--mixup_probability", type=number(0, 1), default=1.0, help="that a micro-batch is mixed (default 1)")
+    flag("--mixup_switch", type=number(0, 1), default=0.5, help="that it is by cutmix, given both (default 0.5)")
+    flag("--label_smoothing", type=number(0, 0.99), help="default 0.1")
+
+    flag = parser.add_argument_group("validation").add_argument
+    flag("--validate_every", type=integer(0), default=1, help="epochs between validations, 0 = at the end only")
+    parser.set_defaults(**dict.fromkeys(usual))
+    args, errors = parser.read(argv)
+
+    for name, value in RECIPES[kind_of_run(args)].items():
+        if getattr(args, name) is None and name != "warmup_epochs":  # which plan_run shortens where it is left out
+            setattr(args, name, value)
+    return args, errors + check_flags(args)
+
+
+def kind_of_run(args):
+    """The entry of RECIPES that the flags ask for."""
+    if args.linear_probe:
+        return "linear probe"
+    return "fine-tuning" if args.path_to_pretrained_mae_weights else "from scratch"
+
+
+def check_flags(args):
+    """What contradicts itself in the flags of a classifier, a line each."""
+    errors = []
+    recipe = RECIPES[kind_of_run(args)]
+    if args.optimizer != recipe["optimizer"] and args.learning_rate is None:
+        errors.append(
+            f"--optimizer {args.optimizer} has no usual learning rate for this; give --learning_rate, or leave it at "
+            f"{recipe['optimizer']}"
+        )
+    if args.linear_probe:
+        contrary = {"mixup_alpha": 0, "cutmix_alpha": 0, "drop_path": 0, "layer_decay": 1, "trainable_blocks": None}
+        given = [f"--{name} {getattr(args, name):g}" for name in contrary if getattr(args, name) != contrary[name]]
+        if given:
+            errors.append(
+                f"--linear_probe trains a linear layer on frozen features, to which {', '.join(given)} does not apply; "
+                "leave that out"
+            )
+    if not args.path_to_pretrained_mae_weights:
+        for name in ("linear_probe", "trainable_blocks", "adapt_channels", "eval_only"):
+            if getattr(args, name) not in (None, False):
+                errors.append(f"--{name} needs trained weights; give {WEIGHTS}")
+    if args.trainable_blocks is not None and args.trainable_blocks % 1 and args.trainable_blocks != 0.5:
+        errors.append(f"--trainable_blocks {args.trainable_blocks:g} is not 0.5 nor whole; give one of these")
+    if args.eval_only:
+        for name, without in (("resume_from_checkpoint", None), ("linear_probe", False), ("dry_run", False)):
+            if getattr(args, name) != without:
+                errors.append(
+                    f"--eval_only measures what {WEIGHTS} leads to, a checkpoint too; leave --{name} out, and give an "
+                    "--experiment_name for the result"
+                )
+    return errors
+
+
+def check_mixing(args, micro_batch_size):
+    """What keeps images from being mixed, in a list."""
+    if not (args.mixup_alpha or args.cutmix_alpha) or micro_batch_size % 2 == 0:
+        return []
+    return [
+        f"--mixup_alpha and --cutmix_alpha mix pairs of images, and the micro-batch of {micro_batch_size} is odd; give "
+        "an even one, or 0 for both"
+    ]
+
+
+class Weights(NamedTuple):
+    """Trained weights, as they lie in files."""
+
+    path: Path
+    state: dict
+    stored: Stored  # what stands beside them
+    sizes: dict  # of the encoder
+    kind: tuple | None  # of the classifier, where they hold one
+
+
+def read_weights(path):
+    """The weights that `path` leads to, None without one, and what is wrong with them."""
+    try:
+        if not path:
+            return None, []
+        path = find_weights(path, whole=False)
+        state, stored = read_state_dict(path), read_stored(path)
+        return Weights(path, state, stored, encoder_sizes(state, stored), classifier_kind(state)), []
+    except WeightsError as error:
+        return None, [f"{WEIGHTS} {error if str(error).startswith(str(path)) else f'{path}: {error}'}"]
+
+
+def resolve_model(args, weights):
+    """Resolves the flags of images and encoder, from `weights` where they were left out; what is wrong with them."""
+    size, errors = SIZES[args.model or "base"], []
+    if weights:
+        path, stored = weights.path, weights.stored
+        if args.model is None:
+            size = dict(weights.sizes)
+            if size["num_heads"] is None and args.encoder_num_heads is None:
+                errors.append(f"{WEIGHTS} {path} does not tell its number of heads; give --encoder_num_heads")
+                size["num_heads"] = 1
+        patch_size = args.patch_size or size["patch_size"]
+        if args.img_size is None and stored.grid:
+            args.img_size = [side * patch_size for side in stored.grid]
+        for name in ("mean", "std"):
+            if getattr(args, name) is None and len(getattr(stored, name) or []) == args.input_channels:
+                setattr(args, name, list(getattr(stored, name)))
+        if args.eval_only:
+            if weights.kind is None:
+                errors.append(f"--eval_only {path} holds no classifier's head; give a model/, best/ or checkpoint")
+            else:
+                errors += check_num_classes(args.num_classes, weights.kind[0], "the classifier")
+                args.num_classes, args.pooling, args.linear_probe = weights.kind
+    errors += arguments.check_images(args) + arguments.check_encoder(args, size)
+    if args.trainable_blocks is not None and args.trainable_blocks > args.encoder_depth:
+        errors.append(
+            f"--trainable_blocks {args.trainable_blocks:g} is more than the encoder has; expected at most "
+            f"{args.encoder_depth}"
+        )
+        args.trainable_blocks = None  # so that the rest is checked
+    return errors
+
+
+def check_num_classes(given, there, where):
+    """What is wrong with --num_classes, in a list."""
+    if given in (None, there):
+        return []
+    return [f"--num_classes {given} does not fit {where}, which has {there}; leave it out, or give {there}"]
+
+
+def check_classes(path_to_data, train_source, validation_source):
+    """What keeps the data from being classified, a line each."""
+    if validation_source is None:
+        return [f"--path_to_data {path_to_data} has no val/ beside train/; hold some images back there, to measure by"]
+    for source, part in ((train_source, "train"), (validation_source, "val")):
+        if not source.classes:
+            return [f"--path_to_data {path_to_data} has images outside of class folders; expected {part}/CLASS/IMAGE"]
+    if len(train_source.classes) < 2:
+        return [
+            f"--path_to_data {path_to_data} has one class, {train_source.classes[0]}; expected at least two folders"
+        ]
+    errors = []
+    for one, other, part, there in (
+        (train_source, validation_source, "train", "val"),
+        (validation_source, train_source, "val", "train"),
+    ):
+        lacking = sorted({*one.classes} - {*other.classes})
+        if lacking:
+            errors.append(
+                f"--path_to_data {path_to_data} has {len(lacking)} classes in {part}/ that {there}/ lacks "
+                f"({', '.join(lacking[:3])}{', ...' if lacking[3:] else ''}); give both the same class folders"
+            )
+    return errors
+
+
+def match_classes(path_to_data, source, names, num_classes):
+    """The numbers that a trained classifier's labels `names` (None where it has none) give to the classes of `source`,
+    and what is wrong with them."""
+    found = source.classes
+    if not found:
+        return [], [f"--path_to_data {path_to_data} has images outside of class folders; expected val/CLASS/IMAGE"]
+    if names is None:
+        if len(found) == num_classes:
+            return list(range(num_classes)), []
+        return [], [
+            f"--path_to_data {path_to_data} has {len(found)} classes, the classifier {num_classes} without names; give "
+            "data with those classes"
+        ]
+    strange = sorted({*found} - {*names})
+    if strange:
+        return [], [
+            f"--path_to_data {path_to_data} has {len(strange)} classes that the classifier does not know "
+            f"({', '.join(strange[:3])}{', ...' if strange[3:] else ''}); it knows {', '.join(names[:3])}, ...; give "
+            "data with its classes"
+        ]
+    return [names.index(name) for name in found], []
+
+
+def open_data(args, names):
+    """The training and validation images, the classes' names, the numbers that these give to the classes of the
+    validation images, and what is wrong with all that. Resolves --num_classes.
+
+    `names` are those of the classifier that is only evaluated, on validation images or all that there are.
+    """
+    try:
+        if not args.path_to_data:
+            return None, None, [], [], []  # which is an error already
+        train_source, validation_source = open_sources(args.path_to_data, args.input_channels)
+    except DataError as error:
+        return None, None, [], [], [str(error)]
+    if args.eval_only and not args.num_classes:
+        return train_source, validation_source, [], [], []  # the weights are wrong already
+    if args.eval_only:
+        validation_source = validation_source or train_source
+        numbers, errors = match_classes(args.path_to_data, validation_source, names, args.num_classes)
+        return train_source, validation_source, names or validation_source.classes, numbers, errors
+    classes = train_source.classes
+    errors = check_classes(args.path_to_data, train_source, validation_source)
+    errors = errors or check_num_classes(args.num_classes, len(classes), f"--path_to_data {args.path_to_data}")
+    args.num_classes = len(classes)
+    return train_source, validation_source, classes, range(len(classes)), errors
+
+
+def build_model(args):
+    """The classifier that the flags describe, with what trains marked."""
+    encoder = VisionTransformer(
+        img_size=tuple(args.img_size),
+        patch_size=args.patch_size,
+        in_channels=args.input_channels,
+        embed_dim=args.encoder_embed_dim,
+        depth=args.encoder_depth,
+        num_heads=args.encoder_num_heads,
+        mlp_ratio=args.encoder_mlp_ratio,
+        drop_path=args.drop_path,
+        custom_weight_init=args.custom_weight_init,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+    options = dict(pooling=args.pooling, linear_probe=args.linear_probe, custom_weight_init=args.custom_weight_init)
+    model = Classifier(encoder, args.num_classes, **options)
+    if args.trainable_blocks is not None:
+        model.train_last_blocks(args.trainable_blocks)
+    return model
+
+
+def start_from(weights, module, *, adapt_channels, mean, std):
+    """Loads `weights` into the encoder or the whole classifier, and says what became of them. Raises WeightsError."""
+    stored = weights.stored
+    loaded = load_weights(module, weights.state, stored=stored, adapt_channels=adapt_channels)
+    report = f"{WEIGHTS} {weights.path}: {loaded}"
+    if stored.mean in (None, mean) and stored.std in (None, std):
+        return report
+    theirs, ours = (f"mean {numbers[0]} and std {numbers[1]}" for numbers in ((stored.mean, stored.std), (mean, std)))
+    return f"{report}; they were trained with {theirs}, this run has {ours}"
+
+
+def describe_plan(args, model, batch, length, accelerator, train_source, validation_source):
+    """The resolved plan, printed before the first step."""
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    activations = model.activation_bytes(half_precision=args.mixed_precision != "no")
+    optimizer = "AdamW" if args.optimizer == "adamw" else "LARS"
+    sizes = dict(parameters=parameters, trained=trained, activations=activations, optimizer=optimizer)
+    kind = kind_of_run(args)
+    if args.trainable_blocks is not None:
+        kind = f"the last {args.trainable_blocks:g} blocks, norm and head"
+    average = f", weights averaged by {args.ema_decay:g}" if args.ema_decay else ""
+    return "\n".join(
+        [
+            f"data       {args.path_to_data}: {len(train_source)} images of {args.num_classes} classes (about "
+            f"{in_bytes(train_source.size_in_bytes())}), {len(validation_source)} held out",
+            f"model      {args.encoder_embed_dim} x {args.encoder_depth} encoder, head on the "
+            f"{'mean of the patches' if args.pooling == 'mean' else 'cls token'}: {parameters / 1e6:.3g} M parameters "
+            f"({trained / 1e6:.3g} M train), {model.training_flops() / 1e9:.3g} GFLOP per image and step",
+            f"recipe     {kind}: {optimizer}, weight decay {args.weight_decay:g}, layer decay {args.layer_decay:g}, "
+            f"drop path {args.drop_path:g}{average}",
+            f"images     {args.img_size[0]} x {args.img_size[1]}, {args.input_channels} channels, "
+            f"{math.prod(model.encoder.grid)} patches of {args.patch_size}; RandAugment {args.random_aug_magnitude}, "
+            f"erasing {args.random_erase:g}, mixup {args.mixup_alpha:g}, cutmix {args.cutmix_alpha:g}, smoothing "
+            f"{args.label_smoothing:g}",
+            *describe_run(args, batch, length, accelerator, **sizes),
+        ]
+    )
+
+
+def average_of(model, decay):
+    """The exponential moving average of a model's weights and statistics, to be updated after every step."""
+    from timm.utils import ModelEmaV3
+
+    return ModelEmaV3(model, decay=decay)
+
+
+def make_optimizer(args, model):
+    """AdamW or LARS over what trains."""
+    decay = dict(bias_weight_decay=args.bias_weight_decay, norm_weight_decay=args.norm_weight_decay)
+    groups = parameter_groups(model, args.weight_decay, layer_decay=args.layer_decay, **decay)
+    return adamw(groups, betas=tuple(args.betas)) if args.optimizer == "adamw" else lars(groups)
+
+
+def make_mixing(args, device):
+    """What is done to a normalised micro-batch on its device: erasing (images -> images), and mixing (images, labels ->
+    images, soft labels), which is None where nothing is mixed."""
+    from timm.data.mixup import Mixup
+    from timm.data.random_erasing import RandomErasing
+
+    erase = RandomErasing(args.random_erase, mode="pixel", device=device) if args.random_erase else lambda x: x
+    if not (args.mixup_alpha or args.cutmix_alpha):
+        return erase, None
+    return erase, Mixup(
+        mixup_alpha=args.mixup_alpha,
+        cutmix_alpha=args.cutmix_alpha,
+        prob=args.mixup_probability,
+        switch_prob=args.mixup_switch,
+        label_smoothing=args.label_smoothing,
+        num_classes=args.num_classes,
+    )
+
+
+def optimizer_step(
+    model, optimizer, batches, normalize, seeds, *, erase, mix, label_smoothing, accelerator, waiting, max_grad_norm
+):
+    """One optimizer step over as many micro-batches as there are `seeds`: its loss and gradient norm, which stay on the
+    device, and (index, reason) of damaged images."""
+    loss, damaged = 0.0, []
+    for seed in seeds:
+        with waiting():
+            batch = next(batches)
+        with accelerator.accumulate(model):
+            seed_everything(seed)
+            images = erase(normalize(batch.images.to(accelerator.device, non_blocking=True)))
+            labels = batch.labels.to(accelerator.device, non_blocking=True)
+            if mix:
+                images, labels = mix(images, labels)
+            with accelerator.autocast():
+                logits = model(images)
+            micro_loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.0 if mix else label_smoothing)
+            accelerator.backward(micro_loss)
+            loss += micro_loss.detach() / len(seeds)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+        damaged += batch.damaged
+    return loss, grad_norm, damaged
+
+
+@torch.no_grad()
+def evaluate(model, dataset, classes, normalize, *, read, accelerator, crew, damage):
+    """The scores over all images of `dataset`, each once, damaged ones left out: those of metrics.json, and how often
+    each class (row) was taken for which (column). Appends to `damage`.
+
+    Returns None where the run is asked to stop meanwhile; resumed, it validates this step again.
+    """
+    training = model.training
+    model.eval()
+    for buffer in model.buffers():  # BatchNorm's statistics are those of the main process, as in a checkpoint
+        broadcast(buffer)
+    rows = []
+    for batch in read(dataset, range(len(dataset))):
+        with accelerator.autocast():
+            logits = model.forward(normalize(batch.images.to(accelerator.device))).float()  # not compiled: sizes vary
+        losses = F.cross_entropy(logits, batch.labels.to(logits.device), reduction="none")
+        ranking = logits.topk(min(5, len(classes))).indices
+        damaged = {index for index, _ in batch.damaged}
+        healthy = [row for row, index in enumerate(batch.indices) if index not in damaged]
+        rows += [
+            (batch.indices[row], label, ranked, loss)
+            for row, label, ranked, loss in zip(
+                healthy,
+                batch.labels[healthy].tolist(),
+                ranking[healthy].tolist(),
+                losses[healthy].tolist(),
+                strict=True,
+            )
+        ]
+        damage += [(dataset.source.name(index), reason) for index, reason in batch.damaged]
+    model.train(training)
+    if crew.wanted():
+        return None
+    rows, results = sorted(crew.gather(rows)), []
+    if accelerator.is_main_process:
+        from training.scores import ClassificationScores  # importing evaluate takes seconds
+
+        _, labels, rankings, losses = zip(*rows, strict=True)
+        scores = ClassificationScores()
+        scores.add_batch(predictions=rankings, references=labels, losses=losses)
+        confusion = np.zeros((len(classes), len(classes)), dtype=np.int64)
+        np.add.at(confusion, (labels, [ranking[0] for ranking in rankings]), 1)
+        results = [(scores.compute(classes=classes), confusion)]
+    return crew.gather(results)[0]
+
+
+def advise(top1, confusion, mean, std):
+    """What to check first where the first accuracy, in percent, is what guessing gives; None where it is better."""
+    counts = confusion.sum(axis=1)
+    chance = counts.max() / counts.sum()
+    if top1 > 100 * (chance + 2 * math.sqrt(chance * (1 - chance) / counts.sum())):
+        return None
+    return (
+        f"top-1 {top1:.2f} % is about what guessing gives ({100 * chance:.2f} %); check first that the line of "
+        f"{WEIGHTS} above tells of many loaded parameters, that a class holds the same things in train/ and val/, "
+        f"that --mean {' '.join(f'{x:g}' for x in mean)} --std {' '.join(f'{x:g}' for x in std)} are those of the "
+        "pre-training, and the learning rate, whose warmup may not be over"
+    )
+
+
+def record(values, confusion, classes, step, *, progress, folder, advice=None):
+    """Logs the scores after `step` steps, and draws the confusion matrix where it can be read."""
+    epoch = step / progress.steps_per_epoch
+    progress.write({"step": step, "epoch": epoch, **values, **({"advice": advice} if advice else {})})
+    progress.say(
+        f"epoch {epoch:.4g}: top-1 {values['top1']:.2f} %, top-5 {values['top5']:.2f} %, validation loss "
+        f"{values['val_loss']:.4f}"
+    )
+    if advice:
+        progress.say(advice)
+    if len(classes) <= MOST_CLASSES and progress.accelerator.is_main_process:
+        path = folder / "predictions" / f"step_{step:08d}.png"
+        title = f"step {step}, epoch {epoch:.4g}: top-1 {values['top1']:.2f} %"
+        confusion_matrix(path, confusion, classes, title=title)
+        progress.picture(path, "confusion", step)
+
+
+def finish(folder, values, *, step, epoch, seconds, num_images):
+    """Writes metrics.json and says where everything is."""
+    rate = round(num_images / seconds, 2)
+    run = {"step": step, "epoch": epoch, "seconds": round(seconds, 1), "images_per_second": rate}
+    write_json(folder / "metrics.json", {**run, **values})
+    print(f"finished: top-1 {values['top1']:.2f} %, top-5 {values['top5']:.2f} %; {folder / 'metrics.json'}")
+
+
+def only_evaluate(measure, model, classes, accelerator, *, folder, num_images, crew, damage):
+    """Measures a classifier that is trained: its scores are the whole run."""
+    progress = Progress(accelerator, folder, total_steps=0, steps_per_epoch=1, global_batch_size=1, log_every=1)
+    found = measure(model)
+    if found is None:
+        progress.say("stopped by a signal; nothing was measured")
+    else:
+        values, confusion = found
+        DamagedImages(folder, num_images, is_main_process=accelerator.is_main_process).add(crew.gather(damage))
+        record(values, confusion, classes, 0, progress=progress, folder=folder)
+        if accelerator.is_main_process:
+            finish(folder, values, step=0, epoch=0.0, seconds=progress.seconds, num_images=num_images)
+    progress.close()
+
+
+def main(argv=None):
+    """Runs the script; see the module's docstring."""
+    # Accelerator, seed and run folder
+    args, errors = parse_args(argv)
+    accelerator = Accelerator(mixed_precision=arguments.resolve_precision(args.mixed_precision))
+    args.mixed_precision, device = accelerator.mixed_precision, accelerator.device
+    arguments.set_speed(device, tf32=args.tf32)
+    errors += arguments.prepare_compiler(device) if args.compile else []
+    crew = Crew()
+    folder = RunFolder(Path(args.working_directory) / args.experiment_name)
+    checkpoint, found = claim_run_folder(folder, args.resume_from_checkpoint, accelerator, write=not args.dry_run)
+    errors += found
+    saved = read_state(checkpoint) if checkpoint else {}
+    start_step = saved.get("step", 0)
+    if args.num_workers is None:
+        args.num_workers = min(32, arguments.cores_per_process())
+
+    # Weights, and the sizes that they tell
+    weights, found = read_weights(checkpoint or args.path_to_pretrained_mae_weights)
+    errors += found + resolve_model(args, weights)
+
+    # Data, and the plan that follows from its size
+    train_source, validation_source, classes, numbers, found = open_data(
+        args, weights.stored.classes if weights else None
+    )
+    errors += found
+    fingerprint = train_source.fingerprint() if train_source else None
+    batch_plan, length, found = plan_run(
+        args,
+        num_samples=len(train_source) if train_source else None,
+        num_processes=accelerator.num_processes,
+        held=saved.get("global_batch_size"),
+        default_warmup_epochs=RECIPES[kind_of_run(args)]["warmup_epochs"],
+    )
+    errors += [] if args.eval_only else found + check_mixing(args, batch_plan.micro)
+    accelerator.gradient_accumulation_steps = batch_plan.accumulation
+    if checkpoint:
+        errors += compare_with_run(checkpoint, vars(args), fingerprint, defaults=vars(parse_args([])[0]))
+
+    # Model
+    torch.manual_seed(args.seed)
+    try:
+        args.num_classes = args.num_classes or 2  # of data or weights that could not be read
+        model = build_model(args)
+        if weights and not checkpoint and (weights.kind or not args.eval_only):
+            options = dict(adapt_channels=args.adapt_channels, mean=args.mean, std=args.std)
+            accelerator.print(start_from(weights, model if args.eval_only else model.encoder, **options))
+    except WeightsError as error:
+        errors.append(f"{WEIGHTS} {error}")
+    except ValueError:  # impossible sizes
+        if not errors:
+            raise
+    errors = crew.gather(errors)
+    if errors:
+        fail(errors, show=accelerator.is_main_process)
+    del weights
+    model.to(device)
+    ema = average_of(model, args.ema_decay) if args.ema_decay else None
+    if args.compile:
+        model.compile(fullgraph=True, dynamic=False)
+    normalize = Normalization(args.mean, args.std, device)
+    img_size, statistics = tuple(args.img_size), dict(mean=args.mean, std=args.std)
+    crop_ratio = 0.875 if max(img_size) <= 224 else 1.0
+    export = partial(export_classifier, classes=classes, crop_ratio=crop_ratio, **statistics)
+
+    # Optimizer
+    steps = dict(total_steps=length.total_steps, warmup_steps=length.warmup_steps)
+    lr_at = partial(learning_rate_at, peak=args.learning_rate, minimum=args.min_learning_rate, **steps)
+    optimizer = make_optimizer(args, model)
+    if not args.eval_only:
+        accelerator.print(describe_plan(args, model, batch_plan, length, accelerator, train_source, validation_source))
+
+    # Prepare
+    model, optimizer = accelerator.prepare(model, optimizer)
+    plain_model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the loop says itself where it autocasts
+    shown = ema.module if ema else plain_model  # what is measured and exported
+    for source in {train_source, validation_source}:
+        source.prepare(processes=args.num_workers or 1, progress=accelerator.is_main_process)
+    shared = dict(img_size=img_size, channels=args.input_channels, seed=args.seed)
+    labels = np.array(numbers)[validation_source.labels]
+    validation_data = ClassificationDataset(validation_source, labels, train=False, crop_ratio=crop_ratio, **shared)
+    processes = dict(process_index=accelerator.process_index, num_processes=accelerator.num_processes)
+    options = dict(batch_size=min(batch_plan.micro, 256), num_workers=args.num_workers, stop=crew.wanted)
+    read = partial(own_batches, **options, **processes)
+    new_damage = []
+    options = dict(normalize=normalize, read=read, accelerator=accelerator, crew=crew, damage=new_damage)
+    measure = partial(evaluate, dataset=validation_data, classes=classes, **options)
+    if args.eval_only:
+        if accelerator.is_main_process:
+            folder.clear_beyond(0)
+            write_json(folder.path / "args.json", {"flags": vars(args), **describe_environment()})
+        options = dict(folder=folder.path, num_images=len(validation_source), crew=crew, damage=new_damage)
+        only_evaluate(measure, shown, classes, accelerator, **options)
+        accelerator.end_training()
+        return
+
+    # Resume
+    logged = [({}, (-1.0, None))]
+    if accelerator.is_main_process and not args.dry_run:
+        folder.clear_beyond(start_step)
+        if checkpoint is None:
+            write_json(folder.path / "args.json", {"flags": vars(args), **describe_environment()})
+        logged = [(truncate_log(folder.path, start_step), best_of(folder.path, "top1"))]
+    measured, best = broadcast_object_list(logged)[0]  # after `start_step` and until then, before the run stopped
+    if checkpoint:
+        load_training(checkpoint, accelerator, model, optimizer, ema=ema.module if ema else None)
+        accelerator.print(f"resuming from {checkpoint}, after step {start_step}")
+    if not args.dry_run:
+        names = dict(project=args.experiment_name, run_name=args.wandb_run_name)
+        start_trackers(accelerator, folder.path, args.report_to, **names, flags=vars(args), start_step=start_step)
+    accelerator.wait_for_everyone()
+
+    # Loop
+    augment = rand_augment(args.random_aug_magnitude, img_size, args.mean) if args.random_aug_magnitude else None
+    shared |= dict(train=True, crop_scale=tuple(args.crop_scale), augment=augment)
+    train_data = ClassificationDataset(train_source, train_source.labels, **shared)
+    sampler = StepSampler(
+        len(train_source),
+        global_batch_size=batch_plan.global_size,
+        micro_batch_size=batch_plan.micro,
+        total_steps=2**40 if args.dry_run else length.total_steps,
+        start_step=start_step,
+        seed=args.seed,
+        **processes,
+    )
+    batches = iter(make_loader(train_data, sampler, num_workers=args.num_workers, pin_memory=args.pin_memory))
+    save_every = args.save_checkpoint_steps or math.ceil(args.save_checkpoint_interval * length.steps_per_epoch)
+    progress = Progress(
+        accelerator,
+        folder.path,
+        total_steps=length.total_steps,
+        steps_per_epoch=length.steps_per_epoch,
+        global_batch_size=batch_plan.global_size,
+        log_every=args.log_every,
+        start_step=start_step,
+        seconds=saved.get("seconds", 0.0),
+    )
+    erase, mix = make_mixing(args, device)
+    options = dict(erase=erase, mix=mix, label_smoothing=args.label_smoothing, max_grad_norm=args.max_grad_norm)
+    options |= dict(accelerator=accelerator, waiting=progress.waiting)
+
+    def train(step):
+        first = sampler.first_position
+        positions = range(first, first + batch_plan.per_process, batch_plan.micro)
+        seeds = [model_seed(args.seed, step, position) for position in positions]
+        result = optimizer_step(model, optimizer, batches, normalize, seeds, **options)
+        if ema:
+            ema.update(plain_model)
+        return result
+
+    model.train()
+    if args.dry_run:
+        read_ahead = math.ceil(2 * args.num_workers / batch_plan.accumulation)
+        rehearse(train, crew, progress, read_ahead=read_ahead, left_out="validation and saving")
+        accelerator.end_training()
+        return
+    num_images = len(train_source) + len(validation_source)
+    damaged_images = DamagedImages(folder.path, num_images, is_main_process=accelerator.is_main_process)
+
+    def validate(step):
+        """The metrics that are due after `step` steps, or None where the run is asked to stop meanwhile."""
+        nonlocal best
+        last = step == length.total_steps
+        if step == start_step and "top1" in measured:
+            return measured
+        if not last and not is_due(step, args.validate_every * length.steps_per_epoch):
+            return {}
+        with progress.paused():
+            found = measure(shown)
+            if found is None:
+                return None
+            values, confusion = found
+            advice = advise(values["top1"], confusion, **statistics) if best[1] is None else None
+            if values["top1"] > best[0]:
+                best = values["top1"], step
+                if accelerator.is_main_process:
+                    replace_folder(folder.path / "best", partial(export, shown))
+            record(values, confusion, classes, step, progress=progress, folder=folder.path, advice=advice)
+        return values
+
+    def save(step):
+        with progress.paused():
+            progress.check_finite()
+            state = {
+                "step": step,
+                "epoch": step / length.steps_per_epoch,
+                "global_batch_size": batch_plan.global_size,
+                "data": fingerprint,
+                "seconds": progress.seconds,
+            }
+            options = dict(keep=args.keep_checkpoints, ema=ema.module if ema else None)
+            save_training(folder, accelerator, crew, model, optimizer, state, **options)
+
+    for step in range(start_step, length.total_steps + 1):  # optimizer steps that are completed
+        metrics = validate(step)
+        if metrics is None:
+            save(step)
+        if metrics is None or step == length.total_steps:
+            break
+        learning_rate = lr_at(step)
+        set_learning_rate(optimizer, learning_rate)
+        loss, grad_norm, damaged = train(step)
+        new_damage += [(train_source.name(index), reason) for index, reason in damaged]
+        logged = progress.step(step + 1, loss, grad_norm, learning_rate)
+        stopping = crew.wanted()
+        saving = stopping or step + 1 == length.total_steps or is_due(step + 1, save_every)
+        if logged or saving:
+            damaged_images.add(crew.gather(new_damage))
+            new_damage.clear()
+        if saving:
+            save(step + 1)
+        if stopping:
+            metrics, step = None, step + 1
+            break
+
+    # Finish
+    if metrics is None:
+        progress.say(
+            f"stopped by {crew.signal_name or 'a signal'} after step {step}, which is saved; continue with "
+            "--resume_from_checkpoint latest"
+        )
+        finish_trackers(accelerator)
+        accelerator.end_training()
+        return
+    damaged_images.add(crew.gather(new_damage))
+    progress.close()
+    if accelerator.is_main_process:
+        replace_folder(folder.path / "model", partial(export, shown))
+        values = {**metrics, "best_top1": best[0], "best_step": best[1]}
+        done = dict(step=step, epoch=step / length.steps_per_epoch, num_images=step * batch_plan.global_size)
+        finish(folder.path, values, seconds=progress.seconds, **done)
+    finish_trackers(accelerator)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    arguments.run_script(main)
