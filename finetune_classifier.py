@@ -8,7 +8,8 @@ model/: folders which transformers and timm load. Kill it at any moment: the sam
 --resume_from_checkpoint auto continues it exactly.
 
 What trains is decided by three flags: --path_to_pretrained_mae_weights (left out: everything, from scratch),
---linear_probe (the head alone) and --trainable_blocks. Each has the paper's recipe for ViT-B as its defaults.
+--linear_probe (the head alone) and --trainable_blocks. The defaults follow from it: the paper's recipe for ViT-B, but
+that gradients are clipped and weights are not averaged. recipes/paper/ has those of ViT-L and ViT-H.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from modeling.weights import (
     Stored,
     WeightsError,
     classifier_kind,
+    encoder_grid,
     encoder_sizes,
     find_weights,
     load_weights,
@@ -41,7 +43,7 @@ from modeling.weights import (
     read_stored,
 )
 from training import arguments
-from training.arguments import fail, integer, number, one_of
+from training.arguments import RunError, fail, integer, number, one_of
 from training.checkpoint import (
     RunFolder,
     claim_run_folder,
@@ -68,7 +70,7 @@ from training.progress import (
 from training.schedule import is_due, learning_rate_at
 from training.stopping import Crew
 
-# The defaults of ViT-B (He et al. 2021, tables 9, 10 and 11), by what trains; partial fine-tuning has those of all.
+# The defaults, for ViT-B (He et al. 2021, tables 9, 10 and 11), by what trains; partial fine-tuning has those of all.
 RECIPES = {
     "fine-tuning": dict(
         **dict(epochs=100, warmup_epochs=5, base_learning_rate=5e-4, min_learning_rate=1e-6, layer_decay=0.65),
@@ -99,9 +101,9 @@ def parse_args(argv=None):
     sizes = dict(base_learning_rate=usual["base_learning_rate"], weight_decay=usual["weight_decay"])
     arguments.add_optimizer_flags(parser, **sizes)
     flag = parser.add_argument_group("optimizer of a classifier").add_argument
-    flag("--optimizer", type=one_of("adamw", "lars"), help="adamw, or lars (default of --linear_probe)")
-    flag("--betas", type=number(0, 0.99999), nargs=2, metavar=("B1", "B2"), help="of AdamW (default 0.9 0.999)")
-    flag("--layer_decay", type=number(0.01, 1), help="rate of a block / that of the block above (default 0.65)")
+    flag("--optimizer", type=one_of("adamw", "lars"), help="adamw or lars")
+    flag("--betas", type=number(0, 0.99999), nargs=2, metavar=("B1", "B2"), help="of AdamW")
+    flag("--layer_decay", type=number(0.01, 1), help="rate of a block / that of the block above")
     flag("--ema_decay", type=number(0, 0.9999999), default=0.0, help="average the weights; 0 = do not (default 0)")
     arguments.add_speed_flags(parser)
     arguments.add_logging_flags(parser)
@@ -121,27 +123,28 @@ def parse_args(argv=None):
     flag("--trainable_blocks", type=number(), metavar="N", help="train the last N blocks, norm and head; 0.5: one MLP")
     pair("--adapt_channels", help="sum or repeat the channels of the weights to fit --input_channels (off)")
     flag("--num_classes", type=integer(2), help="default: as many as the data have")
-    flag(
-        "--pooling", type=one_of("mean", "cls"), help="what the head sees: mean of the patches (default), or cls token"
-    )
-    pair("--eval_only", help=f"only measure the classifier that {WEIGHTS} leads to")
+    flag("--pooling", type=one_of("mean", "cls"), help="what the head sees: mean of the patches, or cls token")
+    pair("--eval_only", help=f"only measure the classifier that {WEIGHTS} leads to; training's flags are not used")
 
     flag = parser.add_argument_group("augmentation").add_argument
-    flag("--random_aug_magnitude", type=integer(0, 10), help="of RandAugment; 0 = none (default 9)")
-    flag("--random_erase", type=number(0, 1), help="probability of erasing a part of an image (default 0.25)")
-    flag("--mixup_alpha", type=number(), help="of mixup's Beta distribution; 0 = none (default 0.8)")
-    flag("--cutmix_alpha", type=number(), help="of cutmix's; 0 = none (default 1)")
+    flag("--random_aug_magnitude", type=integer(0, 10), help="of RandAugment; 0 = none")
+    flag("--random_erase", type=number(0, 1), help="probability of erasing a part of an image")
+    flag("--mixup_alpha", type=number(), help="of mixup's Beta distribution; 0 = none")
+    flag("--cutmix_alpha", type=number(), help="of cutmix's; 0 = none")
     flag("--mixup_probability", type=number(0, 1), default=1.0, help="that a micro-batch is mixed (default 1)")
-    flag("--mixup_switch", type=number(0, 1), default=0.5, help="that it is by cutmix, given both (default 0.5)")
-    flag("--label_smoothing", type=number(0, 0.99), help="default 0.1")
+    flag("--mixup_switch", type=number(0, 1), default=0.5, help="that it is by cutmix, where both are on (default 0.5)")
+    flag("--label_smoothing", type=number(0, 0.99), help="share of a label that goes to all classes")
 
     flag = parser.add_argument_group("validation").add_argument
     flag("--validate_every", type=integer(0), default=1, help="epochs between validations, 0 = at the end only")
     parser.set_defaults(**dict.fromkeys(usual))
+    parser.tell_defaults(RECIPES)
     args, errors = parser.read(argv)
 
     for name, value in RECIPES[kind_of_run(args)].items():
         if getattr(args, name) is None and name != "warmup_epochs":  # which plan_run shortens where it is left out
+            if name == "min_learning_rate" and args.learning_rate is not None:
+                value = min(value, args.learning_rate)
             setattr(args, name, value)
     return args, errors + check_flags(args)
 
@@ -170,6 +173,8 @@ def check_flags(args):
                 f"--linear_probe trains a linear layer on frozen features, to which {', '.join(given)} does not apply; "
                 "leave that out"
             )
+    if args.path_to_pretrained_mae_weights == "":
+        errors.append(f"{WEIGHTS} is empty; give a path, or leave the flag out to train from scratch")
     if not args.path_to_pretrained_mae_weights:
         for name in ("linear_probe", "trainable_blocks", "adapt_channels", "eval_only"):
             if getattr(args, name) not in (None, False):
@@ -177,23 +182,36 @@ def check_flags(args):
     if args.trainable_blocks is not None and args.trainable_blocks % 1 and args.trainable_blocks != 0.5:
         errors.append(f"--trainable_blocks {args.trainable_blocks:g} is not 0.5 nor whole; give one of these")
     if args.eval_only:
-        for name, without in (("resume_from_checkpoint", None), ("linear_probe", False), ("dry_run", False)):
+        for name, without, why in (
+            ("resume_from_checkpoint", None, f"give the checkpoint's folder as {WEIGHTS}, and an --experiment_name"),
+            ("linear_probe", False, "the weights tell what they are"),
+            ("dry_run", False, "nothing trains"),
+        ):
             if getattr(args, name) != without:
-                errors.append(
-                    f"--eval_only measures what {WEIGHTS} leads to, a checkpoint too; leave --{name} out, and give an "
-                    "--experiment_name for the result"
-                )
+                errors.append(f"--{name} does not go with --eval_only: {why}; leave it out")
     return errors
 
 
-def check_mixing(args, micro_batch_size):
-    """What keeps images from being mixed, in a list."""
-    if not (args.mixup_alpha or args.cutmix_alpha) or micro_batch_size % 2 == 0:
+def check_micro_batch(args, size):
+    """What a micro-batch of `size` images is too small or odd for, a line each."""
+    errors = []
+    if (args.mixup_alpha or args.cutmix_alpha) and size % 2:
+        errors.append(
+            f"--mixup_alpha and --cutmix_alpha mix pairs of images, and the micro-batch of {size} is odd; give an even "
+            "one, or 0 for both"
+        )
+    if args.linear_probe and size < 2:
+        errors.append(
+            f"--linear_probe has a BatchNorm, for which a micro-batch of {size} image is too small; give at least 2"
+        )
+    return errors
+
+
+def check_place(path, folder):
+    """What is wrong with weights that lie in the run folder that is to be written, in a list."""
+    if not path or not Path(path).resolve().is_relative_to(folder.resolve()):
         return []
-    return [
-        f"--mixup_alpha and --cutmix_alpha mix pairs of images, and the micro-batch of {micro_batch_size} is odd; give "
-        "an even one, or 0 for both"
-    ]
+    return [f"{WEIGHTS} {path} lies in {folder}, which this run would write to; give another --experiment_name"]
 
 
 class Weights(NamedTuple):
@@ -203,6 +221,7 @@ class Weights(NamedTuple):
     state: dict
     stored: Stored  # what stands beside them
     sizes: dict  # of the encoder
+    grid: tuple | None  # of its positions
     kind: tuple | None  # of the classifier, where they hold one
 
 
@@ -213,7 +232,8 @@ def read_weights(path):
             return None, []
         path = find_weights(path, whole=False)
         state, stored = read_state_dict(path), read_stored(path)
-        return Weights(path, state, stored, encoder_sizes(state, stored), classifier_kind(state)), []
+        told = encoder_sizes(state, stored), encoder_grid(state, stored), classifier_kind(state)
+        return Weights(path, state, stored, *told), []
     except WeightsError as error:
         return None, [f"{WEIGHTS} {error if str(error).startswith(str(path)) else f'{path}: {error}'}"]
 
@@ -228,15 +248,20 @@ def resolve_model(args, weights):
             if size["num_heads"] is None and args.encoder_num_heads is None:
                 errors.append(f"{WEIGHTS} {path} does not tell its number of heads; give --encoder_num_heads")
                 size["num_heads"] = 1
-        patch_size = args.patch_size or size["patch_size"]
-        if args.img_size is None and stored.grid:
-            args.img_size = [side * patch_size for side in stored.grid]
+        if args.img_size is None and weights.grid:
+            patch_size = args.patch_size or weights.sizes["patch_size"]
+            args.img_size = [side * patch_size for side in weights.grid]
         for name in ("mean", "std"):
             if getattr(args, name) is None and len(getattr(stored, name) or []) == args.input_channels:
                 setattr(args, name, list(getattr(stored, name)))
         if args.eval_only:
             if weights.kind is None:
                 errors.append(f"--eval_only {path} holds no classifier's head; give a model/, best/ or checkpoint")
+            elif stored.pooling not in (None, weights.kind[1]):
+                errors.append(
+                    f"--eval_only {path} has {stored.pooling} pooling without a norm behind it, which is not known "
+                    "here; give a classifier with fc_norm, or one on the cls token"
+                )
             else:
                 errors += check_num_classes(args.num_classes, weights.kind[0], "the classifier")
                 args.num_classes, args.pooling, args.linear_probe = weights.kind
@@ -276,10 +301,15 @@ def check_classes(path_to_data, train_source, validation_source):
         lacking = sorted({*one.classes} - {*other.classes})
         if lacking:
             errors.append(
-                f"--path_to_data {path_to_data} has {len(lacking)} classes in {part}/ that {there}/ lacks "
-                f"({', '.join(lacking[:3])}{', ...' if lacking[3:] else ''}); give both the same class folders"
+                f"--path_to_data {path_to_data} has classes in {part}/ that {there}/ lacks ({some_of(lacking)}); give "
+                "both the same class folders"
             )
     return errors
+
+
+def some_of(names):
+    """A list of names that may be long, in words."""
+    return f"{', '.join(names[:3])}, and {len(names) - 3} more" if len(names) > 4 else ", ".join(names)
 
 
 def match_classes(path_to_data, source, names, num_classes):
@@ -298,9 +328,8 @@ def match_classes(path_to_data, source, names, num_classes):
     strange = sorted({*found} - {*names})
     if strange:
         return [], [
-            f"--path_to_data {path_to_data} has {len(strange)} classes that the classifier does not know "
-            f"({', '.join(strange[:3])}{', ...' if strange[3:] else ''}); it knows {', '.join(names[:3])}, ...; give "
-            "data with its classes"
+            f"--path_to_data {path_to_data} has classes that the classifier does not know ({some_of(strange)}); it "
+            f"knows {some_of(names)}; name the class folders so"
         ]
     return [names.index(name) for name in found], []
 
@@ -317,12 +346,12 @@ def open_data(args, names):
         train_source, validation_source = open_sources(args.path_to_data, args.input_channels)
     except DataError as error:
         return None, None, [], [], [str(error)]
-    if args.eval_only and not args.num_classes:
-        return train_source, validation_source, [], [], []  # the weights are wrong already
     if args.eval_only:
-        validation_source = validation_source or train_source
-        numbers, errors = match_classes(args.path_to_data, validation_source, names, args.num_classes)
-        return train_source, validation_source, names or validation_source.classes, numbers, errors
+        source = validation_source or train_source
+        if not args.num_classes:
+            return source, source, [], [], []  # the weights are wrong already
+        numbers, errors = match_classes(args.path_to_data, source, names, args.num_classes)
+        return source, source, names or source.classes, numbers, errors
     classes = train_source.classes
     errors = check_classes(args.path_to_data, train_source, validation_source)
     errors = errors or check_num_classes(args.num_classes, len(classes), f"--path_to_data {args.path_to_data}")
@@ -392,10 +421,10 @@ def describe_plan(args, model, batch, length, accelerator, train_source, validat
 
 
 def average_of(model, decay):
-    """The exponential moving average of a model's weights and statistics, to be updated after every step."""
+    """The exponential moving average of a model's weights, with its latest statistics, to be updated every step."""
     from timm.utils import ModelEmaV3
 
-    return ModelEmaV3(model, decay=decay)
+    return ModelEmaV3(model, decay=decay, exclude_buffers=True)
 
 
 def make_optimizer(args, model):
@@ -453,17 +482,18 @@ def optimizer_step(
 
 
 @torch.no_grad()
-def evaluate(model, dataset, classes, normalize, *, read, accelerator, crew, damage):
+def evaluate(model, dataset, classes, normalize, *, read, accelerator, crew, note_damage):
     """The scores over all images of `dataset`, each once, damaged ones left out: those of metrics.json, and how often
-    each class (row) was taken for which (column). Appends to `damage`.
+    each class (row) was taken for which (column).
 
-    Returns None where the run is asked to stop meanwhile; resumed, it validates this step again.
+    Returns None where the run is asked to stop meanwhile; resumed, it validates this step again. Raises RunError where
+    no image can be read.
     """
     training = model.training
     model.eval()
     for buffer in model.buffers():  # BatchNorm's statistics are those of the main process, as in a checkpoint
         broadcast(buffer)
-    rows = []
+    rows, damage = [], []
     for batch in read(dataset, range(len(dataset))):
         with accelerator.autocast():
             logits = model.forward(normalize(batch.images.to(accelerator.device))).float()  # not compiled: sizes vary
@@ -485,7 +515,10 @@ def evaluate(model, dataset, classes, normalize, *, read, accelerator, crew, dam
     model.train(training)
     if crew.wanted():
         return None
+    note_damage(damage)
     rows, results = sorted(crew.gather(rows)), []
+    if not rows:
+        raise RunError(f"none of the {len(dataset)} held-out images can be read; damaged.jsonl says why: repair them")
     if accelerator.is_main_process:
         from training.scores import ClassificationScores  # importing evaluate takes seconds
 
@@ -498,18 +531,20 @@ def evaluate(model, dataset, classes, normalize, *, read, accelerator, crew, dam
     return crew.gather(results)[0]
 
 
-def advise(top1, confusion, mean, std):
+def advise(top1, confusion, args):
     """What to check first where the first accuracy, in percent, is what guessing gives; None where it is better."""
     counts = confusion.sum(axis=1)
     chance = counts.max() / counts.sum()
     if top1 > 100 * (chance + 2 * math.sqrt(chance * (1 - chance) / counts.sum())):
         return None
-    return (
-        f"top-1 {top1:.2f} % is about what guessing gives ({100 * chance:.2f} %); check first that the line of "
-        f"{WEIGHTS} above tells of many loaded parameters, that a class holds the same things in train/ and val/, "
-        f"that --mean {' '.join(f'{x:g}' for x in mean)} --std {' '.join(f'{x:g}' for x in std)} are those of the "
-        "pre-training, and the learning rate, whose warmup may not be over"
-    )
+    checks = ["that a class holds the same things in train/ and val/", "that the warmup of the learning rate is over"]
+    if args.path_to_pretrained_mae_weights:
+        mean, std = (" ".join(f"{x:g}" for x in values) for values in (args.mean, args.std))
+        checks.insert(0, f"that the line of {WEIGHTS} above tells of many loaded parameters")
+        checks.append(f"that --mean {mean} --std {std} are those of the pre-training")
+    if args.ema_decay:
+        checks.append(f"that the average of --ema_decay {args.ema_decay:g} has left the initial weights")
+    return f"top-1 {top1:.2f} % is about what guessing gives ({100 * chance:.2f} %); check first {'; '.join(checks)}"
 
 
 def record(values, confusion, classes, step, *, progress, folder, advice=None):
@@ -537,19 +572,17 @@ def finish(folder, values, *, step, epoch, seconds, num_images):
     print(f"finished: top-1 {values['top1']:.2f} %, top-5 {values['top5']:.2f} %; {folder / 'metrics.json'}")
 
 
-def only_evaluate(measure, model, classes, accelerator, *, folder, num_images, crew, damage):
+def only_evaluate(measure, model, classes, progress, *, folder, num_images):
     """Measures a classifier that is trained: its scores are the whole run."""
-    progress = Progress(accelerator, folder, total_steps=0, steps_per_epoch=1, global_batch_size=1, log_every=1)
     found = measure(model)
+    progress.close()
     if found is None:
         progress.say("stopped by a signal; nothing was measured")
-    else:
-        values, confusion = found
-        DamagedImages(folder, num_images, is_main_process=accelerator.is_main_process).add(crew.gather(damage))
-        record(values, confusion, classes, 0, progress=progress, folder=folder)
-        if accelerator.is_main_process:
-            finish(folder, values, step=0, epoch=0.0, seconds=progress.seconds, num_images=num_images)
-    progress.close()
+        return
+    values, confusion = found
+    record(values, confusion, classes, 0, progress=progress, folder=folder)
+    if progress.accelerator.is_main_process:
+        finish(folder, values, step=0, epoch=0.0, seconds=progress.seconds, num_images=num_images)
 
 
 def main(argv=None):
@@ -563,7 +596,9 @@ def main(argv=None):
     crew = Crew()
     folder = RunFolder(Path(args.working_directory) / args.experiment_name)
     checkpoint, found = claim_run_folder(folder, args.resume_from_checkpoint, accelerator, write=not args.dry_run)
-    errors += found
+    if args.eval_only:  # which cannot be resumed
+        found = [error.replace("continue it with --resume_from_checkpoint latest or give", "give") for error in found]
+    errors += found if checkpoint else found + check_place(args.path_to_pretrained_mae_weights, folder.path)
     saved = read_state(checkpoint) if checkpoint else {}
     start_step = saved.get("step", 0)
     if args.num_workers is None:
@@ -586,7 +621,7 @@ def main(argv=None):
         held=saved.get("global_batch_size"),
         default_warmup_epochs=RECIPES[kind_of_run(args)]["warmup_epochs"],
     )
-    errors += [] if args.eval_only else found + check_mixing(args, batch_plan.micro)
+    errors += [] if args.eval_only else found + check_micro_batch(args, batch_plan.micro)
     accelerator.gradient_accumulation_steps = batch_plan.accumulation
     if checkpoint:
         errors += compare_with_run(checkpoint, vars(args), fingerprint, defaults=vars(parse_args([])[0]))
@@ -600,7 +635,7 @@ def main(argv=None):
             options = dict(adapt_channels=args.adapt_channels, mean=args.mean, std=args.std)
             accelerator.print(start_from(weights, model if args.eval_only else model.encoder, **options))
     except WeightsError as error:
-        errors.append(f"{WEIGHTS} {error}")
+        errors.append(f"{WEIGHTS} {weights.path}: {error}")
     except ValueError:  # impossible sizes
         if not errors:
             raise
@@ -630,30 +665,14 @@ def main(argv=None):
     shown = ema.module if ema else plain_model  # what is measured and exported
     for source in {train_source, validation_source}:
         source.prepare(processes=args.num_workers or 1, progress=accelerator.is_main_process)
-    shared = dict(img_size=img_size, channels=args.input_channels, seed=args.seed)
-    labels = np.array(numbers)[validation_source.labels]
-    validation_data = ClassificationDataset(validation_source, labels, train=False, crop_ratio=crop_ratio, **shared)
-    processes = dict(process_index=accelerator.process_index, num_processes=accelerator.num_processes)
-    options = dict(batch_size=min(batch_plan.micro, 256), num_workers=args.num_workers, stop=crew.wanted)
-    read = partial(own_batches, **options, **processes)
-    new_damage = []
-    options = dict(normalize=normalize, read=read, accelerator=accelerator, crew=crew, damage=new_damage)
-    measure = partial(evaluate, dataset=validation_data, classes=classes, **options)
-    if args.eval_only:
-        if accelerator.is_main_process:
-            folder.clear_beyond(0)
-            write_json(folder.path / "args.json", {"flags": vars(args), **describe_environment()})
-        options = dict(folder=folder.path, num_images=len(validation_source), crew=crew, damage=new_damage)
-        only_evaluate(measure, shown, classes, accelerator, **options)
-        accelerator.end_training()
-        return
 
     # Resume
     logged = [({}, (-1.0, None))]
     if accelerator.is_main_process and not args.dry_run:
-        folder.clear_beyond(start_step)
+        if not args.eval_only:
+            folder.clear_beyond(start_step)
         if checkpoint is None:
-            write_json(folder.path / "args.json", {"flags": vars(args), **describe_environment()})
+            write_json(folder.path / "args.json", {"flags": vars(args), "classes": classes, **describe_environment()})
         logged = [(truncate_log(folder.path, start_step), best_of(folder.path, "top1"))]
     measured, best = broadcast_object_list(logged)[0]  # after `start_step` and until then, before the run stopped
     if checkpoint:
@@ -665,9 +684,39 @@ def main(argv=None):
     accelerator.wait_for_everyone()
 
     # Loop
+    shared = dict(img_size=img_size, channels=args.input_channels, seed=args.seed)
+    processes = dict(process_index=accelerator.process_index, num_processes=accelerator.num_processes)
+    progress = Progress(
+        accelerator,
+        folder.path,
+        total_steps=length.total_steps,
+        steps_per_epoch=length.steps_per_epoch,
+        global_batch_size=batch_plan.global_size,
+        log_every=args.log_every,
+        start_step=start_step,
+        seconds=saved.get("seconds", 0.0),
+    )
+    num_images = len(train_source) + len(validation_source)
+    damaged_images = DamagedImages(folder.path, num_images, is_main_process=accelerator.is_main_process)
+
+    def note_damage(found):
+        damaged_images.add(crew.gather(found))
+
+    labels = np.array(numbers)[validation_source.labels]
+    validation_data = ClassificationDataset(validation_source, labels, train=False, crop_ratio=crop_ratio, **shared)
+    options = dict(batch_size=min(batch_plan.micro, 256), num_workers=args.num_workers, stop=crew.wanted)
+    read = partial(own_batches, **options, **processes)
+    options = dict(normalize=normalize, read=read, accelerator=accelerator, crew=crew, note_damage=note_damage)
+    measure = partial(evaluate, dataset=validation_data, classes=classes, **options)
+    if args.eval_only:
+        options = dict(folder=folder.path, num_images=len(validation_source))
+        only_evaluate(measure, shown, classes, progress, **options)
+        finish_trackers(accelerator)
+        accelerator.end_training()
+        return
     augment = rand_augment(args.random_aug_magnitude, img_size, args.mean) if args.random_aug_magnitude else None
-    shared |= dict(train=True, crop_scale=tuple(args.crop_scale), augment=augment)
-    train_data = ClassificationDataset(train_source, train_source.labels, **shared)
+    crops = dict(crop_scale=tuple(args.crop_scale), augment=augment)
+    train_data = ClassificationDataset(train_source, train_source.labels, train=True, **crops, **shared)
     sampler = StepSampler(
         len(train_source),
         global_batch_size=batch_plan.global_size,
@@ -679,16 +728,6 @@ def main(argv=None):
     )
     batches = iter(make_loader(train_data, sampler, num_workers=args.num_workers, pin_memory=args.pin_memory))
     save_every = args.save_checkpoint_steps or math.ceil(args.save_checkpoint_interval * length.steps_per_epoch)
-    progress = Progress(
-        accelerator,
-        folder.path,
-        total_steps=length.total_steps,
-        steps_per_epoch=length.steps_per_epoch,
-        global_batch_size=batch_plan.global_size,
-        log_every=args.log_every,
-        start_step=start_step,
-        seconds=saved.get("seconds", 0.0),
-    )
     erase, mix = make_mixing(args, device)
     options = dict(erase=erase, mix=mix, label_smoothing=args.label_smoothing, max_grad_norm=args.max_grad_norm)
     options |= dict(accelerator=accelerator, waiting=progress.waiting)
@@ -708,8 +747,7 @@ def main(argv=None):
         rehearse(train, crew, progress, read_ahead=read_ahead, left_out="validation and saving")
         accelerator.end_training()
         return
-    num_images = len(train_source) + len(validation_source)
-    damaged_images = DamagedImages(folder.path, num_images, is_main_process=accelerator.is_main_process)
+    new_damage = []
 
     def validate(step):
         """The metrics that are due after `step` steps, or None where the run is asked to stop meanwhile."""
@@ -724,7 +762,7 @@ def main(argv=None):
             if found is None:
                 return None
             values, confusion = found
-            advice = advise(values["top1"], confusion, **statistics) if best[1] is None else None
+            advice = advise(values["top1"], confusion, args) if best[1] is None else None
             if values["top1"] > best[0]:
                 best = values["top1"], step
                 if accelerator.is_main_process:
@@ -759,7 +797,7 @@ def main(argv=None):
         stopping = crew.wanted()
         saving = stopping or step + 1 == length.total_steps or is_due(step + 1, save_every)
         if logged or saving:
-            damaged_images.add(crew.gather(new_damage))
+            note_damage(new_damage)
             new_damage.clear()
         if saving:
             save(step + 1)
@@ -776,7 +814,6 @@ def main(argv=None):
         finish_trackers(accelerator)
         accelerator.end_training()
         return
-    damaged_images.add(crew.gather(new_damage))
     progress.close()
     if accelerator.is_main_process:
         replace_folder(folder.path / "model", partial(export, shown))

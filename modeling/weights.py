@@ -137,6 +137,7 @@ class Stored(NamedTuple):
     mean: list[float] | None = None  # of the channels, by which images were normalised
     std: list[float] | None = None
     classes: list[str] | None = None  # names, in the order of the head's rows
+    pooling: str | None = None  # "mean" or "cls"
 
 
 def read_stored(path: str | Path) -> Stored:
@@ -157,12 +158,15 @@ def read_stored(path: str | Path) -> Stored:
             processor = json.loads((folder / "preprocessor_config.json").read_text())
         names = config.get("id2label")
         classes = [names[index] for index in sorted(names, key=int)] if names else None
+        if classes == [f"LABEL_{i}" for i in range(len(classes or []))]:
+            classes = None  # nobody named them
         return Stored(grid, *heads, processor.get("image_mean"), processor.get("image_std"), classes)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        flags = json.loads((folder.resolve().parent.parent / "args.json").read_text())["flags"]
+        run = json.loads((folder.resolve().parent.parent / "args.json").read_text())
+        flags = run["flags"]
         grid = tuple(side // flags["patch_size"] for side in flags["img_size"])
         heads = flags["encoder_num_heads"], flags.get("decoder_num_heads")  # a classifier's run has no decoder
-        return Stored(grid, *heads, flags["mean"], flags["std"])
+        return Stored(grid, *heads, flags["mean"], flags["std"], run.get("classes"), flags.get("pooling"))
     return Stored()
 
 
@@ -175,7 +179,9 @@ def _stored_by_timm(config: dict) -> Stored:
         grid = tuple(side // arguments["patch_size"] for side in sides)
     names = config.get("label_names") or pretrained.get("label_names")
     classes = list(names.values() if isinstance(names, dict) else names) if names else None
-    return Stored(grid, arguments.get("num_heads"), None, pretrained.get("mean"), pretrained.get("std"), classes)
+    pooling = {"avg": "mean", "token": "cls"}.get(arguments.get("global_pool") or config.get("global_pool"))
+    statistics = pretrained.get("mean"), pretrained.get("std")
+    return Stored(grid, arguments.get("num_heads"), None, *statistics, classes, pooling)
 
 
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
@@ -334,6 +340,16 @@ def encoder_sizes(state: dict[str, torch.Tensor], stored: Stored = Stored()) -> 
         patch_size=sizes.patch_size,
         in_channels=_channels(state),
     )
+
+
+def encoder_grid(state: dict[str, torch.Tensor], stored: Stored = Stored()) -> tuple[int, int] | None:  # noqa: B008
+    """The h w patches of the positions in weights of any known layout: what `stored` tells, otherwise a square; None
+    where they make none. Raises WeightsError for weights without an encoder."""
+    positions = to_ours(_without_values(state))[1].get("encoder.pos_embed")
+    if stored.grid or positions is None or positions.ndim != 3:
+        return stored.grid
+    side = math.isqrt(positions.shape[1] - 1)
+    return (side, side) if side * side == positions.shape[1] - 1 else None
 
 
 def classifier_kind(state: dict[str, torch.Tensor]) -> tuple[int, str, bool] | None:

@@ -3,12 +3,26 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, TWO_PROCESSES, launch, log_of, losses_of, run, start, write_images
+from conftest import (
+    ROOT,
+    TINY,
+    TWO_PROCESSES,
+    environment,
+    launch,
+    log_of,
+    losses_of,
+    run,
+    run_each,
+    start,
+    write_images,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -52,17 +66,18 @@ def metrics_of(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
-def refusal(*flags, cwd):
-    """What a start with bad flags says, before the first step."""
-    done = run(SCRIPT, *flags, cwd=cwd, code=2)
-    assert "Traceback" not in done.stderr and not list(cwd.glob("work_dir/*/checkpoints/step_*"))
-    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+def refusals(*starts, cwd):
+    """The lines that starts with bad flags say, each before its first step."""
+    found = run_each(SCRIPT, starts, cwd=cwd, code=2)
+    assert not any("Traceback" in errors for errors in found) and not list(cwd.glob("work_dir/*/checkpoints/step_*"))
+    return [[line for line in errors.splitlines() if line.startswith("error: ")] for errors in found]
 
 
 def test_what_a_run_leaves_behind(undisturbed):
     lines = log_of(undisturbed)
     training = [line for line in lines if "loss" in line]
     assert [line["step"] for line in training] == list(range(1, 13)) and all(line["grad_norm"] > 0 for line in training)
+    assert training[0]["learning_rate"] == 1e-3 and training[-1]["learning_rate"] == pytest.approx(1e-6)
     validations = [line for line in lines if "top1" in line]
     assert [line["step"] for line in validations] == [5, 10, 12]
     metrics = metrics_of(undisturbed)
@@ -84,9 +99,13 @@ def test_what_a_run_leaves_behind(undisturbed):
 
 def test_advice_where_the_first_accuracy_is_chance():
     confusion = np.array([[50, 0], [48, 2]])
-    advice = finetune_classifier.advise(52.0, confusion, [0.5], [0.25])
+    args, _ = finetune_classifier.parse_args([WEIGHTS, "x", "--mean", "0.5", "--std", "0.25"])
+    advice = finetune_classifier.advise(52.0, confusion, args)
     assert "(50.00 %)" in advice and WEIGHTS in advice and "--mean 0.5 --std 0.25" in advice
-    assert finetune_classifier.advise(97.0, confusion, [0.5], [0.25]) is None
+    assert finetune_classifier.advise(97.0, confusion, args) is None
+    args, _ = finetune_classifier.parse_args(["--ema_decay", "0.9999"])
+    advice = finetune_classifier.advise(52.0, confusion, args)
+    assert WEIGHTS not in advice and "--mean" not in advice and "--ema_decay 0.9999" in advice
 
 
 def test_a_stranger_finds_the_same_accuracy(undisturbed, image_folder):
@@ -164,24 +183,27 @@ def test_two_processes_and_one_report_the_same_evaluation(undisturbed, image_fol
         assert (tmp_path / "work_dir" / name / "predictions" / "step_00000000.png").exists()
 
 
-def test_two_processes_train_as_one_and_a_linear_probe_evaluates_alike(image_folder, pretrained, tmp_path):
-    """Without mixing and drop path; a probe's statistics are those of the main process on every process."""
+def test_two_processes_train_as_one(image_folder, pretrained, tmp_path):
+    """Without mixing, erasing and drop path, which follow the micro-batch; in micro-batches of other sizes."""
     shared = ["--path_to_data", image_folder, WEIGHTS, pretrained, "--num_workers", 0, "--mixed_precision", "no"]
-    shared += ["--max_steps", 4, "--global_batch_size", 8, "--log_every", 1]
-    plain = [*shared, "--learning_rate", 1e-3, "--mixup_alpha", 0, "--cutmix_alpha", 0, "--drop_path", 0]
-    plain += ["--random_erase", 0]
-    assert launch(*TWO_PROCESSES, ROOT / SCRIPT, *plain, "--experiment_name", "two", cwd=tmp_path).returncode == 0
-    run(SCRIPT, *plain, "--micro_batch_size", 2, "--experiment_name", "one", cwd=tmp_path)
+    shared += ["--max_steps", 4, "--global_batch_size", 8, "--log_every", 1, "--mixup_alpha", 0, "--cutmix_alpha", 0]
+    flags = [*shared, "--learning_rate", 1e-3, "--drop_path", 0, "--random_erase", 0]
+    assert launch(*TWO_PROCESSES, ROOT / SCRIPT, *flags, "--experiment_name", "two", cwd=tmp_path).returncode == 0
+    run(SCRIPT, *flags, "--micro_batch_size", 2, "--experiment_name", "one", cwd=tmp_path)
     one, two = tmp_path / "work_dir" / "one", tmp_path / "work_dir" / "two"
     for step, loss in losses_of(one).items():
         assert losses_of(two)[step] == pytest.approx(loss, abs=1e-5)
     a, b = checkpoint(one, 4), checkpoint(two, 4)
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
 
-    probe = [*shared, "--linear_probe", "--experiment_name", "probe"]
-    assert launch(*TWO_PROCESSES, ROOT / SCRIPT, *probe, cwd=tmp_path).returncode == 0
+
+def test_two_processes_evaluate_a_linear_probe_by_the_same_statistics(image_folder, pretrained, tmp_path):
+    """Those of the main process, which are in the checkpoint, though each process has seen other images."""
+    flags = ["--path_to_data", image_folder, WEIGHTS]
+    probe = [*flags, pretrained, "--linear_probe", "--max_steps", 4, "--global_batch_size", 8, "--num_workers", 0]
+    assert launch(*TWO_PROCESSES, ROOT / SCRIPT, *probe, "--experiment_name", "probe", cwd=tmp_path).returncode == 0
     folder = tmp_path / "work_dir" / "probe"
-    run(SCRIPT, *shared[:2], WEIGHTS, folder / "checkpoints" / "step_00000004", "--eval_only", cwd=tmp_path)
+    run(SCRIPT, *flags, folder / "checkpoints" / "step_00000004", "--eval_only", cwd=tmp_path)
     found, expected = metrics_of(tmp_path / "work_dir" / "finetune_classifier"), metrics_of(folder)
     assert found["top1"] == expected["top1"] and found["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-6)
 
@@ -193,8 +215,8 @@ def test_what_trains(image_folder, pretrained, tmp_path):
     before = {f"encoder.{name}": value for name, value in read_state_dict(pretrained / "encoder").items()}
     cases = {"probe": ["--linear_probe"], "half": ["--trainable_blocks", 0.5], "one": ["--trainable_blocks", 1]}
     changed = {}
-    for name, words in cases.items():
-        run(SCRIPT, *flags, *words, "--experiment_name", name, cwd=tmp_path)
+    run_each(SCRIPT, [[*flags, *words, "--experiment_name", name] for name, words in cases.items()], cwd=tmp_path)
+    for name in cases:
         after = checkpoint(tmp_path / "work_dir" / name, 2)
         changed[name] = {key for key in before.keys() & after.keys() if not torch.equal(before[key], after[key])}
     mlp = {f"encoder.blocks.1.mlp.{layer}.{part}" for layer in ("fc1", "fc2") for part in ("weight", "bias")}
@@ -243,20 +265,179 @@ def test_real_photographs(real_images, pretrained, tmp_path):
 
 def test_flags_that_contradict_each_other_are_refused_together(image_folder, pretrained, tmp_path):
     given = ["--path_to_data", image_folder, WEIGHTS, pretrained, "--per_gpu_batch_size", 6, "--micro_batch_size", 3]
-    errors = refusal(
-        *given, "--linear_probe", "--mixup_alpha", 0.8, "--drop_path", 0.1, "--layer_decay", 0.75, cwd=tmp_path
-    )
-    (error,) = [error for error in errors if "--linear_probe" in error]
+    probe = [*given, "--linear_probe", "--mixup_alpha", 0.8, "--drop_path", 0.1, "--layer_decay", 0.75]
+    several = [*given, "--trainable_blocks", 3, "--num_classes", 7, "--input_channels", 1]
+    alone = [*given, "--linear_probe", "--micro_batch_size", 1]
+    of_probe, of_several, of_one = refusals(probe, several, alone, cwd=tmp_path)
+    assert len(of_one) == 1 and "a micro-batch of 1 image is too small" in of_one[0]
+    (error,) = [error for error in of_probe if "--linear_probe" in error]
     assert all(word in error for word in ("--mixup_alpha 0.8", "--drop_path 0.1", "--layer_decay 0.75"))
-    errors = refusal(*given, "--trainable_blocks", 3, "--num_classes", 7, "--input_channels", 1, cwd=tmp_path)
     for words in (
         ("--trainable_blocks 3 ", "at most 2"),
         ("--num_classes 7 ", "which has 2"),
         ("micro-batch of 3 is odd", "--mixup_alpha"),
         ("3 input channels, the model 1", "--adapt_channels"),
     ):
-        assert any(all(word in error for word in words) for error in errors), (words, errors)
-    assert len(errors) == 4
+        assert any(all(word in error for word in words) for error in of_several), (words, of_several)
+    assert len(of_several) == 4
+
+
+def test_every_flag_of_training_reaches_what_it_is_for(image_folder, pretrained, tmp_path):
+    """The first step is looked at instead of taken. None of the values is a default, or equal to another one."""
+    code = """
+import json, sys, finetune_classifier as script
+found = {}
+make_loader, cross_entropy = script.make_loader, script.F.cross_entropy
+def loader(dataset, *given, **options):
+    if getattr(dataset, "train", False):
+        augment = dataset.augment
+        layers = [augment.num_layers, augment.ops[0].magnitude, len(augment.ops)]
+        found.update(crop_scale=dataset.crop_scale, augment=layers)
+    return make_loader(dataset, *given, **options)
+def loss(logits, labels, **options):
+    found.setdefault("smoothing of the loss", options.get("label_smoothing"))
+    return cross_entropy(logits, labels, **options)
+def step(model, optimizer, batches, normalize, seeds, *, erase, mix, label_smoothing, accelerator, **options):
+    encoder = model.encoder
+    found.update({
+        "drop_path": encoder.blocks[-1].drop_path.p,
+        "checkpointing": encoder.gradient_checkpointing,
+        "erase": [erase.probability, erase.per_pixel],
+        "mix": [mix.mixup_alpha, mix.cutmix_alpha, mix.mix_prob, mix.switch_prob, mix.label_smoothing, mix.num_classes],
+        "betas": optimizer.param_groups[0]["betas"],
+        "decays": sorted({group["weight_decay"] for group in optimizer.param_groups}),
+        "scales": sorted({group["lr_scale"] for group in optimizer.param_groups}),
+        "rates": sorted({group["lr"] for group in optimizer.param_groups}),
+        "clipping": options["max_grad_norm"],
+        "mean": normalize.mean.flatten().tolist(),
+        "std": normalize.std.flatten().tolist(),
+    })
+    script.make_step(model, optimizer, batches, normalize, seeds, erase=erase, mix=mix, label_smoothing=label_smoothing,
+        accelerator=accelerator, **options)
+    print(json.dumps(found))
+    raise SystemExit(0)
+script.make_loader, script.F.cross_entropy = loader, loss
+script.make_step, script.optimizer_step = script.optimizer_step, step
+script.main(sys.argv[1:])
+"""
+    words = ["--path_to_data", image_folder, WEIGHTS, pretrained, "--per_gpu_batch_size", 8, "--num_workers", 0]
+    words += ["--max_steps", 12, "--warmup_steps", 0, "--learning_rate", 0.5, "--mixed_precision", "no"]
+    words += ["--layer_decay", 0.5, "--weight_decay", 0.03, "--betas", 0.6, 0.7, "--drop_path", 0.3]
+    words += ["--random_erase", 0.4, "--mixup_alpha", 0.9, "--cutmix_alpha", 1.1, "--mixup_probability", 0.95]
+    words += ["--mixup_switch", 0.35, "--label_smoothing", 0.15, "--crop_scale", 0.2, 0.8, "--random_aug_magnitude", 7]
+    words += ["--max_grad_norm", 2.5, "--gradient_checkpointing", "--mean", 0.1, 0.2, 0.3, "--std", 0.7, 0.8, 0.9]
+    command = [sys.executable, "-c", code, *map(str, words)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == {
+        "crop_scale": [0.2, 0.8],
+        "augment": [2, 7, 15],
+        "smoothing of the loss": 0.0,  # mixing has it
+        "drop_path": 0.3,
+        "checkpointing": True,
+        "erase": [0.4, True],
+        "mix": [0.9, 1.1, 0.95, 0.35, 0.15, 2],
+        "betas": [0.6, 0.7],
+        "decays": [0.0, 0.03],
+        "scales": [0.125, 0.25, 0.5, 1.0],
+        "rates": [0.0625, 0.125, 0.25, 0.5],
+        "clipping": 2.5,
+        "mean": pytest.approx([0.1, 0.2, 0.3]),
+        "std": pytest.approx([0.7, 0.8, 0.9]),
+    }
+
+
+def test_labels_are_smoothed_without_mixing_too():
+    args, _ = finetune_classifier.parse_args(["--mixup_alpha", "0", "--cutmix_alpha", "0", "--random_erase", "0"])
+    erase, mix = finetune_classifier.make_mixing(args, torch.device("cpu"))
+    images = torch.randn(2, 3, 8, 8)
+    assert mix is None and erase(images) is images and args.label_smoothing == 0.1
+
+
+def test_the_help_tells_the_defaults_of_every_kind(capsys):
+    with pytest.raises(SystemExit):
+        finetune_classifier.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default fine-tuning: 100, linear probe: 90, from scratch: 300)" in text
+    assert "(default fine-tuning: 0.9 0.999, linear probe: 0.9 0.999, from scratch: 0.9 0.95)" in text
+
+
+def test_weights_of_every_layout_with_their_own_sizes(image_folder, pretrained, tmp_path):
+    """The encoder of this project, the official MAE's, timm's and transformers', whole checkpoints and grey images."""
+    import timm
+    from transformers import ViTConfig, ViTForImageClassification
+
+    state = read_state_dict(pretrained / "encoder")
+    decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_pos_embed": torch.zeros(1, 17, 8)}
+    torch.save({"model": {**state, **decoder}}, tmp_path / "official.pth")
+    sizes = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **sizes)
+    timm.models.save_for_hf(model, tmp_path / "timm", model_args=sizes)
+    names = dict(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    ViTForImageClassification(ViTConfig(**names, intermediate_size=128)).save_pretrained(tmp_path / "transformers")
+    shared = ["--path_to_data", image_folder, *SMALL, "--max_steps", 1]
+    cases = {
+        "encoder": [pretrained / "encoder"],
+        "checkpoint": [pretrained / "checkpoints" / "step_00000001"],
+        "official": [tmp_path / "official.pth", "--encoder_num_heads", 2],
+        "timm": [tmp_path / "timm"],
+        "transformers": [tmp_path / "transformers"],
+        "grey": [pretrained, "--input_channels", 1, "--adapt_channels", "--mean", 0.45, "--std", 0.23],
+    }
+    starts = [[*shared, "--experiment_name", name, WEIGHTS, *words] for name, words in cases.items()]
+    run_each(SCRIPT, starts, cwd=tmp_path)
+    for name in cases:
+        flags = json.loads((tmp_path / "work_dir" / name / "args.json").read_text())["flags"]
+        assert flags["img_size"] == [32, 32] and flags["encoder_depth"] == 2 and flags["encoder_num_heads"] == 2
+    assert json.loads((tmp_path / "work_dir" / "timm" / "args.json").read_text())["flags"]["mean"] == [0.5, 0.5, 0.5]
+
+
+def test_a_linear_probe_resumes_exactly(image_folder, pretrained, tmp_path):
+    """LARS, the statistics of BatchNorm, averaged weights, micro-batches."""
+    flags = ["--path_to_data", image_folder, WEIGHTS, pretrained, "--linear_probe", "--ema_decay", 0.8]
+    flags += ["--num_workers", 0, "--per_gpu_batch_size", 8, "--micro_batch_size", 4, "--max_steps", 8]
+    flags += ["--save_checkpoint_steps", 3, "--log_every", 1, "--mixed_precision", "no", "--learning_rate", 0.5]
+    run_each(SCRIPT, [flags], cwd=tmp_path)
+    folder = tmp_path / "work_dir" / "finetune_classifier"
+    before = shutil.copytree(folder, tmp_path / "before")
+    run_each(SCRIPT, [[*flags, "--resume_from_checkpoint", "step_00000003"]], cwd=tmp_path)
+    assert losses_of(before) == losses_of(folder) and len(losses_of(folder)) == 8
+    for name in ("model.safetensors", "ema.safetensors"):
+        one, other = checkpoint(before, 8, name), checkpoint(folder, 8, name)
+        assert all(torch.equal(one[key], other[key]) for key in one) and "head_norm.running_var" in one
+    ema, last = checkpoint(folder, 8, "ema.safetensors"), checkpoint(folder, 8)
+    assert torch.equal(ema["head_norm.running_var"], last["head_norm.running_var"])  # statistics are not averaged
+    assert not torch.equal(ema["head.weight"], last["head.weight"])
+
+
+def test_evaluating_never_touches_the_weights_it_measures(undisturbed, image_folder, tmp_path):
+    folder = shutil.copytree(undisturbed, tmp_path / "work_dir" / "finetune_classifier")
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "metrics.json").unlink()
+    given = ["--path_to_data", image_folder, WEIGHTS, folder / "best", "--per_gpu_batch_size", 8]
+    for errors in refusals([*given, "--eval_only"], given, cwd=tmp_path):
+        assert len(errors) == 1 and "which this run would write to; give another --experiment_name" in errors[0]
+    assert (folder / "best" / "model.safetensors").exists()
+
+
+def test_other_names_of_classes_are_refused_by_a_checkpoint_too(undisturbed, image_folder, tmp_path):
+    data = shutil.copytree(image_folder, tmp_path / "data")
+    for part in ("train", "val"):
+        (data / part / "class_0").rename(data / part / "other")
+    weights = undisturbed / "checkpoints" / "step_00000012"
+    ((error,),) = refusals(["--path_to_data", data, WEIGHTS, weights, "--eval_only"], cwd=tmp_path)
+    assert "classes that the classifier does not know (other); it knows class_0, class_1; name" in error
+
+
+def test_held_out_images_that_cannot_be_read(image_folder, pretrained, tmp_path):
+    data = shutil.copytree(image_folder, tmp_path / "data")
+    for path in (data / "val").rglob("*.jpg"):
+        path.write_text("no image") if path.stem in ("0000", "0001") else path.unlink()
+    flags = ["--path_to_data", data, WEIGHTS, pretrained, *SMALL, "--max_steps", 1]
+    done = run(SCRIPT, *flags, cwd=tmp_path, code=1)
+    assert "error: none of the 2 held-out images can be read" in done.stderr and "Traceback" not in done.stderr
+    assert len((tmp_path / "work_dir/finetune_classifier/damaged.jsonl").read_text().splitlines()) == 2
 
 
 def test_flags_without_what_they_need():
@@ -267,41 +448,44 @@ def test_flags_without_what_they_need():
     for name in ("--linear_probe", "--adapt_channels", "--eval_only"):
         assert any(f"{name} needs trained weights; give {WEIGHTS}" in error for error in errors(name))
     assert "is not 0.5 nor whole" in errors(WEIGHTS, "y", "--trainable_blocks", "1.5")[0]
-    assert (
-        "leave --resume_from_checkpoint out"
-        in errors(WEIGHTS, "y", "--eval_only", "--resume_from_checkpoint", "auto")[0]
-    )
+    assert f"{WEIGHTS} is empty" in errors(WEIGHTS, "")[0]
+    refused = errors(WEIGHTS, "y", "--eval_only", "--resume_from_checkpoint", "auto")[0]
+    assert "--resume_from_checkpoint does not go with --eval_only" in refused
     assert "--optimizer lars has no usual learning rate" in errors(WEIGHTS, "y", "--optimizer", "lars")[0]
     assert not errors(WEIGHTS, "y", "--optimizer", "lars", "--learning_rate", "1")
 
 
-def test_class_folders_that_do_not_fit(image_folder, undisturbed, tmp_path):
+def test_class_folders_that_do_not_fit(undisturbed, tmp_path):
     write_images(tmp_path / "differ" / "train", 8, classes=3)
     write_images(tmp_path / "differ" / "val", 8, classes=2)
     (tmp_path / "differ" / "val" / "class_1").rename(tmp_path / "differ" / "val" / "other")
-    errors = refusal("--path_to_data", tmp_path / "differ", "--per_gpu_batch_size", 4, cwd=tmp_path)
-    assert any("2 classes in train/ that val/ lacks (class_1, class_2)" in error for error in errors)
-    assert any("1 classes in val/ that train/ lacks (other)" in error for error in errors)
     write_images(tmp_path / "one" / "train", 8, classes=1)
     write_images(tmp_path / "one" / "val", 2, classes=1)
-    assert "has one class, class_0" in refusal("--path_to_data", tmp_path / "one", "--max_steps", 1, cwd=tmp_path)[0]
     write_images(tmp_path / "none", 8)
-    assert "no val/ beside train/" in refusal("--path_to_data", tmp_path / "none", "--max_steps", 1, cwd=tmp_path)[0]
-    given = ["--path_to_data", tmp_path / "differ", WEIGHTS, undisturbed / "model", "--eval_only"]
-    (error,) = refusal(*given, cwd=tmp_path)
-    assert "1 classes that the classifier does not know (other)" in error and "class_0, class_1" in error
+    data, batch = "--path_to_data", ["--per_gpu_batch_size", 4]
+    differ, one, none, unknown = refusals(
+        [data, tmp_path / "differ", *batch],
+        [data, tmp_path / "one", *batch],
+        [data, tmp_path / "none", *batch],
+        [data, tmp_path / "differ", WEIGHTS, undisturbed / "model", "--eval_only"],
+        cwd=tmp_path,
+    )
+    assert any("has classes in train/ that val/ lacks (class_1, class_2)" in error for error in differ)
+    assert any("has classes in val/ that train/ lacks (other)" in error for error in differ) and len(differ) == 2
+    assert "has one class, class_0" in one[0] and "no val/ beside train/" in none[0] and len(one) == len(none) == 1
+    assert len(unknown) == 1 and "classes that the classifier does not know (other)" in unknown[0]
+    assert "class_0, class_1" in unknown[0]
 
 
 def test_weights_that_are_none(image_folder, pretrained, tmp_path):
     save_file({"decoder.weight": torch.zeros(2, 2)}, tmp_path / "decoder.safetensors")
-    for path, words in (
-        (tmp_path / "missing", ("no such file or folder",)),
-        (tmp_path / "decoder.safetensors", ("without an encoder", "decoder.weight")),
-    ):
-        (error,) = refusal("--path_to_data", image_folder, WEIGHTS, path, *SMALL, cwd=tmp_path)
-        assert error.count(str(path)) == 1 and error.startswith(f"error: {WEIGHTS} ") and all(w in error for w in words)
-    (error,) = refusal("--path_to_data", image_folder, WEIGHTS, pretrained, "--eval_only", cwd=tmp_path)
-    assert "holds no classifier's head" in error
+    given = ["--path_to_data", image_folder, *SMALL, WEIGHTS]
+    missing, decoder = tmp_path / "missing", tmp_path / "decoder.safetensors"
+    found = refusals([*given, missing], [*given, decoder], [*given, pretrained, "--eval_only"], cwd=tmp_path)
+    assert all(len(errors) == 1 and errors[0].startswith("error: ") for errors in found), found
+    assert "no such file or folder" in found[0][0] and found[0][0].count(str(missing)) == 1
+    assert "without an encoder" in found[1][0] and found[1][0].count(str(decoder)) == 1
+    assert "holds no classifier's head" in found[2][0]
 
 
 def test_evaluation_leaves_damaged_images_out(undisturbed, image_folder, tmp_path):

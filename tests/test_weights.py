@@ -31,6 +31,7 @@ from modeling.weights import (
     Stored,
     WeightsError,
     classifier_kind,
+    encoder_grid,
     encoder_sizes,
     find_weights,
     load_weights,
@@ -161,10 +162,11 @@ def test_classifier_of_transformers(pooling, state_of, tmp_path):
     head = {name for name in ours.state_dict() if not name.startswith("encoder.")}
     assert set(report.ignored) == head and len(head) == (4 if pooling == "mean" else 2)
     assert classifier_kind(state) == (5, pooling, False)
-    assert encoder_sizes(state) == SIZES_OF_SMALL | dict(num_heads=None)
+    assert encoder_sizes(state) == SIZES_OF_SMALL | dict(num_heads=None) and encoder_grid(state) == (4, 4)
+    assert encoder_grid(state, Stored(grid=(2, 8))) == (2, 8)
     stored = read_stored(tmp_path) if state_of is files_of_5 else Stored()
     if state_of is files_of_5:
-        assert stored.classes == [f"LABEL_{k}" for k in range(5)] and stored.num_heads == 2 and stored.grid == (4, 4)
+        assert stored.classes is None and stored.num_heads == 2 and stored.grid == (4, 4)  # nobody named the classes
         assert encoder_sizes(state, stored) == SIZES_OF_SMALL
 
 
@@ -918,7 +920,7 @@ def test_what_timm_writes(tmp_path):
     statistics = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
     timm.models.save_for_hf(theirs, tmp_path, model_config=dict(label_names=NAMES))
     stored, state = read_stored(tmp_path), read_state_dict(find_weights(tmp_path, whole=False))
-    assert stored == read_stored(tmp_path / "model.safetensors") == Stored((4, 4), 2, None, *statistics, NAMES)
+    assert stored == read_stored(tmp_path / "model.safetensors") == Stored((4, 4), 2, None, *statistics, NAMES, "mean")
     assert classifier_kind(state) == (5, "mean", False) and encoder_sizes(state, stored) == SIZES_OF_SMALL
     load_weights(new_classifier(), state, stored=stored)
 
@@ -927,7 +929,7 @@ def test_what_timm_writes(tmp_path):
     del config["model_args"]  # older versions write only those that they are given
     config["label_names"] = dict(enumerate(NAMES))
     file.write_text(json.dumps(config))
-    assert read_stored(tmp_path) == Stored(None, None, None, *statistics, NAMES)
+    assert read_stored(tmp_path) == Stored(None, None, None, *statistics, NAMES, "mean")
     flat = config["pretrained_cfg"] | dict(architecture="vit_base_patch16_224")  # as the oldest versions write it
     file.write_text(json.dumps(flat))
     assert read_stored(tmp_path) == Stored(None, None, None, *statistics)

@@ -124,6 +124,20 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         fail([f"{message}; {self.prog} --help lists the flags"], show=is_main_process())
 
+    def tell_defaults(self, recipes: dict[str, dict]) -> None:
+        """Says in the help of flags whose default depends on the kind of run which it is: kind -> flag -> value."""
+
+        def shown(value) -> str:
+            values = value if isinstance(value, list) else [value]
+            return " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+
+        for action in self._actions:
+            told = {kind: shown(recipe[action.dest]) for kind, recipe in recipes.items() if action.dest in recipe}
+            if told:
+                same = len(set(told.values())) == 1
+                default = next(iter(told.values())) if same else ", ".join(f"{k}: {v}" for k, v in told.items())
+                action.help = f"{action.help.partition('(default')[0].rstrip()} (default {default})"
+
     def read(self, argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
         """The flags, and what is wrong with them; a flag that could not be read then has its default."""
         words, errors = _expand_recipes(sys.argv[1:] if argv is None else argv)
@@ -199,7 +213,11 @@ def add_length_flags(parser: Parser, *, epochs: int, warmup_epochs: int) -> None
     flag = parser.add_argument_group("length").add_argument
     flag("--epochs", type=integer(1), default=epochs, help=f"passes over the data (default {epochs})")
     flag("--max_steps", type=integer(1), help="optimizer steps; overrides --epochs, and the schedule spans them")
-    flag("--warmup_epochs", type=number(), help=f"default {warmup_epochs}, or 5 %% of the run where that is less")
+    flag(
+        "--warmup_epochs",
+        type=number(),
+        help=f"its first epochs, at a rising rate; left out, at most 5 %% of the run (default {warmup_epochs})",
+    )
     flag("--warmup_steps", type=integer(0), help="optimizer steps; overrides --warmup_epochs")
 
 
@@ -223,7 +241,7 @@ def add_optimizer_flags(parser: Parser, *, base_learning_rate: float | None, wei
     )
     flag("--learning_rate", type=number(), help="peak rate, absolute; overrides --base_learning_rate")
     flag("--min_learning_rate", type=number(), default=0.0, help="rate of the last step, absolute (default 0)")
-    flag("--weight_decay", type=number(), default=weight_decay, help=f"default {weight_decay}")
+    flag("--weight_decay", type=number(), default=weight_decay, help=f"of AdamW or LARS (default {weight_decay})")
     flag("--bias_weight_decay", action="store_true", help="also decay biases")
     flag("--norm_weight_decay", action="store_true", help="also decay weights and biases of norms")
     flag("--max_grad_norm", type=number(), default=1.0, help="clip the global gradient norm; 0 = none (default 1.0)")

@@ -1,5 +1,6 @@
 """Pictures that show what a model does."""
 
+import unicodedata
 from bisect import bisect
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +72,7 @@ def confusion_matrix(path: Path, counts: np.ndarray, classes: Sequence[str], *, 
     percent = 100 * counts / np.maximum(1, images)[:, None]
     cell = 40 if len(classes) <= 12 else 30 if len(classes) <= 25 else 24
     font, small = (ImageFont.load_default(size=size) for size in (13, min(13, cell // 2 - 1)))
-    names = [_shortened(name, font, width=180) for name in classes]
+    names = [_shortened(_in_ascii(name), font, width=180) for name in classes]
     rows = [f"{name} ({count})" for name, count in zip(names, images, strict=True)]
     gap, line = 8, 20  # pixels
     left = 2 * gap + line + max(int(font.getlength(text)) for text in rows)
@@ -98,6 +99,11 @@ def confusion_matrix(path: Path, counts: np.ndarray, classes: Sequence[str], *, 
                 draw.text((x + cell / 2, y + cell / 2), number, fill=ink, font=small, anchor="mm")
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path)
+
+
+def _in_ascii(text: str) -> str:
+    """Letters without their accents, and ? for what the font of Pillow does not have."""
+    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode() or "?" * len(text)
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont, *, width: int) -> str:
