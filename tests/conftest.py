@@ -76,20 +76,20 @@ def run(script: str, *flags, cwd: Path, code: int = 0, **variables: str) -> subp
 
 def run_each(script: str, starts: list[list], *, cwd: Path, code: int = 0) -> list[str]:
     """Runs `SCRIPT flags` for each list of flags in `starts`, one after the other in one process, as importing takes
-    longer than such runs; expects the same exit code of all. Returns what each wrote to its standard error."""
+    longer than such runs; expects the same exit code of all. Returns what each of them said."""
     program = f"""
 import contextlib, io, json, sys
 import {script.removesuffix(".py")} as script
 from accelerate.state import AcceleratorState
 for flags in json.loads(sys.argv[1]):
     AcceleratorState._reset_state(reset_partial_state=True)
-    code, errors = 0, io.StringIO()
-    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+    code, said = 0, io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         try:
             script.main(flags)
         except SystemExit as stop:
             code = stop.code
-    print(json.dumps([code, errors.getvalue()]))
+    print(json.dumps([code, said.getvalue()]))
 """
     words = json.dumps([[str(flag) for flag in flags] for flags in starts])
     command = [sys.executable, "-c", program, words]
@@ -98,7 +98,7 @@ for flags in json.loads(sys.argv[1]):
     assert done.returncode == 0, done.stderr
     ends = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert [end for end, _ in ends] == [code] * len(starts), ends
-    return [errors for _, errors in ends]
+    return [said for _, said in ends]
 
 
 def launch(*words, cwd: Path) -> subprocess.CompletedProcess:

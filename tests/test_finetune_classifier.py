@@ -108,27 +108,12 @@ def test_advice_where_the_first_accuracy_is_chance():
     assert WEIGHTS not in advice and "--mean" not in advice and "--ema_decay 0.9999" in advice
 
 
-def test_a_stranger_finds_the_same_accuracy(undisturbed, image_folder):
-    """Stock timm and stock transformers, with the preprocessing that the folder names."""
-    import timm
-    import transformers
-
-    expected = metrics_of(undisturbed)
+def test_strangers_find_the_same_accuracy(undisturbed, image_folder):
     paths = sorted((image_folder / "val").rglob("*.jpg"))
-    labels = [path.parent.name for path in paths]
-    pipeline = transformers.pipeline("image-classification", model=str(undisturbed / "model"))
-    found = [answers[0]["label"] for answers in pipeline([str(path) for path in paths])]
-    assert 100 * np.mean(np.array(found) == labels) == pytest.approx(expected["top1"])
-
-    model = timm.create_model(f"local-dir:{undisturbed / 'model'}", pretrained=True).eval()
-    names = model.pretrained_cfg["label_names"]
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    with torch.no_grad():
-        logits = model(torch.stack([transform(Image.open(path).convert("RGB")) for path in paths]))
-    found = [names[number] for number in logits.argmax(dim=1).tolist()]
-    assert 100 * np.mean(np.array(found) == labels) == pytest.approx(expected["top1"])
-    loss = torch.nn.functional.cross_entropy(logits, torch.tensor([names.index(label) for label in labels]))
-    assert loss.item() == pytest.approx(expected["val_loss"], abs=2e-2)  # their resizing differs a little
+    found, loss = strangers(undisturbed / "model", paths)
+    expected, labels = metrics_of(undisturbed), np.array([path.parent.name for path in paths])
+    assert all(100 * (names == labels).mean() == pytest.approx(expected["top1"]) for names in found)
+    assert loss == pytest.approx(expected["val_loss"], abs=2e-2)  # their resizing differs a little
 
 
 def test_the_exported_weights_are_the_averages(undisturbed):
@@ -257,10 +242,40 @@ def test_from_scratch_in_grey_and_not_square(image_folder, tmp_path):
     assert flags["weight_decay"] == 0.3 and flags["betas"] == [0.9, 0.95] and flags["layer_decay"] == 1
 
 
-def test_real_photographs(real_images, pretrained, tmp_path):
-    flags = ["--path_to_data", real_images / "cifar10", WEIGHTS, pretrained / "encoder", *SMALL, "--max_steps", 2]
-    run(SCRIPT, *flags, cwd=tmp_path)
-    assert len(metrics_of(tmp_path / "work_dir" / "finetune_classifier")["per_class_accuracy"]) == 10
+def test_strangers_agree_on_real_photographs(real_images, tmp_path):
+    """Photographs of all sizes, some of them grey: the accuracy is that of stock timm and transformers, up to two."""
+    sizes = ["--img_size", 64, "--patch_size", 8, "--encoder_embed_dim", 64, "--encoder_depth", 2]
+    flags = ["--path_to_data", real_images / "caltech101", *sizes, "--encoder_num_heads", 2, "--max_steps", 60]
+    flags += ["--per_gpu_batch_size", 16, "--learning_rate", 2e-3, "--mixup_alpha", 0, "--cutmix_alpha", 0]
+    flags += ["--random_aug_magnitude", 0, "--crop_scale", 0.5, 1, "--num_workers", 1, "--mean", 0.5, 0.4, 0.3]
+    run(SCRIPT, *flags, "--validate_every", 0, cwd=tmp_path)
+    folder = tmp_path / "work_dir" / "finetune_classifier"
+    paths = sorted((real_images / "caltech101" / "val").rglob("*.jpg"))
+    found, loss = strangers(folder / "model", paths)
+    expected = metrics_of(folder)
+    right = round(expected["top1"] * len(paths) / 100)
+    assert right > 1.5 * len(paths) / 10  # of ten classes
+    labels = np.array([path.parent.name for path in paths])
+    assert all(abs((names == labels).sum() - right) <= 2 for names in found)
+    assert loss == pytest.approx(expected["val_loss"], abs=1e-2)  # their resizing differs a little
+
+
+def strangers(folder, paths):
+    """The classes that stock transformers and stock timm give to image files, each with the preprocessing that the
+    folder names, and the mean loss of timm's."""
+    import timm
+    import transformers
+
+    pipeline = transformers.pipeline("image-classification", model=str(folder))
+    answers = [each[0]["label"] for each in pipeline([str(path) for path in paths], batch_size=16)]
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    names = model.pretrained_cfg["label_names"]
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    with torch.no_grad():
+        logits = model(torch.stack([transform(Image.open(path).convert("RGB")) for path in paths]))
+    labels = torch.tensor([names.index(path.parent.name) for path in paths])
+    of_timm = [names[number] for number in logits.argmax(dim=1).tolist()]
+    return (np.array(answers), np.array(of_timm)), torch.nn.functional.cross_entropy(logits, labels).item()
 
 
 def test_flags_that_contradict_each_other_are_refused_together(image_folder, pretrained, tmp_path):

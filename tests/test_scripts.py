@@ -11,7 +11,19 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TWO_PROCESSES, environment, launch, log_of, losses_of, run, start, write_images
+from conftest import (
+    ROOT,
+    TINY,
+    TWO_PROCESSES,
+    environment,
+    launch,
+    log_of,
+    losses_of,
+    run,
+    run_each,
+    start,
+    write_images,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -249,19 +261,14 @@ def test_splits_of_one_global_batch_agree(image_folder, tmp_path):
 
 
 def test_all_bad_flags_at_once(tmp_path):
-    bad = run(
-        SCRIPT,
-        *("--path_to_data", tmp_path / "nowhere", "--img_size", 100, "--mask_ratio", 0.999, "--epochs", "x"),
-        *("--encoder_num_heads", 7, "--per_gpu_batch_size", 8, "--gradient_accumulation_steps", 3, "--what", 1),
-        cwd=tmp_path,
-        code=2,
-    ).stderr
+    several = ["--path_to_data", tmp_path / "nowhere", "--img_size", 100, "--mask_ratio", 0.999, "--epochs", "x"]
+    several += ["--encoder_num_heads", 7, "--per_gpu_batch_size", 8, "--gradient_accumulation_steps", 3, "--what", 1]
+    bad, ratio = run_each(SCRIPT, [several, ["--mask_ratio", 0.999, "@missing.args"]], cwd=tmp_path, code=2)
     lines = bad.strip().splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     for word in ("nowhere", "--img_size 100 100", "--epochs x", "--encoder_num_heads 7", "does not divide", "--what"):
         assert any(word in error for error in errors), word
     assert "Traceback" not in bad and len(errors) == 6  # patches cannot be counted, so no word of the mask ratio
-    ratio = run(SCRIPT, "--mask_ratio", 0.999, "@missing.args", cwd=tmp_path, code=2).stderr
     for word in ("--mask_ratio 0.999 keeps 0 of 196", "--path_to_data is missing", "the recipe missing.args"):
         assert word in ratio
 
@@ -269,11 +276,11 @@ def test_all_bad_flags_at_once(tmp_path):
 def test_data_that_cannot_be_trained_on(tmp_path):
     (tmp_path / "empty" / "train").mkdir(parents=True)
     few = write_images(tmp_path / "few", 3)
-    for path, word in [(tmp_path / "empty", "holds no image"), (few, "fewer than one global batch of 8")]:
-        assert word in run(SCRIPT, *TINY, "--path_to_data", path, cwd=tmp_path, code=2).stderr
     (tmp_path / "file").write_text("")
-    flags = [*TINY, "--path_to_data", few, "--working_directory", tmp_path / "file"]
-    assert "is not writable" in run(SCRIPT, *flags, cwd=tmp_path, code=2).stderr
+    starts = [[tmp_path / "empty"], [few], [few, "--working_directory", tmp_path / "file"]]
+    said = run_each(SCRIPT, [[*TINY, "--path_to_data", *words] for words in starts], cwd=tmp_path, code=2)
+    for word, text in zip(("holds no image", "fewer than one global batch of 8", "is not writable"), said, strict=True):
+        assert word in text
 
 
 def test_damaged_images_are_named_and_replaced_until_they_are_too_many(tmp_path):
@@ -594,37 +601,45 @@ def test_repeated_augmentation_is_the_same_on_one_process_and_two(image_folder, 
 
 def test_init_from_every_layout(undisturbed, flags, tmp_path):
     """A run's folder, its checkpoint, its encoder alone, other sizes and channels; and what does not fit."""
-    flags = [*flags, "--max_steps", 1, "--validate_every", 0]
-    alone = run(SCRIPT, *flags, "--adapt_channels", cwd=tmp_path, code=2).stderr
-    assert "--adapt_channels converts the weights of --init_from, which is missing" in alone
-    at_once = {}
-    for name, path in {
-        "run": undisturbed,
-        "checkpoint": undisturbed / "checkpoints" / "step_00000023",
-        "whole": undisturbed / "encoder" / "pretraining",
-    }.items():
-        done = run(SCRIPT, *flags, "--init_from", path, "--experiment_name", name, cwd=tmp_path)
-        assert (
-            f"--init_from {path}" in done.stdout and " 0 missing" in done.stdout and "trained with" not in done.stdout
-        )
-        at_once[name] = losses_of(tmp_path / "work_dir" / name)[1]
-    assert len(set(at_once.values())) == 1 and at_once["run"] < 0.98 * losses_of(undisturbed)[1]
-
+    flags = [*flags, "--max_steps", 1, "--validate_every", 0, "--init_from"]
     encoder = undisturbed / "encoder" / "model.safetensors"
-    done = run(SCRIPT, *flags, "--init_from", encoder, "--experiment_name", "encoder", cwd=tmp_path)
-    assert "newly initialised" in done.stdout
-    larger = [*flags, "--img_size", 48, "--input_channels", 1, "--init_from", undisturbed]
-    refused = run(SCRIPT, *larger, "--experiment_name", "grey", cwd=tmp_path, code=2).stderr
-    assert "--adapt_channels" in refused and "Traceback" not in refused
-    assert not (tmp_path / "work_dir" / "grey" / "args.json").exists()
-    done = run(SCRIPT, *larger, "--adapt_channels", "--experiment_name", "grey", cwd=tmp_path)
-    assert "4x4 -> 6x6" in done.stdout and "3 -> 1 channels" in done.stdout
-    assert "trained with mean [0.485, 0.456, 0.406]" in done.stdout and "this run has mean [0.5]" in done.stdout
-    wider = [*flags, "--encoder_embed_dim", 64, "--init_from", undisturbed, "--experiment_name", "wider"]
-    refused = run(SCRIPT, *wider, "--wat", cwd=tmp_path, code=2).stderr
-    assert "--encoder_embed_dim 32" in refused and "--wat" in refused and "Traceback" not in refused
-    missing = run(SCRIPT, *flags, "--init_from", tmp_path / "nowhere", "--seed", "x", cwd=tmp_path, code=2).stderr
+    larger = [undisturbed, "--img_size", 48, "--input_channels", 1]
+    starts = {
+        "run": [undisturbed],
+        "checkpoint": [undisturbed / "checkpoints" / "step_00000023"],
+        "whole": [undisturbed / "encoder" / "pretraining"],
+        "encoder": [encoder],
+        "grey": [*larger, "--adapt_channels"],
+    }
+    done = run_each(
+        SCRIPT, [[*flags, *words, "--experiment_name", name] for name, words in starts.items()], cwd=tmp_path
+    )
+    said = dict(zip(starts, done, strict=True))
+    for name in ("run", "checkpoint", "whole"):
+        assert f"--init_from {starts[name][0]}" in said[name] and " 0 missing" in said[name]
+        assert "trained with" not in said[name]
+    at_once = {losses_of(tmp_path / "work_dir" / name)[1] for name in ("run", "checkpoint", "whole")}
+    assert len(at_once) == 1 and at_once.pop() < 0.98 * losses_of(undisturbed)[1]
+    assert "newly initialised" in said["encoder"]
+    assert "4x4 -> 6x6" in said["grey"] and "3 -> 1 channels" in said["grey"]
+    assert "trained with mean [0.485, 0.456, 0.406]" in said["grey"] and "this run has mean [0.5]" in said["grey"]
+
+    grey, wider, missing, alone = run_each(
+        SCRIPT,
+        [
+            [*flags, *larger, "--experiment_name", "refused"],
+            [*flags, undisturbed, "--encoder_embed_dim", 64, "--experiment_name", "refused", "--wat"],
+            [*flags, tmp_path / "nowhere", "--seed", "x"],
+            [*flags[:-1], "--adapt_channels"],
+        ],
+        cwd=tmp_path,
+        code=2,
+    )
+    assert "--adapt_channels" in grey and not (tmp_path / "work_dir" / "refused" / "args.json").exists()
+    assert "--encoder_embed_dim 32" in wider and "--wat" in wider
     assert "nowhere" in missing and "--seed x" in missing
+    assert "--adapt_channels converts the weights of --init_from, which is missing" in alone
+    assert not any("Traceback" in text for text in (grey, wider, missing, alone))
 
 
 def test_trackers_continue_their_curves_and_their_absence_costs_a_warning(image_folder, tmp_path):
