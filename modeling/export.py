@@ -88,8 +88,9 @@ def export_classifier(
     `classes` are the names of the labels in their order, `crop_ratio` the part of the resized image that evaluation
     sees; `mean`, `std` and the version of transformers as in `export_encoder`. The BatchNorm of a linear probe becomes
     a part of the head, with the same results. In transformers, mean pooling is BEiT's; images that are not square take
-    its wrapper of timm, as BEiT's positions are square, and its own processors would stretch them. Raises ValueError
-    where there are more or fewer names than classes.
+    its wrapper of timm, as BEiT's positions are square, and its own processors would stretch them. The pipeline makes
+    colour of every image, so it is for models of three channels alone. Raises ValueError where
+    there are more or fewer names than classes.
     """
     if len(classes) != model.num_classes:
         raise ValueError(f"{len(classes)} names for {model.num_classes} classes")
