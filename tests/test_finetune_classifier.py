@@ -113,7 +113,7 @@ def test_strangers_find_the_same_accuracy(undisturbed, image_folder):
     found, loss = strangers(undisturbed / "model", paths)
     expected, labels = metrics_of(undisturbed), np.array([path.parent.name for path in paths])
     assert all(100 * (names == labels).mean() == pytest.approx(expected["top1"]) for names in found)
-    assert loss == pytest.approx(expected["val_loss"], abs=2e-2)  # their resizing differs a little
+    assert loss == pytest.approx(expected["val_loss"], abs=5e-3)  # their resizing differs a little
 
 
 def test_the_exported_weights_are_the_averages(undisturbed):
@@ -257,7 +257,7 @@ def test_strangers_agree_on_real_photographs(real_images, tmp_path):
     assert right > 1.5 * len(paths) / 10  # of ten classes
     labels = np.array([path.parent.name for path in paths])
     assert all(abs((names == labels).sum() - right) <= 2 for names in found)
-    assert loss == pytest.approx(expected["val_loss"], abs=1e-2)  # their resizing differs a little
+    assert loss == pytest.approx(expected["val_loss"], abs=5e-3)  # their resizing differs a little
 
 
 def strangers(folder, paths):

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# What pre-training gives, on the built-in drawn scenes: pre-trains, then fine-tunes, probes and trains from scratch, and
+# prints one table. Killed, it continues where it was.
+#
+#   bash recipes/quickstart/all.sh
+set -euo pipefail
+resume=(--resume_from_checkpoint auto)
+accelerate launch pretrain_mae.py @recipes/quickstart/pretrain.args "${resume[@]}" "$@"
+for recipe in finetune_classifier linear_probe from_scratch; do
+    accelerate launch finetune_classifier.py "@recipes/quickstart/$recipe.args" "${resume[@]}" "$@"
+done
+python - <<'TABLE'
+import json
+
+print("| what trains | top-1 (%) | validation loss | seconds |\n|---|---|---|---|")
+for run, what in {
+    "finetune_classifier": "the pre-trained encoder and the head",
+    "linear_probe": "the head alone, on the frozen encoder",
+    "from_scratch": "everything, from scratch",
+}.items():
+    with open(f"work_dir/quickstart_{run}/metrics.json") as file:
+        metrics = json.load(file)
+    print(f"| {what} | {metrics['top1']:.1f} | {metrics['val_loss']:.3f} | {metrics['seconds']:.0f} |")
+TABLE
