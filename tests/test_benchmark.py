@@ -59,7 +59,7 @@ def test_the_encoder_is_measured_against_timm(tmp_path, capsys, on_cpu):
     assert "bf16" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("task", ["mae", "encoder"])
+@pytest.mark.parametrize("task", ["mae", "encoder", "classifier"])
 def test_compiled_is_compared_with_the_better_of_theirs(task, monkeypatch, shallow, on_cpu):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda forward, **options: compiled.append(options) or forward)
@@ -80,7 +80,9 @@ def test_both_sides_compile(task, shallow, on_cpu):
     check_comparison(rows[1], f"train: {task} tiny compiled")
 
 
-@pytest.mark.parametrize("task, peer", [("mae", "transformers_peer"), ("encoder", "timm_peer")])
+@pytest.mark.parametrize(
+    "task, peer", [("mae", "transformers_peer"), ("encoder", "timm_peer"), ("classifier", "timm_peer")]
+)
 def test_sides_that_compute_something_else_are_not_timed(task, peer, monkeypatch, shallow, on_cpu):
     new_peer = getattr(benchmark, peer)
 
