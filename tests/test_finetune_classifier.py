@@ -1,5 +1,6 @@
 """Whole runs of finetune_classifier.py, as its users start them, and what it refuses."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import (
     ROOT,
     TINY,
@@ -27,6 +29,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import finetune_classifier
+from data.batches import ClassificationBatch
 from modeling.weights import read_state_dict
 
 SCRIPT = "finetune_classifier.py"
@@ -80,6 +83,7 @@ def test_what_a_run_leaves_behind(undisturbed):
     assert training[0]["learning_rate"] == 1e-3 and training[-1]["learning_rate"] == pytest.approx(1e-6)
     validations = [line for line in lines if "top1" in line]
     assert [line["step"] for line in validations] == [5, 10, 12]
+    assert ["advice" in line for line in validations] == [True, False, False]  # the first is about chance
     metrics = metrics_of(undisturbed)
     assert metrics["step"] == 12 and metrics["epoch"] == 2.4 and metrics["top5"] == 100 and metrics["val_loss"] > 0
     assert all(metrics[name] == validations[-1][name] for name in ("top1", "top5", "val_loss", "per_class_accuracy"))
@@ -364,10 +368,23 @@ script.main(sys.argv[1:])
 
 
 def test_labels_are_smoothed_without_mixing_too():
+    """The loss of a step of two micro-batches, against the definition: Szegedy et al. 2016, section 7."""
     args, _ = finetune_classifier.parse_args(["--mixup_alpha", "0", "--cutmix_alpha", "0", "--random_erase", "0"])
     erase, mix = finetune_classifier.make_mixing(args, torch.device("cpu"))
-    images = torch.randn(2, 3, 8, 8)
-    assert mix is None and erase(images) is images and args.label_smoothing == 0.1
+    assert mix is None and args.label_smoothing == 0.1
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
+    images, labels = torch.randn(4, 3, 2, 2), torch.tensor([0, 3, 4, 1])
+    batches = [ClassificationBatch(images[k : k + 2], labels[k : k + 2], [k, k + 1], []) for k in (0, 2)]
+    targets = 0.9 * torch.eye(5)[labels] + 0.1 / 5
+    expected = -(targets * model(images).log_softmax(dim=1)).sum(dim=1).mean()
+    options = dict(label_smoothing=args.label_smoothing, accelerator=accelerator, max_grad_norm=0)
+    options |= dict(erase=erase, mix=mix, waiting=contextlib.nullcontext)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    loss, _, damaged = finetune_classifier.optimizer_step(
+        model, accelerator.prepare(optimizer), iter(batches), lambda x: x, [1, 2], **options
+    )
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6) and damaged == []
 
 
 def test_the_help_tells_the_defaults_of_every_kind(capsys):
