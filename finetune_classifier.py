@@ -397,7 +397,8 @@ def describe_plan(args, model, batch, length, accelerator, train_source, validat
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     activations = model.activation_bytes(half_precision=args.mixed_precision != "no")
     optimizer = "AdamW" if args.optimizer == "adamw" else "LARS"
-    sizes = dict(parameters=parameters, trained=trained, activations=activations, optimizer=optimizer)
+    sizes = dict(parameters=parameters, trained=trained, activations=activations)
+    sizes |= dict(optimizer=optimizer, averaged=bool(args.ema_decay))
     kind = kind_of_run(args)
     if args.trainable_blocks is not None:
         kind = f"the last {args.trainable_blocks:g} blocks, norm and head"

@@ -230,7 +230,7 @@ def add_batch_flags(parser: Parser) -> None:
     flag("--micro_batch_size", type=integer(1), help="images per process per forward pass")
 
 
-def add_optimizer_flags(parser: Parser, *, base_learning_rate: float | None, weight_decay: float | None) -> None:
+def add_optimizer_flags(parser: Parser, *, base_learning_rate: float, weight_decay: float) -> None:
     """Learning rate, weight decay and clipping."""
     flag = parser.add_argument_group("optimizer").add_argument
     flag(
@@ -250,7 +250,7 @@ def add_optimizer_flags(parser: Parser, *, base_learning_rate: float | None, wei
 def add_image_flags(parser: Parser, *, crop_scale: tuple[float, float]) -> None:
     """What the images are, and how they are normalised."""
     flag = parser.add_argument_group("images").add_argument
-    flag("--img_size", type=integer(1), nargs="+", metavar="H [W]", help="pixels (default 224, or that of the weights)")
+    flag("--img_size", type=integer(1), nargs="+", metavar="H [W]", help="pixels (default 224)")
     flag("--input_channels", type=integer(1), default=3, help="3 (colour) or 1 (grey) (default 3)")
     flag("--mean", type=number(), nargs="+", help="channel means of images in [0, 1] (default ImageNet's)")
     flag("--std", type=number(1e-6), nargs="+", help="channel deviations of images in [0, 1] (default ImageNet's)")
@@ -264,7 +264,7 @@ def add_image_flags(parser: Parser, *, crop_scale: tuple[float, float]) -> None:
     )
 
 
-def add_encoder_flags(parser: Parser, *, sizes: Iterable[str], drop_path: float | None = 0.0) -> None:
+def add_encoder_flags(parser: Parser, *, sizes: Iterable[str]) -> None:
     """The sizes of the encoder; `sizes` are the names that --model takes."""
     flag = parser.add_argument_group("encoder").add_argument
     flag("--model", type=one_of(*sizes), help=f"{', '.join(sizes)}: sets the next four (default base)")
@@ -273,7 +273,8 @@ def add_encoder_flags(parser: Parser, *, sizes: Iterable[str], drop_path: float 
     flag("--encoder_depth", type=integer(1), help="number of blocks")
     flag("--encoder_num_heads", type=integer(1))
     flag("--encoder_mlp_ratio", type=number(0.1), help="hidden width of the MLPs / width (default 4)")
-    flag("--drop_path", type=number(0, 0.99), default=drop_path, help="stochastic depth rate of the last block")
+    rate = "stochastic depth rate of the last block (default 0)"
+    flag("--drop_path", type=number(0, 0.99), default=0.0, help=rate)
     flag(
         "--custom_weight_init",
         action=argparse.BooleanOptionalAction,

@@ -180,10 +180,12 @@ def describe_run(
     trained: int,
     activations: float,
     optimizer: str = "AdamW",
+    averaged: bool = False,
 ) -> list[str]:
     """The lines of the plan that every script prints: batch, length, rate, precision, memory.
 
-    `parameters` is their number, `trained` that of those which train; `activations` are bytes an image.
+    `parameters` is their number, `trained` that of those which train; `activations` are bytes an image; `averaged` says
+    that a moving average of the weights is kept.
     """
     half, on_cpu = args.mixed_precision != "no", accelerator.device.type == "cpu"
     precision = args.mixed_precision.replace("no", "float32")
@@ -191,7 +193,7 @@ def describe_run(
         precision += " (matrix products in TF32)"
     speed = [name.replace("_", " ") for name in ("compile", "gradient_checkpointing") if getattr(args, name)]
     # Bytes of a weight and its copy in half precision; of its gradient, its moments, and what processes exchange
-    fixed = (4 + 2 * half + 4 * bool(getattr(args, "ema_decay", 0))) * parameters
+    fixed = (4 + 2 * half + 4 * averaged) * parameters
     fixed += (4 + (8 if optimizer == "AdamW" else 4) + 4 * (accelerator.num_processes > 1)) * trained
     return [
         f"batch      {batch.global_size} = {several(accelerator.num_processes, 'process')} x "
