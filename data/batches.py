@@ -38,6 +38,15 @@ class ClassificationBatch(NamedTuple):
     damaged: list[tuple[int, str]]  # index and reason of every image that could not be read
 
 
+def image_of(data: bytes | np.ndarray | OSError, channels: int) -> torch.Tensor:
+    """What a source fetched, as an image uint8 (C, H, W). Raises DamagedImage."""
+    if isinstance(data, OSError):
+        raise DamagedImage(data.strerror or str(data))
+    if isinstance(data, np.ndarray):
+        return torch.from_numpy(data).permute(2, 0, 1)
+    return decode(data, channels)
+
+
 def readable(
     source: Source, index: int, data: bytes | np.ndarray | OSError, channels: int, damaged: list[tuple[int, str]]
 ) -> tuple[torch.Tensor, int]:
@@ -47,11 +56,7 @@ def readable(
     """
     for _ in range(len(source)):
         try:
-            if isinstance(data, OSError):
-                raise DamagedImage(data.strerror or str(data))
-            if isinstance(data, np.ndarray):
-                return torch.from_numpy(data).permute(2, 0, 1), index
-            return decode(data, channels), index
+            return image_of(data, channels), index
         except DamagedImage as error:
             damaged.append((index, str(error)))
         index = (index + 1) % len(source)

@@ -6,6 +6,7 @@ Pillow's pixels in less time; all else, and whatever that decoder refuses, takes
 
 import contextlib
 import io
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -43,15 +44,16 @@ def decode(data: bytes, channels: int) -> torch.Tensor:
             # The bytearray is a copy, but frombuffer() warns about memory that cannot be written to.
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             return decode_jpeg(encoded, mode, apply_exif_orientation=True)
-    try:
-        pixels = _decode_with_pillow(data, channels)
-    except DamagedImage:
-        raise
-    except UnidentifiedImageError:
-        raise DamagedImage(f"not an image: begins with {bytes(data[:8])!r}") from None  # Pillow names an address
-    except Exception as error:  # Pillow's readers raise nearly any type: OSError, SyntaxError, struct.error, ...
-        raise DamagedImage(str(error) or type(error).__name__) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return torch.from_numpy(_decode_with_pillow(data, channels)).permute(2, 0, 1)
+
+
+def decode_stored(data: bytes) -> np.ndarray:
+    """The pixels of a mask as the file stores them, turned upright: (H, W), or (H, W, n) where they are in colour.
+
+    Of a palette the numbers are taken, 1-bit files give 0 and 1, 16-bit grey keeps its range. Raises DamagedImage.
+    """
+    with _opened(data) as image:
+        return np.array(image)
 
 
 def _is_plain_jpeg(data: bytes) -> bool:
@@ -75,14 +77,29 @@ def _is_plain_jpeg(data: bytes) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """The image in `data`, read and turned upright; raises DamagedImage, also for what fails inside the block."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.format == "EPS":  # a program in PostScript, which Pillow would have Ghostscript run
+                raise DamagedImage("EPS is a drawing, not pixels")
+            image.load()
+            with contextlib.suppress(Exception):  # broken EXIF beside whole pixels: they are kept as stored
+                ImageOps.exif_transpose(image, in_place=True)
+            yield image
+    except DamagedImage:
+        raise
+    except UnidentifiedImageError:
+        reason = f"not an image: begins with {bytes(data[:8])!r}" if data else "empty file"
+        raise DamagedImage(reason) from None  # Pillow names an address
+    except Exception as error:  # Pillow's readers raise nearly any type: OSError, SyntaxError, struct.error, ...
+        raise DamagedImage(str(error) or type(error).__name__) from error
+
+
 def _decode_with_pillow(data: bytes, channels: int) -> np.ndarray:
-    """(H, W, channels) uint8; raises whatever Pillow raises."""
-    with Image.open(io.BytesIO(data)) as image:
-        if image.format == "EPS":  # a program in PostScript, which Pillow would have Ghostscript run
-            raise DamagedImage("EPS is a drawing, not pixels")
-        image.load()
-        with contextlib.suppress(Exception):  # broken EXIF beside whole pixels: they are kept as stored
-            ImageOps.exif_transpose(image, in_place=True)
+    """(H, W, channels) uint8."""
+    with _opened(data) as image:
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
             values = np.asarray(image).astype(np.uint32)  # Pillow's own conversion clips at 255
             grey = ((values + 128) // 257).astype(np.uint8)

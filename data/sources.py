@@ -22,24 +22,24 @@ class DataError(ValueError):
 
 
 class FolderSource:
-    """All images below a folder, ordered by the bytes of their relative paths.
+    """All images below a folder, those files named `suffixes`, ordered by the bytes of their relative paths.
 
     Where each lies in a folder of its own below `root`, that folder's name is its class; otherwise `labels` is None.
     Raises DataError for a folder that does not exist, cannot be read, or holds no image.
     """
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, suffixes: tuple[str, ...] = SUFFIXES):
         self.root = Path(root)
         if not self.root.is_dir():
             raise DataError(f"{root} is no folder; --path_to_data takes a folder of images or builtin:shapes")
         try:
-            paths = sorted(self._scan(os.fsencode(self.root)))
+            paths = sorted(self._scan(os.fsencode(self.root), suffixes))
         except OSError as error:
             raise DataError(
                 f"{os.fsdecode(error.filename)} cannot be read ({error.strerror}); check its permissions"
             ) from None
         if not paths:
-            raise DataError(f"{root} holds no image; expected files named {', '.join(SUFFIXES)}")
+            raise DataError(f"{root} holds no image; expected files named {', '.join(suffixes)}")
         self._paths = b"".join(paths)
         self._ends = np.cumsum([len(path) for path in paths])
         folders = [path.partition(b"/")[0] if b"/" in path else None for path in paths]
@@ -52,7 +52,7 @@ class FolderSource:
             self.labels = np.array([numbers[folder] for folder in folders])
 
     @staticmethod
-    def _scan(root: bytes) -> list[bytes]:
+    def _scan(root: bytes, suffixes: tuple[str, ...]) -> list[bytes]:
         """Relative paths of the images below `root`, in no order; hidden files and folders are passed over."""
         found, folders = [], [b""]
         while folders:
@@ -67,7 +67,7 @@ class FolderSource:
                         if entry.is_symlink() and _holds(entry.path, here):
                             continue  # a link to a folder that holds it
                         folders.append(path)
-                    elif os.path.splitext(entry.name)[1].lower().decode(errors="replace") in SUFFIXES:
+                    elif os.path.splitext(entry.name)[1].lower().decode(errors="replace") in suffixes:
                         found.append(path)
         return found
 
