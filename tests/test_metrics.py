@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 import torch
 
-from training.metrics import knn_vote, linear_sums, linear_vote, nearest, psnr, reconstruction_metrics
+from training.metrics import (
+    knn_vote,
+    linear_sums,
+    linear_vote,
+    nearest,
+    psnr,
+    reconstruction_metrics,
+    segmentation_areas,
+)
 
 
 def gaussian_ssim_map(a, b):
@@ -105,3 +113,43 @@ def test_the_linear_classifier_is_least_squares():
     scaled = linear_vote(linear_sums(features * scale + 7, labels, 3), queries * scale + 7)
     assert torch.equal(scaled, linear_vote(sums, queries))
     assert (linear_vote(sums, features) == labels).double().mean() > 0.5
+
+
+def counted(prediction, annotation, num_classes):
+    """Areas (3, num_classes) by a loop over pixels."""
+    areas = np.zeros((3, num_classes), np.int64)
+    for guess, label in zip(prediction.flatten().tolist(), annotation.flatten().tolist(), strict=True):
+        if label != 255:
+            areas[0, label] += guess == label
+            areas[1, guess] += 1
+            areas[2, label] += 1
+    return areas
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int64])
+@pytest.mark.parametrize("num_classes", [2, 7, 150])
+def test_areas_equal_a_count_of_pixels(num_classes, kind):
+    """With void, also where it is predicted, and classes absent from the annotation, the prediction or both."""
+    generator = torch.Generator().manual_seed(num_classes)
+    prediction = torch.randint(num_classes // 2, num_classes, (37, 41), generator=generator)
+    annotation = torch.randint(max(1, num_classes - 2), (37, 41), generator=generator)
+    annotation[torch.rand(37, 41, generator=generator) < 0.3] = 255
+    prediction[annotation == 255] = torch.randint(256, (int((annotation == 255).sum()),), generator=generator)
+    areas = segmentation_areas(prediction.to(kind), annotation.to(kind), num_classes)
+    assert areas.dtype == torch.int64 and np.array_equal(areas, counted(prediction, annotation, num_classes))
+    assert areas[1:].sum(dim=1).tolist() == 2 * [int((annotation != 255).sum())]
+
+
+def test_areas_of_void_alone_and_of_another_number_for_it():
+    assert not segmentation_areas(torch.ones(3, 3).byte(), torch.full((3, 3), 255), 4).any()
+    areas = segmentation_areas(torch.tensor([0, 1, 1]), torch.tensor([9, 1, 0]), 2, ignore=9)
+    assert areas.tolist() == [[0, 1], [0, 2], [1, 1]]
+
+
+def test_a_number_beyond_the_classes_is_refused():
+    few = torch.tensor([0, 1, 1])
+    with pytest.raises(ValueError, match=r"class number 3 in an annotation; expected 0 to 2"):
+        segmentation_areas(few, torch.tensor([0, 3, 255]), 3)
+    for number in (3, 255, 300):
+        with pytest.raises(ValueError, match=rf"class number {number} in a prediction; expected 0 to 2"):
+            segmentation_areas(torch.tensor([0, number, 2]), few, 3)

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training.pictures import MOST_CLASSES, confusion_matrix, reconstruction_grid
+from training.pictures import MOST_CLASSES, MOST_NAMES, confusion_matrix, reconstruction_grid, segmentation_grid
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -80,3 +80,55 @@ def test_more_classes_than_can_be_read_are_refused(tmp_path):
         with pytest.raises(ValueError, match="classes and counts"):
             confusion_matrix(tmp_path / "x.png", np.eye(shape, dtype=int), ["a"] * names, title="")
     assert not (tmp_path / "x.png").exists()
+
+
+def scene(width, height, *, channels=3):
+    """A dark image; a mask with class 0 on the left, 1 on the right, void in the lower half."""
+    mask = np.zeros((height, width), np.uint8)
+    mask[:, width // 2 :] = 1
+    annotation = mask.copy()
+    annotation[height // 2 :] = 255
+    return np.full((channels, height, width), 40, np.uint8), annotation, mask
+
+
+def test_a_segmentation_has_a_row_an_image_and_a_legend(tmp_path):
+    """A small image is enlarged by a whole number, a large one made smaller; both are shown in the classes' colours."""
+    rows = [scene(50, 30), scene(512, 384, channels=1)]
+    rows[1] = tuple(torch.from_numpy(array) for array in rows[1])
+    colours, path = [(200, 0, 0), (0, 0, 200), (0, 200, 0)], tmp_path / "deep" / "masks.png"
+    segmentation_grid(path, rows, ["cat", "dog", "owl"], colours, title="step 1")
+    pixels = np.asarray(Image.open(path)).astype(int)
+    assert pixels.shape == (48 + (150 + 8) + (192 + 8) + 20 + 8, 8 + 3 * 264, 3)
+    grey, red, blue = [40] * 3, *map(list, colours[:2])
+    for top, width, height in ((48, 250, 150), (206, 256, 192)):
+        left_and_right = [pixels[top + 5, [8 + i * 264 + 5, 8 + i * 264 + 240]].tolist() for i in range(3)]
+        assert left_and_right == [[grey, grey], [red, blue], [red, blue]]
+        lower = pixels[top + height // 2 : top + height, 272 : 272 + width].reshape(-1, 3)  # of the annotation
+        assert np.unique(lower, axis=0).tolist() == [[110] * 3, [190] * 3]
+        assert pixels[top + height - 5, [536 + 5, 536 + 240]].tolist() == [red, blue]  # predicted there all the same
+        assert (pixels[top + height + 4] == 255).all() and (pixels[top : top + height, 272 + width] == 255).all()
+    legend = pixels[406:426]
+    assert [legend[7, 8 + i * 264 + 7].tolist() for i in range(2)] == [red, blue]
+    assert set(legend[1:14, 537:550].ravel().tolist()) == {110, 190}
+    assert all(legend[:, 30 + i * 264 : 264 + i * 264].min() < 100 for i in range(3))  # names
+
+
+def test_a_legend_has_what_occurs_and_the_most_frequent_first(tmp_path):
+    """One image of 40 classes, the later ones larger, with names that do not fit too."""
+    mask = np.repeat(np.arange(40), np.arange(1, 41))
+    mask = np.tile(mask.astype(np.uint8), (8, 1))
+    image = np.zeros((3, *mask.shape), np.uint8)
+    colours = [(5 * i + 3, 250 - 5 * i, 7) for i in range(50)]
+    heights = []
+    for names in (["a"] * 50, ["a very long name " * 9] * 50):
+        segmentation_grid(tmp_path / "many.png", [(image, mask, mask)], names, colours, title="")
+        pixels = np.asarray(Image.open(tmp_path / "many.png"))
+        below = np.arange(len(pixels))[:, None] > 60  # the masks
+        swatches = np.argwhere((pixels[..., 2] == 7) & (pixels[..., 0] != 7) & below)
+        shown = {tuple(pixels[y, x].tolist()) for y, x in swatches}
+        assert shown == set(colours[40 - MOST_NAMES : 40])
+        assert pixels[swatches[0, 0] + 5, 8 + 5].tolist() == list(colours[39])
+        assert (pixels[:, -4:] == 255).all() and (pixels[-4:] == 255).all()
+        heights.append(pixels.shape)
+        assert pixels[-26:, :270].min() < 100  # "and 10 more", on a line of its own
+    assert heights[0] == heights[1]

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from training.scores import ClassificationScores
+from training.metrics import segmentation_areas
+from training.scores import ClassificationScores, SegmentationScores
 
 
 def case(num_classes, count, *, seed=0):
@@ -102,3 +104,82 @@ def test_no_network_no_cache_no_file(tmp_path):
     )
     assert sorted(os.listdir(tmp_path)) == ["file", "here", "temporary"]
     assert os.listdir(tmp_path / "here") == os.listdir(tmp_path / "temporary") == []
+
+
+def masks(num_classes, count, *, seed=0):
+    """Predictions that are often right, annotations with void; the last class is in neither, the one before it is
+    never annotated, and the third last never predicted."""
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for _ in range(count):
+        shape = rng.integers(5, 40, 2)
+        annotation = rng.choice([c for c in range(num_classes) if c != num_classes - 2 and c != num_classes - 1], shape)
+        prediction = np.where(rng.random(shape) < 0.6, annotation, rng.integers(0, num_classes - 1, shape))
+        prediction[prediction == num_classes - 3] = 0
+        annotation[rng.random(shape) < 0.2] = 255
+        pairs.append((prediction.astype(np.uint8), annotation.astype(np.uint8)))
+    return pairs
+
+
+def segmentation_score(pairs, num_classes, *, portions=1):
+    areas = torch.stack([segmentation_areas(*map(torch.from_numpy, pair), num_classes) for pair in pairs])
+    scores = SegmentationScores()
+    for part in areas.chunk(portions):
+        scores.add_batch(intersections=part[:, 0], prediction_areas=part[:, 1], label_areas=part[:, 2])
+    return scores.compute(classes=[f"class {i}" for i in range(num_classes)])
+
+
+@pytest.mark.parametrize("num_classes", [4, 19])
+def test_segmentation_against_sets_of_pixels(num_classes):
+    pairs = masks(num_classes, 5)
+    prediction, annotation = (np.concatenate([pair[side].ravel() for pair in pairs]).tolist() for side in (0, 1))
+    valid = [i for i, label in enumerate(annotation) if label != 255]
+    ious, accuracies = [], []
+    for c in range(num_classes):
+        predicted = {i for i in valid if prediction[i] == c}
+        labelled = {i for i in valid if annotation[i] == c}
+        ious.append(100 * len(predicted & labelled) / len(predicted | labelled) if predicted | labelled else None)
+        accuracies.append(100 * len(predicted & labelled) / len(labelled) if labelled else None)
+    got = segmentation_score(pairs, num_classes, portions=3)
+    assert list(got["per_class_iou"].values()) == pytest.approx(ious, abs=1e-12)
+    assert list(got["per_class_accuracy"].values()) == pytest.approx(accuracies, abs=1e-12)
+    assert ious[-3:] == [0, 0, None] and accuracies[-3:] == [0, None, None]
+    known = [iou for iou in ious if iou is not None]
+    assert len(known) == num_classes - 1
+    assert got["mean_iou"] == pytest.approx(sum(known) / len(known), abs=1e-12)
+    known = [accuracy for accuracy in accuracies if accuracy is not None]
+    assert got["mean_accuracy"] == pytest.approx(sum(known) / len(known), abs=1e-12)
+    right = sum(prediction[i] == annotation[i] for i in valid)
+    assert got["overall_accuracy"] == pytest.approx(100 * right / len(valid), abs=1e-12)
+    assert segmentation_score(pairs[::-1], num_classes) == got
+
+
+def test_areas_may_be_larger_than_32_bits_and_rows_are_summed():
+    rows = dict(intersections=[[2**40, 0]], prediction_areas=[[2**40, 2**40]], label_areas=[[2**41, 0]])
+    scores = SegmentationScores()
+    assert scores.compute(classes=["a", "b"], **rows)["per_class_iou"] == {"a": 50, "b": 0}
+    scores.add_batch(**rows)
+    scores.add_batch(intersections=[[0, 2**40]], prediction_areas=[[0, 2**40]], label_areas=[[0, 2**40]])
+    got = scores.compute(classes=["a", "b"])
+    assert got["per_class_iou"] == {"a": 50, "b": 50} and got["per_class_accuracy"] == {"a": 50, "b": 100}
+
+
+def test_void_alone_is_an_error_but_adds_nothing_to_others():
+    void = (np.zeros((4, 4), np.uint8), np.full((4, 4), 255, np.uint8))
+    with pytest.raises(ValueError, match="2 annotations are entirely void"):
+        segmentation_score([void, void], 3)
+    pairs = masks(4, 2)
+    assert segmentation_score([void, *pairs], 4) == segmentation_score(pairs, 4)
+
+
+def test_the_published_sample_of_ade20k(real_images):
+    """Three images whose predictions are known to be right wherever they are annotated, in files with 0 = void."""
+    folder = real_images / "ade20k_sample"
+    pairs = []
+    for path in sorted((folder / "annotations" / "validation").glob("*.png")):
+        files = (folder / "predictions" / "validation" / path.name, path)
+        pairs.append([np.asarray(Image.open(file)) - np.uint8(1) for file in files])  # void becomes 255
+    got = segmentation_score(pairs, 150)
+    present = [iou for iou in got["per_class_iou"].values() if iou is not None]
+    assert len(pairs) == 3 and len(present) == 15 and got["mean_iou"] == 100.0 == got["overall_accuracy"]
+    assert round(sum(present) / 150 / 100, 4) == 0.1

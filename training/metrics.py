@@ -1,4 +1,7 @@
-"""How good reconstructions are. Images are (B, C, H, W) in [0, 1], masks (B, 1, H, W) with 1 = removed."""
+"""How good reconstructions, features and segmentations are.
+
+Of reconstructions, images are (B, C, H, W) in [0, 1], masks (B, 1, H, W) with 1 = removed.
+"""
 
 import torch
 
@@ -88,3 +91,24 @@ def linear_vote(sums: torch.Tensor, queries: torch.Tensor, *, ridge: float = 1e-
     penalty = ridge * covariance.diagonal().clamp(min=1e-12)
     weight = torch.linalg.solve(covariance + penalty.diag(), with_classes)  # (D, num_classes)
     return ((queries.double() - mean) @ weight + class_mean).argmax(dim=1)
+
+
+def segmentation_areas(
+    prediction: torch.Tensor, annotation: torch.Tensor, num_classes: int, *, ignore: int = 255
+) -> torch.Tensor:
+    """Pixels of each class (3, num_classes), int64: where prediction and annotation agree, in the prediction, in the
+    annotation. Both hold class numbers and have one shape; pixels whose annotation is `ignore`, a number that no class
+    has, count nowhere.
+
+    Raises ValueError for a number beyond the classes at any other pixel, RuntimeError for different shapes.
+    """
+    agreed = torch.where(prediction == annotation, annotation, ignore)  # to pick the pixels themselves is far slower
+    predicted = torch.where(annotation == ignore, ignore, prediction)
+    areas = [torch.bincount(numbers.flatten(), minlength=ignore + 1) for numbers in (agreed, predicted, annotation)]
+    void = areas[2][ignore].clone()
+    for found, name in zip(areas[1:], ("a prediction", "an annotation"), strict=True):
+        found[ignore] -= void
+        if found[num_classes:].any():
+            largest = int(found.nonzero().max())
+            raise ValueError(f"class number {largest} in {name}; expected 0 to {num_classes - 1}")
+    return torch.stack([found[:num_classes] for found in areas])

@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 MOST_CLASSES = 50  # of a confusion matrix that can still be read
+MOST_NAMES = 30  # of a legend
+VOID = 255  # in an annotation: not labelled
 
 
 def reconstruction_grid(
@@ -99,6 +101,81 @@ def confusion_matrix(path: Path, counts: np.ndarray, classes: Sequence[str], *, 
                 draw.text((x + cell / 2, y + cell / 2), number, fill=ink, font=small, anchor="mm")
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path)
+
+
+def segmentation_grid(
+    path: Path,
+    rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    classes: Sequence[str],
+    colours: Sequence[tuple[int, int, int]],
+    *,
+    title: str,
+) -> None:
+    """Writes a PNG with one row an image: image, annotation, prediction, and below them the names of the colours, those
+    of the most pixels first.
+
+    `rows`: (image (C, H, W) uint8 with C 1 or 3, annotation (H, W), prediction (H, W)), arrays or tensors on a CPU, of
+    any sizes; masks hold class numbers. What is VOID in the annotation is hatched there; the prediction is shown
+    everywhere.
+    """
+    palette = np.zeros((256, 3), np.uint8)
+    palette[: len(colours)] = colours
+    counts = np.zeros(256, np.int64)
+    tiles = []  # the three pictures of each row, all of one size
+    for image, *masks in rows:
+        image, annotation, prediction = (np.asarray(array) for array in (image, *masks))
+        counts += sum(np.bincount(mask.ravel(), minlength=256) for mask in (annotation, prediction))
+        image = np.broadcast_to(image.transpose(1, 2, 0), (*image.shape[1:], 3))
+        width = _tile_width(image.shape[1])
+        size = (width, max(1, round(image.shape[0] * width / image.shape[1])))
+        smooth = Image.Resampling.BOX if width < image.shape[1] else Image.Resampling.NEAREST
+        numbers = [
+            np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST))
+            for mask in (annotation, prediction)
+        ]
+        hatched = np.where((numbers[0] == VOID)[..., None], _hatching(size), palette[numbers[0]])
+        row = [Image.fromarray(image).resize(size, smooth), hatched, palette[numbers[1]]]
+        tiles.append([Image.fromarray(np.asarray(tile)) for tile in row])
+
+    font, gap, line, header = ImageFont.load_default(size=13), 8, 20, 48  # pixels
+    column = max(tile.width for row in tiles for tile in row) + gap
+    occurring = [number for number in np.argsort(-counts, kind="stable") if counts[number] and number != VOID]
+    names = [(classes[number], Image.new("RGB", (14, 14), tuple(palette[number].tolist()))) for number in occurring]
+    more = [(f"and {len(names) - MOST_NAMES} more", None)] if len(names) > MOST_NAMES else []
+    void = [("void: not labelled", Image.fromarray(_hatching((14, 14))))] if counts[VOID] else []
+    legend = names[:MOST_NAMES] + more + void
+    top = header + sum(row[0].height + gap for row in tiles)
+    height = top + -(-len(legend) // 3) * line + gap
+    canvas = Image.new("RGB", (max(gap + 3 * column, int(font.getlength(title)) + 2 * gap), height), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((gap, 6), title, fill="black", font=font)
+    for i, caption in enumerate(("image", "annotation", "prediction")):
+        draw.text((gap + i * column, 27), caption, fill="#444444", font=font)
+    for i, (name, swatch) in enumerate(legend):
+        x, y = gap + i % 3 * column, top + i // 3 * line
+        if swatch:
+            canvas.paste(swatch, (x, y))
+            draw.rectangle((x, y, x + 14, y + 14), outline="#888888")
+        draw.text((x + 20, y + 7), _shortened(_in_ascii(name), font, width=column - 20 - gap), "black", font, "lm")
+    y = header
+    for row in tiles:
+        for i, tile in enumerate(row):
+            canvas.paste(tile, (gap + i * column, y))
+        y += row[0].height + gap
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path)
+
+
+def _tile_width(width: int) -> int:
+    """About 256 pixels: small images are enlarged by whole numbers, so that their pixels stay alike."""
+    return width * round(256 / width) if width <= 170 else 256
+
+
+def _hatching(size: tuple[int, int]) -> np.ndarray:
+    """Slanted grey stripes (H, W, 3) of `size` (W, H), a colour that no class has."""
+    x, y = np.meshgrid(*(np.arange(length) for length in size))
+    stripes = np.where((x + y) // 4 % 2, 110, 190).astype(np.uint8)
+    return np.repeat(stripes[..., None], 3, axis=2)
 
 
 def _in_ascii(text: str) -> str:
