@@ -3,6 +3,7 @@
     python benchmark.py data --path_to_data IMAGES
     python benchmark.py train --task mae --model base
     python benchmark.py cost --model base
+    python benchmark.py evaluate
 
 `data`: this loader against torchvision's usual PIL pipeline (open, RandomResizedCrop bicubic, flip, to float,
 normalise) on a folder of real images, on one core, with the time of each stage.
@@ -17,6 +18,11 @@ and peak memory. --compile adds both sides compiled, and ours compiled against t
 `cost`: what a pre-training step takes as images and batches grow, in images/s and peak memory, each setting in a
 process of its own (`ours` is null where memory does not suffice); and the seconds from `accelerate launch
 pretrain_mae.py` to the first line of its log.
+
+`evaluate`: mean IoU of predicted masks, from one row of areas an image, against the published `mean_iou` metric, which
+keeps all masks: written from its definition, as it has to be fetched. Both give the same figure, or nothing is
+reported. Time is that of scoring alone; memory is the peak of a process, with the interpreter and all imports (which
+both sides have alike).
 
 Quote ratios: they hold when a machine's speed drifts. --json writes what was measured.
 """
@@ -54,6 +60,7 @@ from modeling.export import export_autoencoder
 from modeling.mae import MaskedAutoencoder
 from modeling.vit import SIZES, VisionTransformer, block_multiply_adds, embedding_multiply_adds
 from training.arguments import Parser, RunError, fail, integer, one_of, run_script
+from training.metrics import segmentation_areas
 from training.optimizer import adamw, set_learning_rate
 
 ROOT = Path(__file__).parent
@@ -64,6 +71,7 @@ DEFAULTS = {  # the flags that each takes, beside --json
     "data": dict(path_to_data=None, img_size=224, num_images=400, rounds=5),
     "train": STEP | dict(task="mae", compile=False, gradient_checkpointing=False),
     "cost": STEP | dict(img_sizes=[64, 128, 224, 448], batch_sizes=[1, 4, 16, 64]),
+    "evaluate": dict(size=512, classes=150, num_images=400, rounds=3),
 }
 
 
@@ -72,12 +80,14 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("what", type=one_of(*DEFAULTS), help=", ".join(DEFAULTS))
     flag = parser.add_argument_group("all").add_argument
-    flag("--img_size", type=integer(1), help="pixels (default 224); cost: of the batches")
-    flag("--rounds", type=integer(1), help="rounds, both sides in each (default 5)")
+    flag("--rounds", type=integer(1), help="rounds, both sides in each (default 5; evaluate: 3)")
     flag("--json", metavar="FILE", help="write a list of what was measured")
+    flag = parser.add_argument_group("data, train and cost").add_argument
+    flag("--img_size", type=integer(1), help="pixels (default 224); cost: of the batches")
     flag = parser.add_argument_group("data").add_argument
     flag("--path_to_data", help="folder of images (required)")
-    flag("--num_images", type=integer(1), help="images at most (default 400)")
+    flag = parser.add_argument_group("data and evaluate").add_argument
+    flag("--num_images", type=integer(1), help="images (default 400); data: at most")
     flag = parser.add_argument_group("train and cost").add_argument
     flag("--model", type=one_of(*SIZES), help=f"{', '.join(SIZES)} (default base)")
     flag("--batch_size", type=integer(1), help="images per step (default 16); cost: of the image sizes")
@@ -89,6 +99,9 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("cost").add_argument
     flag("--img_sizes", type=integer(1), nargs="+", metavar="N", help="pixels (default 64 128 224 448)")
     flag("--batch_sizes", type=integer(1), nargs="+", metavar="N", help="images per step (default 1 4 16 64)")
+    flag = parser.add_argument_group("evaluate").add_argument
+    flag("--size", type=integer(2), help="pixels, height and width of a mask (default 512)")
+    flag("--classes", type=integer(2, 254), help="classes (default 150)")
     args, errors = parser.read(argv)
     if args.what is not None:
         errors += fill_defaults(args)
@@ -105,9 +118,9 @@ def fill_defaults(args) -> list[str]:
         elif getattr(args, name) is not None:
             others = " and ".join(what for what, flags in DEFAULTS.items() if name in flags)
             errors.append(f"--{name} is no flag of {args.what}, but of {others}; leave it out")
-    if args.what == "data":
-        if args.path_to_data is None:
-            errors.append("--path_to_data is missing; give a folder of images")
+    if args.what == "data" and args.path_to_data is None:
+        errors.append("--path_to_data is missing; give a folder of images")
+    if args.what in ("data", "evaluate"):
         return errors
     args.mixed_precision = args.mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
     patch_size = SIZES[args.model]["patch_size"]
@@ -439,12 +452,16 @@ def step_cost(setting: Setting) -> tuple[float, float] | tuple[None, None]:
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             return None, None
         raise
-    if device.type == "cuda":
-        return setting.batch_size / seconds, torch.cuda.max_memory_allocated() / 1e9
+    gpu = device.type == "cuda"
+    return setting.batch_size / seconds, torch.cuda.max_memory_allocated() / 1e9 if gpu else process_memory()
+
+
+def process_memory() -> float:
+    """GB that this process took at its peak."""
     import resource  # not on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024
-    return setting.batch_size / seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def in_new_process(work: Callable, *values):
@@ -500,6 +517,96 @@ def benchmark_cost(setting: Setting, *, img_sizes: list[int], batch_sizes: list[
         yield row(f"cost: start of pretrain_mae.py, {model}", seconds, None, "s", None)
 
 
+def random_masks(num_images: int, size: int, classes: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Predictions and annotations (size, size), uint8, made one after the other: patches of a class, some of them void
+    (255) in the annotation, of which the prediction has most."""
+    rng = np.random.default_rng(0)
+    patch = max(1, size // 16)
+    for _ in range(num_images):
+        coarse = rng.integers(0, classes, (2, -(-size // patch), -(-size // patch)), dtype=np.uint8)
+        annotation = np.where(rng.random(coarse.shape[1:]) < 0.1, np.uint8(255), coarse[0])
+        prediction = np.where(rng.random(coarse.shape[1:]) < 0.7, coarse[0], coarse[1])
+        yield tuple(np.kron(mask, np.ones((patch, patch), np.uint8))[:size, :size] for mask in (prediction, annotation))
+
+
+def our_mean_iou(pairs: Iterator, classes: int) -> tuple[float, float]:
+    """The mean IoU, as a fraction, and the seconds that it took: as the scripts do it, on a CPU."""
+    from training.scores import SegmentationScores
+
+    scores, seconds = SegmentationScores(), 0.0
+
+    def add(prediction, annotation):
+        areas = segmentation_areas(torch.from_numpy(prediction), torch.from_numpy(annotation), classes)[:, None]
+        scores.add_batch(intersections=areas[0], prediction_areas=areas[1], label_areas=areas[2])
+
+    for pair in pairs:
+        seconds += seconds_of(partial(add, *pair))
+    start = time.perf_counter()
+    mean_iou = scores.compute(classes=[str(number) for number in range(classes)])["mean_iou"] / 100
+    return mean_iou, seconds + time.perf_counter() - start
+
+
+def published_mean_iou(pairs: Iterator, classes: int) -> tuple[float, float]:
+    """The same by the metric `mean_iou` of the library `evaluate`, from its definition: rows are whole masks as uint16,
+    areas are histograms of the pixels that are not void, summed over the images once all of them are there."""
+    import evaluate
+    from datasets import Features, Sequence, Value
+
+    class MeanIou(evaluate.Metric):
+        def _info(self):
+            mask = Sequence(Sequence(Value("uint16")))
+            features = Features({"predictions": mask, "references": mask})
+            return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+        def _compute(self, *, predictions, references):
+            sums = np.zeros((3, classes))
+            for prediction, reference in zip(predictions, references, strict=True):
+                prediction, reference = np.array(prediction), np.array(reference)
+                valid = reference != 255
+                prediction, reference = prediction[valid], reference[valid]
+                for total, part in zip(sums, (prediction[prediction == reference], prediction, reference), strict=True):
+                    total += np.histogram(part, bins=classes, range=(0, classes - 1))[0]
+            union = sums[1] + sums[2] - sums[0]
+            return {"mean_iou": float((sums[0][union > 0] / union[union > 0]).mean())}
+
+    with tempfile.TemporaryDirectory() as folder:
+        metric, seconds = MeanIou(keep_in_memory=True, cache_dir=folder), 0.0
+        for prediction, annotation in pairs:
+            add = partial(metric.add_batch, predictions=prediction[None], references=annotation[None])
+            seconds += seconds_of(add)
+        start = time.perf_counter()
+        return metric.compute()["mean_iou"], seconds + time.perf_counter() - start
+
+
+def evaluation_cost(mean_iou: Callable, num_images: int, size: int, classes: int) -> tuple[float, float, float]:
+    """The mean IoU, the seconds for it on one core, and this process's peak memory in GB."""
+    pin_to_one_core()
+    return *mean_iou(random_masks(num_images, size, classes), classes), process_memory()
+
+
+def benchmark_evaluate(*, num_images: int, size: int, classes: int, rounds: int) -> list[dict]:
+    """Images/s of the mean IoU, and peak memory: our scores and the published metric, each in processes of its own."""
+    sides = {"ours": our_mean_iou, "theirs": published_mean_iou}
+    costs = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, mean_iou in sides.items():
+            costs[name].append(in_new_process(evaluation_cost, mean_iou, num_images, size, classes))
+    (ours, our_seconds, our_memory), (theirs, their_seconds, their_memory) = (
+        zip(*costs[name], strict=True) for name in sides
+    )
+    if abs(ours[0] - theirs[0]) > 1e-12:
+        raise RunError(
+            f"the two sides do not have the same mean IoU (ours {ours[0]!r}, theirs {theirs[0]!r}); expected a "
+            "difference of at most 1e-12; compare releases of the libraries with requirements.txt"
+        )
+    name = f"evaluate: {classes} classes, {size} pixels, {num_images} masks"
+    memory = max(our_memory), max(their_memory)
+    return [
+        rate_row(name, num_images, our_seconds, their_seconds),
+        row(f"{name}: peak memory", *memory, "GB", memory[1] / memory[0]),
+    ]
+
+
 def machine() -> str:
     """What this was measured on, in words."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -538,6 +645,9 @@ def main(argv=None):
     print(machine())
     if args.what == "data":
         rows = benchmark_data(source, img_size=args.img_size, num_images=args.num_images, rounds=args.rounds)
+    elif args.what == "evaluate":
+        sizes = dict(num_images=args.num_images, size=args.size, classes=args.classes)
+        rows = benchmark_evaluate(**sizes, rounds=args.rounds)
     else:
         setting = Setting(args.model, args.img_size, args.batch_size, args.mixed_precision, args.rounds)
         print(f"{args.mixed_precision.replace('no', 'float32')}, {torch.get_num_threads()} threads")

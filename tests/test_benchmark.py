@@ -1,5 +1,7 @@
 import json
+import pickle
 
+import numpy as np
 import pytest
 import torch
 from conftest import run
@@ -128,15 +130,67 @@ def test_a_want_of_memory_is_a_result(monkeypatch, capsys, on_cpu):
     assert all("batch 10000000000" in line for line in lines if "out of memory" in line)
 
 
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Nothing is started, but everything goes through what a process would be sent."""
+
+    def work_here(work, *values):
+        work, *values = pickle.loads(pickle.dumps((work, *values)))
+        return work(*values)
+
+    monkeypatch.setattr(benchmark, "in_new_process", work_here)
+    monkeypatch.setattr(benchmark, "pin_to_one_core", lambda: None)
+
+
+def test_evaluation_is_measured_against_the_published_metric(tmp_path, capsys, in_this_process):
+    flags = ["--num_images", "3", "--size", "40", "--classes", "254", "--rounds", "2"]
+    benchmark.main(["evaluate", *flags, "--json", str(tmp_path / "out.json")])
+    printed = capsys.readouterr().out
+    time, memory = json.loads((tmp_path / "out.json").read_text())
+    name = "evaluate: 254 classes, 40 pixels, 3 masks"
+    for row, its_name, unit in ((time, name, "images/s"), (memory, f"{name}: peak memory", "GB")):
+        assert set(row) == KEYS and row["name"] == its_name and row["unit"] == unit
+        assert row["ours"] > 0 and row["theirs"] > 0 and row["ratio"] > 0
+        assert f"ratio {row['ratio']:.2f} {unit}" in printed
+    assert memory["ratio"] == memory["theirs"] / memory["ours"]
+
+
+@pytest.mark.parametrize(("size", "classes"), [(17, 2), (64, 9)])
+def test_both_sides_have_the_mean_iou_of_sets_of_pixels(size, classes):
+    pairs = list(benchmark.random_masks(3, size, classes))
+    prediction, annotation = np.stack(pairs, axis=1)
+    assert prediction.shape == (3, size, size) and prediction.dtype == annotation.dtype == np.uint8
+    assert 0.02 < (annotation == 255).mean() < 0.3 and prediction.max() == classes - 1
+    valid = annotation != 255
+    ious = []
+    for number in range(classes):
+        predicted, labelled = (prediction == number) & valid, annotation == number
+        if (predicted | labelled).any():
+            ious.append((predicted & labelled).sum() / (predicted | labelled).sum())
+    for mean_iou in (benchmark.our_mean_iou, benchmark.published_mean_iou):
+        found, seconds = mean_iou(iter(pairs), classes)
+        assert found == pytest.approx(np.mean(ious), abs=1e-12) and 0.3 < found < 0.9 and seconds > 0
+
+
+def test_different_mean_ious_are_not_reported(monkeypatch, in_this_process):
+    areas = benchmark.segmentation_areas
+    monkeypatch.setattr(benchmark, "segmentation_areas", lambda *pair: areas(*pair) + 1)
+    with pytest.raises(RunError, match=r"not have the same mean IoU \(ours 0\.\d+, theirs 0\.\d+\)"):
+        benchmark.benchmark_evaluate(num_images=2, size=20, classes=5, rounds=1)
+
+
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        ("nothing --rounds 0", ["nothing is no valid value; expected one of data, train, cost", "--rounds 0"]),
+        ("nothing --rounds 0", ["nothing is no valid value; expected one of data, train, cost, eval", "--rounds 0"]),
         ("data --compile --num_images x", ["--path_to_data is missing", "--compile is no flag of data", "images x"]),
         ("data --model base", ["--path_to_data is missing", "--model is no flag of data, but of train and cost"]),
         ("train --img_size 230 --task both", ["--img_size 230 does not suit the patches of 16 pixels", "--task both"]),
         ("train --batch_sizes 1 2 --img_size 16", ["--batch_sizes is no flag of train", "--img_size 16 does not"]),
         ("cost --model huge --img_sizes 14 30 56", ["--img_sizes 14 does not", "--img_sizes 30 does not"]),
+        ("evaluate --model base --classes 255", ["--model is no flag of evaluate", "a whole number from 2 to 254"]),
+        ("evaluate --img_size 64", ["--img_size is no flag of evaluate, but of data and train and cost"]),
+        ("cost --size 64", ["--size is no flag of cost, but of evaluate"]),
         ("cost --mixed_precision fp16 --compile", ["--mixed_precision fp16", "--compile is no flag of cost"]),
     ],
 )
