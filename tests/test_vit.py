@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modeling.vit import SIZES, VisionTransformer, patchify, unpatchify
+from modeling.mae import MaskedAutoencoder
+from modeling.vit import SIZES, Attention, VisionTransformer, patchify, unpatchify
 from modeling.weights import load_weights
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
@@ -144,6 +145,111 @@ def test_drop_path_drops_whole_branches_of_a_sample_in_training_only():
     dropped = block.train()(x.expand(64, -1, -1))
     fits = torch.stack([(dropped - outcome).abs().amax(dim=(1, 2)) < 1e-5 for outcome in outcomes])
     assert (fits.sum(dim=0) == 1).all() and fits.any(dim=1).all()
+
+
+# Relative position bias and LayerScale
+
+BEIT = dict(relative_position_bias=True, layer_scale=0.1)
+
+
+def test_what_bias_and_scale_add():
+    plain, added = VisionTransformer(**SMALL), VisionTransformer(**SMALL, **BEIT)
+    new = {n: p for n, p in added.named_parameters() if n not in plain.state_dict()}
+    assert len(added.state_dict()) == len(plain.state_dict()) + len(new)
+    for k in range(4):
+        table = new.pop(f"blocks.{k}.attn.relative_position_bias_table")
+        assert table.shape == (7 * 7 + 3, 2) and not table.any()
+        for name in ("gamma_1", "gamma_2"):
+            assert torch.equal(new.pop(f"blocks.{k}.{name}"), torch.full((32,), 0.1))
+    assert not new
+
+    neutral = VisionTransformer(**SMALL, **BEIT | dict(layer_scale=1.0)).eval()
+    neutral.load_state_dict(plain.state_dict(), strict=False)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(neutral(images), plain.eval()(images), rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("img_size", [32, (16, 40)])
+def test_features_with_bias_and_scale_equal_timms_beit(img_size):
+    args = SMALL | dict(img_size=img_size)
+    beit = dict(use_abs_pos_emb=True, use_rel_pos_bias=True, init_values=0.1, global_pool="token")
+    theirs = randomised(timm.create_model("beit_base_patch16_224", **args, **beit), std=0.3)
+    ours = VisionTransformer(**args, **BEIT).eval()
+    state = {name: value for name, value in theirs.state_dict().items() if not name.startswith("head.")}
+    for k in range(4):
+        q, v = state.pop(f"blocks.{k}.attn.q_bias"), state.pop(f"blocks.{k}.attn.v_bias")
+        state[f"blocks.{k}.attn.qkv.bias"] = torch.cat([q, torch.randn(32), v])  # a softmax cancels any key bias
+    state = {name: value for name, value in state.items() if name in ours.state_dict()}
+    ours.load_state_dict(state)
+    images = torch.randn(2, 3, *ours.img_size)
+    expected = theirs.forward_features(images)
+    torch.testing.assert_close(ours(images), expected, rtol=0, atol=2e-5)
+    last = ours.norm(ours.forward_layers(images, [3])[0].flatten(2).transpose(1, 2))
+    torch.testing.assert_close(last, expected[:, 1:], rtol=0, atol=2e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (ours(images) - expected).abs().mean() < 0.02
+
+
+def test_the_bias_of_two_patches_is_that_of_their_offset():
+    attention = Attention(8, 2, bias_grid=(2, 3))
+    table = nn.init.normal_(attention.relative_position_bias_table).detach()
+    for h, w in ((2, 3), (3, 2), (1, 4)):
+        bias = attention.relative_position_bias((h, w))
+        assert bias.shape == (2, 1 + h * w, 1 + h * w)
+        offsets = table[:15].T.reshape(1, 2, 3, 5)
+        offsets = F.interpolate(offsets, size=(2 * h - 1, 2 * w - 1), mode="bilinear", align_corners=False)[0]
+        for query in range(h * w):
+            for key in range(h * w):
+                (y, x), (row, column) = divmod(query, w), divmod(key, w)
+                expected = offsets[:, y - row + h - 1, x - column + w - 1]
+                torch.testing.assert_close(bias[:, 1 + query, 1 + key], expected)
+        assert (bias[:, 0, 1:] == table[15, :, None]).all() and (bias[:, 1:, 0] == table[16, :, None]).all()
+        assert torch.equal(bias[:, 0, 0], table[17])
+
+
+def test_a_bias_needs_all_patches():
+    encoder = VisionTransformer(**SMALL, **BEIT)
+    mae = MaskedAutoencoder(encoder, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+    with pytest.raises(ValueError, match="5 of 17 tokens in an encoder with a relative position bias"):
+        mae(torch.randn(1, 3, 32, 32), torch.rand(1, 16))
+
+
+@pytest.mark.parametrize("change", [dict(), BEIT])
+def test_layers_of_images_of_other_sizes(change):
+    """What a side has beyond whole patches is cut off."""
+    model = randomised(VisionTransformer(**SMALL, **change))
+    images = torch.randn(2, 3, 43, 70)
+    maps = model.forward_layers(images, [3, 0, 2])
+    assert [tuple(one.shape) for one in maps] == 3 * [(2, 32, 5, 8)]
+    cut = model.forward_layers(images[:, :, :40, :64], [2, 0])
+    assert torch.equal(maps[2], cut[0]) and torch.equal(maps[1], cut[1])
+    with pytest.raises(ValueError, match="an image of 43 x 7 pixels is smaller than a patch of 8"):
+        model.forward_layers(images[..., :7], [0])
+
+
+@pytest.mark.parametrize("change", [dict(), BEIT])
+def test_layers_under_gradient_checkpointing_have_the_same_gradients(change):
+    plain = VisionTransformer(**SMALL, **change, drop_path=0.5)
+    saving = VisionTransformer(**SMALL, **change, drop_path=0.5, gradient_checkpointing=True)
+    saving.load_state_dict(plain.state_dict())
+    images, kept = torch.randn(4, 3, 32, 48), []
+    for model in (plain, saving):
+        torch.manual_seed(0)
+        saved = {}
+
+        def keep(tensor, saved=saved):
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            maps = model.forward_layers(images, [1, 3])
+        sum(one.square().sum() for one in maps).backward()
+        kept.append(sum(tensor.untyped_storage().nbytes() for tensor in saved.values()))
+    for (name, one), other in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        assert (one.grad is None and other.grad is None) or torch.equal(one.grad, other.grad), name
+    assert plain.blocks[2].attn.qkv.weight.grad.any()
+    assert kept[1] < 0.2 * kept[0]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,400 @@
+"""The segmenter, against transformers' UperNet; its loss against sums by hand, its costs against autograd."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BeitConfig, UperNetConfig, UperNetForSemanticSegmentation
+
+from modeling.upernet import Segmenter, default_layers, segmentation_loss
+from modeling.vit import SIZES, VisionTransformer
+
+SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=5, num_heads=2)
+BEIT = dict(relative_position_bias=True, layer_scale=0.1)
+
+
+def new_segmenter(num_classes: int = 7, *, encoder: dict | None = None, **change) -> Segmenter:
+    return Segmenter(VisionTransformer(**SMALL | (encoder or {})), num_classes, **dict(head_width=24) | change)
+
+
+def randomised(module: nn.Module, std: float = 0.1) -> nn.Module:
+    """`module` in evaluation mode, every parameter and statistic moved, so that no two could be swapped unnoticed."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in module.state_dict().items():
+            if name.endswith("running_var"):
+                value.copy_(0.5 + torch.rand(value.shape, generator=generator))
+            elif value.is_floating_point():
+                value += std * torch.randn(value.shape, generator=generator)
+    return module.eval()
+
+
+# Parity
+
+FPN1 = {"conv_transpose1": "0", "normalization": "1", "conv_transpose2": "3"}  # theirs: ours
+BLOCK = {
+    "relative_position_bias.relative_position_bias_table": "attn.relative_position_bias_table",
+    "attention.o_proj": "attn.proj",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "lambda_": "gamma_",
+}
+EMBEDDINGS = {
+    "patch_embeddings.projection.": "patch_embed.proj.",
+    "position_embeddings": "pos_embed",
+    "cls_token": "cls_token",
+}
+
+
+def replaced(name: str, table: dict[str, str]) -> str:
+    for theirs, ours in table.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+def from_transformers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Their names to ours, with a key bias, which any softmax cancels, that they do not have."""
+    renamed = {}
+    for name, value in state.items():
+        if name.startswith("backbone.fpn."):
+            name = replaced(name.removeprefix("backbone."), FPN1)
+        elif name.startswith("backbone.beit.embeddings."):
+            name = "encoder." + replaced(name.removeprefix("backbone.beit.embeddings."), EMBEDDINGS)
+        elif name.startswith("backbone.beit.layers."):
+            name = "encoder.blocks." + replaced(name.removeprefix("backbone.beit.layers."), BLOCK)
+        renamed[name] = value
+    for name in [name for name in renamed if "attention.q_proj" in name]:
+        parts = [renamed.pop(name.replace("q_proj", f"{part}_proj"), None) for part in "qkv"]
+        parts[1] = torch.randn_like(parts[0]) if parts[1] is None else parts[1]
+        renamed[name.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
+    return renamed
+
+
+def both(size: dict, num_classes: int, *, layers: list[int], head_width: int, bias: bool, std: float = 0.1):
+    """Our segmenter and transformers' with the same random weights."""
+    backbone = BeitConfig(
+        image_size=size["img_size"],
+        patch_size=size["patch_size"],
+        hidden_size=size["embed_dim"],
+        num_hidden_layers=size["depth"],
+        num_attention_heads=size["num_heads"],
+        intermediate_size=4 * size["embed_dim"],
+        layer_norm_eps=1e-6,
+        use_absolute_position_embeddings=True,
+        use_relative_position_bias=bias,
+        layer_scale_init_value=0.5 if bias else 0.0,
+        drop_path_rate=0.0,
+        add_fpn=True,
+        out_features=[f"stage{layer + 1}" for layer in layers],
+    )
+    config = UperNetConfig(backbone_config=backbone, hidden_size=head_width, num_labels=num_classes)
+    theirs = randomised(UperNetForSemanticSegmentation(config), std)
+    encoder = VisionTransformer(**size, relative_position_bias=bias, layer_scale=1.0 if bias else None)
+    ours = Segmenter(encoder, num_classes, layers=layers, head_width=head_width).eval()
+    ours.load_state_dict(from_transformers(theirs.state_dict()))
+    return ours, theirs
+
+
+def assert_equal_outputs(ours: Segmenter, theirs: nn.Module, images: torch.Tensor) -> None:
+    pyramid = ours.fpn(ours.encoder.forward_layers(images, ours.layers))
+    expected = theirs.backbone(images).feature_maps
+    for one, other in zip(pyramid, expected, strict=True):
+        assert other.std() > 0.3
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours.auxiliary_head(pyramid), theirs.auxiliary_head(expected), rtol=0, atol=1e-4)
+    logits = theirs(images).logits
+    assert logits.std() > 0.3
+    torch.testing.assert_close(ours(images), logits, rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("bias", [False, True])
+def test_pyramid_and_logits_equal_transformers(bias):
+    ours, theirs = both(SMALL, 7, layers=[0, 2, 3, 4], head_width=24, bias=bias)
+    for height, width in ((32, 32), (72, 64), (48, 32), (16, 64), (45, 61)):  # the fourth has as many patches
+        assert_equal_outputs(ours, theirs, torch.randn(2, 3, height, width))
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+@pytest.mark.parametrize(("bias", "shape"), [(False, (512, 512)), (True, (512, 683))])
+def test_pyramid_and_logits_of_a_base_model_equal_transformers(bias, shape):
+    size = SIZES["base"] | dict(img_size=512)
+    ours, theirs = both(size, 150, layers=default_layers(12), head_width=512, bias=bias, std=0.02)
+    assert_equal_outputs(ours, theirs, torch.randn(1, 3, *shape))
+
+
+@torch.inference_mode()
+def test_the_linear_head_by_hand():
+    model = randomised(new_segmenter(head="linear"))
+    images = torch.randn(2, 3, 32, 48)
+    (features,) = model.encoder.forward_layers(images, [4])
+    norm, classifier = model.decode_head.batch_norm, model.decode_head.classifier
+    centred = (features - norm.running_mean[:, None, None]) / (norm.running_var[:, None, None] + 1e-5).sqrt()
+    scaled = centred * norm.weight[:, None, None] + norm.bias[:, None, None]
+    logits = torch.einsum("nd,bdhw->bnhw", classifier.weight[:, :, 0, 0], scaled) + classifier.bias[:, None, None]
+    expected = nn.functional.interpolate(logits, scale_factor=8, mode="bilinear")
+    torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-5)
+    assert model.layers == [4] and not model.auxiliary
+    names = {name for name in model.state_dict() if not name.startswith("encoder.")}
+    norms = {f"batch_norm.{n}" for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
+    assert names == {f"decode_head.{name}" for name in norms | {"classifier.weight", "classifier.bias"}}
+
+
+# Training
+
+
+def test_outputs_and_dropout_in_training():
+    model = randomised(new_segmenter()).train()
+    images = torch.randn(2, 3, 32, 48)
+    logits, auxiliary = model(images)
+    assert logits.shape == auxiliary.shape == (2, 7, 32, 48)
+    for head, output in ((model.decode_head, logits), (model.auxiliary_head, auxiliary)):
+        assert (head.dropout.p, type(head.dropout)) == (0.1, nn.Dropout2d)
+        head.dropout.p = 0.0
+        assert not torch.allclose(model(images)[output is auxiliary], output)
+    again = model(images)
+    assert all(map(torch.equal, again, model(images)))  # nothing else is drawn
+    assert model.eval()(images).shape == (2, 7, 32, 48)
+    assert new_segmenter(auxiliary=False).train()(images).shape == (2, 7, 32, 48)
+    assert new_segmenter(head="linear").train()(images).shape == (2, 7, 32, 48)
+
+
+def test_blocks_above_the_highest_layer_are_frozen():
+    model = new_segmenter(encoder=dict(depth=6), layers=[0, 1, 2, 4])
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {f"encoder.blocks.5.{name}" for name, _ in model.encoder.blocks[5].named_parameters()}
+    for head in ("upernet", "linear"):
+        model = randomised(new_segmenter(head=head, encoder=BEIT | dict(depth=5))).train()
+        outputs = model(torch.randn(2, 3, 32, 32))
+        sum(one.square().sum() for one in (outputs if head == "upernet" else [outputs])).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.any(), name
+
+
+def random_masks(count: int, size: int = 32, *, classes: int = 7) -> torch.Tensor:
+    """uint8 (count, size, size), of which a share that differs by image is ignored, of the first everything."""
+    generator = torch.Generator().manual_seed(1)
+    masks = torch.randint(classes, (count, size, size), generator=generator, dtype=torch.uint8)
+    ignored = torch.rand(count, size, size, generator=generator) < torch.linspace(1, 0, count)[:, None, None]
+    return masks.masked_fill(ignored, 255)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_loss_by_hand(weighted):
+    logits, masks = 3 * torch.randn(3, 7, 5, 4), random_masks(3, 5)[:, :, :4]
+    weights = torch.rand(7) + 0.5 if weighted else None
+    total = 0.0
+    for image, y, x in torch.cartesian_prod(torch.arange(3), torch.arange(5), torch.arange(4)).tolist():
+        label = masks[image, y, x].item()
+        if label != 255:
+            scores = logits[image, :, y, x].double()
+            loss = math.log(scores.exp().sum()) - scores[label].item()
+            total += loss * (weights[label].item() if weighted else 1)
+    expected = total / (3 * 5 * 4)
+    assert segmentation_loss(logits, masks, class_weights=weights).item() == pytest.approx(expected, rel=1e-6)
+    assert segmentation_loss(logits.bfloat16(), masks, class_weights=weights).dtype == torch.float32
+
+
+def test_masks_without_a_valid_pixel_contribute_nothing():
+    logits = torch.randn(2, 7, 4, 4, requires_grad=True)
+    loss = segmentation_loss(logits, torch.full((2, 4, 4), 255, dtype=torch.uint8))
+    loss.backward()
+    assert loss.item() == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_gradients_do_not_depend_on_micro_batches():
+    model = randomised(new_segmenter(encoder=BEIT))
+    images, masks = torch.randn(16, 3, 32, 32), random_masks(16)
+    gradients = []
+    for count in (1, 4):
+        model.zero_grad()
+        for some, some_masks in zip(images.chunk(count), masks.chunk(count), strict=True):
+            (segmentation_loss(model(some), some_masks) / count).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == {n for n, _ in model.named_parameters() if not n.startswith("auxiliary_head.")}
+    for name, whole in gradients[0].items():
+        if not name.endswith("classifier.bias"):
+            assert whole.norm() > 0, name
+    one, four = (torch.cat([g.flatten() for g in some.values()]) for some in gradients)
+    assert (one - four).norm() < 1e-5 * one.norm()
+
+
+def test_gradient_checkpointing_changes_memory_and_nothing_else():
+    plain, saving = (new_segmenter(encoder=dict(gradient_checkpointing=on, drop_path=0.3)) for on in (False, True))
+    saving.load_state_dict(randomised(plain).state_dict())
+    images, masks = torch.randn(2, 3, 32, 32), random_masks(2)
+    for model in (plain, saving):
+        torch.manual_seed(0)
+        sum(segmentation_loss(logits, masks) for logits in model.train()(images)).backward()
+    for (name, one), other in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad), name
+
+
+def test_sync_batch_norm_keeps_all_names():
+    model = randomised(new_segmenter())
+    state = copy.deepcopy(model.state_dict())
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert list(synced.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in synced.state_dict().items())
+    norms = [module for module in synced.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) == 1 + 4 + 1 + 3 + 3 + 1 + 1 and all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+
+
+# Parameters
+
+
+def test_the_layer_of_every_parameter():
+    model = new_segmenter(encoder=BEIT)
+    block = ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    block = {f"{layer}.{kind}" for layer in block for kind in ("weight", "bias")}
+    block |= {"gamma_1", "gamma_2", "attn.relative_position_bias_table"}
+    embeddings = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    expected = {f"encoder.{name}": 0 for name in embeddings}
+    for k in range(5):
+        expected |= {f"encoder.blocks.{k}.{name}": k + 1 for name in block}
+    found = {name: model.layer_index(name) for name, _ in model.named_parameters()}
+    rest = {name for name in found if name.startswith(("fpn.", "decode_head.", "auxiliary_head."))}
+    assert len(rest) == 8 + 13 * 3 + 2 * 2 and model.num_layers == 6
+    assert found == expected | dict.fromkeys(rest, 6)
+
+
+def test_what_weight_decay_leaves_alone():
+    embeddings = {"encoder.cls_token", "encoder.pos_embed"}
+    assert new_segmenter().no_weight_decay() == embeddings
+    scales = {f"encoder.blocks.{k}.gamma_{i}" for k in range(5) for i in (1, 2)}
+    assert new_segmenter(encoder=BEIT).no_weight_decay() == embeddings | scales
+
+
+@pytest.mark.parametrize(
+    ("depth", "layers"),
+    [
+        (4, [0, 1, 2, 3]),
+        (5, [1, 2, 3, 4]),
+        (6, [1, 2, 3, 5]),
+        (12, [3, 5, 7, 11]),
+        (24, [7, 11, 15, 23]),
+        (32, [10, 15, 20, 31]),
+    ],
+)
+def test_default_layers(depth, layers):
+    assert default_layers(depth) == layers
+
+
+def test_default_layers_increase_for_every_depth():
+    for depth in range(4, 200):
+        layers = default_layers(depth)
+        assert layers == sorted({*layers}) and len(layers) == 4 and layers[0] >= 0 and layers[-1] == depth - 1
+    with pytest.raises(ValueError, match="a feature pyramid of 3 blocks; expected at least 4"):
+        default_layers(3)
+
+
+def test_initialisation_of_the_heads():
+    torch.manual_seed(0)
+    for head in ("upernet", "linear"):
+        encoder = VisionTransformer(**SMALL)
+        before = copy.deepcopy(encoder.state_dict())
+        model = Segmenter(encoder, 150, head=head, head_width=64)
+        assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+        heads = [model.decode_head] if head == "linear" else [model.decode_head, model.auxiliary_head]
+        for one in heads:
+            assert one.classifier.weight.std().item() == pytest.approx(0.01, rel=0.05)
+            assert not one.classifier.bias.any()
+            for name, module in one.named_modules():
+                if name.endswith("conv"):  # He et al. 2015, for the backward pass
+                    std = math.sqrt(2 / (module.out_channels * module.kernel_size[0] ** 2))
+                    assert module.weight.std().item() == pytest.approx(std, rel=0.05), name
+    plain = new_segmenter(150, custom_weight_init=False)
+    bound = 1 / math.sqrt(24)
+    assert 0.9 * bound < plain.decode_head.classifier.weight.abs().max() <= bound
+    assert plain.decode_head.classifier.bias.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(head="mask"), "a head of 'mask'; expected upernet or linear"),
+        (dict(num_classes=1), "1 classes; expected at least 2"),
+        (dict(layers=[0, 1, 3, 5]), "layers 0 1 3 5 for the head upernet; expected 4 from 0 to 4, each above the one"),
+        (dict(layers=[-1, 1, 3, 4]), "layers -1 1 3 4"),
+        (dict(layers=[0, 3, 1, 4]), "layers 0 3 1 4"),
+        (dict(layers=[0, 1, 1, 4]), "layers 0 1 1 4"),
+        (dict(layers=[0, 1, 4]), "layers 0 1 4 for the head upernet; expected 4"),
+        (dict(head="linear", layers=[3, 4]), "layers 3 4 for the head linear; expected 1"),
+        (dict(encoder=dict(depth=3)), "a feature pyramid of 3 blocks"),
+    ],
+)
+def test_impossible_settings_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        new_segmenter(**change)
+
+
+# Costs
+
+
+def measured_step(model: Segmenter, batch_size: int, *, half_precision: bool) -> tuple[float, float]:
+    """Of a real step per image: operations that torch counts, and bytes that autograd keeps without weights."""
+    shapes = {tuple(p.shape) for p in model.parameters()} | {
+        tuple(p.T.shape) for p in model.parameters() if p.ndim == 2
+    }
+    images = torch.randn(batch_size, 3, *model.encoder.img_size)
+    masks, kept = random_masks(batch_size, images.shape[-1]), {}
+
+    def keep(tensor):
+        if tuple(tensor.shape) not in shapes:
+            kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    def loss():
+        outputs = model.train()(images)
+        return sum(segmentation_loss(one, masks) for one in (outputs if model.auxiliary else [outputs]))
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=half_precision):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss()
+        # as plain products: older versions do not count the attention of a CPU
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            loss().backward()
+    return counter.get_total_flops() / batch_size, sum(size for size, _ in kept.values()) / batch_size
+
+
+TINY = SIZES["tiny"] | dict(img_size=96, depth=2)
+
+
+@pytest.mark.parametrize(("head", "half_precision"), [("upernet", True), ("linear", False)])
+def test_the_cost_of_a_step_is_about_what_torch_counts(head, half_precision):
+    model = Segmenter(VisionTransformer(**TINY | dict(depth=4)), 10, head=head, head_width=64).eval()
+    flops, kept = model.training_cost(half_precision=half_precision)
+    real_flops, real_kept = measured_step(model, 4, half_precision=half_precision)
+    assert flops == pytest.approx(real_flops, rel=0.05)
+    assert kept == pytest.approx(real_kept, rel=0.15)
+
+
+def test_the_cost_under_gradient_checkpointing():
+    """Of each block its input is kept, and of one at a time all."""
+
+    def cost(depth: int, **change) -> tuple[float, float]:
+        encoder = VisionTransformer(**TINY | dict(depth=depth), **change)
+        return Segmenter(encoder, 10, head="linear").training_cost(half_precision=False)
+
+    (flops, two), (_, three) = cost(2), cost(3)
+    (same_flops, two_inputs), (_, three_inputs) = (cost(depth, gradient_checkpointing=True) for depth in (2, 3))
+    block, inputs = three - two, 4 * 37 * 192
+    assert same_flops == flops
+    assert three_inputs - two_inputs == inputs
+    assert two_inputs == pytest.approx(two - block + 2 * inputs, rel=0.05)
+
+
+def test_the_cost_leaves_model_and_random_state_alone():
+    model = new_segmenter(encoder=BEIT | dict(drop_path=0.2)).train()
+    model.decode_head.bottleneck.eval()
+    state, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    random = torch.get_rng_state()
+    assert model.training_cost(half_precision=True) == model.training_cost(half_precision=True)
+    assert torch.equal(torch.get_rng_state(), random) and [m.training for m in model.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
