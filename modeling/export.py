@@ -3,24 +3,26 @@
 Configurations are plain JSON, so none of these libraries is needed to write them. Legend: as in mae.py.
 """
 
+import copy
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save
 
 from modeling.classifier import Classifier
 from modeling.mae import MaskedAutoencoder
+from modeling.upernet import LinearHead, Segmenter
 from modeling.vit import SIZES, VisionTransformer
 from modeling.weights import QKV, TRANSFORMERS_NAMES, TRANSFORMERS_QKV, rename
 
 CROP_RATIO = 0.875  # of evaluation: the part of the resized image that is seen
 KEY_BIAS = TRANSFORMERS_QKV[1] + "bias"
-BEIT = {  # that computes what a ViT with mean pooling does
+BEIT = {  # that computes what a ViT without a final norm does
     "model_type": "beit",
-    "architectures": ["BeitForImageClassification"],
     "use_absolute_position_embeddings": True,
     "use_mean_pooling": True,
     "layer_scale_init_value": 0.0,
@@ -29,8 +31,8 @@ BEIT = {  # that computes what a ViT with mean pooling does
 
 
 def to_transformers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Parameters under the names of MaskedAutoencoder and Classifier -> those of transformers' files, which its 4.x and
-    5.x read.
+    """Parameters under the names of MaskedAutoencoder, Classifier and Segmenter -> those of transformers' files, which
+    its 4.x and 5.x read.
 
     The inverse of `weights.to_ours`.
     """
@@ -103,18 +105,119 @@ def export_classifier(
         theirs = to_transformers(state)
         library = {"model_type": "vit", "architectures": ["ViTForImageClassification"], **_vit_config(encoder)}
         if mean_pooled:
-            # Without key biases: they add the same to all products of a query, which the softmax takes away.
-            theirs = {re.sub(r"^vit\.", "beit.", n): t for n, t in theirs.items() if not n.endswith(KEY_BIAS)}
-            library |= BEIT
+            theirs = _beit(theirs, "beit.")
+            library |= {"architectures": ["BeitForImageClassification"], **BEIT}
         weights["transformers_model.safetensors"] = theirs
-        library |= {
-            "transformers_weights": "transformers_model.safetensors",
-            "id2label": {str(index): name for index, name in enumerate(classes)},
-            "label2id": {name: index for index, name in enumerate(classes)},
-        }
+        library |= {"transformers_weights": "transformers_model.safetensors", **_class_names(classes)}
     pooling = "avg" if mean_pooled else "token"
     config = library | _timm_config(encoder, mean, std, crop_ratio, classes=classes, global_pool=pooling)
     _write(folder, weights, config, _preprocessor(encoder, mean, std, crop_ratio))
+
+
+def _beit(theirs: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Parameters of `vit` as those of a BEiT, which has no key biases: they add the same to all products of a query,
+    which the softmax takes away."""
+    return {re.sub(r"^vit\.", prefix, name): t for name, t in theirs.items() if not name.endswith(KEY_BIAS)}
+
+
+def export_segmenter(
+    model: Segmenter,
+    folder: str | Path,
+    *,
+    classes: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
+    """A folder for `UperNetForSemanticSegmentation.from_pretrained(FOLDER)`, transformers'
+    `pipeline("image-segmentation", FOLDER)` and `weights.read_state_dict(FOLDER)`, which all compute the same logits;
+    the last reads the auxiliary head and BatchNorm of a linear head too.
+
+    `classes` are the names of the classes in their order; `mean`, `std` and the version of transformers as in
+    `export_encoder`. A linear head becomes an UperNet of one level, with the same results. The pipeline makes colour of
+    every image, so it is for models of three channels alone. Raises ValueError where there are more or fewer names than
+    classes, and for an encoder whose own images are not square.
+    """
+    encoder = model.encoder
+    if len(classes) != model.num_classes:
+        raise ValueError(f"{len(classes)} names for {model.num_classes} classes")
+    height, width = encoder.img_size
+    if height != width:
+        raise ValueError(f"an encoder for {height} x {width} images; the positions of transformers' BEiT are square")
+    upernet, state = model.head == "upernet", model.state_dict()
+    theirs = state
+    if not upernet:
+        theirs = {name: value for name, value in state.items() if name.startswith("encoder.")}
+        theirs |= _linear_as_upernet(model.decode_head)
+    theirs = _beit(to_transformers(theirs), "backbone.")
+    backbone = {
+        **_vit_config(encoder),
+        **BEIT,
+        "use_relative_position_bias": encoder.relative_position_bias,
+        "layer_scale_init_value": 0.0 if encoder.layer_scale is None else encoder.layer_scale or 1.0,  # 0 means none
+        "batch_norm_eps": 1e-5,  # without which transformers 5.5 fails
+        "out_features": [f"stage{layer + 1}" for layer in model.layers],
+        "add_fpn": upernet,
+    }
+    config = {
+        "model_type": "upernet",
+        "architectures": ["UperNetForSemanticSegmentation"],
+        "backbone_config": backbone,
+        "hidden_size": model.head_width if upernet else 2 * model.num_classes,
+        "pool_scales": [1, 2, 3, 6] if upernet else [],
+        "use_auxiliary_head": model.auxiliary,
+        "auxiliary_in_channels": encoder.embed_dim,
+        "auxiliary_channels": model.auxiliary_head.classifier.in_channels if model.auxiliary else 256,
+        "transformers_weights": "transformers_model.safetensors",
+        **_class_names(classes),
+    }
+    preprocessor = {
+        "image_processor_type": "SegformerImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 2,  # bilinear
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+        "do_reduce_labels": True,  # files of annotations have 0 for no class, then the classes from 1
+    }
+    _write(folder, {"model.safetensors": state, "transformers_model.safetensors": theirs}, config, preprocessor)
+
+
+def _linear_as_upernet(head: LinearHead) -> dict[str, torch.Tensor]:
+    """The head of an UperNet of one level that computes what a linear head does.
+
+    The BatchNorm becomes a part of the classifier, z = W x + b. Twice as wide as there are classes, the bottleneck
+    gives relu(z) and relu(-z), the next convolution hands them on, and their difference is z. Of 3x3 weights, only
+    those in the middle are not zero.
+    """
+    norm, classifier = copy.deepcopy(head.batch_norm).cpu().double(), copy.deepcopy(head.classifier).cpu().double()
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    weight = classifier.weight.flatten(1)  # (N, D)
+    bias = classifier.bias + weight @ (norm.bias - norm.running_mean * scale)
+    weight, eye = weight * scale, torch.eye(len(bias))
+    state = {"classifier.weight": torch.cat([eye, -eye], dim=1)[:, :, None, None], "classifier.bias": 0 * bias}
+    for name, middle, shift in (
+        ("bottleneck", torch.cat([weight, -weight]), torch.cat([bias, -bias])),
+        ("fpn_bottleneck", torch.eye(2 * len(bias)), torch.zeros(2 * len(bias))),
+    ):
+        state |= {
+            f"{name}.conv.weight": F.pad(middle[:, :, None, None], (1, 1, 1, 1)),
+            f"{name}.batch_norm.weight": torch.ones_like(shift),
+            f"{name}.batch_norm.bias": shift,
+            f"{name}.batch_norm.running_mean": torch.zeros_like(shift),
+            f"{name}.batch_norm.running_var": torch.ones_like(shift) - 1e-5,  # which BatchNorm adds again
+            f"{name}.batch_norm.num_batches_tracked": torch.tensor(0),
+        }
+    return {f"decode_head.{name}": value for name, value in state.items()}
+
+
+def _class_names(classes: Sequence[str]) -> dict:
+    return {
+        "id2label": {str(index): name for index, name in enumerate(classes)},
+        "label2id": {name: index for index, name in enumerate(classes)},
+    }
 
 
 def _folded(model: Classifier) -> dict[str, torch.Tensor]:
@@ -235,8 +338,9 @@ def _write(folder: str | Path, weights: dict[str, dict[str, torch.Tensor]], conf
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for file, state in weights.items():
-        # Copies, as a part of q, k, v is a view, and safetensors refuses tensors that share memory.
-        state = {n: t.detach().to("cpu", torch.float32, copy=True).contiguous() for n, t in state.items()}
+        # Copies, as a part of q, k, v is a view, and safetensors refuses tensors that share memory. Counts stay.
+        types = {name: torch.float32 if value.is_floating_point() else value.dtype for name, value in state.items()}
+        state = {n: t.detach().to("cpu", types[n], copy=True).contiguous() for n, t in state.items()}
         (folder / file).write_bytes(save(state, metadata={"format": "pt"}))
     for file, content in (("preprocessor_config.json", preprocessor), ("config.json", config)):
         (folder / file).write_text(json.dumps(content, indent=2) + "\n")

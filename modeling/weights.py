@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from modeling.classifier import Classifier
 from modeling.mae import MaskedAutoencoder
 from modeling.position import resize_positions
+from modeling.upernet import Segmenter
 from modeling.vit import SIZES, VisionTransformer
 
-# Names of MaskedAutoencoder and Classifier, and of transformers' files (those of `vit`, ViTMAE and ViT alike, and with
-# another prefix those of BEiT); read both ways.
+# Names of MaskedAutoencoder, Classifier and Segmenter, and of transformers' files (those of `vit`, ViTMAE and ViT
+# alike, and with another prefix those of BEiT); read both ways.
 TRANSFORMERS_NAMES = [
     ("encoder.cls_token", "vit.embeddings.cls_token"),
     ("encoder.pos_embed", "vit.embeddings.position_embeddings"),
@@ -37,6 +39,10 @@ TRANSFORMERS_NAMES = [
     ("decoder_blocks.", "decoder.decoder_layers."),
     ("decoder_norm.", "decoder.decoder_norm."),
     ("decoder_pred.", "decoder.decoder_pred."),
+    ("fpn.fpn1.", "backbone.fpn1."),
+    ("fpn.fpn2.", "backbone.fpn2.0."),
+    (".gamma_", ".lambda_"),  # BEiT's
+    (".attn.relative_position_bias_table", ".attention.attention.relative_position_bias.relative_position_bias_table"),
     (".norm1.", ".layernorm_before."),
     (".norm2.", ".layernorm_after."),
     (".attn.proj.", ".attention.output.dense."),
@@ -54,13 +60,30 @@ TRANSFORMERS_5_NAMES = [
     (".attention.k_proj.", TRANSFORMERS_QKV[1]),
     (".attention.v_proj.", TRANSFORMERS_QKV[2]),
     (".attention.o_proj.", ".attention.output.dense."),
+    (".attention.attention.relative_position_bias.", ".relative_position_bias."),  # so that files keep theirs below
+    (".relative_position_bias.", ".attention.attention.relative_position_bias."),
+    ("backbone.fpn.fpn1.conv_transpose1.", "backbone.fpn1.0."),
+    ("backbone.fpn.fpn1.normalization.", "backbone.fpn1.1."),
+    ("backbone.fpn.fpn1.conv_transpose2.", "backbone.fpn1.3."),
+    ("backbone.fpn.fpn2.", "backbone.fpn2.0."),
 ]
 
 OFFICIAL_LINEAR_PROBE_NAMES = [("head.0.", "head_norm."), ("head.1.", "head.")]
 
-HEADS = ("head.", "head_norm.", "fc_norm.", "vit.pooler.")  # what stands on top of an encoder
+SEGMENTATION_HEADS = ("decode_head.", "auxiliary_head.")  # named alike here and in transformers
+# What stands on top of an encoder
+HEADS = ("head.", "head_norm.", "fc_norm.", "vit.pooler.", "fpn.", *SEGMENTATION_HEADS)
 DECODER = ("mask_token", "decoder_")
 BLOCKS = {"encoder": "encoder.blocks.", "decoder": "decoder_blocks."}
+# What a segmentation model may add to each block: how the names of its parameters end; the flags without and with it
+EXTRAS = {
+    "relative position bias": (".attn.relative_position_bias_table",),  # ((2h-1)*(2w-1) + 3, heads)
+    "layer scale": (".gamma_1", ".gamma_2"),
+}
+EXTRA_FLAGS = {
+    "relative position bias": ("--no-relative_position_bias", "--relative_position_bias"),
+    "layer scale": ("--layer_scale 0", "--layer_scale 1"),
+}
 SIZE_NAMES = {(size["embed_dim"], size["depth"]): name for name, size in SIZES.items()}
 PROJECTION = "encoder.patch_embed.proj.weight"  # (D, C, P, P)
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")  # of DistributedDataParallel and torch.compile
@@ -77,7 +100,7 @@ class LoadReport:
 
     layout: str
     loaded: int  # parameters, resized and adapted ones included
-    missing: tuple[str, ...]  # in the model only: a new decoder's, left as they were initialised
+    missing: tuple[str, ...]  # in the model only: a new decoder's or EXTRAS, left as they were initialised
     ignored: tuple[str, ...]  # in the checkpoint only
     resized: tuple[str, ...]  # "name 14x14 -> 32x32"
     adapted: tuple[str, ...] = ()  # "name 3 -> 1 channels"
@@ -90,7 +113,10 @@ class LoadReport:
         if self.adapted:
             line += f", adapted: {', '.join(self.adapted)}"
         if self.missing:
-            line += f", decoder: newly initialised ({len(self.missing)} parameters missing)"
+            parts = {part: any(n.endswith(ends) for n in self.missing) for part, ends in EXTRAS.items()}
+            parts["decoder"] = any(name.startswith(DECODER) for name in self.missing)
+            names = ", ".join(part for part, new in parts.items() if new)
+            line += f", {names}: newly initialised ({len(self.missing)} parameters missing)"
         return line
 
 
@@ -98,9 +124,9 @@ def find_weights(path: str | Path, *, whole: bool) -> Path:
     """What `read_state_dict` is to read where `path` may also be a run folder or an exported `encoder/`.
 
     `whole` asks for the autoencoder: `encoder/pretraining/` of a run, else its newest whole checkpoint; `pretraining/`
-    of an `encoder/`. Otherwise an encoder is enough: `encoder/` or a classifier's `model/` of a run, else its newest
-    whole checkpoint. Files and other folders with weights are returned as they are. Raises WeightsError for a path that
-    is not there, and for a folder that has none of these.
+    of an `encoder/`. Otherwise an encoder is enough: `encoder/` of a run, or `model/` of one that trained a classifier
+    or segmentation model, else its newest whole checkpoint. Files and other folders with weights are returned as they
+    are. Raises WeightsError for a path that is not there, and for a folder that has none of these.
     """
     path = Path(path)
     if path.is_file():
@@ -138,6 +164,7 @@ class Stored(NamedTuple):
     std: list[float] | None = None
     classes: list[str] | None = None  # names, in the order of the head's rows
     pooling: str | None = None  # "mean" or "cls"
+    layers: list[int] | None = None  # the blocks, from 0, that a segmentation head sees
 
 
 def read_stored(path: str | Path) -> Stored:
@@ -148,11 +175,14 @@ def read_stored(path: str | Path) -> Stored:
         folder = folder.parent
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         config = json.loads((folder / "config.json").read_text())
-        if "image_size" not in config:
+        sizes = config.get("backbone_config", config)  # UperNet's has those of its encoder apart
+        if "image_size" not in sizes:
             return _stored_by_timm(config)
-        sides = config["image_size"] if isinstance(config["image_size"], list) else [config["image_size"]] * 2
-        grid = tuple(side // config["patch_size"] for side in sides)
-        heads = config["num_attention_heads"], config.get("decoder_num_attention_heads")
+        sides = sizes["image_size"] if isinstance(sizes["image_size"], list) else [sizes["image_size"]] * 2
+        grid = tuple(side // sizes["patch_size"] for side in sides)
+        heads = sizes["num_attention_heads"], sizes.get("decoder_num_attention_heads")
+        stages = config.get("backbone_config", {}).get("out_features", [])
+        layers = [int(stage.removeprefix("stage")) - 1 for stage in stages] or None
         processor = {}
         with contextlib.suppress(OSError):
             processor = json.loads((folder / "preprocessor_config.json").read_text())
@@ -160,13 +190,15 @@ def read_stored(path: str | Path) -> Stored:
         classes = [names[index] for index in sorted(names, key=int)] if names else None
         if classes == [f"LABEL_{i}" for i in range(len(classes or []))]:
             classes = None  # nobody named them
-        return Stored(grid, *heads, processor.get("image_mean"), processor.get("image_std"), classes)
+        return Stored(grid, *heads, processor.get("image_mean"), processor.get("image_std"), classes, layers=layers)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         run = json.loads((folder.resolve().parent.parent / "args.json").read_text())
         flags = run["flags"]
-        grid = tuple(side // flags["patch_size"] for side in flags["img_size"])
-        heads = flags["encoder_num_heads"], flags.get("decoder_num_heads")  # a classifier's run has no decoder
-        return Stored(grid, *heads, flags["mean"], flags["std"], run.get("classes"), flags.get("pooling"))
+        sides = flags.get("img_size") or [flags["crop_size"]] * 2  # of segmentation
+        grid = tuple(side // flags["patch_size"] for side in sides)
+        heads = flags["encoder_num_heads"], flags.get("decoder_num_heads")  # pre-training's alone
+        told = run.get("classes"), flags.get("pooling"), flags.get("layers")
+        return Stored(grid, *heads, flags["mean"], flags["std"], *told)
     return Stored()
 
 
@@ -222,16 +254,60 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     return {WRAPPERS.sub("", name): value for name, value in state.items()}
 
 
+class Weights(NamedTuple):
+    """Trained weights as they lie in files, and what is told of the encoder in them."""
+
+    path: Path
+    state: dict[str, torch.Tensor]
+    stored: Stored
+    sizes: dict  # the arguments of its VisionTransformer, see `encoder_sizes`
+    grid: tuple[int, int] | None  # of its positions, see `encoder_grid`
+
+
+def open_weights(path: str | Path) -> Weights:
+    """The weights of an encoder, alone or below a head, that `path` leads to, see `find_weights`.
+
+    Raises WeightsError, whose message begins with the path.
+    """
+    try:
+        path = find_weights(path, whole=False)
+        state, stored = read_state_dict(path), read_stored(path)
+        return Weights(path, state, stored, encoder_sizes(state, stored), encoder_grid(state, stored))
+    except WeightsError as error:
+        raise WeightsError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
+
+
+def start_from(
+    weights: Weights,
+    module: Classifier | Segmenter | VisionTransformer,
+    *,
+    adapt_channels: bool,
+    mean: list[float],
+    std: list[float],
+) -> str:
+    """Loads `weights` into `module`, for images that are normalised by `mean` and `std`. Returns what became of them,
+    in a line. Raises WeightsError."""
+    stored = weights.stored
+    report = str(load_weights(module, weights.state, stored=stored, adapt_channels=adapt_channels))
+    if stored.mean in (None, mean) and stored.std in (None, std):
+        return report
+    theirs, ours = (f"mean {numbers[0]} and std {numbers[1]}" for numbers in ((stored.mean, stored.std), (mean, std)))
+    return f"{report}; they were trained with {theirs}, this run has {ours}"
+
+
 def rename(name: str, pairs: list[tuple[str, str]]) -> str:
-    """`name` with the first member of each pair replaced by the second, in the order given."""
+    """`name` with the first member of each pair replaced by the second, in the order given; heads of segmentation keep
+    theirs."""
+    if name.startswith(SEGMENTATION_HEADS):
+        return name
     for old, new in pairs:
         name = name.replace(old, new, 1)
     return name
 
 
 def to_ours(state: dict[str, torch.Tensor]) -> tuple[str, dict[str, torch.Tensor]]:
-    """Parameters of any known layout -> the layout's name, and the parameters under the names of MaskedAutoencoder and
-    Classifier.
+    """Parameters of any known layout -> the layout's name, and the parameters under the names of MaskedAutoencoder,
+    Classifier and Segmenter.
 
     What has no counterpart keeps its name. Raises WeightsError where there is no encoder of a layout that is known.
     """
@@ -243,6 +319,10 @@ def to_ours(state: dict[str, torch.Tensor]) -> tuple[str, dict[str, torch.Tensor
         layout = f"a timm or MAE {'classifier' if 'head.weight' in state else 'encoder'}"
         layout = "the official MAE" if any(name.startswith(DECODER) for name in state) else layout
         return layout, {n if n.startswith(DECODER + HEADS) else f"encoder.{n}": t for n, t in state.items()}
+    if any(f"backbone.{part}embeddings.cls_token" in state for part in ("", "beit.")):
+        state = {re.sub(r"^backbone\.(beit\.)?(?!fpn)", "vit.", name): value for name, value in state.items()}
+        state = {rename(name, TRANSFORMERS_5_NAMES): value for name, value in state.items()}
+        return "transformers' UperNet", _from_transformers(state)
     if "embeddings.cls_token" in state:  # ViTModel and ViTMAEModel, which are the `vit` of the other classes
         state = {f"vit.{name}": value for name, value in state.items()}
     if "vit.embeddings.cls_token" in state or "beit.embeddings.cls_token" in state:
@@ -254,8 +334,8 @@ def to_ours(state: dict[str, torch.Tensor]) -> tuple[str, dict[str, torch.Tensor
         return layout, _from_transformers(state)
     raise WeightsError(
         f"weights without an encoder, or of an unknown layout ({', '.join(list(state)[:4])}, ...); expected those of "
-        "this project, facebookresearch/mae, timm's ViT or transformers' ViT, ViTMAE and BEiT; give or rename them to "
-        "one of these"
+        "this project, facebookresearch/mae, timm's ViT or transformers' ViT, ViTMAE, BEiT and UperNet with a BEiT; "
+        "give or rename them to one of these"
     )
 
 
@@ -276,7 +356,7 @@ def _from_transformers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def load_weights(
-    model: MaskedAutoencoder | Classifier | VisionTransformer,
+    model: MaskedAutoencoder | Classifier | Segmenter | VisionTransformer,
     state: dict[str, torch.Tensor],
     *,
     stored: Stored = Stored(),  # noqa: B008 - immutable
@@ -285,26 +365,34 @@ def load_weights(
 ) -> LoadReport:
     """Copy the parameters of any known layout into `model`, and say what became of each.
 
-    A Classifier takes its head too; otherwise heads are left out, and for a VisionTransformer the decoder, and the norm
-    where mean pooling took it off the model. Positions of another grid are resized; where `stored` does not tell
-    theirs, it is the model's own if the number of patches agrees, otherwise a square. `adapt_channels` converts weights
-    for images of another number of channels; `new_decoder` takes weights that hold no decoder at all, and leaves the
-    model's as it was initialised. Raises WeightsError, before anything is copied: for other sizes, pooling and heads in
-    words, otherwise with every parameter that is missing, unexpected or of another shape. A different number of
-    attention heads shows in `stored` alone.
+    A Classifier or Segmenter takes its head too; otherwise heads are left out, and for a VisionTransformer the decoder,
+    and the norm where mean pooling or segmentation took it off the model. Positions and relative position biases of
+    another grid are resized; where `stored` does not tell theirs, it is the model's own if the number of patches
+    agrees, otherwise a square. Weights without relative position bias or layer scale leave those of an encoder as they
+    were initialised. `adapt_channels` converts weights for images of another number of channels; `new_decoder` takes
+    weights that hold no decoder at all, and leaves the model's as it was initialised. Raises WeightsError, before
+    anything is copied: for other sizes, pooling and heads in words, otherwise with every parameter that is missing,
+    unexpected or of another shape. A different number of attention heads, or other layers, show in `stored` alone.
     """
     layout, state = to_ours(state)
     encoder_only = isinstance(model, VisionTransformer)
     grid = model.grid if encoder_only else model.encoder.grid
     wanted = {f"encoder.{n}" if encoder_only else n: value for n, value in model.state_dict().items()}
     _check_sizes(layout, state, wanted, adapt_channels, _other_heads(model, stored))
-    _check_head(layout, state, wanted)
+    if isinstance(model, Segmenter):
+        _check_segmenter(layout, state, wanted)
+    else:
+        _check_extras(layout, state, wanted)
+        _check_head(layout, state, wanted)
     adapted = _adapt_channels(state, wanted)
     resized, problems = _resize_tables(state, wanted, grid, stored.grid)
 
     no_decoder = isinstance(model, MaskedAutoencoder) and not any(name.startswith(DECODER) for name in state)
     new = [name for name in wanted if name.startswith(DECODER)] if no_decoder and new_decoder else []
-    planned = (*HEADS, *DECODER, "encoder.norm.") if encoder_only else HEADS
+    if not isinstance(model, Segmenter):
+        new += [name for part in EXTRAS if not _extras(state, part) for name in _extras(wanted, part)]
+    planned = (*HEADS, *DECODER) if encoder_only else HEADS
+    planned += ("encoder.norm.",) if encoder_only or isinstance(model, Segmenter) else ()
     ignored = sorted(name for name in state.keys() - wanted.keys() if name.startswith(planned))
     problems += _misfits(state, wanted, expected={*new, *ignored})
     if problems:
@@ -359,6 +447,38 @@ def classifier_kind(state: dict[str, torch.Tensor]) -> tuple[int, str, bool] | N
     return _kind(to_ours(_without_values(state))[1])
 
 
+class SegmenterKind(NamedTuple):
+    """What parameters tell of a Segmenter, beyond its encoder's sizes."""
+
+    num_classes: int
+    head: str  # "upernet" or "linear"
+    head_width: int  # of a linear head 0
+    auxiliary: bool
+    relative_position_bias: bool
+    layer_scale: bool
+
+
+def segmenter_kind(state: dict[str, torch.Tensor]) -> SegmenterKind | None:
+    """The Segmenter that fits weights of any known layout; None where they hold no head of segmentation. Raises
+    WeightsError for weights without an encoder."""
+    return _segmenter_kind(to_ours(_without_values(state))[1])
+
+
+def _segmenter_kind(state: dict[str, torch.Tensor]) -> SegmenterKind | None:
+    """As `segmenter_kind`, of parameters under our names."""
+    classifier, linear = state.get("decode_head.classifier.weight"), "decode_head.batch_norm.running_var" in state
+    if classifier is None or classifier.ndim != 4 or not (linear or "fpn.fpn2.weight" in state):
+        return None
+    head = ("linear", 0) if linear else ("upernet", classifier.shape[1])
+    auxiliary, extras = "auxiliary_head.classifier.weight" in state, (bool(_extras(state, part)) for part in EXTRAS)
+    return SegmenterKind(classifier.shape[0], *head, auxiliary, *extras)
+
+
+def _extras(state: dict[str, torch.Tensor], part: str) -> list[str]:
+    """The names of the encoder's parameters that belong to one of EXTRAS."""
+    return [name for name in state if name.startswith(BLOCKS["encoder"]) and name.endswith(EXTRAS[part])]
+
+
 def _without_values(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The shapes alone, which cost nothing to rearrange."""
     return {name: value.to("meta") for name, value in state.items()}
@@ -389,8 +509,9 @@ def _resize_tables(
     grid: tuple[int, int],
     old_grid: tuple[int, int] | None,
 ) -> tuple[list[str], list[str]]:
-    """Brings the position tables in `state`, (1, 1 + L, D), to `grid`: what was resized, and what could not be."""
-    resized, problems = [], []
+    """Brings the position tables in `state`, (1, 1 + L, D), and those of relative position biases to `grid`: what was
+    resized, and what could not be."""
+    resized, problems, grid_there = [], [], grid
     for name in ("encoder.pos_embed", "decoder_pos_embed"):
         if name in wanted and name in state and state[name].ndim == 3:
             count = state[name].shape[1] - 1
@@ -401,7 +522,22 @@ def _resize_tables(
             elif grid_there != grid:
                 state[name] = resize_positions(state[name], grid_there, grid)
                 resized.append(f"{name} {grid_there[0]}x{grid_there[1]} -> {grid[0]}x{grid[1]}")
+    h, w = grid_there
+    biases = [name for name in _extras(state, "relative position bias") if name in wanted]
+    biases = [name for name in biases if state[name].shape[0] == (2 * h - 1) * (2 * w - 1) + 3]
+    if biases and grid_there != grid:
+        state.update((name, _resize_biases(state[name], grid_there, grid)) for name in biases)
+        resized.append(f"{len(biases)} relative position biases {h}x{w} -> {grid[0]}x{grid[1]}")
     return resized, problems
+
+
+def _resize_biases(table: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+    """Bilinear resizing of a table of relative position biases to another grid, as transformers' BEiT does it:
+    ((2h-1)*(2w-1) + 3, heads) -> ((2h'-1)*(2w'-1) + 3, heads). The last three rows are the cls token's."""
+    (h, w), size = old_grid, [2 * side - 1 for side in new_grid]
+    offsets = table[:-3].T.reshape(1, -1, 2 * h - 1, 2 * w - 1).float()
+    offsets = F.interpolate(offsets, size=size, mode="bilinear", align_corners=False)
+    return torch.cat([offsets[0].flatten(1).T.to(table.dtype), table[-3:]])
 
 
 def _adapt_channels(state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> list[str]:
@@ -465,17 +601,24 @@ def _sizes(state: dict[str, torch.Tensor], part: str) -> PartSizes | None:
     return PartSizes(width, depth, mlp_ratio, state[PROJECTION].shape[-1] if part == "encoder" else None)
 
 
-def _other_heads(model: MaskedAutoencoder | Classifier | VisionTransformer, stored: Stored) -> list[tuple[str, str]]:
-    """Where checkpoint and model differ in their number of attention heads, in words, and the flag to give."""
+def _other_heads(
+    model: MaskedAutoencoder | Classifier | Segmenter | VisionTransformer, stored: Stored
+) -> list[tuple[str, str]]:
+    """Where checkpoint and model differ in their number of attention heads, or in the layers that a segmentation head
+    sees, in words, and the flag to give."""
     encoder = getattr(model, "encoder", model)
     heads = [("encoder", stored.num_heads, encoder.num_heads)]
     if isinstance(model, MaskedAutoencoder):
         heads.append(("decoder", stored.decoder_num_heads, model.decoder_blocks[0].attn.num_heads))
-    return [
+    differences = [
         (f"{there} {part} heads, the model {here}", f"--{part}_num_heads {there}")
         for part, there, here in heads
         if there not in (None, here)
     ]
+    if isinstance(model, Segmenter) and stored.layers not in (None, model.layers):
+        there, here = (" ".join(map(str, layers)) for layers in (stored.layers, model.layers))
+        differences.append((f"a head on the layers {there}, the model on {here}", f"--layers {there}"))
+    return differences
 
 
 def _check_sizes(
@@ -507,11 +650,11 @@ def _check_head(layout: str, state: dict[str, torch.Tensor], wanted: dict[str, t
     """Raises WeightsError, in words and with the flags to give, where pooling or head are not those of the model."""
     there, here = _kind(state), _kind(wanted)
     if here is None:
-        if "encoder.norm.weight" in wanted and "encoder.norm.weight" not in state and "fc_norm.weight" in state:
+        pooled, segmented = "fc_norm.weight" in state, any(name.startswith(SEGMENTATION_HEADS) for name in state)
+        if "encoder.norm.weight" in wanted and "encoder.norm.weight" not in state and (pooled or segmented):
+            task = "for segmentation" if segmented else "with mean pooling"
             remedy = "those that it was fine-tuned from" if "mask_token" in wanted else "--pooling mean"
-            raise WeightsError(
-                f"weights of {layout} were trained with mean pooling, so their encoder has no norm; give {remedy}"
-            )
+            raise WeightsError(f"weights of {layout} were trained {task}, so their encoder has no norm; give {remedy}")
         return
     if there is None:
         raise WeightsError(f"weights of {layout} hold no classifier's head; give those of a trained classifier")
@@ -525,6 +668,47 @@ def _check_head(layout: str, state: dict[str, torch.Tensor], wanted: dict[str, t
     if there[2] != here[2]:
         words.append("the BatchNorm of a linear probe" if there[2] else "no BatchNorm of a linear probe")
         remedies.append("--linear_probe" if there[2] else "no --linear_probe")
+    if words:
+        raise WeightsError(f"weights of {layout} have {'; '.join(words)}; give {', '.join(remedies)}")
+
+
+def _check_extras(layout: str, state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Raises WeightsError, with the flags to give, where only the checkpoint's encoder has what EXTRAS are."""
+    parts = [part for part in EXTRAS if _extras(state, part) and not _extras(wanted, part)]
+    if parts:
+        flags = " ".join(EXTRA_FLAGS[part][1] for part in parts)
+        raise WeightsError(
+            f"weights of {layout} have {' and '.join(parts)}, the model none; give {flags} in segmentation, elsewhere "
+            "those of a plain ViT or MAE"
+        )
+
+
+def _check_segmenter(layout: str, state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Raises WeightsError, in words and with the flags to give, where the Segmenter of `state` is not the model's."""
+    there, here = _segmenter_kind(state), _segmenter_kind(wanted)
+    if there is None:
+        raise WeightsError(
+            f"weights of {layout} hold no head of segmentation (upernet or linear); give those of a trained "
+            "segmentation model, as model.safetensors has them"
+        )
+    words, remedies = [], []
+    if there.num_classes != here.num_classes:
+        words.append(f"a head of {there.num_classes} classes, the model {here.num_classes}")
+        remedies.append(f"data of {there.num_classes} classes")
+    if there.head != here.head:
+        words.append(f"the head {there.head}, the model {here.head}")
+        remedies.append(f"--head {there.head}")
+    elif there.head_width != here.head_width:
+        words.append(f"a head of width {there.head_width}, the model {here.head_width}")
+        remedies.append(f"--head_width {there.head_width}")
+    if there.auxiliary != here.auxiliary and there.head == here.head:
+        words.append("an auxiliary head" if there.auxiliary else "no auxiliary head")
+        remedies.append(f"--auxiliary_weight {0.4 if there.auxiliary else 0}")
+    for part in EXTRAS:
+        given = bool(_extras(state, part))
+        if given != bool(_extras(wanted, part)):
+            words.append(part if given else f"no {part}")
+            remedies.append(EXTRA_FLAGS[part][given])
     if words:
         raise WeightsError(f"weights of {layout} have {'; '.join(words)}; give {', '.join(remedies)}")
 

@@ -13,12 +13,14 @@ import timm.data
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     BeitForImageClassification,
     TimmWrapperForImageClassification,
+    UperNetForSemanticSegmentation,
     ViTForImageClassification,
     ViTMAEForPreTraining,
     ViTModel,
@@ -27,8 +29,15 @@ from transformers import (
 
 from modeling import export
 from modeling.classifier import Classifier
-from modeling.export import export_autoencoder, export_classifier, export_encoder, to_transformers
+from modeling.export import (
+    export_autoencoder,
+    export_classifier,
+    export_encoder,
+    export_segmenter,
+    to_transformers,
+)
 from modeling.mae import MaskedAutoencoder
+from modeling.upernet import Segmenter
 from modeling.vit import SIZES, VisionTransformer
 from modeling.weights import (
     Stored,
@@ -38,6 +47,7 @@ from modeling.weights import (
     load_weights,
     read_state_dict,
     read_stored,
+    segmenter_kind,
     to_ours,
 )
 
@@ -398,6 +408,146 @@ def test_names_for_other_classes_are_refused(classes, tmp_path):
     with pytest.raises(ValueError, match=f"{len(classes)} names for 7 classes"):
         export_classifier(model, tmp_path, classes=classes, **statistics(model.encoder), crop_ratio=1.0)
     assert not list(tmp_path.iterdir())
+
+
+# Segmentation
+
+SEGMENTERS = {
+    "upernet": (dict(head="upernet", layers=[0, 2, 3, 4], head_width=24), dict()),
+    "upernet, bias, layer scale": (dict(head_width=24), dict(relative_position_bias=True, layer_scale=0.5)),
+    "upernet, a zero layer scale, no auxiliary head": (dict(head_width=16, auxiliary=False), dict(layer_scale=0.0)),
+    "linear": (dict(head="linear"), dict()),
+    "linear, bias, layer scale": (
+        dict(head="linear", layers=[3]),
+        dict(relative_position_bias=True, layer_scale=1.0),
+    ),
+}
+
+
+def new_segmenter(kind: str, **change) -> Segmenter:
+    """A segmentation model whose every number is random, the statistics of its BatchNorms too."""
+    options, extras = SEGMENTERS[kind]
+    size = dict(img_size=48, patch_size=8, embed_dim=32, depth=5, num_heads=2, mlp_ratio=3.0)
+    torch.manual_seed(4)
+    model = randomised(Segmenter(VisionTransformer(**size | extras | change), len(NAMES), **options))
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(std=0.5)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.3, 3)
+        else:
+            buffer.fill_(7)  # the number of batches
+    for name, parameter in model.named_parameters():
+        if name.endswith("relative_position_bias_table"):
+            parameter.data.normal_()
+        elif name.endswith("classifier.weight"):
+            parameter.data.normal_(std=0.1)
+    return model
+
+
+def write_segmenter(model: Segmenter, folder: Path) -> Path:
+    export_segmenter(model, folder, classes=NAMES, **statistics(model.encoder))
+    return folder
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", SEGMENTERS)
+def test_transformers_loads_the_segmenter_and_agrees(kind, tmp_path):
+    model = new_segmenter(kind)
+    folder = write_segmenter(model, tmp_path / "new" / "folder")
+    theirs, info = UperNetForSemanticSegmentation.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    assert theirs.config.id2label == dict(enumerate(NAMES)) and theirs.config.label2id["gnu"] == 6
+    own, larger = torch.randn(2, 3, 48, 48), torch.randn(2, 3, 64, 100)
+    for images in (own, larger):
+        logits = model(images)
+        assert logits.std(dim=(0, 2, 3)).min() > 0.05  # they depend on the image
+        torch.testing.assert_close(theirs.eval()(images).logits, logits, rtol=0, atol=1e-4)
+    if model.auxiliary:
+        maps = theirs.backbone(own).feature_maps
+        auxiliary = model.auxiliary_head(model.fpn(model.encoder.forward_layers(own, model.layers)))
+        torch.testing.assert_close(theirs.auxiliary_head(maps), auxiliary, rtol=0, atol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", SEGMENTERS)
+def test_reading_a_segmenter_that_was_written(kind, tmp_path):
+    model = new_segmenter(kind)
+    folder, images = write_segmenter(model, tmp_path), torch.randn(1, 3, 48, 48)
+    stored = read_stored(find_weights(folder, whole=False))
+    assert stored == Stored((6, 6), 2, None, *statistics(model.encoder).values(), NAMES, layers=model.layers)
+    files = [folder, folder / "transformers_model.safetensors"]
+    for path in files if model.head == "upernet" else files[:1]:
+        state = read_state_dict(path)
+        told = segmenter_kind(state)
+        encoder = VisionTransformer(
+            img_size=48,
+            **encoder_sizes(state, stored),
+            relative_position_bias=told.relative_position_bias,
+            layer_scale=0.1 if told.layer_scale else None,
+        )
+        options = dict(head=told.head, layers=stored.layers, head_width=told.head_width, auxiliary=told.auxiliary)
+        again = Segmenter(encoder, told.num_classes, **options).eval()
+        load_weights(again, state, stored=stored)
+        torch.testing.assert_close(again(images), model(images), rtol=0, atol=1e-4)
+        assert again.state_dict().keys() == model.state_dict().keys()
+        if path == folder:  # bit equal, BatchNorm and auxiliary head too
+            assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+def test_the_pipeline_names_the_classes_of_an_image(tmp_path):
+    model = new_segmenter("linear")
+    folder = write_segmenter(model, tmp_path)
+    small = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(small).resize((100, 80), Image.Resampling.BICUBIC)
+    answers = pipeline("image-segmentation", model=str(folder))(image)
+
+    processor = AutoImageProcessor.from_pretrained(folder)
+    labels = Image.fromarray(np.array([[0, 1], [7, 255]], dtype=np.uint8).repeat(24, 0).repeat(24, 1))
+    inputs = processor(image, segmentation_maps=labels, return_tensors="pt")
+    assert inputs["labels"].unique().tolist() == [0, 6, 255] and inputs["labels"][0, 0, 0] == 255
+    pixels = torch.from_numpy(np.array(image.resize((48, 48), Image.Resampling.BILINEAR))).permute(2, 0, 1) / 255
+    pixels = (pixels - torch.tensor(MEAN[:3])[:, None, None]) / torch.tensor(STD[:3])[:, None, None]
+    assert (inputs["pixel_values"][0] - pixels).abs().max() < 1.1 / 255 / 0.22  # rounded otherwise
+    with torch.inference_mode():
+        logits = torch.nn.functional.interpolate(model(inputs["pixel_values"]), size=(80, 100), mode="bilinear")
+    expected = logits[0].argmax(dim=0).numpy()
+    assert {answer["label"] for answer in answers} == {NAMES[k] for k in np.unique(expected)} and len(answers) > 2
+    for answer in answers:
+        assert ((np.array(answer["mask"]) > 0) == (expected == NAMES.index(answer["label"]))).mean() > 0.999
+
+
+def test_files_of_a_segmenter(tmp_path):
+    model = new_segmenter("upernet").bfloat16()
+    names = ["config.json", "model.safetensors", "preprocessor_config.json", "transformers_model.safetensors"]
+    assert sorted(path.name for path in write_segmenter(model, tmp_path).iterdir()) == names
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["backbone_config"]["out_features"] == ["stage1", "stage3", "stage4", "stage5"]
+    assert config["backbone_config"]["batch_norm_eps"] == model.fpn.fpn1[1].eps
+    for name in ("model.safetensors", "transformers_model.safetensors"):
+        state = load_file(tmp_path / name)
+        counts = {name for name in state if name.endswith("num_batches_tracked")}
+        assert len(counts) == 14 and {state[name].dtype for name in counts} == {torch.int64}
+        assert {value.dtype for name, value in state.items() if name not in counts} == {torch.float32}
+
+
+def test_segmenters_that_cannot_be_written(tmp_path):
+    for model, classes, message in (
+        (new_segmenter("upernet"), NAMES[1:], "6 names for 7 classes"),
+        (new_segmenter("linear", img_size=(32, 48)), NAMES, "an encoder for 32 x 48 images; .* are square"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_segmenter(model, tmp_path, classes=classes, **statistics(model.encoder))
+    assert not list(tmp_path.iterdir())
+
+
+def test_renaming_a_segmenter_and_back_is_bit_equal():
+    state = new_segmenter("upernet, bias, layer scale").state_dict()
+    theirs = to_transformers(state)
+    heads = [name for name in state if "_head." in name]
+    assert len(heads) > 50 and theirs.keys() & state.keys() == set(heads)
+    _, back = to_ours({name.replace("vit.", "backbone.", 1): value for name, value in theirs.items()})
+    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
 
 
 def test_exporting_needs_neither_transformers_nor_timm():

@@ -15,6 +15,8 @@ from transformers import (
     BeitConfig,
     BeitForImageClassification,
     BeitModel,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
     ViTConfig,
     ViTForImageClassification,
     ViTMAEConfig,
@@ -24,10 +26,12 @@ from transformers import (
 )
 
 from modeling.classifier import Classifier
-from modeling.export import export_autoencoder, export_classifier, export_encoder, to_transformers
+from modeling.export import export_autoencoder, export_classifier, export_encoder, export_segmenter, to_transformers
 from modeling.mae import MaskedAutoencoder
+from modeling.upernet import Segmenter
 from modeling.vit import SIZES, VisionTransformer
 from modeling.weights import (
+    SegmenterKind,
     Stored,
     WeightsError,
     classifier_kind,
@@ -37,6 +41,7 @@ from modeling.weights import (
     load_weights,
     read_state_dict,
     read_stored,
+    segmenter_kind,
     to_ours,
 )
 
@@ -386,9 +391,10 @@ def test_near_relatives_are_refused():
     scaled = timm.create_model("vit_base_patch16_224", **SMALL, init_values=1.0)
     assert "encoder.blocks.0.ls1.gamma is unexpected" in refused(new_encoder(), scaled.state_dict())
     beit = BeitModel(BeitConfig(**THEIRS, use_absolute_position_embeddings=True))  # with its layer scale
-    assert "encoder.blocks.1.lambda_2 is unexpected" in refused(new_classifier().encoder, beit.state_dict())
+    assert "have layer scale, the model none; give --layer_scale 1 " in refused(new_classifier(), beit.state_dict())
     biased = BeitModel(BeitConfig(**THEIRS, **BEIT | dict(use_relative_position_bias=True)))
-    assert "relative_position_bias_table is unexpected" in refused(new_classifier().encoder, biased.state_dict())
+    message = refused(new_classifier().encoder, biased.state_dict())
+    assert "have relative position bias, the model none; give --relative_position_bias in segmentation" in message
     files = to_transformers({f"encoder.{name}": value for name, value in new_encoder().state_dict().items()})
     del files["vit.encoder.layer.0.attention.attention.value.bias"]
     assert "blocks.0.attn.qkv.bias is (64,) instead of (96,)" in refused(new_encoder(), files)
@@ -530,6 +536,203 @@ def test_weights_without_an_encoder():
     del holed["blocks.0.mlp.fc1.weight"]
     with pytest.raises(WeightsError, match=r"do not tell the sizes of an encoder \(encoder.blocks.0.*\); expected"):
         encoder_sizes(holed)
+
+
+# Segmentation
+
+EXTRAS = dict(relative_position_bias=True, layer_scale=0.5)
+LINEAR = dict(head="linear")
+
+
+def new_segmenter(num_classes: int = 5, *, head: dict | None = None, **change) -> Segmenter:
+    head = dict(head_width=12) | (head or {})
+    return Segmenter(new_encoder(**dict(depth=4) | change), num_classes, **head).eval()
+
+
+def trained(model: torch.nn.Module) -> torch.nn.Module:
+    """`model` with every number random, the statistics of its BatchNorms too."""
+    randomised(model)
+    for name, buffer in model.named_buffers():
+        if not name.endswith("num_batches_tracked"):
+            torch.nn.init.uniform_(buffer, 0.3, 2)
+    return model
+
+
+def stock_segmenter(**change) -> UperNetForSemanticSegmentation:
+    """transformers' UperNet with a BEiT, of the sizes of `new_segmenter`."""
+    backbone = THEIRS | BEIT | dict(num_hidden_layers=4, out_features=[f"stage{i}" for i in (1, 2, 3, 4)], add_fpn=True)
+    config = UperNetConfig(backbone_config=BeitConfig(**backbone | change), hidden_size=12, num_labels=5)
+    return trained(UperNetForSemanticSegmentation(config))
+
+
+STOCK_EXTRAS = dict(use_relative_position_bias=True, layer_scale_init_value=0.5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("state_of", [modules_of_5, files_of_5])
+@pytest.mark.parametrize("there, here", [(STOCK_EXTRAS, EXTRAS), ({}, {}), (dict(use_mean_pooling=False), {})])
+def test_segmenter_of_transformers(there, here, state_of, tmp_path):
+    theirs, ours = stock_segmenter(**there), new_segmenter(**here)
+    state = state_of(theirs, tmp_path)
+    report = load_weights(ours, state)
+    torch.testing.assert_close(ours(IMAGES), theirs(IMAGES).logits, rtol=0, atol=1e-4)
+    assert (report.layout, report.loaded) == ("transformers' UperNet", len(ours.state_dict()))
+    norm = ("encoder.norm.bias", "encoder.norm.weight") if "use_mean_pooling" in there else ()
+    assert report.ignored == norm and report.missing == report.resized == ()
+    assert segmenter_kind(state) == SegmenterKind(5, "upernet", 12, True, bool(here), bool(here))
+    if state_of is files_of_5:
+        assert read_stored(tmp_path) == Stored((4, 4), 2, layers=[0, 1, 2, 3])
+
+    for img_size, name in (((48, 48), "6x6"), ((24, 64), "3x8")):  # the encoder alone, for other images
+        segmenter = new_segmenter(img_size=img_size, **here)
+        report = load_weights(segmenter.encoder, state)
+        images = torch.randn(2, 3, *img_size)
+        maps = theirs.backbone(images).feature_maps[2]
+        torch.testing.assert_close(segmenter.encoder.forward_layers(images, [2])[0], maps, rtol=0, atol=1e-5)
+        biases = (f"4 relative position biases 4x4 -> {name}",) if here else ()
+        assert report.resized == (f"encoder.pos_embed 4x4 -> {name}", *biases)
+        heads = {name for name in ours.state_dict() if not name.startswith("encoder.")}
+        assert set(report.ignored) == heads | set(norm)
+
+
+@torch.inference_mode()
+def test_biases_are_resized_as_the_model_does_it_for_other_images():
+    source, ours = trained(new_segmenter(**EXTRAS)), new_segmenter(img_size=64, **EXTRAS)
+    load_weights(ours.encoder, source.encoder.state_dict())
+    for block, other in zip(ours.encoder.blocks, source.encoder.blocks, strict=True):
+        assert torch.equal(block.attn.relative_position_bias_table[-3:], other.attn.relative_position_bias_table[-3:])
+    flat = trained(new_segmenter(img_size=(16, 64), **EXTRAS))  # 2 x 8, which holds as many patches
+    ours = new_segmenter(**EXTRAS)
+    report = load_weights(ours, flat.state_dict(), stored=Stored((2, 8)))
+    torch.testing.assert_close(ours(IMAGES), flat(IMAGES), rtol=0, atol=1e-4)
+    assert report.resized == ("encoder.pos_embed 2x8 -> 4x4", "4 relative position biases 2x8 -> 4x4")
+    message = refused(new_segmenter(**EXTRAS), flat.state_dict())  # nobody tells
+    assert "relative_position_bias_table is (48, 2) instead of (52, 2)" in message
+
+
+def test_biases_and_scales_of_an_encoder_may_be_new():
+    state = official(randomised(new_autoencoder(depth=4)))
+    ours = new_segmenter(**EXTRAS)
+    report = load_weights(ours.encoder, state)
+    for name, value in ours.encoder.state_dict().items():
+        if name not in state:
+            assert torch.equal(value, torch.full_like(value, 0.5 if "gamma" in name else 0.0))
+    assert len(report.missing) == 4 * 3 and report.loaded == len(ours.encoder.state_dict()) - 12
+    assert str(report).endswith(
+        "resized: none, relative position bias, layer scale: newly initialised (12 parameters missing)"
+    )
+    biased = trained(new_segmenter(relative_position_bias=True)).state_dict()
+    report = load_weights(ours.encoder, biased)
+    assert str(report).endswith(", layer scale: newly initialised (8 parameters missing)")
+    assert torch.equal(
+        ours.encoder.blocks[1].attn.relative_position_bias_table,
+        biased["encoder.blocks.1.attn.relative_position_bias_table"],
+    )
+    del biased["encoder.blocks.1.attn.relative_position_bias_table"]  # a hole is no plan
+    message = refused(ours.encoder, biased)
+    assert "do not fit: encoder.blocks.1.attn.relative_position_bias_table is missing; give" in message
+
+
+def test_the_encoder_of_a_segmenter():
+    source = trained(new_segmenter())
+    ours = new_classifier("mean", depth=4).encoder
+    report = load_weights(ours, source.state_dict())
+    assert torch.equal(ours(IMAGES), source.encoder(IMAGES))
+    assert "ignored (auxiliary_head, decode_head, fpn), resized: none" in str(report)
+    whole, state = new_autoencoder(depth=4), source.state_dict()
+    words = "weights of this project were trained for segmentation, so their encoder has no norm; give "
+    assert refused(new_classifier("cls", depth=4).encoder, state) == f"{words}--pooling mean"
+    assert refused(whole, state, new_decoder=True) == f"{words}those that it was fine-tuned from"
+    message = refused(new_classifier(depth=4), state)
+    assert message.endswith("hold no classifier's head; give those of a trained classifier")
+    extras = trained(new_segmenter(**EXTRAS)).state_dict()
+    for holder in (new_segmenter().encoder, new_classifier("cls", depth=4).encoder, new_classifier(depth=4), whole):
+        assert refused(holder, extras) == (
+            "weights of this project have relative position bias and layer scale, the model none; "
+            "give --relative_position_bias --layer_scale 1 in segmentation, elsewhere those of a plain ViT or MAE"
+        )
+
+
+def test_a_segmenter_that_does_not_fit():
+    state = trained(new_segmenter()).state_dict()
+    linear = trained(new_segmenter(head=LINEAR)).state_dict()
+    extras = trained(new_segmenter(layer_scale=1.0)).state_dict()
+    for model, given, words in (
+        (new_segmenter(7), state, "have a head of 5 classes, the model 7; give data of 5 classes"),
+        (new_segmenter(head=LINEAR), state, "have the head upernet, the model linear; give --head upernet"),
+        (new_segmenter(), linear, "have the head linear, the model upernet; give --head linear"),
+        (
+            new_segmenter(head=dict(head_width=16, auxiliary=False)),
+            state,
+            "have a head of width 12, the model 16; an auxiliary head; give --head_width 12, --auxiliary_weight 0.4",
+        ),
+        (
+            new_segmenter(relative_position_bias=True),
+            trained(new_segmenter(head=dict(auxiliary=False))).state_dict(),
+            "have no auxiliary head; no relative position bias; give --auxiliary_weight 0, --no-relative_position_bias",
+        ),
+        (new_segmenter(), extras, "have layer scale; give --layer_scale 1"),
+        (
+            new_segmenter(relative_position_bias=True, layer_scale=1.0),
+            extras,
+            "have no relative position bias; give --no-relative_position_bias",
+        ),
+        (new_segmenter(head=LINEAR, layer_scale=1.0), linear, "have no layer scale; give --layer_scale 0"),
+    ):
+        assert refused(model, given) == f"weights of this project {words}"
+    stored = Stored(layers=[0, 2, 3, 4])
+    deeper = new_segmenter(depth=5, head=dict(layers=[1, 2, 3, 4]))
+    message = refused(deeper, trained(new_segmenter(depth=5)).state_dict(), stored=stored)
+    assert message.endswith("have a head on the layers 0 2 3 4, the model on 1 2 3 4; give --layers 0 2 3 4")
+    assert "--encoder_depth 4" in refused(new_segmenter(depth=5), state)  # the size comes first
+    for holder in (new_encoder(depth=4), new_classifier(depth=4)):
+        message = refused(new_segmenter(), holder.state_dict())
+        assert "hold no head of segmentation (upernet or linear); give those of a trained segmentation model" in message
+    for hole in ("decode_head.bottleneck.batch_norm.running_var", "fpn.fpn1.3.bias"):
+        message = refused(new_segmenter(), {name: value for name, value in state.items() if name != hole})
+        assert f"do not fit: {hole} is missing; give" in message
+    load_weights(new_segmenter(), state, stored=Stored((4, 4), 2, layers=[0, 1, 2, 3]))
+
+
+def test_the_kind_of_a_segmenter():
+    for head, kind in (
+        (dict(head_width=16, auxiliary=False), ("upernet", 16, False)),
+        (dict(), ("upernet", 12, True)),
+        (LINEAR, ("linear", 0, False)),
+    ):
+        for extras in ({}, dict(relative_position_bias=True), dict(layer_scale=0.1)):
+            state = new_segmenter(3, head=head, **extras).state_dict()
+            kinds = ("relative_position_bias" in extras, "layer_scale" in extras)
+            assert segmenter_kind(state) == SegmenterKind(3, *kind, *kinds)
+            assert classifier_kind(state) is None and encoder_sizes(state)["depth"] == 4
+    for model in (new_encoder(), new_classifier(), new_autoencoder()):
+        assert segmenter_kind(model.state_dict()) is None
+
+
+def test_the_weights_of_a_segmentation_run(tmp_path):
+    run, model = tmp_path / "run", trained(new_segmenter(**EXTRAS))
+    statistics = dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    newest = write_checkpoint(run / "checkpoints" / "step_00000002", model)
+    flags = dict(crop_size=32, patch_size=8, encoder_num_heads=2, layers=[0, 1, 2, 3], **statistics)
+    (run / "args.json").write_text(json.dumps({"flags": flags, "classes": NAMES}))
+    assert find_weights(run, whole=False) == newest
+    known = Stored((4, 4), 2, None, *statistics.values(), NAMES, layers=[0, 1, 2, 3])
+    assert read_stored(newest) == known
+    export_segmenter(model, run / "model", classes=NAMES, **statistics)
+    assert find_weights(run, whole=False) == run / "model" and read_stored(run / "model") == known
+    for path in (newest, run / "model"):
+        ours, encoder = new_segmenter(**EXTRAS), new_segmenter(img_size=64, **EXTRAS).encoder
+        load_weights(ours, read_state_dict(path), stored=read_stored(path))
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in ours.state_dict().items())
+        assert len(load_weights(encoder, read_state_dict(path), stored=read_stored(path)).resized) == 2
+
+
+def test_the_linear_head_as_an_upernet_is_for_transformers_alone(tmp_path):
+    export_segmenter(trained(new_segmenter(head=LINEAR)), tmp_path, classes=NAMES, mean=[0.5] * 3, std=[0.5] * 3)
+    state = read_state_dict(tmp_path / "transformers_model.safetensors")
+    assert segmenter_kind(state) is None
+    assert refused(new_segmenter(head=LINEAR), state).endswith("as model.safetensors has them")
+    load_weights(new_segmenter().encoder, state)
 
 
 # Sizes that weights tell
