@@ -16,7 +16,6 @@ import argparse
 import math
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,21 +30,12 @@ from data.transforms import rand_augment
 from modeling.classifier import Classifier
 from modeling.export import export_classifier
 from modeling.vit import SIZES, VisionTransformer
-from modeling.weights import (
-    Stored,
-    WeightsError,
-    classifier_kind,
-    encoder_grid,
-    encoder_sizes,
-    find_weights,
-    load_weights,
-    read_state_dict,
-    read_stored,
-)
+from modeling.weights import WeightsError, classifier_kind, open_weights, start_from
 from training import arguments
 from training.arguments import RunError, fail, integer, number, one_of
 from training.checkpoint import (
     RunFolder,
+    check_place,
     claim_run_folder,
     compare_with_run,
     describe_environment,
@@ -96,7 +86,7 @@ def parse_args(argv=None):
     usual = RECIPES["fine-tuning"]
     parser = arguments.Parser(__doc__)
     arguments.add_run_flags(parser, name="finetune_classifier")
-    arguments.add_length_flags(parser, epochs=usual["epochs"], warmup_epochs=usual["warmup_epochs"])
+    arguments.add_length_flags(parser, epochs=usual["epochs"], warmup=usual["warmup_epochs"])
     arguments.add_batch_flags(parser)
     sizes = dict(base_learning_rate=usual["base_learning_rate"], weight_decay=usual["weight_decay"])
     arguments.add_optimizer_flags(parser, **sizes)
@@ -108,7 +98,8 @@ def parse_args(argv=None):
     arguments.add_speed_flags(parser)
     arguments.add_logging_flags(parser)
     arguments.add_saving_flags(parser, interval=1)
-    arguments.add_image_flags(parser, crop_scale=(0.08, 1.0))
+    arguments.add_image_flags(parser)
+    arguments.add_crop_flags(parser, crop_scale=(0.08, 1.0))
     arguments.add_encoder_flags(parser, sizes=SIZES)
 
     flag = parser.add_argument_group("what trains").add_argument
@@ -207,42 +198,11 @@ def check_micro_batch(args, size):
     return errors
 
 
-def check_place(path, folder):
-    """What is wrong with weights that lie in the run folder that is to be written, in a list."""
-    if not path or not Path(path).resolve().is_relative_to(folder.resolve()):
-        return []
-    return [f"{WEIGHTS} {path} lies in {folder}, which this run would write to; give another --experiment_name"]
-
-
-class Weights(NamedTuple):
-    """Trained weights, as they lie in files."""
-
-    path: Path
-    state: dict
-    stored: Stored  # what stands beside them
-    sizes: dict  # of the encoder
-    grid: tuple | None  # of its positions
-    kind: tuple | None  # of the classifier, where they hold one
-
-
-def read_weights(path):
-    """The weights that `path` leads to, None without one, and what is wrong with them."""
-    try:
-        if not path:
-            return None, []
-        path = find_weights(path, whole=False)
-        state, stored = read_state_dict(path), read_stored(path)
-        told = encoder_sizes(state, stored), encoder_grid(state, stored), classifier_kind(state)
-        return Weights(path, state, stored, *told), []
-    except WeightsError as error:
-        return None, [f"{WEIGHTS} {error if str(error).startswith(str(path)) else f'{path}: {error}'}"]
-
-
 def resolve_model(args, weights):
     """Resolves the flags of images and encoder, from `weights` where they were left out; what is wrong with them."""
     size, errors = SIZES[args.model or "base"], []
     if weights:
-        path, stored = weights.path, weights.stored
+        path, stored, kind = weights.path, weights.stored, classifier_kind(weights.state)
         if args.model is None:
             size = dict(weights.sizes)
             if size["num_heads"] is None and args.encoder_num_heads is None:
@@ -255,17 +215,17 @@ def resolve_model(args, weights):
             if getattr(args, name) is None and len(getattr(stored, name) or []) == args.input_channels:
                 setattr(args, name, list(getattr(stored, name)))
         if args.eval_only:
-            if weights.kind is None:
+            if kind is None:
                 errors.append(f"--eval_only {path} holds no classifier's head; give a model/, best/ or checkpoint")
-            elif stored.pooling not in (None, weights.kind[1]):
+            elif stored.pooling not in (None, kind[1]):
                 errors.append(
                     f"--eval_only {path} has {stored.pooling} pooling without a norm behind it, which is not known "
                     "here; give a classifier with fc_norm, or one on the cls token"
                 )
             else:
-                errors += check_num_classes(args.num_classes, weights.kind[0], "the classifier")
-                args.num_classes, args.pooling, args.linear_probe = weights.kind
-    errors += arguments.check_images(args) + arguments.check_encoder(args, size)
+                errors += check_num_classes(args.num_classes, kind[0], "the classifier")
+                args.num_classes, args.pooling, args.linear_probe = kind
+    errors += arguments.check_images(args) + arguments.check_crops(args) + arguments.check_encoder(args, size)
     if args.trainable_blocks is not None and args.trainable_blocks > args.encoder_depth:
         errors.append(
             f"--trainable_blocks {args.trainable_blocks:g} is more than the encoder has; expected at most "
@@ -378,17 +338,6 @@ def build_model(args):
     if args.trainable_blocks is not None:
         model.train_last_blocks(args.trainable_blocks)
     return model
-
-
-def start_from(weights, module, *, adapt_channels, mean, std):
-    """Loads `weights` into the encoder or the whole classifier, and says what became of them. Raises WeightsError."""
-    stored = weights.stored
-    loaded = load_weights(module, weights.state, stored=stored, adapt_channels=adapt_channels)
-    report = f"{WEIGHTS} {weights.path}: {loaded}"
-    if stored.mean in (None, mean) and stored.std in (None, std):
-        return report
-    theirs, ours = (f"mean {numbers[0]} and std {numbers[1]}" for numbers in ((stored.mean, stored.std), (mean, std)))
-    return f"{report}; they were trained with {theirs}, this run has {ours}"
 
 
 def describe_plan(args, model, batch, length, accelerator, train_source, validation_source):
@@ -599,15 +548,20 @@ def main(argv=None):
     checkpoint, found = claim_run_folder(folder, args.resume_from_checkpoint, accelerator, write=not args.dry_run)
     if args.eval_only:  # which cannot be resumed
         found = [error.replace("continue it with --resume_from_checkpoint latest or give", "give") for error in found]
-    errors += found if checkpoint else found + check_place(args.path_to_pretrained_mae_weights, folder.path)
+    errors += found if checkpoint else found + check_place(WEIGHTS, args.path_to_pretrained_mae_weights, folder.path)
     saved = read_state(checkpoint) if checkpoint else {}
     start_step = saved.get("step", 0)
     if args.num_workers is None:
         args.num_workers = min(32, arguments.cores_per_process())
 
     # Weights, and the sizes that they tell
-    weights, found = read_weights(checkpoint or args.path_to_pretrained_mae_weights)
-    errors += found + resolve_model(args, weights)
+    weights = None
+    try:
+        if checkpoint or args.path_to_pretrained_mae_weights:
+            weights = open_weights(checkpoint or args.path_to_pretrained_mae_weights)
+    except WeightsError as error:
+        errors.append(f"{WEIGHTS} {error}")
+    errors += resolve_model(args, weights)
 
     # Data, and the plan that follows from its size
     train_source, validation_source, classes, numbers, found = open_data(
@@ -632,9 +586,10 @@ def main(argv=None):
     try:
         args.num_classes = args.num_classes or 2  # of data or weights that could not be read
         model = build_model(args)
-        if weights and not checkpoint and (weights.kind or not args.eval_only):
+        if weights and not checkpoint and not (args.eval_only and classifier_kind(weights.state) is None):
             options = dict(adapt_channels=args.adapt_channels, mean=args.mean, std=args.std)
-            accelerator.print(start_from(weights, model if args.eval_only else model.encoder, **options))
+            report = start_from(weights, model if args.eval_only else model.encoder, **options)
+            accelerator.print(f"{WEIGHTS} {weights.path}: {report}")
     except WeightsError as error:
         errors.append(f"{WEIGHTS} {weights.path}: {error}")
     except ValueError:  # impossible sizes

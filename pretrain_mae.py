@@ -54,14 +54,15 @@ def parse_args(argv=None):
     """The flags, resolved as far as they can be without processes and data, and what is wrong with them."""
     parser = arguments.Parser(__doc__)
     arguments.add_run_flags(parser, name="pretrain_mae")
-    arguments.add_length_flags(parser, epochs=800, warmup_epochs=DEFAULT_WARMUP_EPOCHS)
+    arguments.add_length_flags(parser, epochs=800, warmup=DEFAULT_WARMUP_EPOCHS)
     arguments.add_batch_flags(parser)
     arguments.add_optimizer_flags(parser, base_learning_rate=1.5e-4, weight_decay=0.05)
     arguments.add_speed_flags(parser)
     arguments.add_logging_flags(parser)
     arguments.add_saving_flags(parser, interval=10)
 
-    arguments.add_image_flags(parser, crop_scale=(0.2, 1.0))
+    arguments.add_image_flags(parser)
+    arguments.add_crop_flags(parser, crop_scale=(0.2, 1.0))
     arguments.add_encoder_flags(parser, sizes=SIZES)
 
     flag = parser.add_argument_group("views and masks").add_argument
@@ -103,7 +104,7 @@ def parse_args(argv=None):
 
 def check_flags(args):
     """What is wrong with the flags of images, masks and model, a line each."""
-    errors = arguments.check_images(args)
+    errors = arguments.check_images(args) + arguments.check_crops(args)
     if args.adapt_channels and not args.init_from:
         errors.append(
             "--adapt_channels converts the weights of --init_from, which is missing; give it or leave this out"

@@ -8,7 +8,7 @@ from training.arguments import Parser, add_logging_flags, integer, number, one_o
 def parser():
     result = Parser("a test")
     arguments.add_run_flags(result, name="test")
-    arguments.add_length_flags(result, epochs=10, warmup_epochs=4)
+    arguments.add_length_flags(result, epochs=10, warmup="4")
     arguments.add_batch_flags(result)
     arguments.add_optimizer_flags(result, base_learning_rate=1e-3, weight_decay=0.05)
     return result

@@ -13,12 +13,14 @@ from conftest import ROOT
 
 import benchmark
 import finetune_classifier
+import finetune_segmentation
 import pretrain_mae
 
 PACKAGES = ("modeling", "data", "training")
 SCRIPTS = {
     "pretrain_mae.py": pretrain_mae,
     "finetune_classifier.py": finetune_classifier,
+    "finetune_segmentation.py": finetune_segmentation,
     "benchmark.py": benchmark,
 }
 

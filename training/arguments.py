@@ -18,6 +18,7 @@ import torch
 FREE_FLAGS = {
     *("experiment_name", "working_directory", "path_to_data", "resume_from_checkpoint", "num_workers", "pin_memory"),
     *("wandb_run_name", "log_wandb", "report_to", "log_every", "validate_every", "knn_every", "num_preview_images"),
+    *("evaluate_every", "evaluate", "evaluate_scales", "evaluate_flip"),
     *("compile", "gradient_checkpointing", "dry_run"),
     *("save_checkpoint_interval", "save_checkpoint_steps", "keep_checkpoints"),
     *("per_gpu_batch_size", "micro_batch_size", "gradient_accumulation_steps"),
@@ -208,38 +209,62 @@ def add_run_flags(parser: Parser, *, name: str) -> None:
     )
 
 
-def add_length_flags(parser: Parser, *, epochs: int, warmup_epochs: int) -> None:
-    """How long a run is, and its warmup."""
+def add_length_flags(parser: Parser, *, epochs: int | None, steps: int | None = None, warmup: str) -> None:
+    """How long a run is, in `epochs` or otherwise in `steps`, and its warmup, whose default is told as `warmup`."""
     flag = parser.add_argument_group("length").add_argument
-    flag("--epochs", type=integer(1), default=epochs, help=f"passes over the data (default {epochs})")
-    flag("--max_steps", type=integer(1), help="optimizer steps; overrides --epochs, and the schedule spans them")
+    flag("--epochs", type=integer(1), default=epochs, help="passes over the data" + _default(epochs))
+    flag(
+        "--max_steps",
+        type=integer(1),
+        help="optimizer steps; overrides --epochs, and the schedule spans them" + _default(steps),
+    )
     flag(
         "--warmup_epochs",
         type=number(),
-        help=f"its first epochs, at a rising rate; left out, at most 5 %% of the run (default {warmup_epochs})",
+        help=f"its first epochs, at a rising rate; left out, at most 5 %% of the run (default {warmup})",
     )
     flag("--warmup_steps", type=integer(0), help="optimizer steps; overrides --warmup_epochs")
 
 
-def add_batch_flags(parser: Parser) -> None:
-    """How many images an optimizer step takes, and in which portions."""
+def _default(value) -> str:
+    """Of a flag, for its help; nothing where it has none."""
+    return "" if value is None else f" (default {value})"
+
+
+def add_batch_flags(parser: Parser, *, global_default: int | None = None) -> None:
+    """How many images an optimizer step takes, and in which portions; by default 256 a process, or `global_default` in
+    all."""
+    own_default = 256 if global_default is None else None
     flag = parser.add_argument_group("batch").add_argument
-    flag("--per_gpu_batch_size", type=integer(1), help="images per process per optimizer step (default 256)")
+    flag(
+        "--per_gpu_batch_size",
+        type=integer(1),
+        help="images per process per optimizer step" + _default(own_default),
+    )
     flag("--gradient_accumulation_steps", type=integer(1), help="micro-batches those are split into (default 1)")
-    flag("--global_batch_size", type=integer(1), help="images per optimizer step, over all processes")
+    flag(
+        "--global_batch_size",
+        type=integer(1),
+        help="images per optimizer step, over all processes" + _default(global_default),
+    )
     flag("--micro_batch_size", type=integer(1), help="images per process per forward pass")
 
 
-def add_optimizer_flags(parser: Parser, *, base_learning_rate: float, weight_decay: float) -> None:
-    """Learning rate, weight decay and clipping."""
+def add_optimizer_flags(
+    parser: Parser, *, weight_decay: float, base_learning_rate: float | None = None, learning_rate: float | None = None
+) -> None:
+    """Learning rate, one for 256 images or an absolute one, weight decay and clipping."""
     flag = parser.add_argument_group("optimizer").add_argument
-    flag(
-        "--base_learning_rate",
-        type=number(),
-        default=base_learning_rate,
-        help=f"peak rate for 256 images: the rate is this x global batch / 256 (default {base_learning_rate})",
-    )
-    flag("--learning_rate", type=number(), help="peak rate, absolute; overrides --base_learning_rate")
+    help_text = "peak rate, absolute"
+    if base_learning_rate is not None:
+        help_text += "; overrides --base_learning_rate"
+        flag(
+            "--base_learning_rate",
+            type=number(),
+            default=base_learning_rate,
+            help=f"peak rate for 256 images: the rate is this x global batch / 256 (default {base_learning_rate})",
+        )
+    flag("--learning_rate", type=number(), default=learning_rate, help=help_text + _default(learning_rate))
     flag("--min_learning_rate", type=number(), default=0.0, help="rate of the last step, absolute (default 0)")
     flag("--weight_decay", type=number(), default=weight_decay, help=f"of AdamW or LARS (default {weight_decay})")
     flag("--bias_weight_decay", action="store_true", help="also decay biases")
@@ -247,13 +272,10 @@ def add_optimizer_flags(parser: Parser, *, base_learning_rate: float, weight_dec
     flag("--max_grad_norm", type=number(), default=1.0, help="clip the global gradient norm; 0 = none (default 1.0)")
 
 
-def add_image_flags(parser: Parser, *, crop_scale: tuple[float, float]) -> None:
-    """What the images are, and how they are normalised."""
-    flag = parser.add_argument_group("images").add_argument
+def add_crop_flags(parser: Parser, *, crop_scale: tuple[float, float]) -> None:
+    """What a network sees of an image that has one label, or none."""
+    flag = parser.add_argument_group("crops").add_argument
     flag("--img_size", type=integer(1), nargs="+", metavar="H [W]", help="pixels (default 224)")
-    flag("--input_channels", type=integer(1), default=3, help="3 (colour) or 1 (grey) (default 3)")
-    flag("--mean", type=number(), nargs="+", help="channel means of images in [0, 1] (default ImageNet's)")
-    flag("--std", type=number(1e-6), nargs="+", help="channel deviations of images in [0, 1] (default ImageNet's)")
     flag(
         "--crop_scale",
         type=number(1e-3, 1),
@@ -264,8 +286,16 @@ def add_image_flags(parser: Parser, *, crop_scale: tuple[float, float]) -> None:
     )
 
 
-def add_encoder_flags(parser: Parser, *, sizes: Iterable[str]) -> None:
-    """The sizes of the encoder; `sizes` are the names that --model takes."""
+def add_image_flags(parser: Parser) -> None:
+    """What the images are, and how they are normalised."""
+    flag = parser.add_argument_group("images").add_argument
+    flag("--input_channels", type=integer(1), default=3, help="3 (colour) or 1 (grey) (default 3)")
+    flag("--mean", type=number(), nargs="+", help="channel means of images in [0, 1] (default ImageNet's)")
+    flag("--std", type=number(1e-6), nargs="+", help="channel deviations of images in [0, 1] (default ImageNet's)")
+
+
+def add_encoder_flags(parser: Parser, *, sizes: Iterable[str], drop_path: float = 0.0) -> None:
+    """The sizes of the encoder, and its stochastic depth; `sizes` are the names that --model takes."""
     flag = parser.add_argument_group("encoder").add_argument
     flag("--model", type=one_of(*sizes), help=f"{', '.join(sizes)}: sets the next four (default base)")
     flag("--patch_size", type=integer(1), help="pixels (default 16; huge: 14)")
@@ -273,8 +303,8 @@ def add_encoder_flags(parser: Parser, *, sizes: Iterable[str]) -> None:
     flag("--encoder_depth", type=integer(1), help="number of blocks")
     flag("--encoder_num_heads", type=integer(1))
     flag("--encoder_mlp_ratio", type=number(0.1), help="hidden width of the MLPs / width (default 4)")
-    rate = "stochastic depth rate of the last block (default 0)"
-    flag("--drop_path", type=number(0, 0.99), default=0.0, help=rate)
+    rate = f"stochastic depth rate of the last block (default {drop_path:g})"
+    flag("--drop_path", type=number(0, 0.99), default=drop_path, help=rate)
     flag(
         "--custom_weight_init",
         action=argparse.BooleanOptionalAction,
@@ -284,7 +314,7 @@ def add_encoder_flags(parser: Parser, *, sizes: Iterable[str]) -> None:
 
 
 def check_images(args: argparse.Namespace) -> list[str]:
-    """Gives the flags of images that were left out their defaults, --img_size as [H, W]; what is wrong with them."""
+    """Gives the flags of images that were left out their defaults; what is wrong with them."""
     errors, channels = [], args.input_channels
     if not args.path_to_data:
         errors.append("--path_to_data is missing; give a folder of images or builtin:shapes")
@@ -296,6 +326,12 @@ def check_images(args: argparse.Namespace) -> list[str]:
         count = len(getattr(args, name))
         if count != channels:
             errors.append(f"--{name} has {count} values for {channels} channels; give one a channel")
+    return errors
+
+
+def check_crops(args: argparse.Namespace) -> list[str]:
+    """Gives --img_size, as [H, W], its default where it was left out; what is wrong with the flags of crops."""
+    errors = []
     if args.crop_scale[0] > args.crop_scale[1]:
         errors.append(
             f"--crop_scale {args.crop_scale[0]:g} {args.crop_scale[1]:g} is no range; give the smaller share first"
@@ -309,20 +345,18 @@ def check_images(args: argparse.Namespace) -> list[str]:
 
 def check_encoder(args: argparse.Namespace, size: dict) -> list[str]:
     """Gives the flags of the encoder that were left out their values in `size`; what is wrong with them, and with the
-    resolved --img_size."""
+    resolved --img_size or --crop_size."""
     args.patch_size = args.patch_size or size["patch_size"]
     for name in ("embed_dim", "depth", "num_heads", "mlp_ratio"):
         if getattr(args, f"encoder_{name}") is None:
             setattr(args, f"encoder_{name}", size.get(name, 4.0))
     errors = check_width("encoder", args.encoder_embed_dim, args.encoder_num_heads)
-    height, width = args.img_size
-    if min(height, width) < 6:
-        errors.append(f"--img_size {height} {width} is too small; expected at least 6 pixels a side")
-    if height % args.patch_size or width % args.patch_size:
-        errors.append(
-            f"--img_size {height} {width} is not divided by --patch_size {args.patch_size}; "
-            f"take multiples of {args.patch_size}"
-        )
+    sides = args.img_size if hasattr(args, "img_size") else [args.crop_size]
+    flag = f"--{'img' if hasattr(args, 'img_size') else 'crop'}_size {' '.join(map(str, sides))}"
+    if min(sides) < 6:
+        errors.append(f"{flag} is too small; expected at least 6 pixels a side")
+    if any(side % args.patch_size for side in sides):
+        errors.append(f"{flag} is not divided by --patch_size {args.patch_size}; take multiples of {args.patch_size}")
     return errors
 
 
@@ -368,16 +402,21 @@ def add_logging_flags(parser: Parser) -> None:
     flag("--wandb_run_name", help="name of the run there; its project is the experiment's name")
 
 
-def add_saving_flags(parser: Parser, *, interval: int) -> None:
-    """When checkpoints are written, and how many are kept; the last step is always saved."""
+def add_saving_flags(parser: Parser, *, interval: int | None = None, steps: int | None = None) -> None:
+    """When checkpoints are written, by default every `interval` epochs or otherwise every so many `steps`, and how many
+    are kept; the last step is always saved."""
     flag = parser.add_argument_group("checkpoints").add_argument
     flag(
         "--save_checkpoint_interval",
         type=number(),
         default=interval,
-        help=f"epochs between two checkpoints, 0 = none (default {interval})",
+        help="epochs between two checkpoints, 0 = none" + _default(interval),
     )
-    flag("--save_checkpoint_steps", type=integer(1), help="optimizer steps between two; overrides the interval")
+    flag(
+        "--save_checkpoint_steps",
+        type=integer(1),
+        help="optimizer steps between two; overrides the interval" + _default(steps),
+    )
     flag("--keep_checkpoints", type=integer(1), default=3, help="how many of the newest to keep (default 3)")
 
 

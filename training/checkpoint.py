@@ -196,6 +196,13 @@ def claim_run_folder(folder, wanted, accelerator, *, write):
     return broadcast_object_list(found)
 
 
+def check_place(flag, path, folder):
+    """What is wrong with weights, given by `flag`, that lie in the run folder that is to be written, in a list."""
+    if not path or not Path(path).resolve().is_relative_to(folder.resolve()):
+        return []
+    return [f"{flag} {path} lies in {folder}, which this run would write to; give another --experiment_name"]
+
+
 def save_training(
     folder: RunFolder, accelerator, crew, model, optimizer, state: dict, *, keep: int, ema: nn.Module | None = None
 ) -> None:

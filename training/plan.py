@@ -34,13 +34,16 @@ def plan_batch(
     gradient_accumulation_steps: int | None,
     num_processes: int,
     held: int | None,
+    default: int | None = None,
 ) -> tuple[BatchPlan, list[str]]:
     """The batch that the flags ask for, or `held`, the global batch of the checkpoint to resume; and what is wrong.
 
-    A flag that was not given is None.
+    A flag that was not given is None; without any, the global batch is the `default`, or 256 images a process.
     """
     errors = []
     global_size, per_process = global_batch_size, per_gpu_batch_size
+    if not (held or global_size or per_process):
+        global_size = default or 256 * num_processes
     if global_size and global_size % num_processes:
         errors.append(
             f"--global_batch_size {global_size} is not divided by {num_processes} processes; "
@@ -63,7 +66,7 @@ def plan_batch(
             f"the checkpoint's global batch of {held} images is not divided by {num_processes} processes; "
             "start another number of processes"
         )
-    global_size = held or global_size or 256 * num_processes
+    global_size = held or global_size
     per_process = max(1, global_size // num_processes)
 
     micro, accumulation = micro_batch_size, gradient_accumulation_steps
@@ -92,15 +95,17 @@ class LengthPlan(NamedTuple):
 
 def plan_length(
     *,
-    epochs: int,
+    epochs: int | None,
     max_steps: int | None,
     warmup_epochs: float | None,
     warmup_steps: int | None,
-    default_warmup_epochs: float,
     num_samples: int,
     global_batch_size: int,
+    default_warmup_epochs: float = 0.0,
+    default_warmup_steps: int | None = None,
 ) -> tuple[LengthPlan, list[str]]:
-    """The length that the flags ask for, and what is wrong. A flag that was not given is None."""
+    """The length that the flags ask for, and what is wrong. A flag that was not given is None; the default warmup is in
+    epochs, or otherwise in steps."""
     steps_per_epoch = num_samples // global_batch_size
     if not steps_per_epoch:
         return LengthPlan(1, 1, 0), [
@@ -113,7 +118,8 @@ def plan_length(
     elif warmup_epochs is not None:
         given, warmup = f"--warmup_epochs {warmup_epochs:g}", round(warmup_epochs * steps_per_epoch)
     else:
-        warmup = min(round(default_warmup_epochs * steps_per_epoch), total_steps // 20)
+        default = default_warmup_steps or round(default_warmup_epochs * steps_per_epoch)
+        warmup = min(default, total_steps // 20)
         return LengthPlan(steps_per_epoch, total_steps, warmup), []
     errors = []
     if warmup and warmup >= total_steps:
@@ -130,12 +136,14 @@ def plan_run(
     num_samples: int | None,
     num_processes: int,
     held: int | None,
-    default_warmup_epochs: float,
+    default_batch_size: int | None = None,
+    default_warmup_epochs: float = 0.0,
+    default_warmup_steps: int | None = None,
 ) -> tuple[BatchPlan, LengthPlan | None, list[str]]:
     """Resolves the flags of batch, length and learning rate, in `args` too: both plans, and what is wrong.
 
     `num_samples` is what an epoch has, None where the data could not be opened; `held` is the global batch of the
-    checkpoint to resume.
+    checkpoint to resume. The defaults are those of `plan_batch` and `plan_length`.
     """
     batch, errors = plan_batch(
         global_batch_size=args.global_batch_size,
@@ -144,6 +152,7 @@ def plan_run(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         num_processes=num_processes,
         held=held,
+        default=default_batch_size,
     )
     args.global_batch_size, args.per_gpu_batch_size, args.micro_batch_size = batch
     args.gradient_accumulation_steps = batch.accumulation
@@ -154,9 +163,10 @@ def plan_run(
             max_steps=args.max_steps,
             warmup_epochs=args.warmup_epochs,
             warmup_steps=args.warmup_steps,
-            default_warmup_epochs=default_warmup_epochs,
             num_samples=num_samples,
             global_batch_size=batch.global_size,
+            default_warmup_epochs=default_warmup_epochs,
+            default_warmup_steps=default_warmup_steps,
         )
         errors += found
         args.max_steps, args.warmup_steps = length.total_steps, length.warmup_steps
@@ -181,11 +191,12 @@ def describe_run(
     activations: float,
     optimizer: str = "AdamW",
     averaged: bool = False,
+    decay: str = "cosine",
 ) -> list[str]:
     """The lines of the plan that every script prints: batch, length, rate, precision, memory.
 
     `parameters` is their number, `trained` that of those which train; `activations` are bytes an image; `averaged` says
-    that a moving average of the weights is kept.
+    that a moving average of the weights is kept, `decay` how the rate falls.
     """
     half, on_cpu = args.mixed_precision != "no", accelerator.device.type == "cpu"
     precision = args.mixed_precision.replace("no", "float32")
@@ -199,7 +210,7 @@ def describe_run(
         f"batch      {batch.global_size} = {several(accelerator.num_processes, 'process')} x "
         f"{several(batch.accumulation, 'micro-batch')} x {batch.micro}",
         f"length     {length.total_steps} steps, {length.steps_per_epoch} an epoch, {length.warmup_steps} warmup",
-        f"rate       {args.learning_rate:.3g} at its peak, cosine to {args.min_learning_rate:g}",
+        f"rate       {args.learning_rate:.3g} at its peak, {decay} to {args.min_learning_rate:g}",
         f"precision  {', '.join([precision, *speed])} on {accelerator.device}"
         + (f", {torch.get_num_threads()} threads" if on_cpu else ""),
         f"memory     about {in_bytes(fixed + batch.micro * activations)} a process: {in_bytes(fixed)} for weights, "

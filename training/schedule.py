@@ -3,8 +3,11 @@
 import math
 
 
-def learning_rate_at(step: int, *, peak: float, total_steps: int, warmup_steps: int, minimum: float = 0.0) -> float:
-    """Linear from 0 over the warmup, then half a cosine (Loshchilov & Hutter 2016), at `minimum` in the last step.
+def learning_rate_at(
+    step: int, *, peak: float, total_steps: int, warmup_steps: int, minimum: float = 0.0, linear: bool = False
+) -> float:
+    """Linear from 0 over the warmup, then half a cosine (Loshchilov & Hutter 2016) or a `linear` fall (the "poly" of
+    power 1 of segmentation), at `minimum` in the last step.
 
     `step` counts from 0: the rate is 0 at step 0 of a warmup, `peak` at step `warmup_steps`, `minimum` at step
     `total_steps` - 1.
@@ -12,7 +15,8 @@ def learning_rate_at(step: int, *, peak: float, total_steps: int, warmup_steps: 
     if step < warmup_steps:
         return peak * step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
-    return minimum + (peak - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
+    remaining = 1 - progress if linear else 0.5 * (1 + math.cos(math.pi * progress))
+    return minimum + (peak - minimum) * remaining
 
 
 def is_due(step, every):

@@ -1,0 +1,723 @@
+"""Fine-tunes a pre-trained encoder to label every pixel: UperNet on ADE20K, or on any folder laid out like it.
+
+    accelerate launch finetune_segmentation.py @recipes/quickstart/finetune_segmentation.args
+
+prints its plan, then a bar with the loss and, every so many steps, the mean IoU; writes work_dir/EXPERIMENT_NAME/ with
+log.jsonl, checkpoints/, predictions/ (image, annotation, prediction), best/ and, at the end, metrics.json and model/:
+folders which transformers loads as UperNetForSemanticSegmentation. Kill it at any moment: the same command with
+--resume_from_checkpoint auto continues it exactly.
+
+    accelerate launch finetune_segmentation.py --path_to_data ADEChallengeData2016 \\
+        --path_to_backbone_checkpoint work_dir/pretrain_mae
+
+is the published recipe (mmsegmentation's mae-base_upernet): 512 x 512 crops, batches of 16, 160,000 steps. Without a
+checkpoint, everything is trained from scratch.
+"""
+
+import argparse
+import math
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, broadcast_object_list
+from torch import nn
+
+from data.batches import Normalization, make_loader, own_batches
+from data.sampling import StepSampler, model_seed, seed_everything
+from data.segmentation import (
+    EvaluationPairs,
+    SegmentationDataset,
+    check_masks,
+    keep_ratio,
+    open_pairs,
+    palette,
+)
+from data.sources import DataError
+from modeling.export import export_segmenter
+from modeling.sliding_window import predict
+from modeling.upernet import HEADS, Segmenter, default_layers, segmentation_loss
+from modeling.vit import SIZES, VisionTransformer
+from modeling.weights import WeightsError, open_weights, segmenter_kind, start_from
+from training import arguments
+from training.arguments import RunError, Unreadable, fail, integer, number, one_of
+from training.checkpoint import (
+    RunFolder,
+    check_place,
+    claim_run_folder,
+    compare_with_run,
+    describe_environment,
+    load_training,
+    read_state,
+    replace_folder,
+    save_training,
+    write_json,
+)
+from training.metrics import segmentation_areas
+from training.optimizer import adamw, parameter_groups, set_learning_rate
+from training.pictures import segmentation_grid
+from training.plan import describe_run, plan_run, rehearse
+from training.progress import (
+    DamagedImages,
+    Progress,
+    best_of,
+    finish_trackers,
+    in_bytes,
+    start_trackers,
+    truncate_log,
+)
+from training.schedule import is_due, learning_rate_at
+from training.stopping import Crew
+
+STEPS, WARMUP_STEPS, BATCH_SIZE, CROP_SIZE = 160_000, 1_500, 16, 512
+SAVE_STEPS = 1_000
+WEIGHTS = "--path_to_backbone_checkpoint"
+BALANCED = "balanced"
+
+
+def parse_args(argv=None):
+    """The flags, resolved as far as they can be without processes, weights and data, and what is wrong with them."""
+    parser = arguments.Parser(__doc__)
+    arguments.add_run_flags(parser, name="finetune_segmentation")
+    arguments.add_length_flags(parser, epochs=None, steps=STEPS, warmup=f"{WARMUP_STEPS} steps")
+    arguments.add_batch_flags(parser, global_default=BATCH_SIZE)
+    arguments.add_optimizer_flags(parser, learning_rate=1e-4, weight_decay=0.05)
+    flag = parser.add_argument_group("optimizer of a segmenter").add_argument
+    flag("--betas", type=number(0, 0.99999), nargs=2, metavar=("B1", "B2"), default=[0.9, 0.999], help="of AdamW")
+    decay = "rate of a block / that of the block above (default 0.65)"
+    flag("--layer_decay", type=number(0.01, 1), default=0.65, help=decay)
+    arguments.add_speed_flags(parser)
+    arguments.add_logging_flags(parser)
+    arguments.add_saving_flags(parser, steps=SAVE_STEPS)
+    arguments.add_image_flags(parser)
+    flag = parser.add_argument_group("crops").add_argument
+    size = f"side of the square crops, and of the window of evaluation (default {CROP_SIZE})"
+    flag("--crop_size", type=integer(1), help=size)
+    flag(
+        "--resize",
+        type=integer(1),
+        nargs=2,
+        metavar=("LONG", "SHORT"),
+        help="images are resized to fit these sides, in training times 0.5 to 2 (default 4 x the crop, the crop)",
+    )
+    arguments.add_encoder_flags(parser, sizes=SIZES, drop_path=0.1)
+
+    flag = parser.add_argument_group("segmenter").add_argument
+    pair = partial(flag, action=argparse.BooleanOptionalAction)
+    flag(
+        WEIGHTS,
+        metavar="PATH",
+        help="a run of pretrain_mae.py, its encoder/, a .pth of the official MAE, or a folder or file of timm or "
+        "transformers; its sizes, --mean and --std become the defaults (left out: train from scratch)",
+    )
+    pair("--adapt_channels", default=False, help="sum or repeat channels of the weights to fit --input_channels (off)")
+    pair("--relative_position_bias", default=True, help="add a learned bias, from zero, to each block's attention (on)")
+    flag("--layer_scale", type=number(), default=1.0, help="initial weight of the blocks' branches; 0 = none (1)")
+    flag("--head", type=one_of(*HEADS), default="upernet", help="upernet, or linear on the last block")
+    flag("--head_width", type=integer(1), default=512, help="channels of UperNet's layers (default 512)")
+    flag(
+        "--layers",
+        type=integer(0),
+        nargs="+",
+        metavar="I",
+        help="blocks, from 0, whose outputs the head sees (default of UperNet: after 1/3, 1/2, 2/3 and all of them)",
+    )
+    flag("--auxiliary_weight", type=number(), default=0.4, help="of the auxiliary head's loss; 0 = none (default 0.4)")
+    flag(
+        "--class_weights",
+        type=_class_weight,
+        nargs="+",
+        metavar="W",
+        help=f"of the classes in the loss, one number each; or {BALANCED}, which favours the rare ones (default equal)",
+    )
+
+    flag = parser.add_argument_group("evaluation").add_argument
+    pair = partial(flag, action=argparse.BooleanOptionalAction)
+    flag(
+        "--evaluate",
+        type=one_of("slide", "whole"),
+        default="slide",
+        help="slide windows of the crop's size over the resized image; or squeeze the whole image into one crop, as "
+        "the folders in transformers do (default slide)",
+    )
+    flag("--evaluate_scales", type=number(0.1, 8), nargs="+", default=[1.0], help="average over sizes (default 1)")
+    pair("--evaluate_flip", default=False, help="average over the image and its mirror image (off)")
+    flag("--evaluate_every", type=integer(0), default=16_000, help="steps, 0 = at the end only (default 16000)")
+    flag("--num_preview_images", type=integer(0), default=8, help="rows of the pictures (default 8)")
+    pair("--eval_only", default=False, help=f"only measure the model that {WEIGHTS} leads to; nothing trains")
+    args, errors = parser.read(argv)
+
+    if args.epochs is None and args.max_steps is None:
+        args.max_steps = STEPS
+    if args.save_checkpoint_interval is None and args.save_checkpoint_steps is None:
+        args.save_checkpoint_steps = SAVE_STEPS
+    return args, errors + check_flags(args)
+
+
+def _class_weight(text):
+    """A flag's type: a number, or the word that stands for weights found in the data."""
+    value = text if text == BALANCED else number()(text)
+    return Unreadable(text, f"numbers of at least 0, or {BALANCED}") if isinstance(value, Unreadable) else value
+
+
+def check_flags(args):
+    """What contradicts itself in the flags, a line each."""
+    errors = []
+    if args.path_to_backbone_checkpoint == "":
+        errors.append(f"{WEIGHTS} is empty; give a path, or leave the flag out to train from scratch")
+    if not args.path_to_backbone_checkpoint:
+        wanting = [name for name in ("adapt_channels", "eval_only") if getattr(args, name)]
+        errors += [f"--{name} needs trained weights; give {WEIGHTS}" for name in wanting]
+    if args.resize and args.resize[0] < args.resize[1]:
+        errors.append(f"--resize {args.resize[0]} {args.resize[1]} has its longer side last; give LONG SHORT")
+    if args.class_weights and BALANCED in args.class_weights and len(args.class_weights) > 1:
+        errors.append(f"--class_weights mixes {BALANCED} and numbers; give one or the other")
+    if args.eval_only:
+        for name, why in (
+            ("resume_from_checkpoint", f"give the checkpoint's folder as {WEIGHTS}, and an --experiment_name"),
+            ("dry_run", "nothing trains"),
+        ):
+            if getattr(args, name):
+                errors.append(f"--{name} does not go with --eval_only: {why}; leave it out")
+    return errors
+
+
+def resolve_model(args, weights, *, whole):
+    """Resolves the flags of images, encoder and head, from `weights` where they were left out; what is wrong with them.
+
+    `whole` says that the weights are those of a segmenter, which is to be resumed or measured.
+    """
+    size, errors = SIZES[args.model or "base"], []
+    kind = segmenter_kind(weights.state) if weights else None
+    if weights:
+        if args.model is None:
+            size = dict(weights.sizes)
+            if size["num_heads"] is None and args.encoder_num_heads is None:
+                errors.append(f"{WEIGHTS} {weights.path} does not tell its number of heads; give --encoder_num_heads")
+                size["num_heads"] = 1
+        for name in ("mean", "std"):
+            given = getattr(weights.stored, name) or []
+            if getattr(args, name) is None and len(given) == args.input_channels:
+                setattr(args, name, list(given))
+    if args.eval_only and weights and kind is None:
+        errors.append(f"--eval_only {weights.path} holds no segmenter; give a model/, best/ or checkpoint")
+    if whole and kind:
+        if weights.grid and args.crop_size is None:
+            args.crop_size = weights.grid[0] * (args.patch_size or size["patch_size"])
+        if args.eval_only:
+            args.head, args.head_width, args.auxiliary_weight = kind.head, kind.head_width or 512, float(kind.auxiliary)
+            args.relative_position_bias, args.layer_scale = kind.relative_position_bias, float(kind.layer_scale)
+            args.layers = weights.stored.layers or args.layers
+    args.crop_size = args.crop_size or CROP_SIZE
+    args.resize = args.resize or [4 * args.crop_size, args.crop_size]
+    errors += arguments.check_images(args) + arguments.check_encoder(args, size)
+    return errors + check_layers(args)
+
+
+def check_layers(args):
+    """Gives --layers its default where it was left out; what is wrong with it."""
+    depth, count = args.encoder_depth, 4 if args.head == "upernet" else 1
+    try:
+        args.layers = args.layers or (default_layers(depth) if args.head == "upernet" else [depth - 1])
+    except ValueError:
+        args.layers = [depth - 1]
+        return [f"--head upernet needs an encoder of at least 4 blocks, not {depth}; give --head linear"]
+    shown = "--layers " + " ".join(map(str, args.layers))
+    errors = []
+    if max(args.layers) >= depth:
+        errors.append(f"{shown} is beyond the encoder's {depth} blocks; expected 0 to {depth - 1}")
+    if len(args.layers) != count or args.layers != sorted(set(args.layers)):
+        errors.append(f"{shown} does not fit --head {args.head}; expected {count} rising, different numbers")
+    return errors
+
+
+def check_micro_batch(args, size, *, synchronised):
+    """What a micro-batch of `size` images is too small for, in a list."""
+    if args.head == "upernet" and size == 1 and not synchronised:
+        return ["UperNet has BatchNorms that see one value an image; give micro-batches of at least 2 images"]
+    return []
+
+
+def open_data(args, weights):
+    """The training and validation pairs, which are the same where nothing trains, the classes' names, and what is wrong
+    with all that."""
+    try:
+        if not args.path_to_data:
+            return None, None, [], []  # which is an error already
+        train, validation = open_pairs(args.path_to_data, args.input_channels)
+    except DataError as error:
+        return None, None, [], str(error).splitlines()
+    classes, errors = train.classes, []
+    if args.class_weights and BALANCED not in args.class_weights and len(args.class_weights) != len(classes):
+        errors.append(
+            f"--class_weights has {len(args.class_weights)} numbers for {len(classes)} classes; give one each, in the "
+            "order of classes.txt"
+        )
+    kind = segmenter_kind(weights.state) if weights and args.eval_only else None
+    if kind:
+        known = weights.stored.classes
+        if kind.num_classes != len(classes):
+            errors.append(
+                f"--path_to_data {args.path_to_data} has {len(classes)} classes, the segmenter {kind.num_classes}; "
+                "give data with those classes"
+            )
+        elif known and known != classes:
+            i = next(i for i, name in enumerate(classes) if name != known[i])
+            errors.append(
+                f"--path_to_data {args.path_to_data} calls class {i + 1} {classes[i]!r}, the segmenter {known[i]!r}; "
+                "give data with the segmenter's classes, in its order"
+            )
+    return (validation if args.eval_only else train), validation, classes, errors
+
+
+def check_annotations(train, validation, num_classes, accelerator, *, processes):
+    """How many pixels of the training masks have which class, (num_classes,), and what is wrong with any mask, found by
+    reading them all on the main process."""
+    found = [None, []]
+    if accelerator.is_main_process:
+        counts = []
+        for name, source in {"training": train, "validation": validation}.items():
+            if name == "training" or source is not train:
+                pixels, errors = check_masks(source, processes=processes, progress=f"reading {name} masks")
+                counts.append(pixels)
+                found[1] += errors
+        found[0] = counts[0]
+    return broadcast_object_list(found)
+
+
+def class_weights(given, pixels):
+    """The weights (N,) of the classes in the loss, None where all are equal. Balanced ones are the median of the
+    classes' numbers of pixels divided by the class's own (as Eigen & Fergus 2015, section 4.3.2), 10 at most, and 1 for
+    a class without any."""
+    if not given:
+        return None
+    if BALANCED not in given:
+        return torch.tensor(given)
+    pixels = torch.as_tensor(pixels, dtype=torch.float64)
+    balanced = (pixels[pixels > 0].median() / pixels).clamp(max=10)
+    return torch.where(pixels > 0, balanced, 1.0).float()
+
+
+def build_model(args, num_classes):
+    """The segmenter that the flags describe."""
+    encoder = VisionTransformer(
+        img_size=args.crop_size,
+        patch_size=args.patch_size,
+        in_channels=args.input_channels,
+        embed_dim=args.encoder_embed_dim,
+        depth=args.encoder_depth,
+        num_heads=args.encoder_num_heads,
+        mlp_ratio=args.encoder_mlp_ratio,
+        drop_path=args.drop_path,
+        custom_weight_init=args.custom_weight_init,
+        gradient_checkpointing=args.gradient_checkpointing,
+        relative_position_bias=args.relative_position_bias,
+        layer_scale=args.layer_scale or None,
+    )
+    options = dict(head=args.head, layers=args.layers, head_width=args.head_width)
+    options |= dict(auxiliary=bool(args.auxiliary_weight), custom_weight_init=args.custom_weight_init)
+    return Segmenter(encoder, num_classes, **options)
+
+
+def describe_plan(args, model, batch, length, accelerator, train_source, validation_source, num_classes):
+    """The resolved plan, printed before the first step."""
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    flops, activations = model.training_cost(half_precision=args.mixed_precision != "no")
+    upernet = args.head == "upernet"
+    head = f"UperNet of width {args.head_width}" if upernet else "linear head"
+    extras = ["relative position bias"] * args.relative_position_bias
+    extras += [f"LayerScale {args.layer_scale:g}"] * bool(args.layer_scale)
+    auxiliary = f", auxiliary loss {args.auxiliary_weight:g}" if model.auxiliary else ""
+    sizes = dict(parameters=parameters, trained=trained, activations=activations, decay="linear")
+    return "\n".join(
+        [
+            f"data       {args.path_to_data}: {len(train_source)} images of {num_classes} classes (about "
+            f"{in_bytes(train_source.size_in_bytes())}), {len(validation_source)} held out",
+            f"model      {args.encoder_embed_dim} x {args.encoder_depth} encoder"
+            f"{' with ' if extras else ''}{' and '.join(extras)}, {head} after block{'s' if upernet else ''} "
+            f"{', '.join(map(str, args.layers))}: {parameters / 1e6:.3g} M parameters, {flops / 1e9:.3g} GFLOP per "
+            "image and step",
+            f"recipe     AdamW, weight decay {args.weight_decay:g}, layer decay {args.layer_decay:g}, drop path "
+            f"{args.drop_path:g}{auxiliary}",
+            f"images     crops of {args.crop_size} x {args.crop_size}, {args.input_channels} channels, "
+            f"{math.prod(model.encoder.grid)} patches of {args.patch_size}; resized to fit {args.resize[0]} x "
+            f"{args.resize[1]}, times 0.5 to 2",
+            *describe_run(args, batch, length, accelerator, **sizes),
+        ]
+    )
+
+
+def optimizer_step(
+    model, optimizer, batches, normalize, seeds, *, weights, auxiliary_weight, accelerator, waiting, max_grad_norm
+):
+    """One optimizer step over as many micro-batches as there are `seeds`: its loss and gradient norm, which stay on the
+    device, and (index, reason) of damaged images. `weights` (num_classes,) are those of the classes, or None."""
+    loss, damaged = 0.0, []
+    for seed in seeds:
+        with waiting():
+            batch = next(batches)
+        with accelerator.accumulate(model):
+            seed_everything(seed)
+            images = normalize(batch.images.to(accelerator.device, non_blocking=True))
+            masks = batch.masks.to(accelerator.device, non_blocking=True)
+            with accelerator.autocast():
+                output = model(images)
+            logits, auxiliary = output if isinstance(output, tuple) else (output, None)
+            micro_loss = segmentation_loss(logits, masks, class_weights=weights)
+            if auxiliary is not None:
+                micro_loss += auxiliary_weight * segmentation_loss(auxiliary, masks, class_weights=weights)
+            accelerator.backward(micro_loss)
+            loss += micro_loss.detach() / len(seeds)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+        damaged += batch.damaged
+    return loss, grad_norm, damaged
+
+
+def view_sizes(height, width, *, mode, scales, resize, crop_size, patch_size):
+    """The sizes at which an image of this size is shown to the model in evaluation, one for each scale."""
+    if mode == "slide":
+        long, short = resize
+        return [keep_ratio(height, width, round(long * scale), round(short * scale)) for scale in scales]
+    return [(max(1, round(crop_size * scale / patch_size)) * patch_size,) * 2 for scale in scales]
+
+
+@torch.no_grad()
+def evaluate(model, dataset, classes, normalize, *, predict, read, accelerator, crew, note_damage, num_previews):
+    """The scores over all images of `dataset`, each once and at its annotation's own size, damaged ones left out: those
+    of metrics.json; and (image, annotation, prediction) of `num_previews` of them.
+
+    `predict(forward, views, size)` -> classes (B, *size). Returns None where the run is asked to stop meanwhile;
+    resumed, it evaluates this step again. Raises RunError where nothing can be scored.
+    """
+    training = model.training
+    model.eval()
+    for buffer in model.buffers():  # BatchNorm's statistics are those of the main process, as in a checkpoint
+        broadcast(buffer)
+    rows, previews, damage = [], [], []
+    shown = {int(i) for i in np.linspace(0, len(dataset) - 1, min(num_previews, len(dataset)))}
+    for batch in read(dataset, range(len(dataset))):
+        damage += [(dataset.source.name(pair.index), pair.damaged) for pair in batch if pair.damaged]
+        healthy = [pair for pair in batch if not pair.damaged]
+        for size, group in groupby(healthy, key=lambda pair: tuple(pair.mask.shape)):
+            pairs = list(group)
+            batches = zip(*(pair.views for pair in pairs), strict=True)
+            views = [normalize(torch.stack(images).to(accelerator.device)) for images in batches]
+            with accelerator.autocast():
+                predictions = predict(model.forward, views, size)  # not compiled: sizes vary
+            for pair, prediction in zip(pairs, predictions, strict=True):
+                areas = segmentation_areas(prediction, pair.mask.to(prediction.device), len(classes))
+                rows.append((pair.index, areas.tolist()))
+                if pair.index in shown:
+                    previews.append((pair.index, pair.image.numpy(), pair.mask.numpy(), prediction.cpu().numpy()))
+    model.train(training)
+    if crew.wanted():
+        return None
+    note_damage(damage)
+    rows, previews, results = sorted(crew.gather(rows)), sorted(crew.gather(previews), key=lambda row: row[0]), []
+    if not rows:
+        raise RunError(f"none of the {len(dataset)} held-out images can be read; damaged.jsonl says why: repair them")
+    if not any(sum(labelled) for _, (_, _, labelled) in rows):
+        raise RunError("no pixel of the held-out annotations has a class; give annotations that are not all void")
+    if accelerator.is_main_process:
+        from training.scores import SegmentationScores  # importing evaluate takes seconds
+
+        intersections, predicted, labelled = zip(*(areas for _, areas in rows), strict=True)
+        scores = SegmentationScores()
+        scores.add_batch(intersections=intersections, prediction_areas=predicted, label_areas=labelled)
+        results = [(scores.compute(classes=classes), [row[1:] for row in previews])]
+    return crew.gather(results)[0]
+
+
+def record(values, previews, classes, step, *, progress, folder):
+    """Logs the scores after `step` steps, and draws the pictures."""
+    epoch = step / progress.steps_per_epoch
+    progress.write({"step": step, "epoch": epoch, **values})
+    line = (
+        f"step {step}: mean IoU {values['mean_iou']:.2f} %, mean accuracy {values['mean_accuracy']:.2f} %, pixel "
+        f"accuracy {values['overall_accuracy']:.2f} %"
+    )
+    progress.say(line)
+    if previews and progress.accelerator.is_main_process:
+        path = folder / "predictions" / f"step_{step:08d}.png"
+        segmentation_grid(path, previews, classes, palette(len(classes)), title=line)
+        progress.picture(path, "predictions", step)
+
+
+def finish(folder, values, *, step, epoch, seconds, num_images):
+    """Writes metrics.json and says where everything is."""
+    rate = round(num_images / seconds, 2)
+    run = {"step": step, "epoch": epoch, "seconds": round(seconds, 1), "images_per_second": rate}
+    write_json(folder / "metrics.json", {**run, **values})
+    print(f"finished: mean IoU {values['mean_iou']:.2f} %; {folder / 'metrics.json'}")
+
+
+def only_evaluate(measure, model, classes, progress, *, folder, num_images):
+    """Measures a segmenter that is trained: its scores are the whole run."""
+    found = measure(model)
+    progress.close()
+    if found is None:
+        progress.say("stopped by a signal; nothing was measured")
+        return
+    values, previews = found
+    record(values, previews, classes, 0, progress=progress, folder=folder)
+    if progress.accelerator.is_main_process:
+        finish(folder, values, step=0, epoch=0.0, seconds=progress.seconds, num_images=num_images)
+
+
+def main(argv=None):
+    """Runs the script; see the module's docstring."""
+    # Accelerator, seed and run folder
+    args, errors = parse_args(argv)
+    accelerator = Accelerator(mixed_precision=arguments.resolve_precision(args.mixed_precision))
+    args.mixed_precision, device = accelerator.mixed_precision, accelerator.device
+    arguments.set_speed(device, tf32=args.tf32)
+    errors += arguments.prepare_compiler(device) if args.compile else []
+    crew = Crew()
+    folder = RunFolder(Path(args.working_directory) / args.experiment_name)
+    checkpoint, found = claim_run_folder(folder, args.resume_from_checkpoint, accelerator, write=not args.dry_run)
+    if args.eval_only:  # which cannot be resumed
+        found = [error.replace("continue it with --resume_from_checkpoint latest or give", "give") for error in found]
+    errors += found if checkpoint else found + check_place(WEIGHTS, args.path_to_backbone_checkpoint, folder.path)
+    saved = read_state(checkpoint) if checkpoint else {}
+    start_step = saved.get("step", 0)
+    if args.num_workers is None:
+        args.num_workers = min(32, arguments.cores_per_process())
+
+    # Weights, and the sizes that they tell
+    weights = None
+    try:
+        if checkpoint or args.path_to_backbone_checkpoint:
+            weights = open_weights(checkpoint or args.path_to_backbone_checkpoint)
+    except WeightsError as error:
+        errors.append(f"{WEIGHTS} {error}")
+    errors += resolve_model(args, weights, whole=bool(checkpoint) or args.eval_only)
+
+    # Data, and the plan that follows from its size
+    train_source, validation_source, classes, found = open_data(args, weights)
+    errors += found
+    fingerprint = train_source.fingerprint() if train_source else None
+    batch_plan, length, found = plan_run(
+        args,
+        num_samples=len(train_source) if train_source else None,
+        num_processes=accelerator.num_processes,
+        held=saved.get("global_batch_size"),
+        default_batch_size=BATCH_SIZE,
+        default_warmup_steps=WARMUP_STEPS,
+    )
+    synchronised = accelerator.num_processes > 1 and device.type == "cuda"
+    found += check_micro_batch(args, batch_plan.micro, synchronised=synchronised)
+    errors += [] if args.eval_only else found
+    accelerator.gradient_accumulation_steps = batch_plan.accumulation
+    if checkpoint:
+        errors += compare_with_run(checkpoint, vars(args), fingerprint, defaults=vars(parse_args([])[0]))
+
+    # Model
+    torch.manual_seed(args.seed)
+    try:
+        model = build_model(args, max(2, len(classes)))
+        if weights and not checkpoint and not (args.eval_only and errors):
+            options = dict(adapt_channels=args.adapt_channels, mean=args.mean, std=args.std)
+            report = start_from(weights, model if args.eval_only else model.encoder, **options)
+            accelerator.print(f"{WEIGHTS} {weights.path}: {report}")
+    except WeightsError as error:
+        errors.append(f"{WEIGHTS} {weights.path}: {error}")
+    except ValueError:  # impossible sizes
+        if not errors:
+            raise
+    errors = crew.gather(errors)
+    if errors:
+        fail(errors, show=accelerator.is_main_process)
+    del weights
+    model.to(device)
+    if args.compile:
+        model.compile(fullgraph=True, dynamic=False)
+    normalize = Normalization(args.mean, args.std, device)
+    export = partial(export_segmenter, classes=classes, mean=args.mean, std=args.std)
+
+    # Optimizer
+    steps = dict(total_steps=length.total_steps, warmup_steps=length.warmup_steps, linear=True)
+    lr_at = partial(learning_rate_at, peak=args.learning_rate, minimum=args.min_learning_rate, **steps)
+    decay = dict(bias_weight_decay=args.bias_weight_decay, norm_weight_decay=args.norm_weight_decay)
+    groups = parameter_groups(model, args.weight_decay, layer_decay=args.layer_decay, **decay)
+    optimizer = adamw(groups, betas=tuple(args.betas))
+    if not args.eval_only:
+        sources = train_source, validation_source, len(classes)
+        accelerator.print(describe_plan(args, model, batch_plan, length, accelerator, *sources))
+
+    # Prepare
+    for source in {train_source, validation_source}:
+        source.prepare(processes=args.num_workers or 1, progress=accelerator.is_main_process)
+    options = dict(processes=args.num_workers or 1)
+    pixels, errors = check_annotations(train_source, validation_source, len(classes), accelerator, **options)
+    if errors:
+        fail(errors, show=accelerator.is_main_process)
+    loss_weights = class_weights(args.class_weights, pixels)
+    loss_weights = None if loss_weights is None else loss_weights.to(device)
+    if synchronised:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    plain_model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the loop says itself where it autocasts
+
+    # Resume
+    logged = [({}, (-1.0, None))]
+    if accelerator.is_main_process and not args.dry_run:
+        if not args.eval_only:
+            folder.clear_beyond(start_step)
+        if checkpoint is None:
+            write_json(folder.path / "args.json", {"flags": vars(args), "classes": classes, **describe_environment()})
+        logged = [(truncate_log(folder.path, start_step), best_of(folder.path, "mean_iou"))]
+    measured, best = broadcast_object_list(logged)[0]  # after `start_step` and until then, before the run stopped
+    if checkpoint:
+        load_training(checkpoint, accelerator, model, optimizer)
+        accelerator.print(f"resuming from {checkpoint}, after step {start_step}")
+    if not args.dry_run:
+        names = dict(project=args.experiment_name, run_name=args.wandb_run_name)
+        start_trackers(accelerator, folder.path, args.report_to, **names, flags=vars(args), start_step=start_step)
+    accelerator.wait_for_everyone()
+
+    # Loop
+    processes = dict(process_index=accelerator.process_index, num_processes=accelerator.num_processes)
+    progress = Progress(
+        accelerator,
+        folder.path,
+        total_steps=length.total_steps,
+        steps_per_epoch=length.steps_per_epoch,
+        global_batch_size=batch_plan.global_size,
+        log_every=args.log_every,
+        start_step=start_step,
+        seconds=saved.get("seconds", 0.0),
+    )
+    num_images = len(train_source) + len(validation_source)
+    damaged_images = DamagedImages(folder.path, num_images, is_main_process=accelerator.is_main_process)
+
+    def note_damage(found):
+        damaged_images.add(crew.gather(found))
+
+    slide = args.evaluate == "slide"
+    sizes = dict(resize=tuple(args.resize), crop_size=args.crop_size)
+    options = dict(mode=args.evaluate, scales=args.evaluate_scales, patch_size=args.patch_size)
+    sizes_of = partial(view_sizes, **options, **sizes)
+    validation_data = EvaluationPairs(validation_source, channels=args.input_channels, sizes=sizes_of)
+    window = dict(window=args.crop_size if slide else None, stride=max(1, 2 * args.crop_size // 3))
+    options = dict(batch_size=min(batch_plan.micro, 8), num_workers=args.num_workers, stop=crew.wanted)
+    read = partial(own_batches, **options, **processes)
+    options = dict(normalize=normalize, predict=partial(predict, flip=args.evaluate_flip, **window), read=read)
+    options |= dict(accelerator=accelerator, crew=crew, note_damage=note_damage, num_previews=args.num_preview_images)
+    measure = partial(evaluate, dataset=validation_data, classes=classes, **options)
+    if args.eval_only:
+        options = dict(folder=folder.path, num_images=len(validation_source))
+        only_evaluate(measure, plain_model, classes, progress, **options)
+        finish_trackers(accelerator)
+        accelerator.end_training()
+        return
+    options = dict(channels=args.input_channels, seed=args.seed, fill=[round(255 * value) for value in args.mean])
+    train_data = SegmentationDataset(train_source, **sizes, **options)
+    sampler = StepSampler(
+        len(train_source),
+        global_batch_size=batch_plan.global_size,
+        micro_batch_size=batch_plan.micro,
+        total_steps=2**40 if args.dry_run else length.total_steps,
+        start_step=start_step,
+        seed=args.seed,
+        **processes,
+    )
+    batches = iter(make_loader(train_data, sampler, num_workers=args.num_workers, pin_memory=args.pin_memory))
+    save_every = args.save_checkpoint_steps or math.ceil(args.save_checkpoint_interval * length.steps_per_epoch)
+    options = dict(weights=loss_weights, auxiliary_weight=args.auxiliary_weight, max_grad_norm=args.max_grad_norm)
+    options |= dict(accelerator=accelerator, waiting=progress.waiting)
+
+    def train(step):
+        first = sampler.first_position
+        positions = range(first, first + batch_plan.per_process, batch_plan.micro)
+        seeds = [model_seed(args.seed, step, position) for position in positions]
+        return optimizer_step(model, optimizer, batches, normalize, seeds, **options)
+
+    model.train()
+    if args.dry_run:
+        read_ahead = math.ceil(2 * args.num_workers / batch_plan.accumulation)
+        rehearse(train, crew, progress, read_ahead=read_ahead, left_out="evaluation and saving")
+        accelerator.end_training()
+        return
+    new_damage = []
+
+    def validate(step):
+        """The metrics that are due after `step` steps, or None where the run is asked to stop meanwhile."""
+        nonlocal best
+        if step == start_step and "mean_iou" in measured:
+            return measured
+        if step < length.total_steps and not is_due(step, args.evaluate_every):
+            return {}
+        with progress.paused():
+            found = measure(plain_model)
+            if found is None:
+                return None
+            values, previews = found
+            if values["mean_iou"] > best[0]:
+                best = values["mean_iou"], step
+                if accelerator.is_main_process:
+                    replace_folder(folder.path / "best", partial(export, plain_model))
+            record(values, previews, classes, step, progress=progress, folder=folder.path)
+        return values
+
+    def save(step):
+        with progress.paused():
+            progress.check_finite()
+            state = {
+                "step": step,
+                "epoch": step / length.steps_per_epoch,
+                "global_batch_size": batch_plan.global_size,
+                "data": fingerprint,
+                "seconds": progress.seconds,
+            }
+            save_training(folder, accelerator, crew, model, optimizer, state, keep=args.keep_checkpoints)
+
+    for step in range(start_step, length.total_steps + 1):  # optimizer steps that are completed
+        metrics = validate(step)
+        if metrics is None:
+            save(step)
+        if metrics is None or step == length.total_steps:
+            break
+        learning_rate = lr_at(step)
+        set_learning_rate(optimizer, learning_rate)
+        loss, grad_norm, damaged = train(step)
+        new_damage += [(train_source.name(index), reason) for index, reason in damaged]
+        logged = progress.step(step + 1, loss, grad_norm, learning_rate)
+        stopping = crew.wanted()
+        saving = stopping or step + 1 == length.total_steps or is_due(step + 1, save_every)
+        if logged or saving:
+            note_damage(new_damage)
+            new_damage.clear()
+        if saving:
+            save(step + 1)
+        if stopping:
+            metrics, step = None, step + 1
+            break
+
+    # Finish
+    if metrics is None:
+        progress.say(
+            f"stopped by {crew.signal_name or 'a signal'} after step {step}, which is saved; continue with "
+            "--resume_from_checkpoint latest"
+        )
+        finish_trackers(accelerator)
+        accelerator.end_training()
+        return
+    progress.close()
+    if accelerator.is_main_process:
+        replace_folder(folder.path / "model", partial(export, plain_model))
+        values = {**metrics, "best_mean_iou": best[0], "best_step": best[1]}
+        done = dict(step=step, epoch=step / length.steps_per_epoch, num_images=step * batch_plan.global_size)
+        finish(folder.path, values, seconds=progress.seconds, **done)
+    finish_trackers(accelerator)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    arguments.run_script(main)

@@ -1,0 +1,404 @@
+"""Whole runs of finetune_segmentation.py, as its users start them, and what it refuses."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TWO_PROCESSES, environment, launch, log_of, losses_of, run, run_each, start
+from PIL import Image
+from safetensors.torch import load_file
+
+import finetune_segmentation
+from modeling.export import export_encoder
+from modeling.vit import VisionTransformer
+from modeling.weights import read_state_dict
+
+SCRIPT = "finetune_segmentation.py"
+WEIGHTS = "--path_to_backbone_checkpoint"
+CLASSES = ["sky", "tree", "road", "sea"]  # the last one is nowhere
+ENCODER = ["--patch_size", 8, "--encoder_embed_dim", 32, "--encoder_depth", 4, "--encoder_num_heads", 2]
+HEAD = ["--head_width", 16, "--layers", 0, 1, 2, 3]
+# Everything random that a run can have, in steps of two micro-batches
+SMALL = ["--crop_size", 32, "--global_batch_size", 4, "--micro_batch_size", 2, "--learning_rate", 1e-3]
+SMALL += ["--drop_path", 0.2, "--num_workers", 0, "--mixed_precision", "no", "--log_every", 1]
+SMALL += ["--num_preview_images", 2]
+
+
+def write_scenes(folder, count, split, *, seed):
+    """Pairs of different sizes: three classes in smooth patches of three colours, and some void."""
+    rng = np.random.default_rng(seed)
+    colours = np.array([[0, 0, 0], [90, 160, 230], [40, 140, 50], [120, 110, 100]])
+    for part in ("images", "annotations"):
+        (folder / part / split).mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        size = tuple(int(side) for side in rng.integers(36, 70, 2))
+        mask = Image.fromarray(rng.integers(0, 4, (3, 3), dtype=np.uint8)).resize(size, Image.Resampling.NEAREST)
+        noise = rng.integers(-20, 20, (size[1], size[0], 3))
+        image = np.clip(colours[np.asarray(mask)] + noise, 0, 255).astype(np.uint8)
+        Image.fromarray(image).save(folder / "images" / split / f"scene_{i:02d}.jpg", quality=95)
+        mask.save(folder / "annotations" / split / f"scene_{i:02d}.png")
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """10 training and 5 held-out pairs; one of each is entirely void."""
+    folder = tmp_path_factory.mktemp("scenes")
+    write_scenes(folder, 10, "training", seed=0)
+    write_scenes(folder, 5, "validation", seed=1)
+    for split in ("training", "validation"):
+        path = folder / "annotations" / split / "scene_03.png"
+        Image.new("L", Image.open(path).size).save(path)
+    (folder / "classes.txt").write_text("\n".join(CLASSES))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    """The folder of an encoder, as pre-training leaves it."""
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    encoder = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
+    export_encoder(encoder, folder, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flags(scenes, encoder):
+    """Two steps an epoch, seven in all, so that the run ends inside its fourth epoch."""
+    flags = ["--path_to_data", scenes, WEIGHTS, encoder, *SMALL, *HEAD, "--max_steps", 7, "--evaluate", "whole"]
+    return [*flags, "--evaluate_every", 4, "--save_checkpoint_steps", 3, "--class_weights", "balanced"]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, flags):
+    """A run that nothing interrupts."""
+    cwd = tmp_path_factory.mktemp("undisturbed")
+    done = run(SCRIPT, *flags, cwd=cwd)
+    assert "UperNet of width 16 after blocks 0, 1, 2, 3" in done.stdout and "relative position bias" in done.stdout
+    return cwd / "work_dir" / "finetune_segmentation"
+
+
+def checkpoint(run_folder, step):
+    return load_file(run_folder / "checkpoints" / f"step_{step:08d}" / "model.safetensors")
+
+
+def metrics_of(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def refusals(*starts, cwd):
+    """The lines that starts with bad flags or data say, each before its first step."""
+    found = run_each(SCRIPT, starts, cwd=cwd, code=2)
+    assert not any("Traceback" in errors for errors in found) and not list(cwd.glob("work_dir/*/checkpoints/step_*"))
+    return [[line for line in errors.splitlines() if line.startswith("error: ")] for errors in found]
+
+
+def annotation(path):
+    """Class numbers from 0, 255 = void, of a mask that belongs to an image."""
+    labels = np.array(Image.open(str(path.with_suffix(".png")).replace("/images/", "/annotations/"))).astype(int)
+    return np.where(labels == 0, 255, labels - 1)
+
+
+def mean_iou(predictions, annotations, num_classes):
+    """By its definition, in percent: over the whole set, classes left out that are in neither."""
+    confusion = np.zeros((num_classes, num_classes))
+    for prediction, mask in zip(predictions, annotations, strict=True):
+        np.add.at(confusion, (mask[mask != 255], prediction[mask != 255]), 1)
+    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+    return 100 * (confusion.diagonal()[union > 0] / union[union > 0]).mean()
+
+
+def test_what_a_run_leaves_behind(undisturbed):
+    lines = log_of(undisturbed)
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 8)) and all(line["grad_norm"] > 0 for line in training)
+    rates = [line["learning_rate"] for line in training]
+    assert rates[0] == 1e-3 and rates[-1] == 0 and rates[3] == pytest.approx(1e-3 * 3 / 6)  # linear, without a warmup
+    evaluations = [line for line in lines if "mean_iou" in line]
+    assert [line["step"] for line in evaluations] == [4, 7]
+    metrics = metrics_of(undisturbed)
+    names = ("mean_iou", "mean_accuracy", "overall_accuracy", "per_class_iou", "per_class_accuracy")
+    assert metrics["step"] == 7 and all(metrics[name] == evaluations[-1][name] for name in names)
+    assert metrics["best_mean_iou"] == max(line["mean_iou"] for line in evaluations)
+    assert list(metrics["per_class_iou"]) == CLASSES and metrics["per_class_accuracy"]["sea"] is None
+    saved = json.loads((undisturbed / "args.json").read_text())
+    assert saved["classes"] == CLASSES and saved["flags"]["resize"] == [128, 32]
+    assert saved["flags"]["encoder_embed_dim"] == 32 and saved["flags"]["encoder_num_heads"] == 2
+    for step in (4, 7):
+        with Image.open(undisturbed / "predictions" / f"step_{step:08d}.png") as picture:
+            assert picture.width > 300
+    assert not [name for name in os.listdir(undisturbed) if name.startswith((".new", ".old"))]
+
+
+def test_a_stranger_finds_the_same_mean_iou(undisturbed, scenes):
+    """Stock transformers with the folder's own processor, and the definition of the metric; and its pipeline."""
+    import transformers
+
+    folder = undisturbed / "model"
+    model = transformers.UperNetForSemanticSegmentation.from_pretrained(folder).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    paths = sorted((scenes / "images" / "validation").glob("*.jpg"))
+    predictions = []
+    for path in paths:
+        image = Image.open(path)
+        with torch.no_grad():
+            outputs = model(**processor(images=image, return_tensors="pt"))
+        sizes = [image.size[::-1]]
+        predictions += [m.numpy() for m in processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)]
+    found = mean_iou(predictions, map(annotation, paths), len(CLASSES))
+    assert found == pytest.approx(metrics_of(undisturbed)["mean_iou"], abs=0.5)
+    segments = transformers.pipeline("image-segmentation", model=str(folder))(str(paths[0]))
+    assert {segment["label"] for segment in segments} == {CLASSES[i] for i in np.unique(predictions[0])}
+
+
+def test_kill_and_resume_in_the_middle_of_an_epoch(undisturbed, flags, tmp_path):
+    """Drop path, dropout, BatchNorm, random resizing and colours."""
+    folder = tmp_path / "work_dir" / "finetune_segmentation"
+    process = start(SCRIPT, *flags, "--num_workers", 1, cwd=tmp_path)
+    log = folder / "log.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_text().count('"loss"') < 5):
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    assert not (folder / "metrics.json").exists() and (folder / "checkpoints" / "step_00000003").exists()
+    run(SCRIPT, *flags, "--resume_from_checkpoint", "auto", cwd=tmp_path)
+    assert losses_of(undisturbed) == losses_of(folder)
+    scores = [{k: v for k, v in metrics_of(run).items() if "second" not in k} for run in (undisturbed, folder)]
+    assert scores[0] == scores[1]
+    one, other = checkpoint(undisturbed, 7), checkpoint(folder, 7)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    for name in ("model", "best"):
+        one, other = read_state_dict(undisturbed / name), read_state_dict(folder / name)
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_signal_saves_the_step(flags, tmp_path):
+    process = start(SCRIPT, *flags, "--max_steps", 10_000, "--evaluate_every", 0, cwd=tmp_path)
+    log = tmp_path / "work_dir" / "finetune_segmentation" / "log.jsonl"
+    while process.poll() is None and not log.exists():
+        time.sleep(0.02)
+    process.terminate()
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "which is saved; continue with --resume_from_checkpoint latest" in out, err
+    steps = [int(path.name[5:]) for path in (log.parent / "checkpoints").glob("step_*")]
+    assert max(steps) == max(losses_of(log.parent))
+
+
+def test_what_only_evaluates_agrees_with_the_run(undisturbed, scenes, tmp_path):
+    """From any of its folders; one without this project's own file too."""
+    stock = shutil.copytree(undisturbed / "model", tmp_path / "stock")
+    (stock / "transformers_model.safetensors").replace(stock / "model.safetensors")
+    words = ["--path_to_data", scenes, "--eval_only", "--num_workers", 0, "--evaluate", "whole"]
+    sources = {"run": undisturbed, "checkpoint": undisturbed / "checkpoints" / "step_00000007", "stock": stock}
+    starts = [[*words, WEIGHTS, path, "--experiment_name", name] for name, path in sources.items()]
+    run_each(SCRIPT, starts, cwd=tmp_path)
+    expected = metrics_of(undisturbed)
+    for name in sources:
+        found = metrics_of(tmp_path / "work_dir" / name)
+        assert found["per_class_iou"] == expected["per_class_iou"] and found["mean_iou"] == expected["mean_iou"], name
+        assert found["overall_accuracy"] == expected["overall_accuracy"]
+        assert (tmp_path / "work_dir" / name / "predictions" / "step_00000000.png").exists()
+
+
+def test_two_processes_train_and_evaluate_as_one(scenes, encoder, tmp_path):
+    """In the same micro-batches, which BatchNorm follows, and without drop path. Five held-out images, which two does
+    not divide."""
+    shared = ["--path_to_data", scenes, *SMALL, "--drop_path", 0, "--head", "linear"]
+    training = [*shared, WEIGHTS, encoder, "--max_steps", 2]
+    done = launch(*TWO_PROCESSES, ROOT / SCRIPT, *training, "--experiment_name", "two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folders = {name: tmp_path / "work_dir" / name for name in ("one", "two", "again")}
+    again = ["--path_to_data", scenes, WEIGHTS, folders["two"] / "checkpoints" / "step_00000002", "--eval_only"]
+    starts = [[*training, "--experiment_name", "one"], [*again, "--num_workers", 0, "--experiment_name", "again"]]
+    run_each(SCRIPT, starts, cwd=tmp_path)
+    one, two = losses_of(folders["one"]), losses_of(folders["two"])
+    assert one.keys() == two.keys() == {1, 2}
+    assert all(two[step] == pytest.approx(one[step], abs=1e-5) for step in one)
+    a, b = checkpoint(folders["one"], 2), checkpoint(folders["two"], 2)
+    trained = [name for name in a if "running" not in name and "num_batches" not in name]
+    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in trained)
+    # One process finds what two found with the same weights and statistics
+    assert metrics_of(folders["again"])["per_class_iou"] == metrics_of(folders["two"])["per_class_iou"]
+
+
+def test_other_ways_to_train_and_to_evaluate(scenes, tmp_path):
+    """From scratch, in grey, with a linear head, sliding windows of several sizes and mirror images, by epochs;
+    a pair of training and one of evaluation are damaged."""
+    data = shutil.copytree(scenes, tmp_path / "data")
+    (data / "images" / "training" / "scene_05.jpg").write_text("no image")
+    (data / "annotations" / "validation" / "scene_01.png").write_bytes(b"\x89PNG cut")
+    shared = ["--path_to_data", data, *SMALL, *ENCODER, "--input_channels", 1, "--head", "linear"]
+    shared += ["--no-relative_position_bias", "--layer_scale", 0, "--epochs", 1, "--resize", 96, 40]
+    scales = ["--evaluate_scales", 0.5, 1, 1.5, "--evaluate_flip"]
+    again = ["--path_to_data", data, WEIGHTS, "work_dir/scratch/model", "--input_channels", 1, "--resize", 96, 40]
+    said, _, dry = run_each(
+        SCRIPT,
+        [
+            [*shared, *scales, "--gradient_checkpointing", "--experiment_name", "scratch"],
+            [*again, *scales, "--eval_only", "--num_workers", 0, "--experiment_name", "again"],
+            [*shared, "--dry_run", "--experiment_name", "dry"],
+        ],
+        cwd=tmp_path,
+    )
+    folder = tmp_path / "work_dir" / "scratch"
+    assert "linear head after block 3:" in said and "length     2 steps" in said
+    assert metrics_of(tmp_path / "work_dir" / "again")["per_class_iou"] == metrics_of(folder)["per_class_iou"]
+    assert not any("bias_table" in name or "gamma" in name for name in checkpoint(folder, 2))
+    damaged = [json.loads(line)["path"] for line in (folder / "damaged.jsonl").read_text().splitlines()]
+    assert sorted(os.path.basename(path) for path in damaged) == ["scene_01.jpg", "scene_05.jpg"]
+    assert "dry run" in dry and not (tmp_path / "work_dir" / "dry").exists()
+
+
+def test_the_built_in_scenes_and_the_defaults(tmp_path):
+    args, errors = finetune_segmentation.parse_args(["--path_to_data", "ADE", WEIGHTS, "pretrained"])
+    assert not errors and args.max_steps == 160_000 and args.learning_rate == 1e-4 and args.layer_decay == 0.65
+    assert not finetune_segmentation.resolve_model(args, None, whole=False)
+    assert args.crop_size == 512 and args.resize == [2048, 512] and args.layers == [3, 5, 7, 11]
+    assert args.betas == [0.9, 0.999] and args.weight_decay == 0.05 and args.drop_path == 0.1
+    assert args.relative_position_bias and args.layer_scale == 1 and args.head_width == 512
+    assert args.auxiliary_weight == 0.4 and args.evaluate == "slide"
+
+
+def test_every_flag_of_training_reaches_what_it_is_for(scenes, encoder, tmp_path):
+    """The first step is looked at instead of taken. None of the values is a default, or equal to another one."""
+    code = """
+import json, sys, finetune_segmentation as script
+found = {}
+make_loader = script.make_loader
+def loader(dataset, *given, **options):
+    found.update(dataset.options, channels=dataset.channels, size=dataset.crop_size)
+    found.update(seed=dataset.seed, pin=options["pin_memory"])
+    return make_loader(dataset, *given, **options)
+def step(model, optimizer, batches, normalize, seeds, *, weights, auxiliary_weight, max_grad_norm, **options):
+    encoder = model.encoder
+    found.update({
+        "drop_path": encoder.blocks[-1].drop_path.p,
+        "checkpointing": encoder.gradient_checkpointing,
+        "bias": encoder.relative_position_bias,
+        "scale": encoder.blocks[1].gamma_2[0].item(),
+        "head": [model.head, model.head_width, model.layers, model.num_classes, model.auxiliary],
+        "weights": weights.tolist(),
+        "auxiliary": auxiliary_weight,
+        "betas": optimizer.param_groups[0]["betas"],
+        "decays": sorted({group["weight_decay"] for group in optimizer.param_groups}),
+        "scales": sorted({group["lr_scale"] for group in optimizer.param_groups}),
+        "rates": sorted({group["lr"] for group in optimizer.param_groups}),
+        "clipping": max_grad_norm,
+        "micro": len(next(batches).images), "seeds": len(seeds),
+        "mean": normalize.mean.flatten().tolist(),
+        "std": normalize.std.flatten().tolist(),
+    })
+    print(json.dumps(found))
+    raise SystemExit(0)
+script.make_loader, script.optimizer_step = loader, step
+script.main(sys.argv[1:])
+"""
+    words = ["--path_to_data", scenes, WEIGHTS, encoder, "--num_workers", 0, "--mixed_precision", "no", "--seed", 7]
+    words += ["--global_batch_size", 6, "--micro_batch_size", 3, "--max_steps", 12, "--warmup_steps", 0]
+    words += ["--learning_rate", 0.5, "--layer_decay", 0.5, "--weight_decay", 0.03, "--betas", 0.6, 0.7]
+    words += ["--drop_path", 0.3, "--max_grad_norm", 2.5, "--gradient_checkpointing", "--mean", 0.1, 0.2, 0.3]
+    words += ["--std", 0.7, 0.8, 0.9, "--crop_size", 24, "--resize", 90, 33, "--layer_scale", 0.25, "--head_width", 12]
+    words += ["--layers", 0, 1, 2, 3, "--auxiliary_weight", 0.35, "--class_weights", 1.5, 2.5, 3.5, 4.5]
+    command = [sys.executable, "-c", code, *map(str, words)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        **dict(resize=[90, 33], crop_size=24, size=24, fill=[26, 51, 76], channels=3, seed=7, pin=False, drop_path=0.3),
+        **dict(checkpointing=True, bias=True, scale=0.25, head=["upernet", 12, [0, 1, 2, 3], 4, True]),
+        **dict(weights=[1.5, 2.5, 3.5, 4.5], auxiliary=0.35, betas=[0.6, 0.7], decays=[0.0, 0.03], clipping=2.5),
+        "scales": [0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0],
+        "rates": [0.015625, 0.03125, 0.0625, 0.125, 0.25, 0.5],
+        **dict(micro=3, seeds=2, mean=pytest.approx([0.1, 0.2, 0.3]), std=pytest.approx([0.7, 0.8, 0.9])),
+    }
+
+
+def test_balanced_weights_favour_rare_classes():
+    weights = finetune_segmentation.class_weights(["balanced"], [100, 50, 400, 0, 2])
+    assert weights.tolist() == pytest.approx([0.5, 1, 0.125, 1, 10])  # the lower median is 50
+    assert finetune_segmentation.class_weights(None, [1, 2]) is None
+    assert finetune_segmentation.class_weights([1.0, 0.5], [1, 2]).tolist() == [1, 0.5]
+
+
+def test_flags_that_do_not_fit_are_refused_together(scenes, encoder, flags, undisturbed, tmp_path):
+    given = ["--path_to_data", scenes, "--global_batch_size", 4, "--num_workers", 0]
+    wrong = [*given, WEIGHTS, encoder, "--crop_size", 36, "--layers", 1, 2, 3, 4, "--class_weights", 1, 2]
+    wrong += ["--resize", 20, 40, "--micro_batch_size", 1, "--input_channels", 1]
+    order = [*given, WEIGHTS, encoder, "--crop_size", 32, "--layers", 3, 2, 1]
+    linear = [*given, WEIGHTS, encoder, "--crop_size", 32, "--head", "linear", "--layers", 0, 1]
+    shallow = [*given, *ENCODER, "--encoder_depth", 3, "--crop_size", 32]
+    no_head = [*given, WEIGHTS, encoder, "--eval_only"]
+    inside = [*given, WEIGHTS, tmp_path / "work_dir" / "finetune_segmentation" / "best"]
+    (tmp_path / "work_dir" / "finetune_segmentation").mkdir(parents=True)
+    shutil.copytree(undisturbed / "best", tmp_path / "work_dir" / "finetune_segmentation" / "best")
+    found = refusals(wrong, order, linear, shallow, no_head, inside, cwd=tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(undisturbed, elsewhere / "work_dir" / "finetune_segmentation")
+    changed = ["--layer_decay", 0.5, "--auxiliary_weight", 0.1, "--resume_from_checkpoint", "step_00000003"]
+    (said,) = run_each(SCRIPT, [[*flags, *changed]], cwd=elsewhere, code=2)
+    assert "--layer_decay 0.5 differs" in said and "--auxiliary_weight 0.1 differs" in said and said.count("error") == 2
+    for words in (
+        ("--crop_size 36", "--patch_size 8", "take multiples of 8"),
+        ("--layers 1 2 3 4 is beyond the encoder's 4 blocks", "0 to 3"),
+        ("--class_weights has 2 numbers for 4 classes",),
+        ("--resize 20 40", "LONG SHORT"),
+        ("micro-batches of at least 2",),
+    ):
+        assert any(all(word in error for word in words) for error in found[0]), (words, found[0])
+    assert len(found[0]) == 5 or any("3 input channels, the model 1" in error for error in found[0])
+    assert "--layers 3 2 1 does not fit --head upernet; expected 4 rising, different numbers" in found[1][0]
+    assert "--layers 0 1 does not fit --head linear; expected 1" in found[2][0]
+    assert "at least 4 blocks, not 3; give --head linear" in found[3][0]
+    assert "holds no segmenter" in found[4][0] and len(found[4]) == 1
+    assert "which this run would write to" in found[5][0]
+    assert "mixes balanced and numbers" in finetune_segmentation.parse_args(["--class_weights", "balanced", "2"])[1][0]
+    assert "--eval_only needs trained weights" in finetune_segmentation.parse_args(["--eval_only"])[1][0]
+
+
+def test_data_that_do_not_fit_are_refused_with_their_names(scenes, undisturbed, tmp_path):
+    """Masks of another size, in colour, beyond the classes; missing masks; other classes than the segmenter's."""
+    masks = shutil.copytree(scenes, tmp_path / "masks") / "annotations" / "training"
+    Image.new("L", (9, 9), 1).save(masks / "scene_00.png")
+    Image.open(masks / "scene_01.png").convert("RGB").save(masks / "scene_01.png")
+    validation = masks.parent / "validation" / "scene_02.png"
+    Image.fromarray(np.full_like(np.array(Image.open(validation)), 9)).save(validation)
+    missing = shutil.copytree(scenes, tmp_path / "missing")
+    (missing / "annotations" / "training" / "scene_04.png").unlink()
+    (missing / "images" / "validation" / "scene_01.jpg").unlink()
+    renamed, fewer = (shutil.copytree(scenes, tmp_path / name) for name in ("renamed", "fewer"))
+    (renamed / "classes.txt").write_text("sky\nwood\nroad\nsea\n")
+    (fewer / "classes.txt").write_text("sky\ntree\nroad\n")
+    full = tmp_path / "ADE20K_2016_07_26" / "images" / "training" / "a" / "abbey"
+    full.mkdir(parents=True)
+    for name in ("ADE_train_00000001.jpg", "ADE_train_00000001_seg.png"):
+        Image.new("RGB", (40, 40)).save(full / name)
+    model = [WEIGHTS, undisturbed / "model", "--eval_only"]
+    starts = [[masks.parents[1]], [missing], [renamed, *model], [fewer, *model], [full.parents[3]], [tmp_path]]
+    shared = [*ENCODER, *SMALL]
+    starts = [["--path_to_data", *words, *([] if "--eval_only" in words else shared)] for words in starts]
+    found = refusals(*starts, cwd=tmp_path)
+    text = "\n".join(found[0])
+    assert len(found[0]) == 3 and all(f"scene_0{i}.png" in text for i in (0, 1, 2)) and "9" in text
+    assert any("scene_04" in error for error in found[1]) and any("scene_01" in error for error in found[1])
+    assert "calls class 2 'wood', the segmenter 'tree'" in found[2][0]
+    assert "has 3 classes, the segmenter 4" in found[3][0]
+    assert "ADEChallengeData2016" in found[4][0] and "annotations" in found[5][0]
+
+
+def test_real_street_scenes(real_images, tmp_path):
+    """CamVid, in few steps: better than the commonest class everywhere."""
+    words = ["--path_to_data", real_images / "camvid", "--crop_size", 96, "--resize", 480, 96, *ENCODER]
+    words += ["--global_batch_size", 4, "--head_width", 16, "--max_steps", 40, "--learning_rate", 2e-3]
+    words += ["--mixed_precision", "no", "--num_workers", 1, "--drop_path", 0]
+    run(SCRIPT, *words, cwd=tmp_path)
+    paths = sorted((real_images / "camvid" / "images" / "validation").glob("*.png"))
+    masks = [annotation(path) for path in paths]
+    counts = np.bincount(np.concatenate([mask[mask != 255] for mask in masks]), minlength=11)
+    metrics = metrics_of(tmp_path / "work_dir" / "finetune_segmentation")
+    assert metrics["mean_iou"] > 1.5 * mean_iou([np.full_like(m, counts.argmax()) for m in masks], masks, 11)
+    assert metrics["overall_accuracy"] > 100 * counts.max() / counts.sum()
