@@ -10,8 +10,8 @@ folders which transformers loads as UperNetForSemanticSegmentation. Kill it at a
     accelerate launch finetune_segmentation.py --path_to_data ADEChallengeData2016 \\
         --path_to_backbone_checkpoint work_dir/pretrain_mae
 
-is the published recipe (mmsegmentation's mae-base_upernet): 512 x 512 crops, batches of 16, 160,000 steps. Without a
-checkpoint, everything is trained from scratch.
+is the published recipe (mmsegmentation's mae-base_upernet): 512 x 512 crops, batches of 16, 160,000 steps; only that
+gradients are clipped. Without a checkpoint, everything is trained from scratch.
 """
 
 import argparse
@@ -81,7 +81,7 @@ BALANCED = "balanced"
 def parse_args(argv=None):
     """The flags, resolved as far as they can be without processes, weights and data, and what is wrong with them."""
     parser = arguments.Parser(__doc__)
-    arguments.add_run_flags(parser, name="finetune_segmentation")
+    arguments.add_run_flags(parser, name="finetune_segmentation", data="folder laid out like ADE20K's")
     arguments.add_length_flags(parser, epochs=None, steps=STEPS, warmup=f"{WARMUP_STEPS} steps")
     arguments.add_batch_flags(parser, global_default=BATCH_SIZE)
     arguments.add_optimizer_flags(parser, learning_rate=1e-4, weight_decay=0.05)
@@ -117,7 +117,7 @@ def parse_args(argv=None):
     pair("--relative_position_bias", default=True, help="add a learned bias, from zero, to each block's attention (on)")
     flag("--layer_scale", type=number(), default=1.0, help="initial weight of the blocks' branches; 0 = none (1)")
     flag("--head", type=one_of(*HEADS), default="upernet", help="upernet, or linear on the last block")
-    flag("--head_width", type=integer(1), default=512, help="channels of UperNet's layers (default 512)")
+    flag("--head_width", type=integer(1), help="channels of UperNet's layers (default 512)")
     flag(
         "--layers",
         type=integer(0),
@@ -125,7 +125,7 @@ def parse_args(argv=None):
         metavar="I",
         help="blocks, from 0, whose outputs the head sees (default of UperNet: after 1/3, 1/2, 2/3 and all of them)",
     )
-    flag("--auxiliary_weight", type=number(), default=0.4, help="of the auxiliary head's loss; 0 = none (default 0.4)")
+    flag("--auxiliary_weight", type=number(), help="of UperNet's auxiliary head in the loss; 0 = none (default 0.4)")
     flag(
         "--class_weights",
         type=_class_weight,
@@ -147,7 +147,7 @@ def parse_args(argv=None):
     pair("--evaluate_flip", default=False, help="average over the image and its mirror image (off)")
     flag("--evaluate_every", type=integer(0), default=16_000, help="steps, 0 = at the end only (default 16000)")
     flag("--num_preview_images", type=integer(0), default=8, help="rows of the pictures (default 8)")
-    pair("--eval_only", default=False, help=f"only measure the model that {WEIGHTS} leads to; nothing trains")
+    pair("--eval_only", default=False, help=f"only measure the model that {WEIGHTS} leads to, as it is; nothing trains")
     args, errors = parser.read(argv)
 
     if args.epochs is None and args.max_steps is None:
@@ -175,6 +175,8 @@ def check_flags(args):
         errors.append(f"--resize {args.resize[0]} {args.resize[1]} has its longer side last; give LONG SHORT")
     if args.class_weights and BALANCED in args.class_weights and len(args.class_weights) > 1:
         errors.append(f"--class_weights mixes {BALANCED} and numbers; give one or the other")
+    elif args.class_weights and not any(args.class_weights):
+        errors.append("--class_weights are all 0, so that there is nothing to learn; give at least one above 0")
     if args.eval_only:
         for name, why in (
             ("resume_from_checkpoint", f"give the checkpoint's folder as {WEIGHTS}, and an --experiment_name"),
@@ -208,25 +210,40 @@ def resolve_model(args, weights, *, whole):
         if weights.grid and args.crop_size is None:
             args.crop_size = weights.grid[0] * (args.patch_size or size["patch_size"])
         if args.eval_only:
-            args.head, args.head_width, args.auxiliary_weight = kind.head, kind.head_width or 512, float(kind.auxiliary)
+            args.head, args.head_width, args.auxiliary_weight = kind.head, kind.head_width or None, None
+            if kind.head == "upernet":
+                args.auxiliary_weight = float(kind.auxiliary)
             args.relative_position_bias, args.layer_scale = kind.relative_position_bias, float(kind.layer_scale)
             args.layers = weights.stored.layers or args.layers
     args.crop_size = args.crop_size or CROP_SIZE
     args.resize = args.resize or [4 * args.crop_size, args.crop_size]
     errors += arguments.check_images(args) + arguments.check_encoder(args, size)
-    return errors + check_layers(args)
+    return errors + check_head(args)
 
 
-def check_layers(args):
-    """Gives --layers its default where it was left out; what is wrong with it."""
-    depth, count = args.encoder_depth, 4 if args.head == "upernet" else 1
+def check_head(args):
+    """Gives the flags of the head that were left out their defaults; what is wrong with them."""
+    depth, upernet = args.encoder_depth, args.head == "upernet"
+    count = 4 if upernet else 1
+    given = [name for name in ("head_width", "auxiliary_weight") if getattr(args, name) is not None]
+    if not upernet and given:
+        flags = " ".join(f"--{name} {getattr(args, name):g}" for name in given)
+        args.head_width = args.auxiliary_weight = None
+        return [f"{flags} is of UperNet and does not go with --head linear; leave it out"]
+    if upernet:
+        args.head_width = args.head_width or 512
+        args.auxiliary_weight = 0.4 if args.auxiliary_weight is None else args.auxiliary_weight
     try:
-        args.layers = args.layers or (default_layers(depth) if args.head == "upernet" else [depth - 1])
+        args.layers = args.layers or (default_layers(depth) if upernet else [depth - 1])
     except ValueError:
         args.layers = [depth - 1]
         return [f"--head upernet needs an encoder of at least 4 blocks, not {depth}; give --head linear"]
     shown = "--layers " + " ".join(map(str, args.layers))
     errors = []
+    if upernet and args.crop_size < 2 * args.patch_size:
+        errors.append(
+            f"--crop_size {args.crop_size} holds one patch of {args.patch_size} a side; UperNet needs at least two"
+        )
     if max(args.layers) >= depth:
         errors.append(f"{shown} is beyond the encoder's {depth} blocks; expected 0 to {depth - 1}")
     if len(args.layers) != count or args.layers != sorted(set(args.layers)):
@@ -273,19 +290,24 @@ def open_data(args, weights):
     return (validation if args.eval_only else train), validation, classes, errors
 
 
-def check_annotations(train, validation, num_classes, accelerator, *, processes):
+def check_annotations(train, validation, accelerator, crew, *, processes):
     """How many pixels of the training masks have which class, (num_classes,), and what is wrong with any mask, found by
-    reading them all on the main process."""
-    found = [None, []]
-    if accelerator.is_main_process:
-        counts = []
-        for name, source in {"training": train, "validation": validation}.items():
-            if name == "training" or source is not train:
-                pixels, errors = check_masks(source, processes=processes, progress=f"reading {name} masks")
-                counts.append(pixels)
-                found[1] += errors
-        found[0] = counts[0]
-    return broadcast_object_list(found)
+    reading them all, each process its share."""
+    pixels, errors = {}, []
+    own = slice(accelerator.process_index, None, accelerator.num_processes)
+    for name, source in {"training": train, "validation": validation}.items():
+        bar = f"reading {name} masks" if accelerator.is_main_process else None
+        found = crew.gather([check_masks(source, range(len(source))[own], processes=processes, progress=bar)])
+        pixels[name] = sum(counts for counts, _ in found)
+        errors += [error for _, lines in found for error in lines]
+        if not errors and not pixels[name].any():
+            errors.append(f"no pixel of the {name} masks has a class (they are all 0, which is void); give others")
+    classes = np.array(train.classes)
+    absent = classes[pixels["training"] == 0].tolist()
+    if absent and not errors and train is not validation:
+        some = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+        accelerator.print(f"no training mask has a pixel of {len(absent)} of the {len(classes)} classes: {some}")
+    return pixels["training"], errors
 
 
 def class_weights(given, pixels):
@@ -317,8 +339,8 @@ def build_model(args, num_classes):
         relative_position_bias=args.relative_position_bias,
         layer_scale=args.layer_scale or None,
     )
-    options = dict(head=args.head, layers=args.layers, head_width=args.head_width)
-    options |= dict(auxiliary=bool(args.auxiliary_weight), custom_weight_init=args.custom_weight_init)
+    options = dict(head=args.head, layers=args.layers, auxiliary=bool(args.auxiliary_weight))
+    options |= dict(head_width=args.head_width or 512, custom_weight_init=args.custom_weight_init)
     return Segmenter(encoder, num_classes, **options)
 
 
@@ -381,11 +403,19 @@ def optimizer_step(
 
 
 def view_sizes(height, width, *, mode, scales, resize, crop_size, patch_size):
-    """The sizes at which an image of this size is shown to the model in evaluation, one for each scale."""
+    """The sizes at which an image of this size is shown to the model in evaluation, one for each scale: at least two
+    patches a side, which a feature pyramid needs, and whole ones where no window slides."""
     if mode == "slide":
         long, short = resize
-        return [keep_ratio(height, width, round(long * scale), round(short * scale)) for scale in scales]
-    return [(max(1, round(crop_size * scale / patch_size)) * patch_size,) * 2 for scale in scales]
+        sizes = [keep_ratio(height, width, round(long * scale), round(short * scale)) for scale in scales]
+    else:
+        sizes = [(crop_size * scale, crop_size * scale) for scale in scales]
+
+    def whole(side):
+        return max(2, round(side / patch_size)) * patch_size
+
+    # Windows are whole patches; what is smaller or has none is made so, as the model cuts off what is left of a patch
+    return [tuple(s if mode == "slide" and s > crop_size else whole(s) for s in size) for size in sizes]
 
 
 @torch.no_grad()
@@ -521,7 +551,7 @@ def main(argv=None):
     # Model
     torch.manual_seed(args.seed)
     try:
-        model = build_model(args, max(2, len(classes)))
+        model = build_model(args, len(classes) or 2)
         if weights and not checkpoint and not (args.eval_only and errors):
             options = dict(adapt_channels=args.adapt_channels, mean=args.mean, std=args.std)
             report = start_from(weights, model if args.eval_only else model.encoder, **options)
@@ -536,8 +566,6 @@ def main(argv=None):
         fail(errors, show=accelerator.is_main_process)
     del weights
     model.to(device)
-    if args.compile:
-        model.compile(fullgraph=True, dynamic=False)
     normalize = Normalization(args.mean, args.std, device)
     export = partial(export_segmenter, classes=classes, mean=args.mean, std=args.std)
 
@@ -555,11 +583,13 @@ def main(argv=None):
     for source in {train_source, validation_source}:
         source.prepare(processes=args.num_workers or 1, progress=accelerator.is_main_process)
     options = dict(processes=args.num_workers or 1)
-    pixels, errors = check_annotations(train_source, validation_source, len(classes), accelerator, **options)
+    pixels, errors = check_annotations(train_source, validation_source, accelerator, crew, **options)
     if errors:
         fail(errors, show=accelerator.is_main_process)
     loss_weights = class_weights(args.class_weights, pixels)
     loss_weights = None if loss_weights is None else loss_weights.to(device)
+    if args.compile:
+        model.compile(fullgraph=True, dynamic=False)
     if synchronised:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -175,6 +175,8 @@ def _read_classes(root: Path, stems: list[str]) -> tuple[list[str], list[str]]:
         errors.append(f"{path} has {'an empty line' if names else 'no line'}; expected a name on each, from label 1 on")
     if len(names) > MAX_CLASSES:
         errors.append(f"{path} names {len(names)} classes; expected at most {MAX_CLASSES}, as masks have 8 bits")
+    if len(names) == 1:
+        errors.append(f"{path} names one class; expected at least 2: number what is no class of interest too")
     if repeated := [name for name in _repeated(names) if name]:
         errors.append(f"{path} names classes twice: {_some(repeated)}; give each its own name")
     return names, errors
@@ -221,17 +223,21 @@ def open_pairs(path_to_data: str, channels: int) -> tuple[PairSource, PairSource
     return train, validation
 
 
-def check_masks(source: PairSource, *, processes: int = 1, progress: str | None = None) -> tuple[np.ndarray, list[str]]:
-    """Reads every mask once: the pixels of each class, int64 (N,), and what is wrong, a line a mask.
+def check_masks(
+    source: PairSource, indices: Sequence[int] | None = None, *, processes: int = 1, progress: str | None = None
+) -> tuple[np.ndarray, list[str]]:
+    """Reads the masks of `indices`, by default of all samples, once: the pixels of each class, int64 (N,), and what is
+    wrong, a line a mask.
 
     Wrong is another size than the image's, colour, and a label beyond the classes; after five such masks the others are
     counted. A file that cannot be read is passed over, as it is known when it is needed. With `processes` > 1, so
     many share the work. `progress` is the text of a bar. Call `prepare` before.
     """
     num_classes = len(source.classes)
+    indices = range(len(source)) if indices is None else indices
     if isinstance(source, SegmentationShapes):
-        return sum(np.bincount(mask.ravel(), minlength=num_classes) for mask in source.masks), []
-    names = [(source.name(index), source.mask_name(index)) for index in range(len(source))]
+        return np.bincount(source.masks[list(indices)].ravel(), minlength=num_classes), []
+    names = [(source.name(index), source.mask_name(index)) for index in indices]
     chunk = max(1, min(CHUNK, math.ceil(len(names) / processes)))
     chunks = [names[start : start + chunk] for start in range(0, len(names), chunk)]
     pixels, errors = np.zeros(num_classes, np.int64), []

@@ -27,19 +27,20 @@ def windows(size: tuple[int, int], window: int, stride: int) -> list[tuple[int, 
 
 @torch.no_grad()
 def sliding_window(
-    model: Callable, images: torch.Tensor, *, window: int, stride: int, batch_size: int = 4
+    model: Callable, images: torch.Tensor, *, window: int, stride: int, batch_size: int = 8
 ) -> torch.Tensor:
     """The logits (B, N, H, W), float32, of images (B, C, H, W): the mean over the windows that hold a pixel.
 
-    The model sees `batch_size` windows of each of the images at a time; besides their logits only the result is in
-    memory. Raises ValueError as `windows` does.
+    The model sees about `batch_size` windows at a time, at least one of each image; besides their logits only the
+    result is in memory. Raises ValueError as `windows` does.
     """
     size = images.shape[-2:]
     height, width = (min(window, side) for side in size)
     parts = [(..., slice(top, top + height), slice(left, left + width)) for top, left in windows(size, window, stride)]
     total, counts = None, images.new_zeros(size, dtype=torch.float32)
-    for start in range(0, len(parts), batch_size):
-        group = parts[start : start + batch_size]
+    positions = max(1, batch_size // len(images))
+    for start in range(0, len(parts), positions):
+        group = parts[start : start + positions]
         logits = model(torch.cat([images[part] for part in group]))
         if total is None:
             total = logits.new_zeros(len(images), logits.shape[1], *size, dtype=torch.float32)

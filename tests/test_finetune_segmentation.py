@@ -207,10 +207,9 @@ def test_what_only_evaluates_agrees_with_the_run(undisturbed, scenes, tmp_path):
 
 
 def test_two_processes_train_and_evaluate_as_one(scenes, encoder, tmp_path):
-    """In the same micro-batches, which BatchNorm follows, and without drop path. Five held-out images, which two does
+    """In the same micro-batches, which BatchNorm, drop path and dropout follow. Five held-out images, which two does
     not divide."""
-    shared = ["--path_to_data", scenes, *SMALL, "--drop_path", 0, "--head", "linear"]
-    training = [*shared, WEIGHTS, encoder, "--max_steps", 2]
+    training = ["--path_to_data", scenes, *SMALL, *HEAD, WEIGHTS, encoder, "--max_steps", 2]
     done = launch(*TWO_PROCESSES, ROOT / SCRIPT, *training, "--experiment_name", "two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folders = {name: tmp_path / "work_dir" / name for name in ("one", "two", "again")}
@@ -318,6 +317,16 @@ script.main(sys.argv[1:])
     }
 
 
+def test_views_of_every_shape_hold_two_patches_a_side():
+    sizes = dict(resize=(256, 64), crop_size=64, patch_size=8)
+    view_sizes = finetune_segmentation.view_sizes
+    assert view_sizes(480, 640, mode="slide", scales=[1.0, 0.5], **sizes) == [(64, 85), (32, 40)]
+    assert view_sizes(480, 640, mode="whole", scales=[1.0, 1.3], **sizes) == [(64, 64), (80, 80)]
+    assert view_sizes(10, 4000, mode="slide", scales=[1.0], **sizes) == [(16, 256)]
+    assert view_sizes(50, 60, mode="slide", scales=[0.3], **sizes) == [(16, 24)]  # 19 x 23 has no whole patches
+    assert view_sizes(9, 9, mode="whole", scales=[0.1], **sizes) == [(16, 16)]
+
+
 def test_balanced_weights_favour_rare_classes():
     weights = finetune_segmentation.class_weights(["balanced"], [100, 50, 400, 0, 2])
     assert weights.tolist() == pytest.approx([0.5, 1, 0.125, 1, 10])  # the lower median is 50
@@ -328,20 +337,23 @@ def test_balanced_weights_favour_rare_classes():
 def test_flags_that_do_not_fit_are_refused_together(scenes, encoder, flags, undisturbed, tmp_path):
     given = ["--path_to_data", scenes, "--global_batch_size", 4, "--num_workers", 0]
     wrong = [*given, WEIGHTS, encoder, "--crop_size", 36, "--layers", 1, 2, 3, 4, "--class_weights", 1, 2]
-    wrong += ["--resize", 20, 40, "--micro_batch_size", 1, "--input_channels", 1]
+    wrong += ["--resize", 20, 40, "--micro_batch_size", 1]
     order = [*given, WEIGHTS, encoder, "--crop_size", 32, "--layers", 3, 2, 1]
     linear = [*given, WEIGHTS, encoder, "--crop_size", 32, "--head", "linear", "--layers", 0, 1]
+    of_upernet = [*given, WEIGHTS, encoder, "--head", "linear", "--head_width", 7, "--auxiliary_weight", 3]
+    of_upernet += ["--crop_size", 32]
+    one_patch = [*given, WEIGHTS, encoder, "--crop_size", 8]
     shallow = [*given, *ENCODER, "--encoder_depth", 3, "--crop_size", 32]
     no_head = [*given, WEIGHTS, encoder, "--eval_only"]
     inside = [*given, WEIGHTS, tmp_path / "work_dir" / "finetune_segmentation" / "best"]
     (tmp_path / "work_dir" / "finetune_segmentation").mkdir(parents=True)
     shutil.copytree(undisturbed / "best", tmp_path / "work_dir" / "finetune_segmentation" / "best")
-    found = refusals(wrong, order, linear, shallow, no_head, inside, cwd=tmp_path)
+    found = refusals(wrong, order, linear, shallow, no_head, inside, one_patch, of_upernet, cwd=tmp_path)
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(undisturbed, elsewhere / "work_dir" / "finetune_segmentation")
-    changed = ["--layer_decay", 0.5, "--auxiliary_weight", 0.1, "--resume_from_checkpoint", "step_00000003"]
+    changed = ["--layer_decay", 0.5, "--evaluate", "slide", "--resume_from_checkpoint", "step_00000003"]
     (said,) = run_each(SCRIPT, [[*flags, *changed]], cwd=elsewhere, code=2)
-    assert "--layer_decay 0.5 differs" in said and "--auxiliary_weight 0.1 differs" in said and said.count("error") == 2
+    assert "--layer_decay 0.5 differs" in said and "--evaluate slide differs" in said and said.count("error") == 2
     for words in (
         ("--crop_size 36", "--patch_size 8", "take multiples of 8"),
         ("--layers 1 2 3 4 is beyond the encoder's 4 blocks", "0 to 3"),
@@ -350,13 +362,16 @@ def test_flags_that_do_not_fit_are_refused_together(scenes, encoder, flags, undi
         ("micro-batches of at least 2",),
     ):
         assert any(all(word in error for word in words) for error in found[0]), (words, found[0])
-    assert len(found[0]) == 5 or any("3 input channels, the model 1" in error for error in found[0])
+    assert len(found[0]) == 5
     assert "--layers 3 2 1 does not fit --head upernet; expected 4 rising, different numbers" in found[1][0]
     assert "--layers 0 1 does not fit --head linear; expected 1" in found[2][0]
     assert "at least 4 blocks, not 3; give --head linear" in found[3][0]
     assert "holds no segmenter" in found[4][0] and len(found[4]) == 1
     assert "which this run would write to" in found[5][0]
+    assert "--crop_size 8 holds one patch of 8 a side" in found[6][0] and len(found[6]) == 1
+    assert "--head_width 7 --auxiliary_weight 3 is of UperNet" in found[7][0] and len(found[7]) == 1
     assert "mixes balanced and numbers" in finetune_segmentation.parse_args(["--class_weights", "balanced", "2"])[1][0]
+    assert "are all 0" in finetune_segmentation.parse_args(["--class_weights", "0", "0"])[1][0]
     assert "--eval_only needs trained weights" in finetune_segmentation.parse_args(["--eval_only"])[1][0]
 
 
@@ -373,12 +388,17 @@ def test_data_that_do_not_fit_are_refused_with_their_names(scenes, undisturbed, 
     renamed, fewer = (shutil.copytree(scenes, tmp_path / name) for name in ("renamed", "fewer"))
     (renamed / "classes.txt").write_text("sky\nwood\nroad\nsea\n")
     (fewer / "classes.txt").write_text("sky\ntree\nroad\n")
+    void, one_class = (shutil.copytree(scenes, tmp_path / name) for name in ("void", "one_class"))
+    for path in (void / "annotations" / "validation").iterdir():
+        Image.new("L", Image.open(path).size).save(path)
+    (one_class / "classes.txt").write_text("sky")
     full = tmp_path / "ADE20K_2016_07_26" / "images" / "training" / "a" / "abbey"
     full.mkdir(parents=True)
     for name in ("ADE_train_00000001.jpg", "ADE_train_00000001_seg.png"):
         Image.new("RGB", (40, 40)).save(full / name)
     model = [WEIGHTS, undisturbed / "model", "--eval_only"]
     starts = [[masks.parents[1]], [missing], [renamed, *model], [fewer, *model], [full.parents[3]], [tmp_path]]
+    starts += [[void], [one_class]]
     shared = [*ENCODER, *SMALL]
     starts = [["--path_to_data", *words, *([] if "--eval_only" in words else shared)] for words in starts]
     found = refusals(*starts, cwd=tmp_path)
@@ -387,6 +407,7 @@ def test_data_that_do_not_fit_are_refused_with_their_names(scenes, undisturbed, 
     assert any("scene_04" in error for error in found[1]) and any("scene_01" in error for error in found[1])
     assert "calls class 2 'wood', the segmenter 'tree'" in found[2][0]
     assert "has 3 classes, the segmenter 4" in found[3][0]
+    assert "no pixel of the validation masks has a class" in found[6][0] and "names one class" in found[7][0]
     assert "ADEChallengeData2016" in found[4][0] and "annotations" in found[5][0]
 
 

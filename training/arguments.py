@@ -18,7 +18,7 @@ import torch
 FREE_FLAGS = {
     *("experiment_name", "working_directory", "path_to_data", "resume_from_checkpoint", "num_workers", "pin_memory"),
     *("wandb_run_name", "log_wandb", "report_to", "log_every", "validate_every", "knn_every", "num_preview_images"),
-    *("evaluate_every", "evaluate", "evaluate_scales", "evaluate_flip"),
+    "evaluate_every",
     *("compile", "gradient_checkpointing", "dry_run"),
     *("save_checkpoint_interval", "save_checkpoint_steps", "keep_checkpoints"),
     *("per_gpu_batch_size", "micro_batch_size", "gradient_accumulation_steps"),
@@ -185,13 +185,15 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def add_run_flags(parser: Parser, *, name: str) -> None:
-    """Where a run lives, what it reads, how it starts and resumes."""
+def add_run_flags(
+    parser: Parser, *, name: str, data: str = "folder of images, with train/ and val/ or without"
+) -> None:
+    """Where a run lives, what `data` it reads, how it starts and resumes."""
     group = parser.add_argument_group("run")
     flag = group.add_argument
     flag("--experiment_name", default=name, help=f"name of the run and its folder (default {name})")
     flag("--working_directory", default="work_dir", help="folder that holds the runs (default work_dir)")
-    flag("--path_to_data", help="folder of images, with train/ and val/ or without, or builtin:shapes (required)")
+    flag("--path_to_data", help=f"{data}, or builtin:shapes (required)")
     flag("--seed", type=integer(0, 2**32 - 1), default=0, help="seed of samples, masks and weights (default 0)")
     flag(
         "--dry_run",
