@@ -1,9 +1,15 @@
 """What several tests share: a folder of small images, real images, and running a script as its user does."""
 
+import atexit
+import functools
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -49,56 +55,150 @@ def real_images() -> Path:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """The environment of a run on one CPU, without what the caller's shell may have set for Accelerate."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    """The environment of a run on one CPU, without what the caller's shell may have set for Accelerate and wandb."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "WANDB_"))}
     return {**kept, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **variables}
 
 
-def start(script: str, *flags, cwd: Path, **variables: str) -> subprocess.Popen:
-    """Starts `python SCRIPT flags` in the folder `cwd`."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / script), *map(str, flags)],
-        cwd=cwd,
-        env=environment(**variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+# Forks for each process that it is asked for, and tells the exit code of one that has ended
+WARM = """
+import atexit, gc, json, os, runpy, sys
+
+def leave():  # the last of all farewells: freeing the libraries takes longer than most of the runs do
+    sys.stdout.flush()
+    os._exit(code)
+atexit.register(leave)
+
+sys.modules["wandb"] = None  # which timm imports: the first process to end would remove a folder that it makes
+import accelerate, evaluate, numpy, timm, torch.utils.tensorboard, torchmetrics, transformers
+del sys.modules["wandb"]
+gc.freeze()
+code = 0
+for line in sys.stdin:
+    asked = json.loads(line)
+    if isinstance(asked, int):
+        ended, status = os.waitpid(asked, os.WNOHANG)
+        answer = os.waitstatus_to_exitcode(status) if ended else None
+    elif (answer := os.fork()) == 0:
+        break
+    print(json.dumps(answer), flush=True)
+else:
+    sys.exit()
+cwd, variables, sys.argv, streams = asked
+os.chdir(cwd)
+os.environ.clear()
+os.environ.update(variables)
+for number, path in enumerate([os.devnull, *streams]):
+    os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
+sys.path[0] = os.path.dirname(sys.argv[0])
+numpy.random.seed()  # as unlike as in every new Python
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except BaseException as end:
+    code = end.code or 0 if isinstance(end, SystemExit) else 1
+    raise
+"""
 
 
-def run(script: str, *flags, cwd: Path, code: int = 0, **variables: str) -> subprocess.CompletedProcess:
-    """Runs `python SCRIPT flags` in the folder `cwd` and expects its exit code."""
-    process = start(script, *flags, cwd=cwd, **variables)
+@functools.cache
+def warm() -> subprocess.Popen:
+    """A Python that has imported the libraries, once for all tests: that takes longer than most of the runs do."""
+    options = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+    single = dict(JE_ARROW_MALLOC_CONF="background_thread:false")  # a process of one thread forks safely
+    options |= dict(env=environment(PYTHONPATH=str(ROOT), **single))
+    python = subprocess.Popen([sys.executable, "-c", WARM], **options)
+    atexit.register(python.communicate)  # nothing more is asked, which ends it
+    return python
+
+
+def ask(question):
+    warm().stdin.write(json.dumps(question) + "\n")
+    return json.loads(warm().stdout.readline())
+
+
+class Start:
+    """A process that runs `FILE words` as a new Python does, but with the libraries imported. As subprocess.Popen."""
+
+    def __init__(self, *words, cwd: Path, **variables: str):
+        self.args, self.returncode = [str(word) for word in words], None
+        self.folder = tempfile.TemporaryDirectory()
+        self.streams = [Path(self.folder.name, name) for name in ("stdout", "stderr")]
+        self.pid = ask([str(cwd), environment(**variables), self.args, [str(path) for path in self.streams]])
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = ask(self.pid)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float = 300) -> list[str]:
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                self.kill()
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.01)
+        with self.folder:
+            return [path.read_text() for path in self.streams]
+
+
+def start(script: str, *flags, cwd: Path, **variables: str) -> Start:
+    """Starts `SCRIPT flags` in the folder `cwd`."""
+    return Start(ROOT / script, *flags, cwd=cwd, **variables)
+
+
+def finish(process: Start | subprocess.Popen, code: int) -> subprocess.CompletedProcess:
+    """Waits for a process and expects its exit code."""
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
     return subprocess.CompletedProcess(process.args, code, out, err)
 
 
+def run(script: str, *flags, cwd: Path, code: int = 0, **variables: str) -> subprocess.CompletedProcess:
+    """Runs `SCRIPT flags` in the folder `cwd` and expects its exit code."""
+    return finish(start(script, *flags, cwd=cwd, **variables), code)
+
+
+def run_two(script: str, *flags, cwd: Path) -> subprocess.CompletedProcess:
+    """Runs `SCRIPT flags` as two processes, with the variables that `accelerate launch` gives them. Returns what the
+    main process said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    main, other = (start(script, *flags, cwd=cwd, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01")
+    done = finish(main, 0)
+    finish(other, 0)
+    return done
+
+
+def run_code(text: str, *words, cwd: Path, code: int = 0, **variables: str) -> subprocess.CompletedProcess:
+    """Runs the Python code `text`, which can import this project, in a process of its own; expects its exit code."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "code.py")
+        path.write_text(text)
+        return finish(Start(path, *words, cwd=cwd, **variables), code)
+
+
+def run_cold(*words, cwd: Path, code: int = 0, **variables: str) -> subprocess.CompletedProcess:
+    """Runs `python words` in the folder `cwd`, with all that a new Python has to import; expects its exit code."""
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, *map(str, words)]
+    variables = environment(PYTHONPATH=str(ROOT), **variables)
+    return finish(subprocess.Popen(command, cwd=cwd, env=variables, **options), code)
+
+
 def run_each(script: str, starts: list[list], *, cwd: Path, code: int = 0) -> list[str]:
-    """Runs `SCRIPT flags` for each list of flags in `starts`, one after the other in one process, as importing takes
-    longer than such runs; expects the same exit code of all. Returns what each of them said."""
-    program = f"""
-import contextlib, io, json, sys
-import {script.removesuffix(".py")} as script
-from accelerate.state import AcceleratorState
-for flags in json.loads(sys.argv[1]):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    code, said = 0, io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-        try:
-            script.main(flags)
-        except SystemExit as stop:
-            code = stop.code
-    print(json.dumps([code, said.getvalue()]))
-"""
-    words = json.dumps([[str(flag) for flag in flags] for flags in starts])
-    command = [sys.executable, "-c", program, words]
-    options = dict(cwd=cwd, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=300)
-    done = subprocess.run(command, **options)
-    assert done.returncode == 0, done.stderr
-    ends = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert [end for end, _ in ends] == [code] * len(starts), ends
-    return [said for _, said in ends]
+    """Runs `SCRIPT flags` for each list of flags in `starts`, one after the other, and expects the same exit code of
+    all. Returns what each of them said."""
+    ends = [run(script, *flags, cwd=cwd, code=code) for flags in starts]
+    return [end.stdout + end.stderr for end in ends]
 
 
 def launch(*words, cwd: Path) -> subprocess.CompletedProcess:

@@ -4,8 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -16,12 +14,14 @@ from conftest import (
     ROOT,
     TINY,
     TWO_PROCESSES,
-    environment,
     launch,
     log_of,
     losses_of,
     run,
+    run_code,
+    run_cold,
     run_each,
+    run_two,
     start,
     write_images,
 )
@@ -57,7 +57,7 @@ def flags(image_folder, pretrained):
 def undisturbed(tmp_path_factory, flags):
     """A run that nothing interrupts."""
     cwd = tmp_path_factory.mktemp("undisturbed")
-    run(SCRIPT, *flags, "--save_checkpoint_steps", 3, cwd=cwd)
+    run_cold(ROOT / SCRIPT, *flags, "--save_checkpoint_steps", 3, cwd=cwd)
     return cwd / "work_dir" / "finetune_classifier"
 
 
@@ -177,7 +177,7 @@ def test_two_processes_train_as_one(image_folder, pretrained, tmp_path):
     shared = ["--path_to_data", image_folder, WEIGHTS, pretrained, "--num_workers", 0, "--mixed_precision", "no"]
     shared += ["--max_steps", 4, "--global_batch_size", 8, "--log_every", 1, "--mixup_alpha", 0, "--cutmix_alpha", 0]
     flags = [*shared, "--learning_rate", 1e-3, "--drop_path", 0, "--random_erase", 0]
-    assert launch(*TWO_PROCESSES, ROOT / SCRIPT, *flags, "--experiment_name", "two", cwd=tmp_path).returncode == 0
+    run_two(SCRIPT, *flags, "--experiment_name", "two", cwd=tmp_path)
     run(SCRIPT, *flags, "--micro_batch_size", 2, "--experiment_name", "one", cwd=tmp_path)
     one, two = tmp_path / "work_dir" / "one", tmp_path / "work_dir" / "two"
     for step, loss in losses_of(one).items():
@@ -190,7 +190,7 @@ def test_two_processes_evaluate_a_linear_probe_by_the_same_statistics(image_fold
     """Those of the main process, which are in the checkpoint, though each process has seen other images."""
     flags = ["--path_to_data", image_folder, WEIGHTS]
     probe = [*flags, pretrained, "--linear_probe", "--max_steps", 4, "--global_batch_size", 8, "--num_workers", 0]
-    assert launch(*TWO_PROCESSES, ROOT / SCRIPT, *probe, "--experiment_name", "probe", cwd=tmp_path).returncode == 0
+    run_two(SCRIPT, *probe, "--experiment_name", "probe", cwd=tmp_path)
     folder = tmp_path / "work_dir" / "probe"
     run(SCRIPT, *flags, folder / "checkpoints" / "step_00000004", "--eval_only", cwd=tmp_path)
     found, expected = metrics_of(tmp_path / "work_dir" / "finetune_classifier"), metrics_of(folder)
@@ -345,9 +345,7 @@ script.main(sys.argv[1:])
     words += ["--random_erase", 0.4, "--mixup_alpha", 0.9, "--cutmix_alpha", 1.1, "--mixup_probability", 0.95]
     words += ["--mixup_switch", 0.35, "--label_smoothing", 0.15, "--crop_scale", 0.2, 0.8, "--random_aug_magnitude", 7]
     words += ["--max_grad_norm", 2.5, "--gradient_checkpointing", "--mean", 0.1, 0.2, 0.3, "--std", 0.7, 0.8, 0.9]
-    command = [sys.executable, "-c", code, *map(str, words)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_code(code, *words, cwd=tmp_path)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found == {
         "crop_scale": [0.2, 0.8],

@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TWO_PROCESSES, environment, launch, log_of, losses_of, run, run_each, start
+from conftest import ROOT, log_of, losses_of, run, run_code, run_cold, run_each, run_two, start
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -79,7 +78,7 @@ def flags(scenes, encoder):
 def undisturbed(tmp_path_factory, flags):
     """A run that nothing interrupts."""
     cwd = tmp_path_factory.mktemp("undisturbed")
-    done = run(SCRIPT, *flags, cwd=cwd)
+    done = run_cold(ROOT / SCRIPT, *flags, cwd=cwd)
     assert "UperNet of width 16 after blocks 0, 1, 2, 3" in done.stdout and "relative position bias" in done.stdout
     return cwd / "work_dir" / "finetune_segmentation"
 
@@ -183,7 +182,7 @@ def test_a_signal_saves_the_step(flags, tmp_path):
     log = tmp_path / "work_dir" / "finetune_segmentation" / "log.jsonl"
     while process.poll() is None and not log.exists():
         time.sleep(0.02)
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and "which is saved; continue with --resume_from_checkpoint latest" in out, err
     steps = [int(path.name[5:]) for path in (log.parent / "checkpoints").glob("step_*")]
@@ -210,8 +209,7 @@ def test_two_processes_train_and_evaluate_as_one(scenes, encoder, tmp_path):
     """In the same micro-batches, which BatchNorm, drop path and dropout follow. Five held-out images, which two does
     not divide."""
     training = ["--path_to_data", scenes, *SMALL, *HEAD, WEIGHTS, encoder, "--max_steps", 2]
-    done = launch(*TWO_PROCESSES, ROOT / SCRIPT, *training, "--experiment_name", "two", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    run_two(SCRIPT, *training, "--experiment_name", "two", cwd=tmp_path)
     folders = {name: tmp_path / "work_dir" / name for name in ("one", "two", "again")}
     again = ["--path_to_data", scenes, WEIGHTS, folders["two"] / "checkpoints" / "step_00000002", "--eval_only"]
     starts = [[*training, "--experiment_name", "one"], [*again, "--num_workers", 0, "--experiment_name", "again"]]
@@ -304,9 +302,7 @@ script.main(sys.argv[1:])
     words += ["--drop_path", 0.3, "--max_grad_norm", 2.5, "--gradient_checkpointing", "--mean", 0.1, 0.2, 0.3]
     words += ["--std", 0.7, 0.8, 0.9, "--crop_size", 24, "--resize", 90, 33, "--layer_scale", 0.25, "--head_width", 12]
     words += ["--layers", 0, 1, 2, 3, "--auxiliary_weight", 0.35, "--class_weights", 1.5, 2.5, 3.5, 4.5]
-    command = [sys.executable, "-c", code, *map(str, words)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_code(code, *words, cwd=tmp_path)
     assert json.loads(done.stdout.splitlines()[-1]) == {
         **dict(resize=[90, 33], crop_size=24, size=24, fill=[26, 51, 76], channels=3, seed=7, pin=False, drop_path=0.3),
         **dict(checkpointing=True, bias=True, scale=0.25, head=["upernet", 12, [0, 1, 2, 3], 4, True]),

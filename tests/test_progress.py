@@ -1,14 +1,12 @@
 import importlib.machinery
 import json
-import subprocess
-import sys
 from pathlib import Path
 from textwrap import dedent
 
 import numpy as np
 import pytest
 from accelerate import Accelerator
-from conftest import ROOT, environment
+from conftest import ROOT, run_code
 from PIL import Image
 
 from training.arguments import RunError
@@ -50,15 +48,9 @@ def script(code: str, folder: Path, **variables: str) -> str:
     """What `code`, run in a process of its own after this file's names, prints on stderr. Nobody is logged in there."""
     home = folder / "home"
     home.mkdir()
-    variables = {"HOME": str(home), "NETRC": str(home / "netrc"), **variables}
-    outer = {name: value for name, value in environment().items() if not name.startswith("WANDB_")}
     names = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}; from test_progress import *"
-    command = [sys.executable, "-c", f"{names}\n{dedent(code)}"]
-    process = subprocess.run(
-        command, cwd=folder, env=outer | variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stderr
+    variables = {"HOME": str(home), "NETRC": str(home / "netrc"), **variables}
+    return run_code(f"{names}\n{dedent(code)}", cwd=folder, **variables).stderr
 
 
 def test_lines_beyond_the_checkpoint_are_removed(tmp_path):

@@ -20,7 +20,10 @@ from conftest import (
     log_of,
     losses_of,
     run,
+    run_code,
+    run_cold,
     run_each,
+    run_two,
     start,
     write_images,
 )
@@ -59,7 +62,7 @@ def flags(image_folder):
 def undisturbed(tmp_path_factory, flags):
     """A run of 23 steps that nothing interrupts, with drop path on and gradients accumulated."""
     cwd = tmp_path_factory.mktemp("undisturbed")
-    run(SCRIPT, *flags, "--gradient_accumulation_steps", 2, "--save_checkpoint_steps", 4, cwd=cwd)
+    run_cold(ROOT / SCRIPT, *flags, "--gradient_accumulation_steps", 2, "--save_checkpoint_steps", 4, cwd=cwd)
     return cwd / "work_dir" / "pretrain_mae"
 
 
@@ -204,16 +207,8 @@ def test_a_failure_nobody_foresaw_ends_at_once_with_its_traceback(flags, tmp_pat
         "progress.Progress.write = fail\n"
         "arguments.run_script(lambda: pretrain_mae.main(sys.argv[1:]))"
     )
-    words = [str(word) for word in [*flags, "--num_workers", 2]]
-    failed = subprocess.run(
-        [sys.executable, "-c", code, *words],
-        cwd=tmp_path,
-        env=environment(PYTHONPATH=str(ROOT)),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert failed.returncode == 1 and "Traceback" in failed.stderr and "ValueError: unforeseen" in failed.stderr
+    failed = run_code(code, *flags, "--num_workers", 2, cwd=tmp_path, code=1).stderr
+    assert "Traceback" in failed and "ValueError: unforeseen" in failed
 
 
 def test_one_writer_at_a_time(flags, tmp_path):
@@ -238,8 +233,7 @@ def test_splits_of_one_global_batch_agree(image_folder, tmp_path):
     cwd = tmp_path / "processes"
     cwd.mkdir()
     flags[flags.index("--per_gpu_batch_size") + 1] = "4"
-    two = launch(*TWO_PROCESSES, ROOT / SCRIPT, *flags, cwd=cwd)
-    assert two.returncode == 0, two.stderr
+    two = run_two(SCRIPT, *flags, cwd=cwd)
     assert "batch      8 = 2 processes x 1 micro-batch x 4" in two.stdout
     runs["processes"] = cwd / "work_dir" / "pretrain_mae"
     assert len(losses_of(runs["processes"])) == 20  # the main process alone writes
@@ -384,29 +378,15 @@ def test_the_launcher_and_the_quickstart_recipe(tmp_path):
 
 def test_real_photographs(real_images, tmp_path):
     flags = ["--path_to_data", real_images / "imagenet_sample", "--model", "tiny", "--per_gpu_batch_size", 16]
-    flags += ["--max_steps", 2, "--num_workers", 2, "--decoder_depth", 1, "--log_every", 1]
+    flags += ["--max_steps", 2, "--num_workers", 2, "--decoder_depth", 1, "--log_every", 1, "--img_size", 96]
     run(SCRIPT, *flags, cwd=tmp_path)
     assert not (tmp_path / "work_dir/pretrain_mae/damaged.jsonl").exists()
 
 
-def in_process(code, words, cwd, **variables):
-    """Runs a script's `main` in a process of its own, after some code that looks over its shoulder."""
-    program = f"import sys, pretrain_mae; from training import arguments\n{code}"
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, words)],
-        cwd=cwd,
-        env=environment(PYTHONPATH=str(ROOT), **variables),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_a_signal_during_validation_saves_the_step_and_validates_it_again(undisturbed, flags, tmp_path):
     code = """
-import os, signal
+import os, signal, sys, pretrain_mae
+from training import arguments
 reconstruct = pretrain_mae.reconstruct
 def interrupted(*given):
     os.kill(os.getpid(), signal.SIGTERM)
@@ -414,7 +394,7 @@ def interrupted(*given):
 pretrain_mae.reconstruct = interrupted
 arguments.run_script(lambda: pretrain_mae.main(sys.argv[1:]))"""
     flags = [*flags, "--gradient_accumulation_steps", 2, "--save_checkpoint_interval", 0]
-    in_process(code, flags, tmp_path)
+    run_code(code, *flags, cwd=tmp_path)
     folder = tmp_path / "work_dir" / "pretrain_mae"
     assert os.listdir(folder / "checkpoints") == ["step_00000010"]
     run(SCRIPT, *flags, "--resume_from_checkpoint", "auto", cwd=tmp_path)
@@ -457,12 +437,9 @@ def test_neighbours_are_asked_without_disturbing_the_run(undisturbed, flags, tmp
     assert metrics["knn_top1"] == lines[-1]["knn_top1"] and metrics["linear_top1"] == lines[-1]["linear_top1"]
     lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
     (folder / "log.jsonl").write_text("".join(line for line in lines if '"step": 23' not in line or '"loss"' in line))
-    two = launch(  # the last step is measured again, its bank and queries shared by two processes
-        *(*TWO_PROCESSES, ROOT / SCRIPT, *flags, "--knn_every", 1, "--resume_from_checkpoint", "latest"),
-        *("--per_gpu_batch_size", 4, "--gradient_accumulation_steps", 1),
-        cwd=tmp_path,
-    )
-    assert two.returncode == 0, two.stderr
+    flags += ["--knn_every", 1, "--resume_from_checkpoint", "latest"]
+    flags += ["--per_gpu_batch_size", 4, "--gradient_accumulation_steps", 1]
+    run_two(SCRIPT, *flags, cwd=tmp_path)  # the last step is measured again, its bank and queries shared by the two
     again = json.loads((folder / "metrics.json").read_text())
     for name in ("knn_top1", "linear_top1"):  # other batches round otherwise, which may tip one of 11 images
         assert again[name] == pytest.approx(metrics[name], abs=100 / 11 + 1e-6)
@@ -527,7 +504,7 @@ def test_compile_and_checkpointing_leave_the_losses_alone(image_folder, tmp_path
     flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 20, "--validate_every", 2, "--drop_path", 0.2]
     flags += ["--gradient_accumulation_steps", 2]
     code = """
-import torch._dynamo
+import sys, pretrain_mae, torch._dynamo
 from torch._dynamo.utils import counters
 torch._dynamo.config.error_on_recompile = True
 pretrain_mae.main(sys.argv[1:])
@@ -542,15 +519,16 @@ print(f"breaks {sum(counters['graph_break'].values())} graphs {counters['stats']
     assert activations(plain)[1] == activations(less)[1] == "kB"
     assert float(activations(less)[0]) < 0.8 * float(activations(plain)[0])
     code_of_checkpoint = """
-import modeling.vit
+import sys, pretrain_mae, modeling.vit
 calls, checkpoint = [], modeling.vit.checkpoint
 modeling.vit.checkpoint = lambda *given, **options: calls.append(1) or checkpoint(*given, **options)
 pretrain_mae.main(sys.argv[1:])
 print(f"checkpoints {len(calls)}")"""
     words = [*flags, "--max_steps", 1, "--gradient_checkpointing", "--experiment_name", "counted"]
-    assert "checkpoints 6" in in_process(code_of_checkpoint, words, tmp_path)  # three blocks, two micro-batches
+    counted = run_code(code_of_checkpoint, *words, cwd=tmp_path).stdout
+    assert "checkpoints 6" in counted  # three blocks, two micro-batches
     words = [*flags, "--compile", "--gradient_checkpointing", "--experiment_name", "compiled"]
-    done = in_process(code, words, tmp_path)
+    done = run_cold("-c", code, *words, cwd=tmp_path).stdout  # what is imported later may make it compile again
     assert "breaks 0 graphs 2" in done  # the step's, and that of the compiler's check
     assert "float32, compile, gradient checkpointing on cpu" in done
     losses = {name: losses_of(tmp_path / "work_dir" / name) for name in ("plain", "checkpointed", "compiled")}
@@ -562,7 +540,7 @@ print(f"checkpoints {len(calls)}")"""
 def test_compile_without_a_compiler_is_refused(image_folder, tmp_path):
     flags = [*TINY, "--path_to_data", image_folder, "--compile"]
     variables = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    refused = run(SCRIPT, *flags, cwd=tmp_path, code=2, **variables).stderr
+    refused = run_cold(ROOT / SCRIPT, *flags, cwd=tmp_path, code=2, **variables).stderr
     error = next(line for line in refused.splitlines() if line.startswith("error: "))
     assert "--compile found no working compiler" in error and "Traceback" not in refused
 
@@ -570,7 +548,7 @@ def test_compile_without_a_compiler_is_refused(image_folder, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU is waited for")
 def test_the_loop_does_not_wait_for_the_gpu(image_folder, tmp_path):
     code = """
-import torch
+import sys, pretrain_mae, torch
 from training.progress import Progress
 def watched(*given, **options):  # from the rate of each step to the next line of the log
     torch.cuda.set_sync_debug_mode("error")
@@ -582,7 +560,7 @@ set_learning_rate, check_finite = pretrain_mae.set_learning_rate, Progress.check
 pretrain_mae.set_learning_rate, Progress.check_finite = watched, unwatched
 pretrain_mae.main(sys.argv[1:])"""
     flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 8, "--mixed_precision", "bf16", "--pin_memory"]
-    in_process(code, [*flags, "--log_every", 100], tmp_path, ACCELERATE_USE_CPU="false")
+    run_cold("-c", code, *flags, "--log_every", 100, cwd=tmp_path, ACCELERATE_USE_CPU="false")
 
 
 def test_repeated_augmentation_is_the_same_on_one_process_and_two(image_folder, tmp_path):
@@ -590,8 +568,7 @@ def test_repeated_augmentation_is_the_same_on_one_process_and_two(image_folder, 
     flags += ["--validate_every", 0]
     run(SCRIPT, *flags, "--experiment_name", "one", cwd=tmp_path)
     flags[flags.index("--per_gpu_batch_size") + 1] = "4"
-    two = launch(*TWO_PROCESSES, ROOT / SCRIPT, *flags, "--experiment_name", "two", cwd=tmp_path)
-    assert two.returncode == 0, two.stderr
+    run_two(SCRIPT, *flags, "--experiment_name", "two", cwd=tmp_path)
     one, other = (tmp_path / "work_dir" / name for name in ("one", "two"))
     assert losses_of(one) == pytest.approx(losses_of(other), rel=1e-5)
     assert log_of(one)[9]["epoch"] == 1  # 40 images, twice each, in batches of 8
