@@ -70,7 +70,7 @@ def leave():  # the last of all farewells: freeing the libraries takes longer th
 atexit.register(leave)
 
 sys.modules["wandb"] = None  # which timm imports: the first process to end would remove a folder that it makes
-import accelerate, evaluate, numpy, timm, torch.utils.tensorboard, torchmetrics, transformers
+import accelerate, evaluate, numpy, timm, torchmetrics, transformers
 del sys.modules["wandb"]
 gc.freeze()
 code = 0
@@ -133,6 +133,9 @@ class Start:
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

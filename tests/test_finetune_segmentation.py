@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import time
 
 import numpy as np
@@ -182,7 +181,7 @@ def test_a_signal_saves_the_step(flags, tmp_path):
     log = tmp_path / "work_dir" / "finetune_segmentation" / "log.jsonl"
     while process.poll() is None and not log.exists():
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.terminate()
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and "which is saved; continue with --resume_from_checkpoint latest" in out, err
     steps = [int(path.name[5:]) for path in (log.parent / "checkpoints").glob("step_*")]
