@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What pre-training gives, on the built-in drawn scenes: pre-trains, then fine-tunes, probes and trains from scratch, and
-# prints one table. Killed, it continues where it was.
+# prints one table; then labels their pixels. Killed, it continues where it was.
 #
 #   bash recipes/quickstart/all.sh
 set -euo pipefail
@@ -9,6 +9,7 @@ accelerate launch pretrain_mae.py @recipes/quickstart/pretrain.args "${resume[@]
 for recipe in finetune_classifier linear_probe from_scratch; do
     accelerate launch finetune_classifier.py "@recipes/quickstart/$recipe.args" "${resume[@]}" "$@"
 done
+accelerate launch finetune_segmentation.py @recipes/quickstart/finetune_segmentation.args "${resume[@]}" "$@"
 python - <<'TABLE'
 import json
 
@@ -21,4 +22,7 @@ for run, what in {
     with open(f"work_dir/quickstart_{run}/metrics.json") as file:
         metrics = json.load(file)
     print(f"| {what} | {metrics['top1']:.1f} | {metrics['val_loss']:.3f} | {metrics['seconds']:.0f} |")
+with open("work_dir/quickstart_finetune_segmentation/metrics.json") as file:
+    metrics = json.load(file)
+print(f"\nsegmentation: mean IoU {metrics['mean_iou']:.1f} %, {metrics['overall_accuracy']:.1f} % of the pixels right")
 TABLE
