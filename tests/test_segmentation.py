@@ -131,7 +131,7 @@ def test_the_fingerprint_follows_images_and_masks(root, tmp_path_factory):
         ("sky\nroad\ncar", ["sky", "road", "car"]),
         ("\ufeff1 sky\r\n2\tlight pole \r\n3  car\r\n\n", ["sky", "light pole", "car"]),
         ("sky\n2 wheels\n1 wheel", ["sky", "2 wheels", "1 wheel"]),
-        ("Straße", ["Straße"]),
+        ("Straße\ncar", ["Straße", "car"]),
     ],
 )
 def test_lists_of_classes(root, text, classes):
@@ -143,6 +143,7 @@ def test_lists_of_classes(root, text, classes):
     "text, words",
     [
         ("", "has no line"),
+        ("sky", "names one class; expected at least 2"),
         ("sky\n\ncar", "has an empty line"),
         ("1 sky\n3 car", "has the line '3 car'"),
         ("0 void\n1 sky", "has the line '0 void'"),
