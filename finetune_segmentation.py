@@ -291,23 +291,26 @@ def open_data(args, weights):
 
 
 def check_annotations(train, validation, accelerator, crew, *, processes):
-    """How many pixels of the training masks have which class, (num_classes,), and what is wrong with any mask, found by
-    reading them all, each process its share."""
+    """How many pixels of the training masks have which class, (num_classes,), or None where nothing trains; and what is
+    wrong with any mask. Each process reads its share."""
     pixels, errors = {}, []
     own = slice(accelerator.process_index, None, accelerator.num_processes)
-    for name, source in {"training": train, "validation": validation}.items():
+    sources = {"training": train, "validation": validation}
+    if train is validation:
+        del sources["training"]
+    for name, source in sources.items():
         bar = f"reading {name} masks" if accelerator.is_main_process else None
         found = crew.gather([check_masks(source, range(len(source))[own], processes=processes, progress=bar)])
         pixels[name] = sum(counts for counts, _ in found)
         errors += [error for _, lines in found for error in lines]
         if not errors and not pixels[name].any():
             errors.append(f"no pixel of the {name} masks has a class (they are all 0, which is void); give others")
-    classes = np.array(train.classes)
-    absent = classes[pixels["training"] == 0].tolist()
-    if absent and not errors and train is not validation:
+    classes, counts = np.array(train.classes), pixels.get("training")
+    absent = [] if counts is None else classes[counts == 0].tolist()
+    if absent and not errors:
         some = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
         accelerator.print(f"no training mask has a pixel of {len(absent)} of the {len(classes)} classes: {some}")
-    return pixels["training"], errors
+    return counts, errors
 
 
 def class_weights(given, pixels):
@@ -586,7 +589,7 @@ def main(argv=None):
     pixels, errors = check_annotations(train_source, validation_source, accelerator, crew, **options)
     if errors:
         fail(errors, show=accelerator.is_main_process)
-    loss_weights = class_weights(args.class_weights, pixels)
+    loss_weights = None if args.eval_only else class_weights(args.class_weights, pixels)
     loss_weights = None if loss_weights is None else loss_weights.to(device)
     if args.compile:
         model.compile(fullgraph=True, dynamic=False)
