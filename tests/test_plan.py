@@ -41,6 +41,23 @@ def test_bad_batch_flags(processes, given, word):
     assert len(errors) == 1 and word in errors[0]
 
 
+def test_a_default_batch_over_all_processes():
+    options = dict(micro_batch_size=None, gradient_accumulation_steps=None, held=None, default=16)
+    plan, errors = plan_batch(global_batch_size=None, per_gpu_batch_size=None, num_processes=8, **options)
+    assert not errors and tuple(plan) == (16, 2, 2)
+    plan, errors = plan_batch(global_batch_size=None, per_gpu_batch_size=4, num_processes=8, **options)
+    assert not errors and tuple(plan) == (32, 4, 4)
+    _, errors = plan_batch(global_batch_size=None, per_gpu_batch_size=None, num_processes=3, **options)
+    assert "--global_batch_size 16 is not divided by 3 processes" in errors[0]
+
+
+def test_a_default_warmup_in_steps():
+    sizes = dict(epochs=None, warmup_epochs=None, warmup_steps=None, num_samples=20_210, global_batch_size=16)
+    plan, errors = plan_length(max_steps=160_000, default_warmup_steps=1_500, **sizes)
+    assert not errors and tuple(plan) == (1_263, 160_000, 1_500)
+    assert plan_length(max_steps=1_000, default_warmup_steps=1_500, **sizes)[0].warmup_steps == 50  # 5 %
+
+
 def test_a_checkpoint_keeps_its_global_batch_on_other_processes():
     plan, errors = batch(2, held=16)
     assert not errors and tuple(plan) == (16, 8, 8)

@@ -25,6 +25,15 @@ def test_warmup_then_cosine_against_numbers_by_hand(step, expected):
     assert rate == pytest.approx(expected, abs=1e-15)
 
 
+def test_warmup_then_linear_against_numbers_by_hand():
+    """Segmentation's: peak 1e-4, 1,500 steps of warmup, 160,000 in all."""
+    expected = {0: 0, 750: 0.5e-4, 1_500: 1e-4, 80_750: 1e-4 * 79_249 / 158_499, 159_999: 0}
+    for step, rate in expected.items():
+        found = learning_rate_at(step, peak=1e-4, total_steps=160_000, warmup_steps=1_500, linear=True)
+        assert found == pytest.approx(rate, abs=1e-15), step
+    assert learning_rate_at(9, peak=1.0, total_steps=10, warmup_steps=0, minimum=0.1, linear=True) == pytest.approx(0.1)
+
+
 def test_without_warmup_the_first_step_has_the_peak_and_the_last_the_minimum():
     rates = [learning_rate_at(step, peak=2e-3, total_steps=5, warmup_steps=0) for step in range(5)]
     assert rates[0] == 2e-3 and rates[2] == pytest.approx(1e-3) and rates[-1] == 0

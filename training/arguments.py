@@ -211,7 +211,7 @@ def add_run_flags(
     )
 
 
-def add_length_flags(parser: Parser, *, epochs: int | None, steps: int | None = None, warmup: str) -> None:
+def add_length_flags(parser: Parser, *, epochs: int | None, steps: int | None = None, warmup: int | str) -> None:
     """How long a run is, in `epochs` or otherwise in `steps`, and its warmup, whose default is told as `warmup`."""
     flag = parser.add_argument_group("length").add_argument
     flag("--epochs", type=integer(1), default=epochs, help="passes over the data" + _default(epochs))
