@@ -89,12 +89,15 @@ def both(size: dict, num_classes: int, *, layers: list[int], head_width: int, bi
         layer_scale_init_value=0.5 if bias else 0.0,
         drop_path_rate=0.0,
         add_fpn=True,
+        batch_norm_eps=1e-5,
         out_features=[f"stage{layer + 1}" for layer in layers],
     )
     config = UperNetConfig(backbone_config=backbone, hidden_size=head_width, num_labels=num_classes)
     theirs = randomised(UperNetForSemanticSegmentation(config), std)
     encoder = VisionTransformer(**size, relative_position_bias=bias, layer_scale=1.0 if bias else None)
     ours = Segmenter(encoder, num_classes, layers=layers, head_width=head_width).eval()
+    if "backbone.embeddings.cls_token" in theirs.state_dict():
+        pytest.skip("an older transformers, which names its parameters otherwise; test_export.py holds it")
     ours.load_state_dict(from_transformers(theirs.state_dict()))
     return ours, theirs
 
