@@ -16,6 +16,7 @@ import finetune_segmentation
 from modeling.export import export_encoder
 from modeling.vit import VisionTransformer
 from modeling.weights import read_state_dict
+from training.plan import plan_run
 
 SCRIPT = "finetune_segmentation.py"
 WEIGHTS = "--path_to_backbone_checkpoint"
@@ -251,7 +252,7 @@ def test_other_ways_to_train_and_to_evaluate(scenes, tmp_path):
     assert "dry run" in dry and not (tmp_path / "work_dir" / "dry").exists()
 
 
-def test_the_built_in_scenes_and_the_defaults(tmp_path):
+def test_two_flags_are_the_published_recipe():
     args, errors = finetune_segmentation.parse_args(["--path_to_data", "ADE", WEIGHTS, "pretrained"])
     assert not errors and args.max_steps == 160_000 and args.learning_rate == 1e-4 and args.layer_decay == 0.65
     assert not finetune_segmentation.resolve_model(args, None, whole=False)
@@ -259,6 +260,10 @@ def test_the_built_in_scenes_and_the_defaults(tmp_path):
     assert args.betas == [0.9, 0.999] and args.weight_decay == 0.05 and args.drop_path == 0.1
     assert args.relative_position_bias and args.layer_scale == 1 and args.head_width == 512
     assert args.auxiliary_weight == 0.4 and args.evaluate == "slide"
+    given = dict(default_batch_size=finetune_segmentation.BATCH_SIZE, held=None, num_processes=8)
+    given |= dict(default_warmup_steps=finetune_segmentation.WARMUP_STEPS, num_samples=20_210)
+    batch, length, errors = plan_run(args, **given)
+    assert not errors and batch.global_size == 16 and length.total_steps == 160_000 and length.warmup_steps == 1_500
 
 
 def test_every_flag_of_training_reaches_what_it_is_for(scenes, encoder, tmp_path):
@@ -266,7 +271,11 @@ def test_every_flag_of_training_reaches_what_it_is_for(scenes, encoder, tmp_path
     code = """
 import json, sys, finetune_segmentation as script
 found = {}
-make_loader = script.make_loader
+make_loader, partial = script.make_loader, script.partial
+def recorded(function, *given, **options):
+    if function in (script.predict, script.view_sizes):
+        found[function.__name__] = options
+    return partial(function, *given, **options)
 def loader(dataset, *given, **options):
     found.update(dataset.options, channels=dataset.channels, size=dataset.crop_size)
     found.update(seed=dataset.seed, pin=options["pin_memory"])
@@ -292,7 +301,7 @@ def step(model, optimizer, batches, normalize, seeds, *, weights, auxiliary_weig
     })
     print(json.dumps(found))
     raise SystemExit(0)
-script.make_loader, script.optimizer_step = loader, step
+script.make_loader, script.optimizer_step, script.partial = loader, step, recorded
 script.main(sys.argv[1:])
 """
     words = ["--path_to_data", scenes, WEIGHTS, encoder, "--num_workers", 0, "--mixed_precision", "no", "--seed", 7]
@@ -301,11 +310,14 @@ script.main(sys.argv[1:])
     words += ["--drop_path", 0.3, "--max_grad_norm", 2.5, "--gradient_checkpointing", "--mean", 0.1, 0.2, 0.3]
     words += ["--std", 0.7, 0.8, 0.9, "--crop_size", 24, "--resize", 90, 33, "--layer_scale", 0.25, "--head_width", 12]
     words += ["--layers", 0, 1, 2, 3, "--auxiliary_weight", 0.35, "--class_weights", 1.5, 2.5, 3.5, 4.5]
+    words += ["--evaluate_scales", 0.75, 1.25, "--evaluate_flip"]
     done = run_code(code, *words, cwd=tmp_path)
     assert json.loads(done.stdout.splitlines()[-1]) == {
         **dict(resize=[90, 33], crop_size=24, size=24, fill=[26, 51, 76], channels=3, seed=7, pin=False, drop_path=0.3),
         **dict(checkpointing=True, bias=True, scale=0.25, head=["upernet", 12, [0, 1, 2, 3], 4, True]),
         **dict(weights=[1.5, 2.5, 3.5, 4.5], auxiliary=0.35, betas=[0.6, 0.7], decays=[0.0, 0.03], clipping=2.5),
+        "predict": dict(flip=True, window=24, stride=16),
+        "view_sizes": dict(mode="slide", scales=[0.75, 1.25], resize=[90, 33], crop_size=24, patch_size=8),
         "scales": [0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0],
         "rates": [0.015625, 0.03125, 0.0625, 0.125, 0.25, 0.5],
         **dict(micro=3, seeds=2, mean=pytest.approx([0.1, 0.2, 0.3]), std=pytest.approx([0.7, 0.8, 0.9])),
