@@ -17,7 +17,7 @@ from modeling.classifier import Classifier
 from modeling.mae import MaskedAutoencoder
 from modeling.upernet import LinearHead, Segmenter
 from modeling.vit import SIZES, VisionTransformer
-from modeling.weights import QKV, TRANSFORMERS_NAMES, TRANSFORMERS_QKV, rename
+from modeling.weights import POOL_SCALES, QKV, TRANSFORMERS_NAMES, TRANSFORMERS_QKV, rename
 
 CROP_RATIO = 0.875  # of evaluation: the part of the resized image that is seen
 KEY_BIAS = TRANSFORMERS_QKV[1] + "bias"
@@ -44,6 +44,15 @@ def to_transformers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             parts = [(name, value)]
         theirs.update((rename(part, TRANSFORMERS_NAMES), tensor) for part, tensor in parts)
     return theirs
+
+
+def to_official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parameters under the names of MaskedAutoencoder or Classifier -> those of the official code's files, which are
+    timm's where there is no decoder.
+
+    The inverse of `weights.to_ours`.
+    """
+    return {name.removeprefix("encoder."): value for name, value in state.items()}
 
 
 def export_encoder(
@@ -98,7 +107,7 @@ def export_classifier(
         raise ValueError(f"{len(classes)} names for {model.num_classes} classes")
     encoder, mean_pooled = model.encoder, model.pooling == "mean"
     state = _folded(model)
-    weights = {"model.safetensors": {name.removeprefix("encoder."): value for name, value in state.items()}}
+    weights = {"model.safetensors": to_official(state)}
     if encoder.img_size[0] != encoder.img_size[1]:
         library = {"model_type": "timm_wrapper", "architectures": ["TimmWrapperForImageClassification"]}
     else:
@@ -127,15 +136,17 @@ def export_segmenter(
     classes: Sequence[str],
     mean: Sequence[float],
     std: Sequence[float],
+    resize: Sequence[int],
 ) -> None:
     """A folder for `UperNetForSemanticSegmentation.from_pretrained(FOLDER)`, transformers'
     `pipeline("image-segmentation", FOLDER)` and `weights.read_state_dict(FOLDER)`, which all compute the same logits;
     the last reads the auxiliary head and BatchNorm of a linear head too.
 
-    `classes` are the names of the classes in their order; `mean`, `std` and the version of transformers as in
-    `export_encoder`. A linear head becomes an UperNet of one level, with the same results. The pipeline makes colour of
-    every image, so it is for models of three channels alone. Raises ValueError where there are more or fewer names than
-    classes, and for an encoder whose own images are not square.
+    `classes` are the names of the classes in their order, `resize` (LONG, SHORT) the sides that images fit in this
+    project's evaluation; `mean`, `std` and the version of transformers as in `export_encoder`. A linear head becomes an
+    UperNet of one level, with the same results. The pipeline makes colour of every image, so it is for models of three
+    channels alone. Raises ValueError where there are more or fewer names than classes, and for an encoder whose own
+    images are not square.
     """
     encoder = model.encoder
     if len(classes) != model.num_classes:
@@ -163,11 +174,12 @@ def export_segmenter(
         "architectures": ["UperNetForSemanticSegmentation"],
         "backbone_config": backbone,
         "hidden_size": model.head_width if upernet else 2 * model.num_classes,
-        "pool_scales": [1, 2, 3, 6] if upernet else [],
+        "pool_scales": POOL_SCALES if upernet else [],
         "use_auxiliary_head": model.auxiliary,
         "auxiliary_in_channels": encoder.embed_dim,
         "auxiliary_channels": model.auxiliary_head.classifier.in_channels if model.auxiliary else 256,
         "transformers_weights": "transformers_model.safetensors",
+        "evaluation": {"resize": list(resize)},  # this project's; other libraries pass over it
         **_class_names(classes),
     }
     preprocessor = {
@@ -309,7 +321,7 @@ def _preprocessor(
 ) -> dict:
     height, width = encoder.img_size
     # Rounded down, as timm and torchvision do. A short side alone does not tell how to cover a crop that is not square.
-    resized_height, resized_width = int(height / crop_ratio), int(width / crop_ratio)
+    resized_height, resized_width = (int(side / crop_ratio + 1e-6) for side in (height, width))
     square = height == width
     return {
         "image_processor_type": "ViTImageProcessor",

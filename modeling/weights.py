@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from modeling.classifier import Classifier
+from modeling.hub import HubError, download, is_on_hub
 from modeling.mae import MaskedAutoencoder
 from modeling.position import resize_positions
 from modeling.upernet import Segmenter
@@ -70,6 +71,7 @@ TRANSFORMERS_5_NAMES = [
 
 OFFICIAL_LINEAR_PROBE_NAMES = [("head.0.", "head_norm."), ("head.1.", "head.")]
 
+POOL_SCALES = [1, 2, 3, 6]  # of pyramid pooling in an UperNet
 SEGMENTATION_HEADS = ("decode_head.", "auxiliary_head.")  # named alike here and in transformers
 # What stands on top of an encoder
 HEADS = ("head.", "head_norm.", "fc_norm.", "vit.pooler.", "fpn.", *SEGMENTATION_HEADS)
@@ -123,11 +125,18 @@ class LoadReport:
 def find_weights(path: str | Path, *, whole: bool) -> Path:
     """What `read_state_dict` is to read where `path` may also be a run folder or an exported `encoder/`.
 
-    `whole` asks for the autoencoder: `encoder/pretraining/` of a run, else its newest whole checkpoint; `pretraining/`
-    of an `encoder/`. Otherwise an encoder is enough: `encoder/` of a run, or `model/` of one that trained a classifier
-    or segmentation model, else its newest whole checkpoint. Files and other folders with weights are returned as they
-    are. Raises WeightsError for a path that is not there, and for a folder that has none of these.
+    `whole` asks for the autoencoder where there is one: `encoder/pretraining/` of a run, `pretraining/` of an
+    `encoder/`. Otherwise an encoder is enough: `encoder/` of a run. Of one that trained a classifier or segmentation
+    model it is `model/`; of a run that has none of these yet, its newest whole checkpoint. Files and other folders with
+    weights are returned as they are, and of hf:OWNER/NAME[@revision] the local copy. Raises WeightsError for a path
+    that is not there, and for a folder that has none of these.
     """
+    if is_on_hub(path):
+        subfolders = ["pretraining", ""] if whole else [""]
+        try:
+            path = download(str(path), weight_files=WEIGHT_FILES, subfolders=subfolders)
+        except HubError as error:
+            raise WeightsError(str(error)) from error
     path = Path(path)
     if path.is_file():
         return path
@@ -136,7 +145,8 @@ def find_weights(path: str | Path, *, whole: bool) -> Path:
             f"{path}: no such file or folder; expected weights or a run folder; correct the path or download them first"
         )
     encoder = path / "encoder"
-    exported = [path / "pretraining", path, encoder / "pretraining"] if whole else [path, encoder, path / "model"]
+    exported = [path / "pretraining", path, encoder / "pretraining"] if whole else [path, encoder]
+    exported.append(path / "model")
     for folder in [*exported, *sorted(path.glob("checkpoints/step_*"), reverse=True)]:
         # The run writes these last; without one, the folder is half written or half removed.
         finished = folder == path or (folder / "config.json").is_file() or (folder / "state.json").is_file()
@@ -163,34 +173,29 @@ class Stored(NamedTuple):
     mean: list[float] | None = None  # of the channels, by which images were normalised
     std: list[float] | None = None
     classes: list[str] | None = None  # names, in the order of the head's rows
-    pooling: str | None = None  # "mean" or "cls"
+    pooling: str | None = None  # "mean" or "cls"; timm has others
     layers: list[int] | None = None  # the blocks, from 0, that a segmentation head sees
+    crop_ratio: float | None = None  # of a classifier's evaluation: the part of the resized image that is seen
+    resize: list[int] | None = None  # LONG, SHORT: the sides that images fit in a segmenter's evaluation
+    mask_ratio: float | None = None  # of an autoencoder
+    norm_pix_loss: bool | None = None
+    unlike: list[str] | None = None  # what the weights were trained with and no module of this project has
 
 
 def read_stored(path: str | Path) -> Stored:
     """What stands beside weights: in the config.json of a folder, transformers' or timm's, or in the args.json of a
-    checkpoint's run."""
+    checkpoint's run. Raises WeightsError for a config.json that is damaged."""
     folder = Path(path)
     if folder.name in WEIGHT_FILES:
         folder = folder.parent
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        config = json.loads((folder / "config.json").read_text())
-        sizes = config.get("backbone_config", config)  # UperNet's has those of its encoder apart
-        if "image_size" not in sizes:
-            return _stored_by_timm(config)
-        sides = sizes["image_size"] if isinstance(sizes["image_size"], list) else [sizes["image_size"]] * 2
-        grid = tuple(side // sizes["patch_size"] for side in sides)
-        heads = sizes["num_attention_heads"], sizes.get("decoder_num_attention_heads")
-        stages = config.get("backbone_config", {}).get("out_features", [])
-        layers = [int(stage.removeprefix("stage")) - 1 for stage in stages] or None
-        processor = {}
-        with contextlib.suppress(OSError):
-            processor = json.loads((folder / "preprocessor_config.json").read_text())
-        names = config.get("id2label")
-        classes = [names[index] for index in sorted(names, key=int)] if names else None
-        if classes == [f"LABEL_{i}" for i in range(len(classes or []))]:
-            classes = None  # nobody named them
-        return Stored(grid, *heads, processor.get("image_mean"), processor.get("image_std"), classes, layers=layers)
+    if (folder / "config.json").is_file():
+        try:
+            return _stored_in_config(json.loads((folder / "config.json").read_text()), folder)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
+            raise WeightsError(
+                f"{folder / 'config.json'}: cannot be read ({type(error).__name__}: {error}); expected the "
+                "configuration of a ViT, as transformers or timm write it; copy it again"
+            ) from error
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         run = json.loads((folder.resolve().parent.parent / "args.json").read_text())
         flags = run["flags"]
@@ -198,8 +203,57 @@ def read_stored(path: str | Path) -> Stored:
         grid = tuple(side // flags["patch_size"] for side in sides)
         heads = flags["encoder_num_heads"], flags.get("decoder_num_heads")  # pre-training's alone
         told = run.get("classes"), flags.get("pooling"), flags.get("layers")
-        return Stored(grid, *heads, flags["mean"], flags["std"], *told)
+        others = {name: flags.get(name) for name in ("resize", "mask_ratio", "norm_pix_loss")}
+        return Stored(grid, *heads, flags["mean"], flags["std"], *told, **others)
     return Stored()
+
+
+def _stored_in_config(config: dict, folder: Path) -> Stored:
+    """What a folder's config.json tells, and the preprocessor_config.json beside it."""
+    sizes = config.get("backbone_config", config)  # UperNet's has those of its encoder apart
+    if "image_size" not in sizes:
+        return _stored_by_timm(config)
+    sides = sizes["image_size"] if isinstance(sizes["image_size"], list) else [sizes["image_size"]] * 2
+    height, width = (side // sizes["patch_size"] for side in sides)
+    stages = config.get("backbone_config", {}).get("out_features", [])
+    processor = {}
+    with contextlib.suppress(FileNotFoundError):
+        processor = json.loads((folder / "preprocessor_config.json").read_text())
+    names = config.get("id2label")
+    classes = [str(names[index]) for index in sorted(names, key=int)] if names else None
+    if classes == [f"LABEL_{i}" for i in range(len(classes or []))]:
+        classes = None  # nobody named them
+    pooling = None
+    if any("ForImageClassification" in name for name in config.get("architectures") or []):
+        pooling = "mean" if config["model_type"] == "beit" and config.get("use_mean_pooling", True) else "cls"
+    unlike = [] if sizes.get("hidden_act", "gelu") == "gelu" else [f"the activation {sizes['hidden_act']}"]
+    if sizes.get("add_fpn") and config.get("pool_scales", POOL_SCALES) != POOL_SCALES:
+        unlike.append(f"the pyramid pooling {' '.join(map(str, config['pool_scales']))}")
+    return Stored(
+        (height, width),
+        int(sizes["num_attention_heads"]),
+        sizes.get("decoder_num_attention_heads"),
+        processor.get("image_mean"),
+        processor.get("image_std"),
+        classes,
+        pooling,
+        layers=[int(stage.removeprefix("stage")) - 1 for stage in stages] or None,
+        crop_ratio=config.get("pretrained_cfg", {}).get("crop_pct") or _crop_ratio(processor),
+        resize=config.get("evaluation", {}).get("resize"),
+        mask_ratio=config.get("mask_ratio"),
+        norm_pix_loss=config.get("norm_pix_loss"),
+        unlike=unlike or None,
+    )
+
+
+def _crop_ratio(processor: dict) -> float | None:
+    """The part of a resized image that the centre crop of a preprocessor_config.json takes, where it does what
+    evaluation does here: a bicubic resize that keeps proportions, and such a crop."""
+    if not processor.get("do_center_crop") or processor.get("resample") != 3:
+        return None
+    sides = processor.get("crop_size"), processor.get("size")
+    crop, size = (side.get("shortest_edge", side.get("height")) if isinstance(side, dict) else side for side in sides)
+    return crop / size if crop and size and crop <= size else None
 
 
 def _stored_by_timm(config: dict) -> Stored:
@@ -208,12 +262,24 @@ def _stored_by_timm(config: dict) -> Stored:
     grid = None
     if "img_size" in arguments and "patch_size" in arguments:
         sides = arguments["img_size"] if isinstance(arguments["img_size"], list) else [arguments["img_size"]] * 2
-        grid = tuple(side // arguments["patch_size"] for side in sides)
+        height, width = (side // arguments["patch_size"] for side in sides)
+        grid = height, width
     names = config.get("label_names") or pretrained.get("label_names")
-    classes = list(names.values() if isinstance(names, dict) else names) if names else None
-    pooling = {"avg": "mean", "token": "cls"}.get(arguments.get("global_pool") or config.get("global_pool"))
-    statistics = pretrained.get("mean"), pretrained.get("std")
-    return Stored(grid, arguments.get("num_heads"), None, *statistics, classes, pooling)
+    classes = [str(name) for name in (names.values() if isinstance(names, dict) else names)] if names else None
+    pooling = arguments.get("global_pool") or config.get("global_pool") or None
+    pooling = {"avg": "mean", "token": "cls"}.get(pooling, pooling)
+    activation = arguments.get("act_layer", "gelu")
+    return Stored(
+        grid,
+        arguments.get("num_heads"),
+        None,
+        pretrained.get("mean"),
+        pretrained.get("std"),
+        classes,
+        pooling,
+        crop_ratio=pretrained.get("crop_pct"),
+        unlike=None if activation == "gelu" else [f"the activation {activation}"],
+    )
 
 
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
@@ -249,9 +315,13 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not state or not _holds_tensors(state):
         raise WeightsError(f"{path}: holds no state dict; expected names and tensors, maybe under 'model'; save those")
     return {WRAPPERS.sub("", name): value for name, value in state.items()}
+
+
+def _holds_tensors(state: dict) -> bool:
+    return all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items())
 
 
 class Weights(NamedTuple):
@@ -311,8 +381,10 @@ def to_ours(state: dict[str, torch.Tensor]) -> tuple[str, dict[str, torch.Tensor
 
     What has no counterpart keeps its name. Raises WeightsError where there is no encoder of a layout that is known.
     """
+    # Numbers that follow from the grid, which older versions of transformers and of BEiT store
+    state = {name: value for name, value in state.items() if not name.endswith(".relative_position_index")}
     if any(name.startswith("encoder.blocks.") for name in state):
-        return "this project", dict(state)
+        return "this project", state
     if {"blocks.0.attn.qkv.weight", "patch_embed.proj.weight"} <= state.keys():
         if "head.1.weight" in state:
             state = {rename(name, OFFICIAL_LINEAR_PROBE_NAMES): value for name, value in state.items()}
@@ -378,12 +450,16 @@ def load_weights(
     encoder_only = isinstance(model, VisionTransformer)
     grid = model.grid if encoder_only else model.encoder.grid
     wanted = {f"encoder.{n}" if encoder_only else n: value for n, value in model.state_dict().items()}
+    if stored.unlike:
+        raise WeightsError(
+            f"weights of {layout} were trained with {' and '.join(stored.unlike)}, which no model here has; give others"
+        )
     _check_sizes(layout, state, wanted, adapt_channels, _other_heads(model, stored))
     if isinstance(model, Segmenter):
         _check_segmenter(layout, state, wanted)
     else:
         _check_extras(layout, state, wanted)
-        _check_head(layout, state, wanted)
+        _check_head(layout, state, wanted, stored)
     adapted = _adapt_channels(state, wanted)
     resized, problems = _resize_tables(state, wanted, grid, stored.grid)
 
@@ -427,6 +503,20 @@ def encoder_sizes(state: dict[str, torch.Tensor], stored: Stored = Stored()) -> 
         mlp_ratio=sizes.mlp_ratio,
         patch_size=sizes.patch_size,
         in_channels=_channels(state),
+    )
+
+
+def decoder_sizes(state: dict[str, torch.Tensor], stored: Stored = Stored()) -> dict | None:  # noqa: B008 - immutable
+    """The arguments of the MaskedAutoencoder that fits the decoder in weights of any known layout; None where they hold
+    none. The number of heads is what `stored` tells, or None. Raises WeightsError for weights without an encoder."""
+    sizes = _sizes(to_ours(_without_values(state))[1], "decoder")
+    if sizes is None:
+        return None
+    return dict(
+        decoder_embed_dim=sizes.width,
+        decoder_depth=sizes.depth,
+        decoder_num_heads=stored.decoder_num_heads,
+        decoder_mlp_ratio=sizes.mlp_ratio,
     )
 
 
@@ -646,7 +736,7 @@ def _check_sizes(
         raise WeightsError(f"weights of {layout} have {'; '.join(words)}; give {', '.join(remedies)}")
 
 
-def _check_head(layout: str, state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+def _check_head(layout: str, state: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], stored: Stored) -> None:
     """Raises WeightsError, in words and with the flags to give, where pooling or head are not those of the model."""
     there, here = _kind(state), _kind(wanted)
     if here is None:
@@ -658,6 +748,11 @@ def _check_head(layout: str, state: dict[str, torch.Tensor], wanted: dict[str, t
         return
     if there is None:
         raise WeightsError(f"weights of {layout} hold no classifier's head; give those of a trained classifier")
+    if stored.pooling not in (None, there[1]):
+        raise WeightsError(
+            f"weights of {layout} have a head on the {stored.pooling} of normed tokens; expected one on the cls token, "
+            "or on the mean with the norm (fc_norm) behind it; give such a classifier"
+        )
     words, remedies = [], []
     if there[0] != here[0]:
         words.append(f"a head of {there[0]} classes, the model {here[0]}")

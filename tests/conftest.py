@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hub import Hub
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +25,7 @@ TINY = [
     *("--decoder_embed_dim", "32", "--decoder_depth", "1", "--decoder_num_heads", "2"),
     *("--num_workers", "0", "--mixed_precision", "no", "--log_every", "1", "--num_preview_images", "2"),
 ]
+SCENES = ["sky", "tree", "road", "sea"]  # classes; the last one is nowhere
 
 
 def write_images(folder: Path, count: int, *, classes: int = 2, size: int = 40, seed: int = 0) -> Path:
@@ -37,6 +39,21 @@ def write_images(folder: Path, count: int, *, classes: int = 2, size: int = 40, 
     return folder
 
 
+def write_scenes(folder, count, split, *, seed):
+    """Pairs of different sizes: three classes in smooth patches of three colours, and some void."""
+    rng = np.random.default_rng(seed)
+    colours = np.array([[0, 0, 0], [90, 160, 230], [40, 140, 50], [120, 110, 100]])
+    for part in ("images", "annotations"):
+        (folder / part / split).mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        size = tuple(int(side) for side in rng.integers(36, 70, 2))
+        mask = Image.fromarray(rng.integers(0, 4, (3, 3), dtype=np.uint8)).resize(size, Image.Resampling.NEAREST)
+        noise = rng.integers(-20, 20, (size[1], size[0], 3))
+        image = np.clip(colours[np.asarray(mask)] + noise, 0, 255).astype(np.uint8)
+        Image.fromarray(image).save(folder / "images" / split / f"scene_{i:02d}.jpg", quality=95)
+        mask.save(folder / "annotations" / split / f"scene_{i:02d}.png")
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
     """40 training and 11 validation images, in two classes."""
@@ -47,11 +64,40 @@ def image_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """10 training and 5 held-out pairs; one of each is entirely void."""
+    folder = tmp_path_factory.mktemp("scenes")
+    write_scenes(folder, 10, "training", seed=0)
+    write_scenes(folder, 5, "validation", seed=1)
+    for split in ("training", "validation"):
+        path = folder / "annotations" / split / "scene_03.png"
+        Image.new("L", Image.open(path).size).save(path)
+    (folder / "classes.txt").write_text("\n".join(SCENES))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def real_images() -> Path:
     """The folder of real data sets that MAE_TEST_DATA names."""
     if "MAE_TEST_DATA" not in os.environ:
         pytest.skip("MAE_TEST_DATA is not set")
     return Path(os.environ["MAE_TEST_DATA"])
+
+
+@pytest.fixture(scope="session")
+def hub_server():
+    """A Hugging Face Hub on this machine."""
+    server = Hub()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def hub(hub_server) -> Hub:
+    """The Hub on this machine, empty. `run(..., **hub.variables(tmp_path))` is a process that talks to it, and so does
+    this one after `hub.enter(monkeypatch, tmp_path)`."""
+    hub_server.clear()
+    return hub_server
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -91,6 +137,9 @@ os.environ.update(variables)
 for number, path in enumerate([os.devnull, *streams]):
     os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
 sys.path[0] = os.path.dirname(sys.argv[0])
+if "HF_ENDPOINT" in variables:  # which has been read before
+    import hub
+    hub.heed(variables)
 numpy.random.seed()  # as unlike as in every new Python
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -105,7 +154,7 @@ def warm() -> subprocess.Popen:
     """A Python that has imported the libraries, once for all tests: that takes longer than most of the runs do."""
     options = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
     single = dict(JE_ARROW_MALLOC_CONF="background_thread:false")  # a process of one thread forks safely
-    options |= dict(env=environment(PYTHONPATH=str(ROOT), **single))
+    options |= dict(env=environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", **single))
     python = subprocess.Popen([sys.executable, "-c", WARM], **options)
     atexit.register(python.communicate)  # nothing more is asked, which ends it
     return python

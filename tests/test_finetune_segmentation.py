@@ -8,7 +8,18 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, log_of, losses_of, run, run_code, run_cold, run_each, run_two, start
+from conftest import (
+    ROOT,
+    SCENES,
+    log_of,
+    losses_of,
+    run,
+    run_code,
+    run_cold,
+    run_each,
+    run_two,
+    start,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -20,41 +31,12 @@ from training.plan import plan_run
 
 SCRIPT = "finetune_segmentation.py"
 WEIGHTS = "--path_to_backbone_checkpoint"
-CLASSES = ["sky", "tree", "road", "sea"]  # the last one is nowhere
 ENCODER = ["--patch_size", 8, "--encoder_embed_dim", 32, "--encoder_depth", 4, "--encoder_num_heads", 2]
 HEAD = ["--head_width", 16, "--layers", 0, 1, 2, 3]
 # Everything random that a run can have, in steps of two micro-batches
 SMALL = ["--crop_size", 32, "--global_batch_size", 4, "--micro_batch_size", 2, "--learning_rate", 1e-3]
 SMALL += ["--drop_path", 0.2, "--num_workers", 0, "--mixed_precision", "no", "--log_every", 1]
 SMALL += ["--num_preview_images", 2]
-
-
-def write_scenes(folder, count, split, *, seed):
-    """Pairs of different sizes: three classes in smooth patches of three colours, and some void."""
-    rng = np.random.default_rng(seed)
-    colours = np.array([[0, 0, 0], [90, 160, 230], [40, 140, 50], [120, 110, 100]])
-    for part in ("images", "annotations"):
-        (folder / part / split).mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        size = tuple(int(side) for side in rng.integers(36, 70, 2))
-        mask = Image.fromarray(rng.integers(0, 4, (3, 3), dtype=np.uint8)).resize(size, Image.Resampling.NEAREST)
-        noise = rng.integers(-20, 20, (size[1], size[0], 3))
-        image = np.clip(colours[np.asarray(mask)] + noise, 0, 255).astype(np.uint8)
-        Image.fromarray(image).save(folder / "images" / split / f"scene_{i:02d}.jpg", quality=95)
-        mask.save(folder / "annotations" / split / f"scene_{i:02d}.png")
-
-
-@pytest.fixture(scope="session")
-def scenes(tmp_path_factory):
-    """10 training and 5 held-out pairs; one of each is entirely void."""
-    folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder, 10, "training", seed=0)
-    write_scenes(folder, 5, "validation", seed=1)
-    for split in ("training", "validation"):
-        path = folder / "annotations" / split / "scene_03.png"
-        Image.new("L", Image.open(path).size).save(path)
-    (folder / "classes.txt").write_text("\n".join(CLASSES))
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -125,9 +107,9 @@ def test_what_a_run_leaves_behind(undisturbed):
     names = ("mean_iou", "mean_accuracy", "overall_accuracy", "per_class_iou", "per_class_accuracy")
     assert metrics["step"] == 7 and all(metrics[name] == evaluations[-1][name] for name in names)
     assert metrics["best_mean_iou"] == max(line["mean_iou"] for line in evaluations)
-    assert list(metrics["per_class_iou"]) == CLASSES and metrics["per_class_accuracy"]["sea"] is None
+    assert list(metrics["per_class_iou"]) == SCENES and metrics["per_class_accuracy"]["sea"] is None
     saved = json.loads((undisturbed / "args.json").read_text())
-    assert saved["classes"] == CLASSES and saved["flags"]["resize"] == [128, 32]
+    assert saved["classes"] == SCENES and saved["flags"]["resize"] == [128, 32]
     assert saved["flags"]["encoder_embed_dim"] == 32 and saved["flags"]["encoder_num_heads"] == 2
     for step in (4, 7):
         with Image.open(undisturbed / "predictions" / f"step_{step:08d}.png") as picture:
@@ -150,10 +132,10 @@ def test_a_stranger_finds_the_same_mean_iou(undisturbed, scenes):
             outputs = model(**processor(images=image, return_tensors="pt"))
         sizes = [image.size[::-1]]
         predictions += [m.numpy() for m in processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)]
-    found = mean_iou(predictions, map(annotation, paths), len(CLASSES))
+    found = mean_iou(predictions, map(annotation, paths), len(SCENES))
     assert found == pytest.approx(metrics_of(undisturbed)["mean_iou"], abs=0.5)
     segments = transformers.pipeline("image-segmentation", model=str(folder))(str(paths[0]))
-    assert {segment["label"] for segment in segments} == {CLASSES[i] for i in np.unique(predictions[0])}
+    assert {segment["label"] for segment in segments} == {SCENES[i] for i in np.unique(predictions[0])}
 
 
 def test_kill_and_resume_in_the_middle_of_an_epoch(undisturbed, flags, tmp_path):
@@ -322,16 +304,6 @@ script.main(sys.argv[1:])
         "rates": [0.015625, 0.03125, 0.0625, 0.125, 0.25, 0.5],
         **dict(micro=3, seeds=2, mean=pytest.approx([0.1, 0.2, 0.3]), std=pytest.approx([0.7, 0.8, 0.9])),
     }
-
-
-def test_views_of_every_shape_hold_two_patches_a_side():
-    sizes = dict(resize=(256, 64), crop_size=64, patch_size=8)
-    view_sizes = finetune_segmentation.view_sizes
-    assert view_sizes(480, 640, mode="slide", scales=[1.0, 0.5], **sizes) == [(64, 85), (32, 40)]
-    assert view_sizes(480, 640, mode="whole", scales=[1.0, 1.3], **sizes) == [(64, 64), (80, 80)]
-    assert view_sizes(10, 4000, mode="slide", scales=[1.0], **sizes) == [(16, 256)]
-    assert view_sizes(50, 60, mode="slide", scales=[0.3], **sizes) == [(16, 24)]  # 19 x 23 has no whole patches
-    assert view_sizes(9, 9, mode="whole", scales=[0.1], **sizes) == [(16, 16)]
 
 
 def test_balanced_weights_favour_rare_classes():

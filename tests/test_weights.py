@@ -714,11 +714,12 @@ def test_the_weights_of_a_segmentation_run(tmp_path):
     statistics = dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
     newest = write_checkpoint(run / "checkpoints" / "step_00000002", model)
     flags = dict(crop_size=32, patch_size=8, encoder_num_heads=2, layers=[0, 1, 2, 3], **statistics)
+    flags["resize"] = [128, 32]
     (run / "args.json").write_text(json.dumps({"flags": flags, "classes": NAMES}))
     assert find_weights(run, whole=False) == newest
-    known = Stored((4, 4), 2, None, *statistics.values(), NAMES, layers=[0, 1, 2, 3])
+    known = Stored((4, 4), 2, None, *statistics.values(), NAMES, layers=[0, 1, 2, 3], resize=[128, 32])
     assert read_stored(newest) == known
-    export_segmenter(model, run / "model", classes=NAMES, **statistics)
+    export_segmenter(model, run / "model", classes=NAMES, resize=(128, 32), **statistics)
     assert find_weights(run, whole=False) == run / "model" and read_stored(run / "model") == known
     for path in (newest, run / "model"):
         ours, encoder = new_segmenter(**EXTRAS), new_segmenter(img_size=64, **EXTRAS).encoder
@@ -727,8 +728,22 @@ def test_the_weights_of_a_segmentation_run(tmp_path):
         assert len(load_weights(encoder, read_state_dict(path), stored=read_stored(path)).resized) == 2
 
 
+def test_numbers_that_follow_from_the_grid_are_left_out():
+    """Older files of BEiT hold them, as buffers of every block."""
+    model = trained(new_segmenter(relative_position_bias=True))
+    state = {f"encoder.blocks.{i}.attn.relative_position_index": torch.zeros(17, 17).long() for i in range(4)}
+    theirs = to_transformers(model.state_dict())
+    theirs = {name.replace("vit.", "backbone.", 1): value for name, value in theirs.items()}
+    index = "backbone.encoder.layer.{}.attention.attention.relative_position_bias.relative_position_index"
+    for more in (state | model.state_dict(), theirs | {index.format(i): torch.zeros(17, 17).long() for i in range(4)}):
+        again = new_segmenter(relative_position_bias=True)
+        load_weights(again, more)
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+
+
 def test_the_linear_head_as_an_upernet_is_for_transformers_alone(tmp_path):
-    export_segmenter(trained(new_segmenter(head=LINEAR)), tmp_path, classes=NAMES, mean=[0.5] * 3, std=[0.5] * 3)
+    statistics = dict(mean=[0.5] * 3, std=[0.5] * 3)
+    export_segmenter(trained(new_segmenter(head=LINEAR)), tmp_path, classes=NAMES, resize=(128, 32), **statistics)
     state = read_state_dict(tmp_path / "transformers_model.safetensors")
     assert segmenter_kind(state) is None
     assert refused(new_segmenter(head=LINEAR), state).endswith("as model.safetensors has them")
@@ -1029,11 +1044,12 @@ def test_heads_and_grid_stand_beside_the_weights(tmp_path):
     export_autoencoder(wide, run / "encoder" / "pretraining", **statistics)
     checkpoint = write_checkpoint(run / "checkpoints" / "step_00000003", wide)
     flags = dict(img_size=[16, 64], patch_size=8, encoder_num_heads=heads, decoder_num_heads=decoder_heads)
-    flags.update(statistics)
+    flags.update(statistics, mask_ratio=0.75, norm_pix_loss=True)
     (run / "args.json").write_text(json.dumps({"flags": flags}))
-    assert read_stored(run / "encoder") == Stored((2, 8), heads, None, *statistics.values())
+    assert read_stored(run / "encoder") == Stored((2, 8), heads, None, *statistics.values(), crop_ratio=0.875)
     whole = (run / "encoder" / "pretraining", checkpoint, checkpoint / "model.safetensors")
-    assert [read_stored(path) for path in whole] == [Stored((2, 8), heads, decoder_heads, *statistics.values())] * 3
+    known = Stored((2, 8), heads, decoder_heads, *statistics.values(), mask_ratio=0.75, norm_pix_loss=True)
+    assert [read_stored(path)._replace(crop_ratio=None) for path in whole] == [known] * 3
     assert read_stored(tmp_path) == read_stored(tmp_path / "mae.pth") == Stored()
 
     larger = new_autoencoder(img_size=(32, 64), patch_size=8)
@@ -1088,7 +1104,7 @@ def test_the_weights_of_a_classifiers_run(classifier_run):
     known = Stored((4, 4), 2, None, [0.5] * 3, [0.25] * 3)
     assert read_stored(newest) == read_stored(newest / "model.safetensors") == known
     for path in (run / "model", run / "model" / "model.safetensors"):
-        assert read_stored(path) == known._replace(classes=NAMES)
+        assert read_stored(path) == known._replace(classes=NAMES, pooling="cls", crop_ratio=0.875)
     state = read_state_dict(run / "model")
     assert classifier_kind(state) == (5, "cls", False)  # its BatchNorm is a part of the head now
     ours = new_classifier("cls")
@@ -1123,7 +1139,8 @@ def test_what_timm_writes(tmp_path):
     statistics = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
     timm.models.save_for_hf(theirs, tmp_path, model_config=dict(label_names=NAMES))
     stored, state = read_stored(tmp_path), read_state_dict(find_weights(tmp_path, whole=False))
-    assert stored == read_stored(tmp_path / "model.safetensors") == Stored((4, 4), 2, None, *statistics, NAMES, "mean")
+    known = Stored((4, 4), 2, None, *statistics, NAMES, "mean", crop_ratio=0.9)
+    assert stored == read_stored(tmp_path / "model.safetensors") == known
     assert classifier_kind(state) == (5, "mean", False) and encoder_sizes(state, stored) == SIZES_OF_SMALL
     load_weights(new_classifier(), state, stored=stored)
 
@@ -1132,12 +1149,53 @@ def test_what_timm_writes(tmp_path):
     del config["model_args"]  # older versions write only those that they are given
     config["label_names"] = dict(enumerate(NAMES))
     file.write_text(json.dumps(config))
-    assert read_stored(tmp_path) == Stored(None, None, None, *statistics, NAMES, "mean")
+    assert read_stored(tmp_path) == known._replace(grid=None, num_heads=None)
     flat = config["pretrained_cfg"] | dict(architecture="vit_base_patch16_224")  # as the oldest versions write it
     file.write_text(json.dumps(flat))
-    assert read_stored(tmp_path) == Stored(None, None, None, *statistics)
-    file.write_text("[]")
-    assert read_stored(tmp_path) == Stored()
+    assert read_stored(tmp_path) == Stored(None, None, None, *statistics, crop_ratio=0.9)
+    for damaged in ("[]", "{", '{"image_size": 32, "patch_size": 0}', '{"image_size": [32], "patch_size": 8}'):
+        file.write_text(damaged)
+        with pytest.raises(
+            WeightsError, match=r"config.json: cannot be read \(.*\); expected the configuration of a ViT"
+        ):
+            read_stored(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "stored, said",
+    [
+        (Stored(pooling="max"), "have a head on the max of normed tokens"),
+        (Stored(pooling="mean"), "have a head on the mean of normed tokens"),
+        (Stored(unlike=["the activation relu"]), "were trained with the activation relu, which no model here has"),
+    ],
+)
+def test_what_parameters_do_not_show_is_refused(stored, said):
+    model = new_classifier("cls")
+    with pytest.raises(WeightsError, match=said):
+        load_weights(model, model.state_dict(), stored=stored)
+
+
+def test_other_activations_and_poolings_are_seen(tmp_path):
+    segmenter = stock_segmenter()
+    backbone = segmenter.config.backbone_config
+    other = UperNetConfig(backbone_config=backbone, hidden_size=12, num_labels=5, pool_scales=[2, 3, 4, 6])
+    for model, unlike in (
+        (ViTModel(ViTConfig(**THEIRS, hidden_act="relu")), ["the activation relu"]),
+        (ViTModel(ViTConfig(**THEIRS)), None),
+        (UperNetForSemanticSegmentation(other), ["the pyramid pooling 2 3 4 6"]),
+        (segmenter, None),
+    ):
+        model.save_pretrained(tmp_path)
+        assert read_stored(tmp_path).unlike == unlike
+    for change, pooling, unlike in (
+        (dict(global_pool="avgmax"), "avgmax", None),
+        (dict(global_pool="avg"), "mean", None),
+        (dict(global_pool="token", act_layer="relu"), "cls", ["the activation relu"]),
+    ):
+        config = dict(architecture="vit_base_patch16_224", model_args=SMALL | change, pretrained_cfg={})
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        stored = read_stored(tmp_path)
+        assert (stored.pooling, stored.unlike) == (pooling, unlike)
 
 
 def test_an_encoder_folder_without_an_autoencoder(tmp_path):

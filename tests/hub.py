@@ -1,0 +1,462 @@
+"""A Hugging Face Hub on the loopback interface, for models: real HTTP, spoken as huggingface_hub 1.33 to 2.4,
+transformers and timm need it to create repositories, branches and pull requests, to upload and to download.
+
+Large files go by git LFS ("basic"): huggingface_hub decides by itself, without asking a server, whether it uses Xet, so
+`variables` and `enter` switch that off. Everything is kept in memory.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
+
+# Whoever has VALID is the user "owner", who may write to OWNER/... alone; READ_ONLY is a token of the same user
+VALID, READ_ONLY, EXPIRED, UNKNOWN = "hf_valid", "hf_read_only", "hf_expired", "hf_unknown"
+USER = "owner"
+ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
+
+
+class File(NamedTuple):
+    content: bytes
+    lfs: bool
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+    @property
+    def oid(self) -> str:
+        """git's, of the content or of the pointer that stands for it."""
+        content = self.content
+        if self.lfs:
+            size = len(content)
+            content = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {size}\n".encode()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+    @property
+    def etag(self) -> str:
+        return self.sha256 if self.lfs else self.oid
+
+    def described(self, path: str) -> dict:
+        described = {"type": "file", "path": path, "size": len(self.content), "oid": self.oid}
+        lfs = {"oid": self.sha256, "size": len(self.content), "pointerSize": 134}
+        return described | ({"lfs": lfs} if self.lfs else {})
+
+
+class Repository:
+    """Commits by their hash, and what names them: branches and pull requests."""
+
+    def __init__(self, private: bool = False):
+        self.private, self.commits, self.names, self.messages = private, {}, {}, {}
+        self.commit("main", {".gitattributes": File(ATTRIBUTES, False)}, "initial commit")
+
+    def commit(self, name: str, files: dict[str, File], message: str) -> str:
+        content = [len(self.commits), message, sorted((path, file.etag) for path, file in files.items())]
+        commit = hashlib.sha1(json.dumps(content).encode()).hexdigest()
+        self.commits[commit], self.messages[commit], self.names[name] = files, message, commit
+        return commit
+
+    def find(self, revision: str) -> str | None:
+        """The commit that a branch, refs/pr/1 or a hash names."""
+        return self.names.get(revision, revision if revision in self.commits else None)
+
+
+class Answer(Exception):
+    """What ends a request."""
+
+    def __init__(self, status: int, content: dict | list | bytes = b"", **headers: str):
+        self.status, self.headers = status, {name.replace("_", "-"): value for name, value in headers.items()}
+        self.content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        if not isinstance(content, bytes):
+            self.headers["Content-Type"] = "application/json"
+        if isinstance(content, dict) and "error" in content:
+            self.headers["X-Error-Message"] = content["error"]
+
+
+class Server(ThreadingHTTPServer):
+    request_queue_size = 64  # snapshot_download asks for several files at once
+
+
+class Hub:
+    """The server, from its construction to `close`.
+
+    `requests` is what was asked: (method, path without its query). `uploads` are the sha256 of the large files that
+    arrived. `fail_uploads_after = n` lets n more of those arrive and refuses the rest; None ends that.
+    """
+
+    def __init__(self):
+        self.lock = threading.RLock()
+        self.clear()
+        self.server = Server(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": self}))
+        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def clear(self) -> None:
+        """Forgets everything: repositories, requests, failures."""
+        with self.lock:
+            self.repositories: dict[str, Repository] = {}
+            self.large: dict[str, bytes] = {}  # by sha256, of commits and waiting for one
+            self.requests: list[tuple[str, str]] = []
+            self.uploads: list[str] = []
+            self.fail_uploads_after: int | None = None
+
+    def add(self, repo_id: str, folder: str | Path, *, revision: str = "main", private: bool = False) -> str:
+        """Puts a folder's files there without a client, as all that a branch holds. Returns the commit."""
+        folder = Path(folder)
+        files = {".gitattributes": File(ATTRIBUTES, False)}
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            content = path.read_bytes()
+            files[path.relative_to(folder).as_posix()] = File(content, is_large(path.name, content))
+        with self.lock:
+            repository = self.repositories.setdefault(repo_id, Repository(private))
+            return repository.commit(revision, files, "Add files")
+
+    def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
+        """The content of a repository's files by path; {} where there is no such repository or revision."""
+        repository = self.repositories.get(repo_id)
+        commit = repository and repository.find(revision)
+        found = repository.commits[commit] if commit else {}
+        return {path: file.content for path, file in found.items() if path != ".gitattributes"}
+
+    def variables(self, folder: Path, *, token: str | None = VALID) -> dict[str, str]:
+        """The environment for a process that takes this for the Hub, whose cache and login are in `folder`."""
+        home = Path(folder) / "hf_home"
+        return {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(home),
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_TOKEN_PATH": str(home / "token"),
+            "HF_TOKEN": token or "",
+            "HF_HUB_OFFLINE": "0",
+            "TRANSFORMERS_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
+
+    def enter(self, monkeypatch, folder: Path, *, token: str | None = VALID) -> None:
+        """Makes this very process take it for the Hub, whose huggingface_hub is imported already."""
+        variables = self.variables(folder, token=token)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        heed(variables, monkeypatch.setattr)
+
+
+def heed(variables: dict[str, str], change=setattr) -> None:
+    """Does what huggingface_hub does with `Hub.variables` where it is imported."""
+    from huggingface_hub import constants, hf_api
+
+    endpoint = variables["HF_ENDPOINT"]
+    for name, value in {
+        "ENDPOINT": endpoint,
+        "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        **{name: variables[name] for name in ("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN_PATH")},
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_TELEMETRY": True,
+        "HF_HUB_DISABLE_PROGRESS_BARS": True,
+    }.items():
+        change(constants, name, value)
+    change(hf_api.api, "endpoint", endpoint)  # behind huggingface_hub.model_info and the like
+
+
+def is_large(path: str, content: bytes) -> bool:
+    """Whether a file goes by LFS: weights and whatever is binary."""
+    return path.endswith(".safetensors") or b"\0" in content[:512]
+
+
+def metadata_errors(card: str) -> list[str]:
+    """What the Hub would refuse in the metadata of a model card."""
+    found = re.match(r"---\r?\n(.*?)\r?\n---(\r?\n|$)", card, re.DOTALL)
+    try:
+        metadata = yaml.safe_load(found[1]) if found else {}
+    except yaml.YAMLError as error:
+        return [f"bad indentation or syntax: {error}"]
+    if not isinstance(metadata, dict):
+        return ["metadata is no mapping"]
+    kinds = dict(license=str, pipeline_tag=str, library_name=str, tags=list, datasets=list, base_model=(str, list))
+    errors = []
+    for name, kind in kinds.items():
+        if name in metadata and not isinstance(metadata[name], kind):
+            errors.append(f'"{name}" is not valid')
+    for model in metadata.get("model-index", []):
+        results = [("name", model), *(("task.type", result) for result in model.get("results", []))]
+        for result in model.get("results", []):
+            results += [("dataset.type", result), ("dataset.name", result), ("metrics", result)]
+            results += [(name, metric) for metric in result.get("metrics", []) for name in ("type", "value")]
+        for name, value in results:
+            for part in name.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+            if value is None or value != value:
+                errors.append(f'"model-index[].{name}" is required')
+    return errors
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request: a method of this class for each kind, found by ROUTES."""
+
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+    timeout = 60
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def handle_one(self) -> None:
+        url = urlsplit(self.path)
+        self.query = {name: values[-1] for name, values in parse_qs(url.query).items()}
+        self.body = self.read_body()
+        with self.hub.lock:
+            self.hub.requests.append((self.command, url.path))
+            try:
+                for methods, pattern, act in ROUTES:
+                    found = re.fullmatch(pattern, url.path)
+                    if found and self.command in methods.split():
+                        act(self, *(unquote(group or "") for group in found.groups()))
+                raise Answer(404, {"error": f"{self.command} {url.path} is nothing that this Hub knows"})
+            except Answer as answer:
+                pass_on = answer
+        self.send_response(pass_on.status)
+        for name, value in pass_on.headers.items():
+            self.send_header(name, value)
+        if "Content-Length" not in pass_on.headers:
+            self.send_header("Content-Length", str(len(pass_on.content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(pass_on.content)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_one
+
+    def read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    # Who asks
+
+    @property
+    def token(self) -> str | None:
+        """The token that came along, where it is good; answers 401 where it is not."""
+        given = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
+        if given == EXPIRED:  # the client takes such a 401 for a missing repository on the real Hub
+            raise Answer(401, {"error": 'User Access Token "test" is expired'}, X_Error_Code="RepoNotFound")
+        if given not in ("", VALID, READ_ONLY):
+            raise Answer(401, {"error": "Invalid credentials in Authorization header"})
+        return given or None
+
+    def may_write(self, repo_id: str) -> None:
+        if self.token is None:
+            raise Answer(401, {"error": "Invalid username or password."})
+        if self.token != VALID or not repo_id.startswith(f"{USER}/"):
+            raise Answer(403, {"error": f"You don't have the rights to write to {repo_id}"})
+
+    def find(self, repo_id: str, revision: str = "main") -> tuple[Repository, str]:
+        """A repository that may be read, and a commit in it; answers 401 or 404 as the Hub does otherwise."""
+        repository, token = self.hub.repositories.get(repo_id), self.token
+        if repository is None or (repository.private and (token is None or not repo_id.startswith(f"{USER}/"))):
+            status = 404 if token else 401
+            raise Answer(status, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
+        commit = repository.find(revision)
+        if commit is None:
+            raise Answer(404, {"error": f"Invalid rev id: {revision}"}, X_Error_Code="RevisionNotFound")
+        return repository, commit
+
+    # Asking
+
+    def whoami(self) -> None:
+        if self.token is None:
+            raise Answer(401, {"error": "Invalid username or password."})
+        role = "write" if self.token == VALID else "read"
+        access = {"accessToken": {"displayName": "test", "role": role}, "type": "access_token"}
+        raise Answer(200, {"type": "user", "name": USER, "fullname": USER, "orgs": [], "auth": access})
+
+    def info(self, repo_id: str, revision: str = "main") -> None:
+        repository, commit = self.find(repo_id, revision or "main")
+        files = repository.commits[commit]
+        content = {"_id": "0" * 24, "id": repo_id, "modelId": repo_id, "author": repo_id.split("/")[0], "sha": commit}
+        content |= {"private": repository.private, "gated": False, "disabled": False, "tags": [], "downloads": 0}
+        blobs = "blobs" in self.query
+        content["siblings"] = [
+            {"rfilename": path, **({"size": len(file.content), "blobId": file.oid} if blobs else {})}
+            for path, file in sorted(files.items())
+        ]
+        raise Answer(200, content)
+
+    def tree(self, repo_id: str, revision: str, below: str) -> None:
+        repository, commit = self.find(repo_id, revision)
+        below = below.strip("/")
+        inside = {path: file for path, file in repository.commits[commit].items() if path.startswith(below)}
+        inside = {path: file for path, file in inside.items() if not below or path[len(below) :].startswith("/")}
+        if below and not inside:
+            raise Answer(404, {"error": f"{below} does not exist on {revision}"}, X_Error_Code="EntryNotFound")
+        recursive = self.query.get("recursive", "").lower() in ("true", "1")
+        depth = below.count("/") + 1 if below else 0
+        folders = {"/".join(path.split("/")[:n]) for path in inside for n in range(depth + 1, path.count("/") + 1)}
+        listed = [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in sorted(folders)]
+        listed += [file.described(path) for path, file in sorted(inside.items())]
+        raise Answer(200, [entry for entry in listed if recursive or entry["path"].count("/") == depth])
+
+    def paths_info(self, repo_id: str, revision: str) -> None:
+        repository, commit = self.find(repo_id, revision)
+        files, paths = repository.commits[commit], parse_qs(self.body.decode()).get("paths", [])
+        raise Answer(200, [files[path].described(path) for path in paths if path in files])
+
+    def refs(self, repo_id: str) -> None:
+        repository, _ = self.find(repo_id)
+        named = {"branches": [], "pullRequests": [], "tags": [], "converts": []}
+        for name, commit in repository.names.items():
+            pull_request = name.startswith("refs/")
+            described = {"name": name, "ref": name if pull_request else f"refs/heads/{name}", "targetCommit": commit}
+            named["pullRequests" if pull_request else "branches"].append(described)
+        raise Answer(200, named)
+
+    def resolve(self, repo_id: str, revision: str, path: str) -> None:
+        repository, commit = self.find(repo_id, revision)
+        file = repository.commits[commit].get(path)
+        if file is None:
+            raise Answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
+        content, size = file.content, len(file.content)
+        headers = {"X_Repo_Commit": commit, "ETag": f'"{file.etag}"', "Accept_Ranges": "bytes"}
+        headers |= {"Content_Type": "application/octet-stream", "Content_Length": str(size)}
+        if file.lfs:
+            headers |= {"X_Linked_ETag": f'"{file.etag}"', "X_Linked_Size": str(size)}
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not part or self.command == "HEAD":
+            raise Answer(200, content, **headers)
+        start, end = int(part[1]), min(size, int(part[2] or size) + 1)
+        if start >= size:
+            raise Answer(416, b"", Content_Range=f"bytes */{size}")
+        headers |= {"Content_Length": str(end - start), "Content_Range": f"bytes {start}-{end - 1}/{size}"}
+        raise Answer(206, content[start:end], **headers)
+
+    # Writing
+
+    def create(self) -> None:
+        asked = json.loads(self.body)
+        repo_id = f"{asked.get('organization') or USER}/{asked['name']}"
+        self.may_write(repo_id)
+        content = {"url": f"{self.hub.endpoint}/{repo_id}", "name": repo_id, "id": "0" * 24}
+        if repo_id in self.hub.repositories:
+            raise Answer(409, {"error": "You already created this model repo", **content})
+        private = asked.get("private") or asked.get("visibility") == "private"
+        self.hub.repositories[repo_id] = Repository(bool(private))
+        raise Answer(200, content)
+
+    def branch(self, repo_id: str, name: str) -> None:
+        self.may_write(repo_id)
+        repository, commit = self.find(repo_id, json.loads(self.body or b"{}").get("startingPoint") or "main")
+        if name.startswith("refs/"):
+            raise Answer(400, {"error": f"Invalid reference for a branch: {name}"})
+        if name in repository.names:
+            raise Answer(409, {"error": f"Reference already exists: refs/heads/{name}"})
+        repository.names[name] = commit
+        raise Answer(200, b"OK")
+
+    def validate(self) -> None:
+        errors = metadata_errors(json.loads(self.body)["content"])
+        raise Answer(400 if errors else 200, {"errors": [{"message": text} for text in errors], "warnings": []})
+
+    def preupload(self, repo_id: str, revision: str) -> None:
+        pull_request = self.query.get("create_pr") == "1"
+        if not pull_request:
+            self.may_write(repo_id)
+        repository, commit = self.find(repo_id, revision)
+        files, answers = repository.commits[commit], []
+        for asked in json.loads(self.body)["files"]:
+            path = asked["path"]
+            large = is_large(path, base64.b64decode(asked["sample"]))
+            known = {"oid": files[path].etag} if path in files else {}
+            answers.append({"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, **known})
+        raise Answer(200, {"files": answers, "commitOid": commit})
+
+    def batch(self, repo_id: str) -> None:
+        self.find(repo_id)
+        if self.token is None:
+            raise Answer(401, {"error": "Invalid username or password."})
+        objects = []
+        for asked in json.loads(self.body)["objects"]:
+            place = f"{self.hub.endpoint}/lfs/{asked['oid']}"
+            actions = {"upload": {"href": place, "header": {}}, "verify": {"href": f"{place}/verify", "header": {}}}
+            objects.append({**asked, **({} if asked["oid"] in self.hub.large else {"actions": actions})})
+        raise Answer(200, {"transfer": "basic", "objects": objects})
+
+    def put(self, sha256: str) -> None:
+        left = self.hub.fail_uploads_after
+        if left is not None and left <= 0:  # as S3 does when nothing comes; the client does not try this one again
+            raise Answer(400, b"<Error><Code>RequestTimeout</Code></Error>", Content_Type="application/xml")
+        if hashlib.sha256(self.body).hexdigest() != sha256:
+            raise Answer(400, b"<Error><Code>BadDigest</Code></Error>", Content_Type="application/xml")
+        self.hub.fail_uploads_after = None if left is None else left - 1
+        self.hub.large[sha256] = self.body
+        self.hub.uploads.append(sha256)
+        raise Answer(200, b"", ETag=f'"{sha256}"')
+
+    def verify(self, sha256: str) -> None:
+        raise Answer(200 if sha256 in self.hub.large else 404, {})
+
+    def commit(self, repo_id: str, revision: str) -> None:
+        pull_request = self.query.get("create_pr") == "1"
+        if not pull_request:
+            self.may_write(repo_id)
+        elif self.token is None:
+            raise Answer(401, {"error": "Invalid username or password."})
+        repository, parent = self.find(repo_id, revision)
+        files, message = dict(repository.commits[parent]), ""
+        for line in self.body.splitlines():
+            key, value = (json.loads(line)[name] for name in ("key", "value"))
+            if key == "header":
+                message = value["summary"]
+            elif key == "file":
+                files[value["path"]] = File(base64.b64decode(value["content"]), False)
+            elif key == "lfsFile":
+                if value["oid"] not in self.hub.large:
+                    raise Answer(400, {"error": f"LFS pointer {value['path']} points to a file that is not there"})
+                files[value["path"]] = File(self.hub.large[value["oid"]], True)
+            elif key == "deletedFile":
+                files.pop(value["path"])
+            elif key == "deletedFolder":
+                files = {path: file for path, file in files.items() if not path.startswith(value["path"])}
+        number = 1 + sum(name.startswith("refs/pr/") for name in repository.names)
+        commit = repository.commit(f"refs/pr/{number}" if pull_request else revision, files, message)
+        place = f"{self.hub.endpoint}/{repo_id}"
+        content = {"success": True, "commitOid": commit, "commitUrl": f"{place}/commit/{commit}", "hookOutput": ""}
+        raise Answer(200, content | ({"pullRequestUrl": f"{place}/discussions/{number}"} if pull_request else {}))
+
+
+NAME = r"([^/]+/[^/]+)"
+MODEL = rf"/api/models/{NAME}"
+ROUTES = [  # methods, path, what answers it, given the groups of the path
+    ("GET", "/api/whoami-v2", Handler.whoami),
+    ("POST", "/api/repos/create", Handler.create),
+    ("POST", "/api/validate-yaml", Handler.validate),
+    ("GET", MODEL, Handler.info),
+    ("GET", rf"{MODEL}/revision/([^/]+)", Handler.info),
+    ("GET", rf"{MODEL}/tree/([^/]+)(/.*)?", Handler.tree),
+    ("GET", rf"{MODEL}/refs", Handler.refs),
+    ("POST", rf"{MODEL}/paths-info/([^/]+)", Handler.paths_info),
+    ("POST", rf"{MODEL}/branch/([^/]+)", Handler.branch),
+    ("POST", rf"{MODEL}/preupload/([^/]+)", Handler.preupload),
+    ("POST", rf"{MODEL}/commit/([^/]+)", Handler.commit),
+    ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", Handler.batch),
+    ("PUT", "/lfs/([0-9a-f]{64})", Handler.put),
+    ("POST", "/lfs/([0-9a-f]{64})/verify", Handler.verify),
+    ("GET HEAD", rf"/{NAME}/resolve/([^/]+)/(.+)", Handler.resolve),
+]

@@ -1,0 +1,194 @@
+"""From weights of any layout to their module, against the libraries that wrote them."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+)
+
+from modeling.classifier import Classifier
+from modeling.export import export_autoencoder, export_encoder, to_official
+from modeling.mae import MaskedAutoencoder
+from modeling.trained import open_trained
+from modeling.upernet import Segmenter
+from modeling.vit import SIZES, VisionTransformer
+from modeling.weights import Stored, WeightsError
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+SIZE = dict(
+    hidden_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=96,
+    image_size=32,
+    patch_size=8,
+    layer_norm_eps=1e-6,
+)
+BEIT = dict(
+    use_absolute_position_embeddings=True,
+    layer_scale_init_value=0.0,
+    use_mean_pooling=True,
+    drop_path_rate=0.0,
+)
+DECODER = dict(
+    decoder_hidden_size=16,
+    decoder_num_hidden_layers=2,
+    decoder_num_attention_heads=2,
+    decoder_intermediate_size=64,
+)
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+NOISE = torch.rand(2, 16, generator=torch.Generator().manual_seed(2))
+
+
+def randomised(module: torch.nn.Module) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return module.eval()
+
+
+def written(model, folder, processor: dict | None = None):
+    model.save_pretrained(folder)
+    if processor:
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+@torch.inference_mode()
+def test_an_autoencoder_of_transformers(tmp_path):
+    config = ViTMAEConfig(**SIZE, **DECODER, mask_ratio=0.5, norm_pix_loss=False)
+    theirs = randomised(ViTMAEForPreTraining(config))
+    ours = open_trained(written(theirs, tmp_path))
+    assert isinstance(ours.model, MaskedAutoencoder) and not ours.model.training
+    assert (ours.model.mask_ratio, ours.model.norm_pix_loss) == (0.5, False)
+    assert ours.model.encoder.num_heads == 4 and ours.model.decoder_blocks[0].attn.num_heads == 2
+    torch.testing.assert_close(ours.model(IMAGES, NOISE).loss, theirs(IMAGES, noise=NOISE).loss, rtol=0, atol=1e-5)
+    assert ours.assumed == ("images normalised by the mean and deviation of ImageNet",) and ours.mean == MEAN
+    encoder = open_trained(tmp_path, whole=False)
+    assert isinstance(encoder.model, VisionTransformer) and encoder.classes == [] and encoder.resize is None
+
+
+@torch.inference_mode()
+def test_classifiers_of_transformers(tmp_path):
+    processor = {
+        "do_center_crop": True,
+        "resample": 3,
+        "crop_size": {"height": 32, "width": 32},
+        "size": {"shortest_edge": 40},
+    }
+    processor |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    names = {"id2label": {0: "ant", 1: "bee", 2: "cat"}, "label2id": {"ant": 0, "bee": 1, "cat": 2}}
+    for model, config, pooling in (
+        (ViTForImageClassification, ViTConfig(**SIZE, **names), "cls"),
+        (BeitForImageClassification, BeitConfig(**SIZE, **BEIT, **names), "mean"),
+    ):
+        theirs = randomised(model(config))
+        ours = open_trained(written(theirs, tmp_path / pooling, processor))
+        assert isinstance(ours.model, Classifier) and ours.model.pooling == pooling
+        torch.testing.assert_close(ours.model(IMAGES), theirs(IMAGES).logits, rtol=0, atol=1e-5)
+        assert (ours.classes, ours.crop_ratio, ours.assumed) == (["ant", "bee", "cat"], 0.8, ())
+        assert (ours.mean, ours.std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+
+
+@torch.inference_mode()
+def test_a_segmenter_of_transformers(tmp_path):
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    for bias, scale in ((True, 0.5), (False, 0.0)):
+        extras = dict(use_relative_position_bias=bias, layer_scale_init_value=scale)
+        backbone = BeitConfig(**SIZE, **BEIT | extras, batch_norm_eps=1e-5, out_features=stages, add_fpn=True)
+        config = UperNetConfig(backbone_config=backbone, hidden_size=12, num_labels=5, auxiliary_in_channels=32)
+        theirs = randomised(UperNetForSemanticSegmentation(config))
+        ours = open_trained(written(theirs, tmp_path / str(bias)))
+        assert isinstance(ours.model, Segmenter) and ours.model.layers == [0, 1, 2, 3]
+        torch.testing.assert_close(ours.model(IMAGES), theirs(IMAGES).logits, rtol=0, atol=1e-4)
+        assert ours.resize == (128, 32) and len(ours.classes) == 5
+
+
+@torch.inference_mode()
+def test_files_of_timm_and_of_the_official_code(tmp_path):
+    for pool, pooling in (("avg", "mean"), ("token", "cls")):
+        theirs = randomised(timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=3, global_pool=pool))
+        torch.save({"model": theirs.state_dict()}, tmp_path / "finetuned.pth")
+        ours = open_trained(tmp_path / "finetuned.pth", told=Stored(num_heads=3))
+        images = torch.randn(1, 3, 224, 224)
+        assert ours.model.pooling == pooling and ours.classes == ["LABEL_0", "LABEL_1", "LABEL_2"]
+        torch.testing.assert_close(ours.model(images), theirs(images), rtol=0, atol=1e-5)
+        assert "no names of classes" in ours.assumed and ours.crop_ratio == 0.875
+        head = {"mean": "a head on the mean of the patch tokens", "cls": "a head on the cls token"}
+        assert head[pooling] in ours.assumed
+        assert "images resized bicubically, proportions kept, and cut to their centre" in ours.assumed
+
+    encoder = VisionTransformer(**SIZES["tiny"] | dict(depth=12), img_size=32)
+    model = randomised(MaskedAutoencoder(encoder, decoder_depth=2, norm_pix_loss=False))
+    torch.save({"model": to_official(model.state_dict())}, tmp_path / "mae.pth")
+    for told, same in ((Stored(norm_pix_loss=False), True), (Stored(), False)):
+        ours = open_trained(tmp_path / "mae.pth", told=told)
+        images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 4)
+        assert torch.equal(ours.model(images, noise).loss, model(images, noise).loss) is same
+        assert ours.layout == "the official MAE" and "16 heads in the decoder, as in the paper" in ours.assumed
+    assert torch.equal(open_trained(tmp_path / "mae.pth", whole=False).model(images), encoder(images))
+
+
+def test_what_is_told_fills_gaps_and_contradicts_nothing(tmp_path):
+    encoder = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    torch.save(encoder.state_dict(), tmp_path / "encoder.pth")
+    told = Stored(num_heads=4, mean=[0.1] * 3, std=[0.2] * 3)
+    ours = open_trained(tmp_path / "encoder.pth", told=told)
+    assert (ours.model.num_heads, ours.mean, ours.std) == (4, [0.1] * 3, [0.2] * 3) and ours.assumed == ()
+    export_encoder(encoder, tmp_path, mean=MEAN, std=STD)
+    with pytest.raises(WeightsError, match="tells num_heads 2 itself, against the 4 given; leave that out"):
+        open_trained(tmp_path, told=told)
+    assert open_trained(tmp_path, told=Stored(num_heads=2, mean=MEAN)).model.num_heads == 2
+
+
+def test_the_autoencoder_beside_an_encoder_comes_first(tmp_path):
+    encoder = VisionTransformer(img_size=(16, 32), patch_size=8, in_channels=4, embed_dim=32, depth=2, num_heads=2)
+    model = randomised(MaskedAutoencoder(encoder, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2))
+    statistics = dict(mean=[0.1, 0.2, 0.3, 0.4], std=[0.5, 0.6, 0.7, 0.8])
+    export_encoder(encoder, tmp_path, **statistics)
+    assert isinstance(open_trained(tmp_path).model, VisionTransformer)
+    export_autoencoder(model, tmp_path / "pretraining", **statistics)
+    ours = open_trained(tmp_path)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in ours.model.state_dict().items())
+    assert (ours.encoder.img_size, ours.mean, ours.std) == ((16, 32), *statistics.values())
+
+
+def test_weights_that_make_no_module(tmp_path):
+    encoder = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    path = tmp_path / "vit.safetensors"
+
+    def message(state, **options) -> str:
+        save_file(state, path)
+        with pytest.raises(WeightsError) as refusal:
+            open_trained(path, **options)
+        text = str(refusal.value)
+        assert text.startswith(f"{path}: ") and "\n" not in text
+        return text
+
+    state = encoder.state_dict()
+    assert "give --encoder_num_heads" in message(state)
+    told = Stored(num_heads=2)
+    assert "make no square" in message(state | {"pos_embed": torch.ones(1, 1 + 12, 32)}, told=told)
+    assert "blocks.1.mlp.fc2.bias is missing" in message(
+        {name: value for name, value in state.items() if name != "blocks.1.mlp.fc2.bias"}, told=told
+    )
+    assert "(32, 32) instead of (128, 32)" in message(
+        state | {"blocks.1.mlp.fc1.weight": torch.ones(32, 32)}, told=told
+    )
+    assert "3" in message(state, told=Stored(num_heads=3))
+    head = {"head.weight": torch.ones(3, 32), "head.bias": torch.ones(3)}
+    assert "a head on the mean of normed tokens" in message(state | head, told=Stored(num_heads=2, pooling="mean"))
+    with pytest.raises(WeightsError, match="no such file or folder"):
+        open_trained(tmp_path / "nothing")
