@@ -25,7 +25,7 @@ from accelerate.utils import broadcast, broadcast_object_list
 
 from data.batches import ClassificationDataset, Normalization, make_loader, own_batches
 from data.sampling import StepSampler, model_seed, seed_everything
-from data.sources import DataError, open_sources
+from data.sources import DataError, describe_data, open_sources
 from data.transforms import rand_augment
 from modeling.classifier import Classifier
 from modeling.export import export_classifier
@@ -38,8 +38,8 @@ from training.checkpoint import (
     check_place,
     claim_run_folder,
     compare_with_run,
-    describe_environment,
     load_training,
+    note_start,
     read_state,
     replace_folder,
     save_training,
@@ -57,6 +57,7 @@ from training.progress import (
     start_trackers,
     truncate_log,
 )
+from training.publish import Publisher, check_hub, check_token
 from training.schedule import is_due, learning_rate_at
 from training.stopping import Crew
 
@@ -98,6 +99,7 @@ def parse_args(argv=None):
     arguments.add_speed_flags(parser)
     arguments.add_logging_flags(parser)
     arguments.add_saving_flags(parser, interval=1)
+    arguments.add_hub_flags(parser)
     arguments.add_image_flags(parser)
     arguments.add_crop_flags(parser, crop_scale=(0.08, 1.0))
     arguments.add_encoder_flags(parser, sizes=SIZES)
@@ -137,7 +139,8 @@ def parse_args(argv=None):
             if name == "min_learning_rate" and args.learning_rate is not None:
                 value = min(value, args.learning_rate)
             setattr(args, name, value)
-    return args, errors + check_flags(args)
+    hub = dict(repository=args.hub_model_id, every=args.hub_every, private=args.hub_private)
+    return args, errors + check_flags(args) + check_hub(args.push_to_hub, **hub)
 
 
 def kind_of_run(args):
@@ -177,6 +180,7 @@ def check_flags(args):
             ("resume_from_checkpoint", None, f"give the checkpoint's folder as {WEIGHTS}, and an --experiment_name"),
             ("linear_probe", False, "the weights tell what they are"),
             ("dry_run", False, "nothing trains"),
+            ("push_to_hub", False, "nothing trains"),
         ):
             if getattr(args, name) != without:
                 errors.append(f"--{name} does not go with --eval_only: {why}; leave it out")
@@ -549,6 +553,7 @@ def main(argv=None):
     if args.eval_only:  # which cannot be resumed
         found = [error.replace("continue it with --resume_from_checkpoint latest or give", "give") for error in found]
     errors += found if checkpoint else found + check_place(WEIGHTS, args.path_to_pretrained_mae_weights, folder.path)
+    errors += check_token() if args.push_to_hub else []
     saved = read_state(checkpoint) if checkpoint else {}
     start_step = saved.get("step", 0)
     if args.num_workers is None:
@@ -627,8 +632,8 @@ def main(argv=None):
     if accelerator.is_main_process and not args.dry_run:
         if not args.eval_only:
             folder.clear_beyond(start_step)
-        if checkpoint is None:
-            write_json(folder.path / "args.json", {"flags": vars(args), "classes": classes, **describe_environment()})
+        told = {"flags": vars(args), "classes": classes, "data": describe_data(train_source, validation_source)}
+        note_start(folder.path, told, start_step, accelerator.num_processes, fresh=checkpoint is None)
         logged = [(truncate_log(folder.path, start_step), best_of(folder.path, "top1"))]
     measured, best = broadcast_object_list(logged)[0]  # after `start_step` and until then, before the run stopped
     if checkpoint:
@@ -684,6 +689,9 @@ def main(argv=None):
     )
     batches = iter(make_loader(train_data, sampler, num_workers=args.num_workers, pin_memory=args.pin_memory))
     save_every = args.save_checkpoint_steps or math.ceil(args.save_checkpoint_interval * length.steps_per_epoch)
+    repository = args.hub_model_id if accelerator.is_main_process else None
+    push_every = args.hub_every * length.steps_per_epoch
+    publisher = Publisher(folder.path, repository, every=push_every, private=args.hub_private)
     erase, mix = make_mixing(args, device)
     options = dict(erase=erase, mix=mix, label_smoothing=args.label_smoothing, max_grad_norm=args.max_grad_norm)
     options |= dict(accelerator=accelerator, waiting=progress.waiting)
@@ -729,13 +737,8 @@ def main(argv=None):
     def save(step):
         with progress.paused():
             progress.check_finite()
-            state = {
-                "step": step,
-                "epoch": step / length.steps_per_epoch,
-                "global_batch_size": batch_plan.global_size,
-                "data": fingerprint,
-                "seconds": progress.seconds,
-            }
+            state = dict(step=step, epoch=step / length.steps_per_epoch, global_batch_size=batch_plan.global_size)
+            state |= dict(data=fingerprint, seconds=progress.seconds)
             options = dict(keep=args.keep_checkpoints, ema=ema.module if ema else None)
             save_training(folder, accelerator, crew, model, optimizer, state, **options)
 
@@ -745,13 +748,14 @@ def main(argv=None):
             save(step)
         if metrics is None or step == length.total_steps:
             break
+        publisher.after(step)
         learning_rate = lr_at(step)
         set_learning_rate(optimizer, learning_rate)
         loss, grad_norm, damaged = train(step)
         new_damage += [(train_source.name(index), reason) for index, reason in damaged]
         logged = progress.step(step + 1, loss, grad_norm, learning_rate)
         stopping = crew.wanted()
-        saving = stopping or step + 1 == length.total_steps or is_due(step + 1, save_every)
+        saving = stopping or step + 1 == length.total_steps or is_due(step + 1, save_every, publisher.every)
         if logged or saving:
             note_damage(new_damage)
             new_damage.clear()
@@ -778,6 +782,7 @@ def main(argv=None):
         finish(folder.path, values, seconds=progress.seconds, **done)
     finish_trackers(accelerator)
     accelerator.end_training()
+    publisher.finish(stop=lambda: bool(crew.signal_name))  # last of all: no other process waits for it
 
 
 if __name__ == "__main__":

@@ -32,11 +32,11 @@ from data.segmentation import (
     EvaluationPairs,
     SegmentationDataset,
     check_masks,
-    keep_ratio,
     open_pairs,
     palette,
+    view_sizes,
 )
-from data.sources import DataError
+from data.sources import DataError, describe_data
 from modeling.export import export_segmenter
 from modeling.sliding_window import predict
 from modeling.upernet import HEADS, Segmenter, default_layers, segmentation_loss
@@ -49,8 +49,8 @@ from training.checkpoint import (
     check_place,
     claim_run_folder,
     compare_with_run,
-    describe_environment,
     load_training,
+    note_start,
     read_state,
     replace_folder,
     save_training,
@@ -69,6 +69,7 @@ from training.progress import (
     start_trackers,
     truncate_log,
 )
+from training.publish import Publisher, check_hub, check_token
 from training.schedule import is_due, learning_rate_at
 from training.stopping import Crew
 
@@ -92,6 +93,7 @@ def parse_args(argv=None):
     arguments.add_speed_flags(parser)
     arguments.add_logging_flags(parser)
     arguments.add_saving_flags(parser, steps=SAVE_STEPS)
+    arguments.add_hub_flags(parser)
     arguments.add_image_flags(parser)
     flag = parser.add_argument_group("crops").add_argument
     size = f"side of the square crops, and of the window of evaluation (default {CROP_SIZE})"
@@ -154,7 +156,8 @@ def parse_args(argv=None):
         args.max_steps = STEPS
     if args.save_checkpoint_interval is None and args.save_checkpoint_steps is None:
         args.save_checkpoint_steps = SAVE_STEPS
-    return args, errors + check_flags(args)
+    hub = dict(repository=args.hub_model_id, every=args.hub_every, private=args.hub_private)
+    return args, errors + check_flags(args) + check_hub(args.push_to_hub, **hub)
 
 
 def _class_weight(text):
@@ -181,6 +184,7 @@ def check_flags(args):
         for name, why in (
             ("resume_from_checkpoint", f"give the checkpoint's folder as {WEIGHTS}, and an --experiment_name"),
             ("dry_run", "nothing trains"),
+            ("push_to_hub", "nothing trains"),
         ):
             if getattr(args, name):
                 errors.append(f"--{name} does not go with --eval_only: {why}; leave it out")
@@ -405,22 +409,6 @@ def optimizer_step(
     return loss, grad_norm, damaged
 
 
-def view_sizes(height, width, *, mode, scales, resize, crop_size, patch_size):
-    """The sizes at which an image of this size is shown to the model in evaluation, one for each scale: at least two
-    patches a side, which a feature pyramid needs, and whole ones where no window slides."""
-    if mode == "slide":
-        long, short = resize
-        sizes = [keep_ratio(height, width, round(long * scale), round(short * scale)) for scale in scales]
-    else:
-        sizes = [(crop_size * scale, crop_size * scale) for scale in scales]
-
-    def whole(side):
-        return max(2, round(side / patch_size)) * patch_size
-
-    # Windows are whole patches; what is smaller or has none is made so, as the model cuts off what is left of a patch
-    return [tuple(s if mode == "slide" and s > crop_size else whole(s) for s in size) for size in sizes]
-
-
 @torch.no_grad()
 def evaluate(model, dataset, classes, normalize, *, predict, read, accelerator, crew, note_damage, num_previews):
     """The scores over all images of `dataset`, each once and at its annotation's own size, damaged ones left out: those
@@ -518,6 +506,7 @@ def main(argv=None):
     if args.eval_only:  # which cannot be resumed
         found = [error.replace("continue it with --resume_from_checkpoint latest or give", "give") for error in found]
     errors += found if checkpoint else found + check_place(WEIGHTS, args.path_to_backbone_checkpoint, folder.path)
+    errors += check_token() if args.push_to_hub else []
     saved = read_state(checkpoint) if checkpoint else {}
     start_step = saved.get("step", 0)
     if args.num_workers is None:
@@ -570,7 +559,7 @@ def main(argv=None):
     del weights
     model.to(device)
     normalize = Normalization(args.mean, args.std, device)
-    export = partial(export_segmenter, classes=classes, mean=args.mean, std=args.std)
+    export = partial(export_segmenter, classes=classes, mean=args.mean, std=args.std, resize=args.resize)
 
     # Optimizer
     steps = dict(total_steps=length.total_steps, warmup_steps=length.warmup_steps, linear=True)
@@ -603,8 +592,8 @@ def main(argv=None):
     if accelerator.is_main_process and not args.dry_run:
         if not args.eval_only:
             folder.clear_beyond(start_step)
-        if checkpoint is None:
-            write_json(folder.path / "args.json", {"flags": vars(args), "classes": classes, **describe_environment()})
+        told = {"flags": vars(args), "classes": classes, "data": describe_data(train_source, validation_source)}
+        note_start(folder.path, told, start_step, accelerator.num_processes, fresh=checkpoint is None)
         logged = [(truncate_log(folder.path, start_step), best_of(folder.path, "mean_iou"))]
     measured, best = broadcast_object_list(logged)[0]  # after `start_step` and until then, before the run stopped
     if checkpoint:
@@ -663,6 +652,9 @@ def main(argv=None):
     )
     batches = iter(make_loader(train_data, sampler, num_workers=args.num_workers, pin_memory=args.pin_memory))
     save_every = args.save_checkpoint_steps or math.ceil(args.save_checkpoint_interval * length.steps_per_epoch)
+    repository = args.hub_model_id if accelerator.is_main_process else None
+    push_every = args.hub_every * length.steps_per_epoch
+    publisher = Publisher(folder.path, repository, every=push_every, private=args.hub_private)
     options = dict(weights=loss_weights, auxiliary_weight=args.auxiliary_weight, max_grad_norm=args.max_grad_norm)
     options |= dict(accelerator=accelerator, waiting=progress.waiting)
 
@@ -702,13 +694,8 @@ def main(argv=None):
     def save(step):
         with progress.paused():
             progress.check_finite()
-            state = {
-                "step": step,
-                "epoch": step / length.steps_per_epoch,
-                "global_batch_size": batch_plan.global_size,
-                "data": fingerprint,
-                "seconds": progress.seconds,
-            }
+            state = dict(step=step, epoch=step / length.steps_per_epoch, global_batch_size=batch_plan.global_size)
+            state |= dict(data=fingerprint, seconds=progress.seconds)
             save_training(folder, accelerator, crew, model, optimizer, state, keep=args.keep_checkpoints)
 
     for step in range(start_step, length.total_steps + 1):  # optimizer steps that are completed
@@ -717,13 +704,14 @@ def main(argv=None):
             save(step)
         if metrics is None or step == length.total_steps:
             break
+        publisher.after(step)
         learning_rate = lr_at(step)
         set_learning_rate(optimizer, learning_rate)
         loss, grad_norm, damaged = train(step)
         new_damage += [(train_source.name(index), reason) for index, reason in damaged]
         logged = progress.step(step + 1, loss, grad_norm, learning_rate)
         stopping = crew.wanted()
-        saving = stopping or step + 1 == length.total_steps or is_due(step + 1, save_every)
+        saving = stopping or step + 1 == length.total_steps or is_due(step + 1, save_every, publisher.every)
         if logged or saving:
             note_damage(new_damage)
             new_damage.clear()
@@ -750,6 +738,7 @@ def main(argv=None):
         finish(folder.path, values, seconds=progress.seconds, **done)
     finish_trackers(accelerator)
     accelerator.end_training()
+    publisher.finish(stop=lambda: bool(crew.signal_name))  # last of all: no other process waits for it
 
 
 if __name__ == "__main__":

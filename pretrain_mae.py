@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 from data.batches import FIXED_EPOCH, Normalization, PretrainingDataset, make_loader, own_batches
 from data.masking import MASK_STRATEGIES
 from data.sampling import StepSampler, model_seed
-from data.sources import DataError, open_sources
+from data.sources import DataError, describe_data, open_sources
 from modeling.export import export_autoencoder, export_encoder
 from modeling.mae import MaskedAutoencoder
 from modeling.vit import SIZES, VisionTransformer
@@ -32,8 +32,8 @@ from training.checkpoint import (
     RunFolder,
     claim_run_folder,
     compare_with_run,
-    describe_environment,
     load_training,
+    note_start,
     read_state,
     save_training,
     write_json,
@@ -43,6 +43,7 @@ from training.optimizer import adamw, parameter_groups, set_learning_rate
 from training.pictures import reconstruction_grid
 from training.plan import describe_run, plan_run, rehearse
 from training.progress import DamagedImages, Progress, finish_trackers, in_bytes, start_trackers, truncate_log
+from training.publish import Publisher, check_hub, check_token
 from training.schedule import is_due, learning_rate_at
 from training.stopping import Crew
 
@@ -60,6 +61,7 @@ def parse_args(argv=None):
     arguments.add_speed_flags(parser)
     arguments.add_logging_flags(parser)
     arguments.add_saving_flags(parser, interval=10)
+    arguments.add_hub_flags(parser)
 
     arguments.add_image_flags(parser)
     arguments.add_crop_flags(parser, crop_scale=(0.2, 1.0))
@@ -99,7 +101,8 @@ def parse_args(argv=None):
     args, errors = parser.read(argv)
 
     args.model = args.model or "base"
-    return args, errors + check_flags(args)
+    hub = dict(repository=args.hub_model_id, every=args.hub_every, private=args.hub_private)
+    return args, errors + check_flags(args) + check_hub(args.push_to_hub, **hub)
 
 
 def check_flags(args):
@@ -385,6 +388,7 @@ def main(argv=None):
     folder = RunFolder(Path(args.working_directory) / args.experiment_name)
     checkpoint, found = claim_run_folder(folder, args.resume_from_checkpoint, accelerator, write=not args.dry_run)
     errors += found
+    errors += check_token() if args.push_to_hub else []
     saved = read_state(checkpoint) if checkpoint else {}
     start_step = saved.get("step", 0)
     if args.num_workers is None:
@@ -468,8 +472,8 @@ def main(argv=None):
     measured = [{}]
     if accelerator.is_main_process and not args.dry_run:
         folder.clear_beyond(start_step)
-        if checkpoint is None:
-            write_json(folder.path / "args.json", {"flags": vars(args), **describe_environment()})
+        told = {"flags": vars(args), "data": describe_data(train_source, validation_source)}
+        note_start(folder.path, told, start_step, accelerator.num_processes, fresh=checkpoint is None)
         measured = [truncate_log(folder.path, start_step)]
     (measured,) = broadcast_object_list(measured)  # after `start_step`, before the run was interrupted
     if checkpoint:
@@ -495,6 +499,9 @@ def main(argv=None):
     )
     batches = iter(make_loader(train_data, sampler, num_workers=args.num_workers, pin_memory=args.pin_memory))
     save_every = args.save_checkpoint_steps or math.ceil(args.save_checkpoint_interval * length.steps_per_epoch)
+    repository = args.hub_model_id if accelerator.is_main_process else None
+    push_every = args.hub_every * length.steps_per_epoch
+    publisher = Publisher(folder.path, repository, every=push_every, private=args.hub_private)
     progress = Progress(
         accelerator,
         folder.path,
@@ -568,13 +575,8 @@ def main(argv=None):
     def save(step):
         with progress.paused():
             progress.check_finite()
-            state = {
-                "step": step,
-                "epoch": step / length.steps_per_epoch,
-                "global_batch_size": batch_plan.global_size,
-                "data": fingerprint,
-                "seconds": progress.seconds,
-            }
+            state = dict(step=step, epoch=step / length.steps_per_epoch, global_batch_size=batch_plan.global_size)
+            state |= dict(data=fingerprint, seconds=progress.seconds)
             save_training(folder, accelerator, crew, model, optimizer, state, keep=args.keep_checkpoints)
 
     for step in range(start_step, length.total_steps + 1):  # optimizer steps that are completed
@@ -583,13 +585,14 @@ def main(argv=None):
             save(step)
         if metrics is None or step == length.total_steps:
             break
+        publisher.after(step)
         learning_rate = lr_at(step)
         set_learning_rate(optimizer, learning_rate)
         loss, grad_norm, damaged = train(step)
         new_damage += [(train_source.name(index), reason) for index, reason in damaged]
         logged = progress.step(step + 1, loss, grad_norm, learning_rate)
         stopping = crew.wanted()
-        saving = stopping or step + 1 == length.total_steps or is_due(step + 1, save_every)
+        saving = stopping or step + 1 == length.total_steps or is_due(step + 1, save_every, publisher.every)
         if logged or saving:
             damaged_images.add(crew.gather(new_damage))
             new_damage.clear()
@@ -620,6 +623,7 @@ def main(argv=None):
         finish(folder.path, plain_model, {**run, **metrics}, mean=args.mean, std=args.std)
     finish_trackers(accelerator)
     accelerator.end_training()
+    publisher.finish(stop=lambda: bool(crew.signal_name))  # last of all: no other process waits for it
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ Paths and labels are kept in flat buffers, so that worker processes share them w
 """
 
 import contextlib
+import glob
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,55 +23,15 @@ class DataError(ValueError):
     """Data that cannot be used: what was given, what was expected, and the remedy, in one line."""
 
 
-class FolderSource:
-    """All images below a folder, those files named `suffixes`, ordered by the bytes of their relative paths.
+class FileSource:
+    """Files in the order in which they are listed, whatever their names; `paths` are relative to `root`."""
 
-    Where each lies in a folder of its own below `root`, that folder's name is its class; otherwise `labels` is None.
-    Raises DataError for a folder that does not exist, cannot be read, or holds no image.
-    """
-
-    def __init__(self, root: str | Path, suffixes: tuple[str, ...] = SUFFIXES):
-        self.root = Path(root)
-        if not self.root.is_dir():
-            raise DataError(f"{root} is no folder; --path_to_data takes a folder of images or builtin:shapes")
-        try:
-            paths = sorted(self._scan(os.fsencode(self.root), suffixes))
-        except OSError as error:
-            raise DataError(
-                f"{os.fsdecode(error.filename)} cannot be read ({error.strerror}); check its permissions"
-            ) from None
-        if not paths:
-            raise DataError(f"{root} holds no image; expected files named {', '.join(suffixes)}")
-        self._paths = b"".join(paths)
-        self._ends = np.cumsum([len(path) for path in paths])
-        folders = [path.partition(b"/")[0] if b"/" in path else None for path in paths]
+    def __init__(self, paths: Sequence[bytes], root: str | Path = ""):
+        self.root = root
         self.classes: list[str] = []
         self.labels: np.ndarray | None = None
-        if None not in folders:
-            names = sorted(set(folders))
-            numbers = {name: number for number, name in enumerate(names)}
-            self.classes = [os.fsdecode(name) for name in names]
-            self.labels = np.array([numbers[folder] for folder in folders])
-
-    @staticmethod
-    def _scan(root: bytes, suffixes: tuple[str, ...]) -> list[bytes]:
-        """Relative paths of the images below `root`, in no order; hidden files and folders are passed over."""
-        found, folders = [], [b""]
-        while folders:
-            folder = folders.pop()
-            here = os.path.join(root, folder)
-            with os.scandir(here) as entries:
-                for entry in entries:
-                    if entry.name.startswith(b"."):
-                        continue
-                    path = os.path.join(folder, entry.name)
-                    if entry.is_dir():
-                        if entry.is_symlink() and _holds(entry.path, here):
-                            continue  # a link to a folder that holds it
-                        folders.append(path)
-                    elif os.path.splitext(entry.name)[1].lower().decode(errors="replace") in suffixes:
-                        found.append(path)
-        return found
+        self._paths = b"".join(paths)
+        self._ends = np.cumsum([len(path) for path in paths])
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -107,9 +69,100 @@ class FolderSource:
         return hashlib.sha256(self._paths + self._ends.tobytes()).hexdigest()[:16]
 
 
+class FolderSource(FileSource):
+    """All images below a folder, those files named `suffixes`, ordered by the bytes of their relative paths.
+
+    Where each lies in a folder of its own below `root`, that folder's name is its class; otherwise `labels` is None.
+    Raises DataError for a folder that does not exist, cannot be read, or holds no image.
+    """
+
+    def __init__(self, root: str | Path, suffixes: tuple[str, ...] = SUFFIXES):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise DataError(f"{root} is no folder; --path_to_data takes a folder of images or builtin:shapes")
+        try:
+            paths = sorted(self._scan(os.fsencode(self.root), suffixes))
+        except OSError as error:
+            raise DataError(
+                f"{os.fsdecode(error.filename)} cannot be read ({error.strerror}); check its permissions"
+            ) from None
+        if not paths:
+            raise DataError(f"{root} holds no image; expected files named {', '.join(suffixes)}")
+        super().__init__(paths, self.root)
+        folders = [path.partition(b"/")[0] if b"/" in path else None for path in paths]
+        if None not in folders:
+            names = sorted(set(folders))
+            numbers = {name: number for number, name in enumerate(names)}
+            self.classes = [os.fsdecode(name) for name in names]
+            self.labels = np.array([numbers[folder] for folder in folders])
+
+    @staticmethod
+    def _scan(root: bytes, suffixes: tuple[str, ...]) -> list[bytes]:
+        """Relative paths of the images below `root`, in no order; hidden files and folders are passed over."""
+        found, folders = [], [b""]
+        while folders:
+            folder = folders.pop()
+            here = os.path.join(root, folder)
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    if entry.name.startswith(b"."):
+                        continue
+                    path = os.path.join(folder, entry.name)
+                    if entry.is_dir():
+                        if entry.is_symlink() and _holds(entry.path, here):
+                            continue  # a link to a folder that holds it
+                        folders.append(path)
+                    elif os.path.splitext(entry.name)[1].lower().decode(errors="replace") in suffixes:
+                        found.append(path)
+        return found
+
+
 def _holds(outer: bytes, inner: bytes) -> bool:
     """Whether the folder `inner` is `outer` or lies below it, links resolved."""
     return os.path.join(os.path.realpath(inner), b"").startswith(os.path.join(os.path.realpath(outer), b""))
+
+
+def find_images(words: Sequence[str]) -> tuple[FileSource, list[str]]:
+    """The files that `words` mean, in the order of the words, and what is wrong with them, a line each.
+
+    A word is a file, whatever its name; a folder, which stands for all images below it, as FolderSource finds them; or
+    a pattern (* ? [...], and ** for folders of any depth), which stands for what it matches, in the order of the bytes
+    and each file once.
+    """
+    paths, errors = [], []
+    for word in words:
+        try:
+            if os.path.isfile(word):
+                paths.append(os.fsencode(word))
+            elif os.path.isdir(word):
+                paths += _below(word)
+            elif os.path.exists(word):
+                errors.append(f"{word} is neither a file nor a folder; give one of these")
+            elif not glob.has_magic(word):
+                errors.append(f"{word!r}: no such file or folder; expected images; correct the path")
+            else:
+                found = {path for match in glob.iglob(os.fsencode(word), recursive=True) for path in _matched(match)}
+                if not found:
+                    errors.append(f"{word} matches no image; correct the pattern")
+                paths += sorted(found)
+        except DataError as error:
+            errors.append(str(error))
+    return FileSource(paths), errors
+
+
+def _below(folder: str | bytes) -> list[bytes]:
+    """The paths of all images below a folder. Raises DataError."""
+    source = FolderSource(os.fsdecode(folder))
+    return [os.fsencode(source.name(index)) for index in range(len(source))]
+
+
+def _matched(path: bytes) -> list[bytes]:
+    """The file that a pattern has matched, or the images below the folder."""
+    if not os.path.isdir(path):
+        return [path]
+    with contextlib.suppress(DataError):  # no image below it
+        return _below(path)
+    return []
 
 
 class ShapesSource:
@@ -147,6 +200,12 @@ class ShapesSource:
 
 
 Source = FolderSource | ShapesSource
+
+
+def describe_data(train: Source, validation: Source | None) -> dict[str, int]:
+    """How much data there is, for args.json: images to train on, their bytes on disk (about), images held out."""
+    held_out = len(validation) if validation else 0
+    return {"images": len(train), "bytes": round(train.size_in_bytes()), "held_out": held_out}
 
 
 def open_sources(path_to_data: str, channels: int) -> tuple[Source, Source | None]:

@@ -3,7 +3,16 @@ import pytest
 import torch
 from PIL import Image
 
-from training.pictures import MOST_CLASSES, MOST_NAMES, confusion_matrix, reconstruction_grid, segmentation_grid
+from training.pictures import (
+    MOST_CLASSES,
+    MOST_NAMES,
+    confusion_matrix,
+    label_picture,
+    loss_curve,
+    reconstruction_grid,
+    segmentation_grid,
+    segmentation_overlay,
+)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -132,3 +141,60 @@ def test_a_legend_has_what_occurs_and_the_most_frequent_first(tmp_path):
         heights.append(pixels.shape)
         assert pixels[-26:, :270].min() < 100  # "and 10 more", on a line of its own
     assert heights[0] == heights[1]
+
+
+def test_a_curve_of_the_loss_falls_from_the_left_to_the_right(tmp_path):
+    path, losses = tmp_path / "deep" / "loss.png", [(step, 1 / step) for step in range(1, 41)]
+    for validation in ([], [(20, 0.5), (40, 0.4)]):
+        loss_curve(path, losses, validation=validation)
+        pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+        assert pixels.shape == (400, 800, 3) and (pixels[0] == 255).all() and (pixels[:, 0] == 255).all()
+        blue, orange = ((abs(pixels - colour) < 10).all(axis=-1) for colour in ((8, 48, 107), (217, 72, 1)))
+        rows, columns = np.nonzero(blue)
+        assert rows[columns.argmin()] < 50 and rows[(columns > 600)].max() > 300
+        assert orange.any() == bool(validation)
+        assert (blue[:60, 600:].any() and orange[:60, 600:].any()) == bool(validation)  # the legend
+
+
+def test_a_curve_of_one_step_is_a_dot(tmp_path):
+    loss_curve(tmp_path / "loss.png", [(1, 2.0)])
+    pixels = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB")).astype(int)
+    assert 10 < (abs(pixels - (8, 48, 107)) < 10).all(axis=-1).sum() < 100
+
+
+def test_labels_are_kept_as_numbers_and_shown_in_colours(tmp_path):
+    labels = np.arange(12, dtype=np.uint8).reshape(3, 4) % 4
+    label_picture(tmp_path / "deep" / "labels.png", labels, [(200, 0, 0), (0, 0, 200), (0, 200, 0)])
+    with Image.open(tmp_path / "deep" / "labels.png") as picture:
+        assert picture.mode == "P" and np.array_equal(np.asarray(picture), labels)
+        colours = np.asarray(picture.convert("RGB"))
+    assert colours[0].tolist() == [[0, 0, 0], [200, 0, 0], [0, 0, 200], [0, 200, 0]]
+    most = np.full((1, 1), 254, np.uint8)
+    label_picture(tmp_path / "most.png", most, [(0, 0, 0)] * 253 + [(9, 8, 7)])
+    assert Image.open(tmp_path / "most.png").convert("RGB").getpixel((0, 0)) == (9, 8, 7)
+
+
+@pytest.mark.parametrize(("width", "height", "channels"), [(600, 400, 3), (40, 60, 1), (1, 700, 3), (5, 5, 3)])
+def test_an_overlay_shows_the_classes_and_the_colours_of_its_legend(tmp_path, width, height, channels):
+    """The upper half is one class, the lower another one, seven pixels in a corner a third; the mask is larger."""
+    labels = np.zeros((3 * height, 3 * width), np.uint8)
+    labels[len(labels) // 2 :] = 2
+    labels.ravel()[:7] = 3
+    image = np.full((channels, height, width), 128, np.uint8)
+    colours = [(200, 0, 0), (200, 200, 0), (0, 0, 200), (0, 200, 0)]
+    segmentation_overlay(tmp_path / "deep" / "x.png", image, labels, ["cat", "dog", "owl", "a long name " * 9], colours)
+    pixels = np.asarray(Image.open(tmp_path / "deep" / "x.png")).astype(int)
+    scale = max(1, 512 // max(width, height))
+    shown = pixels[8 : 8 + height * scale, 8 : 8 + width * scale]
+    upper, lower = shown[len(shown) // 4, width * scale // 2], shown[len(shown) * 3 // 4, width * scale // 2]
+    assert upper[0] - upper[2] == lower[2] - lower[0] == pytest.approx(105, abs=1)
+    legend = pixels[8 + height * scale :].reshape(-1, 3)
+    places = [np.flatnonzero((legend == colour).all(axis=1)).min() for colour in (lower, upper)]
+    assert places[0] != places[1]  # the same colours, the names of the most pixels first
+    assert ((legend[:, 1] > legend[:, 0] + 100) & (legend[:, 1] > legend[:, 2] + 100)).any()  # however few
+    assert not (legend[:, :2].min(axis=1) > legend[:, 2] + 100).any()  # the class that is nowhere
+    edges = [pixels[:8], pixels[-4:], pixels[:, :8], pixels[:, -4:]]
+    assert all((edge == 255).all() for edge in edges)
+    if height > 5:
+        line = shown[len(shown) // 2 - scale : len(shown) // 2 + scale, width * scale // 2]
+        assert (line == 255).all(axis=1).any()  # between the classes

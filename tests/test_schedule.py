@@ -87,3 +87,4 @@ def test_the_rate_of_each_layer_in_the_fine_tuning_recipe(step, embeddings, bloc
 def test_what_is_due_every_so_many_steps():
     assert [step for step in range(8) if is_due(step, 3)] == [3, 6]
     assert not any(is_due(step, 0) for step in range(8))
+    assert [step for step in range(8) if is_due(step, 3, 0, 5)] == [3, 5, 6]

@@ -8,6 +8,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -21,6 +22,7 @@ FREE_FLAGS = {
     "evaluate_every",
     *("compile", "gradient_checkpointing", "dry_run"),
     *("save_checkpoint_interval", "save_checkpoint_steps", "keep_checkpoints"),
+    *("push_to_hub", "hub_model_id", "hub_every", "hub_private"),
     *("per_gpu_batch_size", "micro_batch_size", "gradient_accumulation_steps"),
 }
 
@@ -40,10 +42,11 @@ def fail(errors: list[str], *, show: bool = True) -> NoReturn:
     raise SystemExit(2)
 
 
-def run_script(main: Callable[[], None]) -> None:
+def run_script(main: Callable[[], None], *, remedy: str | None = None) -> None:
     """Runs a script's `main`. What ends it with a known cause ends in one line, and no failure waits for anybody.
 
-    A failed process leaves without Python's farewell, which would wait for loader workers and for other processes.
+    `remedy` is what to do after an interruption or when there is room again, by default to resume the run. A failed
+    process leaves without Python's farewell, which would wait for loader workers and for other processes.
     """
     try:
         main()
@@ -55,10 +58,11 @@ def run_script(main: Callable[[], None]) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             report = (
                 f"{error.filename or 'a file of the run'} could not be written (the disk is full); make room and "
-                "continue with --resume_from_checkpoint auto: whole checkpoints stay whole"
+                + (remedy or "continue with --resume_from_checkpoint auto: whole checkpoints stay whole")
             )
-    except KeyboardInterrupt:  # the second one: the first finishes the step and saves
+    except KeyboardInterrupt:  # of a run, the second one: the first finishes the step and saves
         report, code = "interrupted before the step was saved; continue with --resume_from_checkpoint auto", 130
+        report = f"interrupted; {remedy}" if remedy else report
     except Exception:
         report, code = traceback.format_exc(), 1
     if "Traceback" in report:
@@ -142,7 +146,7 @@ class Parser(argparse.ArgumentParser):
     def read(self, argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
         """The flags, and what is wrong with them; a flag that could not be read then has its default."""
         words, errors = _expand_recipes(sys.argv[1:] if argv is None else argv)
-        args, unknown = self.parse_known_args(words)
+        args, unknown = self.parse_known_intermixed_args(words)  # flags may stand between what is no flag
         known = [option for action in self._actions for option in action.option_strings]
         for before, word in zip(["", *unknown], unknown, strict=False):
             if before.startswith("-") and "=" not in before and not word.startswith("-"):
@@ -420,6 +424,16 @@ def add_saving_flags(parser: Parser, *, interval: int | None = None, steps: int 
         help="optimizer steps between two; overrides the interval" + _default(steps),
     )
     flag("--keep_checkpoints", type=integer(1), default=3, help="how many of the newest to keep (default 3)")
+
+
+def add_hub_flags(parser: Parser) -> None:
+    """Whether and where the run is published, see push_to_hub.py."""
+    flag = parser.add_argument_group("Hugging Face Hub").add_argument
+    pair = partial(flag, action=argparse.BooleanOptionalAction, default=False)
+    pair("--push_to_hub", help="publish the run at its end, with a model card; a failure never stops it (off)")
+    flag("--hub_model_id", metavar="OWNER/NAME", help="repository, made where it does not exist")
+    flag("--hub_every", type=integer(0), default=0, help="epochs between two uploads, 0 = at the end only (default 0)")
+    pair("--hub_private", help="make a new repository private (off)")
 
 
 def resolve_precision(wanted: str | None) -> str:

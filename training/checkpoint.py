@@ -8,11 +8,14 @@ import errno
 import fcntl
 import json
 import os
+import pickle
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -224,11 +227,18 @@ def save_training(
 
 
 def load_training(checkpoint: Path, accelerator, model, optimizer, *, ema: nn.Module | None = None) -> None:
-    """Loads weights (every one of them), optimizer and loss scaler into the prepared objects, and into `ema`."""
+    """Loads weights (every one of them), optimizer and loss scaler into the prepared objects, and into `ema`. Raises
+    RunError for an optimizer's file that would run code."""
     accelerator.unwrap_model(model).load_state_dict(load_file(checkpoint / MODEL))
     if ema is not None:
         ema.load_state_dict(load_file(checkpoint / EMA))
-    states = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
+    try:
+        states = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise RunError(
+            f"{checkpoint / OPTIMIZER}: refused, as it is damaged or holds objects that run code when they are read; "
+            "resume from another checkpoint of the run"
+        ) from error
     optimizer.load_state_dict(states["optimizer"])
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(states["scaler"])
@@ -264,8 +274,8 @@ def _shown(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def describe_environment() -> dict:
-    """Versions, git revision and machine, for args.json."""
+def describe_environment(processes: int) -> dict:
+    """What was typed, versions, git revision and machine, for args.json of a run of so many processes."""
     revision = None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         here = Path(__file__).parent
@@ -276,11 +286,23 @@ def describe_environment() -> dict:
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "processes": processes,
         "versions": {**versions, **{name: metadata.version(name) for name in packages}},
         "git_revision": revision,
         "machine": {"system": platform.platform(), "cores": os.cpu_count(), "gpus": gpus},
         "threads": torch.get_num_threads(),
     }
+
+
+def note_start(folder: Path, told: dict, step: int, processes: int, *, fresh: bool) -> None:
+    """Writes args.json of a run that starts, or adds to it that the run goes on after `step`: by what command, on how
+    many processes, of what machine. `told` is what else the file of a new run holds."""
+    path, environment = folder / "args.json", describe_environment(processes)
+    if not fresh:
+        told = json.loads(path.read_text())
+        environment = {"resumed": [*told.get("resumed", []), {"step": step, **environment}]}
+    write_json(path, {**told, **environment})
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -312,6 +334,25 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
         _sync(target.parent)
     finally:
         _clear_beside(target)
+
+
+@contextlib.contextmanager
+def alone_at(target: Path) -> Iterator[None]:
+    """Makes this process the only one that writes the folder `target`, while the block lasts. Raises RunError where
+    another one is, and where the block cannot write."""
+    path = target.with_name(f".{target.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise RunError(f"{target} is being written by another process; wait for it") from None
+            yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError(f"{target} cannot be written ({error.strerror or error}); give another folder") from error
 
 
 def _beside(target: Path) -> tuple[Path, Path]:

@@ -139,11 +139,7 @@ def segmentation_grid(
 
     font, gap, line, header = ImageFont.load_default(size=13), 8, 20, 48  # pixels
     column = max(tile.width for row in tiles for tile in row) + gap
-    occurring = [number for number in np.argsort(-counts, kind="stable") if counts[number] and number != VOID]
-    names = [(classes[number], Image.new("RGB", (14, 14), tuple(palette[number].tolist()))) for number in occurring]
-    more = [(f"and {len(names) - MOST_NAMES} more", None)] if len(names) > MOST_NAMES else []
-    void = [("void: not labelled", Image.fromarray(_hatching((14, 14))))] if counts[VOID] else []
-    legend = names[:MOST_NAMES] + more + void
+    legend = _legend(counts, classes, palette)
     top = header + sum(row[0].height + gap for row in tiles)
     height = top + -(-len(legend) // 3) * line + gap
     canvas = Image.new("RGB", (max(gap + 3 * column, int(font.getlength(title)) + 2 * gap), height), "white")
@@ -151,12 +147,7 @@ def segmentation_grid(
     draw.text((gap, 6), title, fill="black", font=font)
     for i, caption in enumerate(("image", "annotation", "prediction")):
         draw.text((gap + i * column, 27), caption, fill="#444444", font=font)
-    for i, (name, swatch) in enumerate(legend):
-        x, y = gap + i % 3 * column, top + i // 3 * line
-        if swatch:
-            canvas.paste(swatch, (x, y))
-            draw.rectangle((x, y, x + 14, y + 14), outline="#888888")
-        draw.text((x + 20, y + 7), _shortened(_in_ascii(name), font, width=column - 20 - gap), "black", font, "lm")
+    _draw_legend(canvas, legend, top=top, columns=3, column=column)
     y = header
     for row in tiles:
         for i, tile in enumerate(row):
@@ -164,6 +155,78 @@ def segmentation_grid(
         y += row[0].height + gap
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path)
+
+
+def label_picture(path: Path, labels: np.ndarray, colours: Sequence[tuple[int, int, int]]) -> None:
+    """Writes a PNG of labels (H, W), uint8: its pixels are their numbers, and its palette shows 0 in black and 1 .. N
+    in `colours`."""
+    picture = Image.fromarray(np.asarray(labels, dtype=np.uint8))
+    picture.putpalette([0, 0, 0, *np.asarray(colours, dtype=np.uint8).ravel().tolist()])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+
+
+def segmentation_overlay(
+    path: Path,
+    image: np.ndarray,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    colours: Sequence[tuple[int, int, int]],
+) -> None:
+    """Writes a PNG of an image in light grey under the colours of its classes, which white lines part, and below it
+    their names, those of the most pixels first.
+
+    The image is uint8 (C, H, W) with C 1 or 3; the class numbers (h, w), uint8, are of any size. Small images are
+    enlarged by whole numbers, so that their pixels stay alike.
+    """
+    palette = np.zeros((256, 3), np.float32)
+    palette[: len(colours)] = colours
+    height, width = image.shape[1:]
+    scale = max(1, 512 // max(height, width))
+    size = (width * scale, height * scale)
+    numbers = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+    grey = Image.fromarray(np.ascontiguousarray(np.broadcast_to(image.transpose(1, 2, 0), (height, width, 3))))
+    grey = np.asarray(grey.convert("L").resize(size, Image.Resampling.NEAREST))[..., None]
+    pixels = 0.3 * grey + 45 + 0.525 * palette[numbers]  # from 45 to 255
+    for axis in (0, 1):
+        changes = np.diff(numbers, axis=axis, append=numbers.take([-1], axis)) != 0
+        pixels[changes] = 255
+    picture = Image.fromarray((pixels + 0.5).astype(np.uint8))
+
+    gap, line = 8, 20  # pixels
+    counts = sum(np.bincount(row, minlength=256) for row in labels)  # of all at once, in 64 bits, is large
+    legend = _legend(counts, classes, (0.3 * 128 + 45 + 0.525 * palette + 0.5).astype(np.uint8))
+    columns = min(len(legend), max(1, picture.width // 160))
+    column = max(picture.width // columns, 160)
+    top = gap + picture.height + gap
+    shape = gap + max(picture.width, column) + gap, top - (-len(legend) // columns) * line + gap
+    canvas = Image.new("RGB", shape, "white")
+    canvas.paste(picture, (gap, gap))
+    _draw_legend(canvas, legend, top=top, columns=columns, column=column)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path, compress_level=2)  # four times as fast as 6, and files a tenth larger
+
+
+def _legend(counts: np.ndarray, classes: Sequence[str], palette: np.ndarray) -> list[tuple[str, Image.Image | None]]:
+    """Names and swatches of the class numbers of which there are `counts` (256,) pixels, the most frequent first."""
+    occurring = [number for number in np.argsort(-counts, kind="stable") if counts[number] and number != VOID]
+    names = [(classes[number], Image.new("RGB", (14, 14), tuple(palette[number].tolist()))) for number in occurring]
+    more = [(f"and {len(names) - MOST_NAMES} more", None)] if len(names) > MOST_NAMES else []
+    void = [("void: not labelled", Image.fromarray(_hatching((14, 14))))] if counts[VOID] else []
+    return names[:MOST_NAMES] + more + void
+
+
+def _draw_legend(
+    canvas: Image.Image, legend: list[tuple[str, Image.Image | None]], *, top: int, columns: int, column: int
+) -> None:
+    """Draws names beside their swatches, in lines of so many columns, `column` pixels wide."""
+    draw, font, gap, line = ImageDraw.Draw(canvas), ImageFont.load_default(size=13), 8, 20
+    for i, (name, swatch) in enumerate(legend):
+        x, y = gap + i % columns * column, top + i // columns * line
+        if swatch:
+            canvas.paste(swatch, (x, y))
+            draw.rectangle((x, y, x + 14, y + 14), outline="#888888")
+        draw.text((x + 20, y + 7), _shortened(_in_ascii(name), font, width=column - 20 - gap), "black", font, "lm")
 
 
 def _tile_width(width: int) -> int:
@@ -176,6 +239,30 @@ def _hatching(size: tuple[int, int]) -> np.ndarray:
     x, y = np.meshgrid(*(np.arange(length) for length in size))
     stripes = np.where((x + y) // 4 % 2, 110, 190).astype(np.uint8)
     return np.repeat(stripes[..., None], 3, axis=2)
+
+
+def loss_curve(
+    path: Path, losses: Sequence[tuple[int, float]], *, validation: Sequence[tuple[int, float]] = ()
+) -> None:
+    """Writes a PNG of the training loss, and of the loss on held-out images where there is one, over the optimizer
+    steps. Both are (step, loss), in the order of the steps."""
+    from matplotlib.figure import Figure  # which takes a moment; not pyplot, which would look for a screen
+
+    figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    few = "o" if len(losses) < 20 else ""
+    axes.plot(*zip(*losses, strict=True), color="#08306b", linewidth=1, marker=few, markersize=4)
+    if validation:
+        line = dict(color="#d94801", linewidth=1, marker="o", markersize=4, label="validation")
+        axes.plot(*zip(*validation, strict=True), **line)
+        axes.lines[0].set_label("training")
+        axes.legend(frameon=False)
+    axes.set(xlabel="optimizer step", ylabel="loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(color="#dddddd")
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
 
 
 def _in_ascii(text: str) -> str:

@@ -19,6 +19,6 @@ def learning_rate_at(
     return minimum + (peak - minimum) * remaining
 
 
-def is_due(step, every):
-    """Whether what happens every so many steps (0: never) happens after `step` of them."""
-    return bool(every) and step > 0 and step % every == 0
+def is_due(step, *every):
+    """Whether what happens every so many steps (0: never), or any of several such things, happens after `step`."""
+    return step > 0 and any(steps and step % steps == 0 for steps in every)

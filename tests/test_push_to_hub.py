@@ -1,0 +1,447 @@
+"""From runs to the Hub and back: whole paths as users go them, and what push_to_hub.py refuses."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import hub as server
+import pytest
+import timm
+import torch
+from conftest import ROOT, TINY, log_of, run, run_each
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_house import SCRIPTS, commands
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    UperNetForSemanticSegmentation,
+    ViTMAEForPreTraining,
+)
+
+import push_to_hub
+from modeling.export import to_official
+from modeling.trained import open_trained
+from training.arguments import RunError
+from training.checkpoint import alone_at
+
+MORE = ["--num_workers", 0, "--mixed_precision", "no", "--log_every", 1, "--learning_rate", 1e-3]
+CLASSIFIER = [*MORE, "--per_gpu_batch_size", 8, "--max_steps", 3, "--ema_decay", 0.9]
+SEGMENTER = [*MORE, "--crop_size", 32, "--global_batch_size", 4, "--head_width", 8, "--max_steps", 3]
+SEGMENTER += ["--resize", 128, 40, "--layers", 0, 1, 2, 3]
+
+
+@pytest.fixture(scope="session")
+def runs(image_folder, scenes, tmp_path_factory):
+    """A working directory with a finished run of each script."""
+    cwd = tmp_path_factory.mktemp("runs")
+    work = cwd / "work_dir"
+    data = ["--path_to_data", image_folder]
+    deeper = ["--encoder_depth", 4]
+    run("pretrain_mae.py", *TINY, *deeper, *data, "--max_steps", 10, "--save_checkpoint_steps", 4, cwd=cwd)
+    weights = work / "pretrain_mae"
+    run("finetune_classifier.py", *CLASSIFIER, *data, "--path_to_pretrained_mae_weights", weights, cwd=cwd)
+    data = ["--path_to_data", scenes]
+    run("finetune_segmentation.py", *SEGMENTER, *data, "--path_to_backbone_checkpoint", weights, cwd=cwd)
+    return work
+
+
+@pytest.fixture
+def photo(tmp_path, monkeypatch):
+    """photo.jpg, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Image.radial_gradient("L").convert("RGB").crop((20, 40, 220, 190)).save("photo.jpg")
+    return tmp_path / "photo.jpg"
+
+
+def same(model, other) -> bool:
+    state = other.state_dict()
+    return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def push(*words) -> None:
+    push_to_hub.main([str(word) for word in words])
+
+
+def refused(*words, capsys) -> str:
+    """What is said of bad input, which ends with exit code 2."""
+    with pytest.raises(SystemExit) as end:
+        push(*words)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("error: ") and said.count("\n") == said.count("error: ")
+    return said
+
+
+def test_training_publishes_and_everybody_loads_it(hub, image_folder, scenes, photo, monkeypatch):
+    """The whole path over real HTTP: the three scripts publish, their successors and the libraries read."""
+    cwd, variables = photo.parent, hub.variables(photo.parent)
+    published = ["--push_to_hub", "--hub_private", "--hub_model_id"]
+    data = ["--path_to_data", image_folder]
+    flags = [*TINY, "--encoder_depth", 4, *data, "--epochs", 2, "--hub_every", 1, *published, "owner/mae"]
+    said = run("pretrain_mae.py", *flags, cwd=cwd, **variables)
+    assert "published the finished run" in said.stdout + said.stderr
+    messages = list(hub.repositories["owner/mae"].messages.values())
+    assert messages[-1] == "Weights of step 10" and hub.repositories["owner/mae"].private
+    assert set(messages[1:]) <= {"Weights of step 5", "Weights of step 10"}
+
+    for script, weights, where, more in (
+        ("finetune_classifier.py", "--path_to_pretrained_mae_weights", data, CLASSIFIER),
+        ("finetune_segmentation.py", "--path_to_backbone_checkpoint", ["--path_to_data", scenes], SEGMENTER),
+    ):
+        name = script.removeprefix("finetune_").removesuffix(".py")
+        flags = [*more, *where, weights, "hf:owner/mae", *published, f"owner/{name}"]
+        run(script, *flags, cwd=cwd, **variables)
+    flags = [*TINY, "--encoder_depth", 4, *data, "--max_steps", 1, "--init_from", "hf:owner/mae"]
+    said = run("pretrain_mae.py", *flags, "--experiment_name", "again", cwd=cwd, **variables).stdout
+    assert "0 missing, 0 ignored" in said
+
+    work = cwd / "work_dir"
+    mae, classifier, segmenter = (
+        open_trained(work / f"{name}").model
+        for name in ("pretrain_mae", "finetune_classifier", "finetune_segmentation")
+    )
+    hub.enter(monkeypatch, cwd)
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    with torch.inference_mode():
+        features, loss = mae.encoder(images), mae(images, noise).loss
+        for output, expected in (
+            (AutoModel.from_pretrained("owner/mae")(images).last_hidden_state, features),
+            (timm.create_model("hf-hub:owner/mae", pretrained=True).eval().forward_features(images), features),
+            (
+                ViTMAEForPreTraining.from_pretrained("owner/mae", subfolder="pretraining")(images, noise=noise).loss,
+                loss,
+            ),
+            (AutoModelForImageClassification.from_pretrained("owner/classifier")(images).logits, classifier(images)),
+            (timm.create_model("hf-hub:owner/classifier", pretrained=True).eval()(images), classifier(images)),
+            (UperNetForSemanticSegmentation.from_pretrained("owner/segmentation")(images).logits, segmenter(images)),
+        ):
+            torch.testing.assert_close(output, expected, rtol=0, atol=1e-4)
+    for name, model in (("mae", mae), ("classifier", classifier), ("segmentation", segmenter)):
+        assert same(open_trained(f"hf:owner/{name}").model, model)
+    for name, file in (("mae", "reconstruct"), ("classifier", None), ("segmentation", "overlay")):
+        run("predict.py", f"hf:owner/{name}", photo, "--output", name, cwd=cwd, **variables)
+        assert len((cwd / name / "predictions.jsonl").read_text().splitlines()) == 1
+        assert file is None or any(file in path.name for path in (cwd / name).iterdir())
+
+
+def test_the_cards_tell_what_the_runs_measured_and_their_code_runs(runs, hub, image_folder, scenes, photo, monkeypatch):
+    hub.enter(monkeypatch, photo.parent)
+    for name, metric in (
+        ("pretrain_mae", "masked_psnr"),
+        ("finetune_classifier", "top1"),
+        ("finetune_segmentation", "mean_iou"),
+    ):
+        words = ["--repo_id", f"owner/{name}", "--license", "apache-2.0", "--datasets", "owner/images"]
+        push(runs / name, "--output", name, *words)
+        files = hub.files(f"owner/{name}")
+        metrics, flags = (json.loads((runs / name / f"{part}.json").read_text()) for part in ("metrics", "args"))
+        text = files["README.md"].decode()
+        card = ModelCard(text)
+        values = [result.metric_value for result in card.data.eval_results]
+        assert round(metrics[metric], 4) in values and card.data.license == "apache-2.0"
+        assert card.data.datasets == ["owner/images"]
+        assert flags["command"] in text and f"{flags['data']['images']:,} images" in text
+        assert all(f"| {flag} |" in text for flag, value in flags["flags"].items() if value is not None)
+        for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
+            assert files[picture].startswith(b"\x89PNG")
+        assert "loss.png" in files and len(files) >= 7
+        blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        assert len(blocks) == (1 if name == "finetune_segmentation" else 3 if name == "pretrain_mae" else 2)
+        for block in blocks:
+            exec(block, {})
+        for script, words in commands(text):
+            errors = SCRIPTS[script].parse_args(words)[1]
+            assert not errors, words
+        told = [words for words in text.partition("```bash\n")[2].partition("```")[0].splitlines()]
+        assert len(told) == (4 if name == "pretrain_mae" else 1)
+        for command in told:
+            execute(command, hub, photo, image_folder, scenes)
+
+
+def execute(command: str, hub, photo, image_folder, scenes) -> None:
+    """Runs a command of a card, with real images, and for a few steps where it trains."""
+    python, script, *words = shlex.split(command)
+    assert python == "python"
+    words = [{"IMAGES": image_folder, "DATA": scenes}.get(word, word) for word in words]
+    if script == "predict.py":
+        words += [] if "--features" in words else ["--output", "predictions"]
+    else:
+        words += SEGMENTER if "segmentation" in script else CLASSIFIER
+    run(script, *words, cwd=photo.parent, **hub.variables(photo.parent))
+    for folder in ("predictions", "work_dir/finetune_classifier", "work_dir/finetune_segmentation"):
+        shutil.rmtree(photo.parent / folder, ignore_errors=True)
+
+
+def test_the_commands_of_a_grey_models_card(hub, image_folder, scenes, photo, monkeypatch):
+    hub.enter(monkeypatch, photo.parent)
+    flags = [*TINY, "--encoder_depth", 4, "--path_to_data", image_folder, "--input_channels", 1, "--max_steps", 1]
+    run("pretrain_mae.py", *flags, cwd=photo.parent)
+    push("work_dir/pretrain_mae")
+    text = (photo.parent / "work_dir" / "pretrain_mae" / "hub" / "README.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, {})
+    told = text.partition("```bash\n")[2].partition("```")[0].splitlines()
+    assert len(told) == 4
+    for command in told:
+        execute(command, hub, photo, image_folder, scenes)
+
+
+def test_last_best_and_named_checkpoints(runs, tmp_path, capsys):
+    work = shutil.copytree(runs, tmp_path / "work")
+    for name, checkpoint, place, step in (
+        ("pretrain_mae", "last", "encoder/pretraining", 10),
+        ("pretrain_mae", "step_00000004", "checkpoints/step_00000004", 4),
+        ("finetune_classifier", "best", "best", None),
+        ("finetune_classifier", "last", "model", 3),
+    ):
+        push(work / name, "--checkpoint", checkpoint, "--output", tmp_path / "out")
+        assert same(open_trained(tmp_path / "out").model, open_trained(work / name / place).model)
+        text = (tmp_path / "out" / "README.md").read_text()
+        if step is None:
+            step = json.loads((work / name / "metrics.json").read_text())["best_step"]
+        assert f"The weights are those after step {step} of {'10' if name == 'pretrain_mae' else '3'}." in text
+    capsys.readouterr()
+
+    (work / "pretrain_mae" / "metrics.json").unlink()  # as if it had not come to its end
+    shutil.rmtree(work / "pretrain_mae" / "checkpoints" / "step_00000010")
+    push(work / "pretrain_mae")
+    assert "the run is not finished: this is what it had learned after step 8" in capsys.readouterr().out
+    folder = work / "pretrain_mae" / "hub"
+    assert (
+        "**The run is not finished:** the weights are those after step 8 of 10." in (folder / "README.md").read_text()
+    )
+    assert same(open_trained(folder).model, open_trained(work / "pretrain_mae" / "checkpoints" / "step_00000008").model)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "loss.png",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "pretraining",
+        "transformers_model.safetensors",
+    ]
+
+
+def test_weights_of_other_projects_are_converted(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    mae = open_trained(runs / "pretrain_mae").model
+    classifier = open_trained(runs / "finetune_classifier").model
+    torch.save({"model": to_official(mae.state_dict())}, "mae.pth")
+    torch.save({"model": to_official(classifier.state_dict())}, "finetuned.pth")
+    heads = ["--encoder_num_heads", 2]
+    push("mae.pth", "--output", "mae", *heads, "--decoder_num_heads", 2, "--mean", 0.1, 0.2, 0.3, "--std", 1, 1, 1)
+    push("finetuned.pth", "--output", "classifier", *heads)
+    said = capsys.readouterr().out
+    assert "read as the official MAE" in said and "nobody told, so it was assumed: no names of classes" in said
+    for folder, model in (("mae", mae), ("classifier", classifier)):
+        again = open_trained(folder)
+        assert same(again.model, model) and timm.create_model(f"local-dir:{folder}", pretrained=True)
+        assert "model-index" not in ModelCard.load(f"{folder}/README.md").data.to_dict()
+    assert open_trained("mae").mean == [0.1, 0.2, 0.3]
+    official = to_official(open_trained("mae").model.state_dict())
+    stored = torch.load("mae.pth", weights_only=True)["model"]
+    assert official.keys() == stored.keys() and all(torch.equal(official[name], stored[name]) for name in stored)
+
+
+def test_bad_input_is_refused_before_anything_is_written(runs, tmp_path, capsys):
+    work = shutil.copytree(runs, tmp_path / "work")
+    mae, empty, out = work / "pretrain_mae", tmp_path / "empty", tmp_path / "out"
+    empty.mkdir()
+    state = to_official(open_trained(mae).model.state_dict())
+    torch.save(state, tmp_path / "fits.pth")
+    torch.save(state | {"blocks.1.norm1.bias": torch.ones(5)}, tmp_path / "shapes.pth")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").write_text("mine")
+    started = shutil.copytree(mae, tmp_path / "started")
+    for part in ("checkpoints", "encoder"):
+        shutil.rmtree(started / part)
+    (started / "metrics.json").unlink()
+    for words, said in (
+        ([empty, "--output", out], "a folder without weights; expected"),
+        ([tmp_path / "nothing", "--output", out], "no such file or folder"),
+        ([started], "has no whole checkpoint yet; wait for the first one"),
+        ([mae, "--checkpoint", "best"], "has no best/; expected a fine-tuning that was validated; give last"),
+        ([mae, "--checkpoint", "step_1"], "step_1 is no whole checkpoint"),
+        ([mae / "encoder"], "--output is missing"),
+        ([mae / "encoder", "--output", out, "--checkpoint", "best"], "--checkpoint best is of a run, and"),
+        ([mae, "--output", tmp_path / "taken"], "exists and is no folder of this script"),
+        ([tmp_path / "shapes.pth", "--output", out, "--encoder_num_heads", 2], "(5,) instead of (32,)"),
+        ([tmp_path / "cut.safetensors", "--output", out], "not readable"),
+        ([mae, "--repo_id", "no owner"], "--repo_id 'no owner' is no name of a repository on the Hub"),
+        ([mae, "--repo_id", "mae"], "expected OWNER/NAME"),
+        ([mae, "--private", "--create_pr"], "--create_pr is of an upload; give --repo_id OWNER/NAME with it"),
+        ([mae, "--repo_id", "owner/x", "--create_pr", "--revision", "y"], "--create_pr asks for a change of main"),
+        ([mae, "--mean", 0.5, 0.5], "tells mean [0.485, 0.456, 0.406] itself, against the [0.5, 0.5] given"),
+        ([mae, "--encoder_num_heads", 4], "tells num_heads 2 itself, against the 4 given; leave that out"),
+        (
+            [tmp_path / "fits.pth", "--output", out, "--encoder_num_heads", 2, "--mean", 0.5, 0.5],
+            "--mean has 2 values for 3 channels; give one a channel",
+        ),
+        ([mae, "--licence", "mit"], "--licence is not a flag of"),
+    ):
+        assert said in refused(*words, capsys=capsys), words
+    errors = refused(mae, "--repo_id", "a b", "--checkpoint", "nothing", "--mean", "x", capsys=capsys)
+    assert errors.count("error: ") == 3  # all in one go
+    assert not out.exists() and not (mae / "hub").exists() and (tmp_path / "taken" / "mine.txt").exists()
+
+
+class Hostile:
+    def __init__(self, file):
+        self.file = str(file)
+
+    def __reduce__(self):
+        return os.mkdir, (self.file,)
+
+
+def test_code_in_weights_is_refused_wherever_weights_are_read(runs, image_folder, scenes, photo):
+    """In a file, a folder, and in the checkpoint that a run resumes from."""
+    cwd, folder = photo.parent, photo.parent / "weights"
+    folder.mkdir()
+    for file in (cwd / "hostile.pth", folder / "pytorch_model.bin"):
+        torch.save({"model": Hostile(cwd / "trace")}, file)
+        data = ["--path_to_data", image_folder]
+        for script, *flags in (
+            ("push_to_hub.py", file, "--output", "out"),
+            ("predict.py", file, photo),
+            ("pretrain_mae.py", *TINY, *data, "--max_steps", 1, "--init_from", file),
+            ("finetune_classifier.py", *CLASSIFIER, *data, "--path_to_pretrained_mae_weights", file.parent)
+            if file.parent == folder
+            else ("finetune_classifier.py", *CLASSIFIER, *data, "--path_to_pretrained_mae_weights", file),
+            ("finetune_segmentation.py", *SEGMENTER, "--path_to_data", scenes, "--path_to_backbone_checkpoint", file),
+        ):
+            (said,) = run_each(script, [flags], cwd=cwd, code=2)
+            assert re.search(r"^error: .*refused, as it is damaged or holds objects that run code", said, re.M), said
+            assert "Traceback" not in said
+
+    run("pretrain_mae.py", *TINY, *data, "--max_steps", 2, "--save_checkpoint_steps", 1, cwd=cwd)
+    checkpoints = cwd / "work_dir" / "pretrain_mae" / "checkpoints"
+    shutil.rmtree(checkpoints / "step_00000002")
+    optimizer, state = (checkpoints / "step_00000001" / name for name in ("optimizer.pt", "state.json"))
+    torch.save({"optimizer": Hostile(cwd / "trace")}, optimizer)
+    told = json.loads(state.read_text())
+    told["files"]["optimizer.pt"] = optimizer.stat().st_size
+    state.write_text(json.dumps(told))
+    flags = [*TINY, *data, "--max_steps", 2, "--save_checkpoint_steps", 1, "--resume_from_checkpoint", "latest"]
+    (said,) = run_each("pretrain_mae.py", [flags], cwd=cwd, code=1)
+    assert re.search(r"^error: .*optimizer.pt: refused, as it is damaged or holds objects", said, re.M), said
+    assert not (cwd / "trace").exists()
+    torch.load(optimizer, weights_only=False)  # which shows that it would have run
+    assert (cwd / "trace").exists()
+
+
+def test_a_folder_that_a_library_reads_otherwise_is_not_written(runs, tmp_path, monkeypatch):
+    export = push_to_hub.export
+
+    def wrong(trained, folder):
+        export(trained, folder)
+        state = load_file(folder / "transformers_model.safetensors")
+        state["layernorm.weight"].view(-1)[0] += 1e-3
+        save_file(state, folder / "transformers_model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(push_to_hub, "export", wrong)
+    with pytest.raises(RunError, match="transformers AutoModel computes something else from the folder: a difference"):
+        push(runs / "pretrain_mae", "--output", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
+
+
+def test_weights_that_diverged_and_places_that_cannot_be_written(runs, tmp_path):
+    state = to_official(open_trained(runs / "pretrain_mae").model.state_dict())
+    torch.save(state | {"norm.bias": torch.full((32,), torch.nan)}, tmp_path / "nan.pth")
+    heads = ["--encoder_num_heads", 2, "--decoder_num_heads", 2]
+    with pytest.raises(RunError, match="weights that are not finite; give an earlier checkpoint"):
+        push(tmp_path / "nan.pth", "--output", tmp_path / "out", *heads)
+    for output in ("/dev/null/x", "/proc/x"):
+        with pytest.raises(RunError, match=f"{output} cannot be written"):
+            push(runs / "pretrain_mae", "--output", output)
+    with (
+        alone_at(tmp_path / "taken"),
+        pytest.raises(subprocess.CalledProcessError, match="exit status 1"),
+    ):
+        words = [ROOT / "push_to_hub.py", runs / "pretrain_mae", "--output", tmp_path / "taken"]
+        subprocess.run([sys.executable, *words], check=True)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "taken").exists()
+
+
+def test_a_run_that_went_on_tells_each_start(image_folder, tmp_path):
+    flags = [*TINY, "--path_to_data", image_folder, "--save_checkpoint_steps", 2, "--max_steps", 4]
+    run("pretrain_mae.py", *flags, cwd=tmp_path)
+    folder = tmp_path / "work_dir" / "pretrain_mae"
+    first = json.loads((folder / "args.json").read_text())
+    shutil.rmtree(folder / "checkpoints" / "step_00000004")
+    (folder / "metrics.json").unlink()
+    flags += ["--resume_from_checkpoint", "latest", "--log_every", 2]
+    run("pretrain_mae.py", *flags, cwd=tmp_path)
+    told = json.loads((folder / "args.json").read_text())
+    (resumed,) = told.pop("resumed")
+    assert told == first and resumed["step"] == 2 and "--resume_from_checkpoint latest" in resumed["command"]
+    push(folder)
+    text = (folder / "hub" / "README.md").read_text()
+    assert f"| resumed after step 2 | `{resumed['command']}`, no GPU, " in text and first["command"] in text
+
+
+def test_failed_uploads_leave_the_folder_ready(runs, hub, tmp_path, monkeypatch, capsys):
+    bert = tmp_path / "bert"
+    bert.mkdir()
+    (bert / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    hub.add("owner/bert", bert)
+    for token, repo_id, said in (
+        (None, "owner/mae", "there is no token of the Hugging Face Hub"),
+        (server.EXPIRED, "owner/mae", "the token is not valid or has expired"),
+        (server.READ_ONLY, "owner/mae", "the token may not write to owner/mae"),
+        (
+            server.VALID,
+            "owner/bert",
+            "owner/bert holds a model of another type (bert BertModel, and this is vit ViTModel)",
+        ),
+    ):
+        out = tmp_path / f"out_{token}"
+        hub.enter(monkeypatch, tmp_path, token=token)
+        with pytest.raises(RunError) as failure:
+            push(runs / "pretrain_mae", "--output", out, "--repo_id", repo_id)
+        text = str(failure.value)
+        assert said in text and f"{out} is ready, repeat with: python " in text and "\n" not in text
+        assert isinstance(AutoModel.from_pretrained(out), torch.nn.Module) and (out / "README.md").is_file()
+    assert "owner/mae" not in hub.repositories and list(hub.files("owner/bert")) == ["config.json"]
+
+
+def test_training_goes_on_where_the_hub_does_not(image_folder, hub, tmp_path):
+    """A failed upload costs a line; a missing token is told before the first step."""
+    flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 10, "--push_to_hub", "--hub_model_id", "owner/mae"]
+    variables = hub.variables(tmp_path) | {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    said = run("pretrain_mae.py", *flags, cwd=tmp_path, **variables)
+    said, folder = said.stdout + said.stderr, tmp_path / "work_dir" / "pretrain_mae"
+    assert "warning: the finished run is not published: " in said and "repeat with: python" in said
+    assert (folder / "metrics.json").is_file() and log_of(folder)[-1]["step"] == 10
+    assert (folder / "hub" / "README.md").is_file()
+
+    variables = hub.variables(tmp_path, token=None)
+    flags += ["--experiment_name", "without"]
+    said = run("pretrain_mae.py", *flags, cwd=tmp_path, code=2, **variables).stderr
+    assert "error: there is no token of the Hugging Face Hub" in said and said.count("error: ") == 1
+
+
+def test_flags_of_the_hub(capsys):
+    for script in ("pretrain_mae.py", "finetune_classifier.py", "finetune_segmentation.py"):
+        for words, said in (
+            (["--push_to_hub"], "--push_to_hub needs a repository; give --hub_model_id OWNER/NAME"),
+            (["--hub_model_id", "owner/mae"], "--hub_model_id is of --push_to_hub, which is missing"),
+            (["--hub_every", "2"], "--hub_every is of --push_to_hub, which is missing"),
+            (["--hub_private"], "--hub_private is of --push_to_hub, which is missing"),
+            (["--push_to_hub", "--hub_model_id", "a b"], "--hub_model_id 'a b' is no name of a repository"),
+        ):
+            _, errors = SCRIPTS[script].parse_args(["--path_to_data", "builtin:shapes", *words])
+            assert len(errors) == 1 and said in errors[0]
+        _, errors = SCRIPTS[script].parse_args(
+            ["--path_to_data", "builtin:shapes", "--push_to_hub", "--hub_model_id", "owner/mae", "--hub_every", "2"]
+        )
+        assert not errors
+    for script in ("finetune_classifier.py", "finetune_segmentation.py"):
+        weights = "--path_to_pretrained_mae_weights" if "classifier" in script else "--path_to_backbone_checkpoint"
+        words = ["--path_to_data", "x", weights, "y", "--eval_only", "--push_to_hub", "--hub_model_id", "owner/mae"]
+        assert "--push_to_hub does not go with --eval_only" in SCRIPTS[script].parse_args(words)[1][0]
