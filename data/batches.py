@@ -176,6 +176,69 @@ class ClassificationDataset(Dataset):
         return training(image, rng, self.img_size, scale=self.crop_scale, augment=self.augment)
 
 
+class ListedBatch(NamedTuple):
+    """What became of some images that are listed."""
+
+    indices: list[int]  # of those that could be read
+    inputs: tuple[torch.Tensor, ...]  # (B, ...) each: what was prepared of them; () where there are none
+    damaged: list[tuple[int, str]]  # index and reason of the others
+
+
+class ListedDataset(Dataset):
+    """Takes a list of sample indices and prepares those images that can be read; the others are told, not replaced.
+
+    `prepare(image, index)` makes one or several tensors of an upright image, uint8 (C, H, W) of any size; those of a
+    batch have equal shapes. One image at a time is in memory at its own size.
+    """
+
+    def __init__(
+        self, source: Source, *, channels: int, prepare: Callable[[torch.Tensor, int], tuple[torch.Tensor, ...]]
+    ):
+        self.source, self.channels, self.prepare = source, channels, prepare
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, indices: Sequence[int]) -> ListedBatch:
+        readable, prepared, damaged = [], [], []
+        for index in indices:
+            (data,) = self.source.fetch([index])
+            try:
+                image = image_of(data, self.channels)
+            except DamagedImage as error:
+                damaged.append((index, str(error)))
+                continue
+            prepared.append(self.prepare(image, index))
+            readable.append(index)
+        inputs = tuple(torch.stack(parts) for parts in zip(*prepared, strict=True))
+        return ListedBatch(readable, inputs, damaged)
+
+
+def centre_crop(
+    image: torch.Tensor, index: int, *, size: tuple[int, int], crop_ratio: float
+) -> tuple[torch.Tensor, ...]:
+    """What an encoder or a classifier sees of an image: (crop uint8 (C, *size),)."""
+    return (evaluation(image, size, crop_ratio=crop_ratio),)
+
+
+def masked_crop(
+    image: torch.Tensor,
+    index: int,
+    *,
+    size: tuple[int, int],
+    grid: tuple[int, int],
+    num_kept: int,
+    mask_strategy: str,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a masked autoencoder sees of an image: (crop uint8 (C, *size), noise (L,)).
+
+    The noise is drawn from (seed, index) alone, and with the seed 0 it is that of validation.
+    """
+    noise = mask_noise(mask_strategy, sample_generator(seed, FIXED_EPOCH, index), grid, num_kept)
+    return evaluation(image, size), torch.from_numpy(noise)
+
+
 class Normalization:
     """Between uint8 images (B, C, H, W) and what a model sees, on the device, in float32."""
 

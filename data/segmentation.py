@@ -312,6 +312,35 @@ def keep_ratio(height: int, width: int, long: int, short: int) -> tuple[int, int
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
+def view_sizes(
+    height: int,
+    width: int,
+    *,
+    mode: str,
+    scales: Sequence[float],
+    resize: tuple[int, int],
+    crop_size: int,
+    patch_size: int,
+) -> list[tuple[int, int]]:
+    """The sizes at which an image of this size is shown to a model in evaluation, one for each of `scales`: at least
+    two patches a side, which a feature pyramid needs, and whole ones where no window slides.
+
+    With `mode` "slide", it fits `resize` (long side, short side) times the scale, proportions kept; with "whole", it is
+    a square of `crop_size` times the scale.
+    """
+    if mode == "slide":
+        long, short = resize
+        sizes = [keep_ratio(height, width, round(long * scale), round(short * scale)) for scale in scales]
+    else:
+        sizes = [(crop_size * scale, crop_size * scale) for scale in scales]
+
+    def whole(side: float) -> int:
+        return max(2, round(side / patch_size)) * patch_size
+
+    # Windows are whole patches; what is smaller or has none is made so, as the model cuts off what is left of a patch
+    return [tuple(s if mode == "slide" and s > crop_size else whole(s) for s in size) for size in sizes]
+
+
 def evaluation_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """(C, H, W) -> (C, *size), uint8, by an antialiased bilinear filter."""
     return F.resize(image, list(size), InterpolationMode.BILINEAR, antialias=True)
@@ -387,6 +416,25 @@ def photometric_distortion(image: torch.Tensor, rng: np.random.Generator) -> tor
     if changed[1] and not changed[4]:
         image = F.adjust_brightness(image, contrast)
     return image
+
+
+def view_and_preview(
+    image: torch.Tensor,
+    index: int,
+    *,
+    sizes: Callable[[int, int], list[tuple[int, int]]],
+    longest: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a segmenter sees of an image, what people see of it, and its own height and width.
+
+    Both are uint8 (C, h, w). `sizes` takes the height and width and gives the size of the one view; the picture for
+    people has sides of at most `longest` pixels.
+    """
+    height, width = image.shape[1:]
+    (view,) = sizes(height, width)
+    small = max(height, width) <= longest
+    preview = image if small else evaluation_image(image, keep_ratio(height, width, longest, longest))
+    return evaluation_image(image, view), preview, torch.tensor([height, width])
 
 
 class SegmentationBatch(NamedTuple):

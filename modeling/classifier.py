@@ -57,9 +57,14 @@ class Classifier(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) -> logits (B, num_classes)."""
+        return self.head(self.head_norm(self.features(images)))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> what the head classifies (B, D), of a linear probe before its BatchNorm: the pooled tokens,
+        behind the norm."""
         tokens = self.encoder(images)
         pooled = tokens[:, 1:].mean(dim=1) if self.pooling == "mean" else tokens[:, 0]
-        return self.head(self.head_norm(self.fc_norm(pooled)))
+        return self.fc_norm(pooled)
 
     def train_last_blocks(self, n: float) -> None:
         """Freezes all but the head, the last `n` blocks and the norm (section 4.3, "Partial fine-tuning").

@@ -56,16 +56,19 @@ def labels_at(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     The same as resizing all and then the argmax, where the first of equals wins, but without N maps of the full size:
     some classes at a time (at least one, MAP_VALUES values at most), and the best so far. N is 256 at most.
     """
-    best = labels = None
+    best = logits.new_full(tuple(size), -torch.inf, dtype=torch.float32)
+    labels = torch.zeros_like(best, dtype=torch.uint8)
     portion = max(1, MAP_VALUES // (size[0] * size[1]))
     for first in range(0, len(logits), portion):
         # As images of one channel: how torch rounds would depend on the number of channels
-        values, indices = _resized(logits[first : first + portion, None], size)[:, 0].max(dim=0)
-        indices = (indices + first).to(torch.uint8)
-        if best is None:
-            best, labels = values, indices
+        maps = _resized(logits[first : first + portion, None], size)[:, 0]
+        if portion < 8:  # large maps one by one and in place: the maximum of a few takes four times as long
+            for number, values in enumerate(maps, start=first):
+                labels.masked_fill_(values > best, number)
+                torch.maximum(values, best, out=best)
         else:
-            labels = torch.where(values > best, indices, labels)
+            values, indices = maps.max(dim=0)
+            labels = torch.where(values > best, (indices + first).to(torch.uint8), labels)
             best = torch.maximum(values, best)
     return labels
 

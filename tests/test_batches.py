@@ -1,5 +1,6 @@
 import pickle
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,9 +10,12 @@ from conftest import write_images
 from data.batches import (
     FIXED_EPOCH,
     ClassificationDataset,
+    ListedDataset,
     Normalization,
     PretrainingDataset,
+    centre_crop,
     make_loader,
+    masked_crop,
     own_batches,
 )
 from data.decode import decode
@@ -223,6 +227,28 @@ def test_a_data_set_with_rand_augment_can_be_sent_to_another_process(source):
     data, items = labelled(source), [(epoch, 1) for epoch in range(12)]
     images = pickle.loads(pickle.dumps(data)).__getitems__(items).images
     assert torch.equal(images, data.__getitems__(items).images)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_listed_images_are_prepared_or_told(source, num_workers):
+    """One after the other, so that one image is in memory at its own size, and in the order of the indices."""
+    with open(source.name(2), "wb") as file:
+        file.write(b"damaged")
+    prepare = partial(masked_crop, size=(16, 24), grid=(2, 3), num_kept=1, mask_strategy="random", seed=5)
+    data = ListedDataset(source, channels=3, prepare=prepare)
+    batches = list(make_loader(data, [range(3), range(3, 5), [2]], num_workers=num_workers))
+    assert [batch.indices for batch in batches] == [[0, 1], [3, 4], []]
+    assert [[index for index, _ in batch.damaged] for batch in batches] == [[2], [], [2]]
+    assert "not an image" in batches[2].damaged[0][1]
+    # Tensors, which workers leave in shared memory: to write more into a pipe than it holds, they would wait for ever
+    # where nobody reads any more.
+    validation = dataset(source, seed=5, train=False).__getitems__([(FIXED_EPOCH, 3), (FIXED_EPOCH, 4)])
+    images, noise = batches[1].inputs
+    assert torch.equal(images, validation.images) and torch.equal(noise, validation.noise)
+    assert not torch.equal(*noise) and batches[2].inputs == ()
+    pixels = decode(source.fetch([4])[0], 3)
+    (cropped,) = centre_crop(pixels, 4, size=(16, 24), crop_ratio=0.5)
+    assert torch.equal(cropped, evaluation(pixels, (16, 24), crop_ratio=0.5))
 
 
 @pytest.mark.parametrize(("num_processes", "num_workers"), [(1, 0), (2, 0), (3, 2), (5, 0)])

@@ -14,13 +14,17 @@ from conftest import ROOT
 import benchmark
 import finetune_classifier
 import finetune_segmentation
+import predict
 import pretrain_mae
+import push_to_hub
 
 PACKAGES = ("modeling", "data", "training")
 SCRIPTS = {
     "pretrain_mae.py": pretrain_mae,
     "finetune_classifier.py": finetune_classifier,
     "finetune_segmentation.py": finetune_segmentation,
+    "predict.py": predict,
+    "push_to_hub.py": push_to_hub,
     "benchmark.py": benchmark,
 }
 

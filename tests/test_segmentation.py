@@ -23,6 +23,7 @@ from data.segmentation import (
     palette,
     photometric_distortion,
     training_pair,
+    view_sizes,
 )
 from data.sources import DataError
 
@@ -320,6 +321,15 @@ def test_sizes_by_hand():
     assert keep_ratio(100, 1000, 2048, 512) == (205, 2048)  # the long side binds: 204.8
     assert keep_ratio(1, 100_000, 2048, 512) == (1, 2048)
     assert keep_ratio(64, 64, 512, 128) == (128, 128)
+
+
+def test_views_of_every_shape_hold_two_patches_a_side():
+    sizes = dict(resize=(256, 64), crop_size=64, patch_size=8)
+    assert view_sizes(480, 640, mode="slide", scales=[1.0, 0.5], **sizes) == [(64, 85), (32, 40)]
+    assert view_sizes(480, 640, mode="whole", scales=[1.0, 1.3], **sizes) == [(64, 64), (80, 80)]
+    assert view_sizes(10, 4000, mode="slide", scales=[1.0], **sizes) == [(16, 256)]
+    assert view_sizes(50, 60, mode="slide", scales=[0.3], **sizes) == [(16, 24)]  # 19 x 23 has no whole patches
+    assert view_sizes(9, 9, mode="whole", scales=[0.1], **sizes) == [(16, 16)]
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -7,7 +7,7 @@ import pytest
 from conftest import write_images
 
 from data import shapes
-from data.sources import DataError, FolderSource, ShapesSource, open_sources
+from data.sources import DataError, FolderSource, ShapesSource, find_images, open_sources
 
 
 def test_a_folder_in_the_order_of_its_bytes(tmp_path):
@@ -75,7 +75,49 @@ def test_bad_data(tmp_path):
 
 def test_a_source_travels_to_workers(tmp_path):
     source = FolderSource(write_images(tmp_path, 4))
+    listed, _ = find_images([source.name(3), str(tmp_path / "class_0")])
     assert pickle.loads(pickle.dumps(source)).fetch([2]) == source.fetch([2])
+    assert pickle.loads(pickle.dumps(listed)).fetch([0]) == source.fetch([3])
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["b/2.jpg", "a"], ["b/2.jpg", "a/1.jpg", "a/deep/3.png", "a/deep/[4].jpg"]),
+        (["a/notes.txt", "a/notes.txt"], ["a/notes.txt"] * 2),  # a file that is named is taken
+        (["a/*"], ["a/1.jpg", "a/deep/3.png", "a/deep/[4].jpg", "a/notes.txt"]),  # as if the shell had listed them
+        (["*/?.jpg"], ["a/1.jpg", "b/2.jpg"]),
+        (["**/*.png", "a/deep/[4].jpg"], ["a/deep/3.png", "b/2.png", "a/deep/[4].jpg"]),
+        (["a/**"], ["a/1.jpg", "a/deep/3.png", "a/deep/[4].jpg", "a/notes.txt"]),
+        (["b/2.[jp]*"], ["b/2.jpg", "b/2.png"]),
+        (["b/.hidden.jpg"], ["b/.hidden.jpg"]),
+    ],
+)
+def test_images_by_words(words, expected, tmp_path, monkeypatch):
+    for name in ("a/1.jpg", "a/deep/3.png", "a/deep/[4].jpg", "a/notes.txt", "b/2.jpg", "b/2.png", "b/.hidden.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "hollow").mkdir()
+    monkeypatch.chdir(tmp_path)
+    source, errors = find_images(words)
+    assert not errors and [source.name(index) for index in range(len(source))] == expected
+    assert source.fetch(list(range(len(source)))) == [name.encode() for name in expected]
+    assert (source.classes, source.labels) == ([], None)
+
+
+def test_words_that_lead_to_no_image_are_all_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hollow" / "deeper").mkdir(parents=True)
+    os.mkfifo(tmp_path / "pipe")
+    source, errors = find_images(["hollow", "nowhere/x.jpg", "", "*.jpg", "hollow/*", "pipe"])
+    assert len(source) == 0 and [error.partition(";")[0] for error in errors] == [
+        "hollow holds no image",
+        "'nowhere/x.jpg': no such file or folder",
+        "'': no such file or folder",
+        "*.jpg matches no image",
+        "hollow/* matches no image",
+        "pipe is neither a file nor a folder",
+    ]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
