@@ -29,8 +29,9 @@ from data.sources import DataError, describe_data, open_sources
 from data.transforms import rand_augment
 from modeling.classifier import Classifier
 from modeling.export import export_classifier
+from modeling.files import WeightsError
 from modeling.vit import SIZES, VisionTransformer
-from modeling.weights import WeightsError, classifier_kind, open_weights, start_from
+from modeling.weights import classifier_kind, open_weights, start_from
 from training import arguments
 from training.arguments import RunError, fail, integer, number, one_of
 from training.checkpoint import (

@@ -38,10 +38,11 @@ from data.segmentation import (
 )
 from data.sources import DataError, describe_data
 from modeling.export import export_segmenter
+from modeling.files import WeightsError
 from modeling.sliding_window import predict
 from modeling.upernet import HEADS, Segmenter, default_layers, segmentation_loss
 from modeling.vit import SIZES, VisionTransformer
-from modeling.weights import WeightsError, open_weights, segmenter_kind, start_from
+from modeling.weights import open_weights, segmenter_kind, start_from
 from training import arguments
 from training.arguments import RunError, Unreadable, fail, integer, number, one_of
 from training.checkpoint import (

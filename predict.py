@@ -30,11 +30,11 @@ from data.masking import MASK_STRATEGIES
 from data.segmentation import MAX_CLASSES, palette, view_and_preview, view_sizes
 from data.sources import find_images
 from modeling.classifier import Classifier
+from modeling.files import WeightsError
 from modeling.mae import MaskedAutoencoder
 from modeling.sliding_window import predict
 from modeling.trained import open_trained
 from modeling.upernet import Segmenter
-from modeling.weights import WeightsError
 from training import arguments
 from training.arguments import RunError, fail, integer, number, one_of
 from training.checkpoint import write_json

@@ -23,9 +23,10 @@ from data.masking import MASK_STRATEGIES
 from data.sampling import StepSampler, model_seed
 from data.sources import DataError, describe_data, open_sources
 from modeling.export import export_autoencoder, export_encoder
+from modeling.files import WeightsError, find_weights, read_state_dict, read_stored
 from modeling.mae import MaskedAutoencoder
 from modeling.vit import SIZES, VisionTransformer
-from modeling.weights import WeightsError, find_weights, load_weights, read_state_dict, read_stored
+from modeling.weights import load_weights
 from training import arguments
 from training.arguments import fail, integer, number, one_of
 from training.checkpoint import (

@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 from modeling.classifier import Classifier
 from modeling.export import export_autoencoder, export_classifier, export_encoder, export_segmenter
+from modeling.files import Stored, WeightsError
 from modeling.hub import is_on_hub
 from modeling.mae import MaskedAutoencoder
 from modeling.parity import differences
 from modeling.trained import open_trained
 from modeling.upernet import Segmenter
-from modeling.weights import Stored, WeightsError
 from training import arguments
 from training.arguments import RunError, fail, integer, number
 from training.card import Facts, Run, is_card, read_run, write_card

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from safetensors.torch import save
 
 from modeling.classifier import Classifier
+from modeling.files import POOL_SCALES
 from modeling.mae import MaskedAutoencoder
 from modeling.upernet import LinearHead, Segmenter
 from modeling.vit import SIZES, VisionTransformer
-from modeling.weights import POOL_SCALES, QKV, TRANSFORMERS_NAMES, TRANSFORMERS_QKV, rename
+from modeling.weights import QKV, TRANSFORMERS_NAMES, TRANSFORMERS_QKV, rename
 
 CROP_RATIO = 0.875  # of evaluation: the part of the resized image that is seen
 KEY_BIAS = TRANSFORMERS_QKV[1] + "bias"
@@ -59,7 +60,7 @@ def export_encoder(
     encoder: VisionTransformer, folder: str | Path, *, mean: Sequence[float], std: Sequence[float]
 ) -> None:
     """A folder for `AutoModel.from_pretrained(FOLDER)`, `timm.create_model("local-dir:FOLDER", pretrained=True)` and
-    `weights.read_state_dict(FOLDER)`, which all compute the same features.
+    `files.read_state_dict(FOLDER)`, which all compute the same features.
 
     `mean` and `std`, one number a channel, are those the images were normalised with, in units of [0, 1]. Needs
     transformers 4.52, whose `transformers_weights` lets one config.json name a file for each library.
@@ -94,7 +95,7 @@ def export_classifier(
 ) -> None:
     """A folder for `AutoModelForImageClassification.from_pretrained(FOLDER)`, transformers'
     `pipeline("image-classification", FOLDER)`, `timm.create_model("local-dir:FOLDER", pretrained=True)` and
-    `weights.read_state_dict(FOLDER)`, which all compute the same logits.
+    `files.read_state_dict(FOLDER)`, which all compute the same logits.
 
     `classes` are the names of the labels in their order, `crop_ratio` the part of the resized image that evaluation
     sees; `mean`, `std` and the version of transformers as in `export_encoder`. The BatchNorm of a linear probe becomes
@@ -139,7 +140,7 @@ def export_segmenter(
     resize: Sequence[int],
 ) -> None:
     """A folder for `UperNetForSemanticSegmentation.from_pretrained(FOLDER)`, transformers'
-    `pipeline("image-segmentation", FOLDER)` and `weights.read_state_dict(FOLDER)`, which all compute the same logits;
+    `pipeline("image-segmentation", FOLDER)` and `files.read_state_dict(FOLDER)`, which all compute the same logits;
     the last reads the auxiliary head and BatchNorm of a linear head too.
 
     `classes` are the names of the classes in their order, `resize` (LONG, SHORT) the sides that images fit in this
@@ -246,7 +247,7 @@ def _folded(model: Classifier) -> dict[str, torch.Tensor]:
 def export_autoencoder(
     model: MaskedAutoencoder, folder: str | Path, *, mean: Sequence[float], std: Sequence[float]
 ) -> None:
-    """A folder for `ViTMAEForPreTraining.from_pretrained(FOLDER)` and `weights.read_state_dict(FOLDER)`.
+    """A folder for `ViTMAEForPreTraining.from_pretrained(FOLDER)` and `files.read_state_dict(FOLDER)`.
 
     `mean` and `std` as in `export_encoder`. transformers' ViTMAE takes square images only: for others, the folder is
     for `read_state_dict` alone.

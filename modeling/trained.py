@@ -4,22 +4,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from modeling.classifier import Classifier
+from modeling.files import Stored, WeightsError, find_weights, read_state_dict, read_stored
 from modeling.mae import MaskedAutoencoder
 from modeling.upernet import Segmenter, default_layers
 from modeling.vit import VisionTransformer
-from modeling.weights import (
-    Stored,
-    WeightsError,
-    classifier_kind,
-    decoder_sizes,
-    encoder_grid,
-    encoder_sizes,
-    find_weights,
-    load_weights,
-    read_state_dict,
-    read_stored,
-    segmenter_kind,
-)
+from modeling.weights import classifier_kind, decoder_sizes, encoder_grid, encoder_sizes, load_weights, segmenter_kind
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 

@@ -37,20 +37,11 @@ from modeling.export import (
     to_official,
     to_transformers,
 )
+from modeling.files import Stored, find_weights, read_state_dict, read_stored
 from modeling.mae import MaskedAutoencoder
 from modeling.upernet import Segmenter
 from modeling.vit import SIZES, VisionTransformer
-from modeling.weights import (
-    Stored,
-    classifier_kind,
-    encoder_sizes,
-    find_weights,
-    load_weights,
-    read_state_dict,
-    read_stored,
-    segmenter_kind,
-    to_ours,
-)
+from modeling.weights import classifier_kind, encoder_sizes, load_weights, segmenter_kind, to_ours
 
 MEAN, STD = [0.485, 0.456, 0.406, 0.5], [0.229, 0.224, 0.225, 0.25]
 ENCODERS = {

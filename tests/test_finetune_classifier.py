@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 import finetune_classifier
 from data.batches import ClassificationBatch
-from modeling.weights import read_state_dict
+from modeling.files import read_state_dict
 
 SCRIPT = "finetune_classifier.py"
 # Everything random that a run can have, in steps of two micro-batches

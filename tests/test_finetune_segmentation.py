@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 
 import finetune_segmentation
 from modeling.export import export_encoder
+from modeling.files import read_state_dict
 from modeling.vit import VisionTransformer
-from modeling.weights import read_state_dict
 from training.plan import plan_run
 
 SCRIPT = "finetune_segmentation.py"

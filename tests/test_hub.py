@@ -6,11 +6,12 @@ import torch
 from safetensors.torch import save_file
 
 from modeling.export import export_autoencoder, export_encoder
+from modeling.files import WEIGHT_FILES, WeightsError, find_weights
 from modeling.hub import HubError, download
 from modeling.mae import MaskedAutoencoder
 from modeling.trained import open_trained
 from modeling.vit import VisionTransformer
-from modeling.weights import WEIGHT_FILES, WeightsError, find_weights, open_weights
+from modeling.weights import open_weights
 
 STATISTICS = dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
 

@@ -19,11 +19,11 @@ from transformers import (
 
 from modeling.classifier import Classifier
 from modeling.export import export_autoencoder, export_encoder, to_official
+from modeling.files import Stored, WeightsError
 from modeling.mae import MaskedAutoencoder
 from modeling.trained import open_trained
 from modeling.upernet import Segmenter
 from modeling.vit import SIZES, VisionTransformer
-from modeling.weights import Stored, WeightsError
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SIZE = dict(

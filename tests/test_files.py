@@ -1,0 +1,377 @@
+"""Files of weights: which one is read, what stands beside it, and refusals that say what is wrong."""
+
+import argparse
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from test_weights import (
+    EXTRAS,
+    IMAGES,
+    NAMES,
+    NOISE,
+    SIZES_OF_SMALL,
+    SMALL,
+    THEIRS,
+    new_autoencoder,
+    new_classifier,
+    new_encoder,
+    new_segmenter,
+    official,
+    randomised,
+    stock_segmenter,
+    trained,
+    trained_classifier,
+)
+from transformers import UperNetConfig, UperNetForSemanticSegmentation, ViTConfig, ViTModel
+
+from modeling.classifier import Classifier
+from modeling.export import export_autoencoder, export_classifier, export_encoder, export_segmenter
+from modeling.files import Stored, WeightsError, find_weights, read_state_dict, read_stored
+from modeling.mae import MaskedAutoencoder
+from modeling.weights import classifier_kind, encoder_sizes, load_weights
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth", "a.pt", "a.bin", "model.safetensors", "pytorch_model.bin"])
+def test_files_and_folders(name, tmp_path):
+    state = new_encoder().state_dict()
+    if name.endswith(".safetensors"):
+        save_file(state, tmp_path / name)
+    else:
+        torch.save(state, tmp_path / name)
+    paths = [tmp_path / name, str(tmp_path / name)] + ([tmp_path] if "model" in name else [])
+    for path in paths:
+        read = read_state_dict(path)
+        assert read.keys() == state.keys()
+        assert all(torch.equal(read[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("wrapper", ["model", "state_dict", None])
+def test_wrappers_are_taken_off(prefix, wrapper, tmp_path):
+    state = new_autoencoder().state_dict()
+    wrapped = {prefix + name.replace("blocks.1.", "blocks.1._orig_mod."): value for name, value in state.items()}
+    torch.save({wrapper: wrapped, "epoch": 3} if wrapper else wrapped, tmp_path / "a.pth")
+    assert read_state_dict(tmp_path / "a.pth").keys() == state.keys()
+
+
+def test_a_training_checkpoint_of_the_official_code(tmp_path):
+    state = official(new_autoencoder())
+    args = argparse.Namespace(lr=1.5e-4, output_dir="here")
+    torch.save({"model": state, "optimizer": {"step": 3}, "epoch": 7, "args": args}, tmp_path / "checkpoint-7.pth")
+    assert read_state_dict(tmp_path / "checkpoint-7.pth").keys() == state.keys()
+
+
+class Hostile:
+    def __init__(self, file):
+        self.file = str(file)
+
+    def __reduce__(self):
+        return os.mkdir, (self.file,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_file_is_refused_and_not_run(zipped, tmp_path):
+    file, trace = tmp_path / "hostile.pth", tmp_path / "trace"
+    content = {"model": new_encoder().state_dict(), "args": Hostile(trace)}
+    if zipped:
+        torch.save(content, file)
+    else:
+        file.write_bytes(pickle.dumps({"args": Hostile(trace)}, protocol=2))
+    with pytest.raises(WeightsError, match=r"hostile\.pth: refused.*expected tensors.*safetensors"):
+        read_state_dict(file)
+    assert not trace.exists()
+    torch.load(file, weights_only=False) if zipped else pickle.loads(file.read_bytes())
+    assert trace.exists()  # the file does run code where it is let
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
+def test_a_cut_file_is_refused_wherever_it_is_cut(name, tmp_path):
+    file = tmp_path / name
+    state = new_encoder().state_dict()
+    save_file(state, file) if name == "a.safetensors" else torch.save(state, file)
+    whole = file.read_bytes()
+    for length in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(WeightsError, match=f"{name}: ") as error:
+            read_state_dict(file)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [{}, {"model": {}}, [torch.ones(1)], {"a": 1}, {"model": {"a": "b"}}])
+def test_a_file_without_a_state_dict_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match=r"a\.pth: holds no state dict"):
+        read_state_dict(tmp_path / "a.pth")
+
+
+def test_paths_that_are_not_there(tmp_path):
+    with pytest.raises(WeightsError, match=r"nothing\.pth: no such file"):
+        read_state_dict(tmp_path / "nothing.pth")
+    with pytest.raises(WeightsError, match=r"a folder without weights; expected .*model\.safetensors or"):
+        read_state_dict(tmp_path)
+
+
+def test_half_precision_files_load_into_float32(tmp_path):
+    source, ours = randomised(new_encoder()), new_encoder()
+    save_file({name: value.bfloat16() for name, value in source.state_dict().items()}, tmp_path / "a.safetensors")
+    load_weights(ours, load_file(tmp_path / "a.safetensors"))
+    assert ours.cls_token.dtype == torch.float32
+    torch.testing.assert_close(ours.cls_token, source.cls_token, rtol=0.01, atol=0)
+
+
+# Runs and folders
+
+
+def write_checkpoint(folder: Path, model: MaskedAutoencoder) -> Path:
+    """A checkpoint as a run leaves it, but for the optimizer."""
+    folder.mkdir(parents=True)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "state.json").write_text(json.dumps({"step": int(folder.name[5:])}))
+    return folder
+
+
+@pytest.fixture
+def run_folder(tmp_path) -> tuple[Path, MaskedAutoencoder]:
+    """A finished run and its model; its checkpoints hold another one."""
+    run, model = tmp_path / "run", randomised(new_autoencoder())
+    statistics = dict(mean=[0.5] * 3, std=[0.5] * 3)
+    export_encoder(model.encoder, run / "encoder", **statistics)
+    export_autoencoder(model, run / "encoder" / "pretraining", **statistics)
+    for step in (9, 10, 100):
+        write_checkpoint(run / "checkpoints" / f"step_{step:08d}", new_autoencoder())
+    (run / "args.json").write_text("{}")
+    return run, model
+
+
+def test_the_weights_of_a_run(run_folder):
+    run, model = run_folder
+    encoder, autoencoder = run / "encoder", run / "encoder" / "pretraining"
+    checkpoints = sorted((run / "checkpoints").iterdir())
+    for whole, given, found in [
+        (True, run, autoencoder),
+        (True, encoder, autoencoder),
+        (False, run, encoder),
+        (False, encoder, encoder),
+        *((whole, path, path) for whole in (True, False) for path in (autoencoder, *checkpoints)),
+        *((whole, path, path) for whole in (True, False) for path in run.rglob("*.safetensors")),
+    ]:
+        assert find_weights(given, whole=whole) == find_weights(str(given), whole=whole) == found
+        read_state_dict(found)
+    ours, features = new_autoencoder(), new_encoder()
+    assert load_weights(ours, read_state_dict(find_weights(run, whole=True))).layout == "transformers' ViTMAE"
+    assert torch.equal(ours(IMAGES, NOISE).prediction, model(IMAGES, NOISE).prediction)
+    assert load_weights(features, read_state_dict(find_weights(run, whole=False))).layout == "a timm or MAE encoder"
+    assert torch.equal(features(IMAGES), model.encoder(IMAGES))
+
+
+def test_heads_and_grid_stand_beside_the_weights(tmp_path):
+    """In the configuration of an export, and in the flags of a checkpoint's run; they are held against the model."""
+    wide = randomised(new_autoencoder(img_size=(16, 64), patch_size=8))
+    heads, decoder_heads = wide.encoder.num_heads, wide.decoder_blocks[0].attn.num_heads
+    run, statistics = tmp_path / "run", dict(mean=[0.5] * 3, std=[0.5] * 3)
+    export_encoder(wide.encoder, run / "encoder", **statistics)
+    export_autoencoder(wide, run / "encoder" / "pretraining", **statistics)
+    checkpoint = write_checkpoint(run / "checkpoints" / "step_00000003", wide)
+    flags = dict(img_size=[16, 64], patch_size=8, encoder_num_heads=heads, decoder_num_heads=decoder_heads)
+    flags.update(statistics, mask_ratio=0.75, norm_pix_loss=True)
+    (run / "args.json").write_text(json.dumps({"flags": flags}))
+    assert read_stored(run / "encoder") == Stored((2, 8), heads, None, *statistics.values(), crop_ratio=0.875)
+    whole = (run / "encoder" / "pretraining", checkpoint, checkpoint / "model.safetensors")
+    known = Stored((2, 8), heads, decoder_heads, *statistics.values(), mask_ratio=0.75, norm_pix_loss=True)
+    assert [read_stored(path)._replace(crop_ratio=None) for path in whole] == [known] * 3
+    assert read_stored(tmp_path) == read_stored(tmp_path / "mae.pth") == Stored()
+
+    larger = new_autoencoder(img_size=(32, 64), patch_size=8)
+    report = load_weights(larger, wide.state_dict(), stored=read_stored(checkpoint))
+    assert report.resized == ("encoder.pos_embed 2x8 -> 4x8", "decoder_pos_embed 2x8 -> 4x8")
+    with pytest.raises(WeightsError, match=f"have 16 encoder heads, the model {heads}; give --encoder_num_heads 16"):
+        load_weights(wide, wide.state_dict(), stored=Stored(num_heads=16))
+    with pytest.raises(WeightsError, match="give --decoder_num_heads 16"):
+        load_weights(wide, wide.state_dict(), stored=Stored(decoder_num_heads=16))
+
+
+def test_a_run_that_is_not_finished(run_folder):
+    run, _ = run_folder
+    old, middle, new = sorted((run / "checkpoints").iterdir())
+    (run / "encoder" / "pretraining" / "config.json").unlink()  # an export that was killed: it is written last
+    assert find_weights(run, whole=True) == new
+    (run / "encoder" / "config.json").unlink()
+    assert find_weights(run, whole=False) == new
+    (new / "state.json").unlink()  # half removed
+    (run / "checkpoints" / ".saving_step_00000200").mkdir()
+    assert find_weights(run, whole=True) == find_weights(run, whole=False) == middle
+    (middle / "model.safetensors").unlink()
+    assert find_weights(run, whole=True) == old
+    load_weights(new_autoencoder(), read_state_dict(old))
+    (old / "state.json").unlink()
+    for whole, expected in ((True, r"encoder/pretraining/ or"), (False, r"encoder/, model/ or")):
+        with pytest.raises(WeightsError, match=rf"run: a run that has no weights yet; expected {expected}.*; wait"):
+            find_weights(run, whole=whole)
+
+
+@pytest.fixture
+def classifier_run(tmp_path) -> tuple[Path, Classifier]:
+    """A finished run of a linear probe and its model; its checkpoints hold another one."""
+    run, model = tmp_path / "run", trained_classifier("cls", linear_probe=True)
+    export_classifier(model, run / "model", classes=NAMES, mean=[0.5] * 3, std=[0.25] * 3, crop_ratio=0.875)
+    for step in (1, 2):
+        write_checkpoint(run / "checkpoints" / f"step_{step:08d}", trained_classifier("cls", linear_probe=True))
+    flags = dict(img_size=[32, 32], patch_size=8, encoder_num_heads=2, mean=[0.5] * 3, std=[0.25] * 3)
+    (run / "args.json").write_text(json.dumps({"flags": flags}))
+    return run, model
+
+
+@torch.inference_mode()
+def test_the_weights_of_a_classifiers_run(classifier_run):
+    run, model = classifier_run
+    newest = run / "checkpoints" / "step_00000002"
+    assert find_weights(run, whole=False) == find_weights(run / "model", whole=False) == run / "model"
+    assert find_weights(newest, whole=False) == newest
+    known = Stored((4, 4), 2, None, [0.5] * 3, [0.25] * 3)
+    assert read_stored(newest) == read_stored(newest / "model.safetensors") == known
+    for path in (run / "model", run / "model" / "model.safetensors"):
+        assert read_stored(path) == known._replace(classes=NAMES, pooling="cls", crop_ratio=0.875)
+    state = read_state_dict(run / "model")
+    assert classifier_kind(state) == (5, "cls", False)  # its BatchNorm is a part of the head now
+    ours = new_classifier("cls")
+    load_weights(ours, state, stored=read_stored(run / "model"))
+    torch.testing.assert_close(ours(IMAGES), model(IMAGES), rtol=0, atol=1e-5)
+
+    export_encoder(new_encoder(), run / "encoder", mean=[0.5] * 3, std=[0.5] * 3)
+    assert find_weights(run, whole=False) == run / "encoder"
+    (run / "encoder" / "config.json").unlink()
+    (run / "model" / "config.json").unlink()  # half written
+    assert find_weights(run, whole=False) == newest
+
+
+def test_the_averaged_weights_come_first(classifier_run):
+    run, model = classifier_run
+    newest = run / "checkpoints" / "step_00000002"
+    average = {f"module.{name}": value for name, value in model.state_dict().items()}  # as the average is a wrapper
+    save_file(average, newest / "ema.safetensors")
+    read = read_state_dict(newest)
+    assert read.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in read.items())
+    assert read_stored(newest / "ema.safetensors") == read_stored(newest)
+    plain = read_state_dict(find_weights(newest / "model.safetensors", whole=False))  # named, it is read all the same
+    assert not torch.equal(plain["head_norm.running_mean"], read["head_norm.running_mean"])
+    (newest / "model.safetensors").unlink()
+    assert find_weights(newest, whole=False) == newest
+
+
+def test_the_weights_of_a_segmentation_run(tmp_path):
+    run, model = tmp_path / "run", trained(new_segmenter(**EXTRAS))
+    statistics = dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    newest = write_checkpoint(run / "checkpoints" / "step_00000002", model)
+    flags = dict(crop_size=32, patch_size=8, encoder_num_heads=2, layers=[0, 1, 2, 3], **statistics)
+    flags["resize"] = [128, 32]
+    (run / "args.json").write_text(json.dumps({"flags": flags, "classes": NAMES}))
+    assert find_weights(run, whole=False) == newest
+    known = Stored((4, 4), 2, None, *statistics.values(), NAMES, layers=[0, 1, 2, 3], resize=[128, 32])
+    assert read_stored(newest) == known
+    export_segmenter(model, run / "model", classes=NAMES, resize=(128, 32), **statistics)
+    assert find_weights(run, whole=False) == run / "model" and read_stored(run / "model") == known
+    for path in (newest, run / "model"):
+        ours, encoder = new_segmenter(**EXTRAS), new_segmenter(img_size=64, **EXTRAS).encoder
+        load_weights(ours, read_state_dict(path), stored=read_stored(path))
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in ours.state_dict().items())
+        assert len(load_weights(encoder, read_state_dict(path), stored=read_stored(path)).resized) == 2
+
+
+def test_what_timm_writes(tmp_path):
+    theirs = timm.create_model("vit_base_patch16_224", num_classes=5, global_pool="avg", **SMALL)
+    theirs.pretrained_cfg.update(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    statistics = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    timm.models.save_for_hf(theirs, tmp_path, model_config=dict(label_names=NAMES))
+    stored, state = read_stored(tmp_path), read_state_dict(find_weights(tmp_path, whole=False))
+    known = Stored((4, 4), 2, None, *statistics, NAMES, "mean", crop_ratio=0.9)
+    assert stored == read_stored(tmp_path / "model.safetensors") == known
+    assert classifier_kind(state) == (5, "mean", False) and encoder_sizes(state, stored) == SIZES_OF_SMALL
+    load_weights(new_classifier(), state, stored=stored)
+
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    del config["model_args"]  # older versions write only those that they are given
+    config["label_names"] = dict(enumerate(NAMES))
+    file.write_text(json.dumps(config))
+    assert read_stored(tmp_path) == known._replace(grid=None, num_heads=None)
+    flat = config["pretrained_cfg"] | dict(architecture="vit_base_patch16_224")  # as the oldest versions write it
+    file.write_text(json.dumps(flat))
+    assert read_stored(tmp_path) == Stored(None, None, None, *statistics, crop_ratio=0.9)
+    for damaged in ("[]", "{", '{"image_size": 32, "patch_size": 0}', '{"image_size": [32], "patch_size": 8}'):
+        file.write_text(damaged)
+        with pytest.raises(
+            WeightsError, match=r"config.json: cannot be read \(.*\); expected the configuration of a ViT"
+        ):
+            read_stored(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "stored, said",
+    [
+        (Stored(pooling="max"), "have a head on the max of normed tokens"),
+        (Stored(pooling="mean"), "have a head on the mean of normed tokens"),
+        (Stored(unlike=["the activation relu"]), "were trained with the activation relu, which no model here has"),
+    ],
+)
+def test_what_parameters_do_not_show_is_refused(stored, said):
+    model = new_classifier("cls")
+    with pytest.raises(WeightsError, match=said):
+        load_weights(model, model.state_dict(), stored=stored)
+
+
+def test_other_activations_and_poolings_are_seen(tmp_path):
+    segmenter = stock_segmenter()
+    backbone = segmenter.config.backbone_config
+    other = UperNetConfig(backbone_config=backbone, hidden_size=12, num_labels=5, pool_scales=[2, 3, 4, 6])
+    for model, unlike in (
+        (ViTModel(ViTConfig(**THEIRS, hidden_act="relu")), ["the activation relu"]),
+        (ViTModel(ViTConfig(**THEIRS)), None),
+        (UperNetForSemanticSegmentation(other), ["the pyramid pooling 2 3 4 6"]),
+        (segmenter, None),
+    ):
+        model.save_pretrained(tmp_path)
+        assert read_stored(tmp_path).unlike == unlike
+    for change, pooling, unlike in (
+        (dict(global_pool="avgmax"), "avgmax", None),
+        (dict(global_pool="avg"), "mean", None),
+        (dict(global_pool="token", act_layer="relu"), "cls", ["the activation relu"]),
+    ):
+        config = dict(architecture="vit_base_patch16_224", model_args=SMALL | change, pretrained_cfg={})
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        stored = read_stored(tmp_path)
+        assert (stored.pooling, stored.unlike) == (pooling, unlike)
+
+
+def test_an_encoder_folder_without_an_autoencoder(tmp_path):
+    export_encoder(new_encoder(), tmp_path / "encoder", mean=[0.5] * 3, std=[0.5] * 3)
+    for whole in (True, False):  # what it lacks is for `load_weights` to say
+        assert find_weights(tmp_path / "encoder", whole=whole) == tmp_path / "encoder"
+    assert find_weights(tmp_path, whole=False) == tmp_path / "encoder"
+    with pytest.raises(WeightsError, match="a folder without weights"):
+        find_weights(tmp_path, whole=True)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_paths_that_lead_to_no_weights(whole, tmp_path):
+    with pytest.raises(WeightsError, match=r"nothing: no such file or folder; expected .*; correct the path"):
+        find_weights(tmp_path / "nothing", whole=whole)
+    with pytest.raises(WeightsError, match=r"a folder without weights; expected .*model\.safetensors or"):
+        find_weights(tmp_path, whole=whole)
+    (tmp_path / "checkpoints").mkdir()  # a run that has just begun
+    with pytest.raises(WeightsError, match="a run that has no weights yet"):
+        find_weights(tmp_path, whole=whole)
+
+
+def test_a_damaged_export_is_refused_with_its_name(run_folder):
+    run, _ = run_folder
+    file = run / "encoder" / "pretraining" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(WeightsError, match=r"pretraining/model\.safetensors: not readable"):
+        read_state_dict(find_weights(run, whole=True))
