@@ -30,7 +30,6 @@ from training import arguments
 from training.arguments import RunError, fail, integer, number
 from training.card import Facts, Run, is_card, read_run, write_card
 from training.checkpoint import RunFolder, alone_at, read_state, replace_folder
-from training.progress import best_of
 from training.publish import check_repo_id, upload
 
 LIMIT = 1e-4  # of the difference between libraries
@@ -105,12 +104,12 @@ def choose(path, checkpoint):
         raise RunError(f"{path} is a run of --eval_only, which trains nothing; give the one that it measured")
     if checkpoint == "best":
         metric = "mean_iou" if "crop_size" in run.flags else "top1"
-        step = best_of(run.folder, metric)[1]
-        if step is None or not (run.folder / "best" / "config.json").is_file():
+        scores = [(line[metric], -line["step"]) for line in run.log if metric in line]
+        if not scores or not (run.folder / "best" / "config.json").is_file():
             raise RunError(
                 f"--checkpoint best: {path} has no best/; expected a fine-tuning that was validated; give last"
             )
-        return Chosen(run.folder / "best", run, step, run.metrics is not None)
+        return Chosen(run.folder / "best", run, -max(scores)[1], run.metrics is not None)  # the first of equals
     if checkpoint != "last":
         if checkpoint not in whole:
             known = ", ".join(whole) or "none"
@@ -207,6 +206,8 @@ def main(argv=None):
                 errors.append(f"--{name} has {len(numbers)} values for {channels} channels; give one a channel")
     except (RunError, WeightsError) as error:
         errors.append(str(error))
+    except FileNotFoundError as error:  # a checkpoint that a run beside has just removed
+        errors.append(f"{error.filename} is gone, as the run goes on; repeat the same command")
     if errors:
         fail(errors)
     model, run = trained.model, chosen.run
