@@ -42,6 +42,7 @@ from training.metrics import reconstruction_metrics
 from training.pictures import label_picture, reconstruction_grid, segmentation_overlay
 
 LINES = "predictions.jsonl"
+PICTURES = ("labels", "overlays", "reconstructions")  # folders
 PREVIEW = 1024  # pixels of an overlay's longer side, at most
 SHOWN = 10  # images whose classes are printed too
 FLAGS = {  # that go with one kind of model alone
@@ -140,8 +141,9 @@ def check_places(args):
         paths = [Path(args.features), Path(args.features).with_suffix(".json")]
         return [f"--features {args.features}: {path} exists; give another name" for path in paths if path.exists()]
     folder = Path(args.output)
-    if (folder / LINES).exists():
-        return [f"--output {folder} holds {LINES} already; give another folder"]
+    taken = [name for name in (LINES, *PICTURES) if (folder / name).exists()]
+    if taken:
+        return [f"--output {folder} holds {', '.join(taken)} already; give another folder"]
     return [f"--output {folder} is a file; give a folder"] if folder.is_file() else []
 
 

@@ -42,7 +42,12 @@ def parse_args(argv=None):
     """The flags, and what is wrong with them."""
     parser = arguments.Parser(__doc__)
     flag = parser.add_argument
-    flag("path", metavar="RUN_FOLDER", help="a run, or any weights: a file, a folder, hf:OWNER/NAME[@revision]")
+    flag(
+        "path",
+        nargs="?",
+        metavar="RUN_FOLDER",
+        help="a run, or any weights: a file, a folder, hf:OWNER/NAME[@revision]",
+    )
     flag(
         "--checkpoint", default="last", help="last, best (of a fine-tuning) or the name of a checkpoint (default last)"
     )
@@ -73,6 +78,8 @@ def parse_args(argv=None):
         help="the autoencoder predicts pixels normalised per patch (default) or plain ones",
     )
     args, errors = parser.read(argv)
+    if args.path is None:
+        errors.append("RUN_FOLDER is missing; give a run, a folder or file of weights, or hf:OWNER/NAME")
     if args.repo_id is not None:
         errors += [f"--repo_id {error}" for error in check_repo_id(args.repo_id)]
         if args.create_pr and args.revision not in (None, "main"):
@@ -171,8 +178,6 @@ def check(trained, folder):
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if not all(parameter.isfinite().all() for parameter in trained.model.parameters()):
-        raise RunError(f"{trained.path}: weights that are not finite; give an earlier checkpoint, before they diverged")
     try:
         found, notes = differences(folder, trained.model)
     except Exception as error:  # whatever a library raises
@@ -194,6 +199,8 @@ def main(argv=None):
     """Runs the script; see the module's docstring."""
     # What is to be published
     args, errors = parse_args(argv)
+    if args.path is None:
+        fail(errors)
     try:
         chosen = choose(args.path, args.checkpoint)
         output = check_output(args.output, args.path, chosen.run)

@@ -82,6 +82,7 @@ class Stored(NamedTuple):
     resize: list[int] | None = None  # LONG, SHORT: the sides that images fit in a segmenter's evaluation
     mask_ratio: float | None = None  # of an autoencoder
     norm_pix_loss: bool | None = None
+    norm_eps: float | None = None  # of LayerNorm, where it is not this project's 1e-6
     unlike: list[str] | None = None  # what the weights were trained with and no module of this project has
 
 
@@ -132,6 +133,16 @@ def _stored_in_config(config: dict, folder: Path) -> Stored:
     unlike = [] if sizes.get("hidden_act", "gelu") == "gelu" else [f"the activation {sizes['hidden_act']}"]
     if sizes.get("add_fpn") and config.get("pool_scales", POOL_SCALES) != POOL_SCALES:
         unlike.append(f"the pyramid pooling {' '.join(map(str, config['pool_scales']))}")
+    norm_eps = float(sizes.get("layer_norm_eps", 1e-12))  # transformers leaves its default out
+    if norm_eps > 1e-5:
+        unlike.append(f"the epsilon {norm_eps:g} in norms")
+    resize = config.get("evaluation", {}).get("resize")
+    if resize is None and "backbone_config" in config:  # an older folder of a run, whose flags tell it
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            resize = json.loads((folder.resolve().parent / "args.json").read_text())["flags"]["resize"]
+    if resize is not None:
+        resize = [int(side) for side in resize]
+        _, _ = resize
     return Stored(
         (height, width),
         int(sizes["num_attention_heads"]),
@@ -142,9 +153,10 @@ def _stored_in_config(config: dict, folder: Path) -> Stored:
         pooling,
         layers=[int(stage.removeprefix("stage")) - 1 for stage in stages] or None,
         crop_ratio=config.get("pretrained_cfg", {}).get("crop_pct") or _crop_ratio(processor),
-        resize=config.get("evaluation", {}).get("resize"),
+        resize=resize,
         mask_ratio=config.get("mask_ratio"),
         norm_pix_loss=config.get("norm_pix_loss"),
+        norm_eps=None if norm_eps == 1e-6 else norm_eps,
         unlike=unlike or None,
     )
 

@@ -83,6 +83,8 @@ def _build(path: Path, state: dict, stored: Stored, *, whole: bool) -> Trained:
         if decoder["decoder_num_heads"] is None:
             decoder["decoder_num_heads"] = 16
             assumed.append("16 heads in the decoder, as in the paper")
+        if stored.mask_ratio is None:
+            assumed.append("a mask ratio of 0.75")
         if stored.norm_pix_loss is None:
             assumed.append("a target of pixels normalised per patch")
         options = dict(mask_ratio=stored.mask_ratio or 0.75, norm_pix_loss=stored.norm_pix_loss is not False)
@@ -104,6 +106,12 @@ def _build(path: Path, state: dict, stored: Stored, *, whole: bool) -> Trained:
         colour = encoder.in_channels == 3
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if colour else ([0.5] * encoder.in_channels,) * 2
         assumed.append(f"images normalised by {'the mean and deviation of ImageNet' if colour else '0.5 and 0.5'}")
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise WeightsError("weights that are not finite; give an earlier checkpoint, before they diverged")
+    if stored.norm_eps is not None:
+        assumed.append(f"norms with an epsilon of 1e-6, where these weights had {stored.norm_eps:g}")
+    if kind and stored.resize is None:
+        assumed.append(f"images that fit {4 * img_size[0]} x {img_size[0]} pixels in evaluation")
     if stored.crop_ratio is None and head and not kind and report.layout != "this project":
         assumed.append("images resized bicubically, proportions kept, and cut to their centre")
     return Trained(

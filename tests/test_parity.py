@@ -83,6 +83,8 @@ def test_a_wrong_parameter_is_found_where_it_is(kind, file, part, wrong, tmp_pat
     found, _ = differences(tmp_path, model)
     wrong = wrong or ["transformers UperNetForSemanticSegmentation"]
     assert [library for library, distance in found.items() if distance > 1e-3] == wrong
+    if {OWN, OWN_MAE} & {*wrong}:
+        return  # this project refuses to read what follows
     state[part] = torch.full_like(state[part], torch.nan)
     save_file(state, tmp_path / file, metadata={"format": "pt"})
     found, _ = differences(tmp_path, model)

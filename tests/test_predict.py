@@ -596,6 +596,11 @@ def test_nothing_is_overwritten_and_nothing_runs_twice(models, photos, tmp_path)
     ):
         (error,) = refused(*given, *words, cwd=tmp_path)
         assert expected in error
+    for name in ("labels", "reconstructions"):  # an annotation of the user's own may lie in it
+        (tmp_path / "data" / name).mkdir(parents=True)
+    (error,) = refused(*given, "--output", "data", cwd=tmp_path)
+    assert "--output data holds labels, reconstructions already; give another folder" in error
+    shutil.rmtree(tmp_path / "data")
     (error,) = refused(*given, cwd=tmp_path, WORLD_SIZE="2", RANK="0")
     assert error == "error: WORLD_SIZE is 2; expected one process; start it with python predict.py"
     assert not refused(*given, cwd=tmp_path, WORLD_SIZE="2", RANK="1")
@@ -613,7 +618,12 @@ def test_flags_may_stand_anywhere(capsys):
 
 def test_outputs_that_are_not_numbers_end_the_run(photos, tmp_path):
     model = Classifier(VisionTransformer(**SIZE), len(CLASSES))
-    model.head.bias.data[0] = torch.nan
+    model.head.weight.data.fill_(3e38)
+    model.fc_norm.bias.data.fill_(3e38)
     export_classifier(model, tmp_path / "model", classes=CLASSES, crop_ratio=1.0, **COLOUR)
     done = run("predict.py", "model", photos[0], cwd=tmp_path, code=1)
     assert done.stderr.endswith("not finite; its training diverged or the weights are damaged: give others\n")
+    model.encoder.cls_token.data[0, 0, 0] = torch.nan
+    export_classifier(model, tmp_path / "model", classes=CLASSES, crop_ratio=1.0, **COLOUR)
+    (error,) = refused(tmp_path / "model", photos[0], "--output", "other", cwd=tmp_path)
+    assert error.endswith("weights that are not finite; give an earlier checkpoint, before they diverged")

@@ -286,6 +286,8 @@ def test_bad_input_is_refused_before_anything_is_written(runs, tmp_path, capsys)
         ([mae, "--licence", "mit"], "--licence is not a flag of"),
     ):
         assert said in refused(*words, capsys=capsys), words
+    errors = refused("--repo_id", "a b", "--bogus", capsys=capsys)
+    assert errors.count("error: ") == 3 and "RUN_FOLDER is missing; give a run, a folder or file of weights" in errors
     errors = refused(mae, "--repo_id", "a b", "--checkpoint", "nothing", "--mean", "x", capsys=capsys)
     assert errors.count("error: ") == 3  # all in one go
     assert not out.exists() and not (mae / "hub").exists() and (tmp_path / "taken" / "mine.txt").exists()
@@ -350,12 +352,12 @@ def test_a_folder_that_a_library_reads_otherwise_is_not_written(runs, tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
 
 
-def test_weights_that_diverged_and_places_that_cannot_be_written(runs, tmp_path):
+def test_weights_that_diverged_and_places_that_cannot_be_written(runs, tmp_path, capsys):
     state = to_official(open_trained(runs / "pretrain_mae").model.state_dict())
     torch.save(state | {"norm.bias": torch.full((32,), torch.nan)}, tmp_path / "nan.pth")
     heads = ["--encoder_num_heads", 2, "--decoder_num_heads", 2]
-    with pytest.raises(RunError, match="weights that are not finite; give an earlier checkpoint"):
-        push(tmp_path / "nan.pth", "--output", tmp_path / "out", *heads)
+    said = refused(tmp_path / "nan.pth", "--output", tmp_path / "out", *heads, capsys=capsys)
+    assert "weights that are not finite; give an earlier checkpoint" in said
     for output in ("/dev/null/x", "/proc/x"):
         with pytest.raises(RunError, match=f"{output} cannot be written"):
             push(runs / "pretrain_mae", "--output", output)

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from modeling.classifier import Classifier
-from modeling.export import export_autoencoder, export_encoder, to_official
+from modeling.export import export_autoencoder, export_encoder, export_segmenter, to_official
 from modeling.files import Stored, WeightsError
 from modeling.mae import MaskedAutoencoder
 from modeling.trained import open_trained
@@ -114,6 +114,7 @@ def test_a_segmenter_of_transformers(tmp_path):
         assert isinstance(ours.model, Segmenter) and ours.model.layers == [0, 1, 2, 3]
         torch.testing.assert_close(ours.model(IMAGES), theirs(IMAGES).logits, rtol=0, atol=1e-4)
         assert ours.resize == (128, 32) and len(ours.classes) == 5
+        assert "images that fit 128 x 32 pixels in evaluation" in ours.assumed
 
 
 @torch.inference_mode()
@@ -139,6 +140,36 @@ def test_files_of_timm_and_of_the_official_code(tmp_path):
         assert torch.equal(ours.model(images, noise).loss, model(images, noise).loss) is same
         assert ours.layout == "the official MAE" and "16 heads in the decoder, as in the paper" in ours.assumed
     assert torch.equal(open_trained(tmp_path / "mae.pth", whole=False).model(images), encoder(images))
+
+
+def test_other_epsilons_of_norms_are_told_or_refused(tmp_path):
+    for eps, said in ((1e-6, False), (1e-12, True)):
+        config = ViTConfig(**SIZE | dict(layer_norm_eps=eps))
+        ours = open_trained(written(randomised(ViTForImageClassification(config)), tmp_path))
+        told = [words for words in ours.assumed if words.startswith("norms with an epsilon of 1e-6, where these")]
+        assert bool(told) is said
+    config = ViTConfig(**SIZE | dict(layer_norm_eps=1e-3))
+    with pytest.raises(WeightsError, match=r"were trained with the epsilon 0\.001 in norms"):
+        open_trained(written(ViTForImageClassification(config), tmp_path))
+
+
+def test_the_size_of_evaluation_is_that_of_the_run(tmp_path):
+    """Older folders of a run do not hold it, but the flags beside them do."""
+    encoder = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
+    model, names = Segmenter(encoder, 2, head_width=8), ["ant", "bee"]
+    for resize in ((200, 40), (100, 30)):
+        export_segmenter(model, tmp_path / "model", classes=names, resize=resize, mean=MEAN, std=STD)
+        assert open_trained(tmp_path).resize == resize
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"evaluation": {"resize": [64]}}))
+    with pytest.raises(WeightsError, match=r"config.json: cannot be read \(ValueError"):
+        open_trained(tmp_path)
+    del config["evaluation"]
+    file.write_text(json.dumps(config))
+    assert open_trained(tmp_path).resize == (128, 32)
+    (tmp_path / "args.json").write_text(json.dumps({"flags": {"resize": [240, 120]}}))
+    assert open_trained(tmp_path).resize == (240, 120) and open_trained(tmp_path).assumed == ()
 
 
 def test_what_is_told_fills_gaps_and_contradicts_nothing(tmp_path):

@@ -173,7 +173,8 @@ def write_card(
     if run:
         parts += ["## Training", *_training(folder, facts, run)]
     if facts.differences:
-        told = "How far what the libraries compute is from the module that was trained, on random images:"
+        module = "that was trained" if run else "as it was read"
+        told = f"How far what the libraries compute is from the module {module}, on random images:"
         rows = [(name, f"{value:.1g}") for name, value in facts.differences.items()]
         parts += ["## Checks", told, _table(("library", "largest difference"), rows)]
     if facts.notes:
