@@ -255,19 +255,27 @@ def write_lines(path, results, source):
             except ValueError:
                 raise RunError(f"{source.name(index)}: {NOT_FINITE}") from None
             file.flush()
-            if number < SHOWN and "classes" in result:
-                tqdm.write(describe(source.name(index), result["classes"]))
+            if number < SHOWN and "error" not in result:
+                tqdm.write(describe(source.name(index), result))
 
 
 NOT_FINITE = "the model's output is not finite; its training diverged or the weights are damaged: give others"
 
 
-def describe(name, classes):
-    """The first classes of an image, in a line for the console."""
+def describe(name, result):
+    """What was found of an image, in a line for the console: its first classes, or how good the reconstruction is."""
+    if "classes" not in result:
+        psnr, baseline = result["masked_psnr"], result["masked_psnr_visible_mean"]
+        return _printable(f"{name}: removed patches {psnr:.2f} dB (visible mean: {baseline:.2f} dB)")
+    classes = result["classes"]
     pixels = sum(found.get("pixels", 0) for found in classes)
     shares = [found["pixels"] / pixels if pixels else found["probability"] for found in classes[:5]]
     shown = ", ".join(f"{found['class']} {100 * share:.1f} %" for found, share in zip(classes, shares, strict=False))
-    return f"{name}: {shown}".encode(errors="replace").decode()
+    return _printable(f"{name}: {shown}")
+
+
+def _printable(text):
+    return text.encode(errors="replace").decode()
 
 
 def write_features(path, results, source, width):
@@ -302,14 +310,15 @@ def main(argv=None):
         fail([message, *errors], show=arguments.is_main_process())
     source, found = find_images(args.images)
     errors += found
-    args.output = args.output or "predictions"
+    asked, args.output = args.output or args.features, args.output or "predictions"
     try:
         if args.model is not None:
             trained = open_trained(args.model, whole=args.features is None)
             errors += check_model(args, trained)
     except WeightsError as error:
         errors.append(str(error))
-    errors += check_places(args)
+    if not errors or asked:  # of the default place, which is taken after the first call, only where all else is right
+        errors += check_places(args)
     if errors:
         fail(errors)
     folder, results = Path(args.output), Path(args.features or Path(args.output, LINES))

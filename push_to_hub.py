@@ -134,8 +134,13 @@ def choose(path, checkpoint):
 
 def check_output(output, path, run):
     """The folder to write; raises RunError where that cannot be."""
+    if not is_on_hub(path) and not Path(path).exists():
+        raise RunError(f"{path}: no such file or folder; expected a run or weights (of the Hub: hf:OWNER/NAME)")
     if output is None and run is None:
-        raise RunError(f"--output is missing: {path} is no run that could hold it; give a folder to write")
+        raise RunError(
+            f"--output is missing: {path} is no run that could hold it; give a folder to write, or of a run's part the "
+            "run itself with --checkpoint"
+        )
     output = Path(output) if output else run.folder / "hub"
     taken = any(output.iterdir()) if output.is_dir() else output.exists()
     if taken and not is_card(output / "README.md"):
@@ -248,13 +253,17 @@ def main(argv=None):
         distances, notes = check(trained, folder)
         found.update(distances)
         facts.update(differences=distances, notes=[*notes, *(f"Assumed: {words}." for words in trained.assumed)])
-        options = dict(place=output, repo_id=args.repo_id, license=args.license, datasets=args.datasets)
+        options = dict(place=output, repo_id=args.repo_id, revision=args.revision)
+        options |= dict(license=args.license, datasets=args.datasets)
         write_card(folder, Facts(**facts), run, **options)
 
     with alone_at(output):
         replace_folder(output, write)
         told = ", ".join(f"{library} {distance:.1g}" for library, distance in found.items())
-        print(f"written: {output} (differences from the run's own model: {told})", flush=True)
+        model = "the run's own model" if run else "the model as it was read"
+        print(f"written: {output} (differences from {model}: {told})", flush=True)
+        if args.license is None:
+            print("its card says that the license is unknown; give --license to say which")
 
         # The upload
         if args.repo_id:

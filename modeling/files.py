@@ -44,8 +44,10 @@ def find_weights(path: str | Path, *, whole: bool) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
+        hint = f", or hf:{path} for the Hub" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) else ""
         raise WeightsError(
-            f"{path}: no such file or folder; expected weights or a run folder; correct the path or download them first"
+            f"{path}: no such file or folder; expected weights or a run folder; correct the path{hint}, or download "
+            "them first"
         )
     encoder = path / "encoder"
     exported = [path / "pretraining", path, encoder / "pretraining"] if whole else [path, encoder]

@@ -339,8 +339,10 @@ def pretrained(image_folder, tmp_path_factory) -> Path:
 def test_reconstructions_are_those_of_validation(pretrained, image_folder, told):
     """PSNR and SSIM of the held-out images, as pre-training measures them."""
     expected = json.loads((pretrained / "metrics.json").read_text())
-    lines, folder, _ = told(pretrained, "--mask_strategy", "block", images=(image_folder / "val",))
+    lines, folder, end = told(pretrained, "--mask_strategy", "block", images=(image_folder / "val",))
     assert len(lines) == 11
+    psnr, baseline = lines[0]["masked_psnr"], lines[0]["masked_psnr_visible_mean"]
+    assert f"{lines[0]['image']}: removed patches {psnr:.2f} dB (visible mean: {baseline:.2f} dB)" in end.stdout
     names = [name for name in expected if name.endswith(("_psnr", "_ssim", "_mean"))]
     assert len(names) == 7
     for name in names:
@@ -605,6 +607,13 @@ def test_nothing_is_overwritten_and_nothing_runs_twice(models, photos, tmp_path)
     assert error == "error: WORLD_SIZE is 2; expected one process; start it with python predict.py"
     assert not refused(*given, cwd=tmp_path, WORLD_SIZE="2", RANK="1")
     assert sorted(os.listdir(tmp_path)) == ["file", "x.npy", "y.json"]
+
+
+def test_the_default_place_is_told_where_nothing_else_is_wrong(models, photos, tmp_path):
+    (tmp_path / "predictions" / "labels").mkdir(parents=True)
+    assert len(refused("nothing", photos[0], cwd=tmp_path)) == 1
+    (error,) = refused(models["mean"], photos[0], cwd=tmp_path)
+    assert "--output predictions holds labels already; give another folder" in error
 
 
 def test_flags_may_stand_anywhere(capsys):

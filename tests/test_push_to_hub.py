@@ -191,6 +191,16 @@ def test_the_commands_of_a_grey_models_card(hub, image_folder, scenes, photo, mo
         execute(command, hub, photo, image_folder, scenes)
 
 
+def test_the_card_of_a_branch_names_the_branch(runs, hub, photo, monkeypatch):
+    hub.enter(monkeypatch, photo.parent)
+    push(runs / "pretrain_mae", "--output", "out", "--repo_id", "owner/mae", "--revision", "draft")
+    text = hub.files("owner/mae", "draft")["README.md"].decode()
+    assert text.count('"owner/mae", revision="draft"') == 4 and text.count("hf-hub:owner/mae@draft") == 1
+    assert text.count("hf:owner/mae@draft") == 4
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, {})
+
+
 def test_last_best_and_named_checkpoints(runs, tmp_path, capsys):
     work = shutil.copytree(runs, tmp_path / "work")
     for name, checkpoint, place, step in (
@@ -269,6 +279,7 @@ def test_bad_input_is_refused_before_anything_is_written(runs, tmp_path, capsys)
         ([mae, "--checkpoint", "best"], "has no best/; expected a fine-tuning that was validated; give last"),
         ([mae, "--checkpoint", "step_1"], "step_1 is no whole checkpoint"),
         ([mae / "encoder"], "--output is missing"),
+        ([tmp_path / "typo"], "typo: no such file or folder; expected a run or weights"),
         ([mae / "encoder", "--output", out, "--checkpoint", "best"], "--checkpoint best is of a run, and"),
         ([mae, "--output", tmp_path / "taken"], "exists and is no folder of this script"),
         ([tmp_path / "shapes.pth", "--output", out, "--encoder_num_heads", 2], "(5,) instead of (32,)"),

@@ -223,3 +223,5 @@ def test_weights_that_make_no_module(tmp_path):
     assert "a head on the mean of normed tokens" in message(state | head, told=Stored(num_heads=2, pooling="mean"))
     with pytest.raises(WeightsError, match="no such file or folder"):
         open_trained(tmp_path / "nothing")
+    with pytest.raises(WeightsError, match="correct the path, or hf:owner/name for the Hub, or download them first"):
+        open_trained("owner/name")

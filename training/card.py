@@ -43,7 +43,8 @@ PICTURES = {  # script -> where its pictures are, the name of the newest beside 
     "pretrain_mae.py": (
         "reconstructions",
         "reconstructions.png",
-        "original, what the encoder sees, prediction, prediction with the visible patches",
+        "original, what the encoder sees, prediction (which means nothing where it could see), prediction with the "
+        "visible patches",
     ),
     "finetune_classifier.py": ("predictions", "confusion.png", "which class is taken for which"),
     "finetune_segmentation.py": ("predictions", "predictions.png", "image, annotation, prediction"),
@@ -152,14 +153,15 @@ def write_card(
     *,
     place: str | Path,
     repo_id: str | None = None,
+    revision: str | None = None,
     license: str | None = None,
     datasets: Sequence[str] = (),
 ) -> None:
     """Writes README.md for the weights in `folder`, and the pictures that it shows.
 
-    `place` is where the folder will lie, which the examples name, or `repo_id` where it is given. `license` and
-    `datasets` are the Hub's names. The pictures are the curve of the loss, and the run's newest at or before the step
-    of the weights.
+    `place` is where the folder will lie, which the examples name, or `repo_id` and its `revision` where they are given.
+    `license` and `datasets` are the Hub's names. The pictures are the curve of the loss, and the run's newest at or
+    before the step of the weights.
     """
     found = run.measured(facts.step) if run else {}
     measured = {name: found[name] for name in METRICS if _is_number(found.get(name))}
@@ -167,7 +169,7 @@ def write_card(
     metadata = _metadata(facts, run, measured, title=title, license=license, datasets=datasets)
     parts = [f"---\n{metadata}\n---", f"# {title}", _introduction(facts, run)]
     parts += _picture(folder, facts, run) if run else []
-    parts += ["## Use", *_uses(facts, str(place), repo_id)]
+    parts += ["## Use", *_uses(facts, str(place), repo_id, revision)]
     if measured:
         parts += ["## Results", *_results(facts, run, measured)]
     if run:
@@ -271,9 +273,14 @@ def _picture(folder: Path, facts: Facts, run: Run) -> list[str]:
     return [f"![{caption}]({name})", f"*{caption}.*"]
 
 
-def _uses(facts: Facts, place: str, repo_id: str | None) -> list[str]:
+def _uses(facts: Facts, place: str, repo_id: str | None, revision: str | None) -> list[str]:
     """How each library takes the folder: code that runs as it stands, on photo.jpg where the model takes colour."""
-    path, project = json.dumps(repo_id or place, ensure_ascii=False), shlex.quote(f"hf:{repo_id}" if repo_id else place)
+    at = f"@{revision}" if repo_id and revision else ""
+    path, project = (
+        json.dumps(repo_id or place, ensure_ascii=False),
+        shlex.quote(f"hf:{repo_id}{at}" if repo_id else place),
+    )
+    path += f", revision={json.dumps(revision, ensure_ascii=False)}" if at else ""
     colour = facts.channels == 3  # transformers' pipelines and processors make colour of every image
     predict = f"python predict.py {project} photo.jpg"
 
@@ -287,7 +294,7 @@ def _uses(facts: Facts, place: str, repo_id: str | None) -> list[str]:
         return python(["import torch", *photo, imports], load, processor, then)
 
     def timm(*then: str) -> str:
-        name = json.dumps(f"hf-hub:{repo_id}" if repo_id else f"local-dir:{place}", ensure_ascii=False)
+        name = json.dumps(f"hf-hub:{repo_id}{at}" if repo_id else f"local-dir:{place}", ensure_ascii=False)
         load = f"model = timm.create_model({name}, pretrained=True).eval()"
         transform = [
             "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
