@@ -487,7 +487,7 @@ def evaluate(model, dataset, classes, normalize, *, read, accelerator, crew, not
 
 
 def advise(top1, confusion, args):
-    """What to check first where the first accuracy, in percent, is what guessing gives; None where it is better."""
+    """What to check first where the first accuracy, in percent, is what guessing gives, or less; otherwise None."""
     counts = confusion.sum(axis=1)
     chance = counts.max() / counts.sum()
     if top1 > 100 * (chance + 2 * math.sqrt(chance * (1 - chance) / counts.sum())):
@@ -499,7 +499,8 @@ def advise(top1, confusion, args):
         checks.append(f"that --mean {mean} --std {std} are those of the pre-training")
     if args.ema_decay:
         checks.append(f"that the average of --ema_decay {args.ema_decay:g} has left the initial weights")
-    return f"top-1 {top1:.2f} % is about what guessing gives ({100 * chance:.2f} %); check first {'; '.join(checks)}"
+    told = f"top-1 {top1:.2f} % is no better than always naming the commonest class ({100 * chance:.2f} %)"
+    return f"{told}; check first {'; '.join(checks)}"
 
 
 def record(values, confusion, classes, step, *, progress, folder, advice=None):
