@@ -288,6 +288,8 @@ def test_a_card_says_what_was_trained(kind, flags, words, tmp_path):
     _, card = card_of(write_run(tmp_path / "run", SCRIPTS[kind], **flags), kind)
     assert words in card.text
     assert card.data.base_model == ("a/b" if "hf:a/b@v1" in flags.values() else None)
+    scratch = kind != "autoencoder" and not any(name.startswith("path_to_") for name in flags)
+    assert ("masked-autoencoder" in card.data.tags) is not scratch
 
 
 def test_weights_from_the_hub_are_the_base_model(tmp_path):

@@ -217,13 +217,14 @@ def _metadata(facts: Facts, run: Run | None, measured: dict, *, title, license, 
         metric = dict(metric_type=kind, metric_name=words, metric_value=round(value, 4))
         results.append(EvalResult(task_type=facts.task, **dataset, **metric))
     start = str(run.start) if run else facts.origin.partition(" ")[0]
+    pretrained = facts.autoencoder or bool(run and run.start)
     return ModelCardData(
         library_name="transformers",
         pipeline_tag=facts.task,
         license=license or "unknown",
         datasets=list(datasets) or None,
         base_model=start.removeprefix("hf:").partition("@")[0] if start.startswith("hf:") else None,
-        tags=[TAG, "masked-autoencoder", "vit", *(["timm"] if facts.task != MASKS else [])],
+        tags=[TAG, *(["masked-autoencoder"] if pretrained else []), "vit", *(["timm"] if facts.task != MASKS else [])],
         model_name=title if results else None,
         eval_results=results or None,
     ).to_yaml()
