@@ -84,18 +84,21 @@ def test_training_publishes_and_everybody_loads_it(hub, image_folder, scenes, ph
     data = ["--path_to_data", image_folder]
     flags = [*TINY, "--encoder_depth", 4, *data, "--epochs", 2, "--hub_every", 1, *published, "owner/mae"]
     said = run("pretrain_mae.py", *flags, cwd=cwd, **variables)
-    assert "published the finished run" in said.stdout + said.stderr
+    assert "publishing step 5; " in said.stdout and "published the finished run" in said.stdout
+    assert (cwd / "work_dir" / "pretrain_mae" / "checkpoints" / "step_00000005").is_dir()  # saved for that alone
     messages = list(hub.repositories["owner/mae"].messages.values())
     assert messages[-1] == "Weights of step 10" and hub.repositories["owner/mae"].private
     assert set(messages[1:]) <= {"Weights of step 5", "Weights of step 10"}
 
-    for script, weights, where, more in (
-        ("finetune_classifier.py", "--path_to_pretrained_mae_weights", data, CLASSIFIER),
-        ("finetune_segmentation.py", "--path_to_backbone_checkpoint", ["--path_to_data", scenes], SEGMENTER),
+    for script, weights, where, more, epoch in (
+        ("finetune_classifier.py", "--path_to_pretrained_mae_weights", data, CLASSIFIER, 5),
+        ("finetune_segmentation.py", "--path_to_backbone_checkpoint", ["--path_to_data", scenes], SEGMENTER, 2),
     ):
         name = script.removeprefix("finetune_").removesuffix(".py")
-        flags = [*more, *where, weights, "hf:owner/mae", *published, f"owner/{name}"]
-        run(script, *flags, cwd=cwd, **variables)
+        flags = [*more, *where, weights, "hf:owner/mae", *published, f"owner/{name}", "--hub_every", 1]
+        said = run(script, *flags, "--max_steps", epoch + 1, cwd=cwd, **variables).stdout
+        assert f"publishing step {epoch}; " in said and "published the finished run" in said
+        assert (cwd / "work_dir" / script[:-3] / "checkpoints" / f"step_{epoch:08d}").is_dir()
     flags = [*TINY, "--encoder_depth", 4, *data, "--max_steps", 1, "--init_from", "hf:owner/mae"]
     said = run("pretrain_mae.py", *flags, "--experiment_name", "again", cwd=cwd, **variables).stdout
     assert "0 missing, 0 ignored" in said
