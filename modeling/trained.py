@@ -62,17 +62,13 @@ def _build(path: Path, state: dict, stored: Stored, *, whole: bool) -> Trained:
     if grid is None:
         raise WeightsError("positions that make no square, of a grid that nobody tells; give a folder with config.json")
     img_size = tuple(side * sizes["patch_size"] for side in grid)
-    encoder = VisionTransformer(img_size=img_size, **sizes)
     kind, head, decoder = segmenter_kind(state), classifier_kind(state), decoder_sizes(state, stored)
-    num_classes = 0
+    extras, num_classes = {}, 0
+    if kind:
+        extras = dict(relative_position_bias=kind.relative_position_bias, layer_scale=1.0 if kind.layer_scale else None)
+    encoder = VisionTransformer(img_size=img_size, **sizes, **extras)
     if kind:
         num_classes = kind.num_classes
-        encoder = VisionTransformer(
-            img_size=img_size,
-            **sizes,
-            relative_position_bias=kind.relative_position_bias,
-            layer_scale=1.0 if kind.layer_scale else None,
-        )
         layers = stored.layers
         if layers is None:
             layers = default_layers(sizes["depth"]) if kind.head == "upernet" else [sizes["depth"] - 1]
