@@ -44,6 +44,7 @@ from training.pictures import label_picture, reconstruction_grid, segmentation_o
 LINES = "predictions.jsonl"
 PICTURES = ("labels", "overlays", "reconstructions")  # folders
 PREVIEW = 1024  # pixels of an overlay's longer side, at most
+NOT_FINITE = "the model's output is not finite; its training diverged or the weights are damaged: give others"
 SHOWN = 10  # images whose classes are printed too
 FLAGS = {  # that go with one kind of model alone
     Classifier: ("top_k",),
@@ -257,9 +258,6 @@ def write_lines(path, results, source):
             file.flush()
             if number < SHOWN and "error" not in result:
                 tqdm.write(describe(source.name(index), result))
-
-
-NOT_FINITE = "the model's output is not finite; its training diverged or the weights are damaged: give others"
 
 
 def describe(name, result):
