@@ -1,20 +1,35 @@
-"""data/decode.py: every format and mode gives Pillow's pixels; what is damaged is said to be, and nothing else is."""
+"""data/decode.py: every format and mode gives Pillow's pixels, or the numbers that are stored; what is damaged is said
+to be, and nothing else is."""
 
+import contextlib
 import io
+import math
 import os
 import random
 import struct
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import tifffile
 import torch
+from imagecodecs import png_encode
 from PIL import Image, ImageOps, features
+from torch.nn.functional import interpolate
 
 import data.decode
-from data.decode import DamagedImage, _is_plain_jpeg, decode
+from data.decode import (
+    DamagedImage,
+    WrongChannels,
+    WrongPixels,
+    _jpeg_header,
+    decode,
+    decode_stored,
+    from_own_values,
+    own_values,
+)
 
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")  # torchvision's
 HEIGHT, WIDTH = 45, 70
 ORIENTATION = 0x0112
 
@@ -91,6 +106,27 @@ def test_sixteen_bits_are_scaled_to_eight():
     assert torch.equal(decode(encode(grey16(), "PNG"), 3), image.expand(3, -1, -1))
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1)])
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_the_smallest_images_are_turned_too(format, size):
+    for orientation in range(1, 9):
+        image = decode(encode(RGB.resize(size), format, exif=exif(orientation)), 3)
+        assert tuple(image.shape[1:]) == (size if orientation >= 5 else size[::-1])
+
+
+def test_colour_in_planes_is_read_where_pillow_does_not():
+    array = numbers(np.uint16, HEIGHT, WIDTH, 3)
+    content = tiff(np.moveaxis(array, 2, 0).copy(), photometric="rgb", planarconfig="separate", byteorder=">")
+    assert np.abs(decode(content, 3).permute(1, 2, 0).numpy() - array / 257.0).max() <= 0.51
+
+
+def test_a_cut_grey_tiff_is_damaged_not_of_other_channels():
+    content = encode(RGB.convert("L"), "TIFF", compression="tiff_lzw")
+    with pytest.raises(DamagedImage) as caught:
+        decode(content[: len(content) // 2], 3)
+    assert not isinstance(caught.value, WrongChannels)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
 def test_exif_turns_the_image_upright(format, orientation):
@@ -102,18 +138,53 @@ def test_exif_turns_the_image_upright(format, orientation):
 
 def test_common_jpegs_take_the_fast_decoder_in_channels_last_order():
     for name in ("jpeg", "jpeg 4:4:4", "jpeg progressive", "jpeg grey"):
-        assert _is_plain_jpeg(FILES[name]), name
-        assert decode(FILES[name], 3).permute(1, 2, 0).is_contiguous(), name
-    assert not _is_plain_jpeg(FILES["jpeg CMYK"])
-    assert not _is_plain_jpeg(FILES["png RGB"])
+        assert _jpeg_header(FILES[name]) == (HEIGHT, WIDTH, 1 if "grey" in name else 3, 1), name
+    assert _jpeg_header(FILES["jpeg CMYK"]) is None
+    for name, content in FILES.items():
+        assert decode(content, 3).permute(1, 2, 0).is_contiguous(), name
+    for orientation in range(1, 9):
+        assert decode(encode(RGB, "JPEG", exif=exif(orientation)), 3).permute(1, 2, 0).is_contiguous()
 
 
-def test_without_torchvisions_decoder_pillow_gives_the_same_pixels(monkeypatch):
-    names = [name for name in FILES if name.startswith("jpeg")]
-    fast = [decode(FILES[name], 3) for name in names]
+def test_without_the_fast_decoder_pillow_gives_the_same_pixels(monkeypatch):
+    contents = [content for name, content in FILES.items() if name.startswith("jpeg")]
+    contents += [encode(RGB, "JPEG", exif=exif(orientation)) for orientation in range(1, 9)]
+    fast = [decode(content, 3) for content in contents]
     monkeypatch.setattr(data.decode, "decode_jpeg", None)
-    for name, image in zip(names, fast, strict=True):
-        assert torch.equal(decode(FILES[name], 3), image), name
+    for content, image in zip(contents, fast, strict=True):
+        assert torch.equal(decode(content, 3), image)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_jpeg_is_decoded_at_a_fraction_where_both_sides_stay_long_enough(orientation):
+    content = encode(RGB.resize((701, 450)), "JPEG", quality=95, exif=exif(orientation))
+    whole = decode(content, 3)
+    turned = orientation == 6
+    for least, expected in {
+        (1, 1): (57, 88),
+        (57, 88): (57, 88),
+        (58, 88): (113, 176),
+        (57, 89): (113, 176),
+        (113, 177): (225, 351),
+        (226, 1): (450, 701),
+        (9999, 1): (450, 701),
+    }.items():
+        least, expected = (least[::-1], expected[::-1]) if turned else (least, expected)
+        image = decode(content, 3, min_sides=least)
+        assert tuple(image.shape[1:]) == expected, least
+        resized = interpolate(whole[None].float(), expected, mode="bilinear", antialias=True)[0]
+        assert (resized - image).abs().mean() < 2
+    assert decode(FILES["png RGB"], 3, min_sides=(1, 1)).shape == (3, HEIGHT, WIDTH)
+
+
+def test_orientation_in_xmp_counts_where_exif_has_none_as_with_pillow():
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    for tags, turned in ((None, True), (exif(1), False), (exif(3), False)):
+        content = encode(RGB, "JPEG", xmp=xmp[29:], **(dict(exif=tags) if tags else {}))
+        assert b"tiff:Orientation" in content
+        upright = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
+        assert upright.shape[0] == (WIDTH if turned else HEIGHT)
+        assert np.array_equal(decode(content, 3).permute(1, 2, 0).numpy(), upright)
 
 
 @pytest.mark.filterwarnings("error")
@@ -195,22 +266,465 @@ def test_what_is_no_image_is_damaged_with_a_short_reason(name):
     assert 0 < len(reason) < 150 and "0x" not in reason  # no address: the same file gives the same reason
 
 
-def test_a_bomb_that_pillow_would_only_warn_of_is_refused_by_its_own_limit(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", HEIGHT * WIDTH // 3)
-    for name in ("jpeg", "png RGB"):
-        with pytest.raises(DamagedImage, match="bomb"):
-            decode(FILES[name], 3)
+def tiff(array, **options) -> bytes:
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, array, **options)
+    return stream.getvalue()
 
 
-def test_pixels_without_a_known_range_are_refused():
-    with pytest.raises(DamagedImage, match="32-bit"):
-        decode(encode(RGB.convert("F"), "TIFF"), 1)
+def npy(array) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
 
 
-def test_other_channel_counts_are_an_error_of_the_caller():
-    with pytest.raises(ValueError, match="expected 3") as caught:
-        decode(FILES["jpeg"], 4)
+def gdal_nodata(text: str) -> dict:
+    return dict(extratags=[(42113, "s", 0, text, True)])
+
+
+def numbers(dtype, *shape) -> np.ndarray:
+    """Numbers over most of the range of a type, no two of them alike where that is possible."""
+    dtype = np.dtype(dtype)
+    low, high = (-30000.0, 30000.0) if dtype.kind == "f" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    return np.linspace(low, float(high), math.prod(shape)).clip(low, high * 0.999).astype(dtype).reshape(shape)
+
+
+BANDS13 = numbers(np.float32, HEIGHT, WIDTH, 13)
+LARGE = {
+    "jpeg": FILES["jpeg"],
+    "jpeg CMYK": FILES["jpeg CMYK"],
+    "png": FILES["png RGB"],
+    "png of 16 bits": png_encode(numbers(np.uint16, HEIGHT, WIDTH, 3)),
+    "gif": FILES["gif"],
+    "tiff": FILES["tiff"],
+    "tiff of floats": tiff(BANDS13[:, :, :3].copy(), photometric="rgb"),
+    "npy": npy(np.array(RGB)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value_range"),
+    [(name, each) for name in LARGE for each in (None, (0, 255)) if each or "floats" not in name],
+)
+def test_more_pixels_than_allowed_are_refused_with_the_flag_that_allows_them(name, value_range):
+    pillows = Image.MAX_IMAGE_PIXELS
+    channels = 4 if name == "jpeg CMYK" else 3
+    with pytest.raises(DamagedImage, match=f"pixels, more than the {HEIGHT * WIDTH - 1} allowed; raise --max_pixels"):
+        decode(LARGE[name], channels, value_range=value_range, max_pixels=HEIGHT * WIDTH - 1)
+    image = decode(LARGE[name], channels, value_range=value_range, max_pixels=HEIGHT * WIDTH)
+    assert image.shape == (channels, HEIGHT, WIDTH)
+    assert pillows == Image.MAX_IMAGE_PIXELS
+
+
+def test_pillows_own_limit_does_not_stand_in_the_way(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert decode(FILES["png RGB"], 3).shape == (3, HEIGHT, WIDTH)
+
+
+def test_headers_that_claim_too_much_are_refused_before_anything_is_allocated():
+    array = np.zeros((2, 2), dtype=np.float32)
+    content = bytearray(tiff(array))
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        for tag in (256, 257):
+            place = file.pages.first.tags[tag].valueoffset
+            content[place : place + 4] = struct.pack("<I", 10**9)
+    with pytest.raises(DamagedImage, match="1000000000 x 1000000000 pixels, more"):
+        decode(bytes(content), 1, value_range=(0, 1))
+    header = npy(array).replace(b"(2, 2)", b"(9999999, 9999999)")
+    with pytest.raises(DamagedImage, match="truncated"):
+        decode(header, 1, value_range=(0, 1))
+
+
+@pytest.mark.parametrize("content", [encode(RGB.convert("F"), "TIFF"), npy(BANDS13[:, :, 0]), tiff(BANDS13[:, :, 0])])
+def test_pixels_without_a_known_range_are_refused(content):
+    with pytest.raises(WrongPixels, match=r"has float32 numbers.*; give --value_range MIN MAX$"):
+        decode(content, 1)
+
+
+def test_channels_below_one_are_an_error_of_the_caller():
+    with pytest.raises(ValueError, match="expected 1") as caught:
+        decode(FILES["jpeg"], 0)
     assert not isinstance(caught.value, DamagedImage)
+
+
+@pytest.mark.parametrize(
+    ("content", "found", "expected", "value_range"),
+    [
+        (FILES["jpeg"], 3, 13, None),
+        (FILES["jpeg"], 3, 1, (0, 255)),
+        (FILES["jpeg grey"], 1, 3, (0, 255)),
+        (FILES["jpeg CMYK"], 4, 3, (0, 255)),
+        (FILES["png RGBA"], 4, 2, None),
+        (FILES["png RGB"], 3, 4, None),
+        (png_encode(numbers(np.uint16, 5, 6, 3)), 3, 1, (0, 65535)),
+        (npy(BANDS13), 13, 3, None),
+        (npy(BANDS13), 13, 3, (0, 1)),
+        (tiff(BANDS13, photometric="minisblack", planarconfig="contig"), 13, 3, (0, 1)),
+        (tiff(BANDS13[:, :, 0]), 1, 3, (0, 1)),
+    ],
+)
+def test_other_channels_than_those_asked_for_are_told_with_the_flag(content, found, expected, value_range):
+    with pytest.raises(WrongChannels) as caught:
+        decode(content, expected, value_range=value_range)
+    assert str(caught.value) == f"has {found} channels, expected {expected}; give --input_channels {found}"
+
+
+def test_four_channels_are_those_of_the_file():
+    rgba = RGB.convert("RGBA")
+    rgba.putalpha(RGB.convert("L"))
+    assert np.array_equal(decode(encode(rgba, "PNG"), 4).permute(1, 2, 0), np.array(rgba))
+    assert torch.equal(decode(encode(rgba, "PNG"), 3), decode(FILES["png RGB"], 3))
+    cmyk = decode(FILES["jpeg CMYK"], 4).permute(1, 2, 0).numpy()
+    assert np.array_equal(cmyk, np.array(Image.open(io.BytesIO(FILES["jpeg CMYK"]))))
+    assert decode(palette_with_transparency(), 4).shape == (4, HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5, 13])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_arrays_of_any_number_of_channels_are_read_as_eight_bits(dtype, channels):
+    array = numbers(dtype, HEIGHT, WIDTH, channels)
+    planes = np.moveaxis(array, 2, 0).copy()
+    expected = torch.from_numpy(planes.astype(float) / (257 if dtype == np.uint16 else 1)).round().to(torch.uint8)
+    contents = [npy(array), npy(planes), npy(array[None]), npy(np.stack([array, array[::-1]]))]
+    contents += [npy(array.astype(array.dtype.newbyteorder(">"))), npy(np.asfortranarray(array))]
+    if channels != 3 or dtype == np.uint8:  # 16-bit colour goes through Pillow, which cuts off the low byte
+        contents += [
+            tiff(array if channels > 1 else array[:, :, 0], photometric="minisblack", planarconfig="contig"),
+            tiff(planes if channels > 1 else array[:, :, 0], photometric="minisblack", planarconfig="separate"),
+        ]
+    for content in contents:
+        image = decode(content, channels)
+        assert image.dtype == torch.uint8 and torch.equal(image, expected)
+        assert image.permute(1, 2, 0).is_contiguous()
+
+
+# With a value range
+
+
+def scaled(array: np.ndarray, low: float, high: float) -> np.ndarray:
+    """(H, W, C) -> (C, H, W)"""
+    return np.clip((np.moveaxis(array, 2, 0).astype(np.float64) - low) / (high - low), 0, 1)
+
+
+DTYPES = ["u1", "u2", "u4", "i1", "i2", "i4", "f2", "f4", "f8"]
+TIFFS = {
+    "plain": {},
+    "big endian": dict(byteorder=">"),
+    "bigtiff": dict(bigtiff=True),
+    "lzw": dict(compression="lzw", predictor=True),
+    "deflate": dict(compression="zlib", predictor=True),
+    "packbits": dict(compression="packbits"),
+    "tiles": dict(tile=(16, 32), compression="zlib"),
+    "strips": dict(rowsperstrip=7),
+}
+
+
+@pytest.mark.parametrize("name", TIFFS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiffs_of_every_number_type_keep_their_depth(name, dtype):
+    for channels, planarconfig in ((1, None), (2, "contig"), (3, "separate"), (5, "contig"), (5, "separate")):
+        array = numbers(dtype, HEIGHT, WIDTH, channels)
+        stored = {"contig": array, "separate": np.moveaxis(array, 2, 0).copy(), None: array[:, :, 0]}[planarconfig]
+        content = tiff(stored, photometric="minisblack", planarconfig=planarconfig, **TIFFS[name])
+        low, high = float(array.min()) * 0.5, float(array.max()) * 0.75
+        image = decode(content, channels, value_range=(low, high))
+        assert image.dtype == torch.float32 and image.permute(1, 2, 0).is_contiguous()
+        assert (image.min(), image.max()) == (0, 1)
+        assert np.abs(image.numpy() - scaled(array, low, high)).max() < 1e-6
+        assert np.array_equal(own_values(content, channels), array.astype(dtype if dtype in ("u1", "u2") else "f4"))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, ">f4", ">u2", "u8", "i8"])
+def test_npy_of_every_number_type_and_order_of_axes(dtype):
+    array = numbers(dtype, HEIGHT, WIDTH, 5)
+    value_range = (float(array.min()), float(array.max()))
+    expected = decode(npy(array), 5, value_range=value_range)
+    assert np.abs(expected.numpy() - scaled(array, *value_range)).max() < 1e-6
+    for other in (np.moveaxis(array, 2, 0).copy(), np.asfortranarray(array), array[None], np.stack([array, array])):
+        assert torch.equal(decode(npy(other), 5, value_range=value_range), expected)
+    assert torch.equal(decode(npy(array[:, :, 2]), 1, value_range=value_range), expected[2:3])
+
+
+def test_where_both_ends_fit_the_last_axis_is_the_channel():
+    array = numbers(np.uint8, 3, 7, 3)
+    assert np.array_equal(decode(npy(array), 3).permute(1, 2, 0), array)
+
+
+def test_bands_that_were_written_as_pages_are_channels():
+    array = numbers(np.uint16, HEIGHT, WIDTH, 13)
+    for stored in (array, np.moveaxis(array, 2, 0).copy()):  # tifffile knows the axes of neither
+        assert np.array_equal(own_values(tiff(stored, photometric="minisblack"), 13), array)
+
+
+def test_sixteen_bit_png_keeps_its_depth_in_grey_and_in_colour():
+    for channels in (1, 2, 3, 4):
+        array = numbers(np.uint16, HEIGHT, WIDTH, channels)
+        content = png_encode(array.squeeze())
+        assert np.array_equal(own_values(content, channels), array), channels
+        image = decode(content, channels, value_range=(1000, 3000))
+        assert np.abs(image.numpy() - scaled(array, 1000, 3000)).max() < 1e-6
+    rgba = numbers(np.uint16, HEIGHT, WIDTH, 4)
+    assert np.array_equal(own_values(png_encode(rgba), 3), rgba[:, :, :3])
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # by Pillow, for the expected pixels
+@pytest.mark.parametrize("name", FILES)
+def test_eight_bit_files_give_their_numbers(name):
+    image = Image.open(io.BytesIO(FILES[name]))
+    image = image.convert("RGB" if image.mode == "P" else "L" if image.mode == "1" else image.mode)
+    bands = len(image.getbands())
+    stored = own_values(FILES[name], bands)
+    assert stored.dtype == np.uint8
+    if "transparent" not in name:
+        assert np.array_equal(stored, np.array(image).reshape(HEIGHT, WIDTH, bands))
+    expected = torch.from_numpy(stored).permute(2, 0, 1) / 255
+    assert torch.allclose(decode(FILES[name], bands, value_range=(0, 255)), expected, atol=1e-6)
+    if bands in (2, 4) and "CMYK" not in name:
+        assert np.array_equal(own_values(FILES[name], bands - 1), stored[:, :, :-1])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_numbers_are_turned_upright_too(orientation):
+    array = numbers(np.uint16, 3, 4, 3)
+    upright = own_values(tiff(array, photometric="rgb", extratags=[(ORIENTATION, "H", 1, orientation, True)]), 3)
+    eight_bits = Image.fromarray((array // 256).astype(np.uint8))
+    content = encode(eight_bits, "PNG", exif=exif(orientation))
+    expected = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
+    assert np.array_equal(upright // 256, expected)
+    deep = png_encode(array)
+    chunk = content[content.index(b"eXIf") - 4 :]
+    chunk = chunk[: 12 + int.from_bytes(chunk[:4], "big")]
+    assert np.array_equal(own_values(deep[:33] + chunk + deep[33:], 3), upright)
+
+
+# Where there are no data
+
+
+def test_what_is_no_data_becomes_the_mean_of_its_channels_other_numbers():
+    array = numbers(np.float32, HEIGHT, WIDTH, 3)
+    expected = array.astype(np.float64)
+    array[:5, :, 0], array[7, 8, 1], array[9, 9, 1], array[0, 0, 2] = -9999, np.nan, np.inf, -9999
+    missing = ~np.isfinite(array) | (array == -9999)
+    for channel in range(3):
+        expected[missing[:, :, channel], channel] = expected[~missing[:, :, channel], channel].mean()
+    tagged = tiff(array, photometric="rgb", **gdal_nodata("-9999"))
+    for content, nodata in (
+        (npy(array), -9999),
+        (tagged, None),
+        (tagged, -9999),
+        (tiff(array, photometric="rgb"), -9999),
+    ):
+        image = decode(content, 3, value_range=(-20000, 20000), nodata=nodata)
+        assert np.abs(image.numpy() - scaled(expected, -20000, 20000)).max() < 1e-6
+        stored = own_values(content, 3, nodata=nodata)
+        assert np.array_equal(np.isnan(stored), missing) and np.array_equal(stored[~missing], array[~missing])
+        assert torch.equal(from_own_values(stored, 3, value_range=(-20000, 20000)), image)
+
+
+@pytest.mark.parametrize("text", ["-3.4028234663852886e+38", "-3.40282346638529e+38", "-3.4028235e+38"])
+def test_the_lowest_float_is_known_however_it_is_written(text):
+    array = numbers(np.float32, 5, 6)
+    array[0, 0] = np.finfo(np.float32).min
+    assert np.isnan(own_values(tiff(array, **gdal_nodata(text)), 1)).sum() == 1
+
+
+@pytest.mark.parametrize("text", ["none", "", "nan", "-9999", "0.5", "1e400"])
+def test_a_tag_that_no_pixel_of_the_type_can_equal_changes_nothing(text):
+    array = numbers(np.uint8, HEIGHT, WIDTH)
+    content = tiff(array, **gdal_nodata(text))
+    assert own_values(content, 1).dtype == np.uint8
+    assert np.array_equal(decode(content, 1)[0], array)
+
+
+def test_no_data_among_eight_bits_is_filled_too():
+    array = numbers(np.uint8, HEIGHT, WIDTH, 2)
+    array[:, :10, 1] = 7
+    array[0, 0] = [7, 7]
+    for content, nodata in ((npy(array), 7), (tiff(array, photometric="minisblack", planarconfig="contig"), 7)):
+        image = decode(content, 2, nodata=nodata).permute(1, 2, 0).numpy()
+        assert image.dtype == np.uint8
+        for channel in range(2):
+            band, missing = array[:, :, channel], array[:, :, channel] == 7
+            assert np.array_equal(image[:, :, channel][~missing], band[~missing])
+            assert set(image[:, :, channel][missing]) == {round(band[~missing].mean())}
+    grey = np.where(np.arange(WIDTH) < 9, 0, numbers(np.uint8, HEIGHT, WIDTH)).astype(np.uint8)
+    content = tiff(grey, **gdal_nodata("0"))
+    mean = round(grey[grey > 0].mean())
+    assert set(decode(content, 3)[:, grey == 0].flatten().tolist()) == {mean}
+    assert set(decode(encode(Image.fromarray(grey), "PNG"), 1, nodata=0)[0][grey == 0].tolist()) == {mean}
+
+
+def test_an_image_without_any_data_in_a_channel_is_damaged():
+    array = numbers(np.float32, 5, 6, 2)
+    array[:, :, 1] = np.nan
+    with pytest.raises(DamagedImage, match="no pixel with data"):
+        decode(npy(array), 2, value_range=(0, 1))
+    with pytest.raises(DamagedImage, match="no pixel with data"):
+        decode(npy(np.zeros((5, 6), np.uint8)), 1, nodata=0)
+
+
+# Numbers that are already there
+
+
+def test_a_uint8_array_comes_back_as_a_view():
+    array = numbers(np.uint8, 5, 6, 3)
+    image = from_own_values(array, 3)
+    assert image.shape == (3, 5, 6) and image.data_ptr() == array.ctypes.data
+
+
+def test_arrays_and_files_give_equal_images():
+    for array, options in (
+        (numbers(np.uint8, 5, 6, 3), {}),
+        (numbers(np.uint8, 5, 6, 3), dict(nodata=0)),
+        (numbers(np.uint16, 5, 6, 3), {}),
+        (numbers(np.uint16, 5, 6, 3), dict(nodata=0, value_range=(100, 50000))),
+        (numbers(np.float32, 5, 6, 3), dict(nodata=-30000, value_range=(-20000, 20000))),
+    ):
+        before = array.copy()
+        assert torch.equal(from_own_values(array, 3, **options), decode(npy(array), 3, **options))
+        assert np.array_equal(array, before)
+    with pytest.raises(WrongChannels):
+        from_own_values(array, 4, value_range=(0, 1))
+    with pytest.raises(WrongPixels, match="--value_range"):
+        from_own_values(array, 3)
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_array_file_is_not_copied_until_it_is_scaled():
+    content = npy(BANDS13)
+    values = own_values(content, 13)
+    assert np.shares_memory(values, np.frombuffer(content, np.uint8))
+    assert not values.flags.writeable
+    decode(content, 13, value_range=(0, 1)).add_(1)  # which is its own memory
+    assert np.array_equal(own_values(content, 13), BANDS13)
+    eight_bits = npy(numbers(np.uint8, 5, 6, 3))
+    decode(eight_bits, 3).add_(1)
+    assert np.array_equal(decode(eight_bits, 3).permute(1, 2, 0), numbers(np.uint8, 5, 6, 3))
+
+
+@pytest.mark.parametrize(
+    ("content", "channels", "value_range"),
+    [
+        (FILES["jpeg"], 3, None),
+        (encode(RGB, "JPEG", exif=exif(6)), 3, None),
+        (FILES["png RGB"], 3, None),
+        (png_encode(numbers(np.uint16, HEIGHT, WIDTH, 3)), 3, (0, 65535)),
+        (tiff(BANDS13, photometric="minisblack", planarconfig="contig"), 13, (-30000, 30000)),
+        (npy(BANDS13), 13, (-30000, 30000)),
+    ],
+)
+def test_any_buffer_is_read(content, channels, value_range):
+    expected = decode(content, channels, value_range=value_range)
+    signed = np.frombuffer(content, np.int8)
+    for buffer in (memoryview(content), bytearray(content), pa.py_buffer(content), memoryview(signed)):
+        assert torch.equal(decode(buffer, channels, value_range=value_range), expected)
+
+
+# Masks
+
+
+def test_labels_are_read_as_they_are_stored():
+    labels = numbers(np.uint16, HEIGHT, WIDTH)
+    small = numbers(np.uint8, HEIGHT, WIDTH)
+    for expected, content in (
+        (labels, npy(labels)),
+        (labels, npy(labels[None])),
+        (labels, npy(labels[..., None])),
+        (labels, tiff(labels)),
+        (labels, tiff(labels, compression="lzw", tile=(16, 16))),
+        (small, tiff(small)),
+        (small, npy(small)),
+        (small, tiff(small, compression="zstd")),
+        (labels.astype(np.int64), npy(labels.astype(np.int64))),
+        (labels, encode(Image.fromarray(labels), "PNG")),
+        (small, encode(Image.fromarray(small), "PNG")),
+    ):
+        stored = decode_stored(content)
+        assert stored.dtype == expected.dtype and np.array_equal(stored, expected)
+    assert decode_stored(FILES["png P"]).max() < 16
+    assert set(decode_stored(FILES["png 1"]).astype(int).ravel()) == {0, 1}
+    assert decode_stored(npy(numbers(np.uint8, 5, 6, 3))).shape == (5, 6, 3)
+    turned = encode(Image.fromarray(small), "PNG", exif=exif(6))
+    assert np.array_equal(decode_stored(turned), np.rot90(small, -1))
+    for content in (b"", b"text", npy(labels)[:-1], tiff(labels)[:-1], npy(np.array(["a", "b"]))):
+        with pytest.raises(DamagedImage):
+            decode_stored(content)
+
+
+# Damage
+
+
+NUMBER_FILES = {
+    "tiff": tiff(numbers(np.float32, 20, 30)),
+    "tiff deflate": tiff(numbers(np.float32, 20, 30), compression="zlib", predictor=True, rowsperstrip=6),
+    "tiff lzw": tiff(numbers(np.int16, 20, 30), compression="lzw", tile=(16, 16)),
+    "tiff bands": tiff(numbers(np.uint16, 4, 20, 30), photometric="minisblack", planarconfig="separate"),
+    "png": png_encode(numbers(np.uint16, 20, 30, 3)),
+    "npy": npy(numbers(np.float32, 20, 30)),
+}
+
+
+@pytest.mark.parametrize("name", NUMBER_FILES)
+def test_files_of_numbers_are_damaged_wherever_they_are_cut(name):
+    content, channels = NUMBER_FILES[name], {"png": 3, "tiff bands": 4}.get(name, 1)
+    assert decode(content, channels, value_range=(0, 1)).shape == (channels, 20, 30)
+    end = content.rindex(b"IEND") - 4 if name == "png" else len(content)  # whose checksum follows
+    for length in {*range(0, end, 41), end - 1}:
+        with pytest.raises(DamagedImage) as caught:
+            decode(content[:length], channels, value_range=(0, 1))
+        assert 0 < len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npy(np.array(["a", "b"])),
+        npy(np.zeros((3, 4), dtype="c8")),
+        npy(np.zeros((0, 4))),
+        npy(np.zeros(7)),
+        npy(np.array(1.0)),
+        npy(np.zeros((3, 4), dtype=[("a", "f4")])),
+        npy(np.zeros((2, 2))).replace(b"(2, 2)", b"(-2,-2)"),
+        npy(np.zeros((2, 2))).replace(b"'<f8'", b"'|O' "),
+        tiff(np.zeros((3, 4), dtype=np.complex64)),
+    ],
+)
+def test_files_that_hold_no_image_of_numbers_are_damaged(content):
+    with pytest.raises(DamagedImage) as caught:
+        decode(content, 1, value_range=(0, 1))
+    assert str(caught.value)
+
+
+@pytest.mark.filterwarnings("error")
+def test_neither_warnings_nor_log_messages_escape(caplog, capfd):
+    array = numbers(np.float64, 5, 6)
+    array[0, 0] = 1e300
+    for content, value_range in (
+        (tiff(numbers(np.uint8, 5, 6), **gdal_nodata("-9999")), (0, 1)),  # tifffile logs this one
+        (tiff(numbers(np.float32, 5, 6))[:-30], (0, 1)),
+        (npy(array), (0, 1)),
+        (palette_with_transparency(), None),
+        (encode(RGB.resize((99, 99)), "PNG")[:-20], None),
+    ):
+        with contextlib.suppress(DamagedImage):
+            decode(content, 1, value_range=value_range)
+    assert not caplog.records and not capfd.readouterr().err
+
+
+@pytest.mark.skipif("MAE_TEST_DATA" not in os.environ, reason="MAE_TEST_DATA names no folder of real images")
+def test_elevation_models_and_satellite_scenes_are_read():
+    raw = Path(os.environ["MAE_TEST_DATA"], "dem", "raw")
+    scenes = np.load(raw / "eolearn_sentinel2_5x101x100x13_float32.npy")
+    content = (raw / "eolearn_sentinel2_5x101x100x13_float32.npy").read_bytes()
+    assert np.array_equal(own_values(content, 13), scenes[0])
+    for name in ("pysheds_dem_90m_int16.tif", "pysheds_roi_30m_float32.tif"):
+        values = own_values((raw / name).read_bytes(), 1)
+        image = decode((raw / name).read_bytes(), 1, value_range=(0, 3000))
+        assert values.dtype == np.float32 and image.shape == (1, *values.shape[:2])
+        assert 0 < np.isnan(values).mean() < 1 or np.isfinite(values).all()
+        assert image.isfinite().all() and image.std() > 0
+    tiles = sorted(Path(os.environ["MAE_TEST_DATA"], "dem", "tiles16").rglob("*.png"))
+    assert own_values(tiles[0].read_bytes(), 1).dtype == np.uint16
 
 
 @pytest.mark.skipif("MAE_TEST_DATA" not in os.environ, reason="MAE_TEST_DATA names no folder of real images")
