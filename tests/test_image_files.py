@@ -1,0 +1,361 @@
+import csv
+import errno
+import itertools
+import json
+import os
+import pickle
+import random
+import time
+
+import numpy as np
+import pytest
+
+from data import files
+from data.files import FileSource, FolderSource, ListSource, read_file
+from data.index import DataError, Names
+
+
+def write(root, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(os.path.basename(name).encode())
+
+
+def names_of(source, root) -> list[str]:
+    return [os.path.relpath(source.name(i), root) for i in range(len(source))]
+
+
+def ago(path, seconds: float) -> None:
+    """As if a file or folder had last been changed so long ago."""
+    os.utime(path, (time.time() - seconds,) * 2)
+
+
+# What is found below a folder
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_folder_is_in_the_order_of_the_bytes_of_whole_paths(tmp_path, seed):
+    rng = random.Random(seed)
+    parts = ["a", "a-b", "a.b", "a0", "aB", "a b", "A", "ä", "a-", "0", "a.jpg", "z"]
+    written = set()
+    for depth in rng.choices(range(4), k=60):
+        folder = tmp_path.joinpath(*rng.choices(parts, k=depth))
+        name = rng.choice(parts) + rng.choice([".jpg", ".PNG", ".txt", "", ".tar.npy"])
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(b"")
+        except OSError:  # a file where a folder ought to be, or the other way round
+            continue
+        if name.lower().endswith((".jpg", ".png", ".npy")):
+            written.add(os.path.relpath(folder / name, tmp_path))
+    found = names_of(FolderSource(tmp_path), tmp_path)
+    assert len(found) > 10 and found == sorted(written, key=os.fsencode)
+
+
+def test_classes_are_in_the_order_of_their_own_bytes(tmp_path):
+    write(tmp_path, "a/x.jpg", "a/deep/1/y.jpg", "a-b/x.jpg", "a.b/x.jpg", "a0/x.jpg", "void/notes.txt")
+    source = FolderSource(tmp_path)
+    assert names_of(source, tmp_path) == ["a-b/x.jpg", "a.b/x.jpg", "a/deep/1/y.jpg", "a/x.jpg", "a0/x.jpg"]
+    assert source.classes == ["a", "a-b", "a.b", "a0"]
+    assert source.labels.tolist() == [1, 2, 0, 0, 3] and source.labels.dtype == np.int32
+
+
+def test_links_that_lead_to_each_other(tmp_path):
+    write(tmp_path, "one/1.jpg", "two/2.jpg")
+    os.symlink(tmp_path / "two", tmp_path / "one" / "to_two")
+    os.symlink(tmp_path / "one", tmp_path / "two" / "to_one")
+    os.symlink(tmp_path / "nowhere", tmp_path / "one" / "broken")
+    os.symlink(tmp_path / "nowhere", tmp_path / "one" / "broken.jpg")  # is told when it is read
+    assert names_of(FolderSource(tmp_path / "one"), tmp_path / "one") == ["1.jpg", "broken.jpg", "to_two/2.jpg"]
+
+
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    write(tmp_path, "a/1.jpg", "b/2.jpg")
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.path.basename(path) == b"b":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=f"{tmp_path}/b cannot be read \\(Permission denied\\); check its permissions"):
+        FolderSource(tmp_path)
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """A folder of old files, with a cache that keeps as few as three; and how often it has been scanned."""
+    write(tmp_path / "data", "a/1.jpg", "a/2.jpg", "b/3.jpg", "b/deep/4.jpg")
+    for folder in ("", "a", "b", "b/deep"):
+        ago(tmp_path / "data" / folder, 60)
+    monkeypatch.setattr(files, "CACHED_FROM", 3)
+    scans, find = [], files._find
+    monkeypatch.setattr(files, "_find", lambda *args: (scans.append(1), find(*args))[1])
+    return tmp_path, scans
+
+
+def test_a_folder_that_did_not_change_is_scanned_once(kept, monkeypatch):
+    tmp_path, scans = kept
+    monkeypatch.chdir(tmp_path)
+    FolderSource("data", cache=tmp_path / "cache")
+    monkeypatch.chdir(tmp_path / "data")
+    first, second = (FolderSource(tmp_path / "data", cache=tmp_path / "cache") for _ in range(2))
+    assert len(scans) == 1 and names_of(second, tmp_path / "data") == ["a/1.jpg", "a/2.jpg", "b/3.jpg", "b/deep/4.jpg"]
+    assert second.classes == ["a", "b"] and second.labels.tolist() == [0, 0, 1, 1]
+    assert second.fetch([3, 0]) == [b"4.jpg", b"1.jpg"] and second.fingerprint() == first.fingerprint()
+    assert pickle.loads(pickle.dumps(second)).fetch([2]) == [b"3.jpg"]
+    FolderSource(tmp_path / "data", (".jpg",), cache=tmp_path / "cache")
+    assert len(scans) == 2  # for other files
+
+
+def test_a_folder_that_changed_is_scanned_again(kept):
+    tmp_path, scans = kept
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    FolderSource(data, cache=cache)
+    write(data, "b/deep/5.jpg")
+    ago(data / "b" / "deep", 30)
+    assert names_of(FolderSource(data, cache=cache), data)[-1] == "b/deep/5.jpg"
+    os.rename(data / "a", data / "c")
+    ago(data, 30)
+    assert FolderSource(data, cache=cache).classes == ["b", "c"]
+    assert len(scans) == 3 and len(FolderSource(data, cache=cache)) == 5 and len(scans) == 3
+
+
+def test_a_folder_that_has_just_changed_is_not_trusted(kept):
+    tmp_path, scans = kept
+    ago(tmp_path / "data" / "b", 0.5)
+    for _ in range(2):
+        FolderSource(tmp_path / "data", cache=tmp_path / "cache")
+    assert len(scans) == 2 and os.listdir(tmp_path / "cache") == []
+
+
+def test_a_small_folder_is_not_kept(kept, monkeypatch):
+    tmp_path, scans = kept
+    monkeypatch.setattr(files, "CACHED_FROM", 5)
+    for _ in range(2):
+        FolderSource(tmp_path / "data", cache=tmp_path / "cache")
+    assert len(scans) == 2 and os.listdir(tmp_path / "cache") == []
+
+
+# Reading
+
+
+@pytest.mark.parametrize(
+    ("code", "failures", "tries"),
+    [(errno.EIO, 2, 3), (errno.ESTALE, 3, 3), (errno.ENOENT, 1, 1), (errno.EACCES, 1, 1), (errno.ELOOP, 1, 1)],
+)
+def test_a_file_system_that_fails_is_tried_again(tmp_path, monkeypatch, code, failures, tries):
+    write(tmp_path, "1.jpg")
+    real, tried, slept = os.open, [], []
+
+    def fail(path, flags):
+        tried.append(path)
+        if len(tried) <= failures:
+            raise OSError(code, os.strerror(code), path)
+        return real(path, flags)
+
+    monkeypatch.setattr(files.os, "open", fail)
+    monkeypatch.setattr(files.time, "sleep", slept.append)
+    (read,) = FileSource([b"1.jpg"], tmp_path).fetch([0])
+    assert len(tried) == tries and slept == [0.1, 1.0][: tries - 1]
+    if failures < tries:
+        assert read == b"1.jpg"
+    else:
+        assert isinstance(read, OSError) and read.errno == code
+
+
+def test_what_is_no_file_is_told_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    write(tmp_path, "whole.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    assert read_file(str(tmp_path / "pipe.jpg")) == b""  # as an empty file
+    start = time.monotonic()
+    for name, kind in (
+        ("folder.jpg", IsADirectoryError),
+        ("whole.jpg/1.jpg", NotADirectoryError),
+        ("no", FileNotFoundError),
+    ):
+        assert isinstance(read_file(str(tmp_path / name)), kind)
+    read = read_file(str(tmp_path / ("n" * 300)))
+    assert isinstance(read, OSError) and read.errno == errno.ENAMETOOLONG
+    assert time.monotonic() - start < files.PAUSES[0]  # none of these was tried again
+
+
+def test_files_from_names_or_a_list(tmp_path):
+    write(tmp_path, "b.jpg", "a.jpg")
+    listed = FileSource([b"b.jpg", b"a.jpg"], tmp_path)
+    named = FileSource(Names.from_list([b"b.jpg", b"a.jpg"]), str(tmp_path))
+    assert listed.fetch(np.array([1, 0])) == named.fetch(range(1, -1, -1)) == [b"a.jpg", b"b.jpg"]
+    assert listed.fingerprint() == named.fingerprint() == "39bf40fb2f52b744" and named.size_in_bytes() == 10
+
+
+# Lists
+
+
+def write_list(path, rows: list[dict]) -> str:
+    """The rows as CSV or as JSONL."""
+    with open(path, "w", newline="") as file:
+        if path.suffix == ".csv":
+            writer = csv.DictWriter(file, list(dict.fromkeys(itertools.chain(*rows))))
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "ndjson"])
+def test_a_list_in_its_own_order(tmp_path, kind, monkeypatch):
+    images = ["z.jpg", 'deep/ü, or "u".png', str(tmp_path / "elsewhere" / "a.jpg"), "z.jpg", "../data/no_suffix"]
+    write(tmp_path / "data", *images)
+    write(tmp_path / "data", *(f"masks/{i}.png" for i in range(5)))
+    rows = [
+        {"path": path, "label": label, "mask": f"masks/{i}.png", "width": "nobody asks", "noted": "2024"}
+        for i, (path, label) in enumerate(zip(images, ["dog", "cat", "dog", "ant", "cat"], strict=True))
+    ]
+    path = write_list(tmp_path / "data" / f"list.{kind}", rows)
+    monkeypatch.chdir(tmp_path / "data")
+    for source in (ListSource(path), ListSource(f"list.{kind}"), pickle.loads(pickle.dumps(ListSource(path)))):
+        assert source.fetch(range(5)) == [os.path.basename(path).encode() for path in images]
+        assert source.classes == ["ant", "cat", "dog"] and source.labels.tolist() == [2, 1, 2, 0, 1]
+        assert source.has_masks and source.fetch_masks([4, 0]) == [b"4.png", b"0.png"]
+    assert source.name(2) == images[2] and source.mask_name(1).endswith("masks/1.png")
+    assert source.size_in_bytes() == sum(len(os.path.basename(path).encode()) for path in images)
+    source = ListSource(write_list(tmp_path / "data" / f"paths.{kind}", [{"path": path} for path in images]))
+    assert (source.classes, source.labels, source.has_masks) == ([], None, False)
+
+
+TEXTS = {
+    "numbers.csv": "label,path\n3,a.jpg\n 1,a.jpg\n",
+    "numbers.jsonl": '{"label": 3, "path": "a.jpg"}\n{"label": 1, "path": "a.jpg"}',
+    "texts.jsonl": '{"label": "3", "path": "a.jpg"}\n{"label": "1", "path": "a.jpg"}',
+    "both.jsonl": '{"label": "3", "path": "a.jpg"}\n{"label": 1, "path": "a.jpg"}',
+    "others.jsonl": '{"o": 1, "label": 3, "path": "a.jpg"}\n\n{"o": {"x": []}, "path": "\\u0061.jpg", "label": 1}\n',
+    "bom.csv": '\ufeffpath,label\r\n"a.jpg","3"\r\n\r\na.jpg,1',
+    "bom.jsonl": '\ufeff{"path": "a.jpg", "label": 3}\r\n{"path": "a.jpg", "label": 1}\r\n',
+    "twice.jsonl": '{"path": "b", "path": "a.jpg", "label": 3}\n{"path": "a.jpg", "label": 1}\n',
+    "long.jsonl": '{"path": "a.jpg", "label": 3, "notes": "' + "x" * 2**24 + '"}\n{"path": "a.jpg", "label": 1}\n',
+    "lines.csv": 'path,notes,label\na.jpg,"one\ntwo\n",3\na.jpg,three,1\n',
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_lists_that_say_the_same_in_other_words(tmp_path, name):
+    write(tmp_path, "a.jpg")
+    (tmp_path / name).write_bytes(TEXTS[name].encode())
+    source = ListSource(tmp_path / name)
+    assert source.fetch([0, 1]) == [b"a.jpg"] * 2
+    assert source.labels.tolist() == [3, 1] and source.labels.dtype == np.int32 and source.classes == list("0123")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", b"", "lists no image"),
+        ("x.csv", b"path,label\n", "lists no image"),
+        ("x.jsonl", b"", "lists no image"),
+        ("x.csv", b"file,label\n1.jpg,0\n", "has no `path`, but file, label; expected path"),
+        ("x.jsonl", b"{}\n", "has no `path`, but nothing; expected path"),
+        ("x.jsonl", b'{"file": "1.jpg"}\n', "has no `path`, but file; expected path"),
+        ("x.csv", b"path,label\na,0\nb\n", "line 3: 1 fields below a header of 2"),
+        ("x.csv", b'path,label\na,0\n"b,0\n', "line 3: unexpected end of data"),
+        ("x.csv", b"path\na\n\n\xff\n", "line 4: 'utf-8' codec can't decode byte 0xff"),
+        ("x.jsonl", b'{"path": "\xff"}\n', "line 1: 'utf-8' codec can't decode byte 0xff"),
+        ("x.jsonl", b'{"path": "a"}\n\n{"path": "b"\n', "line 3: Expecting ',' delimiter"),
+        ("x.jsonl", b'[{"path": "a"},\n{"path": "b"}]', "line 1: Expecting value"),
+        ("x.jsonl", b'["a", "b"]\n', "line 1: no object"),
+        ("x.jsonl", b'{"path": "a"}\n{"path": 5}\n', "line 2: path is no text, but 5"),
+        ("x.jsonl", b'{"path": "a", "label": 1}\n{"path": "b", "label": true}\n', "line 2: label is no text, but true"),
+        ("x.jsonl", b'{"path": "a", "label": [1]}\n', r"line 1: label is no text, but \[1\]"),
+        ("x.jsonl", b'{"path": "\\ud800"}\n', "line 1: 'utf-8' codec can't encode"),
+        ("x.csv", b"path,label\na,0\n,1\nb,1\n,1\n\n,1\n,1\n", "no path in line 3, line 5, line 7 and 1 more"),
+        ("x.jsonl", b'{"path": "a"}\n{"path": null}\n{}\n', "no path in line 2, line 3; expected one in every row"),
+        ("x.csv", b"path\na\nb\0c\n", "no path in line 3;"),
+        ("x.csv", b"path,mask\na,b\na,\n", "no mask in line 3;"),
+        ("x.csv", b"path,label\n\na,-1\nb,0\nc,1.5\n", r"number no class \(line 3: '-1', line 5: '1.5'\)"),
+        ("x.jsonl", b'{"path": "a", "label": 0}\n{"path": "b", "label": 1.5}\n', r"number no class \(line 2: '1.5'\)"),
+        ("x.csv", b"path,label\na,cat\nb,0\n", r"numbers \(line 3: '0'\) and others that are names \(line 2: 'cat'\)"),
+        ("x.jsonl", b'{"path": "a", "label": 1}\n{"path": "b"}\n', r"labels that are empty \(line 2: ''\)"),
+        ("x.csv", b"path,label\na,\nb,\n", r"labels that are empty \(line 2: '', line 3: ''\)"),
+    ],
+)
+def test_lists_that_cannot_be_used(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as error:
+        ListSource(tmp_path / name, check=False)
+    assert all(line.startswith(str(tmp_path / name)) for line in str(error.value).splitlines())
+
+
+def test_a_list_that_is_not_there(tmp_path):
+    for path, reason in ((tmp_path / "x.csv", "No such file"), (tmp_path, ".* is a directory")):
+        with pytest.raises(DataError, match=f"{path} cannot be read \\({reason}"):
+            ListSource(path)
+
+
+def test_paths_of_a_list_that_are_not_there(tmp_path, monkeypatch):
+    write(tmp_path, "2.jpg", "5.jpg", "mask.png", "folder/x.jpg")
+    rows = [{"path": f"{i}.jpg"} for i in range(7)]
+    path = write_list(tmp_path / "list.csv", rows)
+    missing = ", ".join(str(tmp_path / f"{i}.jpg") for i in (0, 1, 3))
+    with pytest.raises(DataError, match=f"5 of 7 are no files, column path: {missing} and 2 more; expected paths"):
+        ListSource(path)
+    assert isinstance(ListSource(path, check=False).fetch([0])[0], FileNotFoundError)
+
+    path = write_list(tmp_path / "masks.csv", [{"path": "2.jpg", "mask": mask} for mask in ("mask.png", "folder")])
+    with pytest.raises(DataError, match=f"1 of 2 are no files, column mask: {tmp_path / 'folder'};"):
+        ListSource(path)
+
+    monkeypatch.setattr(files, "CHECKED", 50)
+    path = write_list(tmp_path / "long.csv", [{"path": "2.jpg" if i < 999 else f"{i}.jpg"} for i in range(1000)])
+    with pytest.raises(
+        DataError, match=r"1 of the 50 that were looked at, of 1,000, are no files, column path: .*/999"
+    ):
+        ListSource(path)
+
+
+def test_a_list_is_read_once_until_it_changes(tmp_path, monkeypatch):
+    write(tmp_path, "1.jpg", "2.jpg")
+    monkeypatch.setattr(files, "CACHED_FROM", 2)
+    reads, read = [], files._read_columns
+    monkeypatch.setattr(files, "_read_columns", lambda path: (reads.append(path), read(path))[1])
+    rows = [{"path": f"{1 + i % 2}.jpg", "label": "ab"[i % 2], "mask": "2.jpg"} for i in range(4)]
+    path = write_list(tmp_path / "list.jsonl", rows)
+    ListSource(path, cache=tmp_path / "cache")
+    assert os.listdir(tmp_path / "cache") == []  # the list has just been written
+    ago(path, 60)
+    one, two = (ListSource(path, cache=tmp_path / "cache") for _ in range(2))
+    assert len(reads) == 2 and two.fetch([1, 0]) == [b"2.jpg", b"1.jpg"] and two.fetch_masks([0]) == [b"2.jpg"]
+    assert two.classes == ["a", "b"] and two.labels.tolist() == [0, 1, 0, 1]
+    assert one.fingerprint() == two.fingerprint()
+    os.unlink(tmp_path / "1.jpg")
+    with pytest.raises(DataError, match="2 of 4 are no files"):  # whether files are there is looked at each time
+        ListSource(path, cache=tmp_path / "cache")
+    assert len(reads) == 2
+    write_list(tmp_path / "list.jsonl", rows[1::2])
+    ago(path, 30)
+    assert len(ListSource(path, cache=tmp_path / "cache")) == 2 and len(reads) == 3
+
+
+def test_the_fingerprint_of_a_list(tmp_path):
+    write(tmp_path, "a/1.jpg", "b/2.jpg")
+    rows = [{"path": "a/1.jpg", "label": "a", "mask": "b/2.jpg"}, {"path": "b/2.jpg", "label": "b", "mask": "a/1.jpg"}]
+
+    def fingerprint(kind: str, *columns: str, **changes: str) -> str:
+        changed = [{key: row[key] for key in columns} for row in rows]
+        changed[0] |= changes
+        return ListSource(write_list(tmp_path / f"list.{kind}", changed)).fingerprint()
+
+    assert fingerprint("csv", "path") == FolderSource(tmp_path).fingerprint()
+    every = ("path", "label", "mask")
+    differing = [
+        fingerprint("csv", "path"),
+        fingerprint("csv", *every),
+        fingerprint("csv", "path", "label"),
+        fingerprint("csv", "path", "mask"),
+        fingerprint("csv", *every, label="b"),
+        fingerprint("csv", *every, label="c"),
+        fingerprint("csv", *every, mask="a/1.jpg"),
+        fingerprint("csv", *every, path="b/2.jpg"),
+    ]
+    assert len(set(differing)) == len(differing) and fingerprint("jsonl", *every) == differing[1]

@@ -1,0 +1,273 @@
+import errno
+import hashlib
+import json
+import mmap
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import time
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from data import index
+from data.index import DataError, Names, cached, check_cache, default_cache, first_few, number_labels
+
+WORDS = [b"a", b"", "ü/1.jpg".encode(), b"\xff", b"a" * 300]
+
+
+def as_list(names: Names) -> list[bytes]:
+    return [names[i] for i in range(len(names))]
+
+
+def test_names_are_what_they_were():
+    names = Names.from_list(WORDS)
+    assert as_list(names) == WORDS and names[-1] == WORDS[-1] and names[-5] == names[np.int64(0)] == b"a"
+    assert as_list(pickle.loads(pickle.dumps(names))) == WORDS
+    assert as_list(Names.from_list([])) == []
+    for outside in (5, -6):
+        with pytest.raises(IndexError):
+            names[outside]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.binary(), pa.large_binary()])
+def test_names_from_arrow(kind):
+    texts = ["nobody", "a", "", "ü/1.jpg", None, "b" * 300]
+    whole = pa.array(texts, kind)
+    expected = [(text or "").encode() for text in texts]
+    assert as_list(Names.from_arrow(whole)) == expected
+    assert as_list(Names.from_arrow(whole.slice(1, 3))) == expected[1:4]
+    chunks = pa.chunked_array([whole.slice(2), whole.slice(0, 0), whole.slice(1, 2)])
+    assert as_list(Names.from_arrow(chunks)) == expected[2:] + expected[1:3]
+    assert as_list(Names.from_arrow(pa.chunked_array([], kind))) == []
+    assert as_list(Names.from_arrow(pa.array([None, None], kind))) == [b"", b""]
+
+
+def test_the_digest_of_names_stays_what_it_is_and_tells_where_they_end():
+    ends = np.cumsum([len(word) for word in WORDS])
+    assert Names.from_list(WORDS).digest() == hashlib.sha256(b"".join(WORDS) + ends.tobytes()).hexdigest()[:16]
+    assert Names.from_list([b"ab", b"c"]).digest() == "93aaab13f6a2dcd4"
+    assert Names.from_list([b"ab", b"c"]).digest() != Names.from_list([b"a", b"bc"]).digest()
+
+
+def test_the_first_few():
+    assert [first_few("abcde"[:count], count) for count in (1, 3, 4)] == ["a", "a, b, c", "a, b, c and 1 more"]
+    assert first_few(iter("abcde"), 5003) == "a, b, c and 5,000 more"
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "classes"),
+    [
+        (["2", "0", "007", " 2 "], [2, 0, 7, 2], list("01234567")),
+        (["dog", "cat", "Ünit", "dog", "Zebra"], [2, 1, 3, 2, 0], ["Zebra", "cat", "dog", "Ünit"]),
+        (["7up", "-", "1/2"], [2, 0, 1], ["-", "1/2", "7up"]),
+        (pa.array([3, 1, 1]), [3, 1, 1], list("0123")),
+        (pa.chunked_array([["b"], [], ["a", "b"]], pa.string()), [1, 0, 1], ["a", "b"]),
+        ([], [], []),
+    ],
+)
+def test_labels_become_numbers(texts, labels, classes):
+    numbers, names = number_labels(texts, str)
+    assert numbers.dtype == np.int32 and numbers.tolist() == labels and names == classes
+
+
+@pytest.mark.parametrize(
+    ("texts", "messages"),
+    [
+        (["a", "", "b", " ", None, "c", ""], ["empty (line 2: '', line 4: '', line 5: '' and 1 more)"]),
+        (["1", "-1", "2.5", "1e3"], ["number no class (line 2: '-1', line 3: '2.5', line 4: '1e3')"]),
+        (["1", "1000000"], ["number no class (line 2: '1000000')"]),
+        (pa.array([3, -1]), ["number no class (line 2: '-1')"]),
+        (["a", "1", "2", "b"], ["numbers (line 2: '1', line 3: '2') and others that are names (line 1: 'a', line 4:"]),
+        (
+            ["a", "", ".5"],
+            ["empty (line 2: '')", "number no class (line 3: '.5')", "numbers (line 3: '.5') and others"],
+        ),
+    ],
+)
+def test_labels_that_cannot_be_used(texts, messages):
+    with pytest.raises(DataError) as error:
+        number_labels(texts, lambda i: f"line {i + 1}")
+    lines = str(error.value).splitlines()
+    assert len(lines) == len(messages) and all(words in line for words, line in zip(messages, lines, strict=True))
+
+
+def always(meta: dict) -> bool:
+    return True
+
+
+def never_built():
+    raise AssertionError("built again")
+
+
+def built(number: int = 1):
+    return lambda: ({"number": number}, {"squares": np.arange(5) ** 2 * number, "none": np.empty(0, np.int32)})
+
+
+def test_what_was_built_is_mapped_into_memory(tmp_path):
+    for build in (built(), never_built):
+        meta, arrays = cached(tmp_path / "new" / "cache", "key", fresh=always, build=build)
+        assert meta == {"number": 1} and arrays["squares"].tolist() == [0, 1, 4, 9, 16] and len(arrays["none"]) == 0
+        assert not arrays["squares"].flags.writeable and isinstance(arrays["squares"].base.base, mmap.mmap)
+    assert cached(tmp_path / "new" / "cache", "other key", fresh=always, build=built(2))[0] == {"number": 2}
+    assert cached(None, "key", fresh=always, build=built(3))[0] == {"number": 3}
+    assert len(os.listdir(tmp_path / "new" / "cache")) == 2  # no lock, nothing half-written
+
+
+def test_what_no_longer_holds_is_built_anew(tmp_path):
+    _, old = cached(tmp_path, "key", fresh=always, build=built(1))
+    for build in (built(2), never_built):
+        meta, arrays = cached(tmp_path, "key", fresh=lambda meta: meta["number"] == 2, build=build)
+        assert meta == {"number": 2} and arrays["squares"][2] == 8
+    assert old["squares"][2] == 4  # whoever has it open goes on with it
+    assert len(os.listdir(tmp_path)) == 1
+
+
+def test_what_does_not_hold_when_it_is_built_is_not_kept(tmp_path):
+    for number in (1, 2):
+        assert cached(tmp_path, "key", fresh=lambda meta: False, build=built(number))[0] == {"number": number}
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "no JSON", "other JSON", "empty"])
+def test_a_damaged_entry_is_built_anew(tmp_path, damage):
+    cached(tmp_path, "key", fresh=always, build=built(1))
+    (entry,) = tmp_path.iterdir()
+    if damage == "cut":
+        os.truncate(entry / "squares.npy", 140)
+    elif damage == "gone":
+        os.unlink(entry / "squares.npy")
+    elif damage == "empty":
+        os.truncate(entry / "none.npy", 0)
+    else:
+        (entry / "meta.json").write_text({"no JSON": "{", "other JSON": json.dumps([1])}[damage])
+    for build in (built(2), never_built):
+        assert cached(tmp_path, "key", fresh=always, build=build)[1]["squares"].tolist() == [0, 2, 8, 18, 32]
+
+
+def test_a_failure_to_build_leaves_nothing(tmp_path):
+    for kind in (DataError, FileNotFoundError):
+
+        def fail(kind=kind):
+            raise kind("no such data")
+
+        with pytest.raises(kind, match="no such data"):
+            cached(tmp_path, "key", fresh=always, build=fail)
+        assert os.listdir(tmp_path) == []
+
+
+def test_entries_that_nobody_used_for_long_are_removed(tmp_path):
+    for key in ("old", "used"):
+        cached(tmp_path, key, fresh=always, build=built())
+    (tmp_path / "somebody's").mkdir()
+    (tmp_path / "index-half.abc").mkdir()
+    long_ago = time.time() - 100 * 86_400
+    for path in (*tmp_path.glob("*/meta.json"), *tmp_path.iterdir()):
+        os.utime(path, (long_ago, long_ago))
+    cached(tmp_path, "used", fresh=always, build=never_built)
+    cached(tmp_path, "new", fresh=always, build=built())
+    assert len(list(tmp_path.glob("index-*"))) == 2 and (tmp_path / "somebody's").exists()
+    for key in ("used", "new"):
+        cached(tmp_path, key, fresh=always, build=never_built)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    asked_for = tmp_path / "file" / "cache"
+    for attempt in (
+        lambda: check_cache(asked_for),
+        lambda: cached(asked_for, "key", fresh=always, build=never_built),
+    ):
+        with pytest.raises(DataError, match=f"{re.escape(str(asked_for))} cannot hold .* another --cache_dir"):
+            attempt()
+    check_cache(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cached(default_cache(), "key", fresh=always, build=built())[0] == {"number": 1}
+    assert re.fullmatch(r"note: .*masked-autoencoders cannot hold a cache .*\n", capsys.readouterr().err)
+
+
+def test_a_disk_that_fills_up(tmp_path, monkeypatch, capsys):
+    def fill(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(index.os, "fsync", fill)
+    assert cached(tmp_path, "key", fresh=always, build=built())[1]["squares"][4] == 16
+    assert (
+        capsys.readouterr().err == f"note: {tmp_path} cannot be written (No space left on device); nothing is cached\n"
+    )
+    assert os.listdir(tmp_path) == []
+
+
+def test_where_the_cache_lies(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "masked-autoencoders"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert default_cache() == tmp_path / ".cache" / "masked-autoencoders"
+
+
+def test_one_process_builds_and_the_others_wait(tmp_path):
+    def build():
+        os.close(os.open(tmp_path / f"built by {os.getpid()}", os.O_CREAT))
+        time.sleep(0.2)
+        return built()()
+
+    def work():
+        answers.put(int(cached(tmp_path / "cache", "key", fresh=always, build=build)[1]["squares"].sum()))
+
+    fork = multiprocessing.get_context("fork")
+    answers = fork.SimpleQueue()
+    processes = [fork.Process(target=work) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert [answers.get() for _ in processes] == [30] * 4
+    assert len(list(tmp_path.glob("built by *"))) == 1 and len(os.listdir(tmp_path / "cache")) == 1
+
+
+def test_a_process_that_is_killed_holds_up_nobody(tmp_path):
+    process = multiprocessing.get_context("fork").Process(
+        target=cached,
+        args=(tmp_path, "key"),
+        kwargs=dict(fresh=always, build=lambda: os.kill(os.getpid(), signal.SIGKILL)),
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and len(os.listdir(tmp_path)) == 1  # its lock
+    for build in (built(), never_built):
+        assert cached(tmp_path, "key", fresh=always, build=build)[0] == {"number": 1}
+    assert len(os.listdir(tmp_path)) == 1  # the entry
+
+
+def own_memory() -> int:
+    """What this process shares with none, in bytes."""
+    with open("/proc/self/smaps_rollup") as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith("Private_")) * 1024
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/smaps_rollup"), reason="Linux alone tells whose memory it is")
+@pytest.mark.parametrize("cache", [True, False])
+def test_reading_names_takes_no_memory_of_a_worker(tmp_path, cache):
+    def build():
+        names = Names.from_list([b"%050d" % i for i in range(200_000)])
+        return {}, {"names": names.buffer, "ends": names.ends}
+
+    cached(tmp_path, "key", fresh=always, build=build)  # by another run
+    _, arrays = cached(tmp_path if cache else None, "key", fresh=always, build=build)
+    names = Names(arrays["names"], arrays["ends"])
+    receive, send = os.pipe()
+    if os.fork() == 0:
+        assert int(names[0]) == 0
+        before = own_memory()
+        right = all(int(names[i]) == i for i in range(0, 200_000, 7))
+        os.write(send, json.dumps([right, own_memory() - before]).encode())
+        os._exit(0)
+    os.wait()
+    right, growth = json.loads(os.read(receive, 100))
+    assert right and growth < 2**20  # of 12 MB
