@@ -1,5 +1,6 @@
-"""A Hugging Face Hub on the loopback interface, for models: real HTTP, spoken as huggingface_hub 1.33 to 2.4,
-transformers and timm need it to create repositories, branches and pull requests, to upload and to download.
+"""A Hugging Face Hub on the loopback interface: real HTTP, spoken as huggingface_hub 1.33 to 2.4, transformers and timm
+need it to create repositories of models, branches and pull requests, to upload and to download, and as datasets 4.4 to
+5.2 needs it to download. A repository of a data set has the name datasets/OWNER/NAME here, as in its web address.
 
 Large files go by git LFS ("basic"): huggingface_hub decides by itself, without asking a server, whether it uses Xet, so
 `variables` and `enter` switch that off. Everything is kept in memory.
@@ -9,6 +10,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -53,8 +55,8 @@ class File(NamedTuple):
 class Repository:
     """Commits by their hash, and what names them: branches and pull requests."""
 
-    def __init__(self, private: bool = False):
-        self.private, self.commits, self.names, self.messages = private, {}, {}, {}
+    def __init__(self, private: bool = False, gated: bool = False):
+        self.private, self.gated, self.commits, self.names, self.messages = private, gated, {}, {}, {}
         self.commit("main", {".gitattributes": File(ATTRIBUTES, False)}, "initial commit")
 
     def commit(self, name: str, files: dict[str, File], message: str) -> str:
@@ -111,15 +113,19 @@ class Hub:
             self.uploads: list[str] = []
             self.fail_uploads_after: int | None = None
 
-    def add(self, repo_id: str, folder: str | Path, *, revision: str = "main", private: bool = False) -> str:
-        """Puts a folder's files there without a client, as all that a branch holds. Returns the commit."""
+    def add(
+        self, repo_id: str, folder: str | Path, *, revision: str = "main", private: bool = False, gated: bool = False
+    ) -> str:
+        """Puts a folder's files there without a client, as all that a branch holds. Returns the commit.
+
+        Of a gated repository everybody may see what is there, and nobody is let in to read it."""
         folder = Path(folder)
         files = {".gitattributes": File(ATTRIBUTES, False)}
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             content = path.read_bytes()
             files[path.relative_to(folder).as_posix()] = File(content, is_large(path.name, content))
         with self.lock:
-            repository = self.repositories.setdefault(repo_id, Repository(private))
+            repository = self.repositories.setdefault(repo_id, Repository(private, gated))
             return repository.commit(revision, files, "Add files")
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
@@ -171,6 +177,13 @@ def heed(variables: dict[str, str], change=setattr) -> None:
     }.items():
         change(constants, name, value)
     change(hf_api.api, "endpoint", endpoint)  # behind huggingface_hub.model_info and the like
+    if "datasets" in sys.modules:  # which has been imported, and has read them before
+        from datasets import config
+
+        change(config, "HF_ENDPOINT", endpoint)
+        change(config, "HUB_DATASETS_URL", endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}")
+        change(config, "HF_DATASETS_CACHE", Path(variables["HF_HOME"], "datasets"))
+        change(config, "HF_HUB_OFFLINE", False)
 
 
 def is_large(path: str, content: bytes) -> bool:
@@ -271,7 +284,8 @@ class Handler(BaseHTTPRequestHandler):
     def find(self, repo_id: str, revision: str = "main") -> tuple[Repository, str]:
         """A repository that may be read, and a commit in it; answers 401 or 404 as the Hub does otherwise."""
         repository, token = self.hub.repositories.get(repo_id), self.token
-        if repository is None or (repository.private and (token is None or not repo_id.startswith(f"{USER}/"))):
+        own = repo_id.removeprefix("datasets/").startswith(f"{USER}/")
+        if repository is None or (repository.private and (token is None or not own)):
             status = 404 if token else 401
             raise Answer(status, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
         commit = repository.find(revision)
@@ -279,7 +293,17 @@ class Handler(BaseHTTPRequestHandler):
             raise Answer(404, {"error": f"Invalid rev id: {revision}"}, X_Error_Code="RevisionNotFound")
         return repository, commit
 
+    def may_read(self, repo_id: str) -> None:
+        """Answers as the Hub does to somebody who has not been let in."""
+        if self.find(repo_id)[0].gated:
+            error = {"error": f"Access to dataset {repo_id} is restricted"}
+            raise Answer(403 if self.token else 401, error, X_Error_Code="GatedRepo")
+
     # Asking
+
+    def auth_check(self, repo_id: str) -> None:
+        self.may_read(repo_id)
+        raise Answer(200, b"OK")
 
     def whoami(self) -> None:
         if self.token is None:
@@ -291,6 +315,7 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, repo_id: str, revision: str = "main") -> None:
         repository, commit = self.find(repo_id, revision or "main")
         files = repository.commits[commit]
+        repo_id = repo_id.removeprefix("datasets/")
         content = {"_id": "0" * 24, "id": repo_id, "modelId": repo_id, "author": repo_id.split("/")[0], "sha": commit}
         content |= {"private": repository.private, "gated": False, "disabled": False, "tags": [], "downloads": 0}
         blobs = "blobs" in self.query
@@ -330,6 +355,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def resolve(self, repo_id: str, revision: str, path: str) -> None:
         repository, commit = self.find(repo_id, revision)
+        self.may_read(repo_id)
         file = repository.commits[commit].get(path)
         if file is None:
             raise Answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
@@ -441,20 +467,21 @@ class Handler(BaseHTTPRequestHandler):
         raise Answer(200, content | ({"pullRequestUrl": f"{place}/discussions/{number}"} if pull_request else {}))
 
 
-NAME = r"([^/]+/[^/]+)"
-MODEL = rf"/api/models/{NAME}"
+NAME = r"((?:datasets/)?[^/]+/[^/]+)"
+REPOSITORY = rf"/api/(?:models/|(?=datasets/)){NAME}"
 ROUTES = [  # methods, path, what answers it, given the groups of the path
     ("GET", "/api/whoami-v2", Handler.whoami),
     ("POST", "/api/repos/create", Handler.create),
     ("POST", "/api/validate-yaml", Handler.validate),
-    ("GET", MODEL, Handler.info),
-    ("GET", rf"{MODEL}/revision/([^/]+)", Handler.info),
-    ("GET", rf"{MODEL}/tree/([^/]+)(/.*)?", Handler.tree),
-    ("GET", rf"{MODEL}/refs", Handler.refs),
-    ("POST", rf"{MODEL}/paths-info/([^/]+)", Handler.paths_info),
-    ("POST", rf"{MODEL}/branch/([^/]+)", Handler.branch),
-    ("POST", rf"{MODEL}/preupload/([^/]+)", Handler.preupload),
-    ("POST", rf"{MODEL}/commit/([^/]+)", Handler.commit),
+    ("GET", REPOSITORY, Handler.info),
+    ("GET", rf"{REPOSITORY}/auth-check", Handler.auth_check),
+    ("GET", rf"{REPOSITORY}/revision/([^/]+)", Handler.info),
+    ("GET", rf"{REPOSITORY}/tree/([^/]+)(/.*)?", Handler.tree),
+    ("GET", rf"{REPOSITORY}/refs", Handler.refs),
+    ("POST", rf"{REPOSITORY}/paths-info/([^/]+)", Handler.paths_info),
+    ("POST", rf"{REPOSITORY}/branch/([^/]+)", Handler.branch),
+    ("POST", rf"{REPOSITORY}/preupload/([^/]+)", Handler.preupload),
+    ("POST", rf"{REPOSITORY}/commit/([^/]+)", Handler.commit),
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", Handler.batch),
     ("PUT", "/lfs/([0-9a-f]{64})", Handler.put),
     ("POST", "/lfs/([0-9a-f]{64})/verify", Handler.verify),

@@ -1,0 +1,272 @@
+import io
+import json
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import tar
+from data.index import DataError
+from data.tar import TarSource, expand
+
+
+def write_tar(path: Path, files: dict[str, bytes], **options) -> Path:
+    """Writes files into a tar, as tarfile does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, options.pop("mode", "w"), **options) as shard:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+    return path
+
+
+def encoded(number: int) -> bytes:
+    """Stands for an encoded image, as nothing is decoded here; each has its own length, some of whole blocks."""
+    return b"x" * (512 * (number % 3)) + b"%d" % number * (number % 4)
+
+
+def samples(numbers, **endings) -> dict[str, bytes]:
+    """The members of some samples: encoded(number).jpg and what `endings` make of their numbers."""
+    endings = {"jpg": encoded, **endings}
+    return {f"{n:04d}.{ending.replace('_', '.')}": make(n) for n in numbers for ending, make in endings.items()}
+
+
+def fetched(source) -> list[bytes]:
+    return source.fetch(range(len(source)))
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_shards_of_each_kind_in_their_order(kind, tmp_path):
+    names = ["b/2.jpg", "b/10.png", "a/x.WEBP", "a/ü.jpg", f"{'deep/' * 25}{'x' * 60}.jpeg"]
+    if kind != tarfile.USTAR_FORMAT:
+        names.append(f"{'y' * 300}.npy")
+    write_tar(tmp_path / "0.tar", {name: encoded(n) for n, name in enumerate(names[:2])}, format=kind)
+    write_tar(tmp_path / "1.tar", {name: encoded(n) for n, name in enumerate(names) if n >= 2}, format=kind)
+    source = TarSource(str(tmp_path / "{0..1}.tar"))
+    assert fetched(source) == [encoded(n) for n in range(len(names))]
+    assert [source.name(n) for n in range(len(source))] == [
+        f"{tmp_path}/{int(n > 1)}.tar/{x}" for n, x in enumerate(names)
+    ]
+    order = np.random.default_rng(0).integers(0, len(names), 50)
+    assert source.fetch(order) == [encoded(n) for n in order]
+    assert source.labels is None and source.classes == [] and not source.has_masks
+    assert source.size_in_bytes() == sum(len(encoded(n)) for n in range(len(names)))
+
+
+def test_what_lies_beside_the_images_in_a_tar(tmp_path):
+    (tmp_path / "folder" / "deeper").mkdir(parents=True)
+    (tmp_path / "folder" / "deeper" / "1.jpg").write_bytes(b"one")
+    (tmp_path / "folder" / ".hidden.jpg").write_bytes(b"hidden")
+    (tmp_path / "folder" / "text").write_bytes(b"nothing")
+    os.symlink("deeper/1.jpg", tmp_path / "folder" / "link.jpg")
+    with tarfile.open(tmp_path / "all.tar", "w") as shard:
+        shard.add(tmp_path / "folder", ".")
+    source = TarSource(str(tmp_path / "all.tar"))
+    assert fetched(source) == [b"one"] and source.name(0).endswith("all.tar/deeper/1.jpg")
+
+
+def test_the_members_of_a_sample(tmp_path):
+    files = {"a/1.json": b"{}", "a/1.seg.png": b"mask", "a/1.right.jpg": b"right", "a/1.left.jpg": b"left"}
+    files |= {"b/1.jpg": b"other", "b/1.mask": b"its mask", "b/2.cls": b"0"}  # the last of which is no image's
+    source = TarSource(str(write_tar(tmp_path / "0.tar", files)))
+    assert fetched(source) == [b"right", b"other"]  # the first image of each, in different folders
+    assert source.has_masks and source.fetch_masks([1, 0]) == [b"its mask", b"mask"]
+    assert source.mask_name(0) == f"{tmp_path}/0.tar/a/1.seg.png"
+
+
+@pytest.mark.parametrize(
+    ("endings", "numbers", "classes"),
+    [
+        ({"cls": lambda n: b" %d\n" % (n % 3)}, [0, 1, 2, 0], ["0", "1", "2"]),
+        ({"cls": lambda n: [b"sea", b"Alp"][n % 2]}, [1, 0, 1, 0], ["Alp", "sea"]),
+        ({"json": lambda n: json.dumps({"label": n % 2, "cls": 5}).encode()}, [0, 1, 0, 1], ["0", "1"]),
+        ({"json": lambda n: b'{"cls": "sea"}'}, [0, 0, 0, 0], ["sea"]),
+        ({"json": lambda n: b'{"label": 7}', "cls": lambda n: b"1"}, [1, 1, 1, 1], ["0", "1"]),
+        ({"cls": lambda n: b"1", "json": lambda n: b'{"label": 7}'}, [1, 1, 1, 1], ["0", "1"]),
+        ({"json": lambda n: b'{"caption": "a sea"}'}, None, []),
+        ({"json": lambda n: b"[no json"}, None, []),
+    ],
+)
+def test_labels(endings, numbers, classes, tmp_path):
+    for first in (0, 2):
+        write_tar(tmp_path / f"{first}.tar", samples([first, first + 1], **endings))
+    source = TarSource(str(tmp_path / "{0,2}.tar"))
+    assert source.classes == classes
+    if numbers is None:
+        assert source.labels is None
+    else:
+        assert source.labels.tolist() == numbers and source.labels.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("patterns", "shards"),
+    [
+        (["t-{08..11}.tar"], ["t-08.tar", "t-09.tar", "t-10.tar", "t-11.tar"]),
+        (["t-{2..0}.tar"], ["t-2.tar", "t-1.tar", "t-0.tar"]),
+        (["{b,a}-{0..1}.tar", "x.tar"], ["b-0.tar", "b-1.tar", "a-0.tar", "a-1.tar", "x.tar"]),
+        (["?-*.tar"], ["B-0.tar", "a-0.tar", "a-1.tar", "a-10.tar", "b-0.tar", "b-1.tar"]),
+        (["{b,a}-*.tar"], ["b-0.tar", "b-1.tar", "a-0.tar", "a-1.tar", "a-10.tar"]),
+        (["{x}.tar", "[y].tar"], ["{x}.tar", "[y].tar"]),  # which are the names of files
+    ],
+)
+def test_patterns(patterns, shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        [*shards, "B-0.tar", "a-0.tar", "a-1.tar", "a-10.tar", "b-0.tar", "b-1.tar"] if "*" in patterns[0] else shards
+    ):
+        Path(name).touch()
+    assert expand(patterns) == shards
+
+
+def test_several_patterns(tmp_path):
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", samples([number]))
+    words = [f"{tmp_path}/2.tar", f"{tmp_path}/{{0..1}}.tar"]
+    for pattern in (words, "::".join(words)):
+        assert fetched(TarSource(pattern)) == [encoded(number) for number in (2, 0, 1)]
+
+
+def test_the_index_is_kept_until_a_shard_changes(tmp_path, monkeypatch):
+    paths = [write_tar(tmp_path / f"{n}.tar", samples(range(4 * n, 4 * n + 4), cls=lambda n: b"1")) for n in range(2)]
+    for path in paths:
+        os.utime(path, (1e9, 1e9))
+    pattern, indexed = str(tmp_path / "{0..1}.tar"), []
+    index = tar._index
+    monkeypatch.setattr(tar, "_index", lambda shards: indexed.append(shards) or index(shards))
+    first, second = (TarSource(pattern, cache=tmp_path / "cache") for _ in range(2))
+    assert len(indexed) == 1 and fetched(first) == fetched(second) and first.fingerprint() == second.fingerprint()
+    assert second.labels.tolist() == [1] * 8 and second.classes == ["0", "1"]
+    write_tar(paths[1], samples(range(50, 54), cls=lambda n: b"1"))
+    assert fetched(TarSource(pattern, cache=tmp_path / "cache"))[4:] == [encoded(n) for n in range(50, 54)]
+    TarSource(pattern, cache=tmp_path / "cache")
+    assert len(indexed) == 3  # the last one too: the shard had changed just before
+
+
+def test_a_source_travels_to_workers_and_holds_few_files_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(tar, "MAX_OPEN", 2)
+    for number in range(6):
+        write_tar(tmp_path / f"{number}.tar", samples([number]))
+    source = TarSource(str(tmp_path / "*.tar"))
+    expected = [encoded(number) for number in range(6)]
+    before = len(os.listdir("/proc/self/fd"))
+    assert fetched(source) == expected and fetched(source) == expected
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert fetched(pickle.loads(pickle.dumps(source))) == expected
+    child = os.fork()
+    if child == 0:  # reads by the descriptors that it has inherited
+        os._exit(0 if fetched(source) == expected else 1)
+    assert os.waitpid(child, 0)[1] == 0 and fetched(source) == expected
+
+
+def test_the_fingerprint_follows_members_not_places(tmp_path):
+    one = TarSource(str(write_tar(tmp_path / "one" / "0.tar", samples(range(4)))))
+    for number in range(2):
+        write_tar(tmp_path / "two" / f"{number}.tar", samples(range(2 * number, 2 * number + 2)))
+    assert TarSource(str(tmp_path / "two" / "*.tar")).fingerprint() == one.fingerprint()
+    other = TarSource(str(write_tar(tmp_path / "other.tar", samples([0, 1, 3, 2]))))
+    assert other.fingerprint() != one.fingerprint()
+
+
+def test_a_shard_that_fails_once_is_read_again(tmp_path, monkeypatch):
+    source = TarSource(str(write_tar(tmp_path / "0.tar", samples(range(3)))))
+    calls, pread = [], os.pread
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise OSError(5, "Input/output error")
+        return pread(*args)
+
+    monkeypatch.setattr(os, "pread", failing)
+    assert source.fetch([2]) == [encoded(2)] and len(calls) == 2
+    os.truncate(tmp_path / "0.tar", 1024)
+    assert "has been cut since it was indexed" in str(source.fetch([2])[0])
+    os.unlink(tmp_path / "0.tar")
+    assert isinstance(pickle.loads(pickle.dumps(source)).fetch([0])[0], FileNotFoundError)
+
+
+def refusal(pattern) -> str:
+    with pytest.raises(DataError) as error:
+        TarSource(str(pattern))
+    return str(error.value)
+
+
+def test_missing_shards(tmp_path):
+    write_tar(tmp_path / "3.tar", samples([1]))
+    text = refusal(tmp_path / "{0..9}.tar")
+    assert text.startswith(
+        f"9 of 10 shards are missing: {tmp_path}/0.tar, {tmp_path}/1.tar, {tmp_path}/2.tar and 6 more;"
+    )
+    assert refusal(tmp_path / "*.tars").startswith(f"{tmp_path}/*.tars matches no shard; expected tar shards")
+    assert len(refusal(f"{tmp_path}/x.tar::{tmp_path}/y*.tar").splitlines()) == 2
+
+
+def test_a_shard_that_is_cut_anywhere(tmp_path):
+    path = write_tar(tmp_path / "0.tar", samples(range(5), cls=lambda n: b"1"))
+    content = path.read_bytes()
+    with tarfile.open(path) as shard:
+        starts = [member.offset for member in shard.getmembers()]
+    end = starts[-1] + 1024  # of the last sample; the mark follows
+    for length in [*range(0, end, 100), end, end + 511]:
+        path.write_bytes(content[:length])
+        whole = sum(start <= length for start in starts[3::2])  # of which the next sample's image shows that they are
+        text = refusal(path)
+        assert f"), with {whole} whole samples before that" in text
+        assert text.startswith(f"{path} is cut or damaged (") and text.endswith("; fetch it again")
+
+
+def test_shards_that_cannot_be_used(tmp_path):
+    good = write_tar(tmp_path / "good.tar", samples(range(3))).read_bytes()
+    broken = bytearray(good)
+    broken[520] ^= 1  # in the second header's name
+    members = {
+        "labels": (samples([1, 2], cls=lambda n: b"1.5"), "labels that number no class"),
+        "some": (samples([1, 2]) | {"0002.cls": b"1"}, "labels that are empty"),
+        "bytes": (samples([1], cls=lambda n: b"\xff"), "labels that are no text"),
+        "mask": (samples([1, 2]) | {"0002.seg.png": b"1"}, "mask.tar/0001.jpg; expected one for every image"),
+    }
+    cases = [(name, write_tar(tmp_path / "x.tar", files).read_bytes(), word) for name, (files, word) in members.items()]
+    for name, content, word in [
+        ("broken", bytes(broken), "no header of a tar at byte 512"),
+        ("text", b"text" * 1000, "is cut or damaged (invalid header), with 0 whole samples"),
+        ("empty", bytes(1024), "no image in there; expected members named .jpg"),
+        *cases,
+    ]:
+        (tmp_path / f"{name}.tar").write_bytes(content)
+        text = refusal(tmp_path / f"{name}.tar")
+        assert word in text and text.startswith(str(tmp_path / f"{name}.tar")), text
+    for mode, packing in [("w:gz", "gzip"), ("w:bz2", "bzip2"), ("w:xz", "xz")]:
+        path = write_tar(tmp_path / "packed.tar", samples([1]), mode=mode)
+        assert refusal(path) == f"{path} is compressed by {packing}; expected a plain tar: decompress it"
+    for number in range(5):
+        (tmp_path / f"many-{number}.tar").write_bytes(b"text" * 1000)
+    lines = refusal(tmp_path / "many-*.tar").splitlines()
+    assert len(lines) == 4 and lines[3] == "and 2 more shards like these"
+
+
+def test_a_size_that_leads_back_is_told_and_links_are_passed_over(tmp_path):
+    member, link = tarfile.TarInfo("1.jpg"), tarfile.TarInfo("2.jpg")
+    link.type, link.linkname = tarfile.LNKTYPE, "1.jpg"
+    (tmp_path / "0.tar").write_bytes(member.tobuf() + link.tobuf() + bytes(1024))
+    assert len(TarSource(str(tmp_path / "0.tar"))) == 1
+    member.size = -512
+    (tmp_path / "0.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    assert "it ends before the member at byte 0 does" in refusal(tmp_path / "0.tar")
+
+
+def test_damage_anywhere_is_told_or_harmless(tmp_path):
+    content = write_tar(
+        tmp_path / "0.tar", samples(range(4), cls=lambda n: b"1"), format=tarfile.PAX_FORMAT
+    ).read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(content)
+        for at in rng.integers(0, 4096, 2):
+            damaged[at] ^= int(rng.integers(1, 256))
+        (tmp_path / "0.tar").write_bytes(damaged)
+        found = tar.index_shard(str(tmp_path / "0.tar"))
+        assert isinstance(found, str) or len(found) <= 4
