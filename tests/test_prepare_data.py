@@ -1,0 +1,419 @@
+"""prepare_data.py, as its user runs it."""
+
+import io
+import json
+import math
+import re
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from conftest import finish, run, start, write_images, write_scenes
+from PIL import Image
+
+import prepare_data
+from data.decode import PixelFormat
+from data.prepared import open_prepared
+from data.sources import image_of, open_sources
+from training.arguments import RunError
+
+PIXELS = PixelFormat()
+
+
+def prepare(*words, workers=0):
+    prepare_data.main([str(word) for word in (*words, "--num_workers", workers)])
+
+
+def refused(capsys, *words):
+    """What is said when the flags or the data are refused."""
+    with pytest.raises(SystemExit) as end:
+        prepare(*words)
+    assert end.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    return "\n".join(line for line in lines if line.startswith("error: "))
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def write_arrays(folder, *arrays):
+    folder.mkdir(exist_ok=True)
+    for number, array in enumerate(arrays):
+        np.save(folder / f"{number}.npy", array)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Three classes: small and large JPEG files, a PNG with alpha, and three damaged files."""
+    folder = tmp_path_factory.mktemp("mixed")
+    write_images(folder, 6, classes=3, size=30)
+    large = write_images(folder / "large", 2, classes=1, size=120, seed=1)
+    for number, path in enumerate(sorted(large.rglob("*.jpg"))):
+        image = Image.open(path).resize((120, 90))
+        exif = Image.Exif()
+        exif[0x0112] = 6 if number else 1  # turned by a quarter
+        image.save(folder / "class_0" / f"large_{number}.jpg", quality=95, exif=exif)
+        path.unlink()
+    Image.open(folder / "class_0" / "large_0.jpg").convert("RGBA").save(folder / "class_1" / "alpha.png")
+    (folder / "class_0" / "0000_text.jpg").write_text("no image")
+    (folder / "class_1" / "9_cut.jpg").write_bytes((folder / "class_0" / "large_0.jpg").read_bytes()[:900])
+    (folder / "class_2" / "0_empty.jpg").touch()
+    return folder
+
+
+DAMAGED = ["class_0/0000_text.jpg", "class_1/9_cut.jpg", "class_2/0_empty.jpg"]
+
+
+def listed(out, folder):
+    lines = [json.loads(line) for line in (out / "damaged.jsonl").read_text().splitlines()]
+    return {str(Path(line["path"]).relative_to(folder)): line["reason"] for line in lines}
+
+
+def test_files_that_are_kept_are_kept_damaged_and_listed(mixed, tmp_path, capsys):
+    prepare(mixed, tmp_path / "out")
+    assert [*listed(tmp_path / "out", mixed)] == DAMAGED
+    ours, theirs = open_prepared(tmp_path / "out", PIXELS)["train"], open_sources(str(mixed), PIXELS)[0]
+    assert [bytes(data) for data in ours.fetch(range(len(ours)))] == theirs.fetch(range(len(theirs)))
+    assert "damaged images: 3" in capsys.readouterr().out
+
+
+def test_images_are_shrunk_upright_and_the_damaged_left_out(mixed, tmp_path):
+    prepare(mixed, tmp_path / "out", "--short_side", 45)
+    found = open_prepared(tmp_path / "out", PIXELS)["train"]
+    assert [*listed(tmp_path / "out", mixed)] == DAMAGED and len(found) == 9
+    assert found.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2] and found.classes == ["class_0", "class_1", "class_2"]
+    names = [found.name(index).partition("(")[2].rstrip(")") for index in range(9)]
+    assert names[3] == "class_0/large_1.jpg" and not {*names} & {*DAMAGED}
+    for name, data in zip(names, found.fetch(range(9)), strict=True):
+        image, file = image_of(data, PIXELS), mixed / name
+        assert bytes(data[:2]) == b"\xff\xd8"
+        if file.stat().st_size == len(data):  # as the small ones
+            assert file.read_bytes() == bytes(data) and image.shape[1:] == (30, 30)
+            continue
+        assert image.shape[1:] == ((60, 45) if name == "class_0/large_1.jpg" else (45, 60))
+        whole = Image.fromarray(image_of(file.read_bytes(), PIXELS).permute(1, 2, 0).numpy())
+        wanted = np.array(whole.resize(image.shape[:0:-1], Image.Resampling.BICUBIC), dtype=float)
+        assert -10 * math.log10(((image.permute(1, 2, 0).numpy() - wanted) ** 2).mean() / 255**2) > 35
+
+
+def test_quality_encodes_every_image(mixed, tmp_path):
+    sizes = []
+    for quality in (30, 90):
+        prepare(mixed, tmp_path / str(quality), "--quality", quality, "--input_channels", 1)
+        pixels = PixelFormat(channels=1)
+        found = open_prepared(tmp_path / str(quality), pixels)["train"]
+        assert len(found) == 9
+        images = [Image.open(io.BytesIO(data)) for data in found.fetch(range(9))]
+        assert {image.mode for image in images} == {"L"} and images[3].size == (90, 120)
+        sizes.append(found.size_in_bytes())
+    assert sizes[0] < sizes[1]
+
+
+def test_the_library_datasets_loads_it(image_folder, tmp_path):
+    import datasets
+
+    prepare(image_folder, tmp_path / "out", "--shard_size", 0.02)
+    found = datasets.load_from_disk(tmp_path / "out")
+    source = open_sources(str(image_folder), PIXELS)[0]
+    assert {split: len(found[split]) for split in found} == {"train": 40, "validation": 11}
+    assert len(found["train"].cache_files) > 1
+    assert found["train"].features["label"].names == ["class_0", "class_1"]
+    assert found["train"]["label"] == source.labels.tolist()
+    for index in (0, 39):
+        pixels = image_of(*source.fetch([index]), PIXELS).permute(1, 2, 0).numpy()
+        assert np.array_equal(np.array(found["train"][index]["image"]), pixels)
+    raw = found["train"].cast_column("image", datasets.Image(decode=False))[3]["image"]
+    assert raw["path"] == "class_0/0006.jpg" and raw["bytes"] == source.fetch([3])[0]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A list of five images with masks and labels."""
+    folder = tmp_path_factory.mktemp("pairs")
+    write_scenes(folder, 5, "all", seed=0)
+    rows = [f"images/all/scene_{i:02d}.jpg,{name},annotations/all/scene_{i:02d}.png" for i, name in enumerate("abcab")]
+    (folder / "list.csv").write_text("path,label,mask\n" + "\n".join(rows))
+    return folder / "list.csv"
+
+
+def test_masks_and_labels_go_with_their_images(pairs, tmp_path):
+    import datasets
+
+    prepare(pairs, tmp_path / "out", "--quality", 95)
+    ours, theirs = open_prepared(tmp_path / "out", PIXELS)["train"], open_sources(str(pairs), PIXELS)[0]
+    assert ours.has_masks and ours.labels.tolist() == [0, 1, 2, 0, 1] and ours.classes == ["a", "b", "c"]
+    assert [bytes(mask) for mask in ours.fetch_masks(range(5))] == theirs.fetch_masks(range(5))
+    row = datasets.load_from_disk(tmp_path / "out")["train"][4]
+    assert row["mask"].size == row["image"].size
+
+
+def test_a_damaged_mask_is_listed(pairs, tmp_path):
+    text = pairs.read_text().replace("annotations/all/scene_03.png", "list.csv")
+    (pairs.parent / "wrong.csv").write_text(text)
+    prepare(pairs.parent / "wrong.csv", tmp_path / "kept")
+    assert len(open_prepared(tmp_path / "kept", PIXELS)["train"]) == 5
+    prepare(pairs.parent / "wrong.csv", tmp_path / "encoded", "--quality", 80)
+    assert len(open_prepared(tmp_path / "encoded", PIXELS)["train"]) == 4
+    for out in ("kept", "encoded"):
+        ((name, reason),) = listed(tmp_path / out, pairs.parent).items()
+        assert name == "images/all/scene_03.jpg" and reason.startswith("its mask: ")
+
+
+def test_masks_keep_their_size_and_are_in_no_arrays(pairs, tmp_path, capsys):
+    assert "scored at their own size; leave it out" in refused(capsys, pairs, tmp_path / "out", "--short_side", 20)
+    assert "give --format jpeg" in refused(capsys, pairs, tmp_path / "out", "--format", "array")
+
+
+@pytest.mark.parametrize("flags", [["--short_side", "35"], ["--format", "array"], []])
+def test_the_bytes_do_not_depend_on_the_workers(mixed, tmp_path, monkeypatch, flags):
+    monkeypatch.setattr(prepare_data, "CHUNK_SAMPLES", 2)
+    for workers in (0, 2):
+        prepare(mixed, tmp_path / str(workers), "--shard_size", 0.005, *flags, workers=workers)
+    found = files_of(tmp_path / "0")
+    assert found == files_of(tmp_path / "2")
+    assert len([path for path in found if path.name.startswith("data-")]) > 1
+
+
+def test_a_killed_preparation_goes_on(tmp_path):
+    """With the shards that it had finished, and the same bytes in the end."""
+    photos = write_images(tmp_path / "photos", 50)
+    flags = ["photos", "out", "--format", "array", "--shard_size", "0.005", "--num_workers", "0"]
+    process = start("prepare_data.py", *flags, cwd=tmp_path)
+    finished = tmp_path / "out" / "preparing"
+    while len(list(finished.glob("train-*"))) < 5:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    finish(process, -signal.SIGKILL)
+    assert not (tmp_path / "out" / "prepared.json").exists()
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "train").glob("data-*")}
+    again = run("prepare_data.py", *flags, cwd=tmp_path)
+    assert re.search(r"goes on +\d+ of 48 shards are finished", again.stdout)
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out" / "train").glob("data-*")}
+    assert len(after) == 48 and sum(after[name] == before[name] for name in before) >= 5
+    prepare(photos, tmp_path / "whole", *flags[2:-2])
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_workers_do_not_outlive_a_killed_preparation(tmp_path):
+    """Though nobody takes what they have made."""
+    write_images(tmp_path / "photos", 60, size=300)
+    flags = ["photos", "out", "--format", "array", "--shard_size", "0.3", "--num_workers", "2"]
+    process = start("prepare_data.py", *flags, cwd=tmp_path)
+    while not list((tmp_path / "out" / "preparing").glob("train-*")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    workers = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGKILL)
+    finish(process, -signal.SIGKILL)
+    assert len(workers) == 2
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+
+
+def test_what_was_begun_is_not_mixed_with_other_settings_or_images(tmp_path, capsys):
+    photos, out = write_images(tmp_path / "photos", 4), tmp_path / "out"
+    prepare(photos, out, "--short_side", 20)
+    before = files_of(out)
+    prepare(photos, out, "--short_side", 20)
+    assert "finished already" in capsys.readouterr().out
+    errors = refused(capsys, photos, out, "--quality", 80, "--input_channels", 1)
+    assert "begun with --short_side 20, not without --short_side" in errors
+    assert "begun without --quality, not with --quality 80" in errors
+    assert "begun with --input_channels 3, not with --input_channels 1" in errors
+    write_images(photos / "more", 1)
+    assert "begun with other images" in refused(capsys, photos, out, "--short_side", 20)
+    assert files_of(out) == before
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
+    photos = write_images(tmp_path / "photos", 4)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("all of it")
+    assert "holds something else" in refused(capsys, photos, tmp_path / "out")
+    assert [*files_of(tmp_path / "out")] == [Path("thesis.txt")]
+    assert "lies in SOURCE" in refused(capsys, photos, photos / "out")
+
+
+def test_too_little_room_is_told_before_anything_is_written(mixed, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 5000}))
+    errors = refused(capsys, mixed, tmp_path / "out", "--format", "array")
+    assert "needs about" in errors and "5 kB are free" in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_to_come_is_told(image_folder, tmp_path, capsys):
+    prepare(image_folder, tmp_path / "out", "--format", "array")
+    out = capsys.readouterr().out
+    assert "images     40 train, 11 validation\n" in out
+    assert f"about {51 * 40 * 40 * 3 / 1000:.3g} kB" in out and "damaged images: 0" in out
+
+
+def test_checksums_are_compared(tmp_path, capsys):
+    photos, out = write_images(tmp_path / "photos", 4), tmp_path / "out"
+    prepare(photos, out, "--verify")
+    assert "verified" in capsys.readouterr().out
+    (shard,) = out.rglob("*.arrow")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(RunError, match="1 of 1 shards are not as they were written"):
+        prepare(out, "--verify")
+    assert "no folder that this script has written" in refused(capsys, photos, "--verify")
+
+
+def test_one_process_writes_at_a_time(tmp_path):
+    from training.checkpoint import alone_at
+
+    write_images(tmp_path / "photos", 4)
+    with alone_at(tmp_path / "out"):
+        end = run("prepare_data.py", "photos", "out", cwd=tmp_path, code=1)
+    assert "is being written by another process" in end.stderr and "Traceback" not in end.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], ["SOURCE is missing"]),
+        (["photos"], ["OUT is missing"]),
+        (["photos", "--short_side", "3", "--statistics"], ["--short_side is of a folder that is written"]),
+        (["photos", "out", "--quality", "0", "--format", "png"], ["one of jpeg, array", "from 1 to 100"]),
+        (["photos", "out", "--quality", "9", "--format", "array"], ["--quality is of --format jpeg"]),
+        (["photos", "out", "--value_range", "2", "1"], ["--value_range 2 1 is no range"]),
+        (["photos", "out", "--short_side", "9", "--input_channels", "4"], ["give --format array"]),
+        (["photos", "out", "--quality", "9", "--value_range", "0", "1"], ["give --format array"]),
+    ],
+)
+def test_bad_flags_are_refused_together(flags, expected):
+    _, errors = prepare_data.parse_args(flags)
+    assert len(errors) == len(expected)
+    assert all(text in error for text, error in zip(expected, errors, strict=True))
+
+
+def test_images_that_cannot_be_used_are_told_before_the_first_shard(tmp_path, capsys):
+    heights = write_arrays(tmp_path / "heights", *(np.ones((9, 9), np.float32) for _ in range(3)))
+    assert "give --value_range" in refused(capsys, heights, tmp_path / "out", "--input_channels", 1)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.jpg").write_text("no image")
+    errors = refused(capsys, tmp_path / "texts", tmp_path / "out")
+    assert "not an image" in errors and "none of 1 images" in errors
+    assert not (tmp_path / "out" / "preparing").exists()
+
+
+def test_errors_have_no_traceback(tmp_path):
+    end = run("prepare_data.py", "nowhere", "out", "--statistics", cwd=tmp_path, code=2)
+    assert end.stderr.startswith("error: nowhere") and "Traceback" not in end.stderr
+    assert "expected one process" in run("prepare_data.py", cwd=tmp_path, code=2, WORLD_SIZE="2").stderr
+
+
+def test_a_type_holds_all_that_is_known_and_others_are_listed(tmp_path, monkeypatch):
+    small, wide, deep = np.ones((4, 5), np.uint8), np.full((4, 5), 300, np.uint16), np.full((4, 5), 0.5, np.float32)
+    folder = write_arrays(tmp_path / "arrays", small, wide)
+    flags = ["--format", "array", "--input_channels", 1, "--value_range", 0, 1000]
+    prepare(folder, tmp_path / "out", *flags)
+    pixels = PixelFormat(channels=1, value_range=(0.0, 1000.0))
+    first, second = open_prepared(tmp_path / "out", pixels)["train"].fetch([0, 1])
+    assert first.dtype == second.dtype == np.uint16 and first.max() == 1 and second.min() == 300
+    write_arrays(folder, small, wide, deep)
+    monkeypatch.setattr(prepare_data, "PROBED", 2)  # the first two
+    prepare(folder, tmp_path / "again", *flags)
+    assert len(open_prepared(tmp_path / "again", pixels)["train"]) == 2
+    assert "float32 pixels, which are not held by the uint16" in listed(tmp_path / "again", folder)["2.npy"]
+
+
+def test_deep_numbers_are_shrunk_within_their_type_and_nodata_stay(tmp_path):
+    steps = np.kron([[0, 65535], [65535, 0]], np.ones((20, 20))).astype(np.uint16)
+    small = prepare_data.shrink(steps[..., None], 10)
+    assert small.shape == (10, 10, 1) and small.dtype == np.uint16 and small.min() == 0 and small.max() == 65535
+    assert abs(float(small.mean()) - 65535 / 2) < 200
+    heights = np.ones((40, 40), np.float32)
+    heights[:8] = -9999
+    folder = write_arrays(tmp_path / "heights", heights)
+    flags = ["--input_channels", 1, "--value_range", 0, 2, "--nodata", -9999, "--format", "array", "--short_side", 20]
+    prepare(folder, tmp_path / "out", *flags)
+    (found,) = open_prepared(tmp_path / "out", PixelFormat(1, (0.0, 2.0), -9999.0))["train"].fetch([0])
+    assert found.shape == (20, 20, 1) and np.isnan(found[:4]).all() and np.allclose(found[8:], 1)
+
+
+@pytest.mark.parametrize("bands", [1, 2, 3, 4, 13])
+def test_any_number_of_bands_is_shrunk_alike(bands):
+    image = np.random.default_rng(0).integers(0, 256, (31, 47, bands), dtype=np.uint8)
+    small = prepare_data.shrink(image, 16)
+    assert small.shape == (16, 24, bands) and small.flags.c_contiguous
+    for band in range(bands):
+        one = Image.fromarray(image[..., band]).resize((24, 16), Image.Resampling.BICUBIC)
+        assert np.abs(small[..., band].astype(int) - np.array(one)).max() <= 2
+
+
+def test_a_side_that_jpeg_does_not_hold_is_listed(tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.new("L", (70000, 1)).save(tmp_path / "photos" / "long.png")
+    Image.new("L", (70, 1)).save(tmp_path / "photos" / "short.png")
+    prepare(tmp_path / "photos", tmp_path / "out", "--quality", 80)
+    assert "1 x 70000 pixels, more than JPEG holds" in listed(tmp_path / "out", tmp_path / "photos")["long.png"]
+
+
+def statistics_of(folder):
+    return json.loads((folder / "statistics.json").read_text())
+
+
+def test_statistics_are_those_of_all_pixels(mixed, tmp_path, capsys, monkeypatch):
+    prepare(mixed, tmp_path / "out", "--format", "array", "--statistics", workers=2)
+    images = open_prepared(tmp_path / "out", PIXELS)["train"]
+    pixels = np.concatenate([image.reshape(-1, 3) for image in images.fetch(range(len(images)))]) / 255
+    found = statistics_of(tmp_path / "out")
+    assert found["images"] == 9 and found["channels"] == 3 and found["value_range"] is found["nodata"] is None
+    np.testing.assert_allclose(found["mean"], pixels.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found["std"], pixels.std(0), rtol=1e-12)
+    words = capsys.readouterr().out.partition("statistics ")[2].splitlines()[0].split()
+    assert words[:3] == ["--input_channels", "3", "--mean"] and words[6] == "--std"
+    np.testing.assert_allclose([float(word) for word in words[3:6]], pixels.mean(0), rtol=1e-5)
+
+
+def test_statistics_of_heights_find_their_range_and_leave_out_what_has_no_data(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    heights = [rng.normal(1e6, 3, (9, 8 + i)).astype(np.float32) for i in range(40)]
+    for array in heights:
+        array[:2], array[2, 0] = -9999, np.nan
+    heights.append(np.full((4, 4), -9999, np.float32))
+    folder = write_arrays(tmp_path / "heights", *heights)
+    prepare(folder, "--statistics", "--input_channels", 1, "--nodata", -9999)
+    values = np.concatenate([array.ravel() for array in heights]).astype(float)
+    values = values[values > 0]
+    found = statistics_of(folder)
+    assert found["value_range"] == [values.min(), values.max()] and found["nodata"] == -9999 and found["images"] == 41
+    scaled = (values - values.min()) / np.ptp(values)
+    np.testing.assert_allclose([found["mean"][0], found["std"][0]], [scaled.mean(), scaled.std()], rtol=1e-9)
+    assert "--nodata -9999 --mean " in capsys.readouterr().out
+
+
+def test_statistics_follow_a_range_that_is_given(tmp_path):
+    values = np.random.default_rng(0).integers(0, 3000, (9, 9, 2)).astype(np.uint16)
+    values[..., 1] = 700
+    folder = write_arrays(tmp_path / "bands", values)
+    flags = ["--statistics", "--input_channels", 2, "--value_range", 1000, 2000]
+    prepare(folder, *flags)
+    found, scaled = statistics_of(folder), ((values - 1000.0) / 1000).clip(0, 1)
+    np.testing.assert_allclose(found["mean"], scaled.mean((0, 1)), atol=1e-12)
+    np.testing.assert_allclose(found["std"], [scaled[..., 0].std(), 1], rtol=1e-12)  # the other says nothing
+    prepare(folder, tmp_path / "out", "--format", "array", *flags)
+    assert statistics_of(tmp_path / "out") == found
+
+
+def test_statistics_that_have_no_folder_are_printed(tmp_path, capsys, pairs):
+    prepare(pairs, "--statistics")
+    out = capsys.readouterr().out
+    assert "--mean" in out and "give the scripts these flags" in out
+
+
+def test_statistics_of_nothing_leave_nothing(tmp_path, capsys):
+    folder = write_arrays(tmp_path / "flat", np.full((4, 4), 7, np.int32))
+    assert "all pixels are 7" in refused(capsys, folder, "--statistics", "--input_channels", 1)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.jpg").write_text("no image")
+    assert "none of 1 images can be measured" in refused(capsys, tmp_path / "texts", "--statistics")
+    assert not list(tmp_path.rglob("statistics.json"))
