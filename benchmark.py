@@ -6,7 +6,9 @@
     python benchmark.py evaluate
 
 `data`: this loader against torchvision's usual PIL pipeline (open, RandomResizedCrop bicubic, flip, to float,
-normalise) on a folder of real images, on one core, with the time of each stage.
+normalise) on a folder of real images, on one core: from the files as they are, exactly and with --fast_decoding, and
+from what prepare_data.py makes of them at a short side of 256, as JPEG and as arrays; how near the crops are to
+Pillow's (PSNR, at least and in the mean); the time of each stage; and on all cores one and two workers against none.
 
 `train`: a training step (forward, backward, clipping, fused AdamW) on random images, of the masked autoencoder against
 transformers' ViTMAEForPreTraining with its fast attention (sdpa), or against timm's ViT of the encoder on whole images
@@ -28,8 +30,11 @@ Quote ratios: they hold when a machine's speed drifts. --json writes what was me
 """
 
 import contextlib
+import csv
 import importlib.util
+import io
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -51,10 +56,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.batches import PretrainingDataset
-from data.decode import decode
-from data.sources import DataError, FolderSource
-from data.transforms import pretraining
+from data.batches import PretrainingDataset, least_sides, make_loader
+from data.decode import PixelFormat, decode
+from data.files import FileSource, FolderSource
+from data.index import DataError
+from data.sources import Source, open_sources
+from data.transforms import pretraining, random_crop_box, resized_crop
 from modeling.classifier import Classifier
 from modeling.export import export_autoencoder
 from modeling.mae import MaskedAutoencoder
@@ -171,67 +178,155 @@ def pin_to_one_core() -> None:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
-def benchmark_data(source: FolderSource, *, img_size: int, num_images: int, rounds: int) -> list[dict]:
-    """Images/s from files to a batch: ours as uint8 with its masks, torchvision's as normalised floats."""
-    from PIL import Image
-    from torchvision import transforms
+SHORT_SIDE = 256  # of prepared images
+BATCH = 32
 
-    bicubic = transforms.InterpolationMode.BICUBIC
-    pin_to_one_core()
-    count = min(num_images, len(source))
+
+def pretraining_data(source: Source, img_size: int, *, fast: bool = False) -> PretrainingDataset:
+    """What pretrain_mae.py reads for a ViT with patches of 16 pixels."""
     side = img_size // 16
-    dataset = PretrainingDataset(
+    return PretrainingDataset(
         source,
         img_size=(img_size, img_size),
-        channels=3,
+        pixels=PixelFormat(3),
         grid=(side, side),
         num_kept=side * side // 4,
         mask_strategy="random",
         seed=0,
         train=True,
-    )
-    indices = range(count)
-    usual = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(img_size, scale=(0.2, 1.0), interpolation=bicubic),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-        ]
+        fast=fast,
     )
 
-    def batches():
-        return [indices[start : start + 32] for start in range(0, count, 32)]
 
-    def ours():
-        for batch in batches():
-            dataset.__getitems__([(0, index) for index in batch])
+def batches_of(count: int, epoch: int = 0) -> list[list[tuple[int, int]]]:
+    """All samples once, as lists of (epoch, index)."""
+    return [[(epoch, i) for i in range(start, min(start + BATCH, count))] for start in range(0, count, BATCH)]
 
-    def theirs():
-        for batch in batches():
-            torch.stack([usual(Image.open(source.name(index)).convert("RGB")) for index in batch])
 
-    times = alternate({"ours": ours, "theirs": theirs}, rounds=rounds)
-    rows = [rate_row("data: file to batch", count, times["ours"], times["theirs"])]
+def usual_pipeline(source: FileSource, img_size: int) -> Callable[[int], torch.Tensor]:
+    """torchvision's: an image's number -> normalised floats (3, H, W)."""
+    from PIL import Image
+    from torchvision import transforms
 
-    # Stages, each over all images; what is left of the whole are masks, flips' copies and the batch buffer
-    encoded = source.fetch(list(indices))
-    decoded = [decode(data, 3) for data in encoded]
-    rng = np.random.default_rng(0)
-    stages = {
-        "read": lambda: source.fetch(list(indices)),
-        "decode": lambda: [decode(data, 3) for data in encoded],
-        "crop and resize": lambda: [pretraining(image, rng, (img_size, img_size)) for image in decoded],
-    }
-    spent = 0.0
-    for name, work in stages.items():
-        taken = statistics.median(seconds_of(work) for _ in range(rounds))
-        spent += taken
-        rows.append(row(f"data: {name}", 1000 * taken / count, None, "ms/image", None))
-        if name == "decode":
-            limit = row("data: the limit, decoding alone", count / taken, None, "images/s", None)
-    collate = 1000 * (statistics.median(times["ours"]) - spent) / count
-    return [*rows, row("data: collate", max(0.0, collate), None, "ms/image", None), limit]
+    bicubic = transforms.InterpolationMode.BICUBIC
+    steps = [
+        transforms.RandomResizedCrop(img_size, scale=(0.2, 1.0), interpolation=bicubic),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ]
+    usual = transforms.Compose(steps)
+    return lambda index: usual(Image.open(source.name(index)).convert("RGB"))
+
+
+def prepare(source: FileSource, count: int, folder: Path, form: str) -> Source:
+    """The first `count` images as prepare_data.py writes them."""
+    listed, out = folder / "images.csv", folder / form
+    names = [os.path.abspath(source.name(index)) for index in range(count)]
+    with listed.open("w", newline="") as file:
+        csv.writer(file).writerows([["path"], *([name] for name in names)])
+    command = [sys.executable, ROOT / "prepare_data.py", listed, out, "--format", form, "--short_side", SHORT_SIDE]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode:
+        raise RunError(f"prepare_data.py failed: {done.stderr.strip()}")
+    return open_sources(str(out), PixelFormat(3))[0]
+
+
+def similarity(source: FileSource, count: int, img_size: int, *, fast: bool) -> list[float]:
+    """PSNR in dB of the crop of each JPEG against Pillow's: decoded, cropped, and resized by its bicubic filter."""
+    from PIL import Image
+
+    values, min_sides = [], least_sides((img_size, img_size), 0.2) if fast else None
+    for index in range(count):
+        (data,) = source.fetch([index])
+        with Image.open(io.BytesIO(data)) as image:
+            if image.format != "JPEG" or image.mode not in ("RGB", "L") or 0x0112 in image.getexif():
+                continue
+            whole = image.convert("RGB")
+        ours = decode(data, 3, min_sides=min_sides)
+        box = random_crop_box(np.random.default_rng(index), *ours.shape[1:])
+        ours = resized_crop(ours, box, (img_size, img_size)).permute(1, 2, 0).numpy().astype(float)
+        factor = 2 ** round(math.log2(whole.height / decode(data, 3, min_sides=min_sides).shape[1]))
+        top, left, height, width = (side * factor for side in box)
+        theirs = whole.crop((left, top, left + width, top + height)).resize((img_size, img_size), Image.BICUBIC)
+        error = np.mean((ours - np.asarray(theirs)) ** 2)
+        values.append(10 * math.log10(255**2 / max(error, 1e-3)))
+    return values
+
+
+def loader_seconds(data: PretrainingDataset, count: int, workers: int) -> float:
+    """Seconds for `count` images, from the arrival of the first batch, in 8 epochs or at least 1,600 images."""
+    epochs = max(8, math.ceil(1600 / count))
+    batches = [batch for epoch in range(epochs) for batch in batches_of(count, epoch)]
+    batches = iter(make_loader(data, batches, num_workers=workers))
+    next(batches)
+    start = time.perf_counter()
+    for _ in batches:
+        pass
+    return (time.perf_counter() - start) / (epochs * count - BATCH) * count
+
+
+def benchmark_data(source: FileSource, *, img_size: int, num_images: int, rounds: int) -> Iterator[dict]:
+    """Images/s from files to a batch: ours as uint8 with its masks, torchvision's as normalised floats."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    count = min(num_images, len(source))
+    usual = usual_pipeline(source, img_size)
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = {form: prepare(source, count, Path(folder), form) for form in ("jpeg", "array")}
+        pin_to_one_core()
+        data = {
+            "file to batch": pretraining_data(source, img_size),
+            "file to batch, --fast_decoding": pretraining_data(source, img_size, fast=True),
+            f"prepared, short side {SHORT_SIDE}, JPEG": pretraining_data(prepared["jpeg"], img_size),
+            f"prepared, short side {SHORT_SIDE}, arrays": pretraining_data(prepared["array"], img_size),
+        }
+
+        def ours(dataset):
+            for batch in batches_of(len(dataset)):
+                dataset.__getitems__(batch)
+
+        def theirs():
+            for batch in batches_of(count):
+                torch.stack([usual(index) for _, index in batch])
+
+        works = {name: partial(ours, dataset) for name, dataset in data.items()}
+        times = alternate(works | {"theirs": theirs}, rounds=rounds)
+        for name in data:
+            yield rate_row(f"data: {name}", count, times[name], times["theirs"])
+        for name, fast in (("exact", False), ("--fast_decoding", True)):
+            values = similarity(source, count, img_size, fast=fast)
+            yield row(f"data: PSNR to Pillow, {name}, mean", statistics.mean(values), None, "dB", None)
+            yield row(f"data: PSNR to Pillow, {name}, least", min(values), None, "dB", None)
+
+        # Stages, each over all images; what is left of the whole are masks, flips and the batch buffer
+        encoded = source.fetch(range(count))
+        decoded = [decode(each, 3) for each in encoded]
+        rng = np.random.default_rng(0)
+        stages = {
+            "read": lambda: source.fetch(range(count)),
+            "decode": lambda: [decode(each, 3) for each in encoded],
+            "crop and resize": lambda: [pretraining(image, rng, (img_size, img_size)) for image in decoded],
+        }
+        spent = 0.0
+        for name, work in stages.items():
+            taken = statistics.median(seconds_of(work) for _ in range(rounds))
+            spent += taken
+            yield row(f"data: {name}", 1000 * taken / count, None, "ms/image", None)
+            if name == "decode":
+                limit = row("data: the limit, decoding alone", count / taken, None, "images/s", None)
+        collate = 1000 * (statistics.median(times["file to batch"]) - spent) / count
+        yield row("data: collate", max(0.0, collate), None, "ms/image", None)
+        yield limit
+
+        if cores:
+            os.sched_setaffinity(0, cores)
+        seconds = {workers: [] for workers in (0, 1, 2)}
+        for _ in range(rounds):
+            for workers, found in seconds.items():
+                found.append(loader_seconds(data["file to batch"], count, workers))
+        yield row("data: no worker", count / statistics.median(seconds[0]), None, "images/s", None)
+        yield rate_row("data: 1 worker (theirs: none)", count, seconds[1], seconds[0])
+        yield rate_row("data: 2 workers (theirs: 1)", count, seconds[2], seconds[1])
 
 
 class Setting(NamedTuple):

@@ -24,8 +24,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
 
 from data.batches import ClassificationDataset, Normalization, make_loader, own_batches
+from data.decode import PixelFormat
+from data.index import DataError
 from data.sampling import StepSampler, model_seed, seed_everything
-from data.sources import DataError, describe_data, open_sources
+from data.sources import describe_data, find_statistics, open_sources
 from data.transforms import rand_augment
 from modeling.classifier import Classifier
 from modeling.export import export_classifier
@@ -205,7 +207,8 @@ def check_micro_batch(args, size):
 
 def resolve_model(args, weights):
     """Resolves the flags of images and encoder, from `weights` where they were left out; what is wrong with them."""
-    size, errors = SIZES[args.model or "base"], []
+    size, (statistics, errors) = SIZES[args.model or "base"], find_statistics(args.path_to_data)
+    args.input_channels = args.input_channels or (statistics or {}).get("channels", 3)
     if weights:
         path, stored, kind = weights.path, weights.stored, classifier_kind(weights.state)
         if args.model is None:
@@ -216,6 +219,7 @@ def resolve_model(args, weights):
         if args.img_size is None and weights.grid:
             patch_size = args.patch_size or weights.sizes["patch_size"]
             args.img_size = [side * patch_size for side in weights.grid]
+        args.value_range = args.value_range or stored.value_range
         for name in ("mean", "std"):
             if getattr(args, name) is None and len(getattr(stored, name) or []) == args.input_channels:
                 setattr(args, name, list(getattr(stored, name)))
@@ -230,7 +234,13 @@ def resolve_model(args, weights):
             else:
                 errors += check_num_classes(args.num_classes, kind[0], "the classifier")
                 args.num_classes, args.pooling, args.linear_probe = kind
-    errors += arguments.check_images(args) + arguments.check_crops(args) + arguments.check_encoder(args, size)
+    errors += arguments.check_images(args, statistics) + arguments.check_crops(args)
+    errors += arguments.check_encoder(args, size)
+    if args.random_aug_magnitude and (args.value_range or args.input_channels not in (1, 3)):
+        errors.append(
+            f"--random_aug_magnitude {args.random_aug_magnitude} changes 8-bit images in colour or grey, and these are "
+            "others; give 0"
+        )
     if args.trainable_blocks is not None and args.trainable_blocks > args.encoder_depth:
         errors.append(
             f"--trainable_blocks {args.trainable_blocks:g} is more than the encoder has; expected at most "
@@ -250,7 +260,10 @@ def check_num_classes(given, there, where):
 def check_classes(path_to_data, train_source, validation_source):
     """What keeps the data from being classified, a line each."""
     if validation_source is None:
-        return [f"--path_to_data {path_to_data} has no val/ beside train/; hold some images back there, to measure by"]
+        return [
+            f"--path_to_data {path_to_data} has no val/ beside train/; hold some images back there, to measure by, or "
+            "give --path_to_validation_data"
+        ]
     for source, part in ((train_source, "train"), (validation_source, "val")):
         if not source.classes:
             return [f"--path_to_data {path_to_data} has images outside of class folders; expected {part}/CLASS/IMAGE"]
@@ -299,7 +312,7 @@ def match_classes(path_to_data, source, names, num_classes):
     return [names.index(name) for name in found], []
 
 
-def open_data(args, names):
+def open_data(args, pixels, names):
     """The training and validation images, the classes' names, the numbers that these give to the classes of the
     validation images, and what is wrong with all that. Resolves --num_classes.
 
@@ -308,9 +321,10 @@ def open_data(args, names):
     try:
         if not args.path_to_data:
             return None, None, [], [], []  # which is an error already
-        train_source, validation_source = open_sources(args.path_to_data, args.input_channels)
+        places = dict(validation=args.path_to_validation_data, cache=args.cache_dir)
+        train_source, validation_source = open_sources(args.path_to_data, pixels, **places)
     except DataError as error:
-        return None, None, [], [], [str(error)]
+        return None, None, [], [], str(error).splitlines()
     if args.eval_only:
         source = validation_source or train_source
         if not args.num_classes:
@@ -321,7 +335,8 @@ def open_data(args, names):
     errors = check_classes(args.path_to_data, train_source, validation_source)
     errors = errors or check_num_classes(args.num_classes, len(classes), f"--path_to_data {args.path_to_data}")
     args.num_classes = len(classes)
-    return train_source, validation_source, classes, range(len(classes)), errors
+    numbers = [] if errors else [classes.index(name) for name in validation_source.classes]
+    return train_source, validation_source, classes, numbers, errors
 
 
 def build_model(args):
@@ -571,8 +586,9 @@ def main(argv=None):
     errors += resolve_model(args, weights)
 
     # Data, and the plan that follows from its size
+    pixels = PixelFormat(args.input_channels, args.value_range, args.nodata, args.max_pixels)
     train_source, validation_source, classes, numbers, found = open_data(
-        args, weights.stored.classes if weights else None
+        args, pixels, weights.stored.classes if weights else None
     )
     errors += found
     fingerprint = train_source.fingerprint() if train_source else None
@@ -611,7 +627,8 @@ def main(argv=None):
     if args.compile:
         model.compile(fullgraph=True, dynamic=False)
     normalize = Normalization(args.mean, args.std, device)
-    img_size, statistics = tuple(args.img_size), dict(mean=args.mean, std=args.std)
+    img_size = tuple(args.img_size)
+    statistics = dict(mean=args.mean, std=args.std, value_range=args.value_range)
     crop_ratio = 0.875 if max(img_size) <= 224 else 1.0
     export = partial(export_classifier, classes=classes, crop_ratio=crop_ratio, **statistics)
 
@@ -647,7 +664,7 @@ def main(argv=None):
     accelerator.wait_for_everyone()
 
     # Loop
-    shared = dict(img_size=img_size, channels=args.input_channels, seed=args.seed)
+    shared = dict(img_size=img_size, pixels=pixels, seed=args.seed)
     processes = dict(process_index=accelerator.process_index, num_processes=accelerator.num_processes)
     progress = Progress(
         accelerator,
@@ -659,8 +676,11 @@ def main(argv=None):
         start_step=start_step,
         seconds=saved.get("seconds", 0.0),
     )
+    replace = args.on_damaged == "replace"
     num_images = len(train_source) + len(validation_source)
-    damaged_images = DamagedImages(folder.path, num_images, is_main_process=accelerator.is_main_process)
+    damaged_images = DamagedImages(
+        folder.path, num_images, is_main_process=accelerator.is_main_process, replace=replace
+    )
 
     def note_damage(found):
         damaged_images.add(crew.gather(found))
@@ -678,7 +698,7 @@ def main(argv=None):
         accelerator.end_training()
         return
     augment = rand_augment(args.random_aug_magnitude, img_size, args.mean) if args.random_aug_magnitude else None
-    crops = dict(crop_scale=tuple(args.crop_scale), augment=augment)
+    crops = dict(crop_scale=tuple(args.crop_scale), augment=augment, fast=args.fast_decoding)
     train_data = ClassificationDataset(train_source, train_source.labels, train=True, **crops, **shared)
     sampler = StepSampler(
         len(train_source),
@@ -758,7 +778,7 @@ def main(argv=None):
         logged = progress.step(step + 1, loss, grad_norm, learning_rate)
         stopping = crew.wanted()
         saving = stopping or step + 1 == length.total_steps or is_due(step + 1, save_every, publisher.every)
-        if logged or saving:
+        if logged or saving or (not replace and crew.any(bool(new_damage))):
             note_damage(new_damage)
             new_damage.clear()
         if saving:

@@ -27,6 +27,8 @@ from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
 
 from data.batches import Normalization, make_loader, own_batches
+from data.decode import PixelFormat
+from data.index import DataError
 from data.sampling import StepSampler, model_seed, seed_everything
 from data.segmentation import (
     EvaluationPairs,
@@ -36,7 +38,7 @@ from data.segmentation import (
     palette,
     view_sizes,
 )
-from data.sources import DataError, describe_data
+from data.sources import describe_data, find_statistics
 from modeling.export import export_segmenter
 from modeling.files import WeightsError
 from modeling.sliding_window import predict
@@ -59,7 +61,7 @@ from training.checkpoint import (
 )
 from training.metrics import segmentation_areas
 from training.optimizer import adamw, parameter_groups, set_learning_rate
-from training.pictures import segmentation_grid
+from training.pictures import displayable, segmentation_grid
 from training.plan import describe_run, plan_run, rehearse
 from training.progress import (
     DamagedImages,
@@ -83,7 +85,11 @@ BALANCED = "balanced"
 def parse_args(argv=None):
     """The flags, resolved as far as they can be without processes, weights and data, and what is wrong with them."""
     parser = arguments.Parser(__doc__)
-    arguments.add_run_flags(parser, name="finetune_segmentation", data="folder laid out like ADE20K's")
+    data = f"folder laid out like ADE20K's; or, with masks, a {arguments.SOURCES}"
+    arguments.add_run_flags(parser, name="finetune_segmentation", data=data)
+    flag = parser.add_argument_group("classes").add_argument
+    names = "their names, a line each, or ade20k (default classes.txt in the data)"
+    flag("--path_to_classes", metavar="FILE", help=names)
     arguments.add_length_flags(parser, epochs=None, steps=STEPS, warmup=f"{WARMUP_STEPS} steps")
     arguments.add_batch_flags(parser, global_default=BATCH_SIZE)
     arguments.add_optimizer_flags(parser, learning_rate=1e-4, weight_decay=0.05)
@@ -197,7 +203,8 @@ def resolve_model(args, weights, *, whole):
 
     `whole` says that the weights are those of a segmenter, which is to be resumed or measured.
     """
-    size, errors = SIZES[args.model or "base"], []
+    size, (statistics, errors) = SIZES[args.model or "base"], find_statistics(args.path_to_data)
+    args.input_channels = args.input_channels or (statistics or {}).get("channels", 3)
     kind = segmenter_kind(weights.state) if weights else None
     if weights:
         if args.model is None:
@@ -205,6 +212,7 @@ def resolve_model(args, weights, *, whole):
             if size["num_heads"] is None and args.encoder_num_heads is None:
                 errors.append(f"{WEIGHTS} {weights.path} does not tell its number of heads; give --encoder_num_heads")
                 size["num_heads"] = 1
+        args.value_range = args.value_range or weights.stored.value_range
         for name in ("mean", "std"):
             given = getattr(weights.stored, name) or []
             if getattr(args, name) is None and len(given) == args.input_channels:
@@ -222,7 +230,7 @@ def resolve_model(args, weights, *, whole):
             args.layers = weights.stored.layers or args.layers
     args.crop_size = args.crop_size or CROP_SIZE
     args.resize = args.resize or [4 * args.crop_size, args.crop_size]
-    errors += arguments.check_images(args) + arguments.check_encoder(args, size)
+    errors += arguments.check_images(args, statistics) + arguments.check_encoder(args, size)
     return errors + check_head(args)
 
 
@@ -263,13 +271,14 @@ def check_micro_batch(args, size, *, synchronised):
     return []
 
 
-def open_data(args, weights):
+def open_data(args, pixels, weights):
     """The training and validation pairs, which are the same where nothing trains, the classes' names, and what is wrong
     with all that."""
     try:
         if not args.path_to_data:
             return None, None, [], []  # which is an error already
-        train, validation = open_pairs(args.path_to_data, args.input_channels)
+        places = dict(validation=args.path_to_validation_data, classes_file=args.path_to_classes, cache=args.cache_dir)
+        train, validation = open_pairs(args.path_to_data, pixels, **places)
     except DataError as error:
         return None, None, [], str(error).splitlines()
     classes, errors = train.classes, []
@@ -295,22 +304,23 @@ def open_data(args, weights):
     return (validation if args.eval_only else train), validation, classes, errors
 
 
-def check_annotations(train, validation, accelerator, crew, *, processes):
+def check_annotations(train, validation, pixels, accelerator, crew, *, processes):
     """How many pixels of the training masks have which class, (num_classes,), or None where nothing trains; and what is
     wrong with any mask. Each process reads its share."""
-    pixels, errors = {}, []
+    counts, errors = {}, []
     own = slice(accelerator.process_index, None, accelerator.num_processes)
     sources = {"training": train, "validation": validation}
     if train is validation:
         del sources["training"]
     for name, source in sources.items():
         bar = f"reading {name} masks" if accelerator.is_main_process else None
-        found = crew.gather([check_masks(source, range(len(source))[own], processes=processes, progress=bar)])
-        pixels[name] = sum(counts for counts, _ in found)
+        options = dict(pixels=pixels, processes=processes, progress=bar)
+        found = crew.gather([check_masks(source, range(len(source))[own], **options)])
+        counts[name] = sum(areas for areas, _ in found)
         errors += [error for _, lines in found for error in lines]
-        if not errors and not pixels[name].any():
+        if not errors and not counts[name].any():
             errors.append(f"no pixel of the {name} masks has a class (they are all 0, which is void); give others")
-    classes, counts = np.array(train.classes), pixels.get("training")
+    classes, counts = np.array(train.classes), counts.get("training")
     absent = [] if counts is None else classes[counts == 0].tolist()
     if absent and not errors:
         some = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
@@ -437,7 +447,8 @@ def evaluate(model, dataset, classes, normalize, *, predict, read, accelerator, 
                 areas = segmentation_areas(prediction, pair.mask.to(prediction.device), len(classes))
                 rows.append((pair.index, areas.tolist()))
                 if pair.index in shown:
-                    previews.append((pair.index, pair.image.numpy(), pair.mask.numpy(), prediction.cpu().numpy()))
+                    picture = displayable(pair.image).numpy()
+                    previews.append((pair.index, picture, pair.mask.numpy(), prediction.cpu().numpy()))
     model.train(training)
     if crew.wanted():
         return None
@@ -523,7 +534,8 @@ def main(argv=None):
     errors += resolve_model(args, weights, whole=bool(checkpoint) or args.eval_only)
 
     # Data, and the plan that follows from its size
-    train_source, validation_source, classes, found = open_data(args, weights)
+    pixels = PixelFormat(args.input_channels, args.value_range, args.nodata, args.max_pixels)
+    train_source, validation_source, classes, found = open_data(args, pixels, weights)
     errors += found
     fingerprint = train_source.fingerprint() if train_source else None
     batch_plan, length, found = plan_run(
@@ -560,7 +572,8 @@ def main(argv=None):
     del weights
     model.to(device)
     normalize = Normalization(args.mean, args.std, device)
-    export = partial(export_segmenter, classes=classes, mean=args.mean, std=args.std, resize=args.resize)
+    statistics = dict(mean=args.mean, std=args.std, value_range=args.value_range)
+    export = partial(export_segmenter, classes=classes, resize=args.resize, **statistics)
 
     # Optimizer
     steps = dict(total_steps=length.total_steps, warmup_steps=length.warmup_steps, linear=True)
@@ -576,10 +589,10 @@ def main(argv=None):
     for source in {train_source, validation_source}:
         source.prepare(processes=args.num_workers or 1, progress=accelerator.is_main_process)
     options = dict(processes=args.num_workers or 1)
-    pixels, errors = check_annotations(train_source, validation_source, accelerator, crew, **options)
+    class_pixels, errors = check_annotations(train_source, validation_source, pixels, accelerator, crew, **options)
     if errors:
         fail(errors, show=accelerator.is_main_process)
-    loss_weights = None if args.eval_only else class_weights(args.class_weights, pixels)
+    loss_weights = None if args.eval_only else class_weights(args.class_weights, class_pixels)
     loss_weights = None if loss_weights is None else loss_weights.to(device)
     if args.compile:
         model.compile(fullgraph=True, dynamic=False)
@@ -617,8 +630,11 @@ def main(argv=None):
         start_step=start_step,
         seconds=saved.get("seconds", 0.0),
     )
+    replace = args.on_damaged == "replace"
     num_images = len(train_source) + len(validation_source)
-    damaged_images = DamagedImages(folder.path, num_images, is_main_process=accelerator.is_main_process)
+    damaged_images = DamagedImages(
+        folder.path, num_images, is_main_process=accelerator.is_main_process, replace=replace
+    )
 
     def note_damage(found):
         damaged_images.add(crew.gather(found))
@@ -627,7 +643,7 @@ def main(argv=None):
     sizes = dict(resize=tuple(args.resize), crop_size=args.crop_size)
     options = dict(mode=args.evaluate, scales=args.evaluate_scales, patch_size=args.patch_size)
     sizes_of = partial(view_sizes, **options, **sizes)
-    validation_data = EvaluationPairs(validation_source, channels=args.input_channels, sizes=sizes_of)
+    validation_data = EvaluationPairs(validation_source, pixels=pixels, sizes=sizes_of)
     window = dict(window=args.crop_size if slide else None, stride=max(1, 2 * args.crop_size // 3))
     options = dict(batch_size=min(batch_plan.micro, 8), num_workers=args.num_workers, stop=crew.wanted)
     read = partial(own_batches, **options, **processes)
@@ -640,7 +656,8 @@ def main(argv=None):
         finish_trackers(accelerator)
         accelerator.end_training()
         return
-    options = dict(channels=args.input_channels, seed=args.seed, fill=[round(255 * value) for value in args.mean])
+    fill = list(args.mean) if args.value_range else [round(255 * value) for value in args.mean]
+    options = dict(pixels=pixels, seed=args.seed, fill=fill)
     train_data = SegmentationDataset(train_source, **sizes, **options)
     sampler = StepSampler(
         len(train_source),
@@ -713,7 +730,7 @@ def main(argv=None):
         logged = progress.step(step + 1, loss, grad_norm, learning_rate)
         stopping = crew.wanted()
         saving = stopping or step + 1 == length.total_steps or is_due(step + 1, save_every, publisher.every)
-        if logged or saving:
+        if logged or saving or (not replace and crew.any(bool(new_damage))):
             note_damage(new_damage)
             new_damage.clear()
         if saving:

@@ -26,9 +26,10 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from data.batches import ListedDataset, Normalization, centre_crop, make_loader, masked_crop
+from data.decode import PixelFormat, preview_channels
+from data.files import find_images
 from data.masking import MASK_STRATEGIES
 from data.segmentation import MAX_CLASSES, palette, view_and_preview, view_sizes
-from data.sources import find_images
 from modeling.classifier import Classifier
 from modeling.files import WeightsError
 from modeling.mae import MaskedAutoencoder
@@ -39,7 +40,8 @@ from training import arguments
 from training.arguments import RunError, fail, integer, number, one_of
 from training.checkpoint import write_json
 from training.metrics import reconstruction_metrics
-from training.pictures import label_picture, reconstruction_grid, segmentation_overlay
+from training.pictures import displayable, label_picture, reconstruction_grid, segmentation_overlay
+from training.progress import several
 
 LINES = "predictions.jsonl"
 PICTURES = ("labels", "overlays", "reconstructions")  # folders
@@ -75,6 +77,8 @@ def parse_args(argv=None):
         help="images that the model sees at a time, of a segmenter always one (default 16)",
     )
     flag("--num_workers", type=integer(0), help="processes that read images (default min(32, cores))")
+    nodata = "value of pixels without data, besides a GeoTIFF's own and NaN"
+    flag("--nodata", type=number(-math.inf), help=nodata)
     flag = parser.add_argument_group("classifier").add_argument
     flag("--top_k", type=integer(1), help="how many classes of an image are told (default 5)")
     flag = parser.add_argument_group("segmenter").add_argument
@@ -107,8 +111,6 @@ def check_model(args, trained):
     model, encoder, errors = trained.model, trained.encoder, []
     kind = next((kind for kind in KINDS if isinstance(model, kind)), None)
     name = KINDS.get(kind, "an encoder without a head")
-    if encoder.in_channels not in (1, 3):
-        errors.append(f"{args.model} takes {encoder.in_channels} channels; expected a model of 3 (colour) or 1 (grey)")
     if args.features is not None:
         if kind is Segmenter:
             errors.append(
@@ -195,13 +197,13 @@ def segment(indices, inputs, *, segmentation, normalize, device, classes, colour
     labels = labels.cpu().numpy()
     paths = {"labels": f"labels/{names[index]}", "overlay": f"overlays/{names[index]}"}
     label_picture(folder / paths["labels"], labels + np.uint8(1), colours)
-    segmentation_overlay(folder / paths["overlay"], preview.numpy(), labels, classes, colours)
+    segmentation_overlay(folder / paths["overlay"], displayable(preview).numpy(), labels, classes, colours)
     order = sorted((i for i, count in enumerate(pixels) if count), key=lambda i: -pixels[i])
     return [{**paths, "classes": [{"class": classes[i], "label": i + 1, "pixels": pixels[i]} for i in order]}]
 
 
 @torch.no_grad()
-def reconstruct(indices, inputs, *, model, normalize, device, mask, folder, names):
+def reconstruct(indices, inputs, *, model, normalize, device, mask, channels, folder, names):
     """How well each image's removed patches are predicted, and a picture of it. `mask` says how they were chosen."""
     images, noise = (part.to(device) for part in inputs)
     images = normalize(images)
@@ -214,7 +216,7 @@ def reconstruct(indices, inputs, *, model, normalize, device, mask, folder, name
         values = {name: numbers[row] for name, numbers in metrics.items()}
         title = f"removed patches: {values['masked_psnr']:.2f} dB, SSIM {values['masked_ssim']:.3f} ({mask})"
         path, own = f"reconstructions/{names[index]}", slice(row, row + 1)
-        options = dict(title=title, uses_true_patch_statistics=model.norm_pix_loss)
+        options = dict(title=title, uses_true_patch_statistics=model.norm_pix_loss, channels=channels)
         reconstruction_grid(folder / path, images[own], prediction[own], removed[own], **options)
         results.append({"reconstruction": path, **values, "uses_true_patch_statistics": model.norm_pix_loss})
     return results
@@ -327,6 +329,7 @@ def main(argv=None):
     arguments.set_speed(device, tf32=False)
     model, encoder = trained.model.to(device), trained.encoder
     normalize = Normalization(trained.mean, trained.std, device)
+    pixels = PixelFormat(encoder.in_channels, trained.value_range, args.nodata)
     for assumed in trained.assumed:
         print(f"assumed of {args.model}: {assumed}")
 
@@ -362,10 +365,10 @@ def main(argv=None):
         mask = f"{strategy} mask of {100 * ratio:g} %"
         options = dict(grid=encoder.grid, num_kept=model.num_kept, mask_strategy=strategy, seed=args.seed or 0)
         prepare = partial(masked_crop, size=encoder.img_size, **options)
-        see = partial(reconstruct, model=model, mask=mask, **pictures, **shared)
+        see = partial(reconstruct, model=model, mask=mask, channels=preview_channels(pixels), **pictures, **shared)
     print(
         f"model      {trained.path} ({trained.layout}): {encoder.embed_dim} x {encoder.depth} encoder, "
-        f"{encoder.img_size[0]} x {encoder.img_size[1]} pixels, {'colour' if encoder.in_channels == 3 else 'grey'}\n"
+        f"{encoder.img_size[0]} x {encoder.img_size[1]} pixels, {several(encoder.in_channels, 'channel')}\n"
         f"task       {task}\nimages     {len(source)}"
     )
 
@@ -375,7 +378,7 @@ def main(argv=None):
     ]
     if args.num_workers is None:  # one batch is read sooner than a process starts
         args.num_workers = min(32, arguments.cores_per_process(), len(batches)) if len(batches) > 1 else 0
-    data = ListedDataset(source, channels=encoder.in_channels, prepare=prepare)
+    data = ListedDataset(source, pixels=pixels, prepare=prepare)
     loader = make_loader(data, batches, num_workers=args.num_workers)
     start_time, unreadable = time.monotonic(), []
     found = look(loader, see, source, unreadable)

@@ -19,9 +19,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from data.batches import FIXED_EPOCH, Normalization, PretrainingDataset, make_loader, own_batches
+from data.decode import PixelFormat, preview_channels
+from data.index import DataError
 from data.masking import MASK_STRATEGIES
 from data.sampling import StepSampler, model_seed
-from data.sources import DataError, describe_data, open_sources
+from data.sources import describe_data, find_statistics, open_sources
 from modeling.export import export_autoencoder, export_encoder
 from modeling.files import WeightsError, find_weights, read_state_dict, read_stored
 from modeling.mae import MaskedAutoencoder
@@ -99,6 +101,14 @@ def parse_args(argv=None):
     flag("--validate_every", type=integer(0), default=10, help="epochs between validations, 0 = at the end only")
     flag("--knn_every", type=integer(0), default=0, help="epochs between classifications by k-NN, 0 = none (default)")
     flag("--num_preview_images", type=integer(0), default=8, help="rows of the pictures (default 8)")
+    flag(
+        "--preview_channels",
+        type=integer(0),
+        nargs="+",
+        metavar="C",
+        help="one channel or three to show, from 0, with their contrast stretched (default: 8-bit images in colour or "
+        "grey as they are; of others the first three, or the first)",
+    )
     args, errors = parser.read(argv)
 
     args.model = args.model or "base"
@@ -108,7 +118,15 @@ def parse_args(argv=None):
 
 def check_flags(args):
     """What is wrong with the flags of images, masks and model, a line each."""
-    errors = arguments.check_images(args) + arguments.check_crops(args)
+    statistics, errors = find_statistics(args.path_to_data)
+    errors += arguments.check_images(args, statistics) + arguments.check_crops(args)
+    channels = args.input_channels
+    shown = args.preview_channels = args.preview_channels or preview_channels(PixelFormat(channels, args.value_range))
+    if shown and (len(shown) not in (1, 3) or max(shown) >= channels):
+        errors.append(
+            f"--preview_channels {' '.join(map(str, shown))} cannot be shown; expected one or three of 0 to "
+            f"{channels - 1}"
+        )
     if args.adapt_channels and not args.init_from:
         errors.append(
             "--adapt_channels converts the weights of --init_from, which is missing; give it or leave this out"
@@ -244,11 +262,10 @@ def optimizer_step(model, optimizer, batches, normalize, seeds, *, accelerator, 
 
 
 @torch.no_grad()
-def evaluate(
-    model, dataset, indices, normalize, step, *, read, accelerator, crew, progress, num_previews, folder, damage
-):
+def evaluate(model, dataset, indices, normalize, step, *, read, accelerator, crew, progress, previews, folder, damage):
     """Logs and returns means over the images `indices`, each once under its fixed mask: the masked loss, PSNR and SSIM,
-    named as in metrics.json. Draws a picture of `num_previews` of them into `folder`; appends to `damage`.
+    named as in metrics.json. Draws a picture of some into `folder`, (number of them, channels) being `previews`;
+    appends to `damage`.
 
     Returns None where the run is asked to stop meanwhile; resumed, it validates this step again.
     """
@@ -274,6 +291,7 @@ def evaluate(
             f"epoch {epoch:.4g}: validation loss {values['val_loss']:.4f}, removed patches "
             f"{values['masked_psnr']:.2f} dB (visible mean: {values['masked_psnr_visible_mean']:.2f} dB)"
         )
+        num_previews, channels = previews
         if num_previews and accelerator.is_main_process:
             chosen = [(FIXED_EPOCH, indices[i]) for i in spread(num_previews, len(indices))]
             shown = dataset.__getitems__(chosen)
@@ -286,6 +304,7 @@ def evaluate(
                 mask,
                 title=f"step {step}, epoch {epoch:.4g}",
                 uses_true_patch_statistics=model.norm_pix_loss,
+                channels=channels,
             )
             progress.picture(path, "reconstructions", step)
         model.train()
@@ -364,11 +383,12 @@ def spread(count, total):
     return [i * total // count for i in range(count)]
 
 
-def finish(folder, model, metrics, *, mean, std):
-    """Writes the run's results: encoder/, the whole autoencoder below it, and metrics.json."""
+def finish(folder, model, metrics, **statistics):
+    """Writes the run's results: encoder/, the whole autoencoder below it, and metrics.json. `statistics` are those that
+    `export_encoder` takes."""
     encoder = folder / "encoder"
-    export_encoder(model.encoder, encoder, mean=mean, std=std)
-    export_autoencoder(model, encoder / "pretraining", mean=mean, std=std)
+    export_encoder(model.encoder, encoder, **statistics)
+    export_autoencoder(model, encoder / "pretraining", **statistics)
     write_json(folder / "metrics.json", {**metrics, "uses_true_patch_statistics": model.norm_pix_loss})
     print(
         f"finished: {folder / 'metrics.json'}, pictures in {folder / 'reconstructions'}. Use the encoder:\n"
@@ -397,11 +417,13 @@ def main(argv=None):
 
     # Data, and the plan that follows from its size
     train_source = validation_source = None
+    pixels = PixelFormat(args.input_channels, args.value_range, args.nodata, args.max_pixels)
     try:
         if args.path_to_data:
-            train_source, validation_source = open_sources(args.path_to_data, args.input_channels)
+            places = dict(validation=args.path_to_validation_data, cache=args.cache_dir)
+            train_source, validation_source = open_sources(args.path_to_data, pixels, **places)
     except DataError as error:
-        errors.append(str(error))
+        errors += str(error).splitlines()
     fingerprint = train_source.fingerprint() if train_source else None
     if args.knn_every and train_source:
         errors += check_labels(args.path_to_data, train_source, validation_source)
@@ -440,13 +462,15 @@ def main(argv=None):
     if args.compile:
         model.compile(fullgraph=True, dynamic=False)
     normalize = Normalization(args.mean, args.std, device)
+    statistics = dict(mean=args.mean, std=args.std, value_range=args.value_range)
     sample_options = dict(
         img_size=tuple(args.img_size),
-        channels=args.input_channels,
+        pixels=pixels,
         grid=model.encoder.grid,
         num_kept=model.num_kept,
         mask_strategy=args.mask_strategy,
         crop_scale=tuple(args.crop_scale),
+        fast=args.fast_decoding,
     )
 
     # Optimizer
@@ -535,8 +559,11 @@ def main(argv=None):
         rehearse(train, crew, progress, read_ahead=read_ahead, left_out=left_out)
         accelerator.end_training()
         return
+    replace = args.on_damaged == "replace"
     num_images = len(train_source) + (len(validation_source) if validation_source else 0)
-    damaged_images = DamagedImages(folder.path, num_images, is_main_process=accelerator.is_main_process)
+    damaged_images = DamagedImages(
+        folder.path, num_images, is_main_process=accelerator.is_main_process, replace=replace
+    )
     new_damage = []
     read = partial(
         own_batches,
@@ -555,7 +582,8 @@ def main(argv=None):
         """The metrics that are due after `step` steps, or None where the run is asked to stop meanwhile."""
         values, last = dict(measured) if step == start_step else {}, step == length.total_steps
         if (last or is_due(step, args.validate_every * length.steps_per_epoch)) and "val_loss" not in values:
-            pictures = dict(num_previews=args.num_preview_images, folder=folder.path / "reconstructions")
+            previews = args.num_preview_images, args.preview_channels
+            pictures = dict(previews=previews, folder=folder.path / "reconstructions")
             found = evaluate(
                 plain_model, validation_data, held_out, normalize, step, damage=new_damage, **pictures, **shared
             )
@@ -594,7 +622,7 @@ def main(argv=None):
         logged = progress.step(step + 1, loss, grad_norm, learning_rate)
         stopping = crew.wanted()
         saving = stopping or step + 1 == length.total_steps or is_due(step + 1, save_every, publisher.every)
-        if logged or saving:
+        if logged or saving or (not replace and crew.any(bool(new_damage))):
             damaged_images.add(crew.gather(new_damage))
             new_damage.clear()
         if saving:
@@ -621,7 +649,7 @@ def main(argv=None):
             "seconds": round(progress.seconds, 1),
             "images_per_second": round(step * batch_plan.global_size / progress.seconds, 2),
         }
-        finish(folder.path, plain_model, {**run, **metrics}, mean=args.mean, std=args.std)
+        finish(folder.path, plain_model, {**run, **metrics}, **statistics)
     finish_trackers(accelerator)
     accelerator.end_training()
     publisher.finish(stop=lambda: bool(crew.signal_name))  # last of all: no other process waits for it

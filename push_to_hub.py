@@ -166,7 +166,7 @@ def describe(trained):
 
 def export(trained, folder):
     """Writes the module as the libraries read it."""
-    model, statistics = trained.model, dict(mean=trained.mean, std=trained.std)
+    model, statistics = trained.model, dict(mean=trained.mean, std=trained.std, value_range=trained.value_range)
     if isinstance(model, Segmenter):
         export_segmenter(model, folder, classes=trained.classes, resize=trained.resize, **statistics)
     elif isinstance(model, Classifier):
@@ -238,6 +238,7 @@ def main(argv=None):
         channels=trained.encoder.in_channels,
         mean=trained.mean,
         std=trained.std,
+        value_range=trained.value_range,
         classes=trained.classes,
         origin=f"{args.path} ({trained.layout})",
         step=chosen.step,

@@ -1,5 +1,6 @@
 """Samples -> batches: what runs in the loader's worker processes."""
 
+import gc
 import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +13,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from data.decode import DamagedImage, decode
+from data.decode import DamagedImage, PixelFormat
 from data.masking import mask_noise
 from data.sampling import sample_generator
-from data.sources import Source
+from data.sources import Fetched, Source, image_of
 from data.transforms import evaluation, pretraining, training
 
 FIXED_EPOCH = 2**32 - 1  # the "epoch" of validation: its noise is the same in every epoch and run
@@ -24,7 +25,7 @@ FIXED_EPOCH = 2**32 - 1  # the "epoch" of validation: its noise is the same in e
 class PretrainingBatch(NamedTuple):
     """A micro-batch."""
 
-    images: torch.Tensor  # (B, C, H, W), uint8
+    images: torch.Tensor  # (B, C, H, W), uint8, or float32 in [0, 1]
     noise: torch.Tensor  # (B, L), float32: the K smallest values of a row mark the patches that are kept
     damaged: list[tuple[int, str]]  # index and reason of every image that could not be read
 
@@ -32,23 +33,25 @@ class PretrainingBatch(NamedTuple):
 class ClassificationBatch(NamedTuple):
     """A micro-batch."""
 
-    images: torch.Tensor  # (B, C, H, W), uint8
+    images: torch.Tensor  # (B, C, H, W), uint8, or float32 in [0, 1]
     labels: torch.Tensor  # (B,), int64: the classes of what `images` shows
     indices: list[int]  # the samples that were asked for: one that is in `damaged` shows another image
     damaged: list[tuple[int, str]]  # index and reason of every image that could not be read
 
 
-def image_of(data: bytes | np.ndarray | OSError, channels: int) -> torch.Tensor:
-    """What a source fetched, as an image uint8 (C, H, W). Raises DamagedImage."""
-    if isinstance(data, OSError):
-        raise DamagedImage(data.strerror or str(data))
-    if isinstance(data, np.ndarray):
-        return torch.from_numpy(data).permute(2, 0, 1)
-    return decode(data, channels)
+def empty_images(count: int, size: tuple[int, int], pixels: PixelFormat) -> torch.Tensor:
+    """Room for images (count, C, *size), laid out (count, *size, C) as decoders write, so that copies are fast."""
+    dtype = torch.uint8 if pixels.value_range is None else torch.float32
+    return torch.empty(count, *size, pixels.channels, dtype=dtype).permute(0, 3, 1, 2)
 
 
 def readable(
-    source: Source, index: int, data: bytes | np.ndarray | OSError, channels: int, damaged: list[tuple[int, str]]
+    source: Source,
+    index: int,
+    data: Fetched,
+    pixels: PixelFormat,
+    damaged: list[tuple[int, str]],
+    min_sides: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor, int]:
     """The image (C, H, W) that `data` encodes, or the next one that can be read, and its index; appends to `damaged`.
 
@@ -56,16 +59,20 @@ def readable(
     """
     for _ in range(len(source)):
         try:
-            return image_of(data, channels), index
+            return image_of(data, pixels, min_sides), index
         except DamagedImage as error:
             damaged.append((index, str(error)))
         index = (index + 1) % len(source)
         (data,) = source.fetch([index])
-    return torch.zeros(channels, 1, 1, dtype=torch.uint8), index
+    return empty_images(1, (1, 1), pixels)[0].zero_(), index
 
 
 def read_images(
-    source: Source, items: list[tuple[int, int]], channels: int, damaged: list[tuple[int, str]]
+    source: Source,
+    items: list[tuple[int, int]],
+    pixels: PixelFormat,
+    damaged: list[tuple[int, str]],
+    min_sides: tuple[int, int] | None = None,
 ) -> Iterator[tuple[int, int, torch.Tensor, int]]:
     """For every (epoch, sample index) of `items`: the two, the image (C, H, W) and the index of the image that it is.
 
@@ -74,9 +81,15 @@ def read_images(
     """
     encoded = source.fetch([index for index, _ in groupby(index for _, index in items)])
     for data, (index, views) in zip(encoded, groupby(items, key=itemgetter(1)), strict=True):
-        image, shown = readable(source, index, data, channels, damaged)
+        image, shown = readable(source, index, data, pixels, damaged, min_sides)
         for epoch, _ in views:
             yield epoch, index, image, shown
+
+
+def least_sides(size: tuple[int, int], crop_scale: float) -> tuple[int, int]:
+    """The sides (height, width) of an image from which a crop of the share `crop_scale` of its area, at any proportions
+    that are drawn, is not enlarged to `size`."""
+    return tuple(math.ceil(side / math.sqrt(crop_scale * 3 / 4)) for side in size)
 
 
 class PretrainingDataset(Dataset):
@@ -84,7 +97,7 @@ class PretrainingDataset(Dataset):
 
     A sample's crop, flip and mask are drawn from (seed, epoch, index) alone; with `train=False` the crop is the centre.
     A damaged image is replaced by the next readable one. `crop_scale` is that of `transforms.pretraining`, `crop_ratio`
-    that of `transforms.evaluation`.
+    that of `transforms.evaluation`. With `fast`, crops may be cut from a JPEG that is decoded at a smaller scale.
     """
 
     def __init__(
@@ -92,7 +105,7 @@ class PretrainingDataset(Dataset):
         source: Source,
         *,
         img_size: tuple[int, int],
-        channels: int,
+        pixels: PixelFormat,
         grid: tuple[int, int],
         num_kept: int,
         mask_strategy: str,
@@ -100,20 +113,22 @@ class PretrainingDataset(Dataset):
         train: bool,
         crop_scale: tuple[float, float] = (0.2, 1.0),
         crop_ratio: float = 1.0,
+        fast: bool = False,
     ):
-        self.source, self.img_size, self.channels = source, img_size, channels
+        self.source, self.img_size, self.pixels = source, img_size, pixels
         self.grid, self.num_kept, self.mask_strategy = grid, num_kept, mask_strategy
         self.seed, self.train = seed, train
         self.crop_scale, self.crop_ratio = crop_scale, crop_ratio
+        self.min_sides = least_sides(img_size, crop_scale[0]) if fast and train else None
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitems__(self, items: list[tuple[int, int]]) -> PretrainingBatch:
-        images = torch.empty(len(items), self.channels, *self.img_size, dtype=torch.uint8)
+        images = empty_images(len(items), self.img_size, self.pixels)
         noise = np.empty((len(items), self.grid[0] * self.grid[1]), dtype=np.float32)
         damaged: list[tuple[int, str]] = []
-        samples = read_images(self.source, items, self.channels, damaged)
+        samples = read_images(self.source, items, self.pixels, damaged, self.min_sides)
         for row, (epoch, index, image, _) in enumerate(samples):
             rng = sample_generator(self.seed, epoch, index)
             images[row] = self.crop(image, rng)
@@ -132,8 +147,8 @@ class ClassificationDataset(Dataset):
 
     A sample's crop, flip and augmentation are drawn from (seed, epoch, index) alone; with `train=False` the crop is the
     centre. A damaged image is replaced by the next readable one, with that one's label. `crop_scale` and `augment` are
-    those of `transforms.training`, `crop_ratio` that of `transforms.evaluation`. Raises ValueError where `labels` are
-    not as many as the samples.
+    those of `transforms.training`, `crop_ratio` that of `transforms.evaluation`, `fast` as in PretrainingDataset.
+    Raises ValueError where `labels` are not as many as the samples.
     """
 
     def __init__(
@@ -142,27 +157,29 @@ class ClassificationDataset(Dataset):
         labels: np.ndarray,
         *,
         img_size: tuple[int, int],
-        channels: int,
+        pixels: PixelFormat,
         seed: int,
         train: bool,
         crop_scale: tuple[float, float] = (0.08, 1.0),
         crop_ratio: float = 0.875,
         augment: Callable[[Image.Image], Image.Image] | None = None,
+        fast: bool = False,
     ):
         if len(labels) != len(source):
             raise ValueError(f"{len(labels)} labels for {len(source)} images; expected one for each")
-        self.source, self.labels, self.img_size, self.channels = source, labels, img_size, channels
+        self.source, self.labels, self.img_size, self.pixels = source, labels, img_size, pixels
         self.seed, self.train = seed, train
         self.crop_scale, self.crop_ratio, self.augment = crop_scale, crop_ratio, augment
+        self.min_sides = least_sides(img_size, crop_scale[0]) if fast and train else None
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitems__(self, items: list[tuple[int, int]]) -> ClassificationBatch:
-        images = torch.empty(len(items), self.channels, *self.img_size, dtype=torch.uint8)
+        images = empty_images(len(items), self.img_size, self.pixels)
         labels = torch.empty(len(items), dtype=torch.int64)
         damaged: list[tuple[int, str]] = []
-        samples = read_images(self.source, items, self.channels, damaged)
+        samples = read_images(self.source, items, self.pixels, damaged, self.min_sides)
         for row, (epoch, index, image, shown) in enumerate(samples):
             images[row] = self.crop(image, epoch, index)
             labels[row] = int(self.labels[shown])
@@ -187,14 +204,18 @@ class ListedBatch(NamedTuple):
 class ListedDataset(Dataset):
     """Takes a list of sample indices and prepares those images that can be read; the others are told, not replaced.
 
-    `prepare(image, index)` makes one or several tensors of an upright image, uint8 (C, H, W) of any size; those of a
+    `prepare(image, index)` makes one or several tensors of an upright image (C, H, W) of any size; those of a
     batch have equal shapes. One image at a time is in memory at its own size.
     """
 
     def __init__(
-        self, source: Source, *, channels: int, prepare: Callable[[torch.Tensor, int], tuple[torch.Tensor, ...]]
+        self,
+        source: Source,
+        *,
+        pixels: PixelFormat,
+        prepare: Callable[[torch.Tensor, int], tuple[torch.Tensor, ...]],
     ):
-        self.source, self.channels, self.prepare = source, channels, prepare
+        self.source, self.pixels, self.prepare = source, pixels, prepare
 
     def __len__(self) -> int:
         return len(self.source)
@@ -204,7 +225,7 @@ class ListedDataset(Dataset):
         for index in indices:
             (data,) = self.source.fetch([index])
             try:
-                image = image_of(data, self.channels)
+                image = image_of(data, self.pixels)
             except DamagedImage as error:
                 damaged.append((index, str(error)))
                 continue
@@ -217,7 +238,7 @@ class ListedDataset(Dataset):
 def centre_crop(
     image: torch.Tensor, index: int, *, size: tuple[int, int], crop_ratio: float
 ) -> tuple[torch.Tensor, ...]:
-    """What an encoder or a classifier sees of an image: (crop uint8 (C, *size),)."""
+    """What an encoder or a classifier sees of an image: (crop (C, *size),)."""
     return (evaluation(image, size, crop_ratio=crop_ratio),)
 
 
@@ -231,7 +252,7 @@ def masked_crop(
     mask_strategy: str,
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a masked autoencoder sees of an image: (crop uint8 (C, *size), noise (L,)).
+    """What a masked autoencoder sees of an image: (crop (C, *size), noise (L,)).
 
     The noise is drawn from (seed, index) alone, and with the seed 0 it is that of validation.
     """
@@ -240,22 +261,29 @@ def masked_crop(
 
 
 class Normalization:
-    """Between uint8 images (B, C, H, W) and what a model sees, on the device, in float32."""
+    """Between images (B, C, H, W), uint8 or float32 in [0, 1], and what a model sees, on the device, in float32."""
 
     def __init__(self, mean: list[float], std: list[float], device: torch.device):
         self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
         self.std = torch.tensor(std, device=device).view(-1, 1, 1)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return (images.float() / 255 - self.mean) / self.std
+        images = images.contiguous()  # as models want them: batches come laid out (B, H, W, C)
+        scaled = images if images.is_floating_point() else images.float() / 255
+        return (scaled - self.mean) / self.std
 
     def undo(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised images back to [0, 1]."""
         return images * self.std + self.mean
 
 
-def _keep_working(worker_id: int) -> None:
-    """Workers outlive the signals that ask the run to stop: the step in progress still needs their batches."""
+def _begin_work(worker_id: int) -> None:
+    """Workers outlive the signals that ask the run to stop: the step in progress still needs their batches.
+
+    And they leave alone what they share with the process that they were forked from: to look at those objects for
+    garbage is to write into them, and so to copy them.
+    """
+    gc.freeze()
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -273,7 +301,7 @@ def make_loader(dataset: Dataset, batches, *, num_workers: int, pin_memory: bool
         num_workers=num_workers,
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
-        worker_init_fn=_keep_working,
+        worker_init_fn=_begin_work,
         generator=torch.Generator().manual_seed(0),
     )
 

@@ -6,18 +6,20 @@ In files a label 0 is void (ignored) and 1 .. N are the classes, as in ADE20K; i
 
 import contextlib
 import hashlib
+import io
 import math
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
@@ -25,10 +27,12 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from data import shapes
-from data.batches import image_of
-from data.decode import DamagedImage, decode_stored
+from data.batches import empty_images
+from data.decode import DamagedImage, PixelFormat, decode_stored, own_values
+from data.files import FolderSource
+from data.index import DataError
 from data.sampling import sample_generator
-from data.sources import DataError, FolderSource, ShapesSource
+from data.sources import Fetched, ShapesSource, Source, check_pixels, image_of, kind_of_data, open_sources
 
 IGNORED = 255
 MAX_CLASSES = 254  # what is left of a byte beside void, in files and in memory
@@ -62,12 +66,13 @@ class SegmentationFolder:
     """A split, "training" or "validation", of a folder laid out like ADE20K's ADEChallengeData2016.
 
     Every image below images/SPLIT has its mask at the same place below annotations/SPLIT, as a PNG. `classes` are the
-    names in classes.txt, or ADE20K's where there is none and the images are ADE20K's. Ordered and used as FolderSource.
-    Raises DataError, with a line for each thing that is wrong.
+    names in `classes_file` (default classes.txt there), or ADE20K's where there is none and the images are ADE20K's.
+    Ordered and used as FolderSource. Raises DataError, with a line for each thing that is wrong.
     """
 
-    def __init__(self, root: str | Path, split: str):
+    def __init__(self, root: str | Path, split: str, classes_file: str | None = None):
         self.root = Path(root)
+        self.classes_file = Path(classes_file) if classes_file else self.root / "classes.txt"
         if not self.root.is_dir():
             raise DataError(f"{root} is no folder; --path_to_data takes a folder with {LAYOUT}, or builtin:shapes")
         errors = self._open(split)
@@ -83,7 +88,10 @@ class SegmentationFolder:
         stems, mask_stems = _stems(self.images), _stems(self.masks)
         numbers = {stem: number for number, stem in enumerate(mask_stems)}
         self._mask_of = np.array([numbers.get(stem, -1) for stem in stems])
-        self.classes, errors = _read_classes(self.root, stems)
+        if not self.classes_file.exists() and self._is_ade20k(stems):
+            self.classes, errors = ade20k_classes()[0], []
+        else:
+            self.classes, errors = _read_classes(self.classes_file)
         for names, what, remedy in (
             ([stem for stem in stems if stem not in numbers], "images without a mask", f"add NAME.png to {folders[1]}"),
             (sorted(numbers.keys() - {*stems}), "masks without an image", f"remove them, or add to {folders[0]}"),
@@ -93,6 +101,10 @@ class SegmentationFolder:
             if names:
                 errors.append(f"{self.root} ({split}) has {what}: {_some(names)}; {remedy}")
         return errors
+
+    def _is_ade20k(self, stems: list[str]) -> bool:
+        own = all(os.path.basename(stem).startswith(("ADE_train_", "ADE_val_")) for stem in stems)
+        return own or (self.root / "objectInfo150.txt").exists()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -107,6 +119,10 @@ class SegmentationFolder:
     def mask_name(self, index: int) -> str:
         """The path of an image's mask."""
         return self.masks.name(self._mask_of[index])
+
+    def open_image(self, index: int) -> BinaryIO:
+        """The encoded image, of which no more than a header may be wanted. Raises OSError."""
+        return open(self.name(index), "rb")
 
     def fetch(self, indices: list[int]) -> list[bytes | OSError]:
         """The encoded images, or why one could not be read."""
@@ -153,13 +169,11 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _read_classes(root: Path, stems: list[str]) -> tuple[list[str], list[str]]:
-    """The classes' names and what is wrong with them."""
-    path = root / "classes.txt"
+def _read_classes(path: Path) -> tuple[list[str], list[str]]:
+    """The classes' names in a file, or ADE20K's where it is called "ade20k"; and what is wrong with them."""
+    if str(path) == "ade20k":
+        return ade20k_classes()[0], []
     if not path.exists():
-        own = all(os.path.basename(stem).startswith(("ADE_train_", "ADE_val_")) for stem in stems)
-        if own or (root / "objectInfo150.txt").exists():
-            return ade20k_classes()[0], []
         return [], [f"{path} is missing; write a line for each class, the first for label 1 (label 0 is void)"]
     try:
         lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
@@ -198,33 +212,84 @@ class SegmentationShapes(ShapesSource):
         return [self.masks[index] + 1 for index in indices]
 
 
-PairSource = SegmentationFolder | SegmentationShapes
-Fetched = bytes | np.ndarray | OSError  # an encoded file, pixels, or why a file could not be read
+class Pairs:
+    """A source that has a mask for each image, such as a list or a data set of the library `datasets`, with the names
+    of the classes in `classes_file`, or ADE20K's where that is "ade20k".
+
+    Used as SegmentationFolder. Raises DataError, with a line for each thing that is wrong.
+    """
+
+    def __init__(self, source: Source, path: str, classes_file: str | Path | None):
+        if not getattr(source, "has_masks", False):
+            raise DataError(f"{path} has no masks; expected {LAYOUT}, or a column `mask` beside the images")
+        if classes_file is None:
+            raise DataError(f"{path} does not name its classes; give --path_to_classes FILE, with a name on each line")
+        self.source = source
+        self.name, self.mask_name = source.name, source.mask_name
+        self.fetch, self.fetch_masks = source.fetch, source.fetch_masks
+        self.prepare, self.size_in_bytes, self.fingerprint = source.prepare, source.size_in_bytes, source.fingerprint
+        self.classes, errors = _read_classes(Path(classes_file))
+        if errors:
+            raise DataError("\n".join(errors))
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def open_image(self, index: int) -> BinaryIO:
+        """The encoded image as a file. Raises OSError."""
+        (data,) = self.fetch([index])
+        if isinstance(data, OSError):
+            raise data
+        return io.BytesIO(data)
 
 
-def open_pairs(path_to_data: str, channels: int) -> tuple[PairSource, PairSource]:
-    """The training and the validation pairs of a folder or of `builtin:shapes`.
+PairSource = SegmentationFolder | SegmentationShapes | Pairs
+
+
+def open_pairs(
+    path_to_data: str,
+    pixels: PixelFormat,
+    *,
+    validation: str | None = None,
+    classes_file: str | None = None,
+    cache: str | None = None,
+) -> tuple[PairSource, PairSource]:
+    """The training and the validation pairs of a folder, of `builtin:shapes`, or of a source that has masks, see
+    `open_sources`; `classes_file` names the classes of that one.
 
     Raises DataError, with a line for each thing that is wrong.
     """
     if path_to_data == "builtin:shapes":
-        return SegmentationShapes("train", channels), SegmentationShapes("validation", channels)
-    if path_to_data.startswith("builtin:"):
-        raise DataError(f"--path_to_data {path_to_data} is unknown; the built-in data set is builtin:shapes")
-    sources, errors = [], []
-    for split in ("training", "validation"):
-        try:
-            sources.append(SegmentationFolder(path_to_data, split))
-        except DataError as error:
-            errors += str(error).splitlines()
-    if errors:
-        raise DataError("\n".join(dict.fromkeys(errors)))  # what both have is said once
-    train, validation = sources
-    return train, validation
+        return SegmentationShapes("train", pixels.channels), SegmentationShapes("validation", pixels.channels)
+    root = Path(path_to_data)
+    if kind_of_data(path_to_data) == "folder":
+        sources, errors = [], []
+        for split, folder in (("training", path_to_data), ("validation", validation or path_to_data)):
+            try:
+                sources.append(SegmentationFolder(folder, split, classes_file))
+            except DataError as error:
+                errors += str(error).splitlines()
+        errors = errors or check_pixels(sources[0], pixels)
+        if errors:
+            raise DataError("\n".join(dict.fromkeys(errors)))  # what both have is said once
+    else:
+        opened = open_sources(path_to_data, pixels, validation=validation, cache=cache)
+        if opened[1] is None:
+            raise DataError(f"{path_to_data} holds nothing back to measure by; give --path_to_validation_data")
+        beside = (root if root.is_dir() else root.parent) / "classes.txt"
+        classes_file = classes_file or (beside if beside.exists() else None)
+        sources = [Pairs(source, path_to_data, classes_file) for source in opened]
+    train, validation_pairs = sources
+    return train, validation_pairs
 
 
 def check_masks(
-    source: PairSource, indices: Sequence[int] | None = None, *, processes: int = 1, progress: str | None = None
+    source: PairSource,
+    indices: Sequence[int] | None = None,
+    *,
+    pixels: PixelFormat = PixelFormat(),  # noqa: B008 - a tuple
+    processes: int = 1,
+    progress: str | None = None,
 ) -> tuple[np.ndarray, list[str]]:
     """Reads the masks of `indices`, by default of all samples, once: the pixels of each class, int64 (N,), and what is
     wrong, a line a mask.
@@ -237,54 +302,61 @@ def check_masks(
     indices = range(len(source)) if indices is None else indices
     if isinstance(source, SegmentationShapes):
         return np.bincount(source.masks[list(indices)].ravel(), minlength=num_classes), []
-    names = [(source.name(index), source.mask_name(index)) for index in indices]
-    chunk = max(1, min(CHUNK, math.ceil(len(names) / processes)))
-    chunks = [names[start : start + chunk] for start in range(0, len(names), chunk)]
-    pixels, errors = np.zeros(num_classes, np.int64), []
+    chunk = max(1, min(CHUNK, math.ceil(len(indices) / processes)))
+    chunks = [indices[start : start + chunk] for start in range(0, len(indices), chunk)]
+    check = partial(_check_chunk, source, pixels=pixels)
+    pixels_of_classes, errors = np.zeros(num_classes, np.int64), []
     with (
         ProcessPoolExecutor(processes) if processes > 1 else contextlib.nullcontext() as pool,
-        tqdm(total=len(names), desc=progress, unit="mask", disable=progress is None) as bar,
+        tqdm(total=len(indices), desc=progress, unit="mask", disable=progress is None) as bar,
     ):
-        for part, counts, found in (pool.map if pool else map)(_check_chunk, chunks, [num_classes] * len(chunks)):
-            pixels += counts
+        for part, counts, found in (pool.map if pool else map)(check, chunks):
+            pixels_of_classes += counts
             errors += found
             bar.update(part)
     if len(errors) > NAMED_ERRORS:
         errors[NAMED_ERRORS:] = [f"and {len(errors) - NAMED_ERRORS} more masks like these"]
-    return pixels, errors
+    return pixels_of_classes, errors
 
 
-def _check_chunk(names: list[tuple[str, str]], num_classes: int) -> tuple[int, np.ndarray, list[str]]:
-    """For masks by the names of image and mask: how many, the pixels of each class, and what is wrong."""
-    pixels, errors = np.zeros(num_classes, np.int64), []
-    for image_name, mask_name in names:
+def _check_chunk(source: PairSource, indices: Sequence[int], *, pixels: PixelFormat) -> tuple[int, np.ndarray, list]:
+    """For the masks of some samples: how many, the pixels of each class, and what is wrong."""
+    num_classes = len(source.classes)
+    pixels_of_classes, errors = np.zeros(num_classes, np.int64), []
+    for index in indices:
+        (data,), name = source.fetch_masks([index]), source.mask_name(index)
         try:
-            mask = mask_of(Path(mask_name).read_bytes(), num_classes, name=mask_name)
-            size = _upright_size(image_name)
+            mask = mask_of(data, num_classes, name=name)
+            size = _upright_size(source, index, pixels)
         except (OSError, DamagedImage, Image.DecompressionBombError):
             continue
         except DataError as error:
             errors.append(str(error))
             continue
         if mask.shape != size:
-            errors.append(WRONG_SIZE.format(mask_name, *mask.shape, *size))
-        pixels += np.bincount(mask.ravel(), minlength=IGNORED + 1)[:num_classes]
-    return len(names), pixels, errors
+            errors.append(WRONG_SIZE.format(name, *mask.shape, *size))
+        pixels_of_classes += np.bincount(mask.ravel(), minlength=IGNORED + 1)[:num_classes]
+    return len(indices), pixels_of_classes, errors
 
 
 WRONG_SIZE = "{} is {} x {} pixels (height x width), its image {} x {}; expected equal sizes: make the mask anew"
 
 
-def _upright_size(path: str) -> tuple[int, int]:
-    """Height and width of an image from its header, turned upright. Raises what Pillow raises."""
-    with Image.open(path) as image:
-        width, height = image.size
-        # In search of EXIF that is not in front, a PNG would be decoded. Broken EXIF turns nothing, as in decode().
-        if image.format != "PNG" or "exif" in image.info:
-            with contextlib.suppress(Exception):
-                if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # by a quarter
-                    return width, height
-        return height, width
+def _upright_size(source: PairSource, index: int, pixels: PixelFormat) -> tuple[int, int]:
+    """Height and width of an image, turned upright: from its header where Pillow knows the format. Raises what Pillow
+    raises, and DamagedImage."""
+    try:
+        with source.open_image(index) as stream, Image.open(stream) as image:
+            width, height = image.size
+            # In search of EXIF that is not in front, a PNG would be decoded. Broken EXIF turns nothing, as in decode().
+            if image.format != "PNG" or "exif" in image.info:
+                with contextlib.suppress(Exception):
+                    if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # by a quarter
+                        return width, height
+            return height, width
+    except UnidentifiedImageError:  # an array, or a TIFF of many bands
+        (data,) = source.fetch([index])
+        return own_values(data, pixels.channels, max_pixels=pixels.max_pixels).shape[:2]
 
 
 def mask_of(data: Fetched, num_classes: int, *, name: str) -> torch.Tensor:
@@ -342,7 +414,7 @@ def view_sizes(
 
 
 def evaluation_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(C, H, W) -> (C, *size), uint8, by an antialiased bilinear filter."""
+    """(C, H, W) -> (C, *size), of its type, by an antialiased bilinear filter."""
     return F.resize(image, list(size), InterpolationMode.BILINEAR, antialias=True)
 
 
@@ -353,17 +425,18 @@ def training_pair(
     *,
     crop_size: int,
     resize: tuple[int, int],
-    fill: list[int],
+    fill: list[float],
     ratio: tuple[float, float] = (0.5, 2.0),
     max_share: float = 0.75,
     distortion: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A pair augmented for training, as mmsegmentation's recipes for ADE20K do: uint8, (C, H, W) and (H, W), to squares
+    """A pair augmented for training, as mmsegmentation's recipes for ADE20K do: (C, H, W) and uint8 (H, W), to squares
     of `crop_size`.
 
     It is resized to fit `resize` (long side, short side) times a factor drawn from `ratio`; cropped at random, up to
     ten times until no class fills `max_share` of what is not void; mirrored half the time; its colours are distorted;
-    what is too small is padded at the right and the bottom with `fill` (0..255, one a channel) and void.
+    what is too small is padded at the right and the bottom with `fill` (one a channel: 0..255, or in [0, 1]
+    where the image is float32) and void.
     """
     factor = rng.uniform(*ratio)
     size = keep_ratio(*mask.shape, int(resize[0] * factor), int(resize[1] * factor))
@@ -396,26 +469,37 @@ def _crop_box(
 
 
 def photometric_distortion(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Brightness, contrast, saturation and hue, each changed half the time; of a grey image the first two.
+    """Brightness, contrast, saturation and hue, each changed half the time; without three channels the first two.
 
-    uint8 (C, H, W) -> the same. As in mmsegmentation, brightness adds up to 32 (of 255) to all values and contrast
-    multiplies them by 0.5 to 1.5. Saturation is scaled by as much, the hue turned by up to 18 degrees. Contrast comes
-    before or after these two, by chance.
+    (C, H, W), uint8 or float32 in [0, 1] -> the same. As in mmsegmentation, brightness adds up to 32 (of 255) to all
+    values and contrast multiplies them by 0.5 to 1.5. Saturation is scaled by as much, the hue turned by up to 18
+    degrees. Contrast comes before or after these two, by chance.
     """
     changed = rng.random(5) < 0.5
     shift, contrast, saturation, hue = rng.uniform([-32, 0.5, 0.5, -18 / 360], [32, 1.5, 1.5, 18 / 360])
     image = image.contiguous()  # which the hue is faster from
-    if changed[0]:
+    if changed[0] and image.is_floating_point():
+        image = (image + shift / 255).clamp(0, 1)
+    elif changed[0]:
         image = (image.to(torch.int16) + round(shift)).clamp(0, 255).to(torch.uint8)
     if changed[1] and changed[4]:
-        image = F.adjust_brightness(image, contrast)  # torchvision's name for a factor on all values
+        image = _multiplied(image, contrast)
     if changed[2] and len(image) == 3:
         image = F.adjust_saturation(image, saturation)
     if changed[3] and len(image) == 3:
         image = F.adjust_hue(image, hue)
     if changed[1] and not changed[4]:
-        image = F.adjust_brightness(image, contrast)
+        image = _multiplied(image, contrast)
     return image
+
+
+def _multiplied(image: torch.Tensor, factor: float) -> torch.Tensor:
+    """All values times a factor, within their range."""
+    if image.is_floating_point():
+        return (image * factor).clamp(0, 1)
+    if len(image) not in (1, 3):  # which torchvision does not take
+        return (image * factor).clamp(0, 255).to(image.dtype)
+    return F.adjust_brightness(image, factor)
 
 
 def view_and_preview(
@@ -427,7 +511,7 @@ def view_and_preview(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a segmenter sees of an image, what people see of it, and its own height and width.
 
-    Both are uint8 (C, h, w). `sizes` takes the height and width and gives the size of the one view; the picture for
+    Both are (C, h, w). `sizes` takes the height and width and gives the size of the one view; the picture for
     people has sides of at most `longest` pixels.
     """
     height, width = image.shape[1:]
@@ -440,7 +524,7 @@ def view_and_preview(
 class SegmentationBatch(NamedTuple):
     """A micro-batch."""
 
-    images: torch.Tensor  # (B, C, S, S), uint8
+    images: torch.Tensor  # (B, C, S, S), uint8, or float32 in [0, 1]
     masks: torch.Tensor  # (B, S, S), uint8: 0 .. N-1, and 255 for void
     indices: list[int]  # the samples that were asked for: one that is in `damaged` shows another pair
     damaged: list[tuple[int, str]]  # index and reason of every image or mask that could not be read
@@ -450,14 +534,14 @@ class EvaluationPair(NamedTuple):
     """A sample of evaluation."""
 
     index: int
-    image: torch.Tensor  # (C, H, W), uint8, as it is stored
-    views: list[torch.Tensor]  # (C, h, w), uint8: the image at each size that was asked for; empty if damaged
+    image: torch.Tensor  # (C, H, W), uint8, or float32 in [0, 1]
+    views: list[torch.Tensor]  # (C, h, w): the image at each size that was asked for; empty if damaged
     mask: torch.Tensor  # (H, W), uint8: 0 .. N-1, and 255 for void
     damaged: str | None  # why image or mask could not be read; they are then one black pixel and void
 
 
-def _blank_pair(channels: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.zeros(channels, 1, 1, dtype=torch.uint8), torch.full((1, 1), IGNORED, dtype=torch.uint8)
+def _blank_pair(pixels: PixelFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    return empty_images(1, (1, 1), pixels)[0].zero_(), torch.full((1, 1), IGNORED, dtype=torch.uint8)
 
 
 def fetch_pairs(source: PairSource, indices: list[int]) -> Iterator[tuple[Fetched, Fetched]]:
@@ -466,14 +550,14 @@ def fetch_pairs(source: PairSource, indices: list[int]) -> Iterator[tuple[Fetche
 
 
 def read_pair(
-    source: PairSource, index: int, data: tuple[Fetched, Fetched], channels: int
+    source: PairSource, index: int, data: tuple[Fetched, Fetched], pixels: PixelFormat
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The image (C, H, W) and the mask (H, W) of a sample from what was fetched.
 
     Raises DamagedImage, and DataError for what `check_masks` would have found.
     """
     name = source.mask_name(index)
-    image = image_of(data[0], channels)
+    image = image_of(data[0], pixels)
     try:
         mask = mask_of(data[1], len(source.classes), name=name)
     except DamagedImage as error:
@@ -495,13 +579,13 @@ class SegmentationDataset(Dataset):
         self,
         source: PairSource,
         *,
-        channels: int,
+        pixels: PixelFormat,
         crop_size: int,
         resize: tuple[int, int],
-        fill: list[int],
+        fill: list[float],
         seed: int,
     ):
-        self.source, self.channels, self.crop_size, self.seed = source, channels, crop_size, seed
+        self.source, self.pixels, self.crop_size, self.seed = source, pixels, crop_size, seed
         self.options = dict(crop_size=crop_size, resize=resize, fill=fill)
 
     def __len__(self) -> int:
@@ -509,7 +593,7 @@ class SegmentationDataset(Dataset):
 
     def __getitems__(self, items: list[tuple[int, int]]) -> SegmentationBatch:
         indices = [index for _, index in items]
-        images = torch.empty(len(items), self.channels, self.crop_size, self.crop_size, dtype=torch.uint8)
+        images = empty_images(len(items), (self.crop_size, self.crop_size), self.pixels)
         masks = torch.empty(len(items), self.crop_size, self.crop_size, dtype=torch.uint8)
         damaged: list[tuple[int, str]] = []
         for row, ((epoch, index), data) in enumerate(zip(items, fetch_pairs(self.source, indices), strict=True)):
@@ -524,12 +608,12 @@ class SegmentationDataset(Dataset):
         """The pair that `data` encode, or the next one that can be read; appends to `damaged`."""
         for _ in range(len(self)):
             try:
-                return read_pair(self.source, index, data, self.channels)
+                return read_pair(self.source, index, data, self.pixels)
             except DamagedImage as error:
                 damaged.append((index, str(error)))
             index = (index + 1) % len(self)
             (data,) = fetch_pairs(self.source, [index])
-        return _blank_pair(self.channels)
+        return _blank_pair(self.pixels)
 
 
 class EvaluationPairs(Dataset):
@@ -539,8 +623,8 @@ class EvaluationPairs(Dataset):
     replaced.
     """
 
-    def __init__(self, source: PairSource, *, channels: int, sizes: Callable[[int, int], list[tuple[int, int]]]):
-        self.source, self.channels, self.sizes = source, channels, sizes
+    def __init__(self, source: PairSource, *, pixels: PixelFormat, sizes: Callable[[int, int], list[tuple[int, int]]]):
+        self.source, self.pixels, self.sizes = source, pixels, sizes
 
     def __len__(self) -> int:
         return len(self.source)
@@ -552,9 +636,9 @@ class EvaluationPairs(Dataset):
     def pair(self, index: int, data: tuple[Fetched, Fetched]) -> EvaluationPair:
         """A sample from what was fetched."""
         try:
-            image, mask = read_pair(self.source, index, data, self.channels)
+            image, mask = read_pair(self.source, index, data, self.pixels)
         except DamagedImage as error:
-            image, mask = _blank_pair(self.channels)
+            image, mask = _blank_pair(self.pixels)
             return EvaluationPair(index, image, [], mask, str(error))
         views = [evaluation_image(image, size) for size in self.sizes(*mask.shape)]
         return EvaluationPair(index, image, views, mask, None)

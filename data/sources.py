@@ -1,168 +1,53 @@
-"""Where samples come from. One indexable interface: `len(source)`, `fetch(indices)`, `name(index)`, `fingerprint()`,
-`size_in_bytes()`, `prepare()` once before the first fetch, and, where the data have classes, `labels` (N,) and
-`classes` (otherwise None and []).
+"""Where samples come from: one interface, `Source`, and what --path_to_data can name.
 
-Paths and labels are kept in flat buffers, so that worker processes share them without copies.
+Each kind of source has its file: files.py, arrow.py, tar.py, prepared.py. Paths, places and labels are kept in flat
+arrays, so that worker processes share them without copies.
 """
 
-import contextlib
-import glob
-import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+import torch
 
 from data import shapes
+from data.decode import DamagedImage, PixelFormat, WrongPixels, decode, from_own_values
+from data.files import FolderSource, ListSource
+from data.index import DataError, check_cache, default_cache
+from data.prepared import is_prepared, open_prepared, read_statistics
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".jp2")
+LOOKED_AT = 8  # images of a source, before a run starts
+LISTS = (".csv", ".jsonl", ".ndjson")
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # packed ones are refused, with a reason
 
 
-class DataError(ValueError):
-    """Data that cannot be used: what was given, what was expected, and the remedy, in one line."""
+Fetched = bytes | memoryview | np.ndarray | OSError  # an encoded file, pixels (H, W, C), or why it could not be read
 
 
-class FileSource:
-    """Files in the order in which they are listed, whatever their names; `paths` are relative to `root`."""
+class Source(Protocol):
+    """Samples by their numbers. Where they have masks, there are also `has_masks`, true, and `fetch_masks` and
+    `mask_name`, which are to masks what `fetch` and `name` are to images."""
 
-    def __init__(self, paths: Sequence[bytes], root: str | Path = ""):
-        self.root = root
-        self.classes: list[str] = []
-        self.labels: np.ndarray | None = None
-        self._paths = b"".join(paths)
-        self._ends = np.cumsum([len(path) for path in paths])
+    classes: list[str]  # [] where there are none
+    labels: np.ndarray | None  # (N,), the numbers of the classes
 
-    def __len__(self) -> int:
-        return len(self._ends)
+    def __len__(self) -> int: ...
 
     def prepare(self, *, processes: int = 1, progress: bool = False) -> None:
-        """Nothing: files are read when they are wanted."""
+        """Called once, before the first `fetch`."""
+
+    def fetch(self, indices: Sequence[int]) -> list[Fetched]:
+        """The images, in the order of `indices`."""
 
     def name(self, index: int) -> str:
-        """The path of an image."""
-        start = self._ends[index - 1] if index else 0
-        return os.path.join(self.root, os.fsdecode(self._paths[start : self._ends[index]]))
-
-    def fetch(self, indices: list[int]) -> list[bytes | OSError]:
-        """The encoded images, or why one could not be read."""
-        return [self._read(Path(self.name(index))) for index in indices]
-
-    @staticmethod
-    def _read(path: Path) -> bytes | OSError:
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            return error
+        """A path or name for messages."""
 
     def size_in_bytes(self) -> float:
-        """About what all images take on disk, from some of them."""
-        some = [index * len(self) // 200 for index in range(200)] if len(self) > 200 else range(len(self))
-        sizes = []
-        for index in some:
-            with contextlib.suppress(OSError):
-                sizes.append(os.stat(self.name(index)).st_size)
-        return len(self) * sum(sizes) / max(1, len(sizes))
+        """About what all images take."""
 
     def fingerprint(self) -> str:
-        """Equal for two data sets with the same relative paths, wherever they lie."""
-        return hashlib.sha256(self._paths + self._ends.tobytes()).hexdigest()[:16]
-
-
-class FolderSource(FileSource):
-    """All images below a folder, those files named `suffixes`, ordered by the bytes of their relative paths.
-
-    Where each lies in a folder of its own below `root`, that folder's name is its class; otherwise `labels` is None.
-    Raises DataError for a folder that does not exist, cannot be read, or holds no image.
-    """
-
-    def __init__(self, root: str | Path, suffixes: tuple[str, ...] = SUFFIXES):
-        self.root = Path(root)
-        if not self.root.is_dir():
-            raise DataError(f"{root} is no folder; --path_to_data takes a folder of images or builtin:shapes")
-        try:
-            paths = sorted(self._scan(os.fsencode(self.root), suffixes))
-        except OSError as error:
-            raise DataError(
-                f"{os.fsdecode(error.filename)} cannot be read ({error.strerror}); check its permissions"
-            ) from None
-        if not paths:
-            raise DataError(f"{root} holds no image; expected files named {', '.join(suffixes)}")
-        super().__init__(paths, self.root)
-        folders = [path.partition(b"/")[0] if b"/" in path else None for path in paths]
-        if None not in folders:
-            names = sorted(set(folders))
-            numbers = {name: number for number, name in enumerate(names)}
-            self.classes = [os.fsdecode(name) for name in names]
-            self.labels = np.array([numbers[folder] for folder in folders])
-
-    @staticmethod
-    def _scan(root: bytes, suffixes: tuple[str, ...]) -> list[bytes]:
-        """Relative paths of the images below `root`, in no order; hidden files and folders are passed over."""
-        found, folders = [], [b""]
-        while folders:
-            folder = folders.pop()
-            here = os.path.join(root, folder)
-            with os.scandir(here) as entries:
-                for entry in entries:
-                    if entry.name.startswith(b"."):
-                        continue
-                    path = os.path.join(folder, entry.name)
-                    if entry.is_dir():
-                        if entry.is_symlink() and _holds(entry.path, here):
-                            continue  # a link to a folder that holds it
-                        folders.append(path)
-                    elif os.path.splitext(entry.name)[1].lower().decode(errors="replace") in suffixes:
-                        found.append(path)
-        return found
-
-
-def _holds(outer: bytes, inner: bytes) -> bool:
-    """Whether the folder `inner` is `outer` or lies below it, links resolved."""
-    return os.path.join(os.path.realpath(inner), b"").startswith(os.path.join(os.path.realpath(outer), b""))
-
-
-def find_images(words: Sequence[str]) -> tuple[FileSource, list[str]]:
-    """The files that `words` mean, in the order of the words, and what is wrong with them, a line each.
-
-    A word is a file, whatever its name; a folder, which stands for all images below it, as FolderSource finds them; or
-    a pattern (* ? [...], and ** for folders of any depth), which stands for what it matches, in the order of the bytes
-    and each file once.
-    """
-    paths, errors = [], []
-    for word in words:
-        try:
-            if os.path.isfile(word):
-                paths.append(os.fsencode(word))
-            elif os.path.isdir(word):
-                paths += _below(word)
-            elif os.path.exists(word):
-                errors.append(f"{word} is neither a file nor a folder; give one of these")
-            elif not glob.has_magic(word):
-                errors.append(f"{word!r}: no such file or folder; expected images; correct the path")
-            else:
-                found = {path for match in glob.iglob(os.fsencode(word), recursive=True) for path in _matched(match)}
-                if not found:
-                    errors.append(f"{word} matches no image; correct the pattern")
-                paths += sorted(found)
-        except DataError as error:
-            errors.append(str(error))
-    return FileSource(paths), errors
-
-
-def _below(folder: str | bytes) -> list[bytes]:
-    """The paths of all images below a folder. Raises DataError."""
-    source = FolderSource(os.fsdecode(folder))
-    return [os.fsencode(source.name(index)) for index in range(len(source))]
-
-
-def _matched(path: bytes) -> list[bytes]:
-    """The file that a pattern has matched, or the images below the folder."""
-    if not os.path.isdir(path):
-        return [path]
-    with contextlib.suppress(DataError):  # no image below it
-        return _below(path)
-    return []
+        """Equal for equal data sets, wherever they lie."""
 
 
 class ShapesSource:
@@ -199,7 +84,13 @@ class ShapesSource:
         return f"builtin:shapes/{self.split}/{len(self)}"
 
 
-Source = FolderSource | ShapesSource
+def image_of(data: Fetched, pixels: PixelFormat, min_sides: tuple[int, int] | None = None) -> torch.Tensor:
+    """What a source fetched, as an image (C, H, W), uint8 or float32, see `decode`. Raises DamagedImage."""
+    if isinstance(data, OSError):
+        raise DamagedImage(data.strerror or str(data))
+    if isinstance(data, np.ndarray):
+        return from_own_values(data, pixels.channels, value_range=pixels.value_range, nodata=pixels.nodata)
+    return decode(data, **pixels._asdict(), min_sides=min_sides)
 
 
 def describe_data(train: Source, validation: Source | None) -> dict[str, int]:
@@ -208,18 +99,101 @@ def describe_data(train: Source, validation: Source | None) -> dict[str, int]:
     return {"images": len(train), "bytes": round(train.size_in_bytes()), "held_out": held_out}
 
 
-def open_sources(path_to_data: str, channels: int) -> tuple[Source, Source | None]:
-    """The training source, and the validation source where there is one.
-
-    `path_to_data` is `builtin:shapes`, a folder that holds `train/` and perhaps `val/` or `validation/`, or any folder
-    of images. Raises DataError.
-    """
-    if path_to_data == "builtin:shapes":
-        return ShapesSource("train", channels), ShapesSource("validation", channels)
-    if path_to_data.startswith("builtin:"):
-        raise DataError(f"--path_to_data {path_to_data} is unknown; the built-in data set is builtin:shapes")
+def kind_of_data(path_to_data: str) -> str:
+    """What --path_to_data names: "builtin", "hub", "tar", "list", "parquet", "prepared", "datasets", or "folder"."""
     root = Path(path_to_data)
+    if path_to_data.startswith("builtin:"):
+        return "builtin"
+    if path_to_data.startswith("hf:"):
+        return "hub"
+    if path_to_data.endswith(TARS):
+        return "tar"
+    if path_to_data.endswith(LISTS):
+        return "list"
+    if path_to_data.endswith(".parquet"):
+        return "parquet"
+    if is_prepared(root):
+        return "prepared"
+    if (root / "dataset_dict.json").exists() or (root / "state.json").exists():  # what save_to_disk writes
+        return "datasets"
+    if any(next((root / place).glob("*.parquet"), None) for place in ("", "data", "train")):
+        return "parquet"
+    return "folder"
+
+
+def open_sources(
+    path_to_data: str, pixels: PixelFormat, *, validation: str | None = None, cache: str | None = None
+) -> tuple[Source, Source | None]:
+    """The training source, and the validation source where there is one: that of `validation`, which is given as
+    `path_to_data` is, or what `path_to_data` itself holds back.
+
+    `path_to_data` is `builtin:shapes`; a folder that holds `train/` and perhaps `val/` or `validation/`, or any folder
+    of images; a list; tar shards; what `prepare_data.py` wrote; or a data set of the library `datasets`, on the Hub or
+    in files. Indices of large ones are kept in `cache`, by default in the user's. Raises DataError.
+    """
+    folder = Path(cache) if cache else default_cache()
+    if cache:
+        check_cache(cache)
+    parts = _open_parts(path_to_data, pixels, folder)
+    if validation is not None:
+        own = _open_parts(validation, pixels, folder)
+        parts["validation"] = own.get("validation", own["train"])
+    errors = [error for source in parts.values() for error in check_pixels(source, pixels)]
+    if errors:
+        raise DataError(errors[0])
+    return parts["train"], parts.get("validation")
+
+
+def _open_parts(path_to_data: str, pixels: PixelFormat, cache: Path | None) -> dict[str, Source]:
+    """Sources by the names "train" and, where there is one, "validation"."""
+    kind, root = kind_of_data(path_to_data), Path(path_to_data)
+    if kind == "builtin":
+        return _open_builtin(path_to_data, pixels)
+    if kind in ("hub", "datasets", "parquet"):
+        from data.arrow import open_datasets
+
+        return open_datasets(path_to_data, cache=cache)
+    if kind == "tar":
+        from data.tar import TarSource
+
+        return {"train": TarSource(path_to_data, cache=cache)}
+    if kind == "list":
+        return {"train": ListSource(path_to_data, cache=cache)}
+    if kind == "prepared":
+        return open_prepared(root, pixels)
     if not (root / "train").is_dir():
-        return FolderSource(root), None
-    validation = next((root / name for name in ("val", "validation") if (root / name).is_dir()), None)
-    return FolderSource(root / "train"), FolderSource(validation) if validation else None
+        return {"train": FolderSource(root, cache=cache)}
+    held_out = next((root / name for name in ("val", "validation") if (root / name).is_dir()), None)
+    parts = {"train": FolderSource(root / "train", cache=cache)}
+    return parts | ({"validation": FolderSource(held_out, cache=cache)} if held_out else {})
+
+
+def _open_builtin(path_to_data: str, pixels: PixelFormat) -> dict[str, Source]:
+    if path_to_data != "builtin:shapes":
+        raise DataError(f"--path_to_data {path_to_data} is unknown; the built-in data set is builtin:shapes")
+    if pixels.channels not in (1, 3) or pixels.value_range is not None:
+        raise DataError("builtin:shapes has 8-bit images in colour or grey; give --input_channels 3 or 1 alone")
+    return {split: ShapesSource(split, pixels.channels) for split in ("train", "validation")}
+
+
+def find_statistics(path_to_data: str | None) -> tuple[dict | None, list[str]]:
+    """What `prepare_data.py --statistics` wrote beside the data, None where it did not, and what is wrong with it."""
+    try:
+        return read_statistics(Path(path_to_data)) if path_to_data else None, []
+    except DataError as error:
+        return None, [str(error)]
+
+
+def check_pixels(source: Source, pixels: PixelFormat) -> list[str]:
+    """Why images are not as `pixels` says, in a list: of some spread over the source, the first whose channels or
+    values are others. Damaged ones are passed over: they are known when they are needed."""
+    if isinstance(source, ShapesSource):
+        return []
+    for index in sorted({position * len(source) // LOOKED_AT for position in range(LOOKED_AT)}):
+        try:
+            image_of(*source.fetch([index]), pixels)
+        except WrongPixels as error:
+            return [f"{source.name(index)} {error}"]
+        except DamagedImage:
+            continue
+    return []

@@ -1,8 +1,8 @@
-"""Image to network input, still uint8: the crop of pre-training, that of training a classifier with RandAugment, and
+"""Image to network input, of its type: the crop of pre-training, that of training a classifier with RandAugment, and
 the centre crop of evaluation.
 
-Pure functions: what is random comes from the generator that is passed in. Images are uint8 (C, H, W), sizes are
-(height, width) and boxes (top, left, height, width), all in pixels.
+Pure functions: what is random comes from the generator that is passed in. Images are (C, H, W), uint8, or float32 in
+[0, 1]; sizes are (height, width) and boxes (top, left, height, width), all in pixels.
 """
 
 import math
@@ -45,7 +45,7 @@ def random_crop_box(
 
 
 def resized_crop(image: torch.Tensor, box: tuple[int, int, int, int], size: tuple[int, int]) -> torch.Tensor:
-    """The box (top, left, h, w) of `image`, resized to `size` by antialiased bicubic: uint8 (C, *size).
+    """The box (top, left, h, w) of `image`, resized to `size` by antialiased bicubic: (C, *size), of its type.
 
     As in torchvision, nothing outside the box enters the result. A box of that very size comes back bit for bit, as a
     view of `image`.
@@ -54,13 +54,14 @@ def resized_crop(image: torch.Tensor, box: tuple[int, int, int, int], size: tupl
     crop = image[:, top : top + h, left : left + w]
     if (h, w) == tuple(size):
         return crop
-    return interpolate(crop[None], tuple(size), mode="bicubic", antialias=True)[0]
+    resized = interpolate(crop[None], tuple(size), mode="bicubic", antialias=True)[0]
+    return resized.clamp_(0, 1) if resized.is_floating_point() else resized  # a cubic filter overshoots at edges
 
 
 def pretraining(
     image: torch.Tensor, rng: np.random.Generator, size: tuple[int, int], *, scale: tuple[float, float] = (0.2, 1.0)
 ) -> torch.Tensor:
-    """A random resized crop, mirrored half the time (MAE, appendix A.1): uint8 (C, H, W) -> (C, *size)."""
+    """A random resized crop, mirrored half the time (MAE, appendix A.1): (C, H, W) -> (C, *size)."""
     crop = resized_crop(image, random_crop_box(rng, *image.shape[1:], scale=scale), size)
     return crop.flip(2) if rng.random() < 0.5 else crop
 
@@ -73,10 +74,10 @@ def training(
     scale: tuple[float, float] = (0.08, 1.0),
     augment: Callable[[Image.Image], Image.Image] | None = None,
 ) -> torch.Tensor:
-    """A random resized crop, mirrored half the time, then `augment`ed: uint8 (C, H, W) -> (C, *size).
+    """A random resized crop, mirrored half the time, then `augment`ed: (C, H, W) -> (C, *size).
 
-    `augment` takes and returns a PIL image of mode RGB, or L where C is 1. It may draw from the global generators of
-    `random`, NumPy and torch, which are seeded from `rng` for it and restored.
+    `augment`, for uint8 alone, takes and returns a PIL image of mode RGB, or L where C is 1. It may draw from the
+    global generators of `random`, NumPy and torch, which are seeded from `rng` for it and restored.
     """
     crop = pretraining(image, rng, size, scale=scale)
     if augment is None:
@@ -115,7 +116,7 @@ def _posterize(image: Image.Image, bits: int, **_) -> Image.Image:
 
 
 def evaluation(image: torch.Tensor, size: tuple[int, int], *, crop_ratio: float = 1.0) -> torch.Tensor:
-    """The centre of `image`, proportions kept: uint8 (C, H, W) of any H x W -> (C, *size).
+    """The centre of `image`, proportions kept: (C, H, W) of any H x W -> (C, *size).
 
     The image is resized until it just covers size / crop_ratio, then `size` is cut from its centre: (224, 224) with
     crop_ratio 0.875 is torchvision's Resize(256) and CenterCrop(224). Raises ValueError unless 0 < crop_ratio <= 1.

@@ -57,13 +57,19 @@ def to_official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def export_encoder(
-    encoder: VisionTransformer, folder: str | Path, *, mean: Sequence[float], std: Sequence[float]
+    encoder: VisionTransformer,
+    folder: str | Path,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    value_range: Sequence[float] | None = None,
 ) -> None:
     """A folder for `AutoModel.from_pretrained(FOLDER)`, `timm.create_model("local-dir:FOLDER", pretrained=True)` and
     `files.read_state_dict(FOLDER)`, which all compute the same features.
 
-    `mean` and `std`, one number a channel, are those the images were normalised with, in units of [0, 1]. Needs
-    transformers 4.52, whose `transformers_weights` lets one config.json name a file for each library.
+    `mean` and `std`, one number a channel, are those the images were normalised with, in units of [0, 1]; pixels have
+    the `value_range` (those that became 0 and 1), by default that of 8 bits. Needs transformers 4.52, whose
+    `transformers_weights` lets one config.json name a file for each library.
     """
     state = encoder.state_dict()
     theirs = to_transformers({f"encoder.{name}": value for name, value in state.items()})
@@ -81,7 +87,7 @@ def export_encoder(
         **_timm_config(encoder, mean, std),
     }
     weights = {"model.safetensors": state, "transformers_model.safetensors": theirs}
-    _write(folder, weights, config, _preprocessor(encoder, mean, std))
+    _write(folder, weights, config, _preprocessor(encoder, mean, std), value_range)
 
 
 def export_classifier(
@@ -92,17 +98,18 @@ def export_classifier(
     mean: Sequence[float],
     std: Sequence[float],
     crop_ratio: float,
+    value_range: Sequence[float] | None = None,
 ) -> None:
     """A folder for `AutoModelForImageClassification.from_pretrained(FOLDER)`, transformers'
     `pipeline("image-classification", FOLDER)`, `timm.create_model("local-dir:FOLDER", pretrained=True)` and
     `files.read_state_dict(FOLDER)`, which all compute the same logits.
 
     `classes` are the names of the labels in their order, `crop_ratio` the part of the resized image that evaluation
-    sees; `mean`, `std` and the version of transformers as in `export_encoder`. The BatchNorm of a linear probe becomes
-    a part of the head, with the same results. In transformers, mean pooling is BEiT's; images that are not square take
-    its wrapper of timm, as BEiT's positions are square, and its own processors would stretch them. The pipeline makes
-    colour of every image, so it is for models of three channels alone. Raises ValueError where
-    there are more or fewer names than classes.
+    sees; the other values and the version of transformers as in `export_encoder`. The BatchNorm of a linear probe
+    becomes a part of the head, with the same results. In transformers, mean pooling is BEiT's; images that are not
+    square take its wrapper of timm, as BEiT's positions are square, and its own processors would stretch them. The
+    pipeline makes colour of every image, so it is for models of three channels alone. Raises ValueError where there are
+    more or fewer names than classes.
     """
     if len(classes) != model.num_classes:
         raise ValueError(f"{len(classes)} names for {model.num_classes} classes")
@@ -121,7 +128,7 @@ def export_classifier(
         library |= {"transformers_weights": "transformers_model.safetensors", **_class_names(classes)}
     pooling = "avg" if mean_pooled else "token"
     config = library | _timm_config(encoder, mean, std, crop_ratio, classes=classes, global_pool=pooling)
-    _write(folder, weights, config, _preprocessor(encoder, mean, std, crop_ratio))
+    _write(folder, weights, config, _preprocessor(encoder, mean, std, crop_ratio), value_range)
 
 
 def _beit(theirs: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -138,16 +145,17 @@ def export_segmenter(
     mean: Sequence[float],
     std: Sequence[float],
     resize: Sequence[int],
+    value_range: Sequence[float] | None = None,
 ) -> None:
     """A folder for `UperNetForSemanticSegmentation.from_pretrained(FOLDER)`, transformers'
     `pipeline("image-segmentation", FOLDER)` and `files.read_state_dict(FOLDER)`, which all compute the same logits;
     the last reads the auxiliary head and BatchNorm of a linear head too.
 
     `classes` are the names of the classes in their order, `resize` (LONG, SHORT) the sides that images fit in this
-    project's evaluation; `mean`, `std` and the version of transformers as in `export_encoder`. A linear head becomes an
-    UperNet of one level, with the same results. The pipeline makes colour of every image, so it is for models of three
-    channels alone. Raises ValueError where there are more or fewer names than classes, and for an encoder whose own
-    images are not square.
+    project's evaluation; the other values and the version of transformers as in `export_encoder`. A linear head becomes
+    an UperNet of one level, with the same results. The pipeline makes colour of every image, so it is for models of
+    three channels alone. Raises ValueError where there are more or fewer names than classes, and for an encoder whose
+    own images are not square.
     """
     encoder = model.encoder
     if len(classes) != model.num_classes:
@@ -195,7 +203,8 @@ def export_segmenter(
         "image_std": list(std),
         "do_reduce_labels": True,  # files of annotations have 0 for no class, then the classes from 1
     }
-    _write(folder, {"model.safetensors": state, "transformers_model.safetensors": theirs}, config, preprocessor)
+    weights = {"model.safetensors": state, "transformers_model.safetensors": theirs}
+    _write(folder, weights, config, preprocessor, value_range)
 
 
 def _linear_as_upernet(head: LinearHead) -> dict[str, torch.Tensor]:
@@ -245,12 +254,17 @@ def _folded(model: Classifier) -> dict[str, torch.Tensor]:
 
 
 def export_autoencoder(
-    model: MaskedAutoencoder, folder: str | Path, *, mean: Sequence[float], std: Sequence[float]
+    model: MaskedAutoencoder,
+    folder: str | Path,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    value_range: Sequence[float] | None = None,
 ) -> None:
     """A folder for `ViTMAEForPreTraining.from_pretrained(FOLDER)` and `files.read_state_dict(FOLDER)`.
 
-    `mean` and `std` as in `export_encoder`. transformers' ViTMAE takes square images only: for others, the folder is
-    for `read_state_dict` alone.
+    `mean`, `std` and `value_range` as in `export_encoder`. transformers' ViTMAE takes square images only: for
+    others, the folder is for `read_state_dict` alone.
     """
     block = model.decoder_blocks[0]
     config = {
@@ -265,7 +279,7 @@ def export_autoencoder(
         "norm_pix_loss": model.norm_pix_loss,
     }
     weights = {"model.safetensors": to_transformers(model.state_dict())}
-    _write(folder, weights, config, _preprocessor(model.encoder, mean, std))
+    _write(folder, weights, config, _preprocessor(model.encoder, mean, std), value_range)
 
 
 def _vit_config(encoder: VisionTransformer) -> dict:
@@ -347,7 +361,18 @@ def _architecture(encoder: VisionTransformer) -> str:
     return "vit_base_patch16_224"
 
 
-def _write(folder: str | Path, weights: dict[str, dict[str, torch.Tensor]], config: dict, preprocessor: dict) -> None:
+def _write(
+    folder: str | Path,
+    weights: dict[str, dict[str, torch.Tensor]],
+    config: dict,
+    preprocessor: dict,
+    value_range: Sequence[float] | None,
+) -> None:
+    if value_range is not None:
+        config = {**config, "value_range": list(value_range)}  # this project's; other libraries pass over it
+        low, high = value_range
+        mean = [value + low / (high - low) for value in preprocessor["image_mean"]]  # theirs only multiply pixels
+        preprocessor = {**preprocessor, "rescale_factor": 1 / (high - low), "image_mean": mean}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for file, state in weights.items():

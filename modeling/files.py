@@ -84,6 +84,7 @@ class Stored(NamedTuple):
     resize: list[int] | None = None  # LONG, SHORT: the sides that images fit in a segmenter's evaluation
     mask_ratio: float | None = None  # of an autoencoder
     norm_pix_loss: bool | None = None
+    value_range: list[float] | None = None  # what pixels become 0 and 1; None: 0 and 255
     norm_eps: float | None = None  # of LayerNorm, where it is not this project's 1e-6
     unlike: list[str] | None = None  # what the weights were trained with and no module of this project has
 
@@ -109,7 +110,7 @@ def read_stored(path: str | Path) -> Stored:
         grid = tuple(side // flags["patch_size"] for side in sides)
         heads = flags["encoder_num_heads"], flags.get("decoder_num_heads")  # pre-training's alone
         told = run.get("classes"), flags.get("pooling"), flags.get("layers")
-        others = {name: flags.get(name) for name in ("resize", "mask_ratio", "norm_pix_loss")}
+        others = {name: flags.get(name) for name in ("resize", "mask_ratio", "norm_pix_loss", "value_range")}
         return Stored(grid, *heads, flags["mean"], flags["std"], *told, **others)
     return Stored()
 
@@ -149,7 +150,7 @@ def _stored_in_config(config: dict, folder: Path) -> Stored:
         (height, width),
         int(sizes["num_attention_heads"]),
         sizes.get("decoder_num_attention_heads"),
-        processor.get("image_mean"),
+        _mean_in_range(processor.get("image_mean"), config.get("value_range")),
         processor.get("image_std"),
         classes,
         pooling,
@@ -158,9 +159,18 @@ def _stored_in_config(config: dict, folder: Path) -> Stored:
         resize=resize,
         mask_ratio=config.get("mask_ratio"),
         norm_pix_loss=config.get("norm_pix_loss"),
+        value_range=config.get("value_range"),
         norm_eps=None if norm_eps == 1e-6 else norm_eps,
         unlike=unlike or None,
     )
+
+
+def _mean_in_range(mean: list[float] | None, value_range: list[float] | None) -> list[float] | None:
+    """Means of pixels that were multiplied to a range of length 1 -> those in [0, 1]."""
+    if mean is None or value_range is None:
+        return mean
+    low, high = value_range
+    return [value - low / (high - low) for value in mean]
 
 
 def _crop_ratio(processor: dict) -> float | None:

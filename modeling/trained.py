@@ -24,6 +24,7 @@ class Trained(NamedTuple):
     classes: list[str]  # names, of a classifier or segmenter; otherwise []
     crop_ratio: float  # the part of a resized image that evaluation sees, of an encoder or a classifier
     resize: tuple[int, int] | None  # LONG, SHORT: the sides that images fit in evaluation, of a segmenter
+    value_range: tuple[float, float] | None  # the pixels that become 0 and 1; None: 0 and 255
     assumed: tuple[str, ...]  # what nobody told and was assumed, in words
 
     @property
@@ -119,5 +120,6 @@ def _build(path: Path, state: dict, stored: Stored, *, whole: bool) -> Trained:
         list(classes or (f"LABEL_{i}" for i in range(num_classes))),
         stored.crop_ratio or (0.875 if max(img_size) <= 224 else 1.0),  # as finetune_classifier.py evaluates
         tuple(stored.resize or (4 * img_size[0], img_size[0])) if kind else None,
+        tuple(stored.value_range) if stored.value_range else None,
         tuple(assumed),
     )

@@ -2,12 +2,14 @@
 
 import atexit
 import functools
+import io
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +20,8 @@ from hub import Hub
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+CACHE = tempfile.TemporaryDirectory()
+os.environ["XDG_CACHE_HOME"] = CACHE.name  # where indices are kept, and what other libraries keep
 # A model and a run that take a second: 4 x 4 patches of 8 pixels
 TINY = [
     *("--img_size", "32", "--patch_size", "8", "--learning_rate", "1e-3", "--per_gpu_batch_size", "8"),
@@ -61,6 +65,45 @@ def image_folder(tmp_path_factory) -> Path:
     write_images(root / "train", 40)
     write_images(root / "val", 11, seed=1)
     return root
+
+
+@pytest.fixture(scope="session")
+def every_source(image_folder, tmp_path_factory) -> dict[str, list]:
+    """The images of `image_folder` in every form that --path_to_data takes, by name: the flags for it."""
+    import datasets
+
+    root = tmp_path_factory.mktemp("every_source")
+    sources = {"folder": ["--path_to_data", image_folder]}
+    columns = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["class_0", "class_1"])}
+    splits = {}
+    for split in ("train", "val"):
+        paths = sorted((image_folder / split).rglob("*.jpg"))
+        with open(root / f"{split}.csv", "w") as table, open(root / f"{split}.jsonl", "w") as lines:
+            table.write("path,label\n")
+            for path in paths:
+                table.write(f"{path},{path.parent.name}\n")
+                lines.write(json.dumps({"path": str(path), "label": path.parent.name}) + "\n")
+        for shard in range(2):
+            with tarfile.open(root / f"{split}-{shard:04d}.tar", "w") as tar:
+                for path in paths[shard * len(paths) // 2 : (shard + 1) * len(paths) // 2]:
+                    key = f"{path.parent.name}_{path.stem}"
+                    for suffix, content in (("jpg", path.read_bytes()), ("cls", path.parent.name.encode())):
+                        member = tarfile.TarInfo(f"{key}.{suffix}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+        rows = {"image": [str(path) for path in paths], "label": [path.parent.name for path in paths]}
+        splits[split] = datasets.Dataset.from_dict(rows, datasets.Features(columns))
+    datasets.DatasetDict(train=splits["train"], validation=splits["val"]).save_to_disk(root / "saved")
+    for split, name in (("train", "train"), ("val", "validation")):
+        splits[split].to_parquet(root / "parquet" / f"{name}-00000-of-00001.parquet")
+    run("prepare_data.py", image_folder, root / "prepared", "--num_workers", 0, cwd=root)
+    for name, train, validation in (
+        ("csv", "train.csv", "val.csv"),
+        ("jsonl", "train.jsonl", "val.jsonl"),
+        ("tar", "train-{0000..0001}.tar", "val-*.tar"),
+    ):
+        sources[name] = ["--path_to_data", root / train, "--path_to_validation_data", root / validation]
+    return sources | {name: ["--path_to_data", root / name] for name in ("saved", "parquet", "prepared")}
 
 
 @pytest.fixture(scope="session")

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -116,3 +118,13 @@ def test_trackers_are_asked_for_in_two_ways():
     assert trackers("--report_to", "tensorboard", "--log_wandb") == (["wandb", "tensorboard"], [])
     assert "contradicts itself" in trackers("--report_to", "none", "tensorboard")[1][0]
     assert "expected one of none, wandb, tensorboard" in trackers("--report_to", "comet")[1][0]
+
+
+@pytest.mark.parametrize("text", ["-9999", "-3.4e38", "-.5", "-1E-3"])
+def test_negative_numbers_are_values(text):
+    flags = Parser("")
+    flags.add_argument("--nodata", type=number(-math.inf))
+    args, errors = flags.read(["--nodata", text])
+    assert args.nodata == float(text) and not errors
+    _, errors = flags.read(["--nodata", "nan"])
+    assert errors == ["--nodata nan is no valid value; expected a number"]

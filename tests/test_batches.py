@@ -18,24 +18,27 @@ from data.batches import (
     masked_crop,
     own_batches,
 )
-from data.decode import decode
+from data.decode import PixelFormat, decode
+from data.files import FolderSource
 from data.sampling import StepSampler
-from data.sources import FolderSource, ShapesSource
+from data.sources import ShapesSource
 from data.transforms import evaluation, rand_augment
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")  # torchvision's
 
 
 def dataset(source, **options):
-    defaults = dict(img_size=(16, 24), channels=3, grid=(2, 3), num_kept=1, mask_strategy="random", seed=0, train=True)
+    defaults = dict(
+        img_size=(16, 24), pixels=PixelFormat(3), grid=(2, 3), num_kept=1, mask_strategy="random", seed=0, train=True
+    )
     return PretrainingDataset(source, **{**defaults, **options})
 
 
 def labelled(source, **options):
     """A data set for classification, with RandAugment."""
-    defaults = dict(img_size=(16, 24), channels=3, seed=0, train=True)
+    defaults = dict(img_size=(16, 24), pixels=PixelFormat(3), seed=0, train=True)
     options = {**defaults, **options}
-    options.setdefault("augment", rand_augment(9, options["img_size"], (0.5,) * options["channels"]))
+    options.setdefault("augment", rand_augment(9, options["img_size"], (0.5,) * options["pixels"].channels))
     return ClassificationDataset(source, options.pop("labels", source.labels), **options)
 
 
@@ -137,15 +140,15 @@ def test_a_batch_of_classification(source):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_an_augmented_sample_depends_on_nothing_but_seed_epoch_and_index(source, channels):
     items = [(epoch, index) for epoch in range(2) for index in range(12)]
-    data = labelled(source, channels=channels)
+    data = labelled(source, pixels=PixelFormat(channels))
     alone = [data.__getitems__([item]).images[0] for item in items]
     random.seed(1), np.random.seed(2), torch.manual_seed(3)
     order = np.random.permutation(len(items))
     among = data.__getitems__([items[i] for i in order]).images
     assert all(torch.equal(alone[i], image) for i, image in zip(order, among, strict=True))
-    plain = labelled(source, channels=channels, augment=None).__getitems__(items).images
+    plain = labelled(source, pixels=PixelFormat(channels), augment=None).__getitems__(items).images
     assert sum(not torch.equal(a, b) for a, b in zip(alone, plain, strict=True)) > 8
-    other = labelled(source, channels=channels, seed=1).__getitems__(items).images
+    other = labelled(source, pixels=PixelFormat(channels), seed=1).__getitems__(items).images
     assert not any(torch.equal(a, b) for a, b in zip(alone, other, strict=True))
 
 
@@ -164,7 +167,7 @@ def test_workers_do_not_change_the_batches_of_classification(source, channels):
 
     def all_batches(num_workers):
         sampler = StepSampler(len(source), global_batch_size=4, micro_batch_size=2, total_steps=5)
-        return list(make_loader(labelled(source, channels=channels), sampler, num_workers=num_workers))
+        return list(make_loader(labelled(source, pixels=PixelFormat(channels)), sampler, num_workers=num_workers))
 
     for one, other in zip(all_batches(0), all_batches(2), strict=True):
         assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
@@ -189,7 +192,7 @@ def truncate(path):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_replacement_of_a_damaged_image_brings_its_own_label(source, channels, num_workers):
-    data = labelled(source, train=False, channels=channels)
+    data = labelled(source, train=False, pixels=PixelFormat(channels))
     healthy = data.__getitems__([(0, 6), (0, 0)])
     truncate(source.name(4))
     for index in (5, 11):
@@ -216,9 +219,11 @@ def test_arrays_are_classified_like_files():
     scenes.size, scenes.labels = 4, np.array([3, 1, 0, 2], dtype=np.uint8)
     scenes.images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 1), dtype=np.uint8)
     before = scenes.images.copy()
-    batch = labelled(scenes, channels=1, img_size=(64, 64)).__getitems__([(0, 1), (0, 3)])
+    batch = labelled(scenes, pixels=PixelFormat(1), img_size=(64, 64)).__getitems__([(0, 1), (0, 3)])
     assert batch.images.shape == (2, 1, 64, 64) and batch.labels.tolist() == [1, 2]
-    whole = labelled(scenes, channels=1, img_size=(64, 64), train=False, crop_ratio=1.0).__getitems__([(0, 1)])
+    whole = labelled(scenes, pixels=PixelFormat(1), img_size=(64, 64), train=False, crop_ratio=1.0).__getitems__(
+        [(0, 1)]
+    )
     assert torch.equal(whole.images[0, 0], torch.from_numpy(before[1, :, :, 0]))
     assert np.array_equal(scenes.images, before)
 
@@ -235,7 +240,7 @@ def test_listed_images_are_prepared_or_told(source, num_workers):
     with open(source.name(2), "wb") as file:
         file.write(b"damaged")
     prepare = partial(masked_crop, size=(16, 24), grid=(2, 3), num_kept=1, mask_strategy="random", seed=5)
-    data = ListedDataset(source, channels=3, prepare=prepare)
+    data = ListedDataset(source, pixels=PixelFormat(3), prepare=prepare)
     batches = list(make_loader(data, [range(3), range(3, 5), [2]], num_workers=num_workers))
     assert [batch.indices for batch in batches] == [[0, 1], [3, 4], []]
     assert [[index for index, _ in batch.damaged] for batch in batches] == [[2], [], [2]]

@@ -70,6 +70,7 @@ def export(model: torch.nn.Module, folder: Path) -> Facts:
         img_size=encoder.img_size,
         channels=encoder.in_channels,
         **statistics,
+        value_range=None,
         classes=classes,
         differences={"timm": 1.25e-7},
         notes=["A note."],

@@ -259,7 +259,7 @@ def recorded(function, *given, **options):
         found[function.__name__] = options
     return partial(function, *given, **options)
 def loader(dataset, *given, **options):
-    found.update(dataset.options, channels=dataset.channels, size=dataset.crop_size)
+    found.update(dataset.options, channels=dataset.pixels.channels, size=dataset.crop_size)
     found.update(seed=dataset.seed, pin=options["pin_memory"])
     return make_loader(dataset, *given, **options)
 def step(model, optimizer, batches, normalize, seeds, *, weights, auxiliary_weight, max_grad_norm, **options):

@@ -15,6 +15,7 @@ import benchmark
 import finetune_classifier
 import finetune_segmentation
 import predict
+import prepare_data
 import pretrain_mae
 import push_to_hub
 
@@ -24,6 +25,7 @@ SCRIPTS = {
     "finetune_classifier.py": finetune_classifier,
     "finetune_segmentation.py": finetune_segmentation,
     "predict.py": predict,
+    "prepare_data.py": prepare_data,
     "push_to_hub.py": push_to_hub,
     "benchmark.py": benchmark,
 }

@@ -16,10 +16,10 @@ from torchvision.transforms import v2
 from transformers import UperNetForSemanticSegmentation, ViTMAEForPreTraining, pipeline
 
 import predict
+from data.files import FileSource
 from data.masking import mask_noise
 from data.sampling import sample_generator
 from data.segmentation import SegmentationFolder, mask_of, palette
-from data.sources import FileSource
 from modeling.classifier import Classifier
 from modeling.export import export_autoencoder, export_classifier, export_encoder, export_segmenter
 from modeling.mae import MaskedAutoencoder
@@ -389,7 +389,7 @@ def test_reconstructions_are_those_of_transformers(flags, seed, kept, strategy, 
 
 def test_autoencoders_of_grey_images_that_are_not_square(told):
     lines, folder, done = told("flat autoencoder")
-    assert "2 of 8 patches seen" in done.stdout and "16 x 32 pixels, grey\n" in done.stdout
+    assert "2 of 8 patches seen" in done.stdout and "16 x 32 pixels, 1 channel\n" in done.stdout
     for line in lines:
         picture = np.asarray(Image.open(folder / line["reconstruction"]))
         assert (picture[..., :1] == picture).all() and line["uses_true_patch_statistics"] is False

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -31,6 +32,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import pretrain_mae
+from data.decode import PixelFormat
 from data.sources import open_sources
 
 SCRIPT = "pretrain_mae.py"
@@ -493,7 +495,7 @@ def test_neighbours_need_labels(tmp_path):
         (tmp_path / "strange", "lacks 1 of them there (class_2)"),
         (alone, "has no val/ beside train/"),
     ]:
-        (error,) = pretrain_mae.check_labels(path, *open_sources(str(path), 3))
+        (error,) = pretrain_mae.check_labels(path, *open_sources(str(path), PixelFormat(3)))
         assert error.startswith("--knn_every needs") and word in error and "leave the flag out" in error
     refused = run(SCRIPT, *TINY, "--path_to_data", alone, "--knn_every", 1, cwd=tmp_path, code=2).stderr
     assert f"error: {error}" in refused
@@ -640,3 +642,68 @@ def test_trackers_continue_their_curves_and_their_absence_costs_a_warning(image_
     assert list((folder / "wandb").glob("offline-run-*"))
     both = run(SCRIPT, *TINY, "--report_to", "none", "wandb", cwd=tmp_path, code=2).stderr
     assert "--report_to none wandb contradicts itself" in both
+
+
+@pytest.mark.parametrize("name", ["csv", "tar", "saved", "parquet", "prepared"])
+def test_every_source_gives_the_same_losses_and_resumes(name, flags, undisturbed, every_source, tmp_path):
+    """Stopped in the middle of an epoch, to the last bit as the folder's undisturbed run."""
+    flags = [*flags, *every_source[name], "--gradient_accumulation_steps", 2]
+    folder = tmp_path / "work_dir" / "pretrain_mae"
+    process = start(SCRIPT, *flags, cwd=tmp_path)
+    while process.poll() is None and (not (folder / "log.jsonl").exists() or len(losses_of_partial(folder)) < 7):
+        time.sleep(0.005)
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 0 and not (folder / "metrics.json").exists()
+    run(SCRIPT, *flags, "--resume_from_checkpoint", "auto", "--num_workers", 1, cwd=tmp_path)
+    assert_equal_runs(undisturbed, folder, 23)
+
+
+def test_the_first_damaged_image_ends_a_run_that_allows_none(tmp_path):
+    write_images(tmp_path / "data", 24)
+    broken = sorted((tmp_path / "data").rglob("*.jpg"))[5]
+    broken.write_bytes(b"")
+    flags = [*TINY, "--path_to_data", tmp_path / "data", "--max_steps", 6, "--log_every", 50]
+    said = run(SCRIPT, *flags, "--on_damaged", "error", cwd=tmp_path, code=1).stderr
+    assert f"error: {broken} is damaged (empty file), and --on_damaged error allows none" in said
+    assert "Traceback" not in said and not (tmp_path / "work_dir/pretrain_mae/metrics.json").exists()
+    run(SCRIPT, *flags, cwd=tmp_path)
+
+
+def test_images_of_many_channels_take_their_statistics_from_the_data(tmp_path):
+    """Five channels of floats, of which some have no data: measured, trained on, pictured, and read by predict.py."""
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        values = rng.normal(100 * np.arange(5), 10, (40, 40, 5)).astype(np.float32)
+        values[:4, :4] = -9999
+        path = tmp_path / "data" / ("train" if i < 16 else "val") / f"{i:02d}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, values)
+    images = ["--input_channels", 5, "--nodata", -9999]
+    run("prepare_data.py", tmp_path / "data", "--statistics", *images, cwd=tmp_path)
+    statistics = json.loads((tmp_path / "data/statistics.json").read_text())
+    low, high = statistics["value_range"]
+    assert [low + mean * (high - low) for mean in statistics["mean"]] == pytest.approx(range(0, 500, 100), abs=1)
+    assert [std * (high - low) for std in statistics["std"]] == pytest.approx([10] * 5, rel=0.05)
+    shown = ["--preview_channels", 4, 2, 0]
+    run(SCRIPT, *TINY, "--path_to_data", tmp_path / "data", "--max_steps", 4, *shown, cwd=tmp_path)
+    folder = tmp_path / "work_dir" / "pretrain_mae"
+    resolved = json.loads((folder / "args.json").read_text())["flags"]
+    assert resolved["input_channels"] == 5 and resolved["nodata"] == -9999 and resolved["mean"] == statistics["mean"]
+    assert resolved["value_range"] == [low, high] and list((folder / "reconstructions").iterdir())
+    run("predict.py", folder, tmp_path / "data/val", "--nodata", -9999, cwd=tmp_path)
+    lines = (tmp_path / "predictions/predictions.jsonl").read_text().splitlines()
+    values = [json.loads(line)["masked_psnr"] for line in lines]
+    expected = json.loads((folder / "metrics.json").read_text())["masked_psnr"]
+    assert len(values) == 4 and np.mean(values) == pytest.approx(expected, abs=1e-3)  # seed 0 draws validation's masks
+
+
+def test_bad_flags_of_images_are_listed_together(tmp_path):
+    np.save(write_images(tmp_path, 4) / "class_0" / "0000.npy", np.zeros((8, 8, 4), np.uint8))
+    flags = ["--path_to_data", tmp_path, "--value_range", 5, 5, "--preview_channels", 0, 1, "--cache_dir", __file__]
+    said = run(SCRIPT, *TINY, *flags, cwd=tmp_path, code=2).stderr.splitlines()
+    for part in ("--value_range 5 5 is no range", "--preview_channels 0 1 cannot be shown", "give another --cache_dir"):
+        assert sum(part in line for line in said) == 1, said
+    assert all(line.startswith("error: ") for line in said)
+    said = run(SCRIPT, *TINY, "--path_to_data", tmp_path, cwd=tmp_path, code=2).stderr
+    assert "0000.npy has 4 channels, expected 3; give --input_channels 4" in said

@@ -11,6 +11,8 @@ from torch.nn.functional import max_pool2d
 
 from data import shapes
 from data.batches import make_loader
+from data.decode import PixelFormat
+from data.index import DataError
 from data.segmentation import (
     EvaluationPairs,
     SegmentationDataset,
@@ -25,7 +27,6 @@ from data.segmentation import (
     training_pair,
     view_sizes,
 )
-from data.sources import DataError
 
 FILL = [124, 116, 104]
 
@@ -59,7 +60,7 @@ def root(tmp_path) -> Path:
 
 def errors_of(root: Path) -> list[str]:
     with pytest.raises(DataError) as caught:
-        open_pairs(str(root), 3)
+        open_pairs(str(root), PixelFormat(3))
     return str(caught.value).splitlines()
 
 
@@ -166,15 +167,15 @@ def test_classes_of_ade20k_need_no_list(root):
     errors = errors_of(root)
     assert len(errors) == 1 and "classes.txt is missing; write a line for each class" in errors[0]
     (root / "objectInfo150.txt").touch()
-    assert open_pairs(str(root), 3)[0].classes == ade20k_classes()[0]
+    assert open_pairs(str(root), PixelFormat(3))[0].classes == ade20k_classes()[0]
     os.remove(root / "objectInfo150.txt")
     for folder in ("images", "annotations"):
         for split, short in (("training", "train"), ("validation", "val")):
             for path in list((root / folder / split).iterdir()):
                 path.rename(path.with_name(f"ADE_{short}_0000000{path.name}"))
-    assert open_pairs(str(root), 3)[1].classes == ade20k_classes()[0]
+    assert open_pairs(str(root), PixelFormat(3))[1].classes == ade20k_classes()[0]
     (root / "classes.txt").write_text("a list that is there\ncounts\nmore")
-    assert open_pairs(str(root), 3)[1].classes[1] == "counts"
+    assert open_pairs(str(root), PixelFormat(3))[1].classes[1] == "counts"
 
 
 def remove(*paths):
@@ -222,7 +223,7 @@ def test_what_is_no_folder(tmp_path):
 def test_other_files_beside_the_masks_are_passed_over(root):
     Image.new("RGB", (80, 60)).save(root / "annotations/training/3.jpg")
     (root / "annotations/training/notes.txt").touch()
-    train, _ = open_pairs(str(root), 3)
+    train, _ = open_pairs(str(root), PixelFormat(3))
     assert [os.path.basename(train.mask_name(i)) for i in range(6)] == [f"{i}.png" for i in range(6)]
 
 
@@ -262,7 +263,7 @@ def test_masks_of_other_modes(root):
         assert Image.open(root / f"annotations/training/{i}.png").mode in ("P", "I;16", "I", "1")
     source = SegmentationFolder(root, "training")
     assert check_masks(source)[1] == []
-    dataset = EvaluationPairs(source, channels=3, sizes=lambda height, width: [])
+    dataset = EvaluationPairs(source, pixels=PixelFormat(3), sizes=lambda height, width: [])
     found = [pair.mask.numpy() for pair in dataset.__getitems__([(0, i) for i in range(3)])]
     for mask, wanted in zip(found, (labels, labels, (labels > 1).astype(np.uint8)), strict=True):
         np.testing.assert_array_equal(mask, np.where(wanted == 0, 255, wanted.astype(int) - 1))
@@ -284,7 +285,7 @@ def test_bad_masks_are_named_at_the_start_and_refused_when_read(root, mask, word
     _, (error,) = check_masks(source)
     assert error.startswith(f"{root}/annotations/training/2.png ") and words in error
     with pytest.raises(DataError) as caught:
-        EvaluationPairs(source, channels=3, sizes=lambda height, width: []).__getitems__([(0, 2)])
+        EvaluationPairs(source, pixels=PixelFormat(3), sizes=lambda height, width: []).__getitems__([(0, 2)])
     assert str(caught.value) == error
 
 
@@ -307,7 +308,9 @@ def test_a_mask_fits_the_upright_image(tmp_path, suffix):
     Image.fromarray(np.ones((50, 30), np.uint8)).save(tmp_path / "annotations/training/a.png")
     source = SegmentationFolder(tmp_path, "training")
     assert check_masks(source)[1] == []
-    (pair,) = EvaluationPairs(source, channels=3, sizes=lambda height, width: [(height, width)]).__getitems__([(0, 0)])
+    (pair,) = EvaluationPairs(
+        source, pixels=PixelFormat(3), sizes=lambda height, width: [(height, width)]
+    ).__getitems__([(0, 0)])
     assert pair.mask.shape == pair.image.shape[1:] == pair.views[0].shape[1:] == (50, 30)
 
 
@@ -484,7 +487,7 @@ def test_evaluation_images_are_those_of_transformers_processor():
 
 
 def dataset_of(source, **options):
-    options = dict(channels=3, crop_size=32, resize=(128, 32), fill=FILL, seed=0) | options
+    options = dict(pixels=PixelFormat(3), crop_size=32, resize=(128, 32), fill=FILL, seed=0) | options
     return SegmentationDataset(source, **options)
 
 
@@ -520,7 +523,7 @@ def test_a_damaged_image_or_mask_is_replaced_by_the_next_pair(root):
     assert batch.damaged[3][1].endswith("5.png: No such file or directory")
     assert (batch.masks[:3] == 2).all()  # those of sample 3, each cropped and coloured in its own way
     assert (batch.images[:3].flatten(2).amin(2) == batch.images[:3].flatten(2).amax(2)).all()
-    pairs = EvaluationPairs(source, channels=3, sizes=lambda height, width: [(8, 8)])
+    pairs = EvaluationPairs(source, pixels=PixelFormat(3), sizes=lambda height, width: [(8, 8)])
     found = pairs.__getitems__([(0, 1), (0, 2), (0, 3)])
     assert [pair.index for pair in found] == [1, 2, 3] and [len(pair.views) for pair in found] == [0, 0, 1]
     assert found[0].damaged == "empty file" and "annotations/training/2.png" in found[1].damaged
@@ -537,7 +540,7 @@ def test_where_no_pair_can_be_read_all_is_void(root):
 
 def test_evaluation_gives_the_original_and_its_views(root):
     source = SegmentationFolder(root, "validation")
-    pairs = EvaluationPairs(source, channels=1, sizes=lambda h, w: [keep_ratio(h, w, 128, 32), (h, w)])
+    pairs = EvaluationPairs(source, pixels=PixelFormat(1), sizes=lambda h, w: [keep_ratio(h, w, 128, 32), (h, w)])
     (pair,) = pairs.__getitems__([(7, 2)])
     labels = np.array(Image.open(root / "annotations/validation/2.png")).astype(int)
     np.testing.assert_array_equal(pair.mask, np.where(labels == 0, 255, labels - 1))
@@ -555,14 +558,14 @@ def test_a_mask_of_void_alone(root):
 
 
 def test_builtin_shapes():
-    train, validation = open_pairs("builtin:shapes", 3)
+    train, validation = open_pairs("builtin:shapes", PixelFormat(3))
     assert (len(train), len(validation)) == (10_000, 1_000) and train.classes == list(shapes.SEGMENTATION_CLASSES)
     validation.prepare()
     pixels, errors = check_masks(validation)
     assert pixels.sum() == 1_000 * 64 * 64 and pixels.shape == (9,) and errors == []
     _, label, mask = shapes.draw(10_007)
     assert pixels[0] > 0.6 * pixels.sum()
-    pairs = EvaluationPairs(validation, channels=3, sizes=lambda h, w: [(32, 32)])
+    pairs = EvaluationPairs(validation, pixels=PixelFormat(3), sizes=lambda h, w: [(32, 32)])
     (pair,) = pairs.__getitems__([(0, 7)])
     np.testing.assert_array_equal(pair.mask, mask)  # the background is a class, and nothing is void
     assert pair.views[0].shape == (3, 32, 32) and label + 1 in pair.mask
@@ -574,7 +577,7 @@ def test_builtin_shapes():
 
 
 def test_files_under_wrong_names_are_read(real_images):
-    train, _ = open_pairs(str(real_images / "pets"), 3)
+    train, _ = open_pairs(str(real_images / "pets"), PixelFormat(3))
     pixels, errors = check_masks(train)
     assert errors == [] and (pixels > 0).all()
     names = [os.path.basename(train.name(i)) for i in range(len(train))]
@@ -585,9 +588,9 @@ def test_files_under_wrong_names_are_read(real_images):
 @pytest.mark.parametrize("name, classes", [("camvid", 11), ("clothing", 58), ("membrane", 2), ("ade20k_sample", 150)])
 def test_real_sets(real_images, name, classes):
     channels = 1 if name == "membrane" else 3
-    for source in open_pairs(str(real_images / name), channels):
+    for source in open_pairs(str(real_images / name), PixelFormat(channels)):
         assert len(source.classes) == classes
     pixels, errors = check_masks(source)
     assert errors == [] and pixels.sum() > 0
-    batch = dataset_of(source, channels=channels, fill=FILL[:channels]).__getitems__([(0, 0), (0, 1)])
+    batch = dataset_of(source, pixels=PixelFormat(channels), fill=FILL[:channels]).__getitems__([(0, 0), (0, 1)])
     assert batch.damaged == [] and batch.masks[batch.masks < 255].max() < classes

@@ -7,7 +7,10 @@ import pytest
 from conftest import write_images
 
 from data import shapes
-from data.sources import DataError, FolderSource, ShapesSource, find_images, open_sources
+from data.decode import PixelFormat
+from data.files import FolderSource, find_images
+from data.index import DataError
+from data.sources import ShapesSource, find_statistics, image_of, open_sources
 
 
 def test_a_folder_in_the_order_of_its_bytes(tmp_path):
@@ -41,9 +44,9 @@ def test_a_tree_without_classes(tmp_path):
 @pytest.mark.parametrize("name", ["val", "validation"])
 def test_training_and_validation_folders(tmp_path, name):
     write_images(tmp_path / "train", 5)
-    assert open_sources(str(tmp_path), 3)[1] is None
+    assert open_sources(str(tmp_path), PixelFormat(3))[1] is None
     write_images(tmp_path / name, 3)
-    train, validation = open_sources(str(tmp_path), 3)
+    train, validation = open_sources(str(tmp_path), PixelFormat(3))
     assert (len(train), len(validation)) == (5, 3)
 
 
@@ -70,7 +73,7 @@ def test_bad_data(tmp_path):
         ("builtin:nothing", "builtin:shapes"),
     ]:
         with pytest.raises(DataError, match=word):
-            open_sources(str(path), 3)
+            open_sources(str(path), PixelFormat(3))
 
 
 def test_a_source_travels_to_workers(tmp_path):
@@ -122,7 +125,7 @@ def test_words_that_lead_to_no_image_are_all_told(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_builtin_shapes(channels):
-    train, validation = open_sources("builtin:shapes", channels)
+    train, validation = open_sources("builtin:shapes", PixelFormat(channels))
     assert (len(train), len(validation)) == (10_000, 1_000)
     assert isinstance(validation, ShapesSource) and train.fingerprint() != validation.fingerprint()
     validation.prepare()
@@ -141,3 +144,50 @@ def test_the_size_of_the_data_is_told_from_some_of_it(tmp_path):
         (tmp_path / f"{i}.png").write_bytes(b"0" * 500)
     assert FolderSource(tmp_path).size_in_bytes() == pytest.approx(1006 * 500, rel=0.05)
     assert ShapesSource("train", 3).size_in_bytes() == 10_000 * 64 * 64 * 3
+
+
+SOURCES = ("csv", "jsonl", "tar", "saved", "parquet", "prepared")
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_source_has_the_same_samples_in_the_same_order(every_source, name):
+    def opened(name):
+        flags = dict(zip(every_source[name][::2], map(str, every_source[name][1::2]), strict=True))
+        validation = flags.get("--path_to_validation_data")
+        return open_sources(flags["--path_to_data"], PixelFormat(3), validation=validation)
+
+    for one, other in zip(opened("folder"), opened(name), strict=True):
+        everything = range(len(one))
+        assert len(other) == len(one) and other.classes == one.classes and list(other.labels) == list(one.labels)
+        assert [bytes(data) for data in other.fetch(everything)] == one.fetch(everything)
+        assert [bytes(data) for data in other.fetch([7, 2, 7])] == one.fetch([7, 2, 7])
+        assert all(os.path.basename(one.name(i))[:-4] in other.name(i) for i in everything) or name == "saved"
+        assert other.size_in_bytes() > 0
+    assert [part.fingerprint() for part in opened(name)] == [part.fingerprint() for part in opened(name)]
+
+
+def test_images_of_other_channels_or_numbers_are_told_before_anything_is_read(tmp_path):
+    array = np.zeros((9, 8, 5), np.float32)
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(DataError, match=r"a.npy has 5 channels, expected 3; give --input_channels 5"):
+        open_sources(str(tmp_path), PixelFormat(3, (0, 1)))
+    with pytest.raises(DataError, match=r"a.npy has float32 numbers, whose range no file states; give --value_range"):
+        open_sources(str(tmp_path), PixelFormat(5))
+    source, _ = open_sources(str(tmp_path), PixelFormat(5, (0, 1)))
+    assert image_of(*source.fetch([0]), PixelFormat(5, (0, 1))).shape == (5, 9, 8)
+    with pytest.raises(DataError, match="builtin:shapes has 8-bit images in colour or grey"):
+        open_sources("builtin:shapes", PixelFormat(5))
+
+
+def test_a_cache_that_cannot_be_written_is_refused(tmp_path):
+    write_images(tmp_path / "data", 2)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="give another --cache_dir"):
+        open_sources(str(tmp_path / "data"), PixelFormat(3), cache=str(tmp_path / "file"))
+
+
+def test_statistics_that_are_none_are_told(tmp_path):
+    assert find_statistics(str(tmp_path)) == find_statistics(None) == (None, [])
+    (tmp_path / "statistics.json").write_text("{}")
+    found, (error,) = find_statistics(str(tmp_path))
+    assert found is None and "statistics.json is not what prepare_data.py --statistics writes" in error

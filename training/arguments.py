@@ -3,7 +3,9 @@
 import argparse
 import difflib
 import errno
+import math
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -18,6 +20,7 @@ import torch
 # its fingerprint, the batch by its global size.
 FREE_FLAGS = {
     *("experiment_name", "working_directory", "path_to_data", "resume_from_checkpoint", "num_workers", "pin_memory"),
+    *("path_to_validation_data", "cache_dir", "on_damaged", "preview_channels"),
     *("wandb_run_name", "log_wandb", "report_to", "log_every", "validate_every", "knn_every", "num_preview_images"),
     "evaluate_every",
     *("compile", "gradient_checkpointing", "dry_run"),
@@ -95,17 +98,18 @@ def integer(minimum: int, maximum: int = 2**63 - 1) -> Callable[[str], int | Unr
     return read
 
 
-def number(minimum: float = 0.0, maximum: float = float("inf")) -> Callable[[str], float | Unreadable]:
+def number(minimum: float = 0.0, maximum: float = math.inf) -> Callable[[str], float | Unreadable]:
     """A flag's type: a number in [minimum, maximum]."""
-    bounds = f"of at least {minimum:g}" if maximum == float("inf") else f"from {minimum:g} to {maximum:g}"
+    bounds = f" of at least {minimum:g}" if maximum == math.inf else f" from {minimum:g} to {maximum:g}"
+    bounds = "" if minimum == -math.inf else bounds
 
     def read(text: str) -> float | Unreadable:
         try:
             value = float(text)
         except ValueError:
-            value = float("nan")
-        in_bounds = minimum <= value <= maximum and value != float("inf")
-        return value if in_bounds else Unreadable(text, f"a number {bounds}")
+            value = math.nan
+        in_bounds = minimum <= value <= maximum and math.isfinite(value)
+        return value if in_bounds else Unreadable(text, f"a number{bounds}")
 
     return read
 
@@ -125,6 +129,8 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog="@FILE inserts the flags of a recipe file (# starts a comment); later flags win.",
         )
+        # Python 3.11 takes -3.4e38, which GeoTIFFs have where there are no data, for a flag
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
 
     def error(self, message: str) -> NoReturn:
         fail([f"{message}; {self.prog} --help lists the flags"], show=is_main_process())
@@ -189,15 +195,22 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def add_run_flags(
-    parser: Parser, *, name: str, data: str = "folder of images, with train/ and val/ or without"
-) -> None:
+SOURCES = (
+    "folder of images, with train/ and val/ or without; hf:OWNER/NAME[:config][@revision] or a folder or parquet files "
+    "of the library datasets; tar shards 'train-{0000..0146}.tar'; a list .csv or .jsonl (path, label, mask); what "
+    "prepare_data.py wrote"
+)
+
+
+def add_run_flags(parser: Parser, *, name: str, data: str = SOURCES) -> None:
     """Where a run lives, what `data` it reads, how it starts and resumes."""
     group = parser.add_argument_group("run")
     flag = group.add_argument
     flag("--experiment_name", default=name, help=f"name of the run and its folder (default {name})")
     flag("--working_directory", default="work_dir", help="folder that holds the runs (default work_dir)")
-    flag("--path_to_data", help=f"{data}, or builtin:shapes (required)")
+    flag("--path_to_data", help=f"{data}; or builtin:shapes (required)")
+    flag("--path_to_validation_data", help="images held out, of any of these kinds (default: what --path_to_data has)")
+    flag("--cache_dir", help="where indices of large data sets are kept (default ~/.cache/masked-autoencoders)")
     flag("--seed", type=integer(0, 2**32 - 1), default=0, help="seed of samples, masks and weights (default 0)")
     flag(
         "--dry_run",
@@ -283,6 +296,12 @@ def add_crop_flags(parser: Parser, *, crop_scale: tuple[float, float]) -> None:
     flag = parser.add_argument_group("crops").add_argument
     flag("--img_size", type=integer(1), nargs="+", metavar="H [W]", help="pixels (default 224)")
     flag(
+        "--fast_decoding",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="decode large JPEGs at 1/2, 1/4 or 1/8 where no crop needs more: for photographs of many megapixels (off)",
+    )
+    flag(
         "--crop_scale",
         type=number(1e-3, 1),
         nargs=2,
@@ -295,9 +314,64 @@ def add_crop_flags(parser: Parser, *, crop_scale: tuple[float, float]) -> None:
 def add_image_flags(parser: Parser) -> None:
     """What the images are, and how they are normalised."""
     flag = parser.add_argument_group("images").add_argument
-    flag("--input_channels", type=integer(1), default=3, help="3 (colour) or 1 (grey) (default 3)")
-    flag("--mean", type=number(), nargs="+", help="channel means of images in [0, 1] (default ImageNet's)")
-    flag("--std", type=number(1e-6), nargs="+", help="channel deviations of images in [0, 1] (default ImageNet's)")
+    told = "that of statistics.json in the data's folder, otherwise"
+    flag("--input_channels", type=integer(1), help=f"3 (colour), 1 (grey), or bands of TIFF, .npy (default {told} 3)")
+    flag("--mean", type=number(), nargs="+", help=f"channel means of images in [0, 1] (default {told} ImageNet's)")
+    flag("--std", type=number(1e-6), nargs="+", help="channel deviations of images in [0, 1] (default likewise)")
+    flag(
+        "--value_range",
+        type=number(-math.inf),
+        nargs=2,
+        metavar=("LO", "HI"),
+        help=f"read 16-bit and float pixels at full depth, LO as 0 and HI as 1 (default {told} 8 bits)",
+    )
+    flag("--nodata", type=number(-math.inf), help="value of pixels without data, besides a GeoTIFF's own and NaN")
+    flag("--max_pixels", type=integer(1), default=178956970, help="larger images are damaged (default 178956970)")
+    flag(
+        "--on_damaged",
+        type=one_of("replace", "error"),
+        default="replace",
+        help="show the next readable image (default), or end the run; damaged.jsonl names what was damaged",
+    )
+
+
+def take_statistics(args: argparse.Namespace, statistics: dict | None) -> None:
+    """Gives the flags of images that were left out what `statistics`, of prepare_data.py --statistics, says of the
+    data: the channels; and as far as they are meant for these channels and values, the others."""
+    statistics = statistics or {}
+    if args.input_channels is None:
+        args.input_channels = statistics.get("channels", 3)
+    if statistics.get("channels") != args.input_channels:
+        return
+    for name in ("value_range", "nodata"):
+        if getattr(args, name) is None:
+            setattr(args, name, statistics[name])
+    if args.value_range == statistics["value_range"]:
+        for name in ("mean", "std"):
+            setattr(args, name, getattr(args, name) or statistics[name])
+
+
+def check_images(args: argparse.Namespace, statistics: dict | None = None) -> list[str]:
+    """Gives the flags of images that were left out their defaults; what is wrong with them. `statistics` are those of
+    the data, where there are any."""
+    errors = []
+    take_statistics(args, statistics)
+    channels = args.input_channels
+    if not args.path_to_data:
+        errors.append("--path_to_data is missing; give a folder of images or builtin:shapes")
+    if args.value_range and not args.value_range[0] < args.value_range[1]:
+        errors.append(
+            "--value_range {:g} {:g} is no range; give the value of black first, then a larger one".format(
+                *args.value_range
+            )
+        )
+    args.mean = args.mean or ([0.485, 0.456, 0.406] if channels == 3 else [0.5] * channels)
+    args.std = args.std or ([0.229, 0.224, 0.225] if channels == 3 else [0.5] * channels)
+    for name in ("mean", "std"):
+        count = len(getattr(args, name))
+        if count != channels:
+            errors.append(f"--{name} has {count} values for {channels} channels; give one a channel")
+    return errors
 
 
 def add_encoder_flags(parser: Parser, *, sizes: Iterable[str], drop_path: float = 0.0) -> None:
@@ -317,22 +391,6 @@ def add_encoder_flags(parser: Parser, *, sizes: Iterable[str], drop_path: float 
         default=True,
         help="initialise as the paper does (default) or as PyTorch does",
     )
-
-
-def check_images(args: argparse.Namespace) -> list[str]:
-    """Gives the flags of images that were left out their defaults; what is wrong with them."""
-    errors, channels = [], args.input_channels
-    if not args.path_to_data:
-        errors.append("--path_to_data is missing; give a folder of images or builtin:shapes")
-    if channels not in (1, 3):
-        errors.append(f"--input_channels {channels} is not supported; expected 3 (colour) or 1 (grey)")
-    args.mean = args.mean or ([0.485, 0.456, 0.406] if channels == 3 else [0.5] * channels)
-    args.std = args.std or ([0.229, 0.224, 0.225] if channels == 3 else [0.5] * channels)
-    for name in ("mean", "std"):
-        count = len(getattr(args, name))
-        if count != channels:
-            errors.append(f"--{name} has {count} values for {channels} channels; give one a channel")
-    return errors
 
 
 def check_crops(args: argparse.Namespace) -> list[str]:

@@ -125,6 +125,7 @@ class Facts(NamedTuple):
     channels: int
     mean: list[float]  # by which images in [0, 1] are normalised
     std: list[float]
+    value_range: tuple[float, float] | None  # the pixels that become 0 and 1; None: 0 and 255
     classes: list[str]
     differences: dict[str, float]  # "timm" -> how far it is from our own module on random images
     notes: list[str]  # what a library does not allow, a sentence each
@@ -282,7 +283,8 @@ def _uses(facts: Facts, place: str, repo_id: str | None, revision: str | None) -
         shlex.quote(f"hf:{repo_id}{at}" if repo_id else place),
     )
     path += f", revision={json.dumps(revision, ensure_ascii=False)}" if at else ""
-    colour = facts.channels == 3  # transformers' pipelines and processors make colour of every image
+    # transformers' pipelines and processors make 8-bit colour of every image
+    colour = facts.channels == 3 and facts.value_range is None
     predict = f"python predict.py {project} photo.jpg"
 
     def transformers(name: str, *then: str, subfolder: str = "") -> str:
@@ -305,8 +307,9 @@ def _uses(facts: Facts, place: str, repo_id: str | None, revision: str | None) -
 
     def python(imports: list[str], load: str, prepare: list[str], then: Sequence[str]) -> str:
         height, width = facts.img_size
+        made = ": (pixels - {0:g}) / ({1:g} - {0:g})".format(*facts.value_range) if facts.value_range else ""
         own = [
-            f"images = torch.rand(1, {facts.channels}, {height}, {width})  # yours, in [0, 1]",
+            f"images = torch.rand(1, {facts.channels}, {height}, {width})  # yours, in [0, 1]{made}",
             f"mean, std = torch.tensor({facts.mean})[:, None, None], torch.tensor({facts.std})[:, None, None]",
             "images = (images - mean) / std",
         ]
@@ -317,8 +320,6 @@ def _uses(facts: Facts, place: str, repo_id: str | None, revision: str | None) -
         return _code("python", "from transformers import pipeline", "", load, 'print(pipe("photo.jpg"))')
 
     def here(*commands: str) -> list[str]:
-        if facts.channels not in (1, 3):
-            return []
         told = "With the project that made it, Masked Autoencoders on Hugging Face Accelerate:"
         return [told, _code("bash", *commands)]
 
@@ -341,11 +342,12 @@ def _uses(facts: Facts, place: str, repo_id: str | None, revision: str | None) -
         autoencoder = transformers("ViTMAEForPreTraining", then, subfolder=', subfolder="pretraining"')
         parts += ["The whole autoencoder:", autoencoder]
     commands = [predict] if facts.autoencoder else []
-    grey = " --input_channels 1" if facts.channels == 1 else ""
+    images = f" --input_channels {facts.channels}" if facts.channels != 3 else ""
+    images += " --value_range {:g} {:g}".format(*facts.value_range) if facts.value_range else ""
     commands += [
         f"{predict} --features features.npy",
-        f"python finetune_classifier.py --path_to_data IMAGES --path_to_pretrained_mae_weights {project}{grey}",
-        f"python finetune_segmentation.py --path_to_data DATA --path_to_backbone_checkpoint {project}{grey}",
+        f"python finetune_classifier.py --path_to_data IMAGES --path_to_pretrained_mae_weights {project}{images}",
+        f"python finetune_segmentation.py --path_to_data DATA --path_to_backbone_checkpoint {project}{images}",
     ]
     return [*parts, *here(*commands)]
 

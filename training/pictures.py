@@ -22,10 +22,19 @@ def reconstruction_grid(
     *,
     title: str,
     uses_true_patch_statistics: bool,
+    channels: Sequence[int] | None = None,
 ) -> None:
     """Writes a PNG with one row an image: original, what the encoder sees, prediction, prediction with pasted visible
     patches. Images and predictions are (B, C, H, W) in [0, 1] with C 1 or 3, the mask (B, 1, H, W), 1 = removed.
+
+    With `channels`, the numbers of one channel or three, C may be any: those are shown, and in each image and channel
+    the middle 96 % of the original's values are spread over black to white.
     """
+    if channels is not None:
+        images, prediction = images[:, channels], prediction[:, channels]
+        low, high = (torch.stack([_quantile(image, share) for image in images.float()]) for share in (0.02, 0.98))
+        title += f" - channels {' '.join(map(str, channels))}, contrast of each image stretched"
+        images, prediction = (((x - low) / (high - low).clamp(min=1e-6)).clamp(0, 1) for x in (images, prediction))
     prediction = prediction.clamp(0, 1)
     seen = torch.where(mask.bool(), torch.full_like(images, 0.5), images)
     pasted = torch.where(mask.bool(), prediction, images)
@@ -33,6 +42,22 @@ def reconstruction_grid(
     if uses_true_patch_statistics:
         title += " - predictions use each patch's true mean and variance"
     picture_grid(path, [images, seen, prediction, pasted], captions, title=title)
+
+
+def displayable(image: torch.Tensor) -> torch.Tensor:
+    """An image (C, H, W), uint8 or float32 in [0, 1], as uint8 with one channel or three: the first of them, with the
+    middle 96 % of each channel's values spread over black to white, unless it is fit to be shown as it is."""
+    if image.dtype == torch.uint8 and len(image) in (1, 3):
+        return image
+    shown = image[: 3 if len(image) >= 3 else 1].float()
+    low, high = (_quantile(shown, share) for share in (0.02, 0.98))
+    return ((shown - low) / (high - low).clamp(min=1e-6) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _quantile(image: torch.Tensor, share: float) -> torch.Tensor:
+    """Of each channel (C, 1, 1): the value below which are so many of its pixels."""
+    values = image.flatten(1)
+    return values.kthvalue(1 + round(share * (values.shape[1] - 1)), dim=1).values[:, None, None]
 
 
 def picture_grid(path: Path, columns: list[torch.Tensor], captions: list[str], *, title: str) -> None:

@@ -177,11 +177,12 @@ def best_of(folder: Path, name: str) -> tuple[float, int | None]:
 
 
 class DamagedImages:
-    """Names each damaged image once in `damaged.jsonl`, and ends a run that has too many."""
+    """Names each damaged image once in `damaged.jsonl`, and ends a run that has too many: at the first where they are
+    not to be replaced."""
 
-    def __init__(self, folder: Path, num_samples: int, *, is_main_process: bool):
+    def __init__(self, folder: Path, num_samples: int, *, is_main_process: bool, replace: bool = True):
         self.path, self.is_main_process = folder / "damaged.jsonl", is_main_process
-        self.limit = min(max(10, num_samples // 100), num_samples - 1)
+        self.limit = min(max(10, num_samples // 100), num_samples - 1) if replace else 0
         self.num_samples = num_samples
         self.named = set()
         for text in self.path.read_text().splitlines() if self.path.exists() else []:
@@ -200,6 +201,12 @@ class DamagedImages:
             if self.is_main_process:
                 with open(self.path, "a") as file:
                     file.write(json.dumps({"path": path, "reason": reason}) + "\n")
+        if self.named and not self.limit:
+            path, reason = found[0] if found else (next(iter(self.named)), "see " + str(self.path))
+            raise RunError(
+                f"{path} is damaged ({reason}), and --on_damaged error allows none; repair or remove it, or leave the "
+                "flag out"
+            )
         if len(self.named) > self.limit:
             raise RunError(
                 f"{len(self.named)} of {self.num_samples} images are damaged, more than the {self.limit} allowed; "
