@@ -17,7 +17,7 @@ from data.decode import DamagedImage, PixelFormat
 from data.masking import mask_noise
 from data.sampling import sample_generator
 from data.sources import Fetched, Source, image_of
-from data.transforms import evaluation, pretraining, training
+from data.transforms import empty_images, evaluation, pretraining, training
 
 FIXED_EPOCH = 2**32 - 1  # the "epoch" of validation: its noise is the same in every epoch and run
 
@@ -39,12 +39,6 @@ class ClassificationBatch(NamedTuple):
     damaged: list[tuple[int, str]]  # index and reason of every image that could not be read
 
 
-def empty_images(count: int, size: tuple[int, int], pixels: PixelFormat) -> torch.Tensor:
-    """Room for images (count, C, *size), laid out (count, *size, C) as decoders write, so that copies are fast."""
-    dtype = torch.uint8 if pixels.value_range is None else torch.float32
-    return torch.empty(count, *size, pixels.channels, dtype=dtype).permute(0, 3, 1, 2)
-
-
 def readable(
     source: Source,
     index: int,
@@ -64,7 +58,7 @@ def readable(
             damaged.append((index, str(error)))
         index = (index + 1) % len(source)
         (data,) = source.fetch([index])
-    return empty_images(1, (1, 1), pixels)[0].zero_(), index
+    return empty_images(1, pixels.channels, (1, 1), pixels.dtype)[0].zero_(), index
 
 
 def read_images(
@@ -125,21 +119,22 @@ class PretrainingDataset(Dataset):
         return len(self.source)
 
     def __getitems__(self, items: list[tuple[int, int]]) -> PretrainingBatch:
-        images = empty_images(len(items), self.img_size, self.pixels)
+        images = empty_images(len(items), self.pixels.channels, self.img_size, self.pixels.dtype)
         noise = np.empty((len(items), self.grid[0] * self.grid[1]), dtype=np.float32)
         damaged: list[tuple[int, str]] = []
         samples = read_images(self.source, items, self.pixels, damaged, self.min_sides)
         for row, (epoch, index, image, _) in enumerate(samples):
             rng = sample_generator(self.seed, epoch, index)
-            images[row] = self.crop(image, rng)
+            self.crop(image, rng, out=images[row])
             noise[row] = mask_noise(self.mask_strategy, rng, self.grid, self.num_kept)
         return PretrainingBatch(images, torch.from_numpy(noise), damaged)
 
-    def crop(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-        """(C, H, W) of any size -> (C, *img_size)."""
+    def crop(self, image: torch.Tensor, rng: np.random.Generator, *, out: torch.Tensor) -> None:
+        """(C, H, W) of any size -> (C, *img_size), written into `out`."""
         if self.train:
-            return pretraining(image, rng, self.img_size, scale=self.crop_scale)
-        return evaluation(image, self.img_size, crop_ratio=self.crop_ratio)
+            pretraining(image, rng, self.img_size, scale=self.crop_scale, out=out)
+        else:
+            out.copy_(evaluation(image, self.img_size, crop_ratio=self.crop_ratio))
 
 
 class ClassificationDataset(Dataset):
@@ -176,21 +171,22 @@ class ClassificationDataset(Dataset):
         return len(self.source)
 
     def __getitems__(self, items: list[tuple[int, int]]) -> ClassificationBatch:
-        images = empty_images(len(items), self.img_size, self.pixels)
+        images = empty_images(len(items), self.pixels.channels, self.img_size, self.pixels.dtype)
         labels = torch.empty(len(items), dtype=torch.int64)
         damaged: list[tuple[int, str]] = []
         samples = read_images(self.source, items, self.pixels, damaged, self.min_sides)
         for row, (epoch, index, image, shown) in enumerate(samples):
-            images[row] = self.crop(image, epoch, index)
+            self.crop(image, epoch, index, out=images[row])
             labels[row] = int(self.labels[shown])
         return ClassificationBatch(images, labels, [index for _, index in items], damaged)
 
-    def crop(self, image: torch.Tensor, epoch: int, index: int) -> torch.Tensor:
-        """(C, H, W) of any size -> (C, *img_size)."""
-        if not self.train:
-            return evaluation(image, self.img_size, crop_ratio=self.crop_ratio)
-        rng = sample_generator(self.seed, epoch, index)
-        return training(image, rng, self.img_size, scale=self.crop_scale, augment=self.augment)
+    def crop(self, image: torch.Tensor, epoch: int, index: int, *, out: torch.Tensor) -> None:
+        """(C, H, W) of any size -> (C, *img_size), written into `out`."""
+        if self.train:
+            rng = sample_generator(self.seed, epoch, index)
+            training(image, rng, self.img_size, scale=self.crop_scale, augment=self.augment, out=out)
+        else:
+            out.copy_(evaluation(image, self.img_size, crop_ratio=self.crop_ratio))
 
 
 class ListedBatch(NamedTuple):

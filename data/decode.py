@@ -59,6 +59,11 @@ class PixelFormat(NamedTuple):
     nodata: float | None = None  # the number that stands where there are no data
     max_pixels: int = MAX_PIXELS
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the images."""
+        return torch.uint8 if self.value_range is None else torch.float32
+
 
 def preview_channels(pixels: PixelFormat) -> list[int] | None:
     """The channels that a picture shows unless others are asked for; None where the image is one as it is."""
@@ -98,9 +103,7 @@ def decode(
     """
     exact = value_range is not None
     values, own_nodata = _read(data, channels, exact=exact, max_pixels=max_pixels, min_sides=min_sides)
-    if not exact and nodata is None and own_nodata is None and values.dtype == np.uint8 and values.flags.writeable:
-        return torch.from_numpy(values).permute(2, 0, 1)
-    return _finish(values, value_range, nodata, own_nodata)
+    return _tensor(values, value_range, nodata, own_nodata)
 
 
 def own_values(data, channels: int, *, nodata: float | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -127,7 +130,7 @@ def from_own_values(
     """
     if values.shape[2] != channels:
         raise WrongChannels(values.shape[2], channels)
-    return _finish(values, value_range, nodata)
+    return _tensor(values, value_range, nodata)
 
 
 def decode_stored(data, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -506,17 +509,23 @@ def _without_data(values: np.ndarray, *nodata: float | None) -> tuple[np.ndarray
     """The numbers as uint8, uint16 or else float32, and where there are no data: a mask of the same shape, or None."""
     missing = False
     with np.errstate(all="ignore"):
-        for number in {float(number) for number in nodata if number is not None and not math.isnan(number)}:
-            # As a whole number it is compared in the array's own type, which a number beyond it does not equal.
-            missing |= values == (int(number) if values.dtype.kind in "ui" and number.is_integer() else number)
+        numbers = {float(number) for number in nodata if number is not None}
+        if values.dtype.kind == "f":
+            numbers = {float(values.dtype.type(number)) for number in numbers}  # rounded as the file's own are
         if values.dtype not in (np.uint8, np.uint16):
             values = values.astype(np.float32, copy=False)
-            missing |= ~np.isfinite(values)
+            missing = ~np.isfinite(values)
+        for number in numbers:
+            # A whole number is compared in the array's own type, which one beyond it does not equal.
+            missing |= values == (int(number) if values.dtype.kind == "u" and number.is_integer() else number)
     return values, missing if np.any(missing) else None
 
 
-def _finish(values: np.ndarray, value_range: tuple[float, float] | None, *nodata: float | None) -> torch.Tensor:
+def _tensor(values: np.ndarray, value_range: tuple[float, float] | None, *nodata: float | None) -> torch.Tensor:
     """(H, W, C) as stored -> (C, H, W), uint8 or float32: numbers that are no data are filled, then all are scaled."""
+    as_it_is = value_range is None and values.dtype == np.uint8 and values.flags.writeable
+    if as_it_is and all(number is None for number in nodata):  # the usual case
+        return torch.from_numpy(values).permute(2, 0, 1)
     if value_range is None and values.dtype not in (np.uint8, np.uint16):
         raise WrongPixels(f"has {values.dtype} numbers, whose range no file states; give --value_range MIN MAX")
     values, missing = _without_data(values, *nodata)

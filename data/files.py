@@ -81,7 +81,7 @@ class FolderSource(FileSource):
 
     def __init__(self, root: str | Path, suffixes: tuple[str, ...] = SUFFIXES, *, cache: Path | None = None):
         if not os.path.isdir(root):
-            raise DataError(f"{root} is no folder; expected a folder of images, or another form of data that --help lists")
+            raise DataError(f"{root} is no folder; expected one of images, or another form of data that --help lists")
         key = f"folder {os.path.abspath(root)} {' '.join(suffixes)}"
         meta, arrays = cached(cache, key, fresh=_holds_still, build=partial(_find, os.fsencode(root), suffixes))
         super().__init__(Names(arrays["names"], arrays["ends"]), Path(root))

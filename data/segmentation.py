@@ -27,12 +27,12 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from data import shapes
-from data.batches import empty_images
 from data.decode import DamagedImage, PixelFormat, decode_stored, own_values
 from data.files import FolderSource
 from data.index import DataError
 from data.sampling import sample_generator
 from data.sources import Fetched, ShapesSource, Source, check_pixels, image_of, kind_of_data, open_sources
+from data.transforms import empty_images
 
 IGNORED = 255
 MAX_CLASSES = 254  # what is left of a byte beside void, in files and in memory
@@ -69,6 +69,8 @@ class SegmentationFolder:
     names in `classes_file` (default classes.txt there), or ADE20K's where there is none and the images are ADE20K's.
     Ordered and used as FolderSource. Raises DataError, with a line for each thing that is wrong.
     """
+
+    has_masks, labels = True, None
 
     def __init__(self, root: str | Path, split: str, classes_file: str | None = None):
         self.root = Path(root)
@@ -541,7 +543,8 @@ class EvaluationPair(NamedTuple):
 
 
 def _blank_pair(pixels: PixelFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    return empty_images(1, (1, 1), pixels)[0].zero_(), torch.full((1, 1), IGNORED, dtype=torch.uint8)
+    void = torch.full((1, 1), IGNORED, dtype=torch.uint8)
+    return empty_images(1, pixels.channels, (1, 1), pixels.dtype)[0].zero_(), void
 
 
 def fetch_pairs(source: PairSource, indices: list[int]) -> Iterator[tuple[Fetched, Fetched]]:
@@ -593,7 +596,8 @@ class SegmentationDataset(Dataset):
 
     def __getitems__(self, items: list[tuple[int, int]]) -> SegmentationBatch:
         indices = [index for _, index in items]
-        images = empty_images(len(items), (self.crop_size, self.crop_size), self.pixels)
+        size = self.crop_size, self.crop_size
+        images = empty_images(len(items), self.pixels.channels, size, self.pixels.dtype)
         masks = torch.empty(len(items), self.crop_size, self.crop_size, dtype=torch.uint8)
         damaged: list[tuple[int, str]] = []
         for row, ((epoch, index), data) in enumerate(zip(items, fetch_pairs(self.source, indices), strict=True)):

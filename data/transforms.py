@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.nn.functional import interpolate
 
 from data.sampling import seeded
 
@@ -44,26 +43,47 @@ def random_crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def resized_crop(image: torch.Tensor, box: tuple[int, int, int, int], size: tuple[int, int]) -> torch.Tensor:
+def empty_images(count: int, channels: int, size: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Room for images (count, channels, *size), in memory (count, *size, channels), as decoders and the resizing want
+    it."""
+    return torch.empty(count, *size, channels, dtype=dtype).permute(0, 3, 1, 2)
+
+
+def resized_crop(
+    image: torch.Tensor, box: tuple[int, int, int, int], size: tuple[int, int], out: torch.Tensor | None = None
+) -> torch.Tensor:
     """The box (top, left, h, w) of `image`, resized to `size` by antialiased bicubic: (C, *size), of its type.
 
-    As in torchvision, nothing outside the box enters the result. A box of that very size comes back bit for bit, as a
-    view of `image`.
+    As in torchvision, nothing outside the box enters the result; a box of that very size comes back bit for bit. The
+    result is written into `out`, where that is given; an image of `empty_images` is filled fastest.
     """
     top, left, h, w = box
     crop = image[:, top : top + h, left : left + w]
     if (h, w) == tuple(size):
-        return crop
-    resized = interpolate(crop[None], tuple(size), mode="bicubic", antialias=True)[0]
-    return resized.clamp_(0, 1) if resized.is_floating_point() else resized  # a cubic filter overshoots at edges
+        return crop if out is None else out.copy_(crop)
+    if out is None:
+        out = empty_images(1, len(image), size, image.dtype)[0]
+    if crop.is_contiguous():  # planes, which no decoder makes, and which torch cannot resize to pixels
+        crop = crop.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    # As torch.nn.functional.interpolate, which has no `out` and lays some results out otherwise: a third of the time
+    torch.ops.aten._upsample_bicubic2d_aa.out(crop[None], size, False, None, None, out=out[None])
+    return out.clamp_(0, 1) if out.is_floating_point() else out  # a cubic filter overshoots at edges
 
 
 def pretraining(
-    image: torch.Tensor, rng: np.random.Generator, size: tuple[int, int], *, scale: tuple[float, float] = (0.2, 1.0)
+    image: torch.Tensor,
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    *,
+    scale: tuple[float, float] = (0.2, 1.0),
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A random resized crop, mirrored half the time (MAE, appendix A.1): (C, H, W) -> (C, *size)."""
-    crop = resized_crop(image, random_crop_box(rng, *image.shape[1:], scale=scale), size)
-    return crop.flip(2) if rng.random() < 0.5 else crop
+    """A random resized crop, mirrored half the time (MAE, appendix A.1): (C, H, W) -> (C, *size), written into `out`
+    where that is given."""
+    crop = resized_crop(image, random_crop_box(rng, *image.shape[1:], scale=scale), size, out)
+    if rng.random() < 0.5:
+        crop = crop.flip(2) if out is None else out.copy_(crop.flip(2))
+    return crop
 
 
 def training(
@@ -73,20 +93,23 @@ def training(
     *,
     scale: tuple[float, float] = (0.08, 1.0),
     augment: Callable[[Image.Image], Image.Image] | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A random resized crop, mirrored half the time, then `augment`ed: (C, H, W) -> (C, *size).
+    """A random resized crop, mirrored half the time, then `augment`ed: (C, H, W) -> (C, *size), written into `out`
+    where that is given.
 
     `augment`, for uint8 alone, takes and returns a PIL image of mode RGB, or L where C is 1. It may draw from the
     global generators of `random`, NumPy and torch, which are seeded from `rng` for it and restored.
     """
-    crop = pretraining(image, rng, size, scale=scale)
+    crop = pretraining(image, rng, size, scale=scale, out=out)
     if augment is None:
         return crop
     pixels = crop.permute(1, 2, 0).numpy()
     picture = Image.fromarray(np.ascontiguousarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels))
     with seeded(int(rng.integers(2**64, dtype=np.uint64))):
         picture = augment(picture)
-    return torch.from_numpy(np.array(picture).reshape(pixels.shape)).permute(2, 0, 1)
+    augmented = torch.from_numpy(np.array(picture).reshape(pixels.shape)).permute(2, 0, 1)
+    return augmented if out is None else out.copy_(augmented)
 
 
 def rand_augment(magnitude: int, size: tuple[int, int], mean: Sequence[float]) -> Callable[[Image.Image], Image.Image]:
