@@ -3,9 +3,11 @@ import pickle
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import write_images
 from PIL import Image
 from torch.nn.functional import max_pool2d
 
@@ -14,6 +16,7 @@ from data.batches import make_loader
 from data.decode import PixelFormat
 from data.index import DataError
 from data.segmentation import (
+    IGNORED,
     EvaluationPairs,
     SegmentationDataset,
     SegmentationFolder,
@@ -594,3 +597,58 @@ def test_real_sets(real_images, name, classes):
     assert errors == [] and pixels.sum() > 0
     batch = dataset_of(source, pixels=PixelFormat(channels), fill=FILL[:channels]).__getitems__([(0, 0), (0, 1)])
     assert batch.damaged == [] and batch.masks[batch.masks < 255].max() < classes
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_pairs_of_a_list_or_a_data_set_are_those_of_the_folder(scenes, tmp_path, form):
+    """Same pixels in the same order, checked alike; the names of the classes come from beside it or from a flag."""
+    paths = {}
+    for split in ("training", "validation"):
+        images = sorted((scenes / "images" / split).iterdir())
+        rows = [(path, scenes / "annotations" / split / f"{path.stem}.png") for path in images]
+        paths[split] = str(tmp_path / f"{split}.{form}")
+        if form == "csv":
+            Path(paths[split]).write_text("path,mask\n" + "".join(f"{image},{mask}\n" for image, mask in rows))
+        else:
+            columns = {name: [str(row[i]) for row in rows] for i, name in enumerate(("image", "mask"))}
+            features = datasets.Features(image=datasets.Image(), mask=datasets.Image())
+            datasets.Dataset.from_dict(columns, features).to_parquet(paths[split])
+    pixels = PixelFormat(3)
+    options = dict(validation=paths["validation"], cache=str(tmp_path / "cache"))
+    with pytest.raises(DataError, match="does not name its classes; give --path_to_classes"):
+        open_pairs(paths["training"], pixels, **options)
+    shutil.copy(scenes / "classes.txt", tmp_path)
+    opened = open_pairs(paths["training"], pixels, **options)
+    named = open_pairs(paths["training"], pixels, classes_file="ade20k", **options)
+    assert named[0].classes == ade20k_classes()[0]
+    for one, other in zip(open_pairs(str(scenes), pixels), opened, strict=True):
+        assert len(one) == len(other) and one.classes == other.classes
+        checked = [check_masks(source, processes=processes) for source, processes in ((one, 1), (other, 2))]
+        assert checked[0][1] == checked[1][1] == [] and checked[0][0].tolist() == checked[1][0].tolist()
+        a, b = (dataset_of(source).__getitems__([(0, 3), (1, 0)]) for source in (one, other))
+        assert torch.equal(a.images, b.images) and torch.equal(a.masks, b.masks)
+        assert os.path.basename(one.mask_name(2)) in other.mask_name(2)
+    with pytest.raises(DataError, match="holds nothing back to measure by; give --path_to_validation_data"):
+        open_pairs(paths["training"], pixels)
+    write_images(tmp_path / "images", 2)
+    (tmp_path / "plain.csv").write_text("path\nimages/class_0/0000.jpg\nimages/class_1/0001.jpg\n")
+    with pytest.raises(DataError, match="has no masks"):
+        open_pairs(str(tmp_path / "plain.csv"), pixels, validation=str(tmp_path / "plain.csv"))
+
+
+def test_floats_and_many_channels_are_distorted_within_their_range():
+    image, rng = torch.rand(5, 20, 30), np.random.default_rng(0)
+    seen = [photometric_distortion(image, rng) for _ in range(20)]
+    assert all(one.dtype == torch.float32 and one.min() >= 0 and one.max() <= 1 for one in seen)
+    assert sum(not torch.equal(one, image) for one in seen) > 5
+    bytes_ = (255 * image).to(torch.uint8)
+    assert all(photometric_distortion(bytes_, rng).dtype == torch.uint8 for _ in range(8))
+    mask = torch.randint(0, 3, (20, 30), dtype=torch.uint8)
+    options = dict(crop_size=16, resize=(64, 16), fill=[0.1, 0.2, 0.3, 0.4, 0.5])
+    crop, labels = training_pair(image[:, :9, :9], mask[:9, :9], np.random.default_rng(3), ratio=(0.5, 0.5), **options)
+    assert (
+        crop.shape == (5, 16, 16)
+        and crop.dtype == torch.float32
+        and crop[:, -1, -1].tolist() == pytest.approx(options["fill"])
+    )
+    assert labels[-1, -1] == IGNORED
