@@ -5,9 +5,10 @@
 SOURCE is what --path_to_data of the training scripts takes, and so is OUT. OUT holds shards of JPEG files, shrunk until
 the shorter side has 256 pixels (the library datasets loads them too: load_from_disk("prepared")), or with --format
 array of decoded pixels, which take more room and are read fastest. Without --short_side and --quality the files are
-kept as they are, and a run on OUT equals one on SOURCE. damaged.jsonl names what could not be read. An interrupted
-preparation goes on when the same command is repeated. --statistics writes statistics.json into OUT, from which the
-scripts take --mean and --std; without OUT it measures SOURCE:
+kept as they are, and a run on OUT equals one on SOURCE. Of a folder with images/ and annotations/, OUT holds the pairs
+for finetune_segmentation.py. damaged.jsonl names what could not be read. An interrupted preparation goes on when the
+same command is repeated. --statistics writes statistics.json into OUT, from which the scripts take --mean and --std;
+without OUT it measures SOURCE:
 
     python prepare_data.py elevation/ --statistics --input_channels 1
 """
@@ -23,7 +24,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,31 +34,33 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset, get_worker_info
 from tqdm import tqdm
 
+from data.arrow import END
 from data.batches import make_loader
 from data.decode import MAX_PIXELS, DamagedImage, PixelFormat, decode_stored, own_values
-from data.index import DataError
+from data.index import DataError, Names, first_few
 from data.prepared import (
     PREPARED,
     PREPARING,
     SETTINGS,
-    STATISTICS,
     VERSION,
     is_prepared,
     keeps_files,
     open_prepared,
     read_prepared,
 )
-from data.sources import image_of, open_sources
+from data.segmentation import SegmentationFolder, open_pairs
+from data.sources import image_of, kind_of_data, open_sources
+from data.statistics import STATISTICS, merge, moments_of, statistics_of
 from training import arguments
 from training.arguments import RunError, fail, integer, number, one_of
 from training.checkpoint import alone_at, write_json
+from training.progress import in_bytes
 
 QUALITY = 90  # of JPEG, where only --short_side is given
 PROBED = 64  # images from which the size of all is estimated
 CHUNK_SAMPLES, CHUNK_BYTES = 256, 8e6  # what a process encodes at a time, at most
 FLAGS = {"channels": "input_channels"}  # settings that have another name than their flag
 LONGEST = 65500  # pixels of a side that libjpeg writes
-END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"  # of Arrow
 
 
 def parse_args(argv=None):
@@ -128,7 +130,6 @@ class Chunk(NamedTuple):
     samples: int  # that it holds
     shapes: list[tuple[int, int]]  # (height, width) of each, for pixels that are decoded
     damaged: list[tuple[int, str]]  # index and reason of those that cannot be read
-    seen: int
 
 
 class Encoder(Dataset):
@@ -156,7 +157,7 @@ class Encoder(Dataset):
             if image is not None:
                 kept.append(index)
                 images.append(image)
-        return self.packed(kept, images, damaged, len(indices))
+        return self.packed(kept, images, damaged)
 
 
 def end_with_parent():
@@ -177,10 +178,7 @@ class ArrayEncoder(Encoder):
         """The image's pixels; or None, and it is appended to `damaged`."""
         (data,) = self.source.fetch([index])
         try:
-            if self.pixels.value_range is None:
-                values = image_of(data, self.pixels).permute(1, 2, 0).numpy()
-            else:
-                values = stored_values(data, self.pixels)
+            values = values_of(data, self.pixels, stored=self.pixels.value_range is not None)
             if not np.can_cast(values.dtype, self.dtype):
                 raise DamagedImage(f"{values.dtype} pixels, which are not held by the {self.dtype} of the others")
             return shrink(values, self.settings["short_side"]).astype(self.dtype, copy=False)
@@ -191,10 +189,10 @@ class ArrayEncoder(Encoder):
         """Bytes that it takes."""
         return image.nbytes
 
-    def packed(self, kept, images, damaged, seen):
+    def packed(self, kept, images, damaged):
         """The chunk of these images."""
         data = b"".join(image.tobytes() for image in images)
-        return Chunk(data, len(kept), [image.shape[:2] for image in images], damaged, seen)
+        return Chunk(data, len(kept), [image.shape[:2] for image in images], damaged)
 
 
 class FileEncoder(Encoder):
@@ -202,14 +200,15 @@ class FileEncoder(Encoder):
 
     def __init__(self, source, settings, pixels):
         super().__init__(source, settings, pixels)
-        self.schema = arrow_schema(source)
-        self.begin, self.end = self.schema.serialize().to_pybytes(), END_OF_STREAM
+        self.schema = features_of(source).arrow_schema
+        self.begin, self.end = self.schema.serialize().to_pybytes(), END
 
     def encoded(self, index, damaged):
         """The image and its mask, bytes each; or None, and it is appended to `damaged`. Files that are kept as they are
         are kept damaged, too: as in the source, the run will show others instead."""
         keeps = keeps_files(self.settings)
-        (data,), (mask,) = self.source.fetch([index]), self.masks([index])
+        (data,) = self.source.fetch([index])
+        (mask,) = self.source.fetch_masks([index]) if has_masks(self.source) else [None]
         try:
             image = self.kept(data) if keeps else self.recoded(data)
             if mask is not None:
@@ -221,10 +220,6 @@ class FileEncoder(Encoder):
             image = b"" if isinstance(data, OSError) else bytes(data)
             mask = b"" if isinstance(mask, OSError) else mask
         return image, None if mask is None else bytes(mask)
-
-    def masks(self, indices):
-        """The encoded masks, None where there are none."""
-        return self.source.fetch_masks(indices) if has_masks(self.source) else [None for _ in indices]
 
     def kept(self, data):
         """The file itself, if it can be decoded."""
@@ -253,20 +248,18 @@ class FileEncoder(Encoder):
         """Bytes that it takes."""
         return sum(len(part) for part in image if part is not None)
 
-    def packed(self, kept, images, damaged, seen):
+    def packed(self, kept, images, damaged):
         """The chunk of these images."""
         import pyarrow as pa
 
         if not kept:
-            return Chunk(b"", 0, [], damaged, seen)
-        names = [relative_name(self.source, index) for index in kept]
-        columns = {"image": [{"bytes": image, "path": name} for name, (image, _) in zip(names, images, strict=True)]}
-        if self.source.labels is not None:
-            columns["label"] = np.asarray(self.source.labels)[kept].tolist()
-        columns["mask"] = [{"bytes": mask, "path": None} for _, mask in images]
-        arrays = [pa.array(columns[field.name], field.type) for field in self.schema]
-        rows = pa.RecordBatch.from_arrays(arrays, schema=self.schema).serialize()
-        return Chunk(rows.to_pybytes(), len(kept), [], damaged, seen)
+            return Chunk(b"", 0, [], damaged)
+        rows = [{"image": {"bytes": image}, "mask": {"bytes": mask}} for image, mask in images]
+        for row, index in zip(rows, kept, strict=True):
+            row["image"]["path"] = relative_name(self.source, index)
+            row["label"] = None if self.source.labels is None else int(self.source.labels[index])
+        data = pa.RecordBatch.from_pylist(rows, self.schema).serialize().to_pybytes()  # only the columns of the schema
+        return Chunk(data, len(kept), [], damaged)
 
 
 def has_masks(source):
@@ -277,11 +270,16 @@ def has_masks(source):
 def check_mask(mask):
     """Raises DamagedImage for a mask that cannot be read."""
     try:
-        if isinstance(mask, OSError):
-            raise DamagedImage(mask.strerror or str(mask))
-        decode_stored(mask)
+        decode_stored(readable(mask))
     except DamagedImage as error:
         raise DamagedImage(f"its mask: {error}") from None
+
+
+def readable(data):
+    """What a source fetched. Raises DamagedImage where it could not be read."""
+    if isinstance(data, OSError):
+        raise DamagedImage(data.strerror or str(data))
+    return data
 
 
 def relative_name(source, index):
@@ -290,14 +288,14 @@ def relative_name(source, index):
     return os.fsencode(name).decode(errors="replace")
 
 
-def stored_values(data, pixels):
-    """What a source fetched, as the numbers (H, W, C) that are stored, NaN where there are no data. Raises
-    DamagedImage."""
-    if isinstance(data, OSError):
-        raise DamagedImage(data.strerror or str(data))
+def values_of(data, pixels, *, stored):
+    """What a source fetched, as 8-bit pixels (H, W, C), or as the numbers that are `stored`, NaN where there are no
+    data. Raises DamagedImage."""
+    if not stored:
+        return image_of(data, pixels).permute(1, 2, 0).numpy()
     if isinstance(data, np.ndarray):
         return data if pixels.nodata is None else np.where(data == pixels.nodata, np.float32(np.nan), data)
-    return own_values(data, pixels.channels, nodata=pixels.nodata, max_pixels=pixels.max_pixels)
+    return own_values(readable(data), pixels.channels, nodata=pixels.nodata, max_pixels=pixels.max_pixels)
 
 
 def shrink(values, short_side):
@@ -315,25 +313,16 @@ def shrink(values, short_side):
     return small.astype(values.dtype, copy=False)
 
 
-def arrow_schema(source):
-    """The columns of the shards, of the types that the library datasets gives them."""
-    import pyarrow as pa
-
-    file = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    columns = features_of(source)
-    types = {"Image": file, "ClassLabel": pa.int64()}
-    metadata = {"huggingface": json.dumps({"info": {"features": columns}})}
-    return pa.schema([(name, types[column["_type"]]) for name, column in columns.items()], metadata)
-
-
 def features_of(source):
-    """The columns of the shards, as the library datasets writes them down."""
-    features = {"image": {"_type": "Image"}}
+    """The columns of the shards, for the library datasets."""
+    import datasets
+
+    features = {"image": datasets.Image()}
     if source.labels is not None:
-        features["label"] = {"names": source.classes, "_type": "ClassLabel"}
+        features["label"] = datasets.ClassLabel(names=source.classes)
     if has_masks(source):
-        features["mask"] = {"_type": "Image"}
-    return features
+        features["mask"] = datasets.Image()
+    return datasets.Features(features)
 
 
 # The plan
@@ -353,7 +342,7 @@ def stored_type(sources, pixels):
         for index in spread(source):
             (data,) = source.fetch([index])
             try:
-                types.append(stored_values(data, pixels).dtype)
+                types.append(values_of(data, pixels, stored=True).dtype)
             except DamagedImage:
                 continue
     return np.result_type(*types) if types else None
@@ -426,29 +415,10 @@ def described(name, value):
 # Writing
 
 
-class ShardFile:
-    """A file that is whole or absent, and knows its checksum."""
-
-    def __init__(self, path):
-        self.path, self.part = path, path.with_name(f".{path.name}.part")
-        self.bytes, self.hash = 0, hashlib.sha256()
-
-    def __enter__(self):
-        self.file = open(self.part, "wb")
-        return self
-
-    def write(self, data):
-        """Appends `data`."""
-        self.file.write(data)
-        self.hash.update(data)
-        self.bytes += len(data)
-
-    def __exit__(self, kind, error, trace):
-        with self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        if kind is None:
-            self.part.replace(self.path)
+def checksum(path):
+    """The SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shard_names(plan, split):
@@ -481,22 +451,26 @@ def write_split(output, plan, split, encoder, num_workers, bar):
     loader = iter(make_loader(encoder, batches, num_workers=num_workers if len(batches) > 1 else 0))
     for name, indices in chunks.items():
         samples, shapes, damaged = 0, [], []
-        with ShardFile(output / name) as file:
+        path = output / name
+        part = path.with_name(f".{path.name}.part")
+        with open(part, "wb") as file:
             file.write(encoder.begin)
-            for chunk in islice(loader, len(indices)):
+            for seen, chunk in zip(indices, loader, strict=False):
                 file.write(chunk.data)
                 samples += chunk.samples
                 shapes += chunk.shapes
                 damaged += chunk.damaged
-                bar.update(chunk.seen)
+                bar.update(len(seen))
             file.write(encoder.end)
-        record = dict(file=name, samples=samples, bytes=file.bytes, sha256=file.hash.hexdigest())
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)  # so that it is whole or absent
+        record = dict(file=name, samples=samples, bytes=path.stat().st_size, sha256=checksum(path))
         write_json(record_path(output, name), {"shard": record, "shapes": shapes, "damaged": damaged})
 
 
 def write_files_index(output, plan, split, source, records):
     """What the library datasets wants beside the shards of a split."""
-    info = {"citation": "", "description": "", "features": features_of(source), "homepage": "", "license": ""}
     checksums = "".join(record["shard"]["sha256"] for record in records)
     state = {
         "_data_files": [{"filename": Path(record["shard"]["file"]).name} for record in records],
@@ -504,25 +478,20 @@ def write_files_index(output, plan, split, source, records):
         **{"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False},
         "_split": split,
     }
-    write_json(output / split / "dataset_info.json", info)
+    write_json(output / split / "dataset_info.json", {"features": features_of(source).to_dict()})
     write_json(output / split / "state.json", state)
 
 
 def write_array_index(output, plan, split, source, records):
     """Where each image of a split lies, and what it is."""
-    bounds, pixel_bytes = plan["bounds"][split], plan["channels"] * np.dtype(plan["dtype"]).itemsize
-    offsets, shapes, kept = [], [], []
-    for record, start, end in zip(records, bounds, bounds[1:], strict=False):
-        shape = np.array(record["shapes"], dtype=np.int64).reshape(-1, 2)
-        sizes = shape.prod(1) * pixel_bytes
-        offsets.append(sizes.cumsum() - sizes)
-        shapes.append(shape.astype(np.int32))
-        kept.append(np.setdiff1d(np.arange(start, end), [index for index, _ in record["damaged"]]))
-    shapes, kept = np.concatenate(shapes), np.concatenate(kept)
-    names = [os.fsencode(relative_name(source, int(index))) for index in kept]
-    columns = dict(offsets=np.concatenate(offsets), heights=shapes[:, 0], widths=shapes[:, 1])
-    columns["names"] = np.frombuffer(b"".join(names), np.uint8)
-    columns["name_ends"] = np.cumsum([len(name) for name in names], dtype=np.int64)
+    shapes = [np.array(record["shapes"], dtype=np.int32).reshape(-1, 2) for record in records]
+    sizes = [plan["channels"] * np.dtype(plan["dtype"]).itemsize * shape.prod(1, dtype=np.int64) for shape in shapes]
+    damaged = [index for record in records for index, _ in record["damaged"]]
+    kept = np.setdiff1d(np.arange(len(source)), damaged)
+    names = Names.from_list([os.fsencode(relative_name(source, int(index))) for index in kept])
+    columns = dict(zip(("heights", "widths"), np.concatenate(shapes).T, strict=True))
+    columns["offsets"] = np.concatenate([size.cumsum() - size for size in sizes])
+    columns["names"], columns["name_ends"] = names.buffer, names.ends
     if source.labels is not None:
         columns["labels"] = np.asarray(source.labels, dtype=np.int32)[kept]
     for name, column in columns.items():
@@ -534,24 +503,25 @@ def write_array_index(output, plan, split, source, records):
 
 def finish(output, plan, sources):
     """Writes what is known when all shards are finished, prepared.json last. Returns how many images are damaged."""
-    shards, count = [], 0
-    with open(output / "damaged.jsonl", "w") as file:
-        for split, source in sources.items():
-            records = [read_record(output, name) for name in shard_names(plan, split)]
-            write_index = write_files_index if plan["format"] == "jpeg" else write_array_index
-            write_index(output, plan, split, source, records)
-            shards += [record["shard"] for record in records]
-            for index, reason in (each for record in records for each in record["damaged"]):
-                file.write(json.dumps({"path": source.name(index), "reason": reason}) + "\n")
-                count += 1
+    shards, damaged = [], []
+    for split, source in sources.items():
+        records = [read_record(output, name) for name in shard_names(plan, split)]
+        write_index = write_files_index if plan["format"] == "jpeg" else write_array_index
+        write_index(output, plan, split, source, records)
+        shards += [record["shard"] for record in records]
+        faults = [fault for record in records for fault in record["damaged"]]
+        damaged += [json.dumps({"path": source.name(index), "reason": reason}) + "\n" for index, reason in faults]
+    (output / "damaged.jsonl").write_text("".join(damaged))
     content = {name: plan[name] for name in ("version", *SETTINGS, "shard_size", "dtype", "fingerprint")}
     if plan["format"] == "jpeg":
         write_json(output / "dataset_dict.json", {"splits": list(sources)})
+        if isinstance(sources["train"], SegmentationFolder):
+            (output / "classes.txt").write_text("\n".join(sources["train"].classes), encoding="utf-8")
     else:
         content["classes"] = {split: source.classes for split, source in sources.items()}
-    write_json(output / PREPARED, {**content, "shards": shards, "damaged": count})
+    write_json(output / PREPARED, {**content, "shards": shards, "damaged": len(damaged)})
     shutil.rmtree(output / PREPARING)
-    return count
+    return len(damaged)
 
 
 def begin(output, settings, sources, pixels):
@@ -570,24 +540,17 @@ def begin(output, settings, sources, pixels):
     place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
     free = shutil.disk_usage(place).free
     images = ", ".join(f"{len(source)} {split}" for split, source in sources.items())
-    print(f"images     {images}\nto write   about {in_words(missing)} of {in_words(free)} that are free in {place}")
+    print(f"images     {images}\nto write   about {in_bytes(missing)} of {in_bytes(free)} that are free in {place}")
     if done:
         print(f"goes on    {len(done)} of {len(records)} shards are finished")
     if missing > free:
         raise DataError(
-            f"{output} needs about {in_words(missing)}, and {in_words(free)} are free in {place}; make room, or give a "
+            f"{output} needs about {in_bytes(missing)}, and {in_bytes(free)} are free in {place}; make room, or give a "
             "smaller --short_side"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, plan)
     return plan
-
-
-def in_words(size):
-    """A number of bytes."""
-    units = ("bytes", "kB", "MB", "GB", "TB")
-    power = min(len(units) - 1, int(math.log10(max(size, 1)) / 3))
-    return f"{size / 1000**power:.3g} {units[power]}"
 
 
 def prepare(output, settings, sources, pixels, num_workers):
@@ -607,7 +570,7 @@ def prepare(output, settings, sources, pixels, num_workers):
         damaged = finish(output, plan, sources)
         written = sum(shard["bytes"] for shard in read_prepared(output)["shards"])
         seconds = time.monotonic() - start_time
-        print(f"written    {output}: {in_words(written)} in {seconds:.3g} s; damaged images: {damaged}")
+        print(f"written    {output}: {in_bytes(written)} in {seconds:.3g} s; damaged images: {damaged}")
         if damaged:
             what = "kept as they are" if keeps_files(settings) else "left out"
             print(f"damaged    {what}, and listed in {output / 'damaged.jsonl'}")
@@ -618,19 +581,14 @@ def verify(folder, num_workers):
     if not is_prepared(folder):
         raise DataError(f"--verify: {folder} is no folder that this script has written; give one")
     shards = read_prepared(folder)["shards"]
-
-    def is_whole(shard):
-        with open(folder / shard["file"], "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == shard["sha256"]
-
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        found = list(tqdm(pool.map(is_whole, shards), total=len(shards), unit="shard"))
-    wrong = [shard["file"] for shard, whole in zip(shards, found, strict=True) if not whole]
+        sums = pool.map(checksum, [folder / shard["file"] for shard in shards])
+        found = list(tqdm(sums, total=len(shards), unit="shard"))
+    wrong = [shard["file"] for shard, found in zip(shards, found, strict=True) if found != shard["sha256"]]
     if wrong:
-        names = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
         raise RunError(
-            f"{folder}: {len(wrong)} of {len(shards)} shards are not as they were written ({names}); "
-            "remove the folder and prepare it again"
+            f"{folder}: {len(wrong)} of {len(shards)} shards are not as they were written "
+            f"({first_few(wrong, len(wrong))}); remove the folder and prepare it again"
         )
     print(f"verified   {folder}: {len(shards)} shards are as they were written")
 
@@ -638,50 +596,8 @@ def verify(folder, num_workers):
 # Statistics
 
 
-class Moments(NamedTuple):
-    """Of the pixels of some images that have data, a number for each channel."""
-
-    images: int
-    count: np.ndarray
-    mean: np.ndarray
-    squares: np.ndarray  # sum of the squared distances from the mean
-    low: np.ndarray
-    high: np.ndarray
-
-
-def moments_of(values, value_range):
-    """Of one image (H, W, C), in units of `value_range` where that is given."""
-    rows = []
-    for channel in np.moveaxis(values, 2, 0):
-        if channel.dtype == np.uint8 and value_range is None:  # counting is fastest
-            count, own = np.bincount(channel.ravel(), minlength=256), np.arange(256.0)
-            own, count = own[count > 0], count[count > 0]
-        else:
-            own = channel[np.isfinite(channel)].astype(np.float64)
-            if value_range is not None:
-                own = ((own - value_range[0]) / (value_range[1] - value_range[0])).clip(0, 1)
-            count = np.ones(len(own))
-        total = count.sum()
-        mean = count @ own / max(1, total)
-        extremes = (own.min(), own.max()) if total else (np.inf, -np.inf)
-        rows.append((total, mean, count @ (own - mean) ** 2, *extremes))
-    return Moments(1, *np.array(rows, dtype=np.float64).T)
-
-
-def merge(a, b):
-    """Of the images of both (Chan et al. 1979: nothing cancels, however far the mean is from 0)."""
-    if a is None or b is None:
-        return b if a is None else a
-    count = a.count + b.count
-    share = b.count / np.maximum(1, count)
-    mean = a.mean * (1 - share) + b.mean * share
-    squares = a.squares + b.squares + (b.mean - a.mean) ** 2 * a.count * share
-    extremes = np.minimum(a.low, b.low), np.maximum(a.high, b.high)
-    return Moments(a.images + b.images, count, mean, squares, *extremes)
-
-
 class Measure(Dataset):
-    """Takes a list of sample indices: (their Moments or None, index and reason of those that cannot be read).
+    """Takes a list of sample indices: (the Moments of those that can be read, index and reason of the others).
 
     `stored`: of the numbers as they are stored; otherwise of 8-bit pixels.
     """
@@ -689,22 +605,16 @@ class Measure(Dataset):
     def __init__(self, source, pixels, *, stored):
         self.source, self.pixels, self.stored = source, pixels, stored
 
-    def __len__(self):
-        return len(self.source)
-
     def __getitems__(self, indices):
-        moments, damaged = None, []
+        moments, damaged = [], []
         for index in indices:
             (data,) = self.source.fetch([index])
             try:
-                if self.stored:
-                    values = stored_values(data, self.pixels)
-                else:
-                    values = image_of(data, self.pixels).permute(1, 2, 0).numpy()
-                moments = merge(moments, moments_of(values, self.pixels.value_range))
+                values = values_of(data, self.pixels, stored=self.stored)
+                moments.append(moments_of(values, self.pixels.value_range))
             except DamagedImage as error:
                 damaged.append((index, str(error)))
-        return moments, damaged, len(indices)
+        return moments, damaged
 
 
 def measure(source, pixels, num_workers):
@@ -712,52 +622,25 @@ def measure(source, pixels, num_workers):
     dtype = stored_type([source], pixels)
     eight_bit = pixels.value_range is None and (dtype is None or dtype == np.uint8)
     data = Measure(source, pixels, stored=not eight_bit or pixels.nodata is not None)
-    moments, damaged = None, []
+    total, damaged = [], []  # the Moments of all images, once there are some
     chunks = [range(start, min(start + 32, len(source))) for start in range(0, len(source), 32)]
     with tqdm(total=len(source), unit="image") as bar:
-        for found, faults, seen in make_loader(data, chunks, num_workers=num_workers if len(chunks) > 1 else 0):
-            moments = merge(moments, found)
+        for moments, faults in make_loader(data, chunks, num_workers=num_workers if len(chunks) > 1 else 0):
+            total = [merge([*total, *moments])] if moments else total
             damaged += faults
-            bar.update(seen)
+            bar.update(len(moments) + len(faults))
     for index, reason in damaged[:3]:
         print(f"warning: {source.name(index)}: {reason}", file=sys.stderr)
-    if moments is None:
+    if not total:
         raise DataError(f"none of {len(source)} images can be measured; the first: {damaged[0][1]}")
-    print(f"measured   {moments.images} images" + (f"; {len(damaged)} cannot be read" if damaged else ""))
-    return statistics_of(moments, pixels, eight_bit=eight_bit)
-
-
-def statistics_of(moments, pixels, *, eight_bit):
-    """The content of statistics.json. Raises DataError where all pixels are the same."""
-    mean, std = moments.mean, np.sqrt(moments.squares / np.maximum(1, moments.count))
-    value_range, low, high = pixels.value_range, 0.0, 255.0
-    if not eight_bit and value_range is None:
-        low, high = float(moments.low.min()), float(moments.high.max())
-        value_range = [low, high]
-        if not low < high:
-            raise DataError(f"all pixels are {low:g}, or have no data; expected images with something to see")
-    if pixels.value_range is None:
-        mean, std = (mean - low) / (high - low), std / (high - low)
-    std = np.where(std < 1e-6, 1.0, std)  # a channel that is the same everywhere is not to be blown up
-    return {
-        "version": VERSION,
-        "images": moments.images,
-        "channels": pixels.channels,
-        "value_range": None if value_range is None else list(value_range),
-        "nodata": pixels.nodata,
-        "mean": mean.tolist(),
-        "std": std.tolist(),
-    }
+    print(f"measured   {total[0].images} images" + (f"; {len(damaged)} cannot be read" if damaged else ""))
+    return statistics_of(total[0], pixels, eight_bit=eight_bit)
 
 
 def tell_statistics(statistics, folder):
     """Writes statistics.json into the data's folder, where it has one, and prints the flags."""
-    rounded = {name: [float(f"{value:.6g}") for value in statistics[name]] for name in ("mean", "std")}
-    flags = {
-        "input_channels": statistics["channels"],
-        **{n: statistics[n] for n in ("value_range", "nodata")},
-        **rounded,
-    }
+    names = ("channels", "value_range", "nodata", "mean", "std")
+    flags = {FLAGS.get(name, name): statistics[name] for name in names}
     print("statistics " + " ".join(f"--{name} {typed(value)}" for name, value in flags.items() if value is not None))
     if folder.is_dir() and os.access(folder, os.W_OK):
         write_json(folder / STATISTICS, statistics)
@@ -767,14 +650,16 @@ def tell_statistics(statistics, folder):
 
 
 def open_all(source, pixels, *, cache, any_range):
-    """The sources of all splits; `any_range`: also of images whose range of values is still to be found. Raises
-    DataError."""
+    """The sources of all splits, of pairs where the folder holds such; `any_range`: also of images whose range of
+    values is still to be found. Raises DataError."""
+    parts = [Path(source, part) for part in ("images", "annotations")]
+    opens = open_pairs if kind_of_data(source) == "folder" and all(part.is_dir() for part in parts) else open_sources
     try:
-        train, validation = open_sources(source, pixels, cache=cache)
+        train, validation = opens(source, pixels, cache=cache)
     except DataError:
         if not any_range or pixels.value_range is not None:
             raise
-        train, validation = open_sources(source, pixels._replace(value_range=(0.0, 1.0)), cache=cache)
+        train, validation = opens(source, pixels._replace(value_range=(0.0, 1.0)), cache=cache)
     return {"train": train} if validation is None else {"train": train, "validation": validation}
 
 

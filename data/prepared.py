@@ -1,5 +1,5 @@
 """Reads what prepare_data.py writes: shards of encoded images, which the library datasets loads too, or shards of
-decoded pixels, which are mapped into memory; and the statistics of a data set's channels.
+decoded pixels, which are mapped into memory.
 
 A prepared folder has prepared.json, damaged.jsonl and a folder for each split. As `jpeg` that is what `datasets`'
 save_to_disk writes, with the columns image, and where there are such label and mask. As `array` the pixels (H, W, C) of
@@ -9,7 +9,6 @@ name_ends in .npy files, with an entry for each image.
 
 import hashlib
 import json
-import math
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -23,8 +22,8 @@ from data.arrow import ArrowSource
 from data.decode import PixelFormat
 from data.index import DataError, Names
 
-VERSION = 1  # of prepared.json and of statistics.json
-PREPARED, PREPARING, STATISTICS = "prepared.json", "preparing", "statistics.json"
+VERSION = 1
+PREPARED, PREPARING = "prepared.json", "preparing"
 SETTINGS = ("format", "short_side", "quality", "channels", "value_range", "nodata", "max_pixels")  # of prepared.json
 AGAIN = "prepare it again, with prepare_data.py"
 
@@ -181,40 +180,3 @@ class ArraySource:
     def fingerprint(self) -> str:
         """Follows from the source that the pixels were made from, and how."""
         return self._given["fingerprint"]
-
-
-def read_statistics(folder: str | Path) -> dict | None:
-    """The statistics.json of a data folder, None where it has none: `images` (their number), `channels`, `value_range`
-    (None for 8-bit pixels) and `nodata` as the flags of these names, `mean` and `std` of each channel in [0, 1].
-
-    Raises DataError for one that prepare_data.py did not write.
-    """
-    path = Path(folder) / STATISTICS
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text())
-        faults = _faults(found)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        faults = [f"{type(error).__name__}: {error}"]
-    if faults:
-        raise DataError(
-            f"{path} is not what prepare_data.py --statistics writes ({'; '.join(faults)}); write it anew, or remove it"
-        )
-    return found
-
-
-def _faults(statistics: dict) -> list[str]:
-    """What is wrong with the content of statistics.json; raises KeyError and TypeError for what is missing."""
-    channels, value_range, faults = statistics["channels"], statistics["value_range"], []
-    if statistics["version"] != VERSION:
-        faults.append(f"version {statistics['version']}, expected {VERSION}")
-    for name, least in (("mean", -math.inf), ("std", 1e-6)):
-        values = statistics[name]
-        if len(values) != channels or not all(math.isfinite(value) and value >= least for value in values):
-            faults.append(f"{name} {values}")
-    if value_range is not None and not (len(value_range) == 2 and value_range[0] < value_range[1]):
-        faults.append(f"value_range {value_range}")
-    if not (statistics["nodata"] is None or math.isfinite(statistics["nodata"])):
-        faults.append(f"nodata {statistics['nodata']}")
-    return faults

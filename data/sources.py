@@ -15,7 +15,8 @@ from data import shapes
 from data.decode import DamagedImage, PixelFormat, WrongPixels, decode, from_own_values
 from data.files import FolderSource, ListSource
 from data.index import DataError, check_cache, default_cache
-from data.prepared import is_prepared, open_prepared, read_statistics
+from data.prepared import is_prepared, open_prepared
+from data.statistics import read_statistics
 
 LOOKED_AT = 8  # images of a source, before a run starts
 LISTS = (".csv", ".jsonl", ".ndjson")

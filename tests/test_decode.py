@@ -528,6 +528,17 @@ def test_the_lowest_float_is_known_however_it_is_written(text):
     assert np.isnan(own_values(tiff(array, **gdal_nodata(text)), 1)).sum() == 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_data_is_known_in_every_number_type(dtype):
+    array = numbers(dtype, 5, 6)
+    nodata = -9999 if np.dtype(dtype).kind == "f" else int(array[2, 3])  # which float16 rounds
+    array[2, 3] = nodata
+    values = own_values(npy(array), 1, nodata=nodata)
+    assert np.argwhere(np.isnan(values)).tolist() == [[2, 3, 0]]
+    again = from_own_values(values, 1, value_range=(0, 1), nodata=nodata)
+    assert torch.equal(again, decode(npy(array), 1, value_range=(0, 1), nodata=nodata))
+
+
 @pytest.mark.parametrize("text", ["none", "", "nan", "-9999", "0.5", "1e400"])
 def test_a_tag_that_no_pixel_of_the_type_can_equal_changes_nothing(text):
     array = numbers(np.uint8, HEIGHT, WIDTH)

@@ -13,13 +13,12 @@ from conftest import write_images
 import prepare_data
 from data.decode import PixelFormat
 from data.index import DataError
-from data.prepared import is_prepared, open_prepared, read_statistics
+from data.prepared import is_prepared, open_prepared
 from data.sources import image_of, open_sources
 from data.transforms import evaluation
 
 PIXELS = PixelFormat()
 FIVE = PixelFormat(channels=5, value_range=(0.0, 60000.0))
-STATISTICS = dict(version=1, images=4, channels=2, value_range=None, nodata=None, mean=[0.5, 0.4], std=[0.2, 0.1])
 
 
 def prepare(source, out, *flags):
@@ -172,25 +171,3 @@ def test_an_unfinished_folder_is_known(tmp_path):
     assert is_prepared(tmp_path)
     with pytest.raises(DataError, match="not prepared to the end; repeat the command"):
         open_prepared(tmp_path, PIXELS)
-
-
-def test_statistics_are_read_or_absent(tmp_path):
-    assert read_statistics(tmp_path) is None
-    (tmp_path / "statistics.json").write_text(json.dumps(STATISTICS))
-    assert read_statistics(tmp_path) == STATISTICS
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        *("", "[]", "{}", "null"),
-        *(STATISTICS | {"version": 2}, STATISTICS | {"mean": [0.5]}, STATISTICS | {"std": [0.1, 0]}),
-        *(STATISTICS | {"mean": [0.5, float("nan")]}, STATISTICS | {"mean": "ab"}, STATISTICS | {"channels": 3}),
-        *(STATISTICS | {"value_range": [1, 0]}, STATISTICS | {"value_range": 3}, STATISTICS | {"nodata": "x"}),
-    ],
-)
-def test_malformed_statistics_are_refused(tmp_path, content):
-    text = content if isinstance(content, str) else json.dumps(content)
-    (tmp_path / "statistics.json").write_text(text)
-    with pytest.raises(DataError, match="write it anew, or remove it"):
-        read_statistics(tmp_path)
