@@ -8,7 +8,8 @@
 `data`: this loader against torchvision's usual PIL pipeline (open, RandomResizedCrop bicubic, flip, to float,
 normalise) on a folder of real images, on one core: from the files as they are, exactly and with --fast_decoding, and
 from what prepare_data.py makes of them at a short side of 256, as JPEG and as arrays; how near the crops are to
-Pillow's (PSNR, of all together and of the least); the time of each stage; and on all cores one and two workers against none.
+Pillow's (PSNR, of all together and of the least); the time of each stage; and on all cores one and two workers against
+none.
 
 `train`: a training step (forward, backward, clipping, fused AdamW) on random images, of the masked autoencoder against
 transformers' ViTMAEForPreTraining with its fast attention (sdpa), or against timm's ViT of the encoder on whole images

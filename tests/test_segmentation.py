@@ -646,9 +646,5 @@ def test_floats_and_many_channels_are_distorted_within_their_range():
     mask = torch.randint(0, 3, (20, 30), dtype=torch.uint8)
     options = dict(crop_size=16, resize=(64, 16), fill=[0.1, 0.2, 0.3, 0.4, 0.5])
     crop, labels = training_pair(image[:, :9, :9], mask[:9, :9], np.random.default_rng(3), ratio=(0.5, 0.5), **options)
-    assert (
-        crop.shape == (5, 16, 16)
-        and crop.dtype == torch.float32
-        and crop[:, -1, -1].tolist() == pytest.approx(options["fill"])
-    )
-    assert labels[-1, -1] == IGNORED
+    assert crop.shape == (5, 16, 16) and crop.dtype == torch.float32 and labels[-1, -1] == IGNORED
+    assert crop[:, -1, -1].tolist() == pytest.approx(options["fill"])
