@@ -676,10 +676,9 @@ def main(argv=None):
         start_step=start_step,
         seconds=saved.get("seconds", 0.0),
     )
-    replace = args.on_damaged == "replace"
     num_images = len(train_source) + len(validation_source)
     damaged_images = DamagedImages(
-        folder.path, num_images, is_main_process=accelerator.is_main_process, replace=replace
+        folder.path, num_images, is_main_process=accelerator.is_main_process, replace=args.on_damaged == "replace"
     )
 
     def note_damage(found):
@@ -778,7 +777,7 @@ def main(argv=None):
         logged = progress.step(step + 1, loss, grad_norm, learning_rate)
         stopping = crew.wanted()
         saving = stopping or step + 1 == length.total_steps or is_due(step + 1, save_every, publisher.every)
-        if logged or saving or (not replace and crew.any(bool(new_damage))):
+        if logged or saving or (args.on_damaged == "error" and crew.any(bool(new_damage))):
             note_damage(new_damage)
             new_damage.clear()
         if saving:

@@ -304,7 +304,7 @@ def open_data(args, pixels, weights):
     return (validation if args.eval_only else train), validation, classes, errors
 
 
-def check_annotations(train, validation, pixels, accelerator, crew, *, processes):
+def check_annotations(train, validation, pixels, accelerator, crew, processes):
     """How many pixels of the training masks have which class, (num_classes,), or None where nothing trains; and what is
     wrong with any mask. Each process reads its share."""
     counts, errors = {}, []
@@ -586,10 +586,10 @@ def main(argv=None):
         accelerator.print(describe_plan(args, model, batch_plan, length, accelerator, *sources))
 
     # Prepare
+    workers = args.num_workers or 1
     for source in {train_source, validation_source}:
-        source.prepare(processes=args.num_workers or 1, progress=accelerator.is_main_process)
-    options = dict(processes=args.num_workers or 1)
-    class_pixels, errors = check_annotations(train_source, validation_source, pixels, accelerator, crew, **options)
+        source.prepare(processes=workers, progress=accelerator.is_main_process)
+    class_pixels, errors = check_annotations(train_source, validation_source, pixels, accelerator, crew, workers)
     if errors:
         fail(errors, show=accelerator.is_main_process)
     loss_weights = None if args.eval_only else class_weights(args.class_weights, class_pixels)
@@ -630,21 +630,19 @@ def main(argv=None):
         start_step=start_step,
         seconds=saved.get("seconds", 0.0),
     )
-    replace = args.on_damaged == "replace"
     num_images = len(train_source) + len(validation_source)
     damaged_images = DamagedImages(
-        folder.path, num_images, is_main_process=accelerator.is_main_process, replace=replace
+        folder.path, num_images, is_main_process=accelerator.is_main_process, replace=args.on_damaged == "replace"
     )
 
     def note_damage(found):
         damaged_images.add(crew.gather(found))
 
-    slide = args.evaluate == "slide"
     sizes = dict(resize=tuple(args.resize), crop_size=args.crop_size)
     options = dict(mode=args.evaluate, scales=args.evaluate_scales, patch_size=args.patch_size)
     sizes_of = partial(view_sizes, **options, **sizes)
     validation_data = EvaluationPairs(validation_source, pixels=pixels, sizes=sizes_of)
-    window = dict(window=args.crop_size if slide else None, stride=max(1, 2 * args.crop_size // 3))
+    window = dict(window=args.crop_size if args.evaluate == "slide" else None, stride=max(1, 2 * args.crop_size // 3))
     options = dict(batch_size=min(batch_plan.micro, 8), num_workers=args.num_workers, stop=crew.wanted)
     read = partial(own_batches, **options, **processes)
     options = dict(normalize=normalize, predict=partial(predict, flip=args.evaluate_flip, **window), read=read)
@@ -656,9 +654,8 @@ def main(argv=None):
         finish_trackers(accelerator)
         accelerator.end_training()
         return
-    fill = list(args.mean) if args.value_range else [round(255 * value) for value in args.mean]
-    options = dict(pixels=pixels, seed=args.seed, fill=fill)
-    train_data = SegmentationDataset(train_source, **sizes, **options)
+    fill = [value if args.value_range else round(255 * value) for value in args.mean]
+    train_data = SegmentationDataset(train_source, pixels=pixels, seed=args.seed, fill=fill, **sizes)
     sampler = StepSampler(
         len(train_source),
         global_batch_size=batch_plan.global_size,
@@ -730,7 +727,7 @@ def main(argv=None):
         logged = progress.step(step + 1, loss, grad_norm, learning_rate)
         stopping = crew.wanted()
         saving = stopping or step + 1 == length.total_steps or is_due(step + 1, save_every, publisher.every)
-        if logged or saving or (not replace and crew.any(bool(new_damage))):
+        if logged or saving or (args.on_damaged == "error" and crew.any(bool(new_damage))):
             note_damage(new_damage)
             new_damage.clear()
         if saving:

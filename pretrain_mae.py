@@ -170,6 +170,19 @@ def build_model(args):
     )
 
 
+def open_data(args, pixels):
+    """The training and validation images, the latter None where there are none, and what is wrong with them."""
+    try:
+        if not args.path_to_data:
+            return None, None, []  # which is an error already
+        places = dict(validation=args.path_to_validation_data, cache=args.cache_dir)
+        train_source, validation_source = open_sources(args.path_to_data, pixels, **places)
+    except DataError as error:
+        return None, None, str(error).splitlines()
+    errors = check_labels(args.path_to_data, train_source, validation_source) if args.knn_every else []
+    return train_source, validation_source, errors
+
+
 def check_labels(path_to_data, train_source, validation_source):
     """What keeps held-out images from being classified by their neighbours, a line each."""
     if validation_source is None:
@@ -416,17 +429,10 @@ def main(argv=None):
         args.num_workers = min(32, arguments.cores_per_process())
 
     # Data, and the plan that follows from its size
-    train_source = validation_source = None
     pixels = PixelFormat(args.input_channels, args.value_range, args.nodata, args.max_pixels)
-    try:
-        if args.path_to_data:
-            places = dict(validation=args.path_to_validation_data, cache=args.cache_dir)
-            train_source, validation_source = open_sources(args.path_to_data, pixels, **places)
-    except DataError as error:
-        errors += str(error).splitlines()
+    train_source, validation_source, found = open_data(args, pixels)
+    errors += found
     fingerprint = train_source.fingerprint() if train_source else None
-    if args.knn_every and train_source:
-        errors += check_labels(args.path_to_data, train_source, validation_source)
     batch_plan, length, found = plan_run(
         args,
         num_samples=len(train_source) * args.repeated_augmentation if train_source else None,
@@ -559,10 +565,9 @@ def main(argv=None):
         rehearse(train, crew, progress, read_ahead=read_ahead, left_out=left_out)
         accelerator.end_training()
         return
-    replace = args.on_damaged == "replace"
     num_images = len(train_source) + (len(validation_source) if validation_source else 0)
     damaged_images = DamagedImages(
-        folder.path, num_images, is_main_process=accelerator.is_main_process, replace=replace
+        folder.path, num_images, is_main_process=accelerator.is_main_process, replace=args.on_damaged == "replace"
     )
     new_damage = []
     read = partial(
@@ -622,7 +627,7 @@ def main(argv=None):
         logged = progress.step(step + 1, loss, grad_norm, learning_rate)
         stopping = crew.wanted()
         saving = stopping or step + 1 == length.total_steps or is_due(step + 1, save_every, publisher.every)
-        if logged or saving or (not replace and crew.any(bool(new_damage))):
+        if logged or saving or (args.on_damaged == "error" and crew.any(bool(new_damage))):
             damaged_images.add(crew.gather(new_damage))
             new_damage.clear()
         if saving:
