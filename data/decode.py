@@ -309,14 +309,10 @@ def _read_deep_png(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
     """A PNG of 16 bits with several channels: (H, W, channels) uint16."""
     from imagecodecs import png_decode
 
-    width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-    _check_size(height, width, max_pixels)
-    with _damage():
-        values = png_decode(bytes(data))
-        orientation = 1
-        with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        values = _upright(values.reshape(height, width, -1), orientation)
+    # Pillow reads it first, as imagecodecs never gives back the memory of an image that it fails to read.
+    with _opened(data, max_pixels) as (image, orientation):
+        values = png_decode(bytes(data)).reshape(image.height, image.width, -1)
+    values = _upright(values, orientation)
     return _without_alpha(values, channels, values.shape[2] in (2, 4))
 
 
@@ -483,7 +479,10 @@ def _damage() -> Iterator[None]:
     except (DamagedImage, Image.DecompressionBombError, UnidentifiedImageError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())
+        if not reason or not isinstance(error, OSError | ValueError | SyntaxError | RuntimeError):
+            # Such as a KeyError, of a structure that leads nowhere
+            reason = f"broken ({type(error).__name__} {reason})"
         raise DamagedImage(reason[:120]) from error
 
 

@@ -27,7 +27,7 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from data import shapes
-from data.decode import DamagedImage, PixelFormat, decode_stored, own_values
+from data.decode import DamagedImage, PixelFormat, decode_stored
 from data.files import FolderSource
 from data.index import DataError
 from data.sampling import sample_generator
@@ -345,20 +345,19 @@ WRONG_SIZE = "{} is {} x {} pixels (height x width), its image {} x {}; expected
 
 
 def _upright_size(source: PairSource, index: int, pixels: PixelFormat) -> tuple[int, int]:
-    """Height and width of an image, turned upright: from its header where Pillow knows the format. Raises what Pillow
-    raises, and DamagedImage."""
-    try:
-        with source.open_image(index) as stream, Image.open(stream) as image:
-            width, height = image.size
-            # In search of EXIF that is not in front, a PNG would be decoded. Broken EXIF turns nothing, as in decode().
-            if image.format != "PNG" or "exif" in image.info:
-                with contextlib.suppress(Exception):
-                    if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # by a quarter
-                        return width, height
+    """Height and width of an image, turned upright: from its header where that tells. Raises what Pillow raises, and
+    DamagedImage."""
+    with contextlib.suppress(UnidentifiedImageError), source.open_image(index) as stream, Image.open(stream) as image:
+        width, height = image.size
+        # In search of EXIF that is not in front, a PNG would be decoded. Broken EXIF turns nothing, as in decode().
+        if image.format != "PNG" or "exif" in image.info:
+            with contextlib.suppress(Exception):
+                if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # by a quarter
+                    height, width = width, height
+        if image.format != "TIFF":  # whose size some releases of Pillow have turned already
             return height, width
-    except UnidentifiedImageError:  # an array, or a TIFF of many bands
-        (data,) = source.fetch([index])
-        return own_values(data, pixels.channels, max_pixels=pixels.max_pixels).shape[:2]
+    (data,) = source.fetch([index])
+    return tuple(image_of(data, pixels).shape[1:])
 
 
 def mask_of(data: Fetched, num_classes: int, *, name: str) -> torch.Tensor:

@@ -120,11 +120,27 @@ def test_colour_in_planes_is_read_where_pillow_does_not():
     assert np.abs(decode(content, 3).permute(1, 2, 0).numpy() - array / 257.0).max() <= 0.51
 
 
-def test_a_cut_grey_tiff_is_damaged_not_of_other_channels():
-    content = encode(RGB.convert("L"), "TIFF", compression="tiff_lzw")
+def test_a_broken_grey_tiff_is_damaged_not_of_other_channels():
+    content = tiff(numbers(np.uint8, HEIGHT, WIDTH), compression="zlib")
+    content = content[:-500] + bytes(100) + content[-400:]
     with pytest.raises(DamagedImage) as caught:
-        decode(content[: len(content) // 2], 3)
+        decode(content, 3)
     assert not isinstance(caught.value, WrongChannels)
+
+
+def test_a_fourth_band_that_is_no_transparency_is_not_dropped():
+    array = numbers(np.uint16, HEIGHT, WIDTH, 4)
+    for kind, channels in (("unassalpha", 3), ("unspecified", 4)):
+        content = tiff(array, photometric="rgb", extrasamples=[kind])
+        assert np.array_equal(own_values(content, channels), array[:, :, :channels])
+        assert np.array_equal(own_values(content, 4), array)
+    with pytest.raises(WrongChannels):
+        own_values(content, 3)
+
+
+def test_compressions_whose_size_only_their_own_header_knows_are_refused():
+    with pytest.raises(DamagedImage, match="compression 34887 is not read"):
+        decode(tiff(numbers(np.float32, HEIGHT, WIDTH), compression="lerc"), 1, value_range=(0, 1))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -128,11 +128,11 @@ def deep_png(pixels: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
 
 
-def damage(content: bytes, kind: str, place: float, value: int) -> bytes:
-    """`content` after what happens to files; `place` in [0, 1] is where."""
-    at = int(place * (len(content) - 1))
+def damage(content: bytes, kind: str, place: int, value: int) -> bytes:
+    """`content` after what happens to files; `place`, 0 to 10,000, is where."""
+    at = place * (len(content) - 1) // 10_000
     if kind == "head":  # most of what bytes can break is there
-        at = min(len(content) - 1, int(place * 400))
+        at = min(len(content) - 1, place % 400)
     if kind == "cut":
         return content[:at]
     if kind in ("byte", "head"):
@@ -166,14 +166,12 @@ files = st.builds(
     channels=st.sampled_from([1, 2, 3, 4, 13]),
     orientation=st.integers(1, 8),
 )
-DAMAGES = ["none", "none", "none", "cut", "cut", "byte", "byte", "head", "head", "bytes", "zeros", "swap", "more"]
-damages = st.tuples(
-    st.sampled_from([*DAMAGES, "empty", "text"]), st.floats(0, 1, allow_subnormal=False), st.integers(0, 255)
-)
+DAMAGES = ["none"] * 8 + ["cut"] * 3 + ["byte", "head", "bytes", "zeros"] * 2 + ["swap", "more", "empty", "text"]
+damages = st.tuples(st.sampled_from(DAMAGES), st.integers(0, 10_000), st.integers(0, 255))
 asked = dict(
     file=files,
     damaged=damages,
-    channels=st.sampled_from([0, 0, 1, 3, 4, 13]),  # 0: as many as the file has
+    channels=st.sampled_from([0, 0, 0, 0, 1, 3, 4, 13]),  # 0: as many as the file has
     value_range=st.sampled_from([None, (0, 255), (-10, 65535), (20.5, 60.25)]),
     nodata=st.sampled_from([None, None, 0, 255, -9999, 7.5]),
     min_sides=st.sampled_from([None, None, (1, 1), (16, 30), (500, 500)]),
@@ -250,11 +248,8 @@ def check_pixels(image: torch.Tensor, file: Written, value_range, nodata) -> Non
         numbers, missing = upright(numbers), upright(missing)
     pixels, tolerance = image.permute(1, 2, 0).numpy(), 1e-5
     if value_range is None:
-        value_range, pixels, tolerance = (
-            (0, 65535 if stored(file).dtype == np.uint16 else 255),
-            pixels / 255,
-            1.01 / 255,
-        )
+        value_range = (0, 65535 if stored(file).dtype == np.uint16 else 255)
+        pixels, tolerance = pixels / 255, 1.01 / 255
         missing = missing | (numbers // 256 == nodata)  # of 16-bit colour in TIFF and PNG Pillow cuts off the low byte
     low, high = value_range
     error = np.abs(np.clip((numbers - low) / (high - low), 0, 1) - pixels)
@@ -266,7 +261,7 @@ EXACT = settings(
 )
 
 
-@settings(EXACT, max_examples=1000)
+@settings(EXACT, max_examples=800)
 @given(**asked)
 def test_any_file_gives_a_tensor_as_promised_or_is_damaged(**drawn):
     check(**drawn)
