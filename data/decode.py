@@ -150,10 +150,10 @@ def decode_stored(data, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         try:
             with _opened(data, max_pixels) as (image, orientation):
                 return _upright(np.array(image), orientation)
-        except _UnknownFormat:
+        except DamagedImage:
             if data[:4] not in TIFF_STARTS:
                 raise
-            values, _ = _read_tiff(data, 1, max_pixels)
+            values, _ = _read_tiff(data, 1, max_pixels)  # what Pillow was not built for
             return values[:, :, 0]
 
 
