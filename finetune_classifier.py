@@ -57,6 +57,7 @@ from training.progress import (
     best_of,
     finish_trackers,
     in_bytes,
+    several,
     start_trackers,
     truncate_log,
 )
@@ -83,6 +84,7 @@ RECIPES = {
     ),
 }
 WEIGHTS = "--path_to_pretrained_mae_weights"
+LABELS = "a column `label` (.cls in shards)"
 
 
 def parse_args(argv=None):
@@ -208,7 +210,7 @@ def check_micro_batch(args, size):
 def resolve_model(args, weights):
     """Resolves the flags of images and encoder, from `weights` where they were left out; what is wrong with them."""
     size, (statistics, errors) = SIZES[args.model or "base"], find_statistics(args.path_to_data)
-    args.input_channels = args.input_channels or (statistics or {}).get("channels", 3)
+    args.input_channels = args.input_channels or arguments.channels_of(statistics, weights, adapt=args.adapt_channels)
     if weights:
         path, stored, kind = weights.path, weights.stored, classifier_kind(weights.state)
         if args.model is None:
@@ -237,10 +239,11 @@ def resolve_model(args, weights):
     errors += arguments.check_images(args, statistics) + arguments.check_crops(args)
     errors += arguments.check_encoder(args, size)
     if args.random_aug_magnitude and (args.value_range or args.input_channels not in (1, 3)):
-        errors.append(
-            f"--random_aug_magnitude {args.random_aug_magnitude} changes 8-bit images in colour or grey, and these are "
-            "others; give 0"
-        )
+        if args.random_aug_magnitude != RECIPES[kind_of_run(args)]["random_aug_magnitude"]:
+            errors.append(
+                f"--random_aug_magnitude {args.random_aug_magnitude} is for 8-bit images in colour or grey; give 0"
+            )
+        args.random_aug_magnitude = 0
     if args.trainable_blocks is not None and args.trainable_blocks > args.encoder_depth:
         errors.append(
             f"--trainable_blocks {args.trainable_blocks:g} is more than the encoder has; expected at most "
@@ -261,12 +264,14 @@ def check_classes(path_to_data, train_source, validation_source):
     """What keeps the data from being classified, a line each."""
     if validation_source is None:
         return [
-            f"--path_to_data {path_to_data} has no val/ beside train/; hold some images back there, to measure by, or "
+            f"--path_to_data {path_to_data} holds no images back to measure by; put some into val/ beside train/, or "
             "give --path_to_validation_data"
         ]
     for source, part in ((train_source, "train"), (validation_source, "val")):
         if not source.classes:
-            return [f"--path_to_data {path_to_data} has images outside of class folders; expected {part}/CLASS/IMAGE"]
+            return [
+                f"--path_to_data {path_to_data} has images without a class; expected {part}/CLASS/IMAGE, or {LABELS}"
+            ]
     if len(train_source.classes) < 2:
         return [
             f"--path_to_data {path_to_data} has one class, {train_source.classes[0]}; expected at least two folders"
@@ -279,8 +284,8 @@ def check_classes(path_to_data, train_source, validation_source):
         lacking = sorted({*one.classes} - {*other.classes})
         if lacking:
             errors.append(
-                f"--path_to_data {path_to_data} has classes in {part}/ that {there}/ lacks ({some_of(lacking)}); give "
-                "both the same class folders"
+                f"--path_to_data {path_to_data} has classes in {part} that {there} lacks ({some_of(lacking)}); give "
+                "both the same classes"
             )
     return errors
 
@@ -295,7 +300,7 @@ def match_classes(path_to_data, source, names, num_classes):
     and what is wrong with them."""
     found = source.classes
     if not found:
-        return [], [f"--path_to_data {path_to_data} has images outside of class folders; expected val/CLASS/IMAGE"]
+        return [], [f"--path_to_data {path_to_data} has images without a class; expected val/CLASS/IMAGE, or {LABELS}"]
     if names is None:
         if len(found) == num_classes:
             return list(range(num_classes)), []
@@ -381,7 +386,7 @@ def describe_plan(args, model, batch, length, accelerator, train_source, validat
             f"({trained / 1e6:.3g} M train), {model.training_flops() / 1e9:.3g} GFLOP per image and step",
             f"recipe     {kind}: {optimizer}, weight decay {args.weight_decay:g}, layer decay {args.layer_decay:g}, "
             f"drop path {args.drop_path:g}{average}",
-            f"images     {args.img_size[0]} x {args.img_size[1]}, {args.input_channels} channels, "
+            f"images     {args.img_size[0]} x {args.img_size[1]}, {several(args.input_channels, 'channel')}, "
             f"{math.prod(model.encoder.grid)} patches of {args.patch_size}; RandAugment {args.random_aug_magnitude}, "
             f"erasing {args.random_erase:g}, mixup {args.mixup_alpha:g}, cutmix {args.cutmix_alpha:g}, smoothing "
             f"{args.label_smoothing:g}",

@@ -69,6 +69,7 @@ from training.progress import (
     best_of,
     finish_trackers,
     in_bytes,
+    several,
     start_trackers,
     truncate_log,
 )
@@ -204,7 +205,7 @@ def resolve_model(args, weights, *, whole):
     `whole` says that the weights are those of a segmenter, which is to be resumed or measured.
     """
     size, (statistics, errors) = SIZES[args.model or "base"], find_statistics(args.path_to_data)
-    args.input_channels = args.input_channels or (statistics or {}).get("channels", 3)
+    args.input_channels = args.input_channels or arguments.channels_of(statistics, weights, adapt=args.adapt_channels)
     kind = segmenter_kind(weights.state) if weights else None
     if weights:
         if args.model is None:
@@ -383,7 +384,7 @@ def describe_plan(args, model, batch, length, accelerator, train_source, validat
             "image and step",
             f"recipe     AdamW, weight decay {args.weight_decay:g}, layer decay {args.layer_decay:g}, drop path "
             f"{args.drop_path:g}{auxiliary}",
-            f"images     crops of {args.crop_size} x {args.crop_size}, {args.input_channels} channels, "
+            f"images     crops of {args.crop_size} x {args.crop_size}, {several(args.input_channels, 'channel')}, "
             f"{math.prod(model.encoder.grid)} patches of {args.patch_size}; resized to fit {args.resize[0]} x "
             f"{args.resize[1]}, times 0.5 to 2",
             *describe_run(args, batch, length, accelerator, **sizes),

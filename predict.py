@@ -51,7 +51,7 @@ SHOWN = 10  # images whose classes are printed too
 FLAGS = {  # that go with one kind of model alone
     Classifier: ("top_k",),
     Segmenter: ("evaluate",),
-    MaskedAutoencoder: ("mask_ratio", "mask_strategy", "seed"),
+    MaskedAutoencoder: ("mask_ratio", "mask_strategy", "seed", "preview_channels"),
 }
 KINDS = {Classifier: "a classifier", Segmenter: "a segmenter", MaskedAutoencoder: "a masked autoencoder"}
 
@@ -92,6 +92,14 @@ def parse_args(argv=None):
     flag("--mask_ratio", type=number(0, 1), help="share of patches that is removed (default that of its training)")
     flag("--mask_strategy", type=one_of(*MASK_STRATEGIES), help="random, block or grid (default random)")
     flag("--seed", type=integer(0, 2**32 - 1), help="of the masks: each follows from it and the image's place (0)")
+    flag(
+        "--preview_channels",
+        type=integer(0),
+        nargs="+",
+        metavar="C",
+        help="one channel or three to show, from 0, with their contrast stretched (default: 8-bit images in colour or "
+        "grey as they are; of others the first three, or the first)",
+    )
     args, errors = parser.read(argv)
 
     if args.model is None:
@@ -125,6 +133,12 @@ def check_model(args, trained):
         given = [flag for flag in flags if getattr(args, flag) is not None]
         if other is not kind:
             errors += [f"--{flag} is for {KINDS[other]}, and {args.model} is {name}; leave it out" for flag in given]
+    shown = args.preview_channels
+    if shown and (len(shown) not in (1, 3) or max(shown) >= encoder.in_channels):
+        errors.append(
+            f"--preview_channels {' '.join(map(str, shown))} cannot be shown; expected one or three of 0 to "
+            f"{encoder.in_channels - 1}"
+        )
     if kind is MaskedAutoencoder and args.mask_ratio is not None:
         patches = math.prod(encoder.grid)
         kept = int(patches * (1 - args.mask_ratio))
@@ -365,7 +379,8 @@ def main(argv=None):
         mask = f"{strategy} mask of {100 * ratio:g} %"
         options = dict(grid=encoder.grid, num_kept=model.num_kept, mask_strategy=strategy, seed=args.seed or 0)
         prepare = partial(masked_crop, size=encoder.img_size, **options)
-        see = partial(reconstruct, model=model, mask=mask, channels=preview_channels(pixels), **pictures, **shared)
+        channels = args.preview_channels or preview_channels(pixels)
+        see = partial(reconstruct, model=model, mask=mask, channels=channels, **pictures, **shared)
     print(
         f"model      {trained.path} ({trained.layout}): {encoder.embed_dim} x {encoder.depth} encoder, "
         f"{encoder.img_size[0]} x {encoder.img_size[1]} pixels, {several(encoder.in_channels, 'channel')}\n"

@@ -45,7 +45,7 @@ from training.metrics import knn_vote, linear_sums, linear_vote, nearest, recons
 from training.optimizer import adamw, parameter_groups, set_learning_rate
 from training.pictures import reconstruction_grid
 from training.plan import describe_run, plan_run, rehearse
-from training.progress import DamagedImages, Progress, finish_trackers, in_bytes, start_trackers, truncate_log
+from training.progress import DamagedImages, Progress, finish_trackers, in_bytes, several, start_trackers, truncate_log
 from training.publish import Publisher, check_hub, check_token
 from training.schedule import is_due, learning_rate_at
 from training.stopping import Crew
@@ -186,11 +186,11 @@ def open_data(args, pixels):
 def check_labels(path_to_data, train_source, validation_source):
     """What keeps held-out images from being classified by their neighbours, a line each."""
     if validation_source is None:
-        return [f"--knn_every needs held-out images, and {path_to_data} has no val/ beside train/; leave the flag out"]
+        return [f"--knn_every needs held-out images, and {path_to_data} holds none back; leave the flag out"]
     if not train_source.classes or not validation_source.classes:
         return [
-            f"--knn_every needs labels, and {path_to_data} has images outside of class folders; expected "
-            "train/CLASS/IMAGE and val/CLASS/IMAGE; leave the flag out"
+            f"--knn_every needs labels, and {path_to_data} has images without a class; expected train/CLASS/IMAGE and "
+            "val/CLASS/IMAGE, or a column `label`; leave the flag out"
         ]
     strange = sorted({*validation_source.classes} - {*train_source.classes})
     if strange:
@@ -243,7 +243,7 @@ def describe_plan(args, model, batch, length, accelerator, train_source, validat
             f"model      {args.encoder_embed_dim} x {args.encoder_depth} encoder, {args.decoder_embed_dim} x "
             f"{args.decoder_depth} decoder: {parameters / 1e6:.3g} M parameters ({encoder_parameters / 1e6:.3g} M "
             f"encoder), {model.training_flops() / 1e9:.3g} GFLOP per image and step",
-            f"images     {args.img_size[0]} x {args.img_size[1]}, {args.input_channels} channels, "
+            f"images     {args.img_size[0]} x {args.img_size[1]}, {several(args.input_channels, 'channel')}, "
             f"{grid[0] * grid[1]} patches of {args.patch_size}, {model.num_kept} kept ({args.mask_strategy}); "
             f"target: {target}",
             *describe_run(args, batch, length, accelerator, **sizes),

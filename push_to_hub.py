@@ -30,6 +30,7 @@ from training import arguments
 from training.arguments import RunError, fail, integer, number
 from training.card import Facts, Run, is_card, read_run, write_card
 from training.checkpoint import RunFolder, alone_at, read_state, replace_folder
+from training.progress import several
 from training.publish import check_repo_id, upload
 
 LIMIT = 1e-4  # of the difference between libraries
@@ -160,7 +161,7 @@ def describe(trained):
         kind += f", with {HEADS[model.head]} of {model.num_classes} classes"
     height, width = encoder.img_size
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    images = f"images of {height} x {width} pixels and {encoder.in_channels} channels"
+    images = f"images of {height} x {width} pixels and {several(encoder.in_channels, 'channel')}"
     return f"{kind}, for {images}: {millions:.3g} M parameters"
 
 

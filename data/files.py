@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -81,7 +82,7 @@ class FolderSource(FileSource):
 
     def __init__(self, root: str | Path, suffixes: tuple[str, ...] = SUFFIXES, *, cache: Path | None = None):
         if not os.path.isdir(root):
-            raise DataError(f"{root} is no folder; expected one of images, or another form of data that --help lists")
+            raise DataError(_no_folder(os.fspath(root)))
         key = f"folder {os.path.abspath(root)} {' '.join(suffixes)}"
         meta, arrays = cached(cache, key, fresh=_holds_still, build=partial(_find, os.fsencode(root), suffixes))
         super().__init__(Names(arrays["names"], arrays["ends"]), Path(root))
@@ -122,6 +123,14 @@ class ListSource(FileSource):
             return super().fingerprint()
         labels = b"" if self.labels is None else self.labels.tobytes() + "\n".join(self.classes).encode()
         return hashlib.sha256(f"{super().fingerprint()} {self._masks.digest()} ".encode() + labels).hexdigest()[:16]
+
+
+def _no_folder(path: str) -> str:
+    """What is wrong with a path that was to be a folder, in one line."""
+    if os.path.exists(path):
+        return f"{path} is a file; expected a folder of images, a list (.csv, .jsonl), shards (.tar) or .parquet files"
+    hint = f"; did you mean hf:{path}?" if re.fullmatch(r"[\w.-]+/[\w.-]+", path) else ""
+    return f"{path} is no folder; expected one of images, or another form of data that --help lists{hint}"
 
 
 def read_file(path: str) -> bytes | OSError:
@@ -198,7 +207,8 @@ def _find(root: bytes, suffixes: tuple[str, ...]) -> tuple[dict, dict[str, np.nd
         else:
             runs.append(part)
     if not runs:
-        raise DataError(f"{os.fsdecode(root)} holds no image; expected files named {', '.join(suffixes)}")
+        shards = "; of tar shards give a pattern, 'FOLDER/*.tar'" if glob.glob(os.path.join(root, b"*.tar")) else ""
+        raise DataError(f"{os.fsdecode(root)} holds no image; expected files named {', '.join(suffixes)}{shards}")
     lengths = np.concatenate([run.lengths for run in runs])
     arrays = {"names": np.frombuffer(b"".join(run.paths for run in runs), np.uint8), "ends": np.cumsum(lengths)}
     classes = []

@@ -25,7 +25,7 @@ from data.index import DataError, Names
 VERSION = 1
 PREPARED, PREPARING = "prepared.json", "preparing"
 SETTINGS = ("format", "short_side", "quality", "channels", "value_range", "nodata", "max_pixels")  # of prepared.json
-AGAIN = "prepare it again, with prepare_data.py"
+AGAIN = "remove the folder and prepare it again, with prepare_data.py"
 
 
 def is_prepared(folder: str | Path) -> bool:

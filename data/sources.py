@@ -12,13 +12,14 @@ import numpy as np
 import torch
 
 from data import shapes
-from data.decode import DamagedImage, PixelFormat, WrongPixels, decode, from_own_values
+from data.decode import DamagedImage, PixelFormat, WrongPixels, decode, decode_stored, from_own_values
 from data.files import FolderSource, ListSource
 from data.index import DataError, check_cache, default_cache
 from data.prepared import is_prepared, open_prepared
 from data.statistics import read_statistics
 
 LOOKED_AT = 8  # images of a source, before a run starts
+DARK = 8  # of 255: what 16-bit numbers with no more than 11 bits become
 LISTS = (".csv", ".jsonl", ".ndjson")
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # packed ones are refused, with a reason
 
@@ -128,9 +129,10 @@ def open_sources(
     """The training source, and the validation source where there is one: that of `validation`, which is given as
     `path_to_data` is, or what `path_to_data` itself holds back.
 
-    `path_to_data` is `builtin:shapes`; a folder that holds `train/` and perhaps `val/` or `validation/`, or any folder
-    of images; a list; tar shards; what `prepare_data.py` wrote; or a data set of the library `datasets`, on the Hub or
-    in files. Indices of large ones are kept in `cache`, by default in the user's. Raises DataError.
+    `path_to_data` is `builtin:shapes`; a folder that holds `train/` and perhaps `val/` or `validation/`, one laid out
+    like ADE20K's, whose images are taken, or any folder of images; a list; tar shards; what `prepare_data.py` wrote; or
+    a data set of the library `datasets`, on the Hub or in files. Indices of large ones are kept in `cache`, by default
+    in the user's. Raises DataError.
     """
     folder = Path(cache) if cache else default_cache()
     if cache:
@@ -162,11 +164,17 @@ def _open_parts(path_to_data: str, pixels: PixelFormat, cache: Path | None) -> d
         return {"train": ListSource(path_to_data, cache=cache)}
     if kind == "prepared":
         return open_prepared(root, pixels)
-    if not (root / "train").is_dir():
-        return {"train": FolderSource(root, cache=cache)}
-    held_out = next((root / name for name in ("val", "validation") if (root / name).is_dir()), None)
-    parts = {"train": FolderSource(root / "train", cache=cache)}
-    return parts | ({"validation": FolderSource(held_out, cache=cache)} if held_out else {})
+    if (root / "annotations").is_dir() and (root / "images" / "training").is_dir():  # ADE20K's layout
+        names = {"train": "images/training", "validation": "images/validation"}
+    elif (root / "train").is_dir():
+        names = {"train": "train", "validation": "val" if (root / "val").is_dir() else "validation"}
+    else:
+        names = {"train": ""}
+    return {
+        part: FolderSource(root / name, cache=cache)
+        for part, name in names.items()
+        if part == "train" or (root / name).is_dir()
+    }
 
 
 def _open_builtin(path_to_data: str, pixels: PixelFormat) -> dict[str, Source]:
@@ -190,11 +198,22 @@ def check_pixels(source: Source, pixels: PixelFormat) -> list[str]:
     values are others. Damaged ones are passed over: they are known when they are needed."""
     if isinstance(source, ShapesSource):
         return []
+    dark = []
     for index in sorted({position * len(source) // LOOKED_AT for position in range(LOOKED_AT)}):
+        (data,) = source.fetch([index])
         try:
-            image_of(*source.fetch([index]), pixels)
+            image = image_of(data, pixels)
         except WrongPixels as error:
             return [f"{source.name(index)} {error}"]
         except DamagedImage:
             continue
+        dark.append(index if image.dtype == torch.uint8 and image.max() < DARK else None)
+    if dark and None not in dark:
+        (data,) = source.fetch(dark[:1])
+        values = data if isinstance(data, np.ndarray) else decode_stored(data)
+        if values.dtype == np.uint16:
+            return [
+                f"{source.name(dark[0])} has 16-bit numbers up to {values.max()}, which are black at 8 bits; give "
+                "--value_range LO HI (prepare_data.py --statistics finds it)"
+            ]
     return []

@@ -55,7 +55,8 @@ def statistics_of(moments: Moments, pixels: PixelFormat, *, eight_bit: bool) -> 
     if value_range is None:
         low, high = (0.0, 255.0) if eight_bit else (float(moments.low.min()), float(moments.high.max()))
         if not low < high:
-            raise DataError(f"all pixels are {low:g}, or have no data; expected images with something to see")
+            what = f"all pixels are {low:g}" if math.isfinite(low) else "no pixel has data"
+            raise DataError(f"{what}; expected images with something to see; look at --nodata and --input_channels")
         mean, std = (mean - low) / (high - low), std / (high - low)
         value_range = None if eight_bit else (low, high)
     std = np.where(std < 1e-6, 1.0, std)  # a channel that is the same everywhere is not to be blown up

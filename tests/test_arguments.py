@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,3 +129,26 @@ def test_negative_numbers_are_values(text):
     assert args.nodata == float(text) and not errors
     _, errors = flags.read(["--nodata", "nan"])
     assert errors == ["--nodata nan is no valid value; expected a number"]
+
+
+def test_what_the_data_say_of_themselves_fills_flags_that_were_left_out():
+    statistics = dict(channels=2, value_range=[0.0, 9.0], nodata=-1.0, mean=[0.1, 0.2], std=[0.3, 0.4])
+
+    def taken(*words):
+        flags = Parser("a test")
+        arguments.add_image_flags(flags)
+        args, errors = flags.read(list(words))
+        args.path_to_data = "data"
+        errors += arguments.check_images(args, statistics)
+        return [args.input_channels, args.value_range, args.nodata, args.mean, args.std], errors
+
+    assert taken() == ([2, [0.0, 9.0], -1.0, [0.1, 0.2], [0.3, 0.4]], [])
+    assert taken("--nodata", "7", "--std", "1", "1") == ([2, [0.0, 9.0], 7.0, [0.1, 0.2], [1.0, 1.0]], [])
+    other_range = ["--value_range", "0", "1"]  # in which the mean would be another
+    assert taken(*other_range) == ([2, [0.0, 1.0], -1.0, [0.5, 0.5], [0.5, 0.5]], [])
+    colour = [3, None, None, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
+    assert taken("--input_channels", "3") == (colour, [])
+    weights = SimpleNamespace(sizes=dict(in_channels=13))
+    assert arguments.channels_of(statistics, weights, adapt=False) == 2
+    assert arguments.channels_of(None, weights, adapt=False) == 13
+    assert arguments.channels_of(None, weights, adapt=True) == arguments.channels_of(None, None, adapt=False) == 3

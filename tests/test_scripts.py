@@ -491,9 +491,9 @@ def test_neighbours_need_labels(tmp_path):
     write_images(tmp_path / "strange" / "val", 9, classes=3)
     alone = write_images(tmp_path / "alone", 8)
     for path, word in [
-        (tmp_path / "flat", "has images outside of class folders"),
+        (tmp_path / "flat", "has images without a class"),
         (tmp_path / "strange", "lacks 1 of them there (class_2)"),
-        (alone, "has no val/ beside train/"),
+        (alone, "holds none back"),
     ]:
         (error,) = pretrain_mae.check_labels(path, *open_sources(str(path), PixelFormat(3)))
         assert error.startswith("--knn_every needs") and word in error and "leave the flag out" in error

@@ -1,10 +1,12 @@
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import write_images
+from PIL import Image
 
 from data import shapes
 from data.decode import PixelFormat
@@ -191,3 +193,33 @@ def test_statistics_that_are_none_are_told(tmp_path):
     (tmp_path / "statistics.json").write_text("{}")
     found, (error,) = find_statistics(str(tmp_path))
     assert found is None and "statistics.json is not what prepare_data.py --statistics writes" in error
+
+
+def test_of_a_folder_with_annotations_only_the_images_are_taken(scenes):
+    train, validation = open_sources(str(scenes), PixelFormat(3))
+    assert len(train) == 10 and len(validation) == 5
+    assert all("/images/training/" in train.name(i) for i in range(10)) and "/images/validation/" in validation.name(0)
+
+
+def test_deep_images_that_are_black_at_8_bits_are_refused(tmp_path):
+    for i in range(3):
+        Image.fromarray(np.full((8, 8), 200 + i, np.uint16)).save(tmp_path / f"{i}.png")
+    with pytest.raises(DataError, match=r"0.png has 16-bit numbers up to 200, which are black at 8 bits; give --value"):
+        open_sources(str(tmp_path), PixelFormat(1))
+    open_sources(str(tmp_path), PixelFormat(1, (0, 300)))
+    Image.fromarray(np.full((8, 8), 9000, np.uint16)).save(tmp_path / "0.png")  # as bright as others may be
+    open_sources(str(tmp_path), PixelFormat(1))
+
+
+def test_a_path_that_is_no_folder_is_met_with_what_may_be_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("list.txt").write_text("a.jpg\n")
+    Path("shards").mkdir()
+    Path("shards/a.tar").touch()
+    for path, said in (
+        ("list.txt", r"list.txt is a file; expected a folder of images, a list \(.csv, .jsonl\)"),
+        ("owner/name", "did you mean hf:owner/name"),
+        ("shards", r"of tar shards give a pattern, 'FOLDER/\*.tar'"),
+    ):
+        with pytest.raises(DataError, match=said):
+            open_sources(path, PixelFormat(3))

@@ -335,6 +335,14 @@ def add_image_flags(parser: Parser) -> None:
     )
 
 
+def channels_of(statistics: dict | None, weights, *, adapt: bool) -> int:
+    """The channels of a run that does not say: those of the data's statistics, those of the `weights` that it starts
+    from unless they are to be adapted, or three."""
+    if statistics:
+        return statistics["channels"]
+    return weights.sizes["in_channels"] if weights and not adapt else 3
+
+
 def take_statistics(args: argparse.Namespace, statistics: dict | None) -> None:
     """Gives the flags of images that were left out what `statistics`, of prepare_data.py --statistics, says of the
     data: the channels; and as far as they are meant for these channels and values, the others."""

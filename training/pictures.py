@@ -33,7 +33,9 @@ def reconstruction_grid(
     if channels is not None:
         images, prediction = images[:, channels], prediction[:, channels]
         low, high = (torch.stack([_quantile(image, share) for image in images.float()]) for share in (0.02, 0.98))
-        title += f" - channels {' '.join(map(str, channels))}, contrast of each image stretched"
+        title += (
+            f" - channel{'s' * (len(channels) > 1)} {' '.join(map(str, channels))}, contrast of each image stretched"
+        )
         images, prediction = (((x - low) / (high - low).clamp(min=1e-6)).clamp(0, 1) for x in (images, prediction))
     prediction = prediction.clamp(0, 1)
     seen = torch.where(mask.bool(), torch.full_like(images, 0.5), images)

@@ -5,6 +5,7 @@ import math
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -198,6 +199,9 @@ def describe_run(
     `parameters` is their number, `trained` that of those which train; `activations` are bytes an image; `averaged` says
     that a moving average of the weights is kept, `decay` how the rate falls.
     """
+    values = "8 bits" if args.value_range is None else "{:g} to {:g}".format(*args.value_range)
+    values += "" if args.nodata is None else f", no data at {args.nodata:g}"
+    mean, std = (" ".join(f"{value:.3g}" for value in values_) for values_ in (args.mean, args.std))
     half, on_cpu = args.mixed_precision != "no", accelerator.device.type == "cpu"
     precision = args.mixed_precision.replace("no", "float32")
     if args.tf32 and not half and not on_cpu:
@@ -207,6 +211,8 @@ def describe_run(
     fixed = (4 + 2 * half + 4 * averaged) * parameters
     fixed += (4 + (8 if optimizer == "AdamW" else 4) + 4 * (accelerator.num_processes > 1)) * trained
     return [
+        f"pixels     {values}, normalised by mean {mean} and deviation {std}"
+        + (" (statistics.json)" if Path(args.path_to_data, "statistics.json").is_file() else ""),
         f"batch      {batch.global_size} = {several(accelerator.num_processes, 'process')} x "
         f"{several(batch.accumulation, 'micro-batch')} x {batch.micro}",
         f"length     {length.total_steps} steps, {length.steps_per_epoch} an epoch, {length.warmup_steps} warmup",

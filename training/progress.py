@@ -6,6 +6,7 @@ import json
 import secrets
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -181,13 +182,15 @@ class DamagedImages:
     not to be replaced."""
 
     def __init__(self, folder: Path, num_samples: int, *, is_main_process: bool, replace: bool = True):
-        self.path, self.is_main_process = folder / "damaged.jsonl", is_main_process
-        self.limit = min(max(10, num_samples // 100), num_samples - 1) if replace else 0
+        self.path, self.is_main_process, self.replace = folder / "damaged.jsonl", is_main_process, replace
+        self.limit = min(max(10, num_samples // 100), num_samples - 1)
         self.num_samples = num_samples
-        self.named = set()
+        self.named, self.reasons = set(), Counter()
         for text in self.path.read_text().splitlines() if self.path.exists() else []:
             with contextlib.suppress(ValueError):  # a line that a kill cut short
-                self.named.add(json.loads(text)["path"])
+                line = json.loads(text)
+                self.named.add(line["path"])
+                self.reasons[line["reason"]] += 1
         if self.named and is_main_process and not self.path.read_text().endswith("\n"):
             with open(self.path, "a") as file:
                 file.write("\n")
@@ -197,20 +200,23 @@ class DamagedImages:
         for path, reason in found:
             if path in self.named:
                 continue
+            if self.is_main_process and self.replace and not self.named:
+                tqdm.write(f"note: {path} is damaged ({reason}), another is shown; {self.path} names all", sys.stderr)
             self.named.add(path)
+            self.reasons[reason] += 1
             if self.is_main_process:
                 with open(self.path, "a") as file:
                     file.write(json.dumps({"path": path, "reason": reason}) + "\n")
-        if self.named and not self.limit:
-            path, reason = found[0] if found else (next(iter(self.named)), "see " + str(self.path))
+        if found and not self.replace:
             raise RunError(
-                f"{path} is damaged ({reason}), and --on_damaged error allows none; repair or remove it, or leave the "
-                "flag out"
+                "{} is damaged ({}), and --on_damaged error allows none; repair or remove it, or leave the flag "
+                "out".format(*found[0])
             )
         if len(self.named) > self.limit:
+            ((reason, count),) = self.reasons.most_common(1)
             raise RunError(
-                f"{len(self.named)} of {self.num_samples} images are damaged, more than the {self.limit} allowed; "
-                f"{self.path} names them: repair or remove them"
+                f"{len(self.named)} of {self.num_samples} images are damaged, more than the {self.limit} allowed, "
+                f"{count} of them: {reason}; {self.path} names them: repair or remove them"
             )
 
 
