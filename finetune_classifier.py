@@ -210,7 +210,6 @@ def check_micro_batch(args, size):
 def resolve_model(args, weights):
     """Resolves the flags of images and encoder, from `weights` where they were left out; what is wrong with them."""
     size, (statistics, errors) = SIZES[args.model or "base"], find_statistics(args.path_to_data)
-    args.input_channels = args.input_channels or arguments.channels_of(statistics, weights, adapt=args.adapt_channels)
     if weights:
         path, stored, kind = weights.path, weights.stored, classifier_kind(weights.state)
         if args.model is None:
@@ -221,10 +220,6 @@ def resolve_model(args, weights):
         if args.img_size is None and weights.grid:
             patch_size = args.patch_size or weights.sizes["patch_size"]
             args.img_size = [side * patch_size for side in weights.grid]
-        args.value_range = args.value_range or stored.value_range
-        for name in ("mean", "std"):
-            if getattr(args, name) is None and len(getattr(stored, name) or []) == args.input_channels:
-                setattr(args, name, list(getattr(stored, name)))
         if args.eval_only:
             if kind is None:
                 errors.append(f"--eval_only {path} holds no classifier's head; give a model/, best/ or checkpoint")
@@ -236,7 +231,7 @@ def resolve_model(args, weights):
             else:
                 errors += check_num_classes(args.num_classes, kind[0], "the classifier")
                 args.num_classes, args.pooling, args.linear_probe = kind
-    errors += arguments.check_images(args, statistics) + arguments.check_crops(args)
+    errors += arguments.check_images(args, statistics, weights, adapt=args.adapt_channels) + arguments.check_crops(args)
     errors += arguments.check_encoder(args, size)
     if args.random_aug_magnitude and (args.value_range or args.input_channels not in (1, 3)):
         if args.random_aug_magnitude != RECIPES[kind_of_run(args)]["random_aug_magnitude"]:

@@ -205,19 +205,12 @@ def resolve_model(args, weights, *, whole):
     `whole` says that the weights are those of a segmenter, which is to be resumed or measured.
     """
     size, (statistics, errors) = SIZES[args.model or "base"], find_statistics(args.path_to_data)
-    args.input_channels = args.input_channels or arguments.channels_of(statistics, weights, adapt=args.adapt_channels)
     kind = segmenter_kind(weights.state) if weights else None
-    if weights:
-        if args.model is None:
-            size = dict(weights.sizes)
-            if size["num_heads"] is None and args.encoder_num_heads is None:
-                errors.append(f"{WEIGHTS} {weights.path} does not tell its number of heads; give --encoder_num_heads")
-                size["num_heads"] = 1
-        args.value_range = args.value_range or weights.stored.value_range
-        for name in ("mean", "std"):
-            given = getattr(weights.stored, name) or []
-            if getattr(args, name) is None and len(given) == args.input_channels:
-                setattr(args, name, list(given))
+    if weights and args.model is None:
+        size = dict(weights.sizes)
+        if size["num_heads"] is None and args.encoder_num_heads is None:
+            errors.append(f"{WEIGHTS} {weights.path} does not tell its number of heads; give --encoder_num_heads")
+            size["num_heads"] = 1
     if args.eval_only and weights and kind is None:
         errors.append(f"--eval_only {weights.path} holds no segmenter; give a model/, best/ or checkpoint")
     if whole and kind:
@@ -231,7 +224,8 @@ def resolve_model(args, weights, *, whole):
             args.layers = weights.stored.layers or args.layers
     args.crop_size = args.crop_size or CROP_SIZE
     args.resize = args.resize or [4 * args.crop_size, args.crop_size]
-    errors += arguments.check_images(args, statistics) + arguments.check_encoder(args, size)
+    errors += arguments.check_images(args, statistics, weights, adapt=args.adapt_channels)
+    errors += arguments.check_encoder(args, size)
     return errors + check_head(args)
 
 

@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from data.batches import ListedDataset, Normalization, centre_crop, make_loader, masked_crop
-from data.decode import PixelFormat, preview_channels
+from data.decode import MAX_PIXELS, PixelFormat, preview_channels
 from data.files import find_images
 from data.masking import MASK_STRATEGIES
 from data.segmentation import MAX_CLASSES, palette, view_and_preview, view_sizes
@@ -79,6 +79,7 @@ def parse_args(argv=None):
     flag("--num_workers", type=integer(0), help="processes that read images (default min(32, cores))")
     nodata = "value of pixels without data, besides a GeoTIFF's own and NaN"
     flag("--nodata", type=number(-math.inf), help=nodata)
+    flag("--max_pixels", type=integer(1), default=MAX_PIXELS, help=f"larger images are damaged (default {MAX_PIXELS})")
     flag = parser.add_argument_group("classifier").add_argument
     flag("--top_k", type=integer(1), help="how many classes of an image are told (default 5)")
     flag = parser.add_argument_group("segmenter").add_argument
@@ -343,7 +344,7 @@ def main(argv=None):
     arguments.set_speed(device, tf32=False)
     model, encoder = trained.model.to(device), trained.encoder
     normalize = Normalization(trained.mean, trained.std, device)
-    pixels = PixelFormat(encoder.in_channels, trained.value_range, args.nodata)
+    pixels = PixelFormat(encoder.in_channels, trained.value_range, args.nodata, args.max_pixels)
     for assumed in trained.assumed:
         print(f"assumed of {args.model}: {assumed}")
 

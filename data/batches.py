@@ -83,7 +83,8 @@ def read_images(
 def least_sides(size: tuple[int, int], crop_scale: float) -> tuple[int, int]:
     """The sides (height, width) of an image from which a crop of the share `crop_scale` of its area, at any proportions
     that are drawn, is not enlarged to `size`."""
-    return tuple(math.ceil(side / math.sqrt(crop_scale * 3 / 4)) for side in size)
+    side = math.ceil(max(size) / math.sqrt(crop_scale * 3 / 4))
+    return side, side
 
 
 class PretrainingDataset(Dataset):

@@ -35,6 +35,9 @@ GDAL_NODATA = 42113  # the TIFF tag by which a file itself says what stands wher
 class DamagedImage(ValueError):
     """Bytes from which no whole image can be read. `str(error)` is the reason, a few words without the file's name."""
 
+    def __init__(self, reason: str):
+        super().__init__(reason[:200])  # some libraries quote what they do not understand
+
 
 class WrongPixels(DamagedImage):
     """A whole image, but its channels or numbers are not those that were asked for."""

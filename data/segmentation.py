@@ -27,11 +27,20 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from data import shapes
-from data.decode import DamagedImage, PixelFormat, decode_stored
+from data.decode import MAX_PIXELS, DamagedImage, PixelFormat, decode_stored
 from data.files import FolderSource
 from data.index import DataError
 from data.sampling import sample_generator
-from data.sources import Fetched, ShapesSource, Source, check_pixels, image_of, kind_of_data, open_sources
+from data.sources import (
+    Fetched,
+    ShapesSource,
+    Source,
+    check_pixels,
+    image_of,
+    kind_of_data,
+    open_cache,
+    open_sources,
+)
 from data.transforms import empty_images
 
 IGNORED = 255
@@ -72,21 +81,22 @@ class SegmentationFolder:
 
     has_masks, labels = True, None
 
-    def __init__(self, root: str | Path, split: str, classes_file: str | None = None):
+    def __init__(self, root: str | Path, split: str, classes_file: str | Path | None = None, cache: Path | None = None):
         self.root = Path(root)
         self.classes_file = Path(classes_file) if classes_file else self.root / "classes.txt"
         if not self.root.is_dir():
             raise DataError(f"{root} is no folder; --path_to_data takes a folder with {LAYOUT}, or builtin:shapes")
-        errors = self._open(split)
+        errors = self._open(split, cache)
         if errors:
             raise DataError(FULL_ADE20K.format(root) if _is_full_ade20k(self.root) else "\n".join(errors))
 
-    def _open(self, split: str) -> list[str]:
+    def _open(self, split: str, cache: Path | None) -> list[str]:
         folders = [self.root / "images" / split, self.root / "annotations" / split]
         if missing := [f"{folder.parent.name}/{split}" for folder in folders if not folder.is_dir()]:
             why = "; hold some pairs back there, to measure by" if split == "validation" else ""
             return [f"{self.root} has no {' and no '.join(missing)}; expected {LAYOUT}{why}"]
-        self.images, self.masks = FolderSource(folders[0]), FolderSource(folders[1], suffixes=(".png",))
+        self.images = FolderSource(folders[0], cache=cache)
+        self.masks = FolderSource(folders[1], (".png",), cache=cache)
         stems, mask_stems = _stems(self.images), _stems(self.masks)
         numbers = {stem: number for number, stem in enumerate(mask_stems)}
         self._mask_of = np.array([numbers.get(stem, -1) for stem in stems])
@@ -261,28 +271,41 @@ def open_pairs(
 
     Raises DataError, with a line for each thing that is wrong.
     """
-    if path_to_data == "builtin:shapes":
+    if kind_of_data(path_to_data) == "builtin":
+        open_sources(path_to_data, pixels)  # which refuses what these are not
+        for flag, value in (("--path_to_validation_data", validation), ("--path_to_classes", classes_file)):
+            if value is not None:
+                raise DataError(f"{flag} {value} does not go with {path_to_data}, which has its own; leave it out")
         return SegmentationShapes("train", pixels.channels), SegmentationShapes("validation", pixels.channels)
-    root = Path(path_to_data)
-    if kind_of_data(path_to_data) == "folder":
-        sources, errors = [], []
-        for split, folder in (("training", path_to_data), ("validation", validation or path_to_data)):
-            try:
-                sources.append(SegmentationFolder(folder, split, classes_file))
-            except DataError as error:
-                errors += str(error).splitlines()
-        errors = errors or check_pixels(sources[0], pixels)
+    sources, errors = [], []
+    for split, path in (("training", path_to_data), ("validation", validation or path_to_data)):
+        try:
+            options = dict(classes_file=classes_file, cache=cache, alone=validation is not None)
+            sources.append(_open_split(path, split, pixels, **options))
+        except DataError as error:
+            errors += str(error).splitlines()
+    if errors:
+        raise DataError("\n".join(dict.fromkeys(errors)))  # what both have is said once
+    train, held_out = sources
+    return train, held_out
+
+
+def _open_split(
+    path: str, split: str, pixels: PixelFormat, *, classes_file: str | None, cache: str | None, alone: bool
+) -> PairSource:
+    """The pairs of a split, "training" or "validation", of `path`; `alone` says that another path has the other."""
+    if kind_of_data(path) == "folder":
+        source = SegmentationFolder(path, split, classes_file, open_cache(cache))
+        errors = check_pixels(source, pixels)
         if errors:
-            raise DataError("\n".join(dict.fromkeys(errors)))  # what both have is said once
-    else:
-        opened = open_sources(path_to_data, pixels, validation=validation, cache=cache)
-        if opened[1] is None:
-            raise DataError(f"{path_to_data} holds nothing back to measure by; give --path_to_validation_data")
-        beside = (root if root.is_dir() else root.parent) / "classes.txt"
-        classes_file = classes_file or (beside if beside.exists() else None)
-        sources = [Pairs(source, path_to_data, classes_file) for source in opened]
-    train, validation_pairs = sources
-    return train, validation_pairs
+            raise DataError(errors[0])
+        return source
+    train, held_out = open_sources(path, pixels, cache=cache)
+    source = train if split == "training" else held_out or (train if alone else None)
+    if source is None:
+        raise DataError(f"{path} holds nothing back to measure by; give --path_to_validation_data")
+    beside = Path(path if Path(path).is_dir() else Path(path).parent, "classes.txt")
+    return Pairs(source, path, classes_file or (beside if beside.exists() else None))
 
 
 def check_masks(
@@ -328,9 +351,9 @@ def _check_chunk(source: PairSource, indices: Sequence[int], *, pixels: PixelFor
     for index in indices:
         (data,), name = source.fetch_masks([index]), source.mask_name(index)
         try:
-            mask = mask_of(data, num_classes, name=name)
+            mask = mask_of(data, num_classes, name=name, max_pixels=pixels.max_pixels)
             size = _upright_size(source, index, pixels)
-        except (OSError, DamagedImage, Image.DecompressionBombError):
+        except (OSError, DamagedImage):
             continue
         except DataError as error:
             errors.append(str(error))
@@ -347,7 +370,8 @@ WRONG_SIZE = "{} is {} x {} pixels (height x width), its image {} x {}; expected
 def _upright_size(source: PairSource, index: int, pixels: PixelFormat) -> tuple[int, int]:
     """Height and width of an image, turned upright: from its header where that tells. Raises what Pillow raises, and
     DamagedImage."""
-    with contextlib.suppress(UnidentifiedImageError), source.open_image(index) as stream, Image.open(stream) as image:
+    unknown = UnidentifiedImageError, Image.DecompressionBombError  # of which decode() has the say
+    with contextlib.suppress(*unknown), source.open_image(index) as stream, Image.open(stream) as image:
         width, height = image.size
         # In search of EXIF that is not in front, a PNG would be decoded. Broken EXIF turns nothing, as in decode().
         if image.format != "PNG" or "exif" in image.info:
@@ -360,14 +384,14 @@ def _upright_size(source: PairSource, index: int, pixels: PixelFormat) -> tuple[
     return tuple(image_of(data, pixels).shape[1:])
 
 
-def mask_of(data: Fetched, num_classes: int, *, name: str) -> torch.Tensor:
+def mask_of(data: Fetched, num_classes: int, *, name: str, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     """What a source fetched, as a mask uint8 (H, W) with the classes 0 .. N-1 and 255 for void.
 
     Raises DamagedImage, and DataError for colour and for labels beyond the classes; `name` stands in its message.
     """
     if isinstance(data, OSError):
         raise DamagedImage(data.strerror or str(data))
-    labels = data if isinstance(data, np.ndarray) else decode_stored(data)
+    labels = data if isinstance(data, np.ndarray) else decode_stored(data, max_pixels=max_pixels)
     if labels.ndim != 2 or labels.dtype.kind not in "bui":
         raise DataError(f"{name} has colour or transparency; expected one label a pixel, of a palette or grey")
     low, high = int(labels.min()), int(labels.max())
@@ -561,7 +585,7 @@ def read_pair(
     name = source.mask_name(index)
     image = image_of(data[0], pixels)
     try:
-        mask = mask_of(data[1], len(source.classes), name=name)
+        mask = mask_of(data[1], len(source.classes), name=name, max_pixels=pixels.max_pixels)
     except DamagedImage as error:
         raise DamagedImage(f"its mask {name}: {error}") from None
     if mask.shape != image.shape[1:]:

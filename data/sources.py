@@ -134,9 +134,7 @@ def open_sources(
     a data set of the library `datasets`, on the Hub or in files. Indices of large ones are kept in `cache`, by default
     in the user's. Raises DataError.
     """
-    folder = Path(cache) if cache else default_cache()
-    if cache:
-        check_cache(cache)
+    folder = open_cache(cache)
     parts = _open_parts(path_to_data, pixels, folder)
     if validation is not None:
         own = _open_parts(validation, pixels, folder)
@@ -145,6 +143,14 @@ def open_sources(
     if errors:
         raise DataError(errors[0])
     return parts["train"], parts.get("validation")
+
+
+def open_cache(cache: str | None) -> Path:
+    """The folder for indices: `cache`, or by default one of the user's. Raises DataError where that one is named and
+    cannot be written to."""
+    if cache:
+        check_cache(cache)
+    return Path(cache) if cache else default_cache()
 
 
 def _open_parts(path_to_data: str, pixels: PixelFormat, cache: Path | None) -> dict[str, Source]:

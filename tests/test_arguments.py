@@ -1,9 +1,11 @@
+import json
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from modeling.files import Stored
 from training import arguments
 from training.arguments import Parser, add_logging_flags, integer, number, one_of
 
@@ -131,24 +133,42 @@ def test_negative_numbers_are_values(text):
     assert errors == ["--nodata nan is no valid value; expected a number"]
 
 
-def test_what_the_data_say_of_themselves_fills_flags_that_were_left_out():
+def test_what_is_known_of_images_fills_flags_that_were_left_out(tmp_path):
+    """By the run that is resumed, by weights for as many channels, or by the data's statistics."""
     statistics = dict(channels=2, value_range=[0.0, 9.0], nodata=-1.0, mean=[0.1, 0.2], std=[0.3, 0.4])
 
-    def taken(*words):
+    def taken(*words, statistics=statistics, weights=None, resume=None, **options):
         flags = Parser("a test")
         arguments.add_image_flags(flags)
         args, errors = flags.read(list(words))
-        args.path_to_data = "data"
-        errors += arguments.check_images(args, statistics)
-        return [args.input_channels, args.value_range, args.nodata, args.mean, args.std], errors
+        args.path_to_data, args.resume_from_checkpoint = "data", resume
+        args.working_directory, args.experiment_name = tmp_path, "run"
+        errors += arguments.check_images(args, statistics, weights, **options)
+        assert not errors
+        return [args.input_channels, args.value_range, args.nodata, args.mean, args.std]
 
-    assert taken() == ([2, [0.0, 9.0], -1.0, [0.1, 0.2], [0.3, 0.4]], [])
-    assert taken("--nodata", "7", "--std", "1", "1") == ([2, [0.0, 9.0], 7.0, [0.1, 0.2], [1.0, 1.0]], [])
-    other_range = ["--value_range", "0", "1"]  # in which the mean would be another
-    assert taken(*other_range) == ([2, [0.0, 1.0], -1.0, [0.5, 0.5], [0.5, 0.5]], [])
+    assert taken() == [2, [0.0, 9.0], -1.0, [0.1, 0.2], [0.3, 0.4]]
+    assert taken("--nodata", "7", "--std", "1", "1") == [2, [0.0, 9.0], 7.0, [0.1, 0.2], [1.0, 1.0]]
+    halves = taken("--value_range", "-9", "9")  # zero in their middle
+    assert halves[:3] == [2, [-9.0, 9.0], -1.0]
+    assert halves[3] == pytest.approx([0.55, 0.6]) and halves[4] == pytest.approx([0.15, 0.2])
+    assert taken("--value_range", "0", "510", statistics=statistics | dict(value_range=None))[3] == [0.05, 0.1]
     colour = [3, None, None, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]
-    assert taken("--input_channels", "3") == (colour, [])
-    weights = SimpleNamespace(sizes=dict(in_channels=13))
-    assert arguments.channels_of(statistics, weights, adapt=False) == 2
-    assert arguments.channels_of(None, weights, adapt=False) == 13
-    assert arguments.channels_of(None, weights, adapt=True) == arguments.channels_of(None, None, adapt=False) == 3
+    assert taken("--input_channels", "3") == taken(statistics=None) == colour
+
+    def weights(channels, value_range):
+        stored = Stored(mean=[0.5] * channels, std=[0.25] * channels, value_range=value_range)
+        return SimpleNamespace(sizes=dict(in_channels=channels), stored=stored)
+
+    assert taken(weights=weights(2, None)) == [2, None, -1.0, [0.5] * 2, [0.25] * 2]  # trained on 8 bits
+    assert taken(weights=weights(2, [0.0, 1.0])) == [2, [0.0, 1.0], -1.0, [0.5] * 2, [0.25] * 2]
+    assert taken("--value_range", "0", "2", weights=weights(2, [0.0, 1.0]))[3:] == [[0.25] * 2, [0.125] * 2]
+    assert taken(weights=weights(3, None)) == taken()  # which are refused later
+    assert taken(weights=weights(5, None), statistics=None) == [5, None, None, [0.5] * 5, [0.25] * 5]
+    assert taken(weights=weights(1, None), statistics=None, adapt=True) == colour
+
+    (tmp_path / "run").mkdir()
+    names = ("input_channels", "value_range", "nodata", "mean", "std")
+    (tmp_path / "run/args.json").write_text(json.dumps({"flags": dict(zip(names, colour, strict=True))}))
+    assert taken(resume="auto") == taken(resume="auto", weights=weights(3, [0.0, 1.0])) == colour
+    assert taken() != colour

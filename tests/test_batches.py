@@ -1,3 +1,4 @@
+import gc
 import pickle
 import random
 from functools import partial
@@ -23,8 +24,6 @@ from data.files import FolderSource
 from data.sampling import StepSampler
 from data.sources import ShapesSource
 from data.transforms import evaluation, rand_augment
-
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")  # torchvision's
 
 
 def dataset(source, **options):
@@ -287,3 +286,52 @@ def test_normalisation_and_its_inverse():
     assert normalised.dtype == torch.float32
     assert normalised.flatten().tolist() == pytest.approx([-1, 1, (0.2 - 0.25) / 0.125, (0.4 - 0.25) / 0.125])
     torch.testing.assert_close(normalize.undo(normalised), images / 255)
+
+
+@pytest.mark.parametrize("size", [(24, 24), (16, 48)])
+def test_fast_decoding_reads_large_photographs_at_a_smaller_scale(tmp_path, size):
+    """The crops are then those of a smaller image, hardly different; small images are read as ever."""
+    source = FolderSource(write_images(tmp_path, 4, size=400))
+    items = [(epoch, index) for epoch in range(4) for index in range(4)]
+    options = dict(img_size=size, grid=(2, 3))
+    exact, fast = (dataset(source, fast=fast, **options).__getitems__(items).images.float() for fast in (False, True))
+    assert not torch.equal(exact, fast) and (exact - fast).abs().mean() < 6
+    exact, fast = (
+        labelled(source, fast=fast, augment=None, crop_scale=(0.3, 1.0), img_size=size)
+        .__getitems__(items)
+        .images.float()
+        for fast in (False, True)
+    )
+    assert not torch.equal(exact, fast) and (exact - fast).abs().mean() < 6
+    whole = [
+        dataset(source, fast=fast, train=False, **options).__getitems__(items[:4]).images for fast in (False, True)
+    ]
+    assert torch.equal(*whole)
+    small = FolderSource(write_images(tmp_path / "small", 2, size=40))
+    assert torch.equal(*(dataset(small, fast=fast, **options).__getitems__(items[:2]).images for fast in (False, True)))
+
+
+def test_deep_pixels_travel_as_floats_and_are_normalised_as_they_are(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        np.save(tmp_path / f"{i}.npy", rng.uniform(-5, 5, (30, 40, 4)).astype(np.float32))
+    (tmp_path / "2.npy").write_bytes(b"cut")
+    data = dataset(FolderSource(tmp_path), pixels=PixelFormat(4, (-5, 5)))
+    batch = data.__getitems__([(0, 0), (0, 1), (0, 2)])
+    assert batch.images.shape == (3, 4, 16, 24) and batch.images.dtype == torch.float32
+    assert batch.images.min() >= 0 and batch.images.max() <= 1 and [index for index, _ in batch.damaged] == [2]
+    normalize = Normalization([0.5] * 4, [0.25] * 4, torch.device("cpu"))
+    assert torch.allclose(normalize.undo(normalize(batch.images)), batch.images, atol=1e-6)
+    assert torch.equal(normalize(batch.images), (batch.images - 0.5) / 0.25)
+
+
+class Frozen(torch.utils.data.Dataset):
+    """What a worker's garbage collector leaves alone."""
+
+    def __getitems__(self, indices):
+        return gc.get_freeze_count()
+
+
+def test_workers_do_not_write_into_what_they_share():
+    (frozen,) = make_loader(Frozen(), [[0]], num_workers=1)
+    assert frozen > 10_000

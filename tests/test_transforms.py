@@ -20,8 +20,6 @@ from data.decode import decode
 from data.sampling import seeded
 from data.transforms import evaluation, pretraining, rand_augment, random_crop_box, resized_crop, training
 
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")  # torchvision's
-
 
 def picture(height: int, width: int, channels: int = 3, seed: int = 0) -> torch.Tensor:
     """Smooth colours, a few sharp edges and a little noise, in channels-last order as decode() gives it."""

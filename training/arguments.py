@@ -1,15 +1,17 @@
 """Flags that the scripts share, how they are read and checked, and how a script refuses bad ones."""
 
 import argparse
+import contextlib
 import difflib
 import errno
+import json
 import math
 import os
 import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -335,41 +337,37 @@ def add_image_flags(parser: Parser) -> None:
     )
 
 
-def channels_of(statistics: dict | None, weights, *, adapt: bool) -> int:
-    """The channels of a run that does not say: those of the data's statistics, those of the `weights` that it starts
-    from unless they are to be adapted, or three."""
-    if statistics:
-        return statistics["channels"]
-    return weights.sizes["in_channels"] if weights and not adapt else 3
+def check_images(
+    args: argparse.Namespace, statistics: dict | None = None, weights=None, *, adapt: bool = False
+) -> list[str]:
+    """Gives the flags of images that were left out their values; what is wrong with them.
 
-
-def take_statistics(args: argparse.Namespace, statistics: dict | None) -> None:
-    """Gives the flags of images that were left out what `statistics`, of prepare_data.py --statistics, says of the
-    data: the channels; and as far as they are meant for these channels and values, the others."""
-    statistics = statistics or {}
+    The values are those of the run that is resumed; those by which the `weights` were trained that this one starts
+    from; or those of the data's `statistics`, see prepare_data.py: the first that tells them for these channels. For
+    another --value_range, mean and deviation are converted. `adapt` says that the weights are to fit other channels.
+    """
+    errors, run = [], _images_of_run(args)
     if args.input_channels is None:
-        args.input_channels = statistics.get("channels", 3)
-    if statistics.get("channels") != args.input_channels:
-        return
-    for name in ("value_range", "nodata"):
-        if getattr(args, name) is None:
-            setattr(args, name, statistics[name])
-    if args.value_range == statistics["value_range"]:
-        for name in ("mean", "std"):
-            setattr(args, name, getattr(args, name) or statistics[name])
-
-
-def check_images(args: argparse.Namespace, statistics: dict | None = None) -> list[str]:
-    """Gives the flags of images that were left out their defaults; what is wrong with them. `statistics` are those of
-    the data, where there are any."""
-    errors = []
-    take_statistics(args, statistics)
+        own = 3 if weights is None or adapt else weights.sizes["in_channels"]
+        args.input_channels = (run or statistics or {}).get("channels", own)
     channels = args.input_channels
+    known = [facts for facts in (run, statistics) if facts and facts["channels"] == channels]
+    if args.nodata is None and known:
+        args.nodata = known[0]["nodata"]
+    trained = weights.stored if weights else None
+    if run is None and trained and len(trained.mean or []) == len(trained.std or []) == channels:
+        known = [trained._asdict()]
+    elif known and known[0] is statistics and args.value_range:
+        known = [statistics | {"value_range": statistics["value_range"] or [0.0, 255.0]}]
+    if known:
+        args.value_range = args.value_range or known[0]["value_range"]
+        mean, std = _in_range(args.value_range, known[0])
+        args.mean, args.std = args.mean or mean, args.std or std
     if not args.path_to_data:
         errors.append("--path_to_data is missing; give a folder of images or builtin:shapes")
     if args.value_range and not args.value_range[0] < args.value_range[1]:
         errors.append(
-            "--value_range {:g} {:g} is no range; give the value of black first, then a larger one".format(
+            "--value_range {} {} is no range; give the value of black first, then a larger one".format(
                 *args.value_range
             )
         )
@@ -380,6 +378,28 @@ def check_images(args: argparse.Namespace, statistics: dict | None = None) -> li
         if count != channels:
             errors.append(f"--{name} has {count} values for {channels} channels; give one a channel")
     return errors
+
+
+def _images_of_run(args: argparse.Namespace) -> dict | None:
+    """What the run that is to be resumed knew of its images; None where there is none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if args.resume_from_checkpoint:
+            path = Path(args.working_directory, args.experiment_name, "args.json")
+            flags = json.loads(path.read_text())["flags"]
+            others = {name: flags.get(name) for name in ("value_range", "nodata", "mean", "std")}
+            return {"channels": flags["input_channels"], **others}
+    return None
+
+
+def _in_range(value_range: Sequence[float] | None, known: dict) -> tuple[list[float], list[float]]:
+    """The mean and deviation of the same pixels in units of another range; as they are where one of the two is that of
+    8-bit images, whatever white is there."""
+    mean, std, old = list(known["mean"]), list(known["std"]), known["value_range"]
+    if old is None or value_range is None or list(old) == list(value_range):
+        return mean, std
+    low, length = value_range[0], value_range[1] - value_range[0]
+    mean = [(old[0] + value * (old[1] - old[0]) - low) / length for value in mean]
+    return mean, [value * (old[1] - old[0]) / length for value in std]
 
 
 def add_encoder_flags(parser: Parser, *, sizes: Iterable[str], drop_path: float = 0.0) -> None:

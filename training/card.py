@@ -307,7 +307,7 @@ def _uses(facts: Facts, place: str, repo_id: str | None, revision: str | None) -
 
     def python(imports: list[str], load: str, prepare: list[str], then: Sequence[str]) -> str:
         height, width = facts.img_size
-        made = ": (pixels - {0:g}) / ({1:g} - {0:g})".format(*facts.value_range) if facts.value_range else ""
+        made = ": (pixels - {0}) / ({1} - {0})".format(*facts.value_range) if facts.value_range else ""
         own = [
             f"images = torch.rand(1, {facts.channels}, {height}, {width})  # yours, in [0, 1]{made}",
             f"mean, std = torch.tensor({facts.mean})[:, None, None], torch.tensor({facts.std})[:, None, None]",
@@ -343,7 +343,7 @@ def _uses(facts: Facts, place: str, repo_id: str | None, revision: str | None) -
         parts += ["The whole autoencoder:", autoencoder]
     commands = [predict] if facts.autoencoder else []
     images = f" --input_channels {facts.channels}" if facts.channels != 3 else ""
-    images += " --value_range {:g} {:g}".format(*facts.value_range) if facts.value_range else ""
+    images += " --value_range {} {}".format(*facts.value_range) if facts.value_range else ""
     commands += [
         f"{predict} --features features.npy",
         f"python finetune_classifier.py --path_to_data IMAGES --path_to_pretrained_mae_weights {project}{images}",
