@@ -4,11 +4,11 @@
 
 SOURCE is what --path_to_data of the training scripts takes, and so is OUT. OUT holds shards of JPEG files, shrunk until
 the shorter side has 256 pixels (the library datasets loads them too: load_from_disk("prepared")), or with --format
-array of decoded pixels, which take more room and are read fastest. Without --short_side and --quality the files are
-kept as they are, and a run on OUT equals one on SOURCE. Of a folder with images/ and annotations/, OUT holds the pairs
-for finetune_segmentation.py. damaged.jsonl names what could not be read. An interrupted preparation goes on when the
-same command is repeated. --statistics writes statistics.json into OUT, from which the scripts take --mean and --std;
-without OUT it measures SOURCE:
+array of decoded pixels (uint8, with --value_range float32), which take more room and are read fastest. Without
+--short_side and --quality the files are kept as they are, and a run on OUT equals one on SOURCE. Of a folder with
+images/ and annotations/, OUT holds the pairs for finetune_segmentation.py. damaged.jsonl names what could not be read.
+An interrupted preparation goes on when the same command is repeated. --statistics writes statistics.json into OUT, from
+which the scripts take --mean and --std; without OUT it measures SOURCE:
 
     python prepare_data.py elevation/ --statistics --input_channels 1
 """
@@ -36,9 +36,10 @@ from tqdm import tqdm
 
 from data.arrow import END
 from data.batches import make_loader
-from data.decode import MAX_PIXELS, DamagedImage, PixelFormat, decode_stored, own_values
-from data.index import DataError, Names, first_few
+from data.decode import MAX_PIXELS, DamagedImage, PixelFormat, WrongPixels, decode_stored, own_values
+from data.index import DataError, first_few
 from data.prepared import (
+    PLAN,
     PREPARED,
     PREPARING,
     SETTINGS,
@@ -58,6 +59,7 @@ from training.progress import in_bytes
 
 QUALITY = 90  # of JPEG, where only --short_side is given
 PROBED = 64  # images from which the size of all is estimated
+BEGUN = (PREPARING, f".{Path(PLAN).name}.tmp")  # all that there is before a plan is written
 CHUNK_SAMPLES, CHUNK_BYTES = 256, 8e6  # what a process encodes at a time, at most
 FLAGS = {"channels": "input_channels"}  # settings that have another name than their flag
 LONGEST = 65500  # pixels of a side that libjpeg writes
@@ -115,9 +117,9 @@ def parse_args(argv=None):
 
 
 def typed(value):
-    """A flag's value as it is typed."""
+    """A flag's value as it is typed: typing it gives the same numbers, to the last digit."""
     values = value if isinstance(value, list | tuple) else [value]
-    return " ".join(f"{number:.9g}" if isinstance(number, float) else str(number) for number in values)
+    return " ".join(repr(part).removesuffix(".0") if isinstance(part, float) else str(part) for part in values)
 
 
 # What becomes of the images: this runs in the worker processes
@@ -128,7 +130,7 @@ class Chunk(NamedTuple):
 
     data: bytes  # what a shard holds of them
     samples: int  # that it holds
-    shapes: list[tuple[int, int]]  # (height, width) of each, for pixels that are decoded
+    shapes: np.ndarray | None  # (height, width) of each, (samples, 2), for pixels that are decoded
     damaged: list[tuple[int, str]]  # index and reason of those that cannot be read
 
 
@@ -168,20 +170,15 @@ def end_with_parent():
 
 
 class ArrayEncoder(Encoder):
-    """Pixels (H, W, C), one image after the other."""
-
-    def __init__(self, source, settings, pixels, *, dtype):
-        super().__init__(source, settings, pixels)
-        self.dtype = np.dtype(dtype)
+    """Pixels (H, W, C), one image after the other: uint8, or with a value range the stored numbers as float32, which
+    holds 16 bits and what has no data (NaN)."""
 
     def encoded(self, index, damaged):
         """The image's pixels; or None, and it is appended to `damaged`."""
         (data,) = self.source.fetch([index])
         try:
             values = values_of(data, self.pixels, stored=self.pixels.value_range is not None)
-            if not np.can_cast(values.dtype, self.dtype):
-                raise DamagedImage(f"{values.dtype} pixels, which are not held by the {self.dtype} of the others")
-            return shrink(values, self.settings["short_side"]).astype(self.dtype, copy=False)
+            return shrink(values.astype(type_of_pixels(self.pixels), copy=False), self.settings["short_side"])
         except DamagedImage as error:
             damaged.append((index, str(error)))
 
@@ -192,7 +189,13 @@ class ArrayEncoder(Encoder):
     def packed(self, kept, images, damaged):
         """The chunk of these images."""
         data = b"".join(image.tobytes() for image in images)
-        return Chunk(data, len(kept), [image.shape[:2] for image in images], damaged)
+        shapes = np.array([image.shape[:2] for image in images], dtype=np.int32).reshape(-1, 2)
+        return Chunk(data, len(kept), shapes, damaged)
+
+
+def type_of_pixels(pixels):
+    """Of the shards of --format array."""
+    return "uint8" if pixels.value_range is None else "float32"
 
 
 class FileEncoder(Encoder):
@@ -253,13 +256,13 @@ class FileEncoder(Encoder):
         import pyarrow as pa
 
         if not kept:
-            return Chunk(b"", 0, [], damaged)
+            return Chunk(b"", 0, None, damaged)
         rows = [{"image": {"bytes": image}, "mask": {"bytes": mask}} for image, mask in images]
         for row, index in zip(rows, kept, strict=True):
             row["image"]["path"] = relative_name(self.source, index)
             row["label"] = None if self.source.labels is None else int(self.source.labels[index])
         data = pa.RecordBatch.from_pylist(rows, self.schema).serialize().to_pybytes()  # only the columns of the schema
-        return Chunk(data, len(kept), [], damaged)
+        return Chunk(data, len(kept), None, damaged)
 
 
 def has_masks(source):
@@ -299,18 +302,14 @@ def values_of(data, pixels, *, stored):
 
 
 def shrink(values, short_side):
-    """(H, W, C) of any type, by antialiased bicubic to `short_side` on the shorter side, as transforms.evaluation
+    """(H, W, C), uint8 or float32, by antialiased bicubic to `short_side` on the shorter side, as transforms.evaluation
     resizes; or `values` themselves where they are no longer. What has no data (NaN) spreads over the filter's width."""
     height, width, _ = values.shape
     if short_side is None or min(height, width) <= short_side:
         return values
     size = [side * short_side // min(height, width) for side in (height, width)]
-    pixels = values.astype(values.dtype if values.dtype == np.uint8 else np.float32)  # a copy that can be written to
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    small = interpolate(image, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).contiguous().numpy()
-    if values.dtype == np.uint16:
-        small = small.round().clip(0, 2**16 - 1)
-    return small.astype(values.dtype, copy=False)
+    image = torch.from_numpy(values.copy()).permute(2, 0, 1)[None]  # torch warns about memory that cannot be written to
+    return interpolate(image, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).contiguous().numpy()
 
 
 def features_of(source):
@@ -334,25 +333,10 @@ def spread(source):
     return [index * len(source) // count for index in range(count)]
 
 
-def stored_type(sources, pixels):
-    """The type that holds the stored numbers of some images without loss; None where they cannot be read."""
-    types = []
-    pixels = pixels._replace(nodata=None)  # which would make floats of them
-    for source in sources:
-        for index in spread(source):
-            (data,) = source.fetch([index])
-            try:
-                types.append(values_of(data, pixels, stored=True).dtype)
-            except DamagedImage:
-                continue
-    return np.result_type(*types) if types else None
-
-
-def make_encoders(sources, settings, pixels, dtype):
+def make_encoders(sources, settings, pixels):
     """An encoder for each split."""
-    if settings["format"] == "jpeg":
-        return {split: FileEncoder(source, settings, pixels) for split, source in sources.items()}
-    return {split: ArrayEncoder(source, settings, pixels, dtype=dtype) for split, source in sources.items()}
+    encoder = FileEncoder if settings["format"] == "jpeg" else ArrayEncoder
+    return {split: encoder(source, settings, pixels) for split, source in sources.items()}
 
 
 def mean_size(encoder):
@@ -368,20 +352,25 @@ def mean_size(encoder):
     return sum(sizes) / len(sizes)
 
 
+def identities(sources):
+    """What tells the images of each split from others: fingerprints, and about the bytes of all files."""
+    return {
+        "fingerprint": {split: source.fingerprint() for split, source in sources.items()},
+        "source_bytes": {split: round(source.size_in_bytes()) for split, source in sources.items()},
+    }
+
+
 def make_plan(sources, settings, pixels):
-    """What is to be written, which decides every byte of it: settings, type, fingerprints, which sample goes into which
-    shard. Raises DataError."""
+    """What is to be written, which decides every byte of it: settings, type, what the sources are, which sample goes
+    into which shard. Raises DataError."""
     if any(map(has_masks, sources.values())):
         if settings["short_side"] is not None:
             raise DataError("--short_side: the images have masks, which are scored at their own size; leave it out")
         if settings["format"] == "array":
             raise DataError("--format array holds no masks, and the images have some; give --format jpeg")
-    dtype = "uint8"
-    if settings["format"] == "array" and pixels.value_range is not None:
-        dtype = "float32" if pixels.nodata is not None else str(stored_type(sources.values(), pixels) or dtype)
-    plan = {"version": VERSION, **settings, "dtype": dtype, "bounds": {}, "bytes": {}, "chunk": {}}
-    plan["fingerprint"] = {split: source.fingerprint() for split, source in sources.items()}
-    for split, encoder in make_encoders(sources, settings, pixels, dtype).items():
+    plan = {"version": VERSION, **settings, **identities(sources), "bounds": {}, "bytes": {}, "chunk": {}}
+    plan["dtype"] = type_of_pixels(pixels) if settings["format"] == "array" else "uint8"
+    for split, encoder in make_encoders(sources, settings, pixels).items():
         size = mean_size(encoder)
         shards = min(len(encoder), max(1, math.ceil(len(encoder) * size / (settings["shard_size"] * 1e6))))
         plan["bounds"][split] = [number * len(encoder) // shards for number in range(shards + 1)]
@@ -400,8 +389,9 @@ def check_same(output, found, settings, sources):
         for name in settings
         if found[name] != settings[name]
     ]
-    if found["fingerprint"] != {split: source.fingerprint() for split, source in sources.items()}:
-        errors.append(f"{output} was begun with other images: they differ in number or names; give another OUT")
+    if any(found.get(name) != value for name, value in identities(sources).items()):
+        what = "number, names, sizes or labels"
+        errors.append(f"{output} was begun with other images: they differ in {what}; give another OUT")
     if errors:
         raise DataError("\n".join(errors))
 
@@ -432,10 +422,23 @@ def record_path(output, name):
     return output / PREPARING / f"{name.replace('/', '-')}.json"
 
 
+def shapes_path(output, name):
+    """Where the (height, width) of each image of a finished shard of pixels are noted."""
+    return record_path(output, name).with_suffix(".npy")
+
+
 def read_record(output, name):
     """What is noted of a finished shard, None of another."""
     path = record_path(output, name)
     return json.loads(path.read_text()) if path.is_file() and (output / name).is_file() else None
+
+
+def write_array(path, array):
+    """Writes an .npy file, to the disk."""
+    with open(path, "wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_split(output, plan, split, encoder, num_workers, bar):
@@ -458,7 +461,7 @@ def write_split(output, plan, split, encoder, num_workers, bar):
             for seen, chunk in zip(indices, loader, strict=False):
                 file.write(chunk.data)
                 samples += chunk.samples
-                shapes += chunk.shapes
+                shapes.append(chunk.shapes)
                 damaged += chunk.damaged
                 bar.update(len(seen))
             file.write(encoder.end)
@@ -466,7 +469,9 @@ def write_split(output, plan, split, encoder, num_workers, bar):
             os.fsync(file.fileno())
         part.replace(path)  # so that it is whole or absent
         record = dict(file=name, samples=samples, bytes=path.stat().st_size, sha256=checksum(path))
-        write_json(record_path(output, name), {"shard": record, "shapes": shapes, "damaged": damaged})
+        if plan["format"] == "array":
+            write_array(shapes_path(output, name), np.concatenate(shapes))
+        write_json(record_path(output, name), {"shard": record, "damaged": damaged})
 
 
 def write_files_index(output, plan, split, source, records):
@@ -484,21 +489,21 @@ def write_files_index(output, plan, split, source, records):
 
 def write_array_index(output, plan, split, source, records):
     """Where each image of a split lies, and what it is."""
-    shapes = [np.array(record["shapes"], dtype=np.int32).reshape(-1, 2) for record in records]
+    shapes = [np.load(shapes_path(output, record["shard"]["file"])) for record in records]
     sizes = [plan["channels"] * np.dtype(plan["dtype"]).itemsize * shape.prod(1, dtype=np.int64) for shape in shapes]
     damaged = [index for record in records for index, _ in record["damaged"]]
     kept = np.setdiff1d(np.arange(len(source)), damaged)
-    names = Names.from_list([os.fsencode(relative_name(source, int(index))) for index in kept])
+    names, name_ends = bytearray(), np.empty(len(kept), dtype=np.int64)  # as Names has them
+    for place, index in enumerate(kept):
+        names += os.fsencode(relative_name(source, int(index)))
+        name_ends[place] = len(names)
     columns = dict(zip(("heights", "widths"), np.concatenate(shapes).T, strict=True))
     columns["offsets"] = np.concatenate([size.cumsum() - size for size in sizes])
-    columns["names"], columns["name_ends"] = names.buffer, names.ends
+    columns["names"], columns["name_ends"] = np.frombuffer(names, dtype=np.uint8), name_ends
     if source.labels is not None:
         columns["labels"] = np.asarray(source.labels, dtype=np.int32)[kept]
     for name, column in columns.items():
-        with open(output / split / f"{name}.npy", "wb") as file:
-            np.save(file, column)
-            file.flush()
-            os.fsync(file.fileno())
+        write_array(output / split / f"{name}.npy", column)
 
 
 def finish(output, plan, sources):
@@ -512,7 +517,8 @@ def finish(output, plan, sources):
         faults = [fault for record in records for fault in record["damaged"]]
         damaged += [json.dumps({"path": source.name(index), "reason": reason}) + "\n" for index, reason in faults]
     (output / "damaged.jsonl").write_text("".join(damaged))
-    content = {name: plan[name] for name in ("version", *SETTINGS, "shard_size", "dtype", "fingerprint")}
+    noted = ("version", *SETTINGS, "shard_size", "dtype", "fingerprint", "source_bytes")
+    content = {name: plan[name] for name in noted}
     if plan["format"] == "jpeg":
         write_json(output / "dataset_dict.json", {"splits": list(sources)})
         if isinstance(sources["train"], SegmentationFolder):
@@ -526,11 +532,11 @@ def finish(output, plan, sources):
 
 def begin(output, settings, sources, pixels):
     """The plan of a folder that is begun, or goes on. Raises DataError where that cannot be."""
-    path = output / PREPARING / "plan.json"
+    path = output / PLAN
     if path.is_file():
         plan = json.loads(path.read_text())
         check_same(output, plan, settings, sources)
-    elif output.exists() and not (output.is_dir() and {*os.listdir(output)} <= {PREPARING}):
+    elif output.exists() and not (output.is_dir() and all(path.name in BEGUN for path in output.rglob("*"))):
         raise DataError(f"{output} holds something else; give an empty folder or a new one")
     else:
         plan = make_plan(sources, settings, pixels)
@@ -563,7 +569,7 @@ def prepare(output, settings, sources, pixels, num_workers):
             return
         start_time = time.monotonic()
         plan = begin(output, settings, sources, pixels)
-        encoders = make_encoders(sources, settings, pixels, plan["dtype"])
+        encoders = make_encoders(sources, settings, pixels)
         with tqdm(total=sum(map(len, sources.values())), unit="image") as bar:
             for split, encoder in encoders.items():
                 write_split(output, plan, split, encoder, num_workers, bar)
@@ -599,29 +605,53 @@ def verify(folder, num_workers):
 class Measure(Dataset):
     """Takes a list of sample indices: (the Moments of those that can be read, index and reason of the others).
 
-    `stored`: of the numbers as they are stored; otherwise of 8-bit pixels.
+    `eight_bit`: of the pixels that a run sees; otherwise of the numbers as they are stored.
     """
 
-    def __init__(self, source, pixels, *, stored):
-        self.source, self.pixels, self.stored = source, pixels, stored
+    def __init__(self, source, pixels, *, eight_bit):
+        self.source, self.pixels, self.eight_bit = source, pixels, eight_bit
 
     def __getitems__(self, indices):
         moments, damaged = [], []
         for index in indices:
             (data,) = self.source.fetch([index])
             try:
-                values = values_of(data, self.pixels, stored=self.stored)
+                if self.eight_bit:  # whatever the files are: a run compares --nodata after it has converted them
+                    data = values_of(data, self.pixels._replace(nodata=None), stored=False)
+                values = values_of(data, self.pixels, stored=True)
                 moments.append(moments_of(values, self.pixels.value_range))
             except DamagedImage as error:
                 damaged.append((index, str(error)))
         return moments, damaged
 
 
+def is_eight_bit(source, pixels):
+    """Whether some images, those that can be read, have 8 bits: a run without --value_range sees the numbers that they
+    store. Their type does not tell, as it is float32 where a file has pixels of its own nodata."""
+    pixels = pixels._replace(nodata=None)
+    for index in spread(source):
+        (data,) = source.fetch([index])
+        try:
+            stored = values_of(data, pixels, stored=True)
+        except DamagedImage:
+            continue
+        if stored.dtype == np.uint8:
+            continue
+        try:
+            seen, known = values_of(data, pixels, stored=False), np.isfinite(stored)
+        except WrongPixels:
+            return False
+        except DamagedImage:  # no pixel with data
+            continue
+        if not np.array_equal(seen[known], stored[known]):
+            return False
+    return True
+
+
 def measure(source, pixels, num_workers):
     """The content of statistics.json. Raises DataError where no image can be read."""
-    dtype = stored_type([source], pixels)
-    eight_bit = pixels.value_range is None and (dtype is None or dtype == np.uint8)
-    data = Measure(source, pixels, stored=not eight_bit or pixels.nodata is not None)
+    eight_bit = pixels.value_range is None and is_eight_bit(source, pixels)
+    data = Measure(source, pixels, eight_bit=eight_bit)
     total, damaged = [], []  # the Moments of all images, once there are some
     chunks = [range(start, min(start + 32, len(source))) for start in range(0, len(source), 32)]
     with tqdm(total=len(source), unit="image") as bar:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from data.files import FileSource
-from data.index import DataError, Names, default_cache, first_few, number_labels
+from data.index import DataError, Names, default_cache, first_few, number_labels, with_labels
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -70,6 +70,16 @@ class EncodedColumn:
             return memoryview(pa.foreign_buffer(int(self._addresses[index]), size, base=self._column))
         path = self.path(index)
         return FileSource([os.fsencode(path)]).fetch([0])[0] if path else OSError(errno.ENODATA, NOTHING)
+
+    def digest(self) -> str:
+        """Equal for files of equal names and sizes in the same order, wherever they lie."""
+        import pyarrow.compute as pc
+
+        digest = hashlib.sha256(self.sizes.tobytes())
+        if self.paths is not None:
+            names = pc.replace_substring_regex(self.paths, "^.*/", "")  # folders differ between machines
+            digest.update(Names.from_arrow(names).digest().encode())
+        return digest.hexdigest()[:16]
 
     def size_in_bytes(self) -> float:
         """What all files take, about for those that are not in the table."""
@@ -169,14 +179,9 @@ class ArrowSource:
         return sum(column.size_in_bytes() for column in (self._images, self._masks) if column)
 
     def fingerprint(self) -> str:
-        """Equal for images of equal names and sizes in the same order, wherever they lie."""
-        import pyarrow.compute as pc
-
-        digest = hashlib.sha256(self._images.sizes.tobytes())
-        if self._images.paths is not None:
-            names = pc.replace_substring_regex(self._images.paths, "^.*/", "")  # folders differ between machines
-            digest.update(Names.from_arrow(names).digest().encode())
-        return digest.hexdigest()[:16]
+        """Equal for equal labels and images and masks of equal names and sizes in the same order, wherever they lie."""
+        masks = self._masks.digest() if self._masks else None
+        return with_labels(self._images.digest(), self.labels, self.classes, masks)
 
 
 def _labels(column: "pa.ChunkedArray", classes: list[str], name: str) -> tuple[np.ndarray | None, list[str]]:

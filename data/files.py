@@ -4,7 +4,6 @@ import contextlib
 import csv
 import errno
 import glob
-import hashlib
 import json
 import os
 import re
@@ -18,13 +17,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.index import DataError, Names, cached, first_few, number_labels
+from data.index import DataError, Names, cached, first_few, number_labels, with_labels
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".jp2"),
     *(".npy", ".jpe", ".pbm", ".pnm"),
 )
-COLUMNS = ("path", "label", "mask")
+COLUMNS = {"path": "a path", "label": "a whole number from 0, or a name", "mask": "a path"}
 CACHED_FROM = 20_000  # samples: fewer are found at once
 CHECKED = 100_000  # paths of a list, at most: looking at millions would take minutes on a slow file system
 THREADS = 8  # that look at folders and files: over a network they wait; on a local disk they hinder each other
@@ -119,10 +118,8 @@ class ListSource(FileSource):
 
     def fingerprint(self) -> str:
         """Equal for two lists of the same paths, masks and labels; without these two, that of a folder's images."""
-        if self.labels is None and not self.has_masks:
-            return super().fingerprint()
-        labels = b"" if self.labels is None else self.labels.tobytes() + "\n".join(self.classes).encode()
-        return hashlib.sha256(f"{super().fingerprint()} {self._masks.digest()} ".encode() + labels).hexdigest()[:16]
+        masks = self._masks.digest() if self.has_masks else None
+        return with_labels(super().fingerprint(), self.labels, self.classes, masks)
 
 
 def _no_folder(path: str) -> str:
@@ -207,8 +204,8 @@ def _find(root: bytes, suffixes: tuple[str, ...]) -> tuple[dict, dict[str, np.nd
         else:
             runs.append(part)
     if not runs:
-        shards = "; of tar shards give a pattern, 'FOLDER/*.tar'" if glob.glob(os.path.join(root, b"*.tar")) else ""
-        raise DataError(f"{os.fsdecode(root)} holds no image; expected files named {', '.join(suffixes)}{shards}")
+        expected = f"expected files named {', '.join(suffixes)}{_other_data(root)}"
+        raise DataError(f"{os.fsdecode(root)} holds no image; {expected}")
     lengths = np.concatenate([run.lengths for run in runs])
     arrays = {"names": np.frombuffer(b"".join(run.paths for run in runs), np.uint8), "ends": np.cumsum(lengths)}
     classes = []
@@ -220,6 +217,15 @@ def _find(root: bytes, suffixes: tuple[str, ...]) -> tuple[dict, dict[str, np.nd
         arrays["labels"] = np.repeat(numbers, [len(run.lengths) for run in runs])
     meta = {"seen": seen, "start": start, "count": len(lengths), "classes": [os.fsdecode(name) for name in classes]}
     return meta, arrays
+
+
+def _other_data(root: bytes) -> str:
+    """What to give instead of a folder that holds data of another kind; "" where it does not."""
+    if glob.glob(os.path.join(glob.escape(root), b"*.tar")):
+        return "; of tar shards give a pattern, 'FOLDER/*.tar'"
+    if tables := glob.glob(os.path.join(glob.escape(root), b"*", b"*.parquet")):
+        return f"; of Parquet files give '{os.fsdecode(os.path.dirname(min(tables)))}'"
+    return ""
 
 
 def _scan(root: bytes, endings: frozenset[bytes], folder: bytes) -> tuple[list[int], list[bytes | _Run]]:
@@ -308,22 +314,34 @@ def _read_columns(path: str) -> dict:
     types = dict.fromkeys(COLUMNS, pa.large_string())
     try:
         if not _is_json(path):
+            written = {name.strip(): name for name in _header(path)}
+            columns = [written.get(name, name) for name in types]
             options = pa.csv.ConvertOptions(
-                column_types=types, include_columns=list(types), include_missing_columns=True, strings_can_be_null=False
+                column_types=dict.fromkeys(columns, pa.large_string()),
+                include_columns=columns,
+                include_missing_columns=True,
+                strings_can_be_null=False,
             )
             table = pa.csv.read_csv(path, pa.csv.ReadOptions(block_size=2**24), convert_options=options)
+            table = table.rename_columns(list(types))
         else:
             try:
                 table = _read_json(path, types)
             except pa.ArrowInvalid:
                 table = _read_json(path, types | {"label": pa.int64()})
             table.validate(full=True)  # UTF-8
-    except pa.ArrowException:
+    except (pa.ArrowException, csv.Error):
         # What Arrow does not take is read more patiently: it is told where it goes wrong, if it does.
         rows = [row for _, row in _rows(path)]
         columns = {name: [row.get(name) for row in rows] for name in types}
         return {name: pa.chunked_array([pa.array(texts, pa.large_string())]) for name, texts in columns.items()}
     return {name: table[name] for name in types}
+
+
+def _header(path: str) -> list[str]:
+    """The names of a CSV's columns, as they are written."""
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        return next(filter(None, csv.reader(file)), [])
 
 
 def _is_json(path: str) -> bool:
@@ -354,14 +372,15 @@ def _rows(path: str) -> Iterator[tuple[int, dict]]:
                     yield number, _checked(json.loads(line))
         else:
             rows = filter(None, csv.reader(lines(), strict=True))
-            header = next(rows, [])
+            header = [name.strip() for name in next(rows, [])]
             for row in rows:
                 if len(row) != len(header):
                     raise ValueError(f"{len(row)} fields below a header of {len(header)}")
                 yield number, dict(zip(header, row, strict=True))
     except (ValueError, csv.Error, RecursionError) as error:
         form = "a JSON object in every line" if _is_json(path) else "CSV with a header"
-        raise DataError(f"{path}, line {number}: {error}; expected {form}, in UTF-8; correct the line") from None
+        expected = "" if isinstance(error, DataError) else f"; expected {form}, in UTF-8"
+        raise DataError(f"{path}, line {number}: {error}{expected}; correct the line") from None
 
 
 def _checked(row: object) -> dict:
@@ -369,11 +388,11 @@ def _checked(row: object) -> dict:
     if not isinstance(row, dict):
         raise ValueError("no object")
     texts = {column: row.get(column) for column in COLUMNS}
-    if type(texts["label"]) in (int, float):
+    if type(texts["label"]) is int:
         texts["label"] = str(texts["label"])
     for column, text in texts.items():
         if not isinstance(text, str | None):
-            raise ValueError(f"{column} is no text, but {json.dumps(text)}")
+            raise DataError(f"{column} is {json.dumps(text)}; expected {COLUMNS[column]}")
         (text or "").encode()  # half a surrogate pair is no text either
     return row | {column: text for column, text in texts.items() if column in row}
 

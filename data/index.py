@@ -74,6 +74,18 @@ class Names:
         return digest.hexdigest()[:16]
 
 
+def with_labels(images: str, labels: np.ndarray | None, classes: Sequence[str], masks: str | None) -> str:
+    """The fingerprint of a data set: `images`, that of its images; with labels or masks, one that follows from all.
+
+    `masks` is a digest of the masks, None where there are none.
+    """
+    if labels is None and masks is None:
+        return images
+    masks = Names.from_list([]).digest() if masks is None else masks
+    numbers = b"" if labels is None else labels.tobytes() + "\n".join(classes).encode()
+    return hashlib.sha256(f"{images} {masks} ".encode() + numbers).hexdigest()[:16]
+
+
 def first_few(words: Iterable[str], count: int) -> str:
     """The first three of `count` words, and how many more there are: "a, b, c and 4 more"."""
     shown = list(islice(words, 3))
@@ -129,7 +141,10 @@ def number_labels(texts, where: Callable[[int], str]) -> tuple[np.ndarray, list[
 
 def default_cache() -> Path:
     """Where indices are kept unless another place is named."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "masked-autoencoders")
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "masked-autoencoders")
+    except RuntimeError:  # a user without a home, as in containers
+        return Path(tempfile.gettempdir(), f"masked-autoencoders-{os.getuid()}")
 
 
 def check_cache(cache: str | Path) -> None:

@@ -2,9 +2,9 @@
 decoded pixels, which are mapped into memory.
 
 A prepared folder has prepared.json, damaged.jsonl and a folder for each split. As `jpeg` that is what `datasets`'
-save_to_disk writes, with the columns image, and where there are such label and mask. As `array` the pixels (H, W, C) of
-one image after the other lie in .bin files, and offsets (of bytes in that file), heights, widths, labels, names and
-name_ends in .npy files, with an entry for each image.
+save_to_disk writes, with the columns image, and where there are such label and mask. As `array` the pixels (H, W, C),
+uint8 or with a value range float32, of one image after the other lie in .bin files, and offsets (of bytes in that
+file), heights, widths, labels, names and name_ends in .npy files, with an entry for each image.
 """
 
 import hashlib
@@ -24,13 +24,14 @@ from data.index import DataError, Names
 
 VERSION = 1
 PREPARED, PREPARING = "prepared.json", "preparing"
+PLAN = f"{PREPARING}/plan.json"
 SETTINGS = ("format", "short_side", "quality", "channels", "value_range", "nodata", "max_pixels")  # of prepared.json
 AGAIN = "remove the folder and prepare it again, with prepare_data.py"
 
 
 def is_prepared(folder: str | Path) -> bool:
     """Whether prepare_data.py has begun, or finished, to write this folder."""
-    return (Path(folder) / PREPARED).is_file() or (Path(folder) / PREPARING).is_dir()
+    return (Path(folder) / PREPARED).is_file() or (Path(folder) / PLAN).is_file()
 
 
 def read_prepared(folder: str | Path) -> dict:
@@ -98,7 +99,7 @@ def _other_pixels(found: dict, pixels: PixelFormat) -> list[str]:
     if found["format"] == "array" and stored is None and pixels.value_range is not None:
         errors.append("was prepared without --value_range, as 8-bit pixels; leave it out, or prepare again with it")
     if found["format"] == "array" and stored is not None and pixels.value_range is None:
-        errors.append("holds {} pixels; give --value_range {:g} {:g}".format(found["dtype"], *stored))
+        errors.append("holds {} pixels; give --value_range {!r} {!r}".format(found["dtype"], *stored))
     return errors
 
 
@@ -165,7 +166,7 @@ class ArraySource:
         return os.path.join(self._folder, os.fsdecode(self._names[index]))
 
     def fetch(self, indices: Sequence[int]) -> list[np.ndarray]:
-        """The images' pixels (H, W, C), uint8, uint16 or float32, as views of the files."""
+        """The images' pixels (H, W, C), uint8 or float32, as views of the files."""
         return [self._pixels(int(index)) for index in indices]
 
     def _pixels(self, index: int) -> np.ndarray:

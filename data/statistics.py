@@ -55,7 +55,7 @@ def statistics_of(moments: Moments, pixels: PixelFormat, *, eight_bit: bool) -> 
     if value_range is None:
         low, high = (0.0, 255.0) if eight_bit else (float(moments.low.min()), float(moments.high.max()))
         if not low < high:
-            what = f"all pixels are {low:g}" if math.isfinite(low) else "no pixel has data"
+            what = f"all pixels are {low!r}" if math.isfinite(low) else "no pixel has data"
             raise DataError(f"{what}; expected images with something to see; look at --nodata and --input_channels")
         mean, std = (mean - low) / (high - low), std / (high - low)
         value_range = None if eight_bit else (low, high)

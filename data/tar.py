@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from data.files import CLOCK, OF_THE_PATH, PAUSES, SUFFIXES
-from data.index import DataError, Names, cached, first_few, number_labels
+from data.index import DataError, Names, cached, first_few, number_labels, with_labels
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,9 +40,10 @@ class TarSource:
     """The samples of tar shards that have an image, in the order in which they lie there.
 
     `pattern` is a path with ranges {0000..0146}, lists {a,b} and * ?, or several of these, joined by :: or in a list. A
-    sample's image is its first member named .jpg, .png, .webp, .npy, ...; its label is .cls, or `label` or `cls` in
-    .json; its mask .seg.png, .mask.png, .seg or .mask. The index is kept in the folder `cache`, and used until a shard
-    changes. Raises DataError for shards that are missing, cut, compressed, or hold no image.
+    sample's image is its first member named .jpg, .png, .webp, .npy, ..., or where there is none, the first that ends
+    like .left.jpg; its label is .cls, or `label` or `cls` in .json; its mask .seg.png, .mask.png, .seg or .mask. The
+    index is kept in the folder `cache`, and used until a shard changes. Raises DataError for shards that are missing,
+    cut, compressed, or hold no image.
     """
 
     def __init__(self, pattern: str | Sequence[str], *, cache: Path | None = None):
@@ -113,9 +114,15 @@ class TarSource:
         return float(sum(places[:, 1].sum() for places in (self._images, self._masks) if places is not None))
 
     def fingerprint(self) -> str:
-        """Equal for images of equal names and sizes in the same order, wherever the shards lie."""
-        sizes = np.ascontiguousarray(self._images[:, 1])
-        return hashlib.sha256(self._names.digest().encode() + sizes.tobytes()).hexdigest()[:16]
+        """Equal for equal labels and images and masks of equal names and sizes in the same order, in any shards."""
+        masks = _digest(self._mask_names, self._masks) if self.has_masks else None
+        return with_labels(_digest(self._names, self._images), self.labels, self.classes, masks)
+
+
+def _digest(names: Names, places: np.ndarray) -> str:
+    """Equal for equal names and sizes in the same order."""
+    sizes = np.ascontiguousarray(places[:, 1])
+    return hashlib.sha256(names.digest().encode() + sizes.tobytes()).hexdigest()[:16]
 
 
 class _Descriptor:
@@ -189,7 +196,8 @@ def _index(shards: list[str]) -> tuple[dict, dict[str, np.ndarray]]:
     import pyarrow as pa
 
     start, stamps = time.time_ns(), _stamps(shards)
-    processes = min(len(shards), len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = min(len(shards), cores)
     with ProcessPoolExecutor(processes) if processes > 1 else contextlib.nullcontext() as pool:
         found = list((pool.map if pool else map)(index_shard, shards))
     errors = [part for part in found if isinstance(part, str)]
@@ -289,8 +297,11 @@ def _add(sample: dict, member: tarfile.TarInfo, ending: str, file: BinaryIO) -> 
     """Takes what is of use of a member, whose name ends so after the first dot; `file` is at its content."""
     kind = "mask" if ending in MASKS else "image" if ending.rpartition(".")[2] in IMAGES else None
     if kind:
-        name = os.fsencode(member.name.removeprefix("./"))
-        sample.setdefault(kind, {"name": name, "offset": member.offset_data, "size": member.size})
+        better = kind == "image" and ending in IMAGES and "." in sample.get("ending", "")  # .jpg than .depth.png
+        if better or kind not in sample:
+            name = os.fsencode(member.name.removeprefix("./"))
+            sample[kind] = {"name": name, "offset": member.offset_data, "size": member.size}
+            sample |= {"ending": ending} if kind == "image" else {}
     elif ending == "cls":
         sample["label"] = file.read(member.size).strip() or None
     elif ending == "json" and not sample.get("label"):

@@ -92,7 +92,6 @@ def test_masks_go_with_their_images(tmp_path):
         ([2, 0, 2], datasets.Value("uint8"), [2, 0, 2], ["0", "1", "2"]),
         (["sea", "Alp", "sea"], datasets.Value("string"), [1, 0, 1], ["Alp", "sea"]),
         (["2", "0", "2"], datasets.Value("large_string"), [2, 0, 2], ["0", "1", "2"]),
-        ([0.5, 1.5, 1.5], datasets.Value("float32"), None, []),  # no column of labels
     ],
 )
 def test_labels(labels, kind, numbers, classes, tmp_path):
@@ -155,6 +154,13 @@ def test_columns_by_their_types_and_names(columns, kinds, chosen):
     assert choose_columns(schema, "rows")[:3] == chosen
 
 
+@pytest.mark.parametrize("kind", [pa.bool_(), pa.float32(), pa.float64()])
+def test_labels_that_are_no_classes_are_left_out(kind):
+    columns = dict(image=FILE, label=kind)
+    assert choose_columns(pa.schema(columns), "rows").label is None
+    assert choose_columns(pa.schema(columns | {"cls": pa.int64(), "score": kind}), "rows").label == "cls"
+
+
 @pytest.mark.parametrize(
     "columns", [dict(a=FILE, b=FILE), dict(text=pa.string()), dict(mask=FILE), dict(image=pa.list_(FILE))]
 )
@@ -192,6 +198,30 @@ def test_the_fingerprint_follows_names_and_sizes_not_chunks_or_places(tmp_path):
     assert len({open_datasets(path, cache=tmp_path)["train"].fingerprint() for path in paths}) == 1
     rows.select([1, 0, 2, 3, 4, 5]).save_to_disk(tmp_path / "other")
     assert open_datasets(tmp_path / "other")["train"].fingerprint() != open_datasets(paths[0])["train"].fingerprint()
+
+
+def test_the_fingerprint_follows_labels_classes_and_masks():
+    def fingerprint(label=None, classes=(), mask=None) -> str:
+        columns = {"image": [encoded(1), encoded(2)], "label": label, "mask": mask}
+        rows = pa.table({name: values for name, values in columns.items() if values})
+        chosen = dict(label="label" if label else None, mask="mask" if mask else None)
+        return ArrowSource(rows, name="rows", image="image", classes=classes, **chosen).fingerprint()
+
+    def file(name: str, content: bytes = b"mask") -> dict:
+        return {"bytes": content, "path": f"elsewhere/{name}"}
+
+    differing = [
+        fingerprint(),
+        fingerprint([0, 1]),
+        fingerprint([1, 0]),
+        fingerprint([0, 1], ["cat", "dog"]),
+        fingerprint([0, 1], ["dog", "cat"]),
+        fingerprint(mask=[file("1.png"), file("2.png")]),
+        fingerprint(mask=[file("1.png"), file("3.png")]),
+        fingerprint(mask=[file("1.png"), file("2.png", b"larger")]),
+        fingerprint([0, 1], mask=[file("1.png"), file("2.png")]),
+    ]
+    assert len(set(differing)) == len(differing) and fingerprint([0, -1]) == fingerprint()  # hidden labels
 
 
 @pytest.mark.parametrize(

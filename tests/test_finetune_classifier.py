@@ -311,7 +311,8 @@ def loader(dataset, *given, **options):
     if getattr(dataset, "train", False):
         augment = dataset.augment
         layers = [augment.num_layers, augment.ops[0].magnitude, len(augment.ops)]
-        found.update(crop_scale=dataset.crop_scale, augment=layers)
+        found.update(crop_scale=dataset.crop_scale, augment=layers, fast=dataset.min_sides is not None)
+        found["pixels"] = list(dataset.pixels)
     return make_loader(dataset, *given, **options)
 def loss(logits, labels, **options):
     found.setdefault("smoothing of the loss", options.get("label_smoothing"))
@@ -345,9 +346,12 @@ script.main(sys.argv[1:])
     words += ["--random_erase", 0.4, "--mixup_alpha", 0.9, "--cutmix_alpha", 1.1, "--mixup_probability", 0.95]
     words += ["--mixup_switch", 0.35, "--label_smoothing", 0.15, "--crop_scale", 0.2, 0.8, "--random_aug_magnitude", 7]
     words += ["--max_grad_norm", 2.5, "--gradient_checkpointing", "--mean", 0.1, 0.2, 0.3, "--std", 0.7, 0.8, 0.9]
+    words += ["--fast_decoding", "--nodata", 7, "--max_pixels", 90_000]
     done = run_code(code, *words, cwd=tmp_path)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found == {
+        "fast": True,
+        "pixels": [3, None, 7, 90_000],
         "crop_scale": [0.2, 0.8],
         "augment": [2, 7, 15],
         "smoothing of the loss": 0.0,  # mixing has it

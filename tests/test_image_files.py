@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import time
 
 import numpy as np
@@ -138,6 +139,17 @@ def test_a_small_folder_is_not_kept(kept, monkeypatch):
     assert len(scans) == 2 and os.listdir(tmp_path / "cache") == []
 
 
+def test_data_of_another_kind_is_named(tmp_path):
+    write(tmp_path, "pq/plain_text/0.parquet", "pq/test/0.parquet", "pq/deep/er/0.parquet", "tar/0.tar", "no/0.txt")
+    for name, hint in [
+        ("pq", f"; of Parquet files give '{tmp_path}/pq/plain_text'"),
+        ("tar", "; of tar shards give a pattern, 'FOLDER/*.tar'"),
+        ("no", ""),
+    ]:
+        with pytest.raises(DataError, match=rf"{tmp_path}/{name} holds no image; .*\.pnm{re.escape(hint)}$"):
+            FolderSource(tmp_path / name)
+
+
 # Reading
 
 
@@ -236,6 +248,8 @@ TEXTS = {
     "bom.jsonl": '\ufeff{"path": "a.jpg", "label": 3}\r\n{"path": "a.jpg", "label": 1}\r\n',
     "twice.jsonl": '{"path": "b", "path": "a.jpg", "label": 3}\n{"path": "a.jpg", "label": 1}\n',
     "long.jsonl": '{"path": "a.jpg", "label": 3, "notes": "' + "x" * 2**24 + '"}\n{"path": "a.jpg", "label": 1}\n',
+    "spaces.csv": "\n o, path ,\tlabel\nx,a.jpg, 3\ny,a.jpg,1\n",
+    "spaces and lines.csv": 'path, label, notes\na.jpg, 3,"one\ntwo"\na.jpg,1,three\n',
     "lines.csv": 'path,notes,label\na.jpg,"one\ntwo\n",3\na.jpg,three,1\n',
 }
 
@@ -247,6 +261,9 @@ def test_lists_that_say_the_same_in_other_words(tmp_path, name):
     source = ListSource(tmp_path / name)
     assert source.fetch([0, 1]) == [b"a.jpg"] * 2
     assert source.labels.tolist() == [3, 1] and source.labels.dtype == np.int32 and source.classes == list("0123")
+
+
+WHOLE = "expected a whole number from 0, or a name; correct the line$"
 
 
 @pytest.mark.parametrize(
@@ -265,16 +282,20 @@ def test_lists_that_say_the_same_in_other_words(tmp_path, name):
         ("x.jsonl", b'{"path": "a"}\n\n{"path": "b"\n', "line 3: Expecting ',' delimiter"),
         ("x.jsonl", b'[{"path": "a"},\n{"path": "b"}]', "line 1: Expecting value"),
         ("x.jsonl", b'["a", "b"]\n', "line 1: no object"),
-        ("x.jsonl", b'{"path": "a"}\n{"path": 5}\n', "line 2: path is no text, but 5"),
-        ("x.jsonl", b'{"path": "a", "label": 1}\n{"path": "b", "label": true}\n', "line 2: label is no text, but true"),
-        ("x.jsonl", b'{"path": "a", "label": [1]}\n', r"line 1: label is no text, but \[1\]"),
+        ("x.jsonl", b'{"path": "a"}\n{"path": 5}\n', "line 2: path is 5; expected a path; correct"),
+        ("x.jsonl", b'{"path": "a", "label": 1}\n{"path": "b", "label": true}\n', f"line 2: label is true; {WHOLE}"),
+        ("x.jsonl", b'{"path": "a", "label": false}\n', f"line 1: label is false; {WHOLE}"),
+        ("x.jsonl", b'{"path": "a", "label": NaN}\n{"path": "b", "label": 1}\n', f"line 1: label is NaN; {WHOLE}"),
+        ("x.jsonl", b'{"path": "a", "label": 0.5}\n', f"line 1: label is 0.5; {WHOLE}"),
+        ("x.jsonl", b'{"path": "a", "label": [1]}\n', r"line 1: label is \[1\]; expected"),
         ("x.jsonl", b'{"path": "\\ud800"}\n', "line 1: 'utf-8' codec can't encode"),
         ("x.csv", b"path,label\na,0\n,1\nb,1\n,1\n\n,1\n,1\n", "no path in line 3, line 5, line 7 and 1 more"),
         ("x.jsonl", b'{"path": "a"}\n{"path": null}\n{}\n', "no path in line 2, line 3; expected one in every row"),
         ("x.csv", b"path\na\nb\0c\n", "no path in line 3;"),
         ("x.csv", b"path,mask\na,b\na,\n", "no mask in line 3;"),
         ("x.csv", b"path,label\n\na,-1\nb,0\nc,1.5\n", r"number no class \(line 3: '-1', line 5: '1.5'\)"),
-        ("x.jsonl", b'{"path": "a", "label": 0}\n{"path": "b", "label": 1.5}\n', r"number no class \(line 2: '1.5'\)"),
+        ("x.jsonl", b'{"path": "a", "label": 0}\n{"path": "b", "label": 1.5}\n', f"line 2: label is 1.5; {WHOLE}"),
+        ("x.jsonl", b'{"path": "a", "label": -1}\n', r"number no class \(line 1: '-1'\)"),
         ("x.csv", b"path,label\na,cat\nb,0\n", r"numbers \(line 3: '0'\) and others that are names \(line 2: 'cat'\)"),
         ("x.jsonl", b'{"path": "a", "label": 1}\n{"path": "b"}\n', r"labels that are empty \(line 2: ''\)"),
         ("x.csv", b"path,label\na,\nb,\n", r"labels that are empty \(line 2: '', line 3: ''\)"),

@@ -208,6 +208,10 @@ def test_where_the_cache_lies(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_cache() == tmp_path / ".cache" / "masked-autoencoders"
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a user without an entry, as in containers
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert default_cache() == tmp_path / f"masked-autoencoders-{os.getuid()}"
 
 
 def test_one_process_builds_and_the_others_wait(tmp_path):

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import tifffile
+import torch
 from conftest import SCENES, finish, losses_of, run, start, write_images, write_scenes
 from PIL import Image
 
@@ -209,7 +211,7 @@ def test_a_killed_preparation_goes_on(tmp_path):
     flags = ["photos", "out", "--format", "array", "--shard_size", "0.005", "--num_workers", "0"]
     process = start("prepare_data.py", *flags, cwd=tmp_path)
     finished = tmp_path / "out" / "preparing"
-    while len(list(finished.glob("train-*"))) < 5:
+    while len(list(finished.glob("train-*.json"))) < 5:
         assert process.poll() is None
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
@@ -249,6 +251,11 @@ def test_what_was_begun_is_not_mixed_with_other_settings_or_images(tmp_path, cap
     assert "begun with --short_side 20, not without --short_side" in errors
     assert "begun without --quality, not with --quality 80" in errors
     assert "begun with --input_channels 3, not with --input_channels 1" in errors
+    image = photos / "class_0" / "0000.jpg"
+    data = image.read_bytes()
+    image.write_bytes(data + b"\0")
+    assert "begun with other images" in refused(capsys, photos, out, "--short_side", 20)  # of the same names
+    image.write_bytes(data)
     write_images(photos / "more", 1)
     assert "begun with other images" in refused(capsys, photos, out, "--short_side", 20)
     assert files_of(out) == before
@@ -260,6 +267,8 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     (tmp_path / "out" / "thesis.txt").write_text("all of it")
     assert "holds something else" in refused(capsys, photos, tmp_path / "out")
     assert [*files_of(tmp_path / "out")] == [Path("thesis.txt")]
+    write_images(tmp_path / "other" / "preparing", 1)  # a class of that name
+    assert "holds something else" in refused(capsys, photos, tmp_path / "other")
     assert "lies in SOURCE" in refused(capsys, photos, photos / "out")
 
 
@@ -334,26 +343,35 @@ def test_errors_have_no_traceback(tmp_path):
     assert "expected one process" in run("prepare_data.py", cwd=tmp_path, code=2, WORLD_SIZE="2").stderr
 
 
-def test_a_type_holds_all_that_is_known_and_others_are_listed(tmp_path, monkeypatch):
-    small, wide, deep = np.ones((4, 5), np.uint8), np.full((4, 5), 300, np.uint16), np.full((4, 5), 0.5, np.float32)
-    folder = write_arrays(tmp_path / "arrays", small, wide)
-    flags = ["--format", "array", "--input_channels", 1, "--value_range", 0, 1000]
+def write_geotiff(path, array):
+    """A tile that says itself that zeros are no data."""
+    tifffile.imwrite(path, array, extratags=[(42113, "s", 2, "0", True)])
+
+
+def test_arrays_with_a_range_hold_numbers_of_all_types_and_none_for_nodata(tmp_path, monkeypatch):
+    small, wide, deep = np.ones((4, 5), np.uint8), np.full((4, 5), 65535, np.uint16), np.full((4, 5), 0.5, np.float32)
+    folder, tile = write_arrays(tmp_path / "arrays", small, wide, deep), wide.copy()
+    tile[0] = 0
+    write_geotiff(folder / "tile.tif", tile)
+    monkeypatch.setattr(prepare_data, "PROBED", 2)
+    flags = ["--format", "array", "--input_channels", 1, "--value_range", 0, 65535]
     prepare(folder, tmp_path / "out", *flags)
-    pixels = PixelFormat(channels=1, value_range=(0.0, 1000.0))
-    first, second = open_prepared(tmp_path / "out", pixels)["train"].fetch([0, 1])
-    assert first.dtype == second.dtype == np.uint16 and first.max() == 1 and second.min() == 300
-    write_arrays(folder, small, wide, deep)
-    monkeypatch.setattr(prepare_data, "PROBED", 2)  # the first two
-    prepare(folder, tmp_path / "again", *flags)
-    assert len(open_prepared(tmp_path / "again", pixels)["train"]) == 2
-    assert "float32 pixels, which are not held by the uint16" in listed(tmp_path / "again", folder)["2.npy"]
+    pixels = PixelFormat(channels=1, value_range=(0.0, 65535.0))
+    found = open_prepared(tmp_path / "out", pixels)["train"]
+    wanted = tile.astype(np.float32)
+    wanted[0] = np.nan
+    for image, values in zip(found.fetch(range(4)), (small, wide, deep, wanted), strict=True):
+        assert image.dtype == np.float32
+        np.testing.assert_array_equal(image[..., 0], values)
+    source = open_sources(str(folder), pixels)[0]
+    for one, other in zip(found.fetch(range(4)), source.fetch(range(4)), strict=True):
+        assert torch.equal(image_of(one, pixels), image_of(other, pixels))
 
 
-def test_deep_numbers_are_shrunk_within_their_type_and_nodata_stay(tmp_path):
-    steps = np.kron([[0, 65535], [65535, 0]], np.ones((20, 20))).astype(np.uint16)
+def test_deep_numbers_are_shrunk_and_nodata_stay(tmp_path):
+    steps = np.kron([[0, 65535], [65535, 0]], np.ones((20, 20))).astype(np.float32)
     small = prepare_data.shrink(steps[..., None], 10)
-    assert small.shape == (10, 10, 1) and small.dtype == np.uint16 and small.min() == 0 and small.max() == 65535
-    assert abs(float(small.mean()) - 65535 / 2) < 200
+    assert small.shape == (10, 10, 1) and small.dtype == np.float32 and abs(small.mean() - 65535 / 2) < 200
     heights = np.ones((40, 40), np.float32)
     heights[:8] = -9999
     folder = write_arrays(tmp_path / "heights", heights)
@@ -395,7 +413,7 @@ def test_statistics_are_those_of_all_pixels(mixed, tmp_path, capsys, monkeypatch
     np.testing.assert_allclose(found["std"], pixels.std(0), rtol=1e-12)
     words = capsys.readouterr().out.partition("statistics ")[2].splitlines()[0].split()
     assert words[:3] == ["--input_channels", "3", "--mean"] and words[6] == "--std"
-    np.testing.assert_allclose([float(word) for word in words[3:6]], pixels.mean(0), rtol=1e-5)
+    assert [float(word) for word in words[3:6]] == found["mean"] and [float(word) for word in words[7:]] == found["std"]
 
 
 def test_statistics_of_heights_find_their_range_and_leave_out_what_has_no_data(tmp_path, capsys):
@@ -412,7 +430,37 @@ def test_statistics_of_heights_find_their_range_and_leave_out_what_has_no_data(t
     assert found["value_range"] == [values.min(), values.max()] and found["nodata"] == -9999 and found["images"] == 41
     scaled = (values - values.min()) / np.ptp(values)
     np.testing.assert_allclose([found["mean"][0], found["std"][0]], [scaled.mean(), scaled.std()], rtol=1e-9)
-    assert "--nodata -9999 --mean " in capsys.readouterr().out
+    flags = capsys.readouterr().out.partition("statistics ")[2].splitlines()[0].split()
+    assert "--nodata -9999 --mean " in " ".join(flags)
+    start = flags.index("--value_range") + 1
+    assert [float(word) for word in flags[start : start + 2]] == found["value_range"]
+    args, _ = prepare_data.parse_args([str(folder), "--statistics", *flags[: flags.index("--mean")]])
+    assert args.value_range == found["value_range"] and args.nodata == found["nodata"]
+
+
+def test_statistics_of_eight_bits_are_of_what_a_run_sees(tmp_path):
+    """Grey among colour, and tiles that say themselves where they have no data, without a range that is found."""
+    colour = np.random.default_rng(0).integers(1, 256, (20, 20, 3), dtype=np.uint8)
+    colour[:5], grey = 7, np.full((20, 20), 50, np.uint8)
+    grey[:, :10] = 7
+    (tmp_path / "mixed").mkdir()
+    Image.fromarray(colour).save(tmp_path / "mixed" / "colour.png")
+    Image.fromarray(grey).save(tmp_path / "mixed" / "grey.png")
+    prepare(tmp_path / "mixed", "--statistics", "--nodata", 7)
+    found = statistics_of(tmp_path / "mixed")
+    values = np.concatenate([colour.reshape(-1, 3), np.repeat(grey.reshape(-1, 1), 3, axis=1)]).astype(float)
+    values[values == 7] = np.nan
+    assert found["images"] == 2 and found["value_range"] is None and found["nodata"] == 7
+    np.testing.assert_allclose(found["mean"], np.nanmean(values, 0) / 255, rtol=1e-12)
+    np.testing.assert_allclose(found["std"], np.nanstd(values, 0) / 255, rtol=1e-12)
+    for name, dtype in (("8", np.uint8), ("16", np.uint16)):
+        (tmp_path / name).mkdir()
+        tile = np.full((6, 6), 100, dtype)
+        tile[0], tile[1] = 0, 90
+        write_geotiff(tmp_path / name / "tile.tif", tile)
+        prepare(tmp_path / name, "--statistics", "--input_channels", 1)
+    assert statistics_of(tmp_path / "8")["value_range"] is None
+    assert statistics_of(tmp_path / "16")["value_range"] == [90, 100]
 
 
 def test_statistics_follow_a_range_that_is_given(tmp_path):

@@ -47,7 +47,7 @@ def arrays(photos, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory):
-    """Three 16-bit scenes of 5 bands and different sizes, and what they were made from."""
+    """Three scenes of 5 bands and different sizes, and the 16-bit ones that they were made from."""
     folder, rng = tmp_path_factory.mktemp("bands"), np.random.default_rng(0)
     scenes = [rng.integers(0, 60000, (20 + i, 30, 5)).astype(np.uint16) for i in range(3)]
     for i, scene in enumerate(scenes):
@@ -88,8 +88,9 @@ def test_deep_arrays_come_out_as_stored_in_shards_of_their_own(deep):
     source = open_prepared(folder, FIVE)["train"]
     assert source.labels is None and source.classes == []
     for index in (2, 0, 1):
-        assert np.array_equal(source.fetch([index])[0], scenes[index])
-    assert source.size_in_bytes() == sum(scene.nbytes for scene in scenes)
+        (image,) = source.fetch([index])
+        assert np.array_equal(image, scenes[index]) and image.dtype == np.float32  # which holds 16 bits
+    assert source.size_in_bytes() == sum(4 * scene.size for scene in scenes)
 
 
 def test_another_process_maps_the_files_itself(kept, arrays):
@@ -114,7 +115,7 @@ def test_a_fingerprint_follows_from_the_source_and_the_settings(photos, kept, ar
     ("pixels", "expected"),
     [
         (PixelFormat(channels=3, value_range=(0.0, 1.0)), "give --input_channels 5"),
-        (PixelFormat(channels=5), "holds uint16 pixels; give --value_range 0 60000"),
+        (PixelFormat(channels=5), r"holds float32 pixels; give --value_range 0\.0 60000\.0$"),
     ],
 )
 def test_other_pixels_than_asked_for_name_the_flag(deep, pixels, expected):
@@ -171,6 +172,8 @@ def cut(path):
 def test_an_unfinished_folder_is_known(tmp_path):
     assert not is_prepared(tmp_path)
     (tmp_path / "preparing").mkdir()
+    assert not is_prepared(tmp_path)  # but a class of that name
+    (tmp_path / "preparing" / "plan.json").write_text("{}")
     assert is_prepared(tmp_path)
     with pytest.raises(DataError, match="not prepared to the end; repeat the command"):
         open_prepared(tmp_path, PIXELS)

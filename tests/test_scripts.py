@@ -707,3 +707,16 @@ def test_bad_flags_of_images_are_listed_together(tmp_path):
     assert all(line.startswith("error: ") for line in said)
     said = run(SCRIPT, *TINY, "--path_to_data", tmp_path, cwd=tmp_path, code=2).stderr
     assert "0000.npy has 4 channels, expected 3; give --input_channels 4" in said
+
+
+def test_fast_decoding_and_the_limit_of_pixels_reach_the_images(tmp_path):
+    write_images(tmp_path / "data", 16, size=320)
+    Image.new("RGB", (330, 320)).save(tmp_path / "data/class_0/large.jpg")
+    flags = [*TINY, "--path_to_data", tmp_path / "data", "--max_steps", 4, "--validate_every", 0]
+    for name, options in (("exact", []), ("fast", ["--fast_decoding"]), ("limited", ["--max_pixels", 320 * 320])):
+        run(SCRIPT, *flags, *options, "--experiment_name", name, cwd=tmp_path)
+    exact, fast = (losses_of(tmp_path / "work_dir" / name) for name in ("exact", "fast"))
+    assert exact != fast and list(exact.values()) == pytest.approx(list(fast.values()), rel=0.05)
+    (line,) = (tmp_path / "work_dir/limited/damaged.jsonl").read_text().splitlines()
+    assert "large.jpg" in line and "raise --max_pixels" in line
+    assert not (tmp_path / "work_dir/exact/damaged.jsonl").exists()

@@ -648,3 +648,29 @@ def test_floats_and_many_channels_are_distorted_within_their_range():
     crop, labels = training_pair(image[:, :9, :9], mask[:9, :9], np.random.default_rng(3), ratio=(0.5, 0.5), **options)
     assert crop.shape == (5, 16, 16) and crop.dtype == torch.float32 and labels[-1, -1] == IGNORED
     assert crop[:, -1, -1].tolist() == pytest.approx(options["fill"])
+
+
+def test_splits_may_be_of_two_kinds_and_shapes_have_their_own(scenes, tmp_path):
+    images = sorted((scenes / "images/training").iterdir())
+    rows = [f"{image},{scenes / 'annotations/training' / image.stem}.png\n" for image in images]
+    (tmp_path / "list.csv").write_text("path,mask\n" + "".join(rows))
+    pixels, listed = PixelFormat(3), str(tmp_path / "list.csv")
+    train, validation = open_pairs(listed, pixels, validation=str(scenes), classes_file=str(scenes / "classes.txt"))
+    assert len(train) == 10 and len(validation) == 5 and train.classes == validation.classes
+    train, validation = open_pairs(str(scenes), pixels, validation=listed, classes_file=str(scenes / "classes.txt"))
+    assert len(train) == len(validation) == 10
+    for options in (dict(validation="x"), dict(classes_file="y")):
+        with pytest.raises(DataError, match="does not go with builtin:shapes, which has its own; leave it out"):
+            open_pairs("builtin:shapes", pixels, **options)
+    with pytest.raises(DataError, match="8-bit images in colour or grey"):
+        open_pairs("builtin:shapes", PixelFormat(5))
+
+
+def test_the_limit_of_pixels_holds_for_masks_too(root):
+    source, _ = open_pairs(str(root), PixelFormat(3))
+    pairs = EvaluationPairs(source, pixels=PixelFormat(3, max_pixels=60 * 80), sizes=lambda height, width: [])
+    assert [pair.damaged for pair in pairs.__getitems__([(0, 0)])] == [None]
+    Image.new("L", (81, 60)).save(root / "annotations/training/0.png")
+    (pair,) = pairs.__getitems__([(0, 0)])
+    assert pair.damaged.startswith("its mask") and pair.damaged.endswith("raise --max_pixels")
+    assert check_masks(source, [0], pixels=PixelFormat(3, max_pixels=60 * 80))[1] == []  # known when it is needed

@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 import os
 import pickle
@@ -76,6 +77,17 @@ def test_the_members_of_a_sample(tmp_path):
     assert fetched(source) == [b"right", b"other"]  # the first image of each, in different folders
     assert source.has_masks and source.fetch_masks([1, 0]) == [b"its mask", b"mask"]
     assert source.mask_name(0) == f"{tmp_path}/0.tar/a/1.seg.png"
+
+
+@pytest.mark.parametrize("endings", [*itertools.permutations(["jpg", "depth.png", "small.jpg"])])
+def test_the_image_is_what_is_named_so_alone(endings, tmp_path):
+    files = {f"1.{ending}": ending.encode() for ending in (*endings, "png")}
+    assert fetched(TarSource(str(write_tar(tmp_path / "0.tar", files)))) == [b"jpg"]
+
+
+def test_a_system_that_does_not_tell_its_cores(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert len(TarSource(str(write_tar(tmp_path / "0.tar", samples(range(3)))))) == 3
 
 
 @pytest.mark.parametrize(
@@ -169,6 +181,24 @@ def test_the_fingerprint_follows_members_not_places(tmp_path):
     assert TarSource(str(tmp_path / "two" / "*.tar")).fingerprint() == one.fingerprint()
     other = TarSource(str(write_tar(tmp_path / "other.tar", samples([0, 1, 3, 2]))))
     assert other.fingerprint() != one.fingerprint()
+
+
+def test_the_fingerprint_follows_sizes_labels_classes_and_masks(tmp_path):
+    plain, masked = samples(range(4)), samples(range(4), seg_png=encoded)
+    differing = [
+        plain,
+        plain | {"0003.jpg": b"of another size"},
+        plain | {f"000{n}.cls": b"%d" % (n % 2) for n in range(4)},
+        plain | {f"000{n}.cls": b"%d" % (n // 2) for n in range(4)},
+        plain | {f"000{n}.cls": b"ab"[n % 2 :][:1] for n in range(4)},
+        masked,
+        masked | {"0003.seg.png": b"of another size"},
+        samples(range(4), mask_png=encoded),
+    ]
+    found = set()
+    for files in differing:
+        found.add(TarSource(str(write_tar(tmp_path / "0.tar", dict(sorted(files.items()))))).fingerprint())
+    assert len(found) == len(differing)
 
 
 def test_a_shard_that_fails_once_is_read_again(tmp_path, monkeypatch):

@@ -367,7 +367,7 @@ def check_images(
         errors.append("--path_to_data is missing; give a folder of images or builtin:shapes")
     if args.value_range and not args.value_range[0] < args.value_range[1]:
         errors.append(
-            "--value_range {} {} is no range; give the value of black first, then a larger one".format(
+            "--value_range {:.9g} {:.9g} is no range; give the value of black first, then a larger one".format(
                 *args.value_range
             )
         )

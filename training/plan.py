@@ -199,7 +199,7 @@ def describe_run(
     `parameters` is their number, `trained` that of those which train; `activations` are bytes an image; `averaged` says
     that a moving average of the weights is kept, `decay` how the rate falls.
     """
-    values = "8 bits" if args.value_range is None else "{:g} to {:g}".format(*args.value_range)
+    values = "8 bits" if args.value_range is None else "{:.9g} to {:.9g}".format(*args.value_range)
     values += "" if args.nodata is None else f", no data at {args.nodata:g}"
     mean, std = (" ".join(f"{value:.3g}" for value in values_) for values_ in (args.mean, args.std))
     half, on_cpu = args.mixed_precision != "no", accelerator.device.type == "cpu"
