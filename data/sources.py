@@ -4,7 +4,10 @@ Each kind of source has its file: files.py, arrow.py, tar.py, prepared.py. Paths
 arrays, so that worker processes share them without copies.
 """
 
+import contextlib
+import os
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -118,9 +121,16 @@ def kind_of_data(path_to_data: str) -> str:
         return "prepared"
     if (root / "dataset_dict.json").exists() or (root / "state.json").exists():  # what save_to_disk writes
         return "datasets"
-    if any(next((root / place).glob("*.parquet"), None) for place in ("", "data", "train")):
-        return "parquet"
-    return "folder"
+    return "parquet" if any(_holds_parquet(root / place) for place in ("", "data", "train")) else "folder"
+
+
+def _holds_parquet(folder: Path) -> bool:
+    """Whether a Parquet file is among the first that lie in a folder, which may hold millions of images."""
+    try:
+        with os.scandir(folder) as entries:
+            return any(entry.name.endswith(".parquet") for entry in islice(entries, 1000))
+    except OSError:
+        return False
 
 
 def open_sources(
@@ -216,10 +226,11 @@ def check_pixels(source: Source, pixels: PixelFormat) -> list[str]:
         dark.append(index if image.dtype == torch.uint8 and image.max() < DARK else None)
     if dark and None not in dark:
         (data,) = source.fetch(dark[:1])
-        values = data if isinstance(data, np.ndarray) else decode_stored(data)
-        if values.dtype == np.uint16:
-            return [
-                f"{source.name(dark[0])} has 16-bit numbers up to {values.max()}, which are black at 8 bits; give "
-                "--value_range LO HI (prepare_data.py --statistics finds it)"
-            ]
+        with contextlib.suppress(DamagedImage):
+            values = data if isinstance(data, np.ndarray) else decode_stored(data)
+            if values.dtype == np.uint16:
+                return [
+                    f"{source.name(dark[0])} has 16-bit numbers up to {values.max()}, which are black at 8 bits; give "
+                    "--value_range LO HI (prepare_data.py --statistics finds it)"
+                ]
     return []
