@@ -530,3 +530,13 @@ def test_evaluation_leaves_damaged_images_out(undisturbed, image_folder, tmp_pat
     per_class = metrics_of(folder)["per_class_accuracy"]
     assert round(per_class["class_0"] * 5 / 100, 6) % 1 == 0  # of 5 images now
     assert json.loads((folder / "damaged.jsonl").read_text())["path"].endswith("0000.jpg")
+
+
+@pytest.mark.parametrize("name", ["csv", "tar", "parquet", "prepared"])
+def test_every_source_trains_and_measures_the_same_classifier(name, flags, undisturbed, every_source, tmp_path):
+    run(SCRIPT, *flags, *every_source[name], "--save_checkpoint_steps", 3, cwd=tmp_path)
+    folder = tmp_path / "work_dir" / "finetune_classifier"
+    assert losses_of(folder) == losses_of(undisturbed)
+    times = ("seconds", "images_per_second")
+    one, other = ({k: v for k, v in metrics_of(run).items() if k not in times} for run in (folder, undisturbed))
+    assert one == other and "per_class_accuracy" in one

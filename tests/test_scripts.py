@@ -720,3 +720,17 @@ def test_fast_decoding_and_the_limit_of_pixels_reach_the_images(tmp_path):
     (line,) = (tmp_path / "work_dir/limited/damaged.jsonl").read_text().splitlines()
     assert "large.jpg" in line and "raise --max_pixels" in line
     assert not (tmp_path / "work_dir/exact/damaged.jsonl").exists()
+
+
+def test_a_data_set_on_the_hub_is_trained_on_as_its_folder_is(flags, undisturbed, every_source, hub, tmp_path):
+    """And without a network, from the cache; a name that is not there ends in one line."""
+    hub.add("datasets/owner/pairs", every_source["parquet"][1])
+    flags = [*flags, "--path_to_data", "hf:owner/pairs", "--gradient_accumulation_steps", 2]
+    run(SCRIPT, *flags, cwd=tmp_path, **hub.variables(tmp_path))
+    assert_equal_runs(undisturbed, tmp_path / "work_dir/pretrain_mae", 23)
+    offline = hub.variables(tmp_path) | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+    run(SCRIPT, *flags, "--max_steps", 3, "--experiment_name", "offline", cwd=tmp_path, **offline)
+    flags[-3] = "hf:owner/nothing"
+    said = run(SCRIPT, *flags, "--experiment_name", "none", cwd=tmp_path, code=2, **hub.variables(tmp_path)).stderr
+    (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "hf:owner/nothing" in error and "Traceback" not in said
