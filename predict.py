@@ -93,14 +93,7 @@ def parse_args(argv=None):
     flag("--mask_ratio", type=number(0, 1), help="share of patches that is removed (default that of its training)")
     flag("--mask_strategy", type=one_of(*MASK_STRATEGIES), help="random, block or grid (default random)")
     flag("--seed", type=integer(0, 2**32 - 1), help="of the masks: each follows from it and the image's place (0)")
-    flag(
-        "--preview_channels",
-        type=integer(0),
-        nargs="+",
-        metavar="C",
-        help="one channel or three to show, from 0, with their contrast stretched (default: 8-bit images in colour or "
-        "grey as they are; of others the first three, or the first)",
-    )
+    arguments.add_preview_flag(flag)
     args, errors = parser.read(argv)
 
     if args.model is None:
@@ -134,12 +127,7 @@ def check_model(args, trained):
         given = [flag for flag in flags if getattr(args, flag) is not None]
         if other is not kind:
             errors += [f"--{flag} is for {KINDS[other]}, and {args.model} is {name}; leave it out" for flag in given]
-    shown = args.preview_channels
-    if shown and (len(shown) not in (1, 3) or max(shown) >= encoder.in_channels):
-        errors.append(
-            f"--preview_channels {' '.join(map(str, shown))} cannot be shown; expected one or three of 0 to "
-            f"{encoder.in_channels - 1}"
-        )
+    errors += arguments.check_preview(args.preview_channels, encoder.in_channels)
     if kind is MaskedAutoencoder and args.mask_ratio is not None:
         patches = math.prod(encoder.grid)
         kept = int(patches * (1 - args.mask_ratio))

@@ -101,14 +101,7 @@ def parse_args(argv=None):
     flag("--validate_every", type=integer(0), default=10, help="epochs between validations, 0 = at the end only")
     flag("--knn_every", type=integer(0), default=0, help="epochs between classifications by k-NN, 0 = none (default)")
     flag("--num_preview_images", type=integer(0), default=8, help="rows of the pictures (default 8)")
-    flag(
-        "--preview_channels",
-        type=integer(0),
-        nargs="+",
-        metavar="C",
-        help="one channel or three to show, from 0, with their contrast stretched (default: 8-bit images in colour or "
-        "grey as they are; of others the first three, or the first)",
-    )
+    arguments.add_preview_flag(flag)
     args, errors = parser.read(argv)
 
     args.model = args.model or "base"
@@ -120,13 +113,9 @@ def check_flags(args):
     """What is wrong with the flags of images, masks and model, a line each."""
     statistics, errors = find_statistics(args.path_to_data)
     errors += arguments.check_images(args, statistics) + arguments.check_crops(args)
-    channels = args.input_channels
-    shown = args.preview_channels = args.preview_channels or preview_channels(PixelFormat(channels, args.value_range))
-    if shown and (len(shown) not in (1, 3) or max(shown) >= channels):
-        errors.append(
-            f"--preview_channels {' '.join(map(str, shown))} cannot be shown; expected one or three of 0 to "
-            f"{channels - 1}"
-        )
+    pixels = PixelFormat(args.input_channels, args.value_range)
+    args.preview_channels = args.preview_channels or preview_channels(pixels)
+    errors += arguments.check_preview(args.preview_channels, args.input_channels)
     if args.adapt_channels and not args.init_from:
         errors.append(
             "--adapt_channels converts the weights of --init_from, which is missing; give it or leave this out"

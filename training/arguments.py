@@ -402,6 +402,26 @@ def _in_range(value_range: Sequence[float] | None, known: dict) -> tuple[list[fl
     return mean, [value * (old[1] - old[0]) / length for value in std]
 
 
+def add_preview_flag(flag: Callable) -> None:
+    """Which channels of an image a picture shows; `flag` adds a flag to its group."""
+    flag(
+        "--preview_channels",
+        type=integer(0),
+        nargs="+",
+        metavar="C",
+        help="one channel or three to show, from 0, with their contrast stretched (default: 8-bit images in colour or "
+        "grey as they are; of others the first three, or the first)",
+    )
+
+
+def check_preview(shown: Sequence[int] | None, channels: int) -> list[str]:
+    """What is wrong with the channels to show, in a list."""
+    if shown is None or (len(shown) in (1, 3) and max(shown) < channels):
+        return []
+    named = " ".join(map(str, shown))
+    return [f"--preview_channels {named} cannot be shown; expected one or three of 0 to {channels - 1}"]
+
+
 def add_encoder_flags(parser: Parser, *, sizes: Iterable[str], drop_path: float = 0.0) -> None:
     """The sizes of the encoder, and its stochastic depth; `sizes` are the names that --model takes."""
     flag = parser.add_argument_group("encoder").add_argument
