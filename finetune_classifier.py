@@ -231,6 +231,7 @@ def resolve_model(args, weights):
             else:
                 errors += check_num_classes(args.num_classes, kind[0], "the classifier")
                 args.num_classes, args.pooling, args.linear_probe = kind
+    statistics = None if args.eval_only else statistics  # a model is measured as it was trained
     errors += arguments.check_images(args, statistics, weights, adapt=args.adapt_channels) + arguments.check_crops(args)
     errors += arguments.check_encoder(args, size)
     if args.random_aug_magnitude and (args.value_range or args.input_channels not in (1, 3)):

@@ -224,6 +224,7 @@ def resolve_model(args, weights, *, whole):
             args.layers = weights.stored.layers or args.layers
     args.crop_size = args.crop_size or CROP_SIZE
     args.resize = args.resize or [4 * args.crop_size, args.crop_size]
+    statistics = None if args.eval_only else statistics  # a model is measured as it was trained
     errors += arguments.check_images(args, statistics, weights, adapt=args.adapt_channels)
     errors += arguments.check_encoder(args, size)
     return errors + check_head(args)

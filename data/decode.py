@@ -32,6 +32,14 @@ BITS, PLANAR = 258, 284  # TIFF tags: bits per sample; 2 where each band lies by
 GDAL_NODATA = 42113  # the TIFF tag by which a file itself says what stands where there are no data
 
 
+LZW, LZW_CLEAR = 5, 256  # TIFF's number for this compression, and the code that clears the table
+# Of the codes after a clearing, by their number: the highest string that is known, the width in bits, and the first bit
+LZW_KNOWN = np.minimum(np.concatenate([[255], 258 + np.arange(3837 + 2)]), 4095)
+LZW_WIDTHS = np.digitize(np.maximum(LZW_KNOWN, 258), [511, 1023, 2047]) + 9
+LZW_STARTS = np.cumsum(LZW_WIDTHS) - LZW_WIDTHS
+LZW_WEIGHTS = 1 << np.arange(11, -1, -1)
+
+
 class DamagedImage(ValueError):
     """Bytes from which no whole image can be read. `str(error)` is the reason, a few words without the file's name."""
 
@@ -336,7 +344,7 @@ def _read_tiff(data: bytes, channels: int, max_pixels: int) -> tuple[np.ndarray,
 
         bands, has_alpha = page.samplesperpixel, bool(page.extrasamples) and page.extrasamples[-1] in (1, 2)
         if bands == channels or (has_alpha and bands == channels + 1):
-            _check_tiff_page(page, len(data), max_pixels)
+            _check_tiff_page(page, data, max_pixels)
             values = page.asarray(squeeze=False, maxworkers=1)[:, 0]  # (separate bands, H, W, bands)
             values = np.moveaxis(values, 0, 2).reshape(*values.shape[1:3], bands)
             return _without_alpha(_upright(values, orientation), channels, has_alpha), nodata
@@ -346,11 +354,11 @@ def _read_tiff(data: bytes, channels: int, max_pixels: int) -> tuple[np.ndarray,
         if bands != 1 or len(stack.shape) != 3 or channels not in (stack.shape[0], stack.shape[2]):
             raise WrongChannels(bands, channels)
         for each in stack.pages:
-            _check_tiff_page(each, len(data), max_pixels)
+            _check_tiff_page(each, data, max_pixels)
         return _hwc(stack.asarray(maxworkers=1), channels, max_pixels), nodata
 
 
-def _check_tiff_page(page, size: int, max_pixels: int) -> None:
+def _check_tiff_page(page, data: bytes | memoryview, max_pixels: int) -> None:
     """Raises DamagedImage for what tifffile would not refuse, or only after it has allocated it."""
     frame = page.keyframe
     if frame.compression not in TIFF_COMPRESSIONS:
@@ -360,8 +368,35 @@ def _check_tiff_page(page, size: int, max_pixels: int) -> None:
     if len(page.dataoffsets) < math.prod(page.chunked) and not frame.is_contiguous:
         raise DamagedImage("truncated: parts of the image are not in the file")
     for offset, length in zip(page.dataoffsets, page.databytecounts, strict=False):
-        if offset + length > size:
+        if offset + length > len(data):
             raise DamagedImage("truncated: parts of the image are not in the file")
+        if frame.compression == LZW and not _lzw_is_whole(data[offset : offset + length]):
+            raise DamagedImage("broken (LZW)")
+
+
+def _lzw_is_whole(data: bytes | memoryview) -> bool:
+    """Whether no code of LZW data in a TIFF (Welch 1984; TIFF 6.0, section 13) means a string that is not there yet.
+
+    imagecodecs does not look, and crashes. A code's place follows from its number since the table was last cleared, so
+    that all codes up to the next clearing are looked at at once.
+    """
+    bits, at = np.unpackbits(np.frombuffer(data, np.uint8)), 0
+    padded = np.concatenate([bits, np.zeros(12, np.uint8)])
+    while at + 9 <= len(bits):
+        starts = at + LZW_STARTS
+        count = int(np.searchsorted(starts + LZW_WIDTHS, len(bits), side="right"))
+        window = padded[starts[:count, None] + np.arange(12)]
+        codes = window @ LZW_WEIGHTS >> (12 - LZW_WIDTHS[:count])
+        ends = np.flatnonzero((codes == LZW_CLEAR) | (codes == LZW_CLEAR + 1))
+        used = int(ends[0]) if len(ends) else count
+        if (codes[:used] > LZW_KNOWN[:used]).any():
+            return False
+        if used == count:
+            return used < len(LZW_STARTS)  # a full table is cleared
+        if codes[used] != LZW_CLEAR:
+            return True
+        at = int(starts[used] + LZW_WIDTHS[used])
+    return True
 
 
 def _npy(data: bytes | memoryview) -> np.ndarray:

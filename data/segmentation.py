@@ -277,10 +277,13 @@ def open_pairs(
             if value is not None:
                 raise DataError(f"{flag} {value} does not go with {path_to_data}, which has its own; leave it out")
         return SegmentationShapes("train", pixels.channels), SegmentationShapes("validation", pixels.channels)
+    root = Path(path_to_data)
+    beside = (root if root.is_dir() else root.parent) / "classes.txt"
+    beside = beside if beside.exists() else None
     sources, errors = [], []
     for split, path in (("training", path_to_data), ("validation", validation or path_to_data)):
         try:
-            options = dict(classes_file=classes_file, cache=cache, alone=validation is not None)
+            options = dict(classes_file=classes_file or beside, cache=cache, alone=validation is not None)
             sources.append(_open_split(path, split, pixels, **options))
         except DataError as error:
             errors += str(error).splitlines()
@@ -291,7 +294,7 @@ def open_pairs(
 
 
 def _open_split(
-    path: str, split: str, pixels: PixelFormat, *, classes_file: str | None, cache: str | None, alone: bool
+    path: str, split: str, pixels: PixelFormat, *, classes_file: str | Path | None, cache: str | None, alone: bool
 ) -> PairSource:
     """The pairs of a split, "training" or "validation", of `path`; `alone` says that another path has the other."""
     if kind_of_data(path) == "folder":
@@ -304,8 +307,7 @@ def _open_split(
     source = train if split == "training" else held_out or (train if alone else None)
     if source is None:
         raise DataError(f"{path} holds nothing back to measure by; give --path_to_validation_data")
-    beside = Path(path if Path(path).is_dir() else Path(path).parent, "classes.txt")
-    return Pairs(source, path, classes_file or (beside if beside.exists() else None))
+    return Pairs(source, path, classes_file)
 
 
 def check_masks(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from data import shapes
-from data.decode import DamagedImage, PixelFormat, WrongPixels, decode, decode_stored, from_own_values
+from data.decode import DamagedImage, PixelFormat, WrongPixels, decode, from_own_values, own_values
 from data.files import FolderSource, ListSource
 from data.index import DataError, check_cache, default_cache
 from data.prepared import is_prepared, open_prepared
@@ -223,11 +223,18 @@ def check_pixels(source: Source, pixels: PixelFormat) -> list[str]:
             return [f"{source.name(index)} {error}"]
         except DamagedImage:
             continue
-        dark.append(index if image.dtype == torch.uint8 and image.max() < DARK else None)
+        black = DARK if image.dtype == torch.uint8 else DARK / 255
+        dark.append(index if image.max() < black or (black < 1 and image.min() == 1) else None)
+    if dark and None not in dark and pixels.value_range is not None:
+        low, high = pixels.value_range
+        return [
+            f"{source.name(dark[0])} is black or white all over, and so are others, between --value_range {low:.9g} "
+            f"{high:.9g}; give the range of these data (prepare_data.py --statistics finds it), for 8 bits 0 255"
+        ]
     if dark and None not in dark:
         (data,) = source.fetch(dark[:1])
         with contextlib.suppress(DamagedImage):
-            values = data if isinstance(data, np.ndarray) else decode_stored(data)
+            values = data if isinstance(data, np.ndarray) else own_values(data, pixels.channels)
             if values.dtype == np.uint16:
                 return [
                     f"{source.name(dark[0])} has 16-bit numbers up to {values.max()}, which are black at 8 bits; give "

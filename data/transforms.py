@@ -63,6 +63,8 @@ def resized_crop(
         return crop if out is None else out.copy_(crop)
     if out is None:
         out = empty_images(1, len(image), size, image.dtype)[0]
+    elif not out.permute(1, 2, 0).is_contiguous():  # torch would write beside others
+        return out.copy_(resized_crop(image, box, size))
     if crop.is_contiguous():  # planes, which no decoder makes, and which torch cannot resize to pixels
         crop = crop.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     # As torch.nn.functional.interpolate, which has no `out` and lays some results out otherwise: a third of the time

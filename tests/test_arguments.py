@@ -133,6 +133,10 @@ def test_negative_numbers_are_values(text):
     assert errors == ["--nodata nan is no valid value; expected a number"]
 
 
+class Refused(Exception):
+    """What is wrong with flags."""
+
+
 def test_what_is_known_of_images_fills_flags_that_were_left_out(tmp_path):
     """By the run that is resumed, by weights for as many channels, or by the data's statistics."""
     statistics = dict(channels=2, value_range=[0.0, 9.0], nodata=-1.0, mean=[0.1, 0.2], std=[0.3, 0.4])
@@ -144,7 +148,8 @@ def test_what_is_known_of_images_fills_flags_that_were_left_out(tmp_path):
         args.path_to_data, args.resume_from_checkpoint = "data", resume
         args.working_directory, args.experiment_name = tmp_path, "run"
         errors += arguments.check_images(args, statistics, weights, **options)
-        assert not errors
+        if errors:
+            raise Refused(errors)
         return [args.input_channels, args.value_range, args.nodata, args.mean, args.std]
 
     assert taken() == [2, [0.0, 9.0], -1.0, [0.1, 0.2], [0.3, 0.4]]
@@ -160,14 +165,24 @@ def test_what_is_known_of_images_fills_flags_that_were_left_out(tmp_path):
         stored = Stored(mean=[0.5] * channels, std=[0.25] * channels, value_range=value_range)
         return SimpleNamespace(sizes=dict(in_channels=channels), stored=stored)
 
-    assert taken(weights=weights(2, None)) == [2, None, -1.0, [0.5] * 2, [0.25] * 2]  # trained on 8 bits
-    assert taken(weights=weights(2, [0.0, 1.0])) == [2, [0.0, 1.0], -1.0, [0.5] * 2, [0.25] * 2]
-    assert taken("--value_range", "0", "2", weights=weights(2, [0.0, 1.0]))[3:] == [[0.25] * 2, [0.125] * 2]
+    normalised = [[0.5] * 2, [0.25] * 2]
+    assert taken(weights=weights(2, None)) == [2, [0.0, 9.0], -1.0, *normalised]  # trained on 8 bits, for deep data
+    assert taken(weights=weights(2, None), statistics=None) == [2, None, None, *normalised]
+    assert taken(weights=weights(2, [0.0, 1.0]), statistics=None) == [2, [0.0, 1.0], None, *normalised]
+    eight_bits = statistics | dict(value_range=None)
+    assert taken(weights=weights(2, [0.0, 1.0]), statistics=eight_bits) == [2, None, -1.0, *normalised]
+    with pytest.raises(Refused, match="0 9 is not that of the weights, 0 to 1; give that, or --mean and --std too"):
+        taken(weights=weights(2, [0.0, 1.0]))
+    both = ["--mean", "0", "1", "--std", "2", "3"]
+    assert taken(*both, weights=weights(2, [0.0, 1.0])) == [2, [0.0, 9.0], -1.0, [0.0, 1.0], [2.0, 3.0]]
+    with pytest.raises(Refused, match="5 5 is no range"):
+        taken("--value_range", "5", "5")
     assert taken(weights=weights(3, None)) == taken()  # which are refused later
     assert taken(weights=weights(5, None), statistics=None) == [5, None, None, [0.5] * 5, [0.25] * 5]
     assert taken(weights=weights(1, None), statistics=None, adapt=True) == colour
 
-    (tmp_path / "run").mkdir()
+    assert taken(resume="auto") == taken()  # there is nothing to resume
+    (tmp_path / "run/checkpoints/step_00000001").mkdir(parents=True)
     names = ("input_channels", "value_range", "nodata", "mean", "std")
     (tmp_path / "run/args.json").write_text(json.dumps({"flags": dict(zip(names, colour, strict=True))}))
     assert taken(resume="auto") == taken(resume="auto", weights=weights(3, [0.0, 1.0])) == colour

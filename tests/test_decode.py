@@ -762,3 +762,17 @@ def test_photographs_decode_to_pillows_pixels():
         content = path.read_bytes()
         reference = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB"))
         assert np.array_equal(decode(content, 3).permute(1, 2, 0).numpy(), reference), path
+
+
+def test_lzw_with_a_code_that_means_nothing_yet_is_damaged():
+    """Of which imagecodecs, asked for it, ends the process."""
+    array = np.random.default_rng(0).integers(0, 200, (60, 70, 5)).astype(np.uint16)
+    content = bytearray(tiff(array, compression="lzw", tile=(32, 32)))
+    assert np.array_equal(own_values(bytes(content), 5), array)
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        places = file.pages.first.dataoffsets
+    for place in (places[0], places[-1]):
+        broken = content.copy()
+        broken[place + 1] |= 0x68  # the first code after the one that clears the table
+        with pytest.raises(DamagedImage, match="LZW"):
+            own_values(bytes(broken), 5)

@@ -169,7 +169,7 @@ def test_every_source_has_the_same_samples_in_the_same_order(every_source, name)
 
 
 def test_images_of_other_channels_or_numbers_are_told_before_anything_is_read(tmp_path):
-    array = np.zeros((9, 8, 5), np.float32)
+    array = np.random.default_rng(0).random((9, 8, 5), np.float32)
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(DataError, match=r"a.npy has 5 channels, expected 3; give --input_channels 5"):
         open_sources(str(tmp_path), PixelFormat(3, (0, 1)))

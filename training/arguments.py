@@ -342,35 +342,43 @@ def check_images(
 ) -> list[str]:
     """Gives the flags of images that were left out their values; what is wrong with them.
 
-    The values are those of the run that is resumed; those by which the `weights` were trained that this one starts
-    from; or those of the data's `statistics`, see prepare_data.py: the first that tells them for these channels. For
-    another --value_range, mean and deviation are converted. `adapt` says that the weights are to fit other channels.
+    A run that is resumed has its own values. Otherwise the data's `statistics`, see prepare_data.py, tell channels,
+    range and no data; the `weights` that are started from tell mean and deviation, in [0, 1], and what the data do not.
+    `adapt` says that the weights are to fit other channels.
     """
     errors, run = [], _images_of_run(args)
     if args.input_channels is None:
         own = 3 if weights is None or adapt else weights.sizes["in_channels"]
         args.input_channels = (run or statistics or {}).get("channels", own)
     channels = args.input_channels
-    known = [facts for facts in (run, statistics) if facts and facts["channels"] == channels]
-    if args.nodata is None and known:
-        args.nodata = known[0]["nodata"]
-    trained = weights.stored if weights else None
-    if run is None and trained and len(trained.mean or []) == len(trained.std or []) == channels:
-        known = [trained._asdict()]
-    elif known and known[0] is statistics and args.value_range:
-        known = [statistics | {"value_range": statistics["value_range"] or [0.0, 255.0]}]
-    if known:
-        args.value_range = args.value_range or known[0]["value_range"]
-        mean, std = _in_range(args.value_range, known[0])
-        args.mean, args.std = args.mean or mean, args.std or std
     if not args.path_to_data:
         errors.append("--path_to_data is missing; give a folder of images or builtin:shapes")
     if args.value_range and not args.value_range[0] < args.value_range[1]:
         errors.append(
-            "--value_range {:.9g} {:.9g} is no range; give the value of black first, then a larger one".format(
+            "--value_range {:.9g} {:.9g} is no range; give first the value of black, a smaller one".format(
                 *args.value_range
             )
         )
+        args.value_range = None  # so that the rest is checked
+    data, trained = run or statistics, None
+    data = data if data and data["channels"] == channels else None
+    if run is None and weights and len(weights.stored.mean or []) == len(weights.stored.std or []) == channels:
+        trained = weights.stored._asdict()
+    if args.nodata is None and data:
+        args.nodata = data["nodata"]
+    known = data or trained
+    args.value_range = args.value_range or (known["value_range"] if known else None)
+    if trained:
+        ranges = trained["value_range"], args.value_range
+        if None not in ranges and list(ranges[0]) != list(ranges[1]) and not (args.mean and args.std):
+            errors.append(
+                "--value_range {:.9g} {:.9g} is not that of the weights, {:.9g} to {:.9g}; give that, or --mean and "
+                "--std too".format(*args.value_range, *trained["value_range"])
+            )
+        args.mean, args.std = args.mean or list(trained["mean"]), args.std or list(trained["std"])
+    elif data:
+        mean, std = _in_range(args.value_range, data)
+        args.mean, args.std = args.mean or mean, args.std or std
     args.mean = args.mean or ([0.485, 0.456, 0.406] if channels == 3 else [0.5] * channels)
     args.std = args.std or ([0.229, 0.224, 0.225] if channels == 3 else [0.5] * channels)
     for name in ("mean", "std"):
@@ -382,24 +390,23 @@ def check_images(
 
 def _images_of_run(args: argparse.Namespace) -> dict | None:
     """What the run that is to be resumed knew of its images; None where there is none."""
+    folder = Path(args.working_directory, args.experiment_name)
+    if not args.resume_from_checkpoint or not any((folder / "checkpoints").glob("step_*")):
+        return None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        if args.resume_from_checkpoint:
-            path = Path(args.working_directory, args.experiment_name, "args.json")
-            flags = json.loads(path.read_text())["flags"]
-            others = {name: flags.get(name) for name in ("value_range", "nodata", "mean", "std")}
-            return {"channels": flags["input_channels"], **others}
+        flags = json.loads((folder / "args.json").read_text())["flags"]
+        others = {name: flags.get(name) for name in ("value_range", "nodata")}
+        return {"channels": flags["input_channels"], "mean": list(flags["mean"]), "std": list(flags["std"]), **others}
     return None
 
 
 def _in_range(value_range: Sequence[float] | None, known: dict) -> tuple[list[float], list[float]]:
-    """The mean and deviation of the same pixels in units of another range; as they are where one of the two is that of
-    8-bit images, whatever white is there."""
-    mean, std, old = list(known["mean"]), list(known["std"]), known["value_range"]
-    if old is None or value_range is None or list(old) == list(value_range):
-        return mean, std
-    low, length = value_range[0], value_range[1] - value_range[0]
-    mean = [(old[0] + value * (old[1] - old[0]) - low) / length for value in mean]
-    return mean, [value * (old[1] - old[0]) / length for value in std]
+    """The mean and deviation of pixels that are measured, in units of another range; None is that of 8 bits."""
+    (old_low, old_high), (low, high) = known["value_range"] or (0, 255), value_range or (0, 255)
+    if (old_low, old_high) == (low, high):
+        return known["mean"], known["std"]
+    mean = [(old_low + value * (old_high - old_low) - low) / (high - low) for value in known["mean"]]
+    return mean, [value * (old_high - old_low) / (high - low) for value in known["std"]]
 
 
 def add_preview_flag(flag: Callable) -> None:

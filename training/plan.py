@@ -5,7 +5,6 @@ import math
 import resource
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -211,8 +210,7 @@ def describe_run(
     fixed = (4 + 2 * half + 4 * averaged) * parameters
     fixed += (4 + (8 if optimizer == "AdamW" else 4) + 4 * (accelerator.num_processes > 1)) * trained
     return [
-        f"pixels     {values}, normalised by mean {mean} and deviation {std}"
-        + (" (statistics.json)" if Path(args.path_to_data, "statistics.json").is_file() else ""),
+        f"pixels     {values}, normalised by mean {mean} and deviation {std}",
         f"batch      {batch.global_size} = {several(accelerator.num_processes, 'process')} x "
         f"{several(batch.accumulation, 'micro-batch')} x {batch.micro}",
         f"length     {length.total_steps} steps, {length.steps_per_epoch} an epoch, {length.warmup_steps} warmup",

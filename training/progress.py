@@ -187,10 +187,11 @@ class DamagedImages:
         self.num_samples = num_samples
         self.named, self.reasons = set(), Counter()
         for text in self.path.read_text().splitlines() if self.path.exists() else []:
-            with contextlib.suppress(ValueError):  # a line that a kill cut short
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
                 line = json.loads(text)
-                self.named.add(line["path"])
-                self.reasons[line["reason"]] += 1
+                path, reason = line["path"], line["reason"]
+                self.named.add(path)
+                self.reasons[reason] += 1
         if self.named and is_main_process and not self.path.read_text().endswith("\n"):
             with open(self.path, "a") as file:
                 file.write("\n")
@@ -349,5 +350,6 @@ def in_time(seconds: float) -> str:
 
 
 def several(count, noun):
-    """ "1 process", "2 processes"."""
-    return f"{count} {noun}{'' if count == 1 else 'es'}"
+    """ "1 process", "2 processes", "3 channels"."""
+    plural = "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    return f"{count} {noun}{'' if count == 1 else plural}"
