@@ -25,8 +25,9 @@ except ImportError:  # Pillow then reads JPEG too, only slower
 
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 178,956,970: from there on Pillow speaks of a decompression bomb
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-# None, LZW, deflate (two numbers), PackBits, LZMA, ZSTD: those that cannot give more bytes than the page has pixels
-TIFF_COMPRESSIONS = (1, 5, 8, 32946, 32773, 34925, 50000)
+# None, LZW, deflate (two numbers), PackBits, ZSTD: those that cannot give more bytes than the page has pixels. (Of LZMA
+# that is cut, imagecodecs gives what was in memory before.)
+TIFF_COMPRESSIONS = (1, 5, 8, 32946, 32773, 50000)
 LOGGERS = [logging.getLogger(name) for name in ("tifffile", "PIL.TiffImagePlugin")]
 BITS, PLANAR = 258, 284  # TIFF tags: bits per sample; 2 where each band lies by itself
 GDAL_NODATA = 42113  # the TIFF tag by which a file itself says what stands where there are no data
@@ -345,7 +346,8 @@ def _read_tiff(data: bytes, channels: int, max_pixels: int) -> tuple[np.ndarray,
         bands, has_alpha = page.samplesperpixel, bool(page.extrasamples) and page.extrasamples[-1] in (1, 2)
         if bands == channels or (has_alpha and bands == channels + 1):
             _check_tiff_page(page, data, max_pixels)
-            values = page.asarray(squeeze=False, maxworkers=1)[:, 0]  # (separate bands, H, W, bands)
+            room = np.zeros(page.shaped, page.dtype)  # of what is cut, tifffile leaves parts as it found them
+            values = page.asarray(squeeze=False, maxworkers=1, out=room)[:, 0]  # (separate bands, H, W, bands)
             values = np.moveaxis(values, 0, 2).reshape(*values.shape[1:3], bands)
             return _without_alpha(_upright(values, orientation), channels, has_alpha), nodata
 

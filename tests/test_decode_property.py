@@ -34,7 +34,7 @@ PILLOW = {  # Pillow's format and options, and the modes that are written
 }
 if not features.check("webp"):
     del PILLOW["webp"]
-COMPRESSIONS = [None, "lzw", "zlib", "packbits", "zstd", "lzma"]
+COMPRESSIONS = [None, "lzw", "zlib", "packbits", "zstd"]
 AXES = ["HW", "HWC", "CHW", "THWC"]
 
 
