@@ -223,14 +223,7 @@ def check_pixels(source: Source, pixels: PixelFormat) -> list[str]:
             return [f"{source.name(index)} {error}"]
         except DamagedImage:
             continue
-        black = DARK if image.dtype == torch.uint8 else DARK / 255
-        dark.append(index if image.max() < black or (black < 1 and image.min() == 1) else None)
-    if dark and None not in dark and pixels.value_range is not None:
-        low, high = pixels.value_range
-        return [
-            f"{source.name(dark[0])} is black or white all over, and so are others, between --value_range {low:.9g} "
-            f"{high:.9g}; give the range of these data (prepare_data.py --statistics finds it), for 8 bits 0 255"
-        ]
+        dark.append(index if image.dtype == torch.uint8 and image.max() < DARK else None)
     if dark and None not in dark:
         (data,) = source.fetch(dark[:1])
         with contextlib.suppress(DamagedImage):
