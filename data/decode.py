@@ -31,8 +31,6 @@ TIFF_COMPRESSIONS = (1, 5, 8, 32946, 32773, 50000)
 LOGGERS = [logging.getLogger(name) for name in ("tifffile", "PIL.TiffImagePlugin")]
 BITS, PLANAR = 258, 284  # TIFF tags: bits per sample; 2 where each band lies by itself
 GDAL_NODATA = 42113  # the TIFF tag by which a file itself says what stands where there are no data
-
-
 LZW, LZW_CLEAR = 5, 256  # TIFF's number for this compression, and the code that clears the table
 # Of the codes after a clearing, by their number: the highest string that is known, the width in bits, and the first bit
 LZW_KNOWN = np.minimum(np.concatenate([[255], 258 + np.arange(3837 + 2)]), 4095)
@@ -99,8 +97,9 @@ def decode(
     `data` is bytes or any other buffer. Of an animation, of pages and of a (T, H, W, C) array the first is taken.
 
     Without a `value_range` the result is uint8. Where `channels` is 3 or 1, colour and grey become each other (grey of
-    a colour JPEG is the luma it stores), palettes are resolved and transparency is dropped; any other number must be
-    the file's own. 16 bits are scaled to 8 (65535 -> 255).
+    a colour JPEG is the luma it stores), palettes are resolved and transparency is dropped; any other number, and the
+    channels of arrays and of TIFFs that Pillow does not read, must be the file's own. 16 bits are scaled to 8
+    (65535 -> 255).
 
     With `value_range` (lo, hi) the result is float32, (x - lo) / (hi - lo) of the numbers x that the file stores,
     clipped to [0, 1]. The channels must be the file's own, but transparency is dropped where they then fit.
@@ -357,7 +356,8 @@ def _read_tiff(data: bytes, channels: int, max_pixels: int) -> tuple[np.ndarray,
             raise WrongChannels(bands, channels)
         for each in stack.pages:
             _check_tiff_page(each, data, max_pixels)
-        return _hwc(stack.asarray(maxworkers=1), channels, max_pixels), nodata
+        room = np.zeros(stack.shape, stack.dtype)
+        return _hwc(stack.asarray(maxworkers=1, out=room), channels, max_pixels), nodata
 
 
 def _check_tiff_page(page, data: bytes | memoryview, max_pixels: int) -> None:
