@@ -294,3 +294,18 @@ def test_photographs_are_resized_within_60_db_of_pillow():
         box = random_crop_box(np.random.default_rng(number), *image.shape[1:])
         result = resized_crop(image, box, (224, 224)).numpy()
         assert psnr(result, pillow_resized_crop(image, box, (224, 224))) >= 60, path
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_a_crop_is_written_into_room_of_any_layout_and_nowhere_else(channels, dtype):
+    image = picture(50, 60, 3)[:1].expand(channels, -1, -1).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    image = image if dtype == torch.uint8 else image / 255
+    for box, size in (((3, 5, 40, 41), (32, 24)), ((0, 0, 32, 24), (32, 24)), ((7, 0, 1, 60), (8, 8))):
+        expected = resized_crop(image, box, size)
+        shape = (3, channels, *size)  # of which the middle one is written to
+        for order in ((0, 1, 2, 3), (0, 2, 3, 1), (0, 3, 2, 1)):
+            room = torch.zeros([shape[axis] for axis in order], dtype=dtype)
+            images = room.permute([order.index(axis) for axis in range(4)])
+            resized_crop(image, box, size, images[1])
+            assert torch.equal(images[1], expected) and not images[0].any() and not images[2].any()
