@@ -13,6 +13,8 @@ that gradients are clipped and weights are not averaged. recipes/paper/ has thos
 """
 
 import argparse
+import contextlib
+import copy
 import math
 from functools import partial
 from pathlib import Path
@@ -20,15 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
 
-from data.batches import ClassificationDataset, Normalization, make_loader, own_batches
+from data.batches import ClassificationBatch, ClassificationDataset, Normalization, make_loader, own_batches
 from data.decode import PixelFormat
 from data.index import DataError
 from data.sampling import StepSampler, model_seed, seed_everything
 from data.sources import describe_data, find_statistics, open_sources
-from data.transforms import rand_augment
+from data.transforms import empty_images, rand_augment
 from modeling.classifier import Classifier
 from modeling.export import export_classifier
 from modeling.files import WeightsError
@@ -43,14 +44,15 @@ from training.checkpoint import (
     compare_with_run,
     load_training,
     note_start,
-    read_state,
     replace_folder,
     save_training,
     write_json,
 )
+from training.memory import fit_micro_batch
 from training.optimizer import adamw, lars, parameter_groups, set_learning_rate
 from training.pictures import MOST_CLASSES, confusion_matrix
-from training.plan import describe_run, plan_run, rehearse
+from training.plan import describe_run, needed_memory, plan_run, rehearse
+from training.processes import Crew, start_accelerator
 from training.progress import (
     DamagedImages,
     Progress,
@@ -63,7 +65,6 @@ from training.progress import (
 )
 from training.publish import Publisher, check_hub, check_token
 from training.schedule import is_due, learning_rate_at
-from training.stopping import Crew
 
 # The defaults, for ViT-B (He et al. 2021, tables 9, 10 and 11), by what trains; partial fine-tuning has those of all.
 RECIPES = {
@@ -361,14 +362,11 @@ def build_model(args):
     return model
 
 
-def describe_plan(args, model, batch, length, accelerator, train_source, validation_source):
+def describe_plan(args, model, batch, length, accelerator, memory, train_source, validation_source):
     """The resolved plan, printed before the first step."""
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    activations = model.activation_bytes(half_precision=args.mixed_precision != "no")
     optimizer = "AdamW" if args.optimizer == "adamw" else "LARS"
-    sizes = dict(parameters=parameters, trained=trained, activations=activations)
-    sizes |= dict(optimizer=optimizer, averaged=bool(args.ema_decay))
     kind = kind_of_run(args)
     if args.trainable_blocks is not None:
         kind = f"the last {args.trainable_blocks:g} blocks, norm and head"
@@ -386,7 +384,7 @@ def describe_plan(args, model, batch, length, accelerator, train_source, validat
             f"{math.prod(model.encoder.grid)} patches of {args.patch_size}; RandAugment {args.random_aug_magnitude}, "
             f"erasing {args.random_erase:g}, mixup {args.mixup_alpha:g}, cutmix {args.cutmix_alpha:g}, smoothing "
             f"{args.label_smoothing:g}",
-            *describe_run(args, batch, length, accelerator, **sizes),
+            *describe_run(args, batch, length, accelerator, memory, optimizer=optimizer),
         ]
     )
 
@@ -450,6 +448,24 @@ def optimizer_step(
             optimizer.zero_grad()
         damaged += batch.damaged
     return loss, grad_norm, damaged
+
+
+def find_micro_batch(args, model, plan, memory, normalize, *, pixels, accelerator, **options):
+    """`plan` in the largest micro-batches that fit into memory; `options` are those of `fit_micro_batch`."""
+    erase, mix = make_mixing(args, accelerator.device)
+
+    def try_step(size):  # of a copy, on empty images
+        tried = copy.deepcopy(model)
+        images = empty_images(size, pixels.channels, args.img_size, pixels.dtype).zero_()
+        batch = ClassificationBatch(images, torch.zeros(size, dtype=torch.int64), [], [])
+        step = dict(erase=erase, mix=mix, label_smoothing=args.label_smoothing, max_grad_norm=args.max_grad_norm)
+        step |= dict(accelerator=accelerator, waiting=contextlib.nullcontext)
+        optimizer_step(tried, make_optimizer(args, tried), iter([batch]), normalize, [0], **step)
+
+    options |= dict(allowed=lambda size: not check_micro_batch(args, size), accelerator=accelerator)
+    plan = fit_micro_batch(plan, memory, try_step, **options)
+    args.micro_batch_size, args.gradient_accumulation_steps = plan.micro, plan.accumulation
+    return plan
 
 
 @torch.no_grad()
@@ -561,21 +577,17 @@ def main(argv=None):
     """Runs the script; see the module's docstring."""
     # Accelerator, seed and run folder
     args, errors = parse_args(argv)
-    accelerator = Accelerator(mixed_precision=arguments.resolve_precision(args.mixed_precision))
+    accelerator, found = start_accelerator(args.mixed_precision, tf32=args.tf32, compiled=args.compile)
+    errors += found
     args.mixed_precision, device = accelerator.mixed_precision, accelerator.device
-    arguments.set_speed(device, tf32=args.tf32)
-    errors += arguments.prepare_compiler(device) if args.compile else []
-    crew = Crew()
+    crew = Crew(args.time_limit)
     folder = RunFolder(Path(args.working_directory) / args.experiment_name)
-    checkpoint, found = claim_run_folder(folder, args.resume_from_checkpoint, accelerator, write=not args.dry_run)
+    checkpoint, saved, found = claim_run_folder(folder, args.resume_from_checkpoint, write=not args.dry_run)
     if args.eval_only:  # which cannot be resumed
         found = [error.replace("continue it with --resume_from_checkpoint latest or give", "give") for error in found]
     errors += found if checkpoint else found + check_place(WEIGHTS, args.path_to_pretrained_mae_weights, folder.path)
     errors += check_token() if args.push_to_hub else []
-    saved = read_state(checkpoint) if checkpoint else {}
     start_step = saved.get("step", 0)
-    if args.num_workers is None:
-        args.num_workers = min(32, arguments.cores_per_process())
 
     # Weights, and the sizes that they tell
     weights = None
@@ -592,7 +604,7 @@ def main(argv=None):
         args, pixels, weights.stored.classes if weights else None
     )
     errors += found
-    fingerprint = train_source.fingerprint() if train_source else None
+    fingerprints = [source.fingerprint() if source else None for source in (train_source, validation_source)]
     batch_plan, length, found = plan_run(
         args,
         num_samples=len(train_source) if train_source else None,
@@ -601,9 +613,8 @@ def main(argv=None):
         default_warmup_epochs=RECIPES[kind_of_run(args)]["warmup_epochs"],
     )
     errors += [] if args.eval_only else found + check_micro_batch(args, batch_plan.micro)
-    accelerator.gradient_accumulation_steps = batch_plan.accumulation
     if checkpoint:
-        errors += compare_with_run(checkpoint, vars(args), fingerprint, defaults=vars(parse_args([])[0]))
+        errors += compare_with_run(checkpoint, vars(args), fingerprints[0], defaults=vars(parse_args([])[0]))
 
     # Model
     torch.manual_seed(args.seed)
@@ -619,7 +630,7 @@ def main(argv=None):
     except ValueError:  # impossible sizes
         if not errors:
             raise
-    errors = crew.gather(errors)
+    errors = crew.gather(errors) or crew.differences(vars(args), fingerprints)
     if errors:
         fail(errors, show=accelerator.is_main_process)
     del weights
@@ -638,7 +649,15 @@ def main(argv=None):
     lr_at = partial(learning_rate_at, peak=args.learning_rate, minimum=args.min_learning_rate, **steps)
     optimizer = make_optimizer(args, model)
     if not args.eval_only:
-        accelerator.print(describe_plan(args, model, batch_plan, length, accelerator, train_source, validation_source))
+        half, options = args.mixed_precision != "no", dict(optimizer=args.optimizer, averaged=bool(args.ema_decay))
+        activations = model.activation_bytes(half_precision=half)
+        memory = needed_memory(model, activations, half, accelerator.num_processes, **options)
+        if args.micro_batch_size == "auto":
+            options = dict(held=saved.get("micro_batch_size"), pixels=pixels, accelerator=accelerator, crew=crew)
+            batch_plan = find_micro_batch(args, model, batch_plan, memory, normalize, **options)
+        accelerator.gradient_accumulation_steps = batch_plan.accumulation
+        sources = train_source, validation_source
+        accelerator.print(describe_plan(args, model, batch_plan, length, accelerator, memory, *sources))
 
     # Prepare
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -760,7 +779,7 @@ def main(argv=None):
         with progress.paused():
             progress.check_finite()
             state = dict(step=step, epoch=step / length.steps_per_epoch, global_batch_size=batch_plan.global_size)
-            state |= dict(data=fingerprint, seconds=progress.seconds)
+            state |= dict(data=fingerprints[0], seconds=progress.seconds, micro_batch_size=batch_plan.micro)
             options = dict(keep=args.keep_checkpoints, ema=ema.module if ema else None)
             save_training(folder, accelerator, crew, model, optimizer, state, **options)
 
@@ -789,10 +808,7 @@ def main(argv=None):
 
     # Finish
     if metrics is None:
-        progress.say(
-            f"stopped by {crew.signal_name or 'a signal'} after step {step}, which is saved; continue with "
-            "--resume_from_checkpoint latest"
-        )
+        progress.say(crew.farewell(step, start_step=start_step))
         finish_trackers(accelerator)
         accelerator.end_training()
         return

@@ -15,6 +15,8 @@ gradients are clipped. Without a checkpoint, everything is trained from scratch.
 """
 
 import argparse
+import contextlib
+import copy
 import math
 from functools import partial
 from itertools import groupby
@@ -22,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import nn
 
@@ -32,6 +33,7 @@ from data.index import DataError
 from data.sampling import StepSampler, model_seed, seed_everything
 from data.segmentation import (
     EvaluationPairs,
+    SegmentationBatch,
     SegmentationDataset,
     check_masks,
     open_pairs,
@@ -39,6 +41,7 @@ from data.segmentation import (
     view_sizes,
 )
 from data.sources import describe_data, find_statistics
+from data.transforms import empty_images
 from modeling.export import export_segmenter
 from modeling.files import WeightsError
 from modeling.sliding_window import predict
@@ -54,15 +57,16 @@ from training.checkpoint import (
     compare_with_run,
     load_training,
     note_start,
-    read_state,
     replace_folder,
     save_training,
     write_json,
 )
+from training.memory import fit_micro_batch
 from training.metrics import segmentation_areas
 from training.optimizer import adamw, parameter_groups, set_learning_rate
 from training.pictures import displayable, segmentation_grid
-from training.plan import describe_run, plan_run, rehearse
+from training.plan import describe_run, needed_memory, plan_run, rehearse
+from training.processes import Crew, start_accelerator
 from training.progress import (
     DamagedImages,
     Progress,
@@ -75,7 +79,6 @@ from training.progress import (
 )
 from training.publish import Publisher, check_hub, check_token
 from training.schedule import is_due, learning_rate_at
-from training.stopping import Crew
 
 STEPS, WARMUP_STEPS, BATCH_SIZE, CROP_SIZE = 160_000, 1_500, 16, 512
 SAVE_STEPS = 1_000
@@ -358,17 +361,14 @@ def build_model(args, num_classes):
     return Segmenter(encoder, num_classes, **options)
 
 
-def describe_plan(args, model, batch, length, accelerator, train_source, validation_source, num_classes):
+def describe_plan(args, model, batch, length, accelerator, memory, flops, train_source, validation_source, num_classes):
     """The resolved plan, printed before the first step."""
     parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    flops, activations = model.training_cost(half_precision=args.mixed_precision != "no")
     upernet = args.head == "upernet"
     head = f"UperNet of width {args.head_width}" if upernet else "linear head"
     extras = ["relative position bias"] * args.relative_position_bias
     extras += [f"LayerScale {args.layer_scale:g}"] * bool(args.layer_scale)
     auxiliary = f", auxiliary loss {args.auxiliary_weight:g}" if model.auxiliary else ""
-    sizes = dict(parameters=parameters, trained=trained, activations=activations, decay="linear")
     return "\n".join(
         [
             f"data       {args.path_to_data}: {len(train_source)} images of {num_classes} classes (about "
@@ -382,7 +382,7 @@ def describe_plan(args, model, batch, length, accelerator, train_source, validat
             f"images     crops of {args.crop_size} x {args.crop_size}, {several(args.input_channels, 'channel')}, "
             f"{math.prod(model.encoder.grid)} patches of {args.patch_size}; resized to fit {args.resize[0]} x "
             f"{args.resize[1]}, times 0.5 to 2",
-            *describe_run(args, batch, length, accelerator, **sizes),
+            *describe_run(args, batch, length, accelerator, memory, decay="linear"),
         ]
     )
 
@@ -414,6 +414,26 @@ def optimizer_step(
             optimizer.zero_grad()
         damaged += batch.damaged
     return loss, grad_norm, damaged
+
+
+def find_micro_batch(args, model, plan, memory, normalize, *, pixels, accelerator, **options):
+    """`plan` in the largest micro-batches that fit into memory; `options` are those of `fit_micro_batch`."""
+
+    def try_step(size):  # of a copy, on empty images
+        tried = copy.deepcopy(model)
+        images = empty_images(size, pixels.channels, (args.crop_size, args.crop_size), pixels.dtype).zero_()
+        masks = torch.zeros(size, args.crop_size, args.crop_size, dtype=torch.uint8)
+        optimizer = adamw(parameter_groups(tried, args.weight_decay), betas=tuple(args.betas))
+        step = dict(weights=None, auxiliary_weight=args.auxiliary_weight, max_grad_norm=args.max_grad_norm)
+        step |= dict(accelerator=accelerator, waiting=contextlib.nullcontext)
+        optimizer_step(tried, optimizer, iter([SegmentationBatch(images, masks, [], [])]), normalize, [0], **step)
+
+    synchronised = accelerator.num_processes > 1 and accelerator.device.type == "cuda"
+    allowed = partial(check_micro_batch, args, synchronised=synchronised)
+    options |= dict(allowed=lambda size: not allowed(size), accelerator=accelerator)
+    plan = fit_micro_batch(plan, memory, try_step, **options)
+    args.micro_batch_size, args.gradient_accumulation_steps = plan.micro, plan.accumulation
+    return plan
 
 
 @torch.no_grad()
@@ -504,21 +524,17 @@ def main(argv=None):
     """Runs the script; see the module's docstring."""
     # Accelerator, seed and run folder
     args, errors = parse_args(argv)
-    accelerator = Accelerator(mixed_precision=arguments.resolve_precision(args.mixed_precision))
+    accelerator, found = start_accelerator(args.mixed_precision, tf32=args.tf32, compiled=args.compile)
+    errors += found
     args.mixed_precision, device = accelerator.mixed_precision, accelerator.device
-    arguments.set_speed(device, tf32=args.tf32)
-    errors += arguments.prepare_compiler(device) if args.compile else []
-    crew = Crew()
+    crew = Crew(args.time_limit)
     folder = RunFolder(Path(args.working_directory) / args.experiment_name)
-    checkpoint, found = claim_run_folder(folder, args.resume_from_checkpoint, accelerator, write=not args.dry_run)
+    checkpoint, saved, found = claim_run_folder(folder, args.resume_from_checkpoint, write=not args.dry_run)
     if args.eval_only:  # which cannot be resumed
         found = [error.replace("continue it with --resume_from_checkpoint latest or give", "give") for error in found]
     errors += found if checkpoint else found + check_place(WEIGHTS, args.path_to_backbone_checkpoint, folder.path)
     errors += check_token() if args.push_to_hub else []
-    saved = read_state(checkpoint) if checkpoint else {}
     start_step = saved.get("step", 0)
-    if args.num_workers is None:
-        args.num_workers = min(32, arguments.cores_per_process())
 
     # Weights, and the sizes that they tell
     weights = None
@@ -533,7 +549,7 @@ def main(argv=None):
     pixels = PixelFormat(args.input_channels, args.value_range, args.nodata, args.max_pixels)
     train_source, validation_source, classes, found = open_data(args, pixels, weights)
     errors += found
-    fingerprint = train_source.fingerprint() if train_source else None
+    fingerprints = [source.fingerprint() if source else None for source in (train_source, validation_source)]
     batch_plan, length, found = plan_run(
         args,
         num_samples=len(train_source) if train_source else None,
@@ -545,9 +561,8 @@ def main(argv=None):
     synchronised = accelerator.num_processes > 1 and device.type == "cuda"
     found += check_micro_batch(args, batch_plan.micro, synchronised=synchronised)
     errors += [] if args.eval_only else found
-    accelerator.gradient_accumulation_steps = batch_plan.accumulation
     if checkpoint:
-        errors += compare_with_run(checkpoint, vars(args), fingerprint, defaults=vars(parse_args([])[0]))
+        errors += compare_with_run(checkpoint, vars(args), fingerprints[0], defaults=vars(parse_args([])[0]))
 
     # Model
     torch.manual_seed(args.seed)
@@ -562,7 +577,7 @@ def main(argv=None):
     except ValueError:  # impossible sizes
         if not errors:
             raise
-    errors = crew.gather(errors)
+    errors = crew.gather(errors) or crew.differences(vars(args), fingerprints)
     if errors:
         fail(errors, show=accelerator.is_main_process)
     del weights
@@ -578,8 +593,15 @@ def main(argv=None):
     groups = parameter_groups(model, args.weight_decay, layer_decay=args.layer_decay, **decay)
     optimizer = adamw(groups, betas=tuple(args.betas))
     if not args.eval_only:
+        half = args.mixed_precision != "no"
+        flops, activations = model.training_cost(half_precision=half)
+        memory = needed_memory(model, activations, half, accelerator.num_processes)
+        if args.micro_batch_size == "auto":
+            options = dict(held=saved.get("micro_batch_size"), pixels=pixels, accelerator=accelerator, crew=crew)
+            batch_plan = find_micro_batch(args, model, batch_plan, memory, normalize, **options)
+        accelerator.gradient_accumulation_steps = batch_plan.accumulation
         sources = train_source, validation_source, len(classes)
-        accelerator.print(describe_plan(args, model, batch_plan, length, accelerator, *sources))
+        accelerator.print(describe_plan(args, model, batch_plan, length, accelerator, memory, flops, *sources))
 
     # Prepare
     workers = args.num_workers or 1
@@ -706,7 +728,7 @@ def main(argv=None):
         with progress.paused():
             progress.check_finite()
             state = dict(step=step, epoch=step / length.steps_per_epoch, global_batch_size=batch_plan.global_size)
-            state |= dict(data=fingerprint, seconds=progress.seconds)
+            state |= dict(data=fingerprints[0], seconds=progress.seconds, micro_batch_size=batch_plan.micro)
             save_training(folder, accelerator, crew, model, optimizer, state, keep=args.keep_checkpoints)
 
     for step in range(start_step, length.total_steps + 1):  # optimizer steps that are completed
@@ -734,10 +756,7 @@ def main(argv=None):
 
     # Finish
     if metrics is None:
-        progress.say(
-            f"stopped by {crew.signal_name or 'a signal'} after step {step}, which is saved; continue with "
-            "--resume_from_checkpoint latest"
-        )
+        progress.say(crew.farewell(step, start_step=start_step))
         finish_trackers(accelerator)
         accelerator.end_training()
         return

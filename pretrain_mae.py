@@ -8,6 +8,8 @@ scripts load. Kill it at any moment: the same command with --resume_from_checkpo
 """
 
 import argparse
+import contextlib
+import copy
 import math
 from collections import Counter
 from functools import partial
@@ -15,15 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from data.batches import FIXED_EPOCH, Normalization, PretrainingDataset, make_loader, own_batches
+from data.batches import FIXED_EPOCH, Normalization, PretrainingBatch, PretrainingDataset, make_loader, own_batches
 from data.decode import PixelFormat, preview_channels
 from data.index import DataError
 from data.masking import MASK_STRATEGIES
 from data.sampling import StepSampler, model_seed
 from data.sources import describe_data, find_statistics, open_sources
+from data.transforms import empty_images
 from modeling.export import export_autoencoder, export_encoder
 from modeling.files import WeightsError, find_weights, read_state_dict, read_stored
 from modeling.mae import MaskedAutoencoder
@@ -37,18 +39,18 @@ from training.checkpoint import (
     compare_with_run,
     load_training,
     note_start,
-    read_state,
     save_training,
     write_json,
 )
+from training.memory import fit_micro_batch
 from training.metrics import knn_vote, linear_sums, linear_vote, nearest, reconstruction_metrics
 from training.optimizer import adamw, parameter_groups, set_learning_rate
 from training.pictures import reconstruction_grid
-from training.plan import describe_run, plan_run, rehearse
+from training.plan import describe_run, needed_memory, plan_run, rehearse
+from training.processes import Crew, start_accelerator
 from training.progress import DamagedImages, Progress, finish_trackers, in_bytes, several, start_trackers, truncate_log
 from training.publish import Publisher, check_hub, check_token
 from training.schedule import is_due, learning_rate_at
-from training.stopping import Crew
 
 DEFAULT_WARMUP_EPOCHS = 40
 EVALUATION_CROP_RATIO = 0.875  # that of encoder/preprocessor_config.json
@@ -213,7 +215,7 @@ def start_from(path, model, *, adapt_channels, mean, std):
     return f"{report}; they were trained with {theirs}, this run has {ours}; give --mean and --std to choose"
 
 
-def describe_plan(args, model, batch, length, accelerator, train_source, validation_source):
+def describe_plan(args, model, batch, length, accelerator, memory, train_source, validation_source):
     """The resolved plan, printed before the first step."""
     parameters = sum(p.numel() for p in model.parameters())
     encoder_parameters = sum(p.numel() for p in model.encoder.parameters())
@@ -223,8 +225,6 @@ def describe_plan(args, model, batch, length, accelerator, train_source, validat
         f"{len(validation_source)} held out" if validation_source else "none held out: validated on some of these"
     )
     views = f", {args.repeated_augmentation} views of each" if args.repeated_augmentation > 1 else ""
-    activations = model.activation_bytes(half_precision=args.mixed_precision != "no")
-    sizes = dict(parameters=parameters, trained=parameters, activations=activations)
     return "\n".join(
         [
             f"data       {args.path_to_data}: {len(train_source)} images (about "
@@ -235,7 +235,7 @@ def describe_plan(args, model, batch, length, accelerator, train_source, validat
             f"images     {args.img_size[0]} x {args.img_size[1]}, {several(args.input_channels, 'channel')}, "
             f"{grid[0] * grid[1]} patches of {args.patch_size}, {model.num_kept} kept ({args.mask_strategy}); "
             f"target: {target}",
-            *describe_run(args, batch, length, accelerator, **sizes),
+            *describe_run(args, batch, length, accelerator, memory),
         ]
     )
 
@@ -261,6 +261,23 @@ def optimizer_step(model, optimizer, batches, normalize, seeds, *, accelerator, 
             optimizer.zero_grad()
         damaged += batch.damaged
     return loss, grad_norm, damaged
+
+
+def find_micro_batch(args, model, plan, memory, normalize, *, pixels, accelerator, **options):
+    """`plan` in the largest micro-batches that fit into memory; `options` are those of `fit_micro_batch`."""
+
+    def try_step(size):  # of a copy, on empty images
+        tried = copy.deepcopy(model)
+        images = empty_images(size, pixels.channels, args.img_size, pixels.dtype).zero_()
+        batch = PretrainingBatch(images, torch.zeros(size, math.prod(model.encoder.grid)), [])
+        optimizer = adamw(parameter_groups(tried, args.weight_decay), betas=(0.9, 0.95))
+        step = dict(accelerator=accelerator, waiting=contextlib.nullcontext, max_grad_norm=args.max_grad_norm)
+        optimizer_step(tried, optimizer, iter([batch]), normalize, [0], **step)
+
+    options |= dict(allowed=lambda size: size % args.repeated_augmentation == 0, accelerator=accelerator)
+    plan = fit_micro_batch(plan, memory, try_step, **options)
+    args.micro_batch_size, args.gradient_accumulation_steps = plan.micro, plan.accumulation
+    return plan
 
 
 @torch.no_grad()
@@ -403,25 +420,21 @@ def main(argv=None):
     """Runs the script; see the module's docstring."""
     # Accelerator, seed and run folder
     args, errors = parse_args(argv)
-    accelerator = Accelerator(mixed_precision=arguments.resolve_precision(args.mixed_precision))
+    accelerator, found = start_accelerator(args.mixed_precision, tf32=args.tf32, compiled=args.compile)
+    errors += found
     args.mixed_precision, device = accelerator.mixed_precision, accelerator.device
-    arguments.set_speed(device, tf32=args.tf32)
-    errors += arguments.prepare_compiler(device) if args.compile else []
-    crew = Crew()
+    crew = Crew(args.time_limit)
     folder = RunFolder(Path(args.working_directory) / args.experiment_name)
-    checkpoint, found = claim_run_folder(folder, args.resume_from_checkpoint, accelerator, write=not args.dry_run)
+    checkpoint, saved, found = claim_run_folder(folder, args.resume_from_checkpoint, write=not args.dry_run)
     errors += found
     errors += check_token() if args.push_to_hub else []
-    saved = read_state(checkpoint) if checkpoint else {}
     start_step = saved.get("step", 0)
-    if args.num_workers is None:
-        args.num_workers = min(32, arguments.cores_per_process())
 
     # Data, and the plan that follows from its size
     pixels = PixelFormat(args.input_channels, args.value_range, args.nodata, args.max_pixels)
     train_source, validation_source, found = open_data(args, pixels)
     errors += found
-    fingerprint = train_source.fingerprint() if train_source else None
+    fingerprints = [source.fingerprint() if source else None for source in (train_source, validation_source)]
     batch_plan, length, found = plan_run(
         args,
         num_samples=len(train_source) * args.repeated_augmentation if train_source else None,
@@ -435,9 +448,8 @@ def main(argv=None):
             f"--repeated_augmentation {args.repeated_augmentation} does not divide the micro-batch of "
             f"{batch_plan.micro} images; give a batch and micro-batch that are multiples of it"
         )
-    accelerator.gradient_accumulation_steps = batch_plan.accumulation
     if checkpoint:
-        errors += compare_with_run(checkpoint, vars(args), fingerprint, defaults=vars(parse_args([])[0]))
+        errors += compare_with_run(checkpoint, vars(args), fingerprints[0], defaults=vars(parse_args([])[0]))
 
     # Model
     torch.manual_seed(args.seed)
@@ -451,7 +463,7 @@ def main(argv=None):
     except ValueError:  # impossible sizes
         if not errors:
             raise
-    errors = crew.gather(errors)
+    errors = crew.gather(errors) or crew.differences(vars(args), fingerprints)
     if errors:
         fail(errors, show=accelerator.is_main_process)
     if args.compile:
@@ -479,7 +491,14 @@ def main(argv=None):
     decay = dict(bias_weight_decay=args.bias_weight_decay, norm_weight_decay=args.norm_weight_decay)
     groups = parameter_groups(model, args.weight_decay, **decay)
     optimizer = adamw(groups, betas=(0.9, 0.95))
-    accelerator.print(describe_plan(args, model, batch_plan, length, accelerator, train_source, validation_source))
+    half = args.mixed_precision != "no"
+    memory = needed_memory(model, model.activation_bytes(half_precision=half), half, accelerator.num_processes)
+    if args.micro_batch_size == "auto":
+        options = dict(held=saved.get("micro_batch_size"), pixels=pixels, accelerator=accelerator, crew=crew)
+        batch_plan = find_micro_batch(args, model.to(device), batch_plan, memory, normalize, **options)
+    accelerator.gradient_accumulation_steps = batch_plan.accumulation
+    sources = train_source, validation_source
+    accelerator.print(describe_plan(args, model, batch_plan, length, accelerator, memory, *sources))
 
     # Prepare
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -599,7 +618,7 @@ def main(argv=None):
         with progress.paused():
             progress.check_finite()
             state = dict(step=step, epoch=step / length.steps_per_epoch, global_batch_size=batch_plan.global_size)
-            state |= dict(data=fingerprint, seconds=progress.seconds)
+            state |= dict(data=fingerprints[0], seconds=progress.seconds, micro_batch_size=batch_plan.micro)
             save_training(folder, accelerator, crew, model, optimizer, state, keep=args.keep_checkpoints)
 
     for step in range(start_step, length.total_steps + 1):  # optimizer steps that are completed
@@ -627,10 +646,7 @@ def main(argv=None):
 
     # Finish
     if metrics is None:
-        progress.say(
-            f"stopped by {crew.signal_name or 'a signal'} after step {step}, which is saved; continue with "
-            "--resume_from_checkpoint latest"
-        )
+        progress.say(crew.farewell(step, start_step=start_step))
         finish_trackers(accelerator)
         accelerator.end_training()
         return

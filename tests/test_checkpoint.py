@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import json
 import os
@@ -58,7 +59,7 @@ def test_a_moving_average_is_part_of_the_checkpoint(folder):
             parameter.mul_(0.5).add_(1)
     accelerator, state = Accelerator(cpu=True), {"step": 3}
     optimizer = torch.optim.AdamW(model.parameters())
-    alone = SimpleNamespace(gather=lambda here: here)  # a Crew without its signal handlers
+    alone = SimpleNamespace(gather=lambda here: here, saving=contextlib.nullcontext)  # a Crew without signal handlers
     save_training(folder, accelerator, alone, model, optimizer, state, keep=1, ema=ema)
     path = folder.find("latest")
     assert sorted(read_state(path)["files"]) == ["ema.safetensors", "model.safetensors", "optimizer.pt"]
@@ -199,12 +200,13 @@ def test_all_differences_to_the_run_are_listed(folder):
 
 
 def test_the_run_folder_is_claimed(folder):
-    accelerator = Accelerator(cpu=True)
+    Accelerator(cpu=True)
     path = save(folder, 1)
-    assert claim_run_folder(folder, "latest", accelerator, write=False) == [path, []]
+    checkpoint, state, errors = claim_run_folder(folder, "latest", write=False)
+    assert (checkpoint, state["step"], errors) == (path, 1, [])
     assert not (folder.path / ".lock").exists()
-    checkpoint, errors = claim_run_folder(folder, None, accelerator, write=True)
-    assert checkpoint is None and len(errors) == 1 and "already holds a run" in errors[0]
+    checkpoint, state, errors = claim_run_folder(folder, None, write=True)
+    assert checkpoint is None and state == {} and len(errors) == 1 and "already holds a run" in errors[0]
     assert (folder.path / ".lock").exists()
 
 

@@ -28,7 +28,7 @@ FREE_FLAGS = {
     *("compile", "gradient_checkpointing", "dry_run"),
     *("save_checkpoint_interval", "save_checkpoint_steps", "keep_checkpoints"),
     *("push_to_hub", "hub_model_id", "hub_every", "hub_private"),
-    *("per_gpu_batch_size", "micro_batch_size", "gradient_accumulation_steps"),
+    *("per_gpu_batch_size", "micro_batch_size", "gradient_accumulation_steps", "time_limit"),
 }
 
 
@@ -53,6 +53,7 @@ def run_script(main: Callable[[], None], *, remedy: str | None = None) -> None:
     `remedy` is what to do after an interruption or when there is room again, by default to resume the run. A failed
     process leaves without Python's farewell, which would wait for loader workers and for other processes.
     """
+    lost = False
     try:
         main()
         return
@@ -68,15 +69,31 @@ def run_script(main: Callable[[], None], *, remedy: str | None = None) -> None:
     except KeyboardInterrupt:  # of a run, the second one: the first finishes the step and saves
         report, code = "interrupted before the step was saved; continue with --resume_from_checkpoint auto", 130
         report = f"interrupted; {remedy}" if remedy else report
-    except Exception:
+    except Exception as error:
         report, code = traceback.format_exc(), 1
+        lost = lost_process(error)
+        if lost:
+            report = (
+                f"process {os.environ.get('RANK', 0)} stops, as another one of the run is gone; what that one or its "
+                "machine said tells why: continue with --resume_from_checkpoint auto"
+            )
     if "Traceback" in report:
         print(f"\n{report}", file=sys.stderr)
-    elif is_main_process():
+    elif lost or is_main_process():  # the main process may be the one that is gone
         print(f"\nerror: {report}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether an exception says that another process of the run does not answer any more."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    if isinstance(error, torch.distributed.DistNetworkError | torch.distributed.DistBackendError):
+        return True
+    told = ("by peer", "Broken pipe", "Connection refused", "Timed out waiting", "remote process exited")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in told)
 
 
 class Unreadable(NamedTuple):
@@ -112,6 +129,29 @@ def number(minimum: float = 0.0, maximum: float = math.inf) -> Callable[[str], f
             value = math.nan
         in_bounds = minimum <= value <= maximum and math.isfinite(value)
         return value if in_bounds else Unreadable(text, f"a number{bounds}")
+
+    return read
+
+
+def hours_and_minutes(text: str) -> str | Unreadable:
+    """A flag's type: a time, HH:MM, of at least a minute."""
+    if re.fullmatch(r"\d{1,4}:[0-5]\d", text) and in_seconds(text):
+        return text
+    return Unreadable(text, "hours and minutes, HH:MM, of at least 00:01")
+
+
+def in_seconds(time: str) -> int:
+    """A time, HH:MM."""
+    hours, minutes = time.split(":")
+    return 3600 * int(hours) + 60 * int(minutes)
+
+
+def integer_or(word: str, minimum: int) -> Callable[[str], int | str | Unreadable]:
+    """A flag's type: a whole number of at least `minimum`, or a word."""
+
+    def read(text: str) -> int | str | Unreadable:
+        value = word if text == word else integer(minimum)(text)
+        return value._replace(expected=f"{word} or {value.expected}") if isinstance(value, Unreadable) else value
 
     return read
 
@@ -168,6 +208,8 @@ class Parser(argparse.ArgumentParser):
                 if isinstance(item, Unreadable):
                     errors.append(f"--{name} {item.text} is no valid value; expected {item.expected}")
                     setattr(args, name, self.get_default(name))
+        if hasattr(args, "resume_from_checkpoint") and args.num_workers is None:
+            args.num_workers = min(32, cores_per_process())
         if hasattr(args, "report_to"):
             if "none" in args.report_to and len(args.report_to) > 1:
                 errors.append(f"--report_to {' '.join(args.report_to)} contradicts itself; give none or trackers")
@@ -221,6 +263,12 @@ def add_run_flags(parser: Parser, *, name: str, data: str = SOURCES) -> None:
         help="print the plan, time some steps, say how long the run takes, write nothing",
     )
     flag("--resume_from_checkpoint", metavar="latest|auto|FOLDER", help="continue a run; auto also starts a new one")
+    flag(
+        "--time_limit",
+        type=hours_and_minutes,
+        metavar="HH:MM",
+        help="save and stop in time before the process is so old, for queues that would kill it then (default none)",
+    )
     flag("--num_workers", type=integer(0), help="loader workers per process (default min(32, cores / processes))")
     flag("--pin_memory", action="store_true", help="copy batches to the GPU from pinned memory")
     flag(
@@ -268,7 +316,12 @@ def add_batch_flags(parser: Parser, *, global_default: int | None = None) -> Non
         type=integer(1),
         help="images per optimizer step, over all processes" + _default(global_default),
     )
-    flag("--micro_batch_size", type=integer(1), help="images per process per forward pass")
+    flag(
+        "--micro_batch_size",
+        type=integer_or("auto", 1),
+        metavar="N|auto",
+        help="images per process per forward pass; auto takes the most that fit into memory",
+    )
 
 
 def add_optimizer_flags(

@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -185,18 +186,25 @@ def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / STATE).read_text())
 
 
-def claim_run_folder(folder, wanted, accelerator, *, write):
-    """Finds the checkpoint to resume, on the main process: (its path or None, errors). Locks the run folder, too, where
-    the run will `write`."""
-    found = [None, []]
-    if accelerator.is_main_process:
+def claim_run_folder(folder: RunFolder, wanted: str | None, *, write: bool) -> tuple[Path | None, dict, list[str]]:
+    """Finds the checkpoint to resume, on the main process: its path or None, its state or {}, errors. Locks the run
+    folder, too, where the run will `write`. Every process must call it, once Accelerate has started."""
+    found = [None, {}, []]
+    if PartialState().is_main_process:
         try:
             if write:
                 folder.lock()
             found[0] = folder.find(wanted)
+            found[1] = read_state(found[0]) if found[0] else {}
         except RunError as error:
-            found[1] = [str(error)]
-    return broadcast_object_list(found)
+            found[2] = [str(error)]
+    checkpoint, state, errors = broadcast_object_list(found)
+    if checkpoint and not is_whole(checkpoint):
+        errors = [
+            f"the checkpoint {checkpoint} is not seen on {platform.node()}; give a --working_directory on a file "
+            "system that all machines share"
+        ]
+    return checkpoint, state, errors
 
 
 def check_place(flag, path, folder):
@@ -212,16 +220,17 @@ def save_training(
     """Saves what `load_training` loads, from the main process: `ema`, the model's moving average, too where there is
     one. Every process must call it, and raises RunError where that one could not write."""
     failures = []
-    if accelerator.is_main_process:
-        states = {"optimizer": optimizer.state_dict()}
-        if accelerator.scaler is not None:
-            states["scaler"] = accelerator.scaler.state_dict()
-        try:
-            averages = None if ema is None else ema.state_dict()
-            folder.save(accelerator.unwrap_model(model).state_dict(), states, state, keep=keep, ema=averages)
-        except RunError as error:
-            failures.append(str(error))
-    failures = crew.gather(failures)
+    with crew.saving():
+        if accelerator.is_main_process:
+            states = {"optimizer": optimizer.state_dict()}
+            if accelerator.scaler is not None:
+                states["scaler"] = accelerator.scaler.state_dict()
+            try:
+                averages = None if ema is None else ema.state_dict()
+                folder.save(accelerator.unwrap_model(model).state_dict(), states, state, keep=keep, ema=averages)
+            except RunError as error:
+                failures.append(str(error))
+        failures = crew.gather(failures)
     if failures:
         raise RunError(failures[0])
 

@@ -8,6 +8,7 @@ import time
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from training.arguments import RunError
 from training.progress import in_bytes, in_time, several
@@ -30,7 +31,7 @@ def plan_batch(
     *,
     global_batch_size: int | None,
     per_gpu_batch_size: int | None,
-    micro_batch_size: int | None,
+    micro_batch_size: int | str | None,
     gradient_accumulation_steps: int | None,
     num_processes: int,
     held: int | None,
@@ -38,9 +39,17 @@ def plan_batch(
 ) -> tuple[BatchPlan, list[str]]:
     """The batch that the flags ask for, or `held`, the global batch of the checkpoint to resume; and what is wrong.
 
-    A flag that was not given is None; without any, the global batch is the `default`, or 256 images a process.
+    A flag that was not given is None; without any, the global batch is the `default`, or 256 images a process. A
+    micro-batch of "auto" is all images of a process, until `memory.fit_micro_batch` finds what fits.
     """
     errors = []
+    if micro_batch_size == "auto":
+        if gradient_accumulation_steps:
+            errors.append(
+                f"--micro_batch_size auto finds what --gradient_accumulation_steps {gradient_accumulation_steps} says; "
+                "give one of them"
+            )
+        micro_batch_size = None
     global_size, per_process = global_batch_size, per_gpu_batch_size
     if not (held or global_size or per_process):
         global_size = default or 256 * num_processes
@@ -130,6 +139,31 @@ def plan_length(
     return LengthPlan(steps_per_epoch, total_steps, warmup), errors
 
 
+class Memory(NamedTuple):
+    """About what a process takes, in bytes."""
+
+    fixed: float  # weights, gradients, the optimizer's moments
+    per_image: float  # what the forward pass of an image keeps for the backward pass
+
+
+def needed_memory(
+    model: nn.Module,
+    activations: float,
+    half_precision: bool,
+    num_processes: int,
+    *,
+    optimizer: str = "adamw",
+    averaged: bool = False,
+) -> Memory:
+    """What training `model` takes: a weight and its copy in half precision, its moving average where one is kept, its
+    gradient, its moments, and what processes exchange. `activations` are those of an image."""
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    fixed = (4 + 2 * half_precision + 4 * averaged) * parameters
+    fixed += (4 + (8 if optimizer == "adamw" else 4) + 4 * (num_processes > 1)) * trained
+    return Memory(fixed, activations)
+
+
 def plan_run(
     args: argparse.Namespace,
     *,
@@ -154,8 +188,9 @@ def plan_run(
         held=held,
         default=default_batch_size,
     )
-    args.global_batch_size, args.per_gpu_batch_size, args.micro_batch_size = batch
-    args.gradient_accumulation_steps = batch.accumulation
+    args.global_batch_size, args.per_gpu_batch_size = batch.global_size, batch.per_process
+    if args.micro_batch_size != "auto":
+        args.micro_batch_size, args.gradient_accumulation_steps = batch.micro, batch.accumulation
     length = None
     if num_samples is not None:
         length, found = plan_length(
@@ -185,19 +220,13 @@ def describe_run(
     batch: BatchPlan,
     length: LengthPlan,
     accelerator,
+    memory: Memory,
     *,
-    parameters: int,
-    trained: int,
-    activations: float,
     optimizer: str = "AdamW",
-    averaged: bool = False,
     decay: str = "cosine",
 ) -> list[str]:
-    """The lines of the plan that every script prints: batch, length, rate, precision, memory.
-
-    `parameters` is their number, `trained` that of those which train; `activations` are bytes an image; `averaged` says
-    that a moving average of the weights is kept, `decay` how the rate falls.
-    """
+    """The lines of the plan that every script prints: batch, length, rate, precision, memory. `decay` is how the rate
+    falls."""
     values = "8 bits" if args.value_range is None else "{:.9g} to {:.9g}".format(*args.value_range)
     values += "" if args.nodata is None else f", no data at {args.nodata:g}"
     mean, std = (" ".join(f"{value:.3g}" for value in values_) for values_ in (args.mean, args.std))
@@ -206,9 +235,6 @@ def describe_run(
     if args.tf32 and not half and not on_cpu:
         precision += " (matrix products in TF32)"
     speed = [name.replace("_", " ") for name in ("compile", "gradient_checkpointing") if getattr(args, name)]
-    # Bytes of a weight and its copy in half precision; of its gradient, its moments, and what processes exchange
-    fixed = (4 + 2 * half + 4 * averaged) * parameters
-    fixed += (4 + (8 if optimizer == "AdamW" else 4) + 4 * (accelerator.num_processes > 1)) * trained
     return [
         f"pixels     {values}, normalised by mean {mean} and deviation {std}",
         f"batch      {batch.global_size} = {several(accelerator.num_processes, 'process')} x "
@@ -217,8 +243,9 @@ def describe_run(
         f"rate       {args.learning_rate:.3g} at its peak, {decay} to {args.min_learning_rate:g}",
         f"precision  {', '.join([precision, *speed])} on {accelerator.device}"
         + (f", {torch.get_num_threads()} threads" if on_cpu else ""),
-        f"memory     about {in_bytes(fixed + batch.micro * activations)} a process: {in_bytes(fixed)} for weights, "
-        f"gradients and {optimizer}, {in_bytes(activations)} an image for activations",
+        f"memory     about {in_bytes(memory.fixed + batch.micro * memory.per_image)} a process: "
+        f"{in_bytes(memory.fixed)} for weights, gradients and {optimizer}, {in_bytes(memory.per_image)} an image for "
+        "activations",
     ]
 
 

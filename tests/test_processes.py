@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from training.stopping import Crew
+from training.processes import Crew
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
