@@ -260,17 +260,33 @@ def run(script: str, *flags, cwd: Path, code: int = 0, **variables: str) -> subp
     return finish(start(script, *flags, cwd=cwd, **variables), code)
 
 
-def run_two(script: str, *flags, cwd: Path) -> subprocess.CompletedProcess:
-    """Runs `SCRIPT flags` as two processes, with the variables that `accelerate launch` gives them. Returns what the
-    main process said."""
+def start_several(count: int, script: str, *flags, cwd: Path, own: dict[int, list] | None = None) -> list[Start]:
+    """Starts `SCRIPT flags` as `count` processes, with the variables that `accelerate launch` gives them; `own` are
+    further flags of single ones."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    main, other = (start(script, *flags, cwd=cwd, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01")
-    done = finish(main, 0)
-    finish(other, 0)
-    return done
+    shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
+    return [
+        start(script, *flags, *(own or {}).get(rank, []), cwd=cwd, RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+        for rank in range(count)
+    ]
+
+
+def finish_several(processes: list[Start], code: int = 0) -> list[subprocess.CompletedProcess]:
+    """Waits for the processes of a run, and expects the same exit code of all."""
+    ends = [(process, *process.communicate()) for process in processes]
+    told = [f"exit {process.returncode}\n{out}\n{err}" for process, out, err in ends]
+    assert all(process.returncode == code for process in processes), "\n".join(told)
+    return [subprocess.CompletedProcess(process.args, code, out, err) for process, out, err in ends]
+
+
+def run_several(count: int, script: str, *flags, cwd: Path, code: int = 0, **options) -> subprocess.CompletedProcess:
+    """Runs `SCRIPT flags` as `count` processes. Returns what the main process said."""
+    return finish_several(start_several(count, script, *flags, cwd=cwd, **options), code)[0]
+
+
+run_two = functools.partial(run_several, 2)
 
 
 def run_code(text: str, *words, cwd: Path, code: int = 0, **variables: str) -> subprocess.CompletedProcess:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from training.arguments import RunError, in_seconds, prepare_compiler, resolve_precision, set_speed
+from training.arguments import RunError, fail, in_seconds, prepare_compiler, resolve_precision, set_speed
 
 # Flags that may differ between machines: their cores, and where their data lie, which are compared themselves
 OF_MACHINES = {"num_workers", "cache_dir", "path_to_data", "path_to_validation_data", "path_to_classes"}
@@ -27,7 +27,15 @@ def start_accelerator(mixed_precision: str | None, *, tf32: bool, compiled: bool
     DDP lets gradients be views of the buckets that it exchanges: one copy of them less.
     """
     views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    accelerator = Accelerator(mixed_precision=resolve_precision(mixed_precision), kwargs_handlers=[views])
+    try:
+        accelerator = Accelerator(mixed_precision=resolve_precision(mixed_precision), kwargs_handlers=[views])
+    except ValueError as error:  # such as a WORLD_SIZE without the variables that belong to it
+        fail(
+            [
+                f"the environment names processes that cannot be started ({error}); use accelerate launch with one of "
+                "accelerate_configs/"
+            ]
+        )
     errors = check_processes(accelerator.num_processes, accelerator.device)
     set_speed(accelerator.device, tf32=tf32)
     return accelerator, errors + (prepare_compiler(accelerator.device) if compiled else [])
@@ -43,13 +51,13 @@ def check_processes(started: int, device: torch.device) -> list[str]:
     asked |= {name: int(os.environ.get(name) or 1) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")}
     name, most = max(asked.items(), key=lambda item: item[1])
     if most > started:
-        what = f"{name}={most}, but the run has {started} of these processes"
+        what = f"the environment asks for {most} processes ({name}), and this one knows of {started}"
     elif started == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= set(os.environ) and "RANK" not in os.environ:
-        what = "accelerate launch was asked for several processes (it set MASTER_PORT) and started one"
+        what = "accelerate launch was asked for several processes (it set MASTER_PORT), and started one"
     else:
         return []
     if name == "SLURM_STEP_NUM_TASKS" and most > started:
-        return [f"{what}: they do not know of each other; start them as recipes/slurm/train.sbatch does"]
+        return [f"{what}; start them as recipes/slurm/train.sbatch does"]
     if torch.cuda.is_available() and device.type != "cpu":
         return [f"{what}; start them with accelerate_configs/multi_gpu.yaml"]
     return [
@@ -89,13 +97,13 @@ class Crew:
 
     def _time_is_up(self) -> bool:
         """Whether another step and a save might not end within the limit: the longest of late, and a reserve of 5 % of
-        the limit, at most 5 minutes, for the first save and for leaving."""
+        the limit, from 15 seconds to 5 minutes, for the first save and for leaving."""
         if self._seconds is None:
             return False
         now = time.time()
         self._steps.append(now - self._asked)
         self._asked = now
-        reserve = min(self._seconds / 20, 300)
+        reserve = min(max(self._seconds / 20, 15), 300)
         return self._age + max(self._steps) + self._longest_save + reserve > self._seconds
 
     @contextlib.contextmanager
