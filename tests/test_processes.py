@@ -1,27 +1,396 @@
+import json
 import os
+import shutil
 import signal
+import time
 
 import pytest
+import torch
+from conftest import (
+    ROOT,
+    SCENES,
+    TINY,
+    finish_several,
+    log_of,
+    losses_of,
+    run,
+    run_several,
+    start_several,
+    write_scenes,
+)
+from safetensors.torch import load_file
 
-from training.processes import Crew
+from training.arguments import RunError
+from training.processes import Crew, check_processes
+
+CPU = torch.device("cpu")
+AUTOENCODER = [*TINY[: TINY.index("--per_gpu_batch_size")], *TINY[TINY.index("--encoder_embed_dim") :]]
+SEGMENTER = ["--crop_size", 32, "--patch_size", 8, "--encoder_embed_dim", 32, "--encoder_depth", 4]
+SEGMENTER += ["--encoder_num_heads", 2, "--head", "linear", "--num_preview_images", 1, "--evaluate_every", 2]
+CLASSIFIER = ["--img_size", 32, "--patch_size", 8, "--encoder_embed_dim", 32, "--encoder_depth", 2]
+CLASSIFIER += ["--encoder_num_heads", 2, "--mixup_alpha", 0, "--cutmix_alpha", 0, "--random_erase", 0]
+ALIKE = ["--global_batch_size", 12, "--max_steps", 4, "--learning_rate", 1e-3, "--drop_path", 0, "--log_every", 1]
+ALIKE += ["--num_workers", 0, "--mixed_precision", "no"]
+
+
+@pytest.fixture(autouse=True)
+def own_handlers():
+    """A Crew changes those of the process."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_signals_are_noted(name):
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        crew = Crew()
-        assert not crew.wanted()
-        os.kill(os.getpid(), getattr(signal, name))
-        assert crew.wanted() and crew.signal_name == name
-        if name == "SIGINT":
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    crew = Crew()
+    assert not crew.wanted()
+    os.kill(os.getpid(), getattr(signal, name))
+    assert crew.wanted() and crew.signal_name == name
+    assert f"stopped by {name} after step 5" in crew.farewell(5, start_step=0)
+    if name == "SIGINT":
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_one_process_agrees_with_itself():
     crew = Crew()
     assert crew.any(True) and not crew.any(False) and crew.gather([1, 2]) == [1, 2]
+    assert crew.differences({"seed": 0}, ["abc"]) == []
+
+
+class Clock:
+    """A clock that tests turn, for a process that is born at 0."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr("training.processes.time.time", lambda: self.now)
+        monkeypatch.setattr("training.processes.psutil.Process.create_time", lambda process: 0.0)
+
+
+@pytest.mark.parametrize(
+    "limit, step, save, expected",  # seconds; the last step that is begun must end, and be saved, within the limit
+    [
+        ("1:00", 10, 0, 3600 - 180 - 10),  # 5 % are for the first save, which nobody has seen
+        ("0:01", 10, 0, 60 - 15 - 10),
+        ("100:00", 10, 0, 360000 - 300 - 10),
+        ("1:00", 10, 400, 3600 - 180 - 10 - 400),
+    ],
+)
+def test_a_time_limit_leaves_time_for_a_step_and_a_save(monkeypatch, limit, step, save, expected):
+    clock = Clock(monkeypatch)
+    crew = Crew(limit)
+    if save:
+        with crew.saving():
+            clock.now += save
+    while not crew.wanted():
+        clock.now += step
+    assert expected < clock.now <= expected + step
+    clock.now = 0  # what was agreed is not taken back
+    assert crew.wanted()
+    assert f"stopped by --time_limit {limit} after step 9" in crew.farewell(9, start_step=0)
+
+
+def test_slow_steps_of_long_ago_are_forgotten(monkeypatch):
+    clock = Clock(monkeypatch)
+    crew = Crew("1:00")
+    clock.now = 1200.0  # the first one compiled
+    assert not crew.wanted()
+    while not crew.wanted():
+        clock.now += 1
+    assert clock.now > 3400
+
+
+def test_a_time_limit_that_is_too_short_is_told(monkeypatch):
+    clock = Clock(monkeypatch)
+    crew = Crew("0:01")
+    clock.now = 100
+    assert crew.wanted()
+    with pytest.raises(RunError, match="0:01 is too short for the start and one step, which took 100 seconds; step 8"):
+        crew.farewell(8, start_step=7)
+    with pytest.raises(RunError, match="too short for the start and a validation"):
+        crew.farewell(7, start_step=7)
+    assert "continue with" in crew.farewell(9, start_step=7)
+
+
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
+
+
+@pytest.mark.parametrize(
+    "variables, started, expected",
+    [
+        ({}, 1, None),
+        (LAUNCHED, 1, None),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1", **LAUNCHED}, 2, None),
+        ({"WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1"}, 1, None),
+        ({"SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "16", "RANK": "3"}, 16, None),  # a launcher on each of two nodes
+        ({"MASTER_PORT": "29500"}, 1, None),
+        ({"WORLD_SIZE": "2", "RANK": "1", **LAUNCHED}, 1, "asks for 2 processes (WORLD_SIZE), and this one knows of 1"),
+        ({"MASTER_PORT": "29500", **LAUNCHED}, 1, "asked for several processes (it set MASTER_PORT), and started one"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, 1, "asks for 8 processes (SLURM_STEP_NUM_TASKS), and this one knows of 1"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, 1, "asks for 4 processes (OMPI_COMM_WORLD_SIZE)"),
+    ],
+)
+def test_fewer_processes_than_were_asked_for(monkeypatch, variables, started, expected):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_PORT", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    errors = check_processes(started, CPU)
+    assert (len(errors) == 1 and expected in errors[0]) if expected else errors == []
+
+
+def test_processes_that_cannot_be_started_are_refused(tmp_path):
+    flags = [*TINY, "--path_to_data", "builtin:shapes"]
+    refused = run("pretrain_mae.py", *flags, cwd=tmp_path, code=2, WORLD_SIZE="2").stderr
+    assert refused.startswith("error: the environment names processes") and refused.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def many_scenes(tmp_path_factory):
+    """14 pairs to train on, 5 held out."""
+    folder = tmp_path_factory.mktemp("many_scenes")
+    write_scenes(folder, 14, "training", seed=0)
+    write_scenes(folder, 5, "validation", seed=1)
+    (folder / "classes.txt").write_text("\n".join(SCENES))
+    return folder
+
+
+@pytest.fixture(params=["pretrain_mae", "finetune_classifier", "finetune_segmentation"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def flags(kind, image_folder, many_scenes):
+    """A run of global batches of 12 images, that is not changed by how they are split."""
+    own = {"pretrain_mae": AUTOENCODER, "finetune_classifier": CLASSIFIER, "finetune_segmentation": SEGMENTER}
+    data = many_scenes if kind == "finetune_segmentation" else image_folder
+    return ["--path_to_data", data, *own[kind], *ALIKE]
+
+
+def validations_of(folder):
+    """What was measured, by step."""
+    names = ("val_loss", "top1", "mean_iou", "overall_accuracy")
+    lines = [line for line in log_of(folder) if "loss" not in line]
+    return {line["step"]: {name: line[name] for name in names if name in line} for line in lines}
+
+
+def weights_of(folder, step):
+    return load_file(folder / "checkpoints" / f"step_{step:08d}" / "model.safetensors")
+
+
+def expect_alike(folder, other):
+    """Losses, validations and weights of two runs within the bounds of contract 1. BatchNorm's statistics, which are
+    those of the main process's images, are left out, and validations that use them."""
+    losses, measured = losses_of(folder), validations_of(folder)
+    assert losses_of(other) == pytest.approx(losses, rel=1e-5)
+    found, (ours, theirs) = validations_of(other), (weights_of(path, max(losses)) for path in (folder, other))
+    assert found.keys() == measured.keys() and measured
+    if not any("running" in key for key in ours):
+        for step, values in measured.items():
+            assert values and found[step] == pytest.approx(values, rel=1e-4)
+    for key, value in ours.items():
+        if "running" in key or "num_batches" in key:
+            continue
+        difference = theirs[key] - value
+        if key.endswith("qkv.bias"):  # softmax cancels the key's bias: its gradient is rounding, which Adam enlarges
+            difference[len(difference) // 3 : -len(difference) // 3] = 0
+        assert difference.abs().max() <= 1e-4, key
+
+
+def test_one_two_and_three_processes_are_one_run(kind, flags, tmp_path):
+    """The same samples in other shares and micro-batches. Held-out images, whose number neither two nor three divides,
+    are counted once each; and the main process alone writes."""
+    normed = kind == "finetune_segmentation"  # by BatchNorm, which follows the micro-batch
+    for count, micro in ((1, 2 if normed else 12), (2, 2 if normed else 3), (3, 2 if normed else 4)):
+        own = ["--micro_batch_size", micro, "--experiment_name", count]
+        done = run_several(count, f"{kind}.py", *flags, *own, cwd=tmp_path)
+        assert f"batch      12 = {count} process" in done.stdout
+        folder = tmp_path / "work_dir" / str(count)
+        assert [line["step"] for line in log_of(folder) if "loss" in line] == [1, 2, 3, 4]
+        expect_alike(tmp_path / "work_dir" / "1", folder)
+    if normed:  # what one process found, three find with its statistics
+        own = ["--path_to_backbone_checkpoint", tmp_path / "work_dir" / "1" / "model", "--eval_only"]
+        run_several(3, f"{kind}.py", *flags[:2], *own, "--num_workers", 0, "--experiment_name", "again", cwd=tmp_path)
+        one, again = (
+            json.loads((tmp_path / "work_dir" / name / "metrics.json").read_text()) for name in ("1", "again")
+        )
+        assert one["per_class_iou"] == again["per_class_iou"] and one["mean_iou"] == again["mean_iou"]
+
+
+def steps_in(folder):
+    """Steps that the log of a run that may have just begun has."""
+    path = folder / "log.jsonl"
+    return path.read_text().count("grad_norm") if path.exists() else 0
+
+
+def wait_for(steps, folder, processes):
+    while steps_in(folder) < steps:
+        assert all(process.poll() is None for process in processes), "ended before"
+        time.sleep(0.01)
+
+
+def test_a_checkpoint_goes_on_with_other_processes(kind, flags, tmp_path):
+    """A signal to one of three processes stops all of them in the middle of an epoch, with one save; two go on, then
+    one, with the samples of a run that nothing interrupts."""
+    longer = [*flags, "--max_steps", 12, "--micro_batch_size", 2]
+    run(f"{kind}.py", *longer, "--experiment_name", "whole", cwd=tmp_path)
+    folder = tmp_path / "work_dir" / "parts"
+    parts = [*longer, "--experiment_name", "parts", "--resume_from_checkpoint", "auto", "--time_limit", "2:00"]
+    reached = 0
+    for count, steps, number in ((3, 1, signal.SIGUSR1), (2, 1, signal.SIGTERM), (1, None, None)):
+        processes = start_several(count, f"{kind}.py", *parts, cwd=tmp_path)
+        if steps:
+            wait_for(reached + steps, folder, processes)
+            processes[-1].send_signal(number)
+        done = finish_several(processes)
+        if not steps:
+            break
+        newest = max(path.name for path in (folder / "checkpoints").iterdir())
+        assert int(newest.removeprefix("step_")) > reached
+        reached = int(newest.removeprefix("step_"))
+        assert f"stopped by {number.name} after step {reached}, which is saved" in done[0].stderr + done[0].stdout
+    expect_alike(tmp_path / "work_dir" / "whole", folder)
+    resumed = json.loads((folder / "args.json").read_text())["resumed"]
+    assert [start["processes"] for start in resumed] == [2, 1]
+
+
+def test_a_killed_process_ends_the_others_and_the_same_command_goes_on(kind, flags, tmp_path):
+    """kill -9 of one of three in the middle of a step; then every loss and weight is that of an undisturbed run."""
+    flags = [*flags, "--max_steps", 12, "--save_checkpoint_steps", 3, "--resume_from_checkpoint", "auto"]
+    for name in ("whole", "killed"):
+        own = [*flags, "--experiment_name", name]
+        processes = start_several(3, f"{kind}.py", *own, cwd=tmp_path)
+        if name == "killed":
+            wait_for(5, tmp_path / "work_dir" / name, processes)
+            processes[1].kill()
+            ends = [(process, process.communicate(timeout=60)) for process in processes]
+            assert [process.returncode for process in processes] == [1, -signal.SIGKILL, 1]
+            for rank in (0, 2):
+                told = ends[rank][1][1]
+                assert f"error: process {rank} stops, as another one of the run is gone" in told
+                assert told.count("error: ") == 1 and "Traceback" not in told
+            processes = start_several(3, f"{kind}.py", *own, cwd=tmp_path)
+        finish_several(processes)
+    whole, killed = tmp_path / "work_dir" / "whole", tmp_path / "work_dir" / "killed"
+    assert json.loads((killed / "args.json").read_text())["resumed"][0]["step"] in (3, 6, 9)
+    assert losses_of(killed) == losses_of(whole) and validations_of(killed) == validations_of(whole)
+    expected = weights_of(whole, 12)
+    assert all(value.equal(expected[key]) for key, value in weights_of(killed, 12).items())
+
+
+def patched(tmp_path, kind, code):
+    """A file that runs a script after some `code`, which changes what its processes do."""
+    path = tmp_path / f"patched_{kind}.py"
+    script = ROOT / f"{kind}.py"
+    path.write_text(
+        f"import os, runpy, sys\nsys.path[0] = {str(ROOT)!r}\n{code}\nrunpy.run_path({str(script)!r}, "
+        "run_name='__main__')\n"
+    )
+    return path
+
+
+def errors_of(ends):
+    """The errors that all processes of a run said, each ended by itself."""
+    told = "".join(end.stderr for end in ends)
+    assert "Traceback" not in told
+    return [line for line in told.splitlines() if line.startswith("error: ")]
+
+
+def test_a_loss_that_one_process_finds_not_finite_stops_all(kind, flags, tmp_path):
+    poison = """
+from accelerate import Accelerator
+backward, calls = Accelerator.backward, 0
+def poisoned(self, loss, **options):
+    global calls
+    backward(self, loss, **options)
+    calls += 1
+    if calls == 4 and os.environ["RANK"] == "1":
+        loss.data.fill_(float("nan"))
+Accelerator.backward = poisoned
+"""
+    flags = [*flags, "--max_steps", 20, "--save_checkpoint_steps", 3, "--log_every", 5]
+    ends = finish_several(start_several(2, patched(tmp_path, kind, poison), *flags, cwd=tmp_path), 1)
+    (error,) = errors_of(ends)
+    assert "the loss or gradient norm of step 4 is not finite" in error
+    assert [path.name for path in (tmp_path / "work_dir" / kind / "checkpoints").iterdir()] == ["step_00000003"]
+
+
+def test_a_damaged_image_that_one_process_finds_stops_all(kind, flags, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(flags[1], data)
+    sorted((data / ("images/training" if kind == "finetune_segmentation" else "train")).rglob("*.jpg"))[1].write_text(
+        "no"
+    )
+    flags = ["--path_to_data", data, *flags[2:], "--max_steps", 8, "--on_damaged", "error"]
+    ends = finish_several(start_several(3, f"{kind}.py", *flags, cwd=tmp_path), 1)
+    (error,) = errors_of(ends)
+    assert "is damaged" in error and "--on_damaged error allows none" in error
+
+
+def test_processes_with_other_flags_or_data_are_refused(kind, flags, many_scenes, image_folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(flags[1], other)
+    next(other.rglob("*.jpg")).rename(next(other.rglob("*.jpg")).with_name("renamed.jpg"))
+    if kind == "finetune_segmentation":
+        shutil.rmtree(other)
+        write_scenes(other, 13, "training", seed=0)
+        write_scenes(other, 5, "validation", seed=1)
+        (other / "classes.txt").write_text("\n".join(SCENES))
+    own = {2: ["--learning_rate", 0.5, "--seed", 3, "--path_to_data", other, "--num_workers", 1]}
+    errors = errors_of(finish_several(start_several(3, f"{kind}.py", *flags, cwd=tmp_path, own=own), 2))
+    assert len(errors) == 3
+    assert any("--learning_rate is 0.001 on process 0" in error and "0.5 on process 2" in error for error in errors)
+    assert any("--seed is 0 on" in error for error in errors)
+    assert any("--path_to_data holds other images, names or labels on process 2" in error for error in errors)
+    assert not list(tmp_path.glob("work_dir/*/checkpoints/step_*"))
+
+
+def test_a_time_limit_stops_a_run(image_folder, tmp_path):
+    """Of a process that seems to be older than it is."""
+    flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 1000, "--validate_every", 0]
+    aged = "import psutil, time\npsutil.Process.create_time = lambda process, born=time.time() - {}: born"
+    path = patched(tmp_path, "pretrain_mae", aged.format(3600 - 180 - 3))
+    done = run(path, *flags, "--time_limit", "1:00", cwd=tmp_path)
+    step = steps_in(tmp_path / "work_dir" / "pretrain_mae")
+    assert f"stopped by --time_limit 1:00 after step {step}, which is saved" in done.stderr + done.stdout
+    again = [*flags, "--resume_from_checkpoint", "auto", "--time_limit", "1:06"]
+    path = patched(tmp_path, "pretrain_mae", aged.format(4000))
+    refused = run(path, *again, cwd=tmp_path, code=1).stderr
+    assert "error: --time_limit 1:06 is too short for the start and one step" in refused and "Traceback" not in refused
+    assert (tmp_path / f"work_dir/pretrain_mae/checkpoints/step_{step + 1:08d}").exists()
+
+
+def test_the_scripts_find_a_micro_batch_and_keep_it(kind, flags, tmp_path):
+    """Where three of twelve images fit. The trial step, which a GPU needs, leaves nothing behind."""
+    code = """
+import training.memory
+fit = training.memory.fit_micro_batch
+def with_little_memory(plan, memory, try_step, **options):
+    try_step(2)
+    training.memory.available_memory = lambda: (memory.fixed + 3.5 * memory.per_image) / training.memory.SHARE
+    return fit(plan, memory, try_step, **options)
+training.memory.fit_micro_batch = with_little_memory
+"""
+    path = patched(tmp_path, kind, code)
+    auto = [*flags, "--micro_batch_size", "auto", "--experiment_name", "auto"]
+    done = run(path, *auto, cwd=tmp_path)
+    assert "batch      12 = 1 process x 4 micro-batches x 3" in done.stdout
+    run(f"{kind}.py", *flags, "--micro_batch_size", 3, "--experiment_name", "three", cwd=tmp_path)
+    found, expected = (tmp_path / "work_dir" / name for name in ("auto", "three"))
+    assert json.loads((found / "args.json").read_text())["flags"]["micro_batch_size"] == 3
+    timed = ("images_per_second", "data_wait")
+    ours, theirs = (
+        [{k: v for k, v in line.items() if k not in timed} for line in log_of(f)] for f in (found, expected)
+    )
+    assert ours == theirs
+    ours, theirs = (weights_of(folder, 4) for folder in (found, expected))
+    assert all(value.equal(theirs[key]) for key, value in ours.items())
+    resumed = run(f"{kind}.py", *auto, "--resume_from_checkpoint", "auto", cwd=tmp_path)  # which has more memory
+    assert "batch      12 = 1 process x 4 micro-batches x 3" in resumed.stdout
+    both = [*auto, "--gradient_accumulation_steps", 2, "--experiment_name", "both"]
+    refused = run(f"{kind}.py", *both, cwd=tmp_path, code=2).stderr
+    assert "--micro_batch_size auto finds what --gradient_accumulation_steps 2 says; give one of them" in refused

@@ -17,6 +17,7 @@ from conftest import (
     TINY,
     TWO_PROCESSES,
     environment,
+    finish_several,
     launch,
     log_of,
     losses_of,
@@ -26,6 +27,7 @@ from conftest import (
     run_each,
     run_two,
     start,
+    start_several,
     write_images,
 )
 from PIL import Image
@@ -318,14 +320,16 @@ def small_disk(path, kilobytes):
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint(image_folder, tmp_path):
+    """Two processes stop together, with one line: the other one has nothing to write, and waits for the save."""
     disk = tmp_path / "disk"
     flags = [*TINY, "--path_to_data", image_folder, "--validate_every", 0, "--working_directory", disk]
     flags += ["--save_checkpoint_steps", 3, "--max_steps", 30]
     small_disk(disk, 1000)  # room for one checkpoint of about 640 kB
     try:
-        stopped = run(SCRIPT, *flags, cwd=tmp_path, code=1).stderr
+        ends = finish_several(start_several(2, SCRIPT, *flags, cwd=tmp_path), 1)
+        stopped = "".join(end.stderr for end in ends)
         assert "error: the checkpoint of step 6 could not be written" in stopped and "Traceback" not in stopped
-        assert "step_00000003 is whole" in stopped and "the disk is full" in stopped
+        assert "step_00000003 is whole" in stopped and "the disk is full" in stopped and stopped.count("error: ") == 1
         assert os.listdir(disk / "pretrain_mae" / "checkpoints") == ["step_00000003"]
         shutil.copytree(disk, tmp_path / "work_dir")
     finally:
@@ -340,7 +344,8 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(image_folder, tmp_path):
     finally:
         subprocess.run(["umount", str(tmp_path / "smaller")], check=True)
     flags[flags.index(tmp_path / "smaller")] = tmp_path / "work_dir"
-    run(SCRIPT, *flags, "--resume_from_checkpoint", "latest", cwd=tmp_path)
+    resumed = run_two(SCRIPT, *flags, "--resume_from_checkpoint", "auto", cwd=tmp_path)
+    assert "step_00000003, after step 3" in resumed.stdout
 
 
 @pytest.mark.parametrize("strategy", ["block", "grid"])
