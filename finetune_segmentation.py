@@ -19,7 +19,7 @@ import contextlib
 import copy
 import math
 from functools import partial
-from itertools import groupby
+from itertools import groupby, repeat
 from pathlib import Path
 
 import numpy as np
@@ -416,17 +416,23 @@ def optimizer_step(
     return loss, grad_norm, damaged
 
 
+def empty_step(args, model, optimizer, plan, normalize, *, pixels, accelerator):
+    """One optimizer step on images without content, of as many and as large micro-batches as those of the run."""
+    images = empty_images(plan.micro, pixels.channels, (args.crop_size, args.crop_size), pixels.dtype).zero_()
+    masks = torch.zeros(plan.micro, args.crop_size, args.crop_size, dtype=torch.uint8)
+    options = dict(weights=None, auxiliary_weight=args.auxiliary_weight, max_grad_norm=args.max_grad_norm)
+    options |= dict(accelerator=accelerator, waiting=contextlib.nullcontext)
+    batches = repeat(SegmentationBatch(images, masks, [], []))
+    optimizer_step(model, optimizer, batches, normalize, [0] * plan.accumulation, **options)
+
+
 def find_micro_batch(args, model, plan, memory, normalize, *, pixels, accelerator, **options):
     """`plan` in the largest micro-batches that fit into memory; `options` are those of `fit_micro_batch`."""
 
-    def try_step(size):  # of a copy, on empty images
-        tried = copy.deepcopy(model)
-        images = empty_images(size, pixels.channels, (args.crop_size, args.crop_size), pixels.dtype).zero_()
-        masks = torch.zeros(size, args.crop_size, args.crop_size, dtype=torch.uint8)
-        optimizer = adamw(parameter_groups(tried, args.weight_decay), betas=tuple(args.betas))
-        step = dict(weights=None, auxiliary_weight=args.auxiliary_weight, max_grad_norm=args.max_grad_norm)
-        step |= dict(accelerator=accelerator, waiting=contextlib.nullcontext)
-        optimizer_step(tried, optimizer, iter([SegmentationBatch(images, masks, [], [])]), normalize, [0], **step)
+    def try_step(size):
+        copied, one = copy.deepcopy(model), plan._replace(per_process=size, micro=size)
+        optimizer = adamw(parameter_groups(copied, args.weight_decay), betas=tuple(args.betas))
+        empty_step(args, copied, optimizer, one, normalize, pixels=pixels, accelerator=accelerator)
 
     synchronised = accelerator.num_processes > 1 and accelerator.device.type == "cuda"
     allowed = partial(check_micro_batch, args, synchronised=synchronised)
@@ -629,6 +635,8 @@ def main(argv=None):
         logged = [(truncate_log(folder.path, start_step), best_of(folder.path, "mean_iou"))]
     measured, best = broadcast_object_list(logged)[0]  # after `start_step` and until then, before the run stopped
     if checkpoint:
+        if accelerator.num_processes > 2:  # which sum gradients up in another order before DDP has made a step
+            empty_step(args, model, optimizer, batch_plan, normalize, pixels=pixels, accelerator=accelerator)
         load_training(checkpoint, accelerator, model, optimizer)
         accelerator.print(f"resuming from {checkpoint}, after step {start_step}")
     if not args.dry_run:
@@ -638,16 +646,9 @@ def main(argv=None):
 
     # Loop
     processes = dict(process_index=accelerator.process_index, num_processes=accelerator.num_processes)
-    progress = Progress(
-        accelerator,
-        folder.path,
-        total_steps=length.total_steps,
-        steps_per_epoch=length.steps_per_epoch,
-        global_batch_size=batch_plan.global_size,
-        log_every=args.log_every,
-        start_step=start_step,
-        seconds=saved.get("seconds", 0.0),
-    )
+    options = dict(total_steps=length.total_steps, steps_per_epoch=length.steps_per_epoch, log_every=args.log_every)
+    options |= dict(global_batch_size=batch_plan.global_size, start_step=start_step, seconds=saved.get("seconds", 0.0))
+    progress = Progress(accelerator, folder.path, **options)
     num_images = len(train_source) + len(validation_source)
     damaged_images = DamagedImages(
         folder.path, num_images, is_main_process=accelerator.is_main_process, replace=args.on_damaged == "replace"

@@ -13,6 +13,7 @@ import copy
 import math
 from collections import Counter
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -263,16 +264,23 @@ def optimizer_step(model, optimizer, batches, normalize, seeds, *, accelerator, 
     return loss, grad_norm, damaged
 
 
+def empty_step(args, model, optimizer, plan, normalize, *, pixels, accelerator):
+    """One optimizer step on images without content, of as many and as large micro-batches as those of the run."""
+    images = empty_images(plan.micro, pixels.channels, args.img_size, pixels.dtype).zero_()
+    noise = torch.zeros(plan.micro, math.prod(side // args.patch_size for side in args.img_size))
+    options = dict(accelerator=accelerator, waiting=contextlib.nullcontext, max_grad_norm=args.max_grad_norm)
+    batches = repeat(PretrainingBatch(images, noise, []))
+    optimizer_step(model, optimizer, batches, normalize, [0] * plan.accumulation, **options)
+
+
 def find_micro_batch(args, model, plan, memory, normalize, *, pixels, accelerator, **options):
     """`plan` in the largest micro-batches that fit into memory; `options` are those of `fit_micro_batch`."""
 
-    def try_step(size):  # of a copy, on empty images
-        tried = copy.deepcopy(model)
-        images = empty_images(size, pixels.channels, args.img_size, pixels.dtype).zero_()
-        batch = PretrainingBatch(images, torch.zeros(size, math.prod(model.encoder.grid)), [])
-        optimizer = adamw(parameter_groups(tried, args.weight_decay), betas=(0.9, 0.95))
-        step = dict(accelerator=accelerator, waiting=contextlib.nullcontext, max_grad_norm=args.max_grad_norm)
-        optimizer_step(tried, optimizer, iter([batch]), normalize, [0], **step)
+    def try_step(size):
+        copied = copy.deepcopy(model)
+        optimizer = adamw(parameter_groups(copied, args.weight_decay), betas=(0.9, 0.95))
+        one = plan._replace(per_process=size, micro=size)
+        empty_step(args, copied, optimizer, one, normalize, pixels=pixels, accelerator=accelerator)
 
     options |= dict(allowed=lambda size: size % args.repeated_augmentation == 0, accelerator=accelerator)
     plan = fit_micro_batch(plan, memory, try_step, **options)
@@ -516,6 +524,8 @@ def main(argv=None):
         measured = [truncate_log(folder.path, start_step)]
     (measured,) = broadcast_object_list(measured)  # after `start_step`, before the run was interrupted
     if checkpoint:
+        if accelerator.num_processes > 2:  # which sum gradients up in another order before DDP has made a step
+            empty_step(args, model, optimizer, batch_plan, normalize, pixels=pixels, accelerator=accelerator)
         load_training(checkpoint, accelerator, model, optimizer)
         accelerator.print(f"resuming from {checkpoint}, after step {start_step}")
     if not args.dry_run:
@@ -541,16 +551,9 @@ def main(argv=None):
     repository = args.hub_model_id if accelerator.is_main_process else None
     push_every = args.hub_every * length.steps_per_epoch
     publisher = Publisher(folder.path, repository, every=push_every, private=args.hub_private)
-    progress = Progress(
-        accelerator,
-        folder.path,
-        total_steps=length.total_steps,
-        steps_per_epoch=length.steps_per_epoch,
-        global_batch_size=batch_plan.global_size,
-        log_every=args.log_every,
-        start_step=start_step,
-        seconds=saved.get("seconds", 0.0),
-    )
+    options = dict(total_steps=length.total_steps, steps_per_epoch=length.steps_per_epoch, log_every=args.log_every)
+    options |= dict(global_batch_size=batch_plan.global_size, start_step=start_step, seconds=saved.get("seconds", 0.0))
+    progress = Progress(accelerator, folder.path, **options)
 
     def train(step):
         first = sampler.first_position

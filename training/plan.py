@@ -72,8 +72,8 @@ def plan_batch(
         )
     if held and held % num_processes:
         errors.append(
-            f"the checkpoint's global batch of {held} images is not divided by {num_processes} processes; "
-            "start another number of processes"
+            f"the checkpoint's global batch of {held} images is not divided by {num_processes} processes; start "
+            f"{max(n for n in range(1, num_processes) if held % n == 0)} of them, or another number that divides it"
         )
     global_size = held or global_size
     per_process = max(1, global_size // num_processes)

@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import time
-import warnings
 from collections import deque
 from collections.abc import Iterator
 
@@ -25,14 +24,11 @@ def start_accelerator(mixed_precision: str | None, *, tf32: bool, compiled: bool
     """Joins this process with the others of the run, and sets what the whole process has; what is wrong with that. The
     arguments are the flags.
 
-    DDP lets gradients be views of the buckets that it exchanges: one copy of them less. It looks for parameters without
-    a gradient, of which there are none, as it otherwise orders its buckets anew after the first step of a process: with
-    three processes or more, gradients are then summed up in another order, and a resumed run would round differently.
+    DDP lets gradients be views of the buckets that it exchanges: one copy of them less.
     """
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-    buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=True)
+    views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     try:
-        accelerator = Accelerator(mixed_precision=resolve_precision(mixed_precision), kwargs_handlers=[buckets])
+        accelerator = Accelerator(mixed_precision=resolve_precision(mixed_precision), kwargs_handlers=[views])
     except ValueError as error:  # such as a WORLD_SIZE without the variables that belong to it
         fail(
             [
