@@ -253,8 +253,9 @@ def test_a_checkpoint_goes_on_with_other_processes(kind, flags, tmp_path):
         assert int(newest.removeprefix("step_")) > reached
         reached = int(newest.removeprefix("step_"))
         assert f"stopped by {number.name} after step {reached}, which is saved" in done[0].stderr + done[0].stdout
-    (error,) = errors_of(finish_several(start_several(5, f"{kind}.py", *parts, cwd=tmp_path), 2))
-    assert "global batch of 12 images is not divided by 5 processes; start 4 of them" in error
+    if kind == "pretrain_mae":
+        (error,) = errors_of(finish_several(start_several(5, f"{kind}.py", *parts, cwd=tmp_path), 2))
+        assert "global batch of 12 images is not divided by 5 processes; start 4 of them" in error
     expect_alike(tmp_path / "work_dir" / "whole", folder)
     resumed = json.loads((folder / "args.json").read_text())["resumed"]
     assert [start["processes"] for start in resumed] == [2, 1]

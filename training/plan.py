@@ -53,7 +53,7 @@ def plan_batch(
     global_size, per_process = global_batch_size, per_gpu_batch_size
     if not (held or global_size or per_process):
         global_size = default or 256 * num_processes
-    if global_size and global_size % num_processes:
+    if global_size and global_size % num_processes and global_size != held:
         errors.append(
             f"--global_batch_size {global_size} is not divided by {num_processes} processes; "
             f"take a multiple of {num_processes}"
