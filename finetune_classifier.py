@@ -658,7 +658,7 @@ def main(argv=None):
     if not args.eval_only:
         half, options = args.mixed_precision != "no", dict(optimizer=args.optimizer, averaged=bool(args.ema_decay))
         activations = model.activation_bytes(half_precision=half)
-        memory = needed_memory(model, activations, half, accelerator.num_processes, **options)
+        memory = needed_memory(model, activations, accelerator, **options)
         if args.micro_batch_size == "auto":
             options = dict(held=saved.get("micro_batch_size"), pixels=pixels, accelerator=accelerator, crew=crew)
             batch_plan = find_micro_batch(args, model, batch_plan, memory, normalize, **options)
@@ -778,7 +778,7 @@ def main(argv=None):
         return values
 
     def save(step):
-        with progress.paused():
+        with progress.paused(), crew.saving():
             progress.check_finite()
             state = dict(step=step, epoch=step / length.steps_per_epoch, global_batch_size=batch_plan.global_size)
             state |= dict(data=fingerprints[0], seconds=progress.seconds, micro_batch_size=batch_plan.micro)

@@ -601,7 +601,7 @@ def main(argv=None):
     if not args.eval_only:
         half = args.mixed_precision != "no"
         flops, activations = model.training_cost(half_precision=half)
-        memory = needed_memory(model, activations, half, accelerator.num_processes)
+        memory = needed_memory(model, activations, accelerator)
         if args.micro_batch_size == "auto":
             options = dict(held=saved.get("micro_batch_size"), pixels=pixels, accelerator=accelerator, crew=crew)
             batch_plan = find_micro_batch(args, model, batch_plan, memory, normalize, **options)
@@ -726,7 +726,7 @@ def main(argv=None):
         return values
 
     def save(step):
-        with progress.paused():
+        with progress.paused(), crew.saving():
             progress.check_finite()
             state = dict(step=step, epoch=step / length.steps_per_epoch, global_batch_size=batch_plan.global_size)
             state |= dict(data=fingerprints[0], seconds=progress.seconds, micro_batch_size=batch_plan.micro)

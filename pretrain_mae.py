@@ -500,7 +500,7 @@ def main(argv=None):
     groups = parameter_groups(model, args.weight_decay, **decay)
     optimizer = adamw(groups, betas=(0.9, 0.95))
     half = args.mixed_precision != "no"
-    memory = needed_memory(model, model.activation_bytes(half_precision=half), half, accelerator.num_processes)
+    memory = needed_memory(model, model.activation_bytes(half_precision=half), accelerator)
     if args.micro_batch_size == "auto":
         options = dict(held=saved.get("micro_batch_size"), pixels=pixels, accelerator=accelerator, crew=crew)
         batch_plan = find_micro_batch(args, model.to(device), batch_plan, memory, normalize, **options)
@@ -618,7 +618,7 @@ def main(argv=None):
         return values
 
     def save(step):
-        with progress.paused():
+        with progress.paused(), crew.saving():
             progress.check_finite()
             state = dict(step=step, epoch=step / length.steps_per_epoch, global_batch_size=batch_plan.global_size)
             state |= dict(data=fingerprints[0], seconds=progress.seconds, micro_batch_size=batch_plan.micro)

@@ -20,12 +20,17 @@ def test_the_largest_that_fits_is_found():
 
 def test_memory_of_a_model():
     model = torch.nn.Linear(9, 10)
-    assert needed_memory(model, 5.0, False, 1) == Memory(16 * 100, 5.0)
-    assert needed_memory(model, 5.0, True, 2, optimizer="lars", averaged=True) == Memory(
-        (4 + 2 + 4 + 4 + 4 + 4) * 100, 5.0
-    )
+
+    def needed(*, half=False, processes=1, sharded=False, **options):
+        precision = "bf16" if half else "no"
+        accelerator = SimpleNamespace(mixed_precision=precision, num_processes=processes, is_fsdp2=sharded)
+        return needed_memory(model, 5.0, accelerator, **options)
+
+    assert needed() == Memory(16 * 100, 5.0)
+    assert needed(half=True, processes=2, optimizer="lars", averaged=True) == Memory((4 + 2 + 4 + 4 + 4 + 4) * 100, 5.0)
+    assert needed(processes=4, sharded=True) == Memory((16 / 4 + 4) * 100, 5.0)
     model.weight.requires_grad = False
-    assert needed_memory(model, 5.0, False, 1).fixed == 4 * 100 + 12 * 10
+    assert needed().fixed == 4 * 100 + 12 * 10
 
 
 def test_what_is_free_is_what_a_control_group_allows(tmp_path):

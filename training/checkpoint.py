@@ -22,12 +22,15 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from training.arguments import FREE_FLAGS, RunError
+from training.sharding import is_sharded, read_moments, share_of, whole_tensors, write_moments
 
 MODEL, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.pt", "state.json"
+SHARDS = "optimizer"  # a folder, in place of OPTIMIZER, where the optimizer's state is split over processes
 
 
 class RunFolder:
@@ -115,10 +118,14 @@ class RunFolder:
             for name in ("reconstructions", "predictions", "model", "best", "tensorboard"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
 
+    def place_of(self, step: int) -> Path:
+        """The checkpoint of a step."""
+        return self.checkpoints / f"step_{step:08d}"
+
     def save(
         self,
         model: dict[str, torch.Tensor],
-        optimizer: dict,
+        optimizer: dict | Path,
         state: dict,
         *,
         keep: int,
@@ -128,10 +135,10 @@ class RunFolder:
         fails, and has lost nothing then.
 
         `model` is a state dict, `ema` that of its moving average where there is one, `optimizer` what
-        torch.load(weights_only=True) can read, `state` goes to state.json.
+        torch.load(weights_only=True) can read, or a folder of shards that moves into the checkpoint; `state` goes to
+        state.json.
         """
-        step = state["step"]
-        target = self.checkpoints / f"step_{step:08d}"
+        target = self.place_of(state["step"])
         if is_whole(target):  # a run is a function of its flags
             return target
         temporary = self.checkpoints / f".saving_{target.name}"
@@ -142,29 +149,39 @@ class RunFolder:
             for name, tensors in weights.items():
                 tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
                 save_file(tensors, temporary / name, metadata={"format": "pt"})
-            torch.save(optimizer, temporary / OPTIMIZER)
-            sizes = {name: (temporary / name).stat().st_size for name in (*weights, OPTIMIZER)}
+            if isinstance(optimizer, Path):
+                optimizer.rename(temporary / SHARDS)
+            else:
+                torch.save(optimizer, temporary / OPTIMIZER)
+            files = [path for path in temporary.rglob("*") if path.is_file()]
+            sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in files}
             write_json(temporary / STATE, {**state, "files": sizes})
             for name in weights:  # safetensors leaves it readable by the owner alone
                 shutil.copymode(temporary / STATE, temporary / name)
-            for name in (*sizes, ""):
-                _sync(temporary / name)
+            for path in (*temporary.rglob("*"), temporary):
+                _sync(path)
             shutil.rmtree(target, ignore_errors=True)  # an incomplete folder of that name
             temporary.rename(target)
             _sync(self.checkpoints)
         except Exception as error:  # safetensors and torch wrap a full disk in errors of their own
-            full = shutil.disk_usage(self.path).free < 2**16
-            reason = "the disk is full" if full else " ".join(str(error).split()) or type(error).__name__
-            shutil.rmtree(temporary, ignore_errors=True)
-            whole = self.whole_checkpoints()
-            raise RunError(
-                f"the checkpoint of step {step} could not be written to {self.checkpoints} ({reason}); "
-                f"{'make room' if full else 'make it writable'} and give --resume_from_checkpoint auto: "
-                f"{whole[-1].name + ' is whole' if whole else 'no earlier checkpoint exists'}"
-            ) from error
+            left = [temporary, optimizer] if isinstance(optimizer, Path) else [temporary]
+            raise self.failure(state["step"], error, remove=left) from error
         for path in self.whole_checkpoints()[:-keep]:
             _remove(path)
         return target
+
+    def failure(self, step: int, error: Exception, *, remove: list[Path]) -> RunError:
+        """What to say of a checkpoint that could not be written. Removes the folders with what there is of it."""
+        full = shutil.disk_usage(self.path).free < 2**16 or getattr(error, "errno", None) == errno.ENOSPC
+        reason = "the disk is full" if full else " ".join(str(error).split()) or type(error).__name__
+        for path in remove:
+            shutil.rmtree(path, ignore_errors=True)
+        whole = self.whole_checkpoints()
+        return RunError(
+            f"the checkpoint of step {step} could not be written to {self.checkpoints} ({reason}); "
+            f"{'make room' if full else 'make it writable'} and give --resume_from_checkpoint auto: "
+            f"{whole[-1].name + ' is whole' if whole else 'no earlier checkpoint exists'}"
+        )
 
 
 def _remove(checkpoint: Path) -> None:
@@ -218,38 +235,80 @@ def save_training(
     folder: RunFolder, accelerator, crew, model, optimizer, state: dict, *, keep: int, ema: nn.Module | None = None
 ) -> None:
     """Saves what `load_training` loads, from the main process: `ema`, the model's moving average, too where there is
-    one. Every process must call it, and raises RunError where that one could not write."""
-    failures = []
-    with crew.saving():
-        if accelerator.is_main_process:
-            states = {"optimizer": optimizer.state_dict()}
-            if accelerator.scaler is not None:
-                states["scaler"] = accelerator.scaler.state_dict()
-            try:
-                averages = None if ema is None else ema.state_dict()
-                folder.save(accelerator.unwrap_model(model).state_dict(), states, state, keep=keep, ema=averages)
-            except RunError as error:
-                failures.append(str(error))
-        failures = crew.gather(failures)
+    one. Where the model is sharded, each process writes its share of the optimizer's state.
+
+    Every process must call it, and raises RunError where one could not write.
+    """
+    failures, is_main = [], accelerator.is_main_process
+    model = accelerator.unwrap_model(model)
+    if is_sharded(model):
+        if crew.any(is_main and is_whole(folder.place_of(state["step"]))):
+            return
+        states, weights = _write_shards(folder, crew, model, optimizer, state["step"], is_main=is_main), {}
+        for name, tensor in whole_tensors(model):
+            if is_main:
+                weights[name] = tensor.cpu()
+    elif is_main:
+        states, weights = {"optimizer": optimizer.state_dict()}, model.state_dict()
+        if accelerator.scaler is not None:
+            states["scaler"] = accelerator.scaler.state_dict()
+    if is_main:
+        try:
+            folder.save(weights, states, state, keep=keep, ema=None if ema is None else ema.state_dict())
+        except RunError as error:
+            failures.append(str(error))
+    failures = crew.gather(failures)
     if failures:
         raise RunError(failures[0])
 
 
+def _write_shards(folder: RunFolder, crew, model, optimizer, step: int, *, is_main: bool) -> Path:
+    """Writes the optimizer's state into a folder beside the checkpoints, which it returns. Raises RunError where a
+    process fails, on all of them, and where the main process does not see what the others wrote."""
+    shards, failures = folder.checkpoints / f".saving_{SHARDS}_{step:08d}", []
+    try:
+        write_moments(shards, model, optimizer, crew.group)
+        written = set(os.listdir(shards))
+        unseen = {*crew.gather([*written])} - written
+        if is_main and unseen:
+            raise OSError(f"{', '.join(sorted(unseen))} of another machine cannot be seen from here")
+    except Exception as error:
+        if is_main:
+            failures.append(str(folder.failure(step, error, remove=[shards])))
+    failures = crew.gather(failures)
+    if failures:
+        raise RunError(failures[0])
+    return shards
+
+
 def load_training(checkpoint: Path, accelerator, model, optimizer, *, ema: nn.Module | None = None) -> None:
-    """Loads weights (every one of them), optimizer and loss scaler into the prepared objects, and into `ema`. Raises
-    RunError for an optimizer's file that would run code."""
-    accelerator.unwrap_model(model).load_state_dict(load_file(checkpoint / MODEL))
+    """Loads weights (every one of them), optimizer and loss scaler into the prepared objects, sharded or not, as it
+    was saved from either and from any number of processes; and into `ema`. Raises RunError for an optimizer's file that
+    is damaged or would run code."""
+    model = accelerator.unwrap_model(model)
+    present = model.state_dict()
+    weights = load_file(checkpoint / MODEL)
+    model.load_state_dict({name: share_of(tensor, present.get(name)) for name, tensor in weights.items()})
     if ema is not None:
         ema.load_state_dict(load_file(checkpoint / EMA))
+    sharded = (checkpoint / SHARDS).is_dir()
     try:
-        states = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        if sharded:
+            moments = read_moments(checkpoint / SHARDS, model, optimizer)
+            states = {"optimizer": {**optimizer.state_dict(), "state": moments}}
+        else:
+            states = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError) as error:
         raise RunError(
-            f"{checkpoint / OPTIMIZER}: refused, as it is damaged or holds objects that run code when they are read; "
-            "resume from another checkpoint of the run"
+            f"{checkpoint / (SHARDS if sharded else OPTIMIZER)}: refused, as it is damaged or holds objects that run "
+            "code when they are read; resume from another checkpoint of the run"
         ) from error
+    if is_sharded(model) and not sharded:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for number, moments in states["optimizer"]["state"].items():
+            moments.update({key: share_of(value, parameters[number]) for key, value in moments.items()})
     optimizer.load_state_dict(states["optimizer"])
-    if accelerator.scaler is not None:
+    if accelerator.scaler is not None and "scaler" in states:
         accelerator.scaler.load_state_dict(states["scaler"])
 
 

@@ -147,20 +147,18 @@ class Memory(NamedTuple):
 
 
 def needed_memory(
-    model: nn.Module,
-    activations: float,
-    half_precision: bool,
-    num_processes: int,
-    *,
-    optimizer: str = "adamw",
-    averaged: bool = False,
+    model: nn.Module, activations: float, accelerator, *, optimizer: str = "adamw", averaged: bool = False
 ) -> Memory:
     """What training `model` takes: a weight and its copy in half precision, its moving average where one is kept, its
-    gradient, its moments, and what processes exchange. `activations` are those of an image."""
+    gradient, its moments, and what processes exchange. Under FSDP2 a process has a share of the weights, gradients and
+    moments, and a whole copy of the weights for validation. `activations` are those of an image."""
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    fixed = (4 + 2 * half_precision + 4 * averaged) * parameters
-    fixed += (4 + (8 if optimizer == "adamw" else 4) + 4 * (num_processes > 1)) * trained
+    sharded, half_precision = accelerator.is_fsdp2, accelerator.mixed_precision != "no"
+    shares = accelerator.num_processes if sharded else 1
+    exchanged = 4 * (accelerator.num_processes > 1 and not sharded)
+    fixed = (4 / shares + 4 * sharded + 2 * half_precision + 4 * averaged) * parameters
+    fixed += ((4 + (8 if optimizer == "adamw" else 4)) / shares + exchanged) * trained
     return Memory(fixed, activations)
 
 
@@ -235,6 +233,7 @@ def describe_run(
     if args.tf32 and not half and not on_cpu:
         precision += " (matrix products in TF32)"
     speed = [name.replace("_", " ") for name in ("compile", "gradient_checkpointing") if getattr(args, name)]
+    speed += ["FSDP2"] * accelerator.is_fsdp2
     return [
         f"pixels     {values}, normalised by mean {mean} and deviation {std}",
         f"batch      {batch.global_size} = {several(accelerator.num_processes, 'process')} x "

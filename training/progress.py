@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from training.arguments import RunError
+from training.sharding import whole
 
 
 class Progress:
@@ -82,7 +83,7 @@ class Progress:
         `loss` is this process's mean over the step; the line has that over all processes. Raises RunError where a loss
         or gradient norm since the last line was not finite.
         """
-        finite = torch.isfinite(loss)
+        grad_norm, finite = whole(grad_norm), torch.isfinite(loss)
         if self.accelerator.scaler is None:  # under fp16 an infinite norm is the loss scaler's business
             finite = finite & torch.isfinite(grad_norm)
         self.first_bad_step = torch.where((self.first_bad_step < 0) & ~finite, step, self.first_bad_step)
