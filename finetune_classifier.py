@@ -66,6 +66,7 @@ from training.progress import (
 )
 from training.publish import Publisher, check_hub, check_token
 from training.schedule import is_due, learning_rate_at
+from training.sharding import prepare, resolve_sharding
 
 # The defaults, for ViT-B (He et al. 2021, tables 9, 10 and 11), by what trains; partial fine-tuning has those of all.
 RECIPES = {
@@ -585,7 +586,7 @@ def main(argv=None):
     # Accelerator, seed and run folder
     args, errors = parse_args(argv)
     accelerator, found = start_accelerator(args.mixed_precision, tf32=args.tf32, compiled=args.compile)
-    errors += found
+    errors += found + resolve_sharding(args, accelerator)
     args.mixed_precision, device = accelerator.mixed_precision, accelerator.device
     crew = Crew(args.time_limit)
     folder = RunFolder(Path(args.working_directory) / args.experiment_name)
@@ -667,9 +668,7 @@ def main(argv=None):
         accelerator.print(describe_plan(args, model, batch_plan, length, accelerator, memory, *sources))
 
     # Prepare
-    model, optimizer = accelerator.prepare(model, optimizer)
-    plain_model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the loop says itself where it autocasts
-    shown = ema.module if ema else plain_model  # what is measured and exported
+    model, optimizer, plain_model = prepare(accelerator, model, optimizer)
     for source in {train_source, validation_source}:
         source.prepare(processes=args.num_workers or 1, progress=accelerator.is_main_process)
 
@@ -714,7 +713,7 @@ def main(argv=None):
     measure = partial(evaluate, dataset=validation_data, classes=classes, **options)
     if args.eval_only:
         options = dict(folder=folder.path, num_images=len(validation_source))
-        only_evaluate(measure, shown, classes, progress, **options)
+        only_evaluate(measure, plain_model(), classes, progress, **options)
         finish_trackers(accelerator)
         accelerator.end_training()
         return
@@ -745,7 +744,7 @@ def main(argv=None):
         seeds = [model_seed(args.seed, step, position) for position in positions]
         result = optimizer_step(model, optimizer, batches, normalize, seeds, **options)
         if ema:
-            ema.update(plain_model)
+            ema.update(plain_model())
         return result
 
     model.train()
@@ -765,6 +764,7 @@ def main(argv=None):
         if not last and not is_due(step, args.validate_every * length.steps_per_epoch):
             return {}
         with progress.paused():
+            shown = ema.module if ema else plain_model()
             found = measure(shown)
             if found is None:
                 return None
@@ -815,6 +815,7 @@ def main(argv=None):
         accelerator.end_training()
         return
     progress.close()
+    shown = ema.module if ema else plain_model()
     if accelerator.is_main_process:
         replace_folder(folder.path / "model", partial(export, shown))
         values = {**metrics, "best_top1": best[0], "best_step": best[1]}

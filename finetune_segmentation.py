@@ -79,6 +79,7 @@ from training.progress import (
 )
 from training.publish import Publisher, check_hub, check_token
 from training.schedule import is_due, learning_rate_at
+from training.sharding import prepare, resolve_sharding
 
 STEPS, WARMUP_STEPS, BATCH_SIZE, CROP_SIZE = 160_000, 1_500, 16, 512
 SAVE_STEPS = 1_000
@@ -531,7 +532,7 @@ def main(argv=None):
     # Accelerator, seed and run folder
     args, errors = parse_args(argv)
     accelerator, found = start_accelerator(args.mixed_precision, tf32=args.tf32, compiled=args.compile)
-    errors += found
+    errors += found + resolve_sharding(args, accelerator)
     args.mixed_precision, device = accelerator.mixed_precision, accelerator.device
     crew = Crew(args.time_limit)
     folder = RunFolder(Path(args.working_directory) / args.experiment_name)
@@ -622,8 +623,7 @@ def main(argv=None):
         model.compile(fullgraph=True, dynamic=False)
     if synchronised:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    plain_model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the loop says itself where it autocasts
+    model, optimizer, plain_model = prepare(accelerator, model, optimizer)
 
     # Resume
     logged = [({}, (-1.0, None))]
@@ -669,7 +669,7 @@ def main(argv=None):
     measure = partial(evaluate, dataset=validation_data, classes=classes, **options)
     if args.eval_only:
         options = dict(folder=folder.path, num_images=len(validation_source))
-        only_evaluate(measure, plain_model, classes, progress, **options)
+        only_evaluate(measure, plain_model(), classes, progress, **options)
         finish_trackers(accelerator)
         accelerator.end_training()
         return
@@ -714,14 +714,14 @@ def main(argv=None):
         if step < length.total_steps and not is_due(step, args.evaluate_every):
             return {}
         with progress.paused():
-            found = measure(plain_model)
+            found = measure(shown := plain_model())
             if found is None:
                 return None
             values, previews = found
             if values["mean_iou"] > best[0]:
                 best = values["mean_iou"], step
                 if accelerator.is_main_process:
-                    replace_folder(folder.path / "best", partial(export, plain_model))
+                    replace_folder(folder.path / "best", partial(export, shown))
             record(values, previews, classes, step, progress=progress, folder=folder.path)
         return values
 
@@ -762,8 +762,9 @@ def main(argv=None):
         accelerator.end_training()
         return
     progress.close()
+    shown = plain_model()
     if accelerator.is_main_process:
-        replace_folder(folder.path / "model", partial(export, plain_model))
+        replace_folder(folder.path / "model", partial(export, shown))
         values = {**metrics, "best_mean_iou": best[0], "best_step": best[1]}
         done = dict(step=step, epoch=step / length.steps_per_epoch, num_images=step * batch_plan.global_size)
         finish(folder.path, values, seconds=progress.seconds, **done)

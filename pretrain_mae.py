@@ -52,6 +52,7 @@ from training.processes import Crew, start_accelerator
 from training.progress import DamagedImages, Progress, finish_trackers, in_bytes, several, start_trackers, truncate_log
 from training.publish import Publisher, check_hub, check_token
 from training.schedule import is_due, learning_rate_at
+from training.sharding import prepare, resolve_sharding
 
 DEFAULT_WARMUP_EPOCHS = 40
 EVALUATION_CROP_RATIO = 0.875  # that of encoder/preprocessor_config.json
@@ -429,7 +430,7 @@ def main(argv=None):
     # Accelerator, seed and run folder
     args, errors = parse_args(argv)
     accelerator, found = start_accelerator(args.mixed_precision, tf32=args.tf32, compiled=args.compile)
-    errors += found
+    errors += found + resolve_sharding(args, accelerator)
     args.mixed_precision, device = accelerator.mixed_precision, accelerator.device
     crew = Crew(args.time_limit)
     folder = RunFolder(Path(args.working_directory) / args.experiment_name)
@@ -509,8 +510,7 @@ def main(argv=None):
     accelerator.print(describe_plan(args, model, batch_plan, length, accelerator, memory, *sources))
 
     # Prepare
-    model, optimizer = accelerator.prepare(model, optimizer)
-    plain_model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the loop says itself where it autocasts
+    model, optimizer, plain_model = prepare(accelerator, model, optimizer)
     for source in (train_source, validation_source):
         if source:
             source.prepare(processes=args.num_workers or 1, progress=accelerator.is_main_process)
@@ -601,7 +601,7 @@ def main(argv=None):
             previews = args.num_preview_images, args.preview_channels
             pictures = dict(previews=previews, folder=folder.path / "reconstructions")
             found = evaluate(
-                plain_model, validation_data, held_out, normalize, step, damage=new_damage, **pictures, **shared
+                plain_model(), validation_data, held_out, normalize, step, damage=new_damage, **pictures, **shared
             )
             if found is None:
                 return None
@@ -611,7 +611,7 @@ def main(argv=None):
             and (last or is_due(step, args.knn_every * length.steps_per_epoch))
             and "knn_top1" not in values
         ):
-            found = classify(plain_model, *bank_and_queries, normalize, step, **shared)
+            found = classify(plain_model(), *bank_and_queries, normalize, step, **shared)
             if found is None:
                 return None
             values.update(found)
@@ -655,6 +655,7 @@ def main(argv=None):
         return
     damaged_images.add(crew.gather(new_damage))
     progress.close()
+    trained = plain_model()
     if accelerator.is_main_process:
         run = {
             "step": step,
@@ -662,7 +663,7 @@ def main(argv=None):
             "seconds": round(progress.seconds, 1),
             "images_per_second": round(step * batch_plan.global_size / progress.seconds, 2),
         }
-        finish(folder.path, plain_model, {**run, **metrics}, **statistics)
+        finish(folder.path, trained, {**run, **metrics}, **statistics)
     finish_trackers(accelerator)
     accelerator.end_training()
     publisher.finish(stop=lambda: bool(crew.signal_name))  # last of all: no other process waits for it
