@@ -1,0 +1,275 @@
+"""FSDP2, run by two processes on a CPU: whole runs, their checkpoints, and what is refused.
+
+The processes have the variables that `accelerate launch` makes of accelerate_configs/fsdp2.yaml, but its precision.
+"""
+
+import functools
+import inspect
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, Start, finish, log_of, losses_of, run
+from safetensors.torch import load_file
+from test_finetune_segmentation import ENCODER, HEAD
+from test_scripts import assert_equal_runs, losses_of_partial, weights
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+pytestmark = pytest.mark.skipif(
+    "save_distributed" not in inspect.signature(HuggingFaceStorageWriter).parameters, reason="torch is too old"
+)
+PRETRAIN, CLASSIFIER, SEGMENTATION = "pretrain_mae.py", "finetune_classifier.py", "finetune_segmentation.py"
+# Accelerate shards on no CPU, so it is told of GPUs that talk as CPUs do. What is limited are the bytes of a file
+LAUNCHER = """
+import os, resource, runpy, sys
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+if limit := int(os.environ.get("LIMIT", 0)):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+# Loads a checkpoint into other weights, and saves it as the first one of the working directory
+SAVE_AGAIN = """
+import sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+import pretrain_mae
+from training.checkpoint import RunFolder, load_training, read_state, save_training
+from training.optimizer import adamw, parameter_groups
+from training.sharding import prepare, resolve_sharding
+from training.stopping import Crew
+checkpoint = Path(sys.argv[1])
+args, errors = pretrain_mae.parse_args(sys.argv[2:])
+accelerator, crew, folder = Accelerator(), Crew(), RunFolder(Path.cwd())
+assert not errors + resolve_sharding(args, accelerator)
+model = pretrain_mae.build_model(args)
+optimizer = adamw(parameter_groups(model, args.weight_decay), betas=(0.9, 0.95))
+model, optimizer, plain_model = prepare(accelerator, model, optimizer)
+load_training(checkpoint, accelerator, model, optimizer)
+folder.checkpoints.mkdir(exist_ok=True)
+save_training(folder, accelerator, crew, model, optimizer, read_state(checkpoint), keep=1)
+accelerator.end_training()
+"""
+
+
+@functools.cache
+def configuration():
+    """What `accelerate launch` sets in the environment of fsdp2.yaml's processes."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    path = str(ROOT / "accelerate_configs" / "fsdp2.yaml")
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", path, PRETRAIN]))
+    variables = prepare_multi_gpu_env(args)
+    return {name: value for name, value in variables.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
+
+
+def start_sharded(script, *flags, cwd, processes=2, of_last=None, **variables):
+    """Starts `SCRIPT flags` as so many processes under FSDP2, the main one first. `of_last` are variables of the last
+    one alone."""
+    launcher = cwd / "launcher.py"
+    launcher.write_text(LAUNCHER)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = configuration() | dict(ACCELERATE_USE_CPU="false", ACCELERATE_TORCH_DEVICE="cpu", CUDA_VISIBLE_DEVICES="")
+    shared |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(processes)) | variables
+    shared |= dict(LOCAL_WORLD_SIZE=str(processes))
+    ranks = [dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)]
+    ranks[-1] |= of_last or {}
+    return [Start(launcher, ROOT / script, *flags, cwd=cwd, **shared, **rank) for rank in ranks]
+
+
+def run_sharded(script, *flags, cwd, code=0, **options):
+    """Runs `SCRIPT flags` under FSDP2 and expects the same exit code of all processes: what each of them said."""
+    ends = [finish(process, code) for process in start_sharded(script, *flags, cwd=cwd, **options)]
+    return [end.stdout + end.stderr for end in ends]
+
+
+def assert_close_runs(one, other, step):
+    """Losses and norms of the steps, and what was trained, agree but for rounding."""
+    assert len(losses_of(one)) == step and losses_of(one) == pytest.approx(losses_of(other), rel=1e-5)
+    norms = [[line["grad_norm"] for line in log_of(folder) if "loss" in line] for folder in (one, other)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    a, b = weights(one, step), weights(other, step)
+    assert a.keys() == b.keys()
+    for name in a:
+        if "running" in name or "num_batches" in name:  # of the main process's micro-batches
+            continue
+        difference = a[name] - b[name]
+        if name.endswith("qkv.bias"):  # softmax cancels the key's bias: its gradient is rounding, which Adam enlarges
+            difference[len(difference) // 3 : -len(difference) // 3] = 0
+        assert difference.norm() <= 1e-3 * b[name].norm(), name
+
+
+@pytest.fixture(scope="module")
+def flags(image_folder):
+    """Twelve steps of eight images in micro-batches of two, with drop path."""
+    flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 12, "--drop_path", 0.2, "--save_checkpoint_steps", 4]
+    place = flags.index("--per_gpu_batch_size")
+    flags[place : place + 2] = ["--global_batch_size", 8, "--micro_batch_size", 2]
+    return [*flags, "--validate_every", 1, "--knn_every", 2]
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory):
+    """A run of one process that nothing interrupts."""
+    cwd = tmp_path_factory.mktemp("whole")
+    run(PRETRAIN, *flags, cwd=cwd)
+    return cwd / "work_dir" / "pretrain_mae"
+
+
+@pytest.fixture(scope="module")
+def sharded(flags, tmp_path_factory):
+    """The same by two processes under FSDP2."""
+    cwd = tmp_path_factory.mktemp("sharded")
+    said, other = run_sharded(PRETRAIN, *flags, cwd=cwd)
+    assert "float32, gradient checkpointing, FSDP2 on cpu" in said and "8 = 2 processes x 2 micro-batches x 2" in said
+    assert "Warning" not in said + other
+    return cwd / "work_dir" / "pretrain_mae"
+
+
+def test_two_processes_with_a_share_each_train_as_one_does(whole, sharded):
+    assert_close_runs(sharded, whole, 12)
+    one, two = (
+        [line for line in log_of(folder) if "val_loss" in line or "knn_top1" in line] for folder in (whole, sharded)
+    )
+    assert len(one) == 5 and [line.keys() for line in one] == [line.keys() for line in two]
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+    assert (sharded / "reconstructions" / "step_00000012.png").exists()
+
+
+def test_each_process_writes_its_share(sharded):
+    checkpoint = sharded / "checkpoints" / "step_00000012"
+    shares = [load_file(path) for path in sorted((checkpoint / "optimizer").iterdir())]
+    name = "encoder.blocks.1.mlp.fc1.weight.exp_avg"
+    assert [tuple(share[name].shape) for share in shares] == [(64, 32), (64, 32)]
+    sizes = json.loads((checkpoint / "state.json").read_text())["files"]
+    assert len(sizes) == 3 and not (checkpoint / "optimizer.pt").exists()
+    for path, size in sizes.items():
+        assert (checkpoint / path).stat().st_size == size
+    saved, exported = weights(sharded, 12), load_file(sharded / "encoder" / "model.safetensors")
+    shared = [name for name in exported if f"encoder.{name}" in saved]
+    assert len(shared) > 20 and all(torch.equal(exported[name], saved[f"encoder.{name}"]) for name in shared)
+
+
+def test_killed_and_stopped_it_continues_to_the_last_bit(flags, sharded, tmp_path):
+    """One process is killed, which ends the other; then one is asked to stop, and both do."""
+    folder = tmp_path / "work_dir" / "pretrain_mae"
+    log = folder / "log.jsonl"
+    for number, steps in ((signal.SIGKILL, 6), (signal.SIGTERM, 9)):
+        main, other = start_sharded(PRETRAIN, *flags, "--resume_from_checkpoint", "auto", cwd=tmp_path)
+        while main.poll() is None and (not log.exists() or len(losses_of_partial(folder)) < steps):
+            time.sleep(0.005)
+        other.send_signal(number)
+        said = "".join(main.communicate(timeout=60))
+        other.communicate(timeout=60)
+        stopped = number == signal.SIGTERM
+        assert main.returncode == 1 - stopped and ("stopped by" in said) == stopped
+        assert not (folder / "metrics.json").exists()
+    run_sharded(PRETRAIN, *flags, "--resume_from_checkpoint", "auto", cwd=tmp_path)
+    assert_equal_runs(sharded, folder, 12)
+
+
+def test_a_checkpoint_passes_through_every_layout_unchanged(flags, sharded, tmp_path):
+    """From two processes with shares to one, to one that has all without FSDP2, and back to two: to the last bit."""
+    (tmp_path / "save_again.py").write_text(SAVE_AGAIN)
+    first = checkpoint = sharded / "checkpoints" / "step_00000012"
+    for layout in ("one", "whole", "two"):
+        cwd = tmp_path / layout
+        cwd.mkdir()
+        words = [tmp_path / "save_again.py", checkpoint, *flags]
+        if layout == "whole":
+            finish(Start(*words, cwd=cwd), 0)
+        else:
+            run_sharded(*words, cwd=cwd, processes=("one", "two").index(layout) + 1)
+        checkpoint = cwd / "checkpoints" / first.name
+        assert (checkpoint / "optimizer.pt").exists() == (layout == "whole")
+    files = sorted(path.relative_to(first) for path in first.rglob("*.safetensors"))
+    assert len(files) == 3
+    for path in files:
+        a, b = load_file(first / path), load_file(checkpoint / path)
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), path
+
+
+def test_one_process_without_fsdp_continues_the_run(flags, whole, sharded, tmp_path):
+    folder = shutil.copytree(sharded, tmp_path / "work_dir" / "pretrain_mae")
+    run(PRETRAIN, *flags, "--resume_from_checkpoint", "step_00000008", cwd=tmp_path)
+    assert_close_runs(folder, whole, 12)
+    assert (folder / "checkpoints" / "step_00000012" / "optimizer.pt").exists()
+
+
+def test_where_one_process_cannot_write_all_end_with_one_line(flags, sharded, tmp_path):
+    folder = shutil.copytree(sharded, tmp_path / "work_dir" / "pretrain_mae")
+    words = [*flags, "--resume_from_checkpoint", "step_00000008"]
+    said, other = run_sharded(PRETRAIN, *words, cwd=tmp_path, code=1, of_last={"LIMIT": "100000"})
+    (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "the checkpoint of step 12 could not be written" in error and "File too large" in error
+    assert "step_00000008 is whole" in error and "Traceback" not in said + other
+    assert sorted(os.listdir(folder / "checkpoints")) == ["step_00000004", "step_00000008"]
+
+
+def fine_tune_both(script, flags, cwd, step):
+    """One process and two with shares: they agree, and a model that the latter wrote scores as it did. Its run."""
+    run(script, *flags, "--experiment_name", "one", cwd=cwd)
+    run_sharded(script, *flags, "--experiment_name", "two", cwd=cwd)
+    one, two = (cwd / "work_dir" / name for name in ("one", "two"))
+    assert_close_runs(two, one, step)
+    place = flags.index("--path_to_data")
+    precision = flags.index("--mixed_precision")
+    words = [*flags[place : place + 2], *flags[precision : precision + 2], "--eval_only", "--num_workers", 0]
+    if script == SEGMENTATION:
+        words += ["--evaluate", "whole", "--path_to_backbone_checkpoint"]
+    else:
+        words += ["--path_to_pretrained_mae_weights"]
+    run(script, *words, two / "model", "--experiment_name", "again", cwd=cwd)
+    expected, again = (json.loads((folder / "metrics.json").read_text()) for folder in (two, two.parent / "again"))
+    for score in again.keys() & {"val_loss", "top1", "mean_iou", "mean_accuracy"}:
+        assert again[score] == pytest.approx(expected[score], rel=3e-4), score
+    assert sorted(os.listdir(two / "best")) == sorted(os.listdir(two / "model"))
+    return one, two
+
+
+def test_a_linear_probe_and_its_average(image_folder, sharded, tmp_path):
+    """Frozen shares, bf16, LARS, BatchNorm and a moving average, on the encoder that was trained in shares."""
+    flags = ["--path_to_data", image_folder, "--path_to_pretrained_mae_weights", sharded, "--linear_probe"]
+    flags += ["--global_batch_size", 8, "--micro_batch_size", 2, "--learning_rate", 0.1, "--ema_decay", 0.9]
+    flags += ["--num_workers", 0, "--mixed_precision", "bf16", "--log_every", 1, "--max_steps", 6]
+    one, two = fine_tune_both(CLASSIFIER, flags, tmp_path, 6)
+    a, b = (load_file(folder / "checkpoints/step_00000006/ema.safetensors") for folder in (one, two))
+    torch.testing.assert_close(a["head.weight"], b["head.weight"], rtol=1e-4, atol=1e-7)
+    assert not torch.equal(b["head.weight"], weights(two, 6)["head.weight"])
+
+
+def test_segmentation(scenes, tmp_path):
+    flags = ["--path_to_data", scenes, *ENCODER, *HEAD, "--crop_size", 32, "--global_batch_size", 8]
+    flags += ["--micro_batch_size", 2, "--learning_rate", 1e-3, "--num_workers", 0, "--mixed_precision", "no"]
+    flags += ["--log_every", 1, "--max_steps", 2, "--evaluate_every", 1, "--evaluate", "whole"]
+    fine_tune_both(SEGMENTATION, flags, tmp_path, 2)
+
+
+def test_what_does_not_work_is_refused(flags, tmp_path):
+    def refused(said):
+        assert "Traceback" not in said and not list(tmp_path.glob("work_dir/*/checkpoints/step_*"))
+        return [line for line in said.splitlines() if line.startswith("error: ")]
+
+    variables = dict(FSDP_OFFLOAD_PARAMS="true", FSDP_ACTIVATION_CHECKPOINTING="false")
+    (said,) = run_sharded(PRETRAIN, *flags, "--compile", cwd=tmp_path, code=2, processes=1, **variables)
+    offload, compiled = refused(said)
+    assert "fsdp_offload_params does not work here" in offload and "--compile does not work with FSDP2" in compiled
+    first = dict(FSDP_VERSION="1", FSDP_SYNC_MODULE_STATES="false")
+    (said,) = run_sharded(PRETRAIN, *flags, cwd=tmp_path, code=2, processes=1, **first)
+    (error,) = refused(said)
+    assert "FSDP 1; only 2 works" in error
+    (error,) = refused(run(PRETRAIN, *flags, cwd=tmp_path, code=2, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2").stderr)
+    assert "configured for FSDP and runs without it on cpu" in error
