@@ -3,6 +3,7 @@
     python benchmark.py data --path_to_data IMAGES
     python benchmark.py train --task mae --model base
     python benchmark.py cost --model base
+    python benchmark.py scale --model base --batch_size 16
     python benchmark.py evaluate
 
 `data`: this loader against torchvision's usual PIL pipeline (open, RandomResizedCrop bicubic, flip, to float,
@@ -22,6 +23,13 @@ and peak memory. --compile adds both sides compiled, and ours compiled against t
 process of its own (`ours` is null where memory does not suffice); and the seconds from `accelerate launch
 pretrain_mae.py` to the first line of its log.
 
+`scale`: `accelerate launch pretrain_mae.py` itself as one process against several, each with a batch of its own, in
+turns: 1, 2, 4, ... and all GPUs, or 1 and 2 processes on a CPU. Images/s, the time of a step and the data wait are what
+its log tells of --steps steps, after as many to warm up; the start is the seconds from the command to the log's first
+line. Ours is so many processes, theirs one. N GPUs reach N times the images/s at most. The processes of a CPU divide
+its cores, all of which the one process has: 1 is the most to expect there. And what a checkpoint costs, until it is on
+the disk of the temporary folder (TMPDIR): seconds, bytes, and how many steps of one process take that long.
+
 `evaluate`: mean IoU of predicted masks, from one row of areas an image, against the published `mean_iou` metric, which
 keeps all masks: written from its definition, as it has to be fetched. Both give the same figure, or nothing is
 reported. Time is that of scoring alone; memory is the peak of a process, with the interpreter and all imports (which
@@ -34,12 +42,13 @@ import contextlib
 import csv
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import platform
-import signal
+import shutil
 import statistics
 import subprocess
 import sys
@@ -79,6 +88,7 @@ DEFAULTS = {  # the flags that each takes, beside --json
     "data": dict(path_to_data=None, img_size=224, num_images=400, rounds=5),
     "train": STEP | dict(task="mae", compile=False, gradient_checkpointing=False),
     "cost": STEP | dict(img_sizes=[64, 128, 224, 448], batch_sizes=[1, 4, 16, 64]),
+    "scale": STEP | dict(rounds=3, steps=None, processes=None),
     "evaluate": dict(size=512, classes=150, num_images=400, rounds=3),
 }
 
@@ -88,17 +98,18 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("what", type=one_of(*DEFAULTS), help=", ".join(DEFAULTS))
     flag = parser.add_argument_group("all").add_argument
-    flag("--rounds", type=integer(1), help="rounds, both sides in each (default 5; evaluate: 3)")
+    flag("--rounds", type=integer(1), help="rounds, both sides in each (default 5; scale and evaluate: 3)")
     flag("--json", metavar="FILE", help="write a list of what was measured")
-    flag = parser.add_argument_group("data, train and cost").add_argument
+    flag = parser.add_argument_group("data, train, cost and scale").add_argument
     flag("--img_size", type=integer(1), help="pixels (default 224); cost: of the batches")
     flag = parser.add_argument_group("data").add_argument
     flag("--path_to_data", help="folder of images (required)")
     flag = parser.add_argument_group("data and evaluate").add_argument
     flag("--num_images", type=integer(1), help="images (default 400); data: at most")
-    flag = parser.add_argument_group("train and cost").add_argument
+    flag = parser.add_argument_group("train, cost and scale").add_argument
     flag("--model", type=one_of(*SIZES), help=f"{', '.join(SIZES)} (default base)")
-    flag("--batch_size", type=integer(1), help="images per step (default 16); cost: of the image sizes")
+    sizes = "cost: of the image sizes; scale: of each process"
+    flag("--batch_size", type=integer(1), help=f"images per step (default 16); {sizes}")
     flag("--mixed_precision", type=one_of("no", "bf16"), help="no or bf16 (default bf16 on a GPU, no on a CPU)")
     flag = parser.add_argument_group("train").add_argument
     flag("--task", type=one_of(*PEERS), help="mae (default), encoder or classifier")
@@ -107,6 +118,10 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("cost").add_argument
     flag("--img_sizes", type=integer(1), nargs="+", metavar="N", help="pixels (default 64 128 224 448)")
     flag("--batch_sizes", type=integer(1), nargs="+", metavar="N", help="images per step (default 1 4 16 64)")
+    flag = parser.add_argument_group("scale").add_argument
+    counts = "beside one (default: 2 on a CPU; 2, 4, ... and all GPUs)"
+    flag("--processes", type=integer(1), nargs="+", metavar="N", help=f"how many, each in turn, {counts}")
+    flag("--steps", type=integer(1), help="timed steps, after as many to warm up (default 5 on a CPU, 100 on a GPU)")
     flag = parser.add_argument_group("evaluate").add_argument
     flag("--size", type=integer(2), help="pixels, height and width of a mask (default 512)")
     flag("--classes", type=integer(2, 254), help="classes (default 150)")
@@ -130,7 +145,14 @@ def fill_defaults(args) -> list[str]:
         errors.append("--path_to_data is missing; give a folder of images")
     if args.what in ("data", "evaluate"):
         return errors
-    args.mixed_precision = args.mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    args.mixed_precision = args.mixed_precision or ("bf16" if gpus else "no")
+    if args.what == "scale":
+        args.steps = args.steps or (100 if gpus else 5)
+        powers = [2**i for i in range(gpus.bit_length())]
+        args.processes = sorted({1, *(args.processes or [*powers, gpus or 2])})
+        if gpus and max(args.processes) > gpus:
+            errors.append(f"--processes {max(args.processes)} is more than this machine has GPUs; take at most {gpus}")
     patch_size = SIZES[args.model]["patch_size"]
     if args.what == "cost" and args.img_sizes is defaults["img_sizes"]:
         args.img_sizes = [size // 16 * patch_size for size in args.img_sizes]  # as many patches in every model
@@ -567,34 +589,98 @@ def in_new_process(work: Callable, *values):
         return pool.submit(work, *values).result()
 
 
-def start_up_seconds(model: str, img_size: int) -> float:
-    """Seconds from `accelerate launch pretrain_mae.py` on a few images to the first line of its log."""
+class Run(NamedTuple):
+    """What a run of pretrain_mae.py told of itself."""
+
+    start_seconds: float  # from its launch to the first line of its log
+    step_seconds: float
+    data_wait: float  # as a share of the time
+    threads: int  # of a process
+
+
+def launch(
+    folder: Path, setting: Setting, *, processes: int, num_images: int, max_steps: int, log_every: int
+) -> subprocess.Popen:
+    """Starts `accelerate launch pretrain_mae.py` in a folder, on images that it generates there: without validation and
+    checkpoints before its end, what it says in the file `errors`."""
     from PIL import Image
 
-    with tempfile.TemporaryDirectory() as folder:
-        log, errors = Path(folder) / "work_dir" / "pretrain_mae" / "log.jsonl", Path(folder) / "errors"
-        (Path(folder) / "images").mkdir()
-        for i in range(8):
-            Image.new("RGB", (256, 256), (30 * i, 0, 0)).save(Path(folder) / "images" / f"{i}.jpg")
-        flags = ["--path_to_data", "images", "--model", model, "--img_size", img_size, "--max_steps", 2]
-        flags += ["--per_gpu_batch_size", 8]
-        command = [sys.executable, "-m", "accelerate.commands.launch", ROOT / "pretrain_mae.py", *flags]
-        options = dict(cwd=folder, stdout=subprocess.DEVNULL, start_new_session=True)
-        with errors.open("w") as stream:
-            start = time.perf_counter()
-            process = subprocess.Popen(list(map(str, command)), stderr=stream, **options)
+    images, on_cpu = folder / "images", find_device().type == "cpu"
+    images.mkdir()
+    small = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(small).resize((256, 256), Image.Resampling.BICUBIC).save(images / "0.jpg")
+    for i in range(1, num_images):
+        shutil.copyfile(images / "0.jpg", images / f"{i}.jpg")
+    config = dict(compute_environment="LOCAL_MACHINE", mixed_precision="no", num_machines=1, num_processes=processes)
+    if processes == 1:
+        config |= dict(distributed_type="NO", use_cpu=on_cpu)
+    else:  # on a CPU, too: what Accelerate has for it starts one process, or several that do not know of each other
+        config |= dict(distributed_type="MULTI_GPU", use_cpu=False, main_process_port=0)
+    (folder / "config.json").write_text(json.dumps(config))
+    flags = ["--path_to_data", images, "--model", setting.model, "--img_size", setting.img_size]
+    flags += ["--per_gpu_batch_size", setting.batch_size, "--mixed_precision", setting.precision]
+    flags += ["--max_steps", max_steps, "--log_every", log_every]
+    flags += ["--validate_every", 0, "--save_checkpoint_interval", 0]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", folder / "config.json"]
+    # One thread is what the launcher gives where nobody says how many: the processes then divide all cores
+    variables = dict(os.environ, OMP_NUM_THREADS="1") | (dict(ACCELERATE_USE_CPU="true") if on_cpu else {})
+    with (folder / "errors").open("w") as stream:
+        options = dict(cwd=folder, env=variables, stdout=subprocess.DEVNULL, stderr=stream, start_new_session=True)
+        return subprocess.Popen([*map(str, command), str(ROOT / "pretrain_mae.py"), *map(str, flags)], **options)
+
+
+def pretrain(setting: Setting, *, processes: int = 1, num_images: int, steps: int = 0) -> Run:
+    """Launches pretrain_mae.py, and ends it when `steps` steps after as many others are done, or where that is 0 the
+    first one. Raises RunError where it ends before."""
+    last = 2 * steps or 1
+    with tempfile.TemporaryDirectory() as place:
+        run, start_seconds = Path(place, "work_dir", "pretrain_mae"), None
+        options = dict(processes=processes, num_images=num_images, max_steps=max(2, last), log_every=max(1, steps))
+        process = launch(Path(place), setting, **options)
+        start = time.perf_counter()
         try:
             while True:
                 ended = process.poll() is not None
-                if log.exists() and log.stat().st_size:
-                    return time.perf_counter() - start
+                lines = log_lines(run / "log.jsonl")
+                if lines and start_seconds is None:
+                    start_seconds = time.perf_counter() - start
+                if lines and lines[-1]["step"] >= last:
+                    break
                 if ended:
-                    raise RunError(f"pretrain_mae.py did not reach its first step: {errors.read_text().strip()}")
+                    awaited = "its timed steps were done" if lines else "its first step"
+                    report = Path(place, "errors").read_text().strip()
+                    raise RunError(f"pretrain_mae.py ended before {awaited}: {report}")
                 time.sleep(0.01)
         finally:
-            with contextlib.suppress(ProcessLookupError):  # a launcher does not pass signals on
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end_family(process)
+        threads = json.loads((run / "args.json").read_text())["threads"]
+        step_seconds = processes * setting.batch_size / lines[-1]["images_per_second"]
+        return Run(start_seconds, step_seconds, lines[-1]["data_wait"], threads)
+
+
+def log_lines(path: Path) -> list[dict]:
+    """The lines that a log has so far, whole ones."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def end_family(process: subprocess.Popen) -> None:
+    """Ends a process with all that it has started, and waits until none of them runs: a launcher does not pass a signal
+    on, and where it has started several processes each heads a session of its own."""
+    import psutil  # which Accelerate brings
+
+    family = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    for each in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    for each in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while each.is_running() and each.status() != psutil.STATUS_ZOMBIE:  # which nobody may ever ask for
+                time.sleep(0.01)
 
 
 def benchmark_cost(setting: Setting, *, img_sizes: list[int], batch_sizes: list[int]) -> Iterator[dict]:
@@ -610,8 +696,63 @@ def benchmark_cost(setting: Setting, *, img_sizes: list[int], batch_sizes: list[
         yield row(name, rate, None, "images/s", None)
         yield row(f"{name}: peak memory", memory, None, "GB", None)
     for model in dict.fromkeys(["tiny", setting.model]):
-        seconds = start_up_seconds(model, setting.img_size)
-        yield row(f"cost: start of pretrain_mae.py, {model}", seconds, None, "s", None)
+        run = pretrain(setting._replace(model=model, batch_size=8), num_images=8)
+        yield row(f"cost: start of pretrain_mae.py, {model}", run.start_seconds, None, "s", None)
+
+
+def checkpoint_cost(setting: Setting) -> tuple[float, int]:
+    """Seconds that saving a checkpoint takes, with AdamW's moments and until it is on the disk; and its bytes."""
+    from training.checkpoint import RunFolder
+
+    model = new_model("mae", setting, gradient_checkpointing=False).to(find_device())
+    optimizer = new_optimizer(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    steps = itertools.count()
+    with tempfile.TemporaryDirectory() as place:
+        folder = RunFolder(Path(place))
+        folder.checkpoints.mkdir()
+
+        def save():
+            states = {"optimizer": optimizer.state_dict()}
+            folder.save(model.state_dict(), states, {"step": next(steps)}, keep=1)
+
+        seconds = statistics.median(alternate({"save": save}, rounds=setting.rounds)["save"])
+        (checkpoint,) = folder.whole_checkpoints()
+        return seconds, sum(path.stat().st_size for path in checkpoint.iterdir())
+
+
+def benchmark_scale(setting: Setting, *, processes: list[int], steps: int) -> Iterator[dict]:
+    """Images/s, time and data wait of a step, and the time to the first one, of so many `processes` (1 must be there)
+    against one; and what a checkpoint costs."""
+    runs = {count: [] for count in processes}
+    for _ in range(setting.rounds):
+        for count, found in runs.items():
+            found.append(pretrain(setting, processes=count, num_images=max(runs) * setting.batch_size, steps=steps))
+
+    for count, found in runs.items():
+        name = f"scale: {setting.model}, {setting.img_size} pixels, batch {setting.batch_size}, "
+        name += "1 process" if count == 1 else f"{count} processes"
+        per_image = ([run.step_seconds / (n * setting.batch_size) for run in runs[n]] for n in (count, 1))
+        rows = [rate_row(name, 1, *per_image)]
+        for what, value in (("step", "step_seconds"), ("start", "start_seconds")):
+            ours, theirs = ([getattr(run, value) for run in runs[n]] for n in (count, 1))
+            ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+            rows.append(row(f"{name}: {what}", statistics.median(ours), statistics.median(theirs), "s", ratio))
+        yield from rows if count > 1 else [entry | dict(theirs=None, ratio=None) for entry in rows]
+        wait = statistics.median(run.data_wait for run in found)
+        yield row(f"{name}: data wait", 100 * wait, None, "%", None)
+        if find_device().type == "cpu":
+            yield row(f"{name}: threads", count * found[0].threads, None, "threads", None)
+
+    seconds, size = in_new_process(checkpoint_cost, setting)
+    name = f"scale: checkpoint, {setting.model}"
+    yield row(name, seconds, None, "s", None)
+    yield row(f"{name}: size", size / 1e6, None, "MB", None)
+    yield row(f"{name}: speed", size / 1e6 / seconds, None, "MB/s", None)
+    of_one = statistics.median(run.step_seconds for run in runs[1])
+    yield row(f"{name}: in steps of 1 process", seconds / of_one, None, "steps", None)
 
 
 def random_masks(num_images: int, size: int, classes: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -718,8 +859,8 @@ def machine() -> str:
 def describe(entry: dict) -> str:
     """An entry of the JSON list as a line."""
     if entry["ours"] is None:
-        return f"{entry['name']:52} out of memory"
-    text = f"{entry['name']:52} {entry['ours']:9.2f}"
+        return f"{entry['name']:60} out of memory"
+    text = f"{entry['name']:60} {entry['ours']:9.2f}"
     if entry["ratio"] is not None:
         text += f" against {entry['theirs']:.2f}, ratio {entry['ratio']:.2f}"
     return f"{text} {entry['unit']}"
@@ -747,7 +888,8 @@ def main(argv=None):
         rows = benchmark_evaluate(**sizes, rounds=args.rounds)
     else:
         setting = Setting(args.model, args.img_size, args.batch_size, args.mixed_precision, args.rounds)
-        print(f"{args.mixed_precision.replace('no', 'float32')}, {torch.get_num_threads()} threads")
+        amount = f"{args.steps} steps after as many" if args.what == "scale" else f"{torch.get_num_threads()} threads"
+        print(f"{args.mixed_precision.replace('no', 'float32')}, {amount}")
     if args.what == "train":
         peer = PEERS[args.task]
         print(f"batch {args.batch_size}, {args.img_size} pixels; theirs: {peer} {version(peer)}, attention sdpa")
@@ -755,6 +897,8 @@ def main(argv=None):
         rows = benchmark_train(args.task, setting, **options)
     elif args.what == "cost":
         rows = benchmark_cost(setting, img_sizes=args.img_sizes, batch_sizes=args.batch_sizes)
+    elif args.what == "scale":
+        rows = benchmark_scale(setting, processes=args.processes, steps=args.steps)
     measured = []
     for entry in rows:
         print(describe(entry), flush=True)

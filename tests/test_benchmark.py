@@ -1,7 +1,13 @@
 import json
+import os
 import pickle
+import subprocess
+import sys
+import tempfile
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import run
@@ -129,7 +135,7 @@ def test_the_cost_of_larger_work_and_of_starting(tmp_path, capsys, on_cpu):
 
 def test_a_want_of_memory_is_a_result(monkeypatch, capsys, on_cpu):
     monkeypatch.setattr(benchmark, "in_new_process", lambda work, *values: work(*values))
-    monkeypatch.setattr(benchmark, "start_up_seconds", lambda model, img_size: 1.0)
+    monkeypatch.setattr(benchmark, "pretrain", lambda setting, num_images: benchmark.Run(1.0, 1.0, 0.0, 1))
     benchmark.main(["cost", *SMALL, "--img_sizes", "32", "--batch_sizes", str(10**10)])
     lines = capsys.readouterr().out.splitlines()
     assert sum("out of memory" in line for line in lines) == 2
@@ -146,6 +152,76 @@ def in_this_process(monkeypatch):
 
     monkeypatch.setattr(benchmark, "in_new_process", work_here)
     monkeypatch.setattr(benchmark, "pin_to_one_core", lambda: None)
+
+
+def test_two_processes_are_measured_against_one(tmp_path, monkeypatch, capsys, on_cpu, in_this_process):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # which is no reason to give two processes 14
+    benchmark.main(["scale", *SMALL, "--steps", "1", "--json", str(tmp_path / "out.json")])
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())}
+    one, two = (f"scale: tiny, 32 pixels, batch 2, {count}" for count in ("1 process", "2 processes"))
+    checkpoint = "scale: checkpoint, tiny"
+    units = {"": "images/s", ": step": "s", ": start": "s", ": data wait": "%"}
+    units = {name + what: unit for name in (one, two) for what, unit in (units | {": threads": "threads"}).items()}
+    units |= {checkpoint: "s", f"{checkpoint}: size": "MB", f"{checkpoint}: speed": "MB/s"}
+    assert {name: row["unit"] for name, row in rows.items()} == units | {
+        f"{checkpoint}: in steps of 1 process": "steps"
+    }
+    assert all(set(row) == KEYS for row in rows.values())
+
+    check_comparison(rows[two], two)
+    for what in (": step", ": start"):
+        row = rows[two + what]
+        assert row["ratio"] == pytest.approx(row["theirs"] / row["ours"]) and row["theirs"] == rows[one + what]["ours"]
+        assert 0 < row["ours"] < 120
+    compared = {two, f"{two}: step", f"{two}: start"}
+    assert all(row["theirs"] is row["ratio"] is None for name, row in rows.items() if name not in compared)
+    for name, images in ((one, 2), (two, 4)):
+        assert rows[name]["ours"] * rows[f"{name}: step"]["ours"] == pytest.approx(images)
+        assert 0 <= rows[f"{name}: data wait"]["ours"] <= 100
+        processes = images // 2
+        assert rows[f"{name}: threads"]["ours"] == max(1, len(os.sched_getaffinity(0)) // processes) * processes
+    assert f"ratio {rows[two]['ratio']:.2f} images/s" in capsys.readouterr().out
+
+    parameters = sum(p.numel() for p in benchmark.new_model("mae", SETTING, gradient_checkpointing=False).parameters())
+    seconds, size = rows[checkpoint]["ours"], rows[f"{checkpoint}: size"]["ours"]
+    assert size == pytest.approx(12e-6 * parameters, rel=0.01)  # a weight and two moments, of 4 bytes
+    assert rows[f"{checkpoint}: speed"]["ours"] == pytest.approx(size / seconds)
+    steps = seconds / rows[f"{one}: step"]["ours"]
+    assert rows[f"{checkpoint}: in steps of 1 process"]["ours"] == pytest.approx(steps)
+
+    assert not list(scratch.iterdir())
+
+
+def test_what_a_launcher_has_started_ends_with_it():
+    code = "import subprocess; subprocess.run(['sleep', '600'], start_new_session=True)"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    while not (family := psutil.Process(process.pid).children()):
+        time.sleep(0.01)
+    benchmark.end_family(process)
+    assert process.returncode == -9
+    assert not family[0].is_running() or family[0].status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_run_that_cannot_train_says_why(tmp_path, monkeypatch, on_cpu):
+    (tmp_path / "pretrain_mae.py").write_text("raise SystemExit('error: the disk is full')")
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    with pytest.raises(RunError, match=r"^pretrain_mae.py ended before its first step: (.|\n)*error: the disk is full"):
+        benchmark.pretrain(SETTING, num_images=2)
+
+
+@pytest.mark.parametrize(("gpus", "processes"), [(0, [1, 2]), (1, [1]), (2, [1, 2]), (4, [1, 2, 4]), (6, [1, 2, 4, 6])])
+def test_scale_takes_all_gpus_by_default_and_no_more(gpus, processes, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    args, errors = benchmark.parse_args(["scale"])
+    assert not errors and args.processes == processes
+    assert (args.steps, args.mixed_precision) == ((100, "bf16") if gpus else (5, "no"))
+    args, errors = benchmark.parse_args(["scale", "--processes", "9", "4", "9", "--img_size", "30"])
+    assert args.processes == [1, 4, 9] and len(errors) == 1 + (gpus > 0) and "--img_size 30 does not" in errors[-1]
+    assert all(f"--processes 9 is more than this machine has GPUs; take at most {gpus}" in e for e in errors[:-1])
 
 
 def test_evaluation_is_measured_against_the_published_metric(tmp_path, capsys, in_this_process):
@@ -188,7 +264,7 @@ def test_different_mean_ious_are_not_reported(monkeypatch, in_this_process):
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        ("nothing --rounds 0", ["nothing is no valid value; expected one of data, train, cost, eval", "--rounds 0"]),
+        ("nothing --rounds 0", ["nothing is no valid value; expected one of data, train, cost, scale, ", "--rounds 0"]),
         ("data --compile --num_images x", ["--path_to_data is missing", "--compile is no flag of data", "images x"]),
         ("data --model base", ["--path_to_data is missing", "--model is no flag of data, but of train and cost"]),
         ("train --img_size 230 --task both", ["--img_size 230 does not suit the patches of 16 pixels", "--task both"]),
@@ -196,6 +272,9 @@ def test_different_mean_ious_are_not_reported(monkeypatch, in_this_process):
         ("cost --model huge --img_sizes 14 30 56", ["--img_sizes 14 does not", "--img_sizes 30 does not"]),
         ("evaluate --model base --classes 255", ["--model is no flag of evaluate", "a whole number from 2 to 254"]),
         ("evaluate --img_size 64", ["--img_size is no flag of evaluate, but of data and train and cost"]),
+        ("scale --processes 2 0 --steps 0 --size 9", ["--processes 0 ", "--steps 0 ", "--size is no flag of scale"]),
+        ("scale --img_sizes 64 --img_size 30", ["--img_sizes is no flag of scale, but of cost", "--img_size 30 does"]),
+        ("cost --processes 2 --steps 5", ["--processes is no flag of cost, but of scale", "--steps is no flag of"]),
         ("cost --size 64", ["--size is no flag of cost, but of evaluate"]),
         ("cost --mixed_precision fp16 --compile", ["--mixed_precision fp16", "--compile is no flag of cost"]),
     ],
