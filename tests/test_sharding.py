@@ -46,7 +46,7 @@ import pretrain_mae
 from training.checkpoint import RunFolder, load_training, read_state, save_training
 from training.optimizer import adamw, parameter_groups
 from training.sharding import prepare, resolve_sharding
-from training.stopping import Crew
+from training.processes import Crew
 checkpoint = Path(sys.argv[1])
 args, errors = pretrain_mae.parse_args(sys.argv[2:])
 accelerator, crew, folder = Accelerator(), Crew(), RunFolder(Path.cwd())
