@@ -69,14 +69,16 @@ def commands(text: str):
     for line in re.sub(r"\\\n\s*#?", " ", text).splitlines():
         for script in SCRIPTS:
             before, found, after = line.partition(f" {script} ")
-            if found and ("launch" in before or before.strip("$ #`").endswith("python")):
+            if found and ("launch" in before or before.strip("$ #`").endswith(("python", ".sbatch"))):
                 words = shlex.split(after.partition("`")[0].partition("&&")[0], comments=True)
                 if words != ["--help"]:
                     yield script, words
 
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.args"))
-TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *RECIPES]
+CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+BATCH_FILES = sorted((ROOT / "recipes").rglob("*.sbatch"))
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *RECIPES, *CONFIGS, *BATCH_FILES]
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -96,7 +98,7 @@ def test_a_recipe_opens_with_its_command_and_says_what_to_expect(path):
     assert "hardware:" in header and "expected:" in header and "measured" in header
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_accelerate_reads_its_configurations(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
