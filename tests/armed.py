@@ -1,0 +1,138 @@
+"""Runs pre-training as `python pretrain_mae.py FLAGS` does, and has it killed at a point of its work, as by `kill -9`.
+
+    python tests/armed.py FLAGS --kill POINT CALL SECONDS
+
+The function of POINT is called for the CALL-th time, and SECONDS later the process is gone; with 0 seconds at once,
+before the call or after it. Without --kill nobody is killed. Adds a line to the file `saves` for each checkpoint that
+has got its final name.
+"""
+
+import functools
+import importlib
+import os
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # as for a script there, and for soak.py, too
+
+
+class Point(NamedTuple):
+    """Where a process may be killed: at one of the first `calls` calls, and up to `delay` seconds later."""
+
+    place: str
+    target: str  # MODULE:NAME of a function
+    calls: int = 1  # steps, saves ... lie between them, of which a start makes six at most before its kill
+    delay: float = 0.0
+    after: bool = False  # the call, where the delay is 0
+    of: str = ""  # only calls whose first argument is a file that has this in its name
+    main: bool = False  # what the main process alone does
+    resumed: bool = False  # what a first start does not do
+
+
+POINTS = {
+    "any moment of a step": Point("step", "training.optimizer:set_learning_rate", 6, 0.05),
+    "forward": Point("step", "modeling.mae:MaskedAutoencoder.forward", 12, 0.003),
+    "backward and all-reduce": Point("step", "accelerate:Accelerator.backward", 12, 0.01),
+    "optimizer": Point("step", "torch.optim:AdamW.step", 6, 0.002),
+    "agreement to stop": Point("step", "training.processes:Crew.any", 6, 0.001),
+    "any moment of a save": Point("saving", "training.checkpoint:save_training", 3, 0.02),
+    "weights written": Point("saving", "training.checkpoint:save_file", 3, 0.002, main=True),
+    "optimizer written": Point("saving", "torch:save", 3, 0.004, main=True),
+    "state written": Point("saving", "training.checkpoint:write_json", 3, 0.002, of="state.json", main=True),
+    "synced": Point("saving", "training.checkpoint:_sync", 12, main=True),
+    "before the rename": Point("saving", "pathlib:Path.rename", 3, of=".saving_", main=True),
+    "after the rename": Point("saving", "pathlib:Path.rename", 3, of=".saving_", after=True, main=True),
+    "before a removal": Point("pruning", "training.checkpoint:_remove", main=True),
+    "state.json removed": Point("pruning", "pathlib:Path.unlink", of="state.json", after=True, main=True),
+    "half removed": Point("pruning", "os:unlink", of="optimizer.pt", after=True, main=True),
+    "removed": Point("pruning", "training.checkpoint:_remove", after=True, main=True),
+    "measuring": Point("validation", "training.metrics:reconstruction_metrics", 2, 0.02),
+    "picture": Point("validation", "training.pictures:reconstruction_grid", delay=0.02, main=True),
+    "run folder found": Point("start", "training.checkpoint:claim_run_folder", delay=0.05),
+    "flags compared": Point("start", "training.processes:Crew.differences", delay=0.02),
+    "model prepared": Point("start", "accelerate:Accelerator.prepare", delay=0.02),
+    "run folder cleared": Point("start", "training.checkpoint:RunFolder.clear_beyond", delay=0.005, main=True),
+    "start noted": Point("start", "training.checkpoint:note_start", delay=0.02, main=True),
+    "checkpoint loaded": Point("start", "training.checkpoint:load_training", delay=0.01, resumed=True),
+    "line written": Point("log", "training.progress:Progress.write", 6, 0.001, main=True),
+    "after a line": Point("log", "training.progress:Progress.write", 6, after=True, main=True),
+    "log shortened": Point("log", "training.progress:truncate_log", delay=0.002, main=True),
+    "before its exchange": Point("log", "pathlib:Path.replace", of=".log.jsonl.", main=True, resumed=True),
+    "after its exchange": Point("log", "pathlib:Path.replace", of=".log.jsonl.", after=True, main=True, resumed=True),
+    "encoder written": Point("finish", "modeling.export:export_encoder", delay=0.02, main=True),
+    "autoencoder written": Point("finish", "modeling.export:export_autoencoder", delay=0.005, main=True),
+    "before the metrics": Point("finish", "training.checkpoint:write_json", of="metrics.json", main=True),
+    "after the metrics": Point("finish", "training.checkpoint:write_json", of="metrics.json", after=True, main=True),
+}
+
+
+def surround(target: str, of: str, *, before: Callable = lambda *_: None, after: Callable = lambda *_: None) -> None:
+    """Has `before` and `after` called around every call of a function, with its arguments."""
+    module, _, name = target.partition(":")
+    *owners, name = name.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    function = getattr(owner, name)
+
+    @functools.wraps(function)
+    def call(*args, **options):
+        meant = not of or of in Path(args[0]).name
+        if meant:
+            before(*args)
+        value = function(*args, **options)
+        if meant:
+            after(*args)
+        return value
+
+    setattr(owner, name, call)
+
+
+def killer() -> Callable[[float], None]:
+    """A function that has this process killed so many seconds later: by another one, whatever this one does then."""
+    reader, writer = os.pipe()
+    process = os.getpid()
+    if os.fork() == 0:
+        os.close(writer)
+        if seconds := os.read(reader, 100):  # nothing where the process has ended
+            time.sleep(float(seconds))
+            os.kill(process, signal.SIGKILL)
+        os._exit(0)
+    return lambda seconds: os.write(writer, str(seconds).encode())
+
+
+def arm(name: str, call: int, seconds: float) -> None:
+    """Has this process killed at `call` calls of the point `name`, or so many seconds later."""
+    calls, point, kill = 0, POINTS[name], killer() if seconds else None
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            if kill is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            kill(seconds)
+
+    surround(point.target, point.of, **{"after" if point.after else "before": count})
+
+
+def note(path: Path, target: Path) -> None:
+    with open("saves", "a") as file:
+        file.write(f"{Path(target).name}\n")
+
+
+def main() -> None:
+    surround("pathlib:Path.rename", ".saving_", after=note)
+    if sys.argv[-4] == "--kill":
+        *sys.argv[:], _, name, call, seconds = sys.argv
+        arm(name, int(call), float(seconds))
+    sys.argv[0] = str(ROOT / "pretrain_mae.py")
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
