@@ -546,7 +546,6 @@ def advise(top1, confusion, args):
 def record(values, confusion, classes, step, *, progress, folder, advice=None):
     """Logs the scores after `step` steps, and draws the confusion matrix where it can be read."""
     epoch = step / progress.steps_per_epoch
-    progress.write({"step": step, "epoch": epoch, **values, **({"advice": advice} if advice else {})})
     progress.say(
         f"epoch {epoch:.4g}: top-1 {values['top1']:.2f} %, top-5 {values['top5']:.2f} %, validation loss "
         f"{values['val_loss']:.4f}"
@@ -558,6 +557,8 @@ def record(values, confusion, classes, step, *, progress, folder, advice=None):
         title = f"step {step}, epoch {epoch:.4g}: top-1 {values['top1']:.2f} %"
         confusion_matrix(path, confusion, classes, title=title)
         progress.picture(path, "confusion", step)
+    # Last: what the log has is not measured again by a resumed run
+    progress.write({"step": step, "epoch": epoch, **values, **({"advice": advice} if advice else {})})
 
 
 def finish(folder, values, *, step, epoch, seconds, num_images):

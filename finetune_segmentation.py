@@ -494,7 +494,6 @@ def evaluate(model, dataset, classes, normalize, *, predict, read, accelerator, 
 def record(values, previews, classes, step, *, progress, folder):
     """Logs the scores after `step` steps, and draws the pictures."""
     epoch = step / progress.steps_per_epoch
-    progress.write({"step": step, "epoch": epoch, **values})
     line = (
         f"step {step}: mean IoU {values['mean_iou']:.2f} %, mean accuracy {values['mean_accuracy']:.2f} %, pixel "
         f"accuracy {values['overall_accuracy']:.2f} %"
@@ -504,6 +503,8 @@ def record(values, previews, classes, step, *, progress, folder):
         path = folder / "predictions" / f"step_{step:08d}.png"
         segmentation_grid(path, previews, classes, palette(len(classes)), title=line)
         progress.picture(path, "predictions", step)
+    # Last: what the log has is not measured again by a resumed run
+    progress.write({"step": step, "epoch": epoch, **values})
 
 
 def finish(folder, values, *, step, epoch, seconds, num_images):

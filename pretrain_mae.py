@@ -314,11 +314,6 @@ def evaluate(model, dataset, indices, normalize, step, *, read, accelerator, cre
         values = {name: total[name] / total["count"] for name in sorted(total) if name != "count"}
 
         epoch = step / progress.steps_per_epoch
-        progress.write({"step": step, "epoch": epoch, **values})
-        progress.say(
-            f"epoch {epoch:.4g}: validation loss {values['val_loss']:.4f}, removed patches "
-            f"{values['masked_psnr']:.2f} dB (visible mean: {values['masked_psnr_visible_mean']:.2f} dB)"
-        )
         num_previews, channels = previews
         if num_previews and accelerator.is_main_process:
             chosen = [(FIXED_EPOCH, indices[i]) for i in spread(num_previews, len(indices))]
@@ -335,6 +330,12 @@ def evaluate(model, dataset, indices, normalize, step, *, read, accelerator, cre
                 channels=channels,
             )
             progress.picture(path, "reconstructions", step)
+        # Last: what the log has is not measured again by a resumed run
+        progress.write({"step": step, "epoch": epoch, **values})
+        progress.say(
+            f"epoch {epoch:.4g}: validation loss {values['val_loss']:.4f}, removed patches "
+            f"{values['masked_psnr']:.2f} dB (visible mean: {values['masked_psnr_visible_mean']:.2f} dB)"
+        )
         model.train()
     return values
 
