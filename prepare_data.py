@@ -17,11 +17,9 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,6 +36,7 @@ from data.arrow import END
 from data.batches import make_loader
 from data.decode import MAX_PIXELS, DamagedImage, PixelFormat, WrongPixels, decode_stored, own_values
 from data.index import DataError, first_few
+from data.pool import watch_parent
 from data.prepared import (
     PLAN,
     PREPARED,
@@ -152,7 +151,7 @@ class Encoder(Dataset):
     def __getitems__(self, indices):
         if get_worker_info() is not None and not self.ends_with_parent:
             self.ends_with_parent = True
-            threading.Thread(target=end_with_parent, daemon=True).start()
+            watch_parent()  # the loader's own check cannot end it while a chunk waits to be taken
         kept, images, damaged = [], [], []
         for index in indices:
             image = self.encoded(index, damaged)
@@ -160,13 +159,6 @@ class Encoder(Dataset):
                 kept.append(index)
                 images.append(image)
         return self.packed(kept, images, damaged)
-
-
-def end_with_parent():
-    """Ends a worker process when the main one is gone, even killed. The loader's own check cannot do it while a chunk
-    waits to be taken."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 class ArrayEncoder(Encoder):

@@ -12,7 +12,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -30,6 +29,7 @@ from data import shapes
 from data.decode import MAX_PIXELS, DamagedImage, PixelFormat, decode_stored
 from data.files import FolderSource
 from data.index import DataError
+from data.pool import mapping
 from data.sampling import sample_generator
 from data.sources import (
     Fetched,
@@ -334,10 +334,10 @@ def check_masks(
     check = partial(_check_chunk, source, pixels=pixels)
     pixels_of_classes, errors = np.zeros(num_classes, np.int64), []
     with (
-        ProcessPoolExecutor(processes) if processes > 1 else contextlib.nullcontext() as pool,
+        mapping(processes) as in_order,
         tqdm(total=len(indices), desc=progress, unit="mask", disable=progress is None) as bar,
     ):
-        for part, counts, found in (pool.map if pool else map)(check, chunks):
+        for part, counts, found in in_order(check, chunks):
             pixels_of_classes += counts
             errors += found
             bar.update(part)

@@ -6,13 +6,13 @@ class is the shape of the largest object. Nothing is downloaded or stored; a sce
 
 import cmath
 import math
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from statistics import NormalDist
 
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
+
+from data.pool import mapping
 
 SIZE = 64  # pixels, height and width
 TRAIN_IMAGES = 10_000
@@ -180,10 +180,10 @@ def draw_range(indices: range, *, processes: int = 1, progress: str | None = Non
     chunks = [indices[start : start + chunk] for start in range(0, len(indices), chunk)]
     parts = []
     with (
-        ProcessPoolExecutor(processes) if processes > 1 else nullcontext() as pool,
+        mapping(processes) as in_order,
         tqdm(total=len(indices), desc=progress, unit="image", disable=progress is None) as bar,
     ):
-        for part in pool.map(_draw_chunk, chunks) if pool else map(_draw_chunk, chunks):
+        for part in in_order(_draw_chunk, chunks):
             parts.append(part)
             bar.update(len(part[1]))
     return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))

@@ -4,7 +4,6 @@ first dot, such as dog/0001.jpg, dog/0001.cls and dog/0001.seg.png.
 The headers of all shards are read once. Images are then read from where they lie in the shards, in any order.
 """
 
-import contextlib
 import errno
 import glob
 import hashlib
@@ -14,7 +13,6 @@ import re
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -23,6 +21,7 @@ import numpy as np
 
 from data.files import CLOCK, OF_THE_PATH, PAUSES, SUFFIXES
 from data.index import DataError, Names, cached, first_few, number_labels, with_labels
+from data.pool import mapping
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -198,8 +197,8 @@ def _index(shards: list[str]) -> tuple[dict, dict[str, np.ndarray]]:
     start, stamps = time.time_ns(), _stamps(shards)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = min(len(shards), cores)
-    with ProcessPoolExecutor(processes) if processes > 1 else contextlib.nullcontext() as pool:
-        found = list((pool.map if pool else map)(index_shard, shards))
+    with mapping(processes) as in_order:
+        found = list(in_order(index_shard, shards))
     errors = [part for part in found if isinstance(part, str)]
     if errors:
         more = [f"and {len(errors) - NAMED_ERRORS:,} more shards like these"] if len(errors) > NAMED_ERRORS else []
