@@ -63,6 +63,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 
@@ -667,8 +668,6 @@ def log_lines(path: Path) -> list[dict]:
 def end_family(process: subprocess.Popen) -> None:
     """Ends a process with all that it has started, and waits until none of them runs: a launcher does not pass a signal
     on, and where it has started several processes each heads a session of its own."""
-    import psutil  # which Accelerate brings
-
     family = []
     with contextlib.suppress(psutil.NoSuchProcess):
         family = psutil.Process(process.pid).children(recursive=True)

@@ -780,12 +780,15 @@ def main(argv=None):
 
     def save(step):
         with progress.paused(), crew.saving():
+            note_damage(new_damage)
+            new_damage.clear()
             progress.check_finite()
             state = dict(step=step, epoch=step / length.steps_per_epoch, global_batch_size=batch_plan.global_size)
             state |= dict(data=fingerprints[0], seconds=progress.seconds, micro_batch_size=batch_plan.micro)
             options = dict(keep=args.keep_checkpoints, ema=ema.module if ema else None)
             save_training(folder, accelerator, crew, model, optimizer, state, **options)
 
+    crew.begin()
     for step in range(start_step, length.total_steps + 1):  # optimizer steps that are completed
         metrics = validate(step)
         if metrics is None:
@@ -800,7 +803,7 @@ def main(argv=None):
         logged = progress.step(step + 1, loss, grad_norm, learning_rate)
         stopping = crew.wanted()
         saving = stopping or step + 1 == length.total_steps or is_due(step + 1, save_every, publisher.every)
-        if logged or saving or (args.on_damaged == "error" and crew.any(bool(new_damage))):
+        if logged or (args.on_damaged == "error" and crew.any(bool(new_damage))):
             note_damage(new_damage)
             new_damage.clear()
         if saving:

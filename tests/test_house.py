@@ -18,6 +18,7 @@ import predict
 import prepare_data
 import pretrain_mae
 import push_to_hub
+from training.plan import plan_run
 
 PACKAGES = ("modeling", "data", "training")
 SCRIPTS = {
@@ -89,6 +90,20 @@ def test_every_command_is_read_without_errors(path, monkeypatch):
     for script, words in found:
         _, errors = SCRIPTS[script].parse_args(words)
         assert not errors, words
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_processes_divide_the_batches_of_their_commands(path, monkeypatch):
+    """Those of commands that say how many; what sbatch starts is two nodes of eight."""
+    monkeypatch.chdir(ROOT)
+    for line in path.read_text().splitlines():
+        number = re.search(r"--num_processes (\d+)", line)
+        processes = int(number[1]) if number else 16 if "sbatch --job-name" in line and "--nodes" not in line else None
+        for script, words in commands(line.replace("recipes/slurm/train.sbatch", "accelerate launch")):
+            if processes and hasattr(SCRIPTS[script], "plan_run"):
+                args, _ = SCRIPTS[script].parse_args(words)
+                *_, errors = plan_run(args, num_samples=10**7, num_processes=processes, held=None)
+                assert not errors, line
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))

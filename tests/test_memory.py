@@ -43,6 +43,8 @@ def test_what_is_free_is_what_a_control_group_allows(tmp_path):
         (folder / "memory.max").write_text(limit + "\n")
         (folder / "memory.current").write_text("4000000\n")
     assert available_memory(tmp_path / "groups", own) == 10**6
+    (group.parent / "memory.stat").write_text("anon 1000\nfile 9\ninactive_file 2000000\nactive_file 1500000\n")
+    assert available_memory(tmp_path / "groups", own) == 4_500_000  # what caches files is given up
     (group / "memory.max").write_text("3000000\n")
     assert available_memory(tmp_path / "groups", own) == 0
     assert available_memory(tmp_path, tmp_path / "missing") > 10**6

@@ -127,7 +127,7 @@ LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
         ({"SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "16", "RANK": "3"}, 16, None),  # a launcher on each of two nodes
         ({"MASTER_PORT": "29500"}, 1, None),
         ({"WORLD_SIZE": "2", "RANK": "1", **LAUNCHED}, 1, "asks for 2 processes (WORLD_SIZE), and this one knows of 1"),
-        ({"MASTER_PORT": "29500", **LAUNCHED}, 1, "asked for several processes (it set MASTER_PORT), and started one"),
+        ({"MASTER_PORT": "29500", **LAUNCHED}, 1, "asked for several processes (MASTER_PORT is set), and started one"),
         ({"SLURM_STEP_NUM_TASKS": "8"}, 1, "asks for 8 processes (SLURM_STEP_NUM_TASKS), and this one knows of 1"),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, 1, "asks for 4 processes (OMPI_COMM_WORLD_SIZE)"),
     ],
@@ -348,8 +348,48 @@ def test_processes_with_other_flags_or_data_are_refused(kind, flags, many_scenes
     assert len(errors) == 3
     assert any("--learning_rate is 0.001 on process 0" in error and "0.5 on process 2" in error for error in errors)
     assert any("--seed is 0 on" in error for error in errors)
-    assert any("--path_to_data holds other images, names or labels on process 2" in error for error in errors)
+    assert any("the images to train on are others on process 2" in error for error in errors)
     assert not list(tmp_path.glob("work_dir/*/checkpoints/step_*"))
+
+
+def test_a_full_disk_of_one_process_is_told_by_that_one(image_folder, tmp_path):
+    """Its machine's, which the others do not see."""
+    code = """
+from training.progress import Progress
+step = Progress.step
+def full(self, number, *values):
+    if number == 2 and os.environ["RANK"] == "1":
+        raise OSError(28, "No space left on device", "/scratch/index")
+    return step(self, number, *values)
+Progress.step = full
+"""
+    flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 5]
+    ends = finish_several(start_several(2, patched(tmp_path, "pretrain_mae", code), *flags, cwd=tmp_path), 1)
+    gone, full = errors_of(ends)
+    assert "error: process 0 stops" in gone and "error: /scratch/index could not be written (the disk is full)" in full
+
+
+def test_damaged_images_are_named_by_a_run_that_is_stopped_in_a_validation(kind, flags, tmp_path):
+    """Those of the steps since the last line of the log."""
+    code = """
+import signal
+from data import batches
+own_batches = batches.own_batches
+def stopped(*values, **options):
+    os.kill(os.getpid(), signal.SIGTERM)
+    yield from own_batches(*values, **options)
+batches.own_batches = stopped
+"""
+    data, segmenting = tmp_path / "data", kind == "finetune_segmentation"
+    shutil.copytree(flags[1], data)
+    images = sorted((data / ("images/training" if segmenting else "train")).rglob("*.jpg"))
+    for path in images[3:6]:
+        path.write_text("no image")
+    epoch = ["--max_steps", 10, "--log_every", 100, "--global_batch_size", 14 if segmenting else 10]
+    epoch += ["--evaluate_every", 4] if segmenting else ["--validate_every", 1]
+    run(patched(tmp_path, kind, code), "--path_to_data", data, *flags[2:], *epoch, cwd=tmp_path)
+    named = (tmp_path / "work_dir" / kind / "damaged.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["path"] for line in named) == [str(path) for path in images[3:6]]
 
 
 def test_a_time_limit_stops_a_run(image_folder, tmp_path):

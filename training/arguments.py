@@ -53,7 +53,7 @@ def run_script(main: Callable[[], None], *, remedy: str | None = None) -> None:
     `remedy` is what to do after an interruption or when there is room again, by default to resume the run. A failed
     process leaves without Python's farewell, which would wait for loader workers and for other processes.
     """
-    lost = False
+    own = False  # whether the other processes do not know it
     try:
         main()
         return
@@ -66,20 +66,21 @@ def run_script(main: Callable[[], None], *, remedy: str | None = None) -> None:
                 f"{error.filename or 'a file of the run'} could not be written (the disk is full); make room and "
                 + (remedy or "continue with --resume_from_checkpoint auto: whole checkpoints stay whole")
             )
+            own = True  # a disk of this machine, maybe
     except KeyboardInterrupt:  # of a run, the second one: the first finishes the step and saves
         report, code = "interrupted before the step was saved; continue with --resume_from_checkpoint auto", 130
         report = f"interrupted; {remedy}" if remedy else report
     except Exception as error:
         report, code = traceback.format_exc(), 1
-        lost = lost_process(error)
-        if lost:
+        own = lost_process(error)
+        if own:
             report = (
                 f"process {os.environ.get('RANK', 0)} stops, as another one of the run is gone; what that one or its "
                 "machine said tells why: continue with --resume_from_checkpoint auto"
             )
     if "Traceback" in report:
         print(f"\n{report}", file=sys.stderr)
-    elif lost or is_main_process():  # the main process may be the one that is gone
+    elif own or is_main_process():
         print(f"\nerror: {report}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()

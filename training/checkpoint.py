@@ -221,6 +221,7 @@ def claim_run_folder(folder: RunFolder, wanted: str | None, *, write: bool) -> t
             f"the checkpoint {checkpoint} is not seen on {platform.node()}; give a --working_directory on a file "
             "system that all machines share"
         ]
+        checkpoint = None
     return checkpoint, state, errors
 
 
@@ -268,7 +269,7 @@ def _write_shards(folder: RunFolder, crew, model, optimizer, step: int, *, is_ma
     shards, failures = folder.checkpoints / f".saving_{SHARDS}_{step:08d}", []
     try:
         write_moments(shards, model, optimizer, crew.group)
-        written = set(os.listdir(shards))
+        written = {path.name for path in shards.glob("*")}
         unseen = {*crew.gather([*written])} - written
         if is_main and unseen:
             raise OSError(f"{', '.join(sorted(unseen))} of another machine cannot be seen from here")

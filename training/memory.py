@@ -26,8 +26,14 @@ def available_memory(cgroups: Path = CGROUPS, own: Path = Path("/proc/self/cgrou
         for folder in (group, *group.parents):
             limit, used = folder / "memory.max", folder / "memory.current"
             if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-                free = min(free, int(limit.read_text()) - int(used.read_text()))
+                free = min(free, int(limit.read_text()) - int(used.read_text()) + _cached(folder / "memory.stat"))
     return max(0, free)
+
+
+def _cached(statistics: Path) -> int:
+    """Bytes of files that the kernel keeps in memory until somebody needs it; they count as used."""
+    lines = statistics.read_text().splitlines() if statistics.exists() else []
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("active_file ", "inactive_file ")))
 
 
 def fit_micro_batch(

@@ -53,7 +53,7 @@ def check_processes(started: int, device: torch.device) -> list[str]:
     if most > started:
         what = f"the environment asks for {most} processes ({name}), and this one knows of {started}"
     elif started == 1 and {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= set(os.environ) and "RANK" not in os.environ:
-        what = "accelerate launch was asked for several processes (it set MASTER_PORT), and started one"
+        what = "accelerate launch was asked for several processes (MASTER_PORT is set), and started one"
     else:
         return []
     if name == "SLURM_STEP_NUM_TASKS" and most > started:
@@ -62,7 +62,7 @@ def check_processes(started: int, device: torch.device) -> list[str]:
         return [f"{what}; start them with accelerate_configs/multi_gpu.yaml"]
     return [
         f"{what}; on CPUs start them with ACCELERATE_USE_CPU=true accelerate launch --config_file "
-        "accelerate_configs/cpu_2_processes.yaml, or give --num_processes 1"
+        "accelerate_configs/cpu_2_processes.yaml; for one, give --num_processes 1 and unset these variables"
     ]
 
 
@@ -85,6 +85,10 @@ class Crew:
         self._seconds, self._asked = in_seconds(time_limit) if time_limit else None, time.time()
         self._steps: deque[float] = deque(maxlen=100)  # seconds between two questions
         self._longest_save, self._stopping = 0.0, False
+
+    def begin(self) -> None:
+        """The loop begins: what was before is no step."""
+        self._asked = time.time()
 
     def _note(self, number: int, frame) -> None:
         self.signal_name = signal.Signals(number).name
@@ -149,9 +153,9 @@ class Crew:
         dist.all_gather_object(parts, here, group=self.group)
         return [item for part in parts for item in part]
 
-    def differences(self, flags: dict, data: list[str]) -> list[str]:
+    def differences(self, flags: dict, data: list[str | None]) -> list[str]:
         """In what the processes differ that must be the same on all, a line each: `flags`, and the fingerprints of the
-        `data`. Every process must ask."""
+        `data` for training and validation. Every process must ask."""
         told = {name: value for name, value in flags.items() if name not in OF_MACHINES}
         first, *others = self.gather([(told, data, f"process {self.rank} on {socket.gethostname()}")])
         errors = []
@@ -161,11 +165,12 @@ class Crew:
                 for name, value in first[0].items()
                 if flags_there.get(name) != value
             ]
-            if data_there != first[1]:
-                errors.append(
-                    f"--path_to_data holds other images, names or labels on {place} than on {first[2]}; give all "
-                    "processes the same data set"
-                )
+            for part, here, there in zip(("train on", "validate"), first[1], data_there, strict=True):
+                if here != there:
+                    errors.append(
+                        f"the images to {part} are others on {place} than on {first[2]}, or have other labels; "
+                        "give all processes the same data"
+                    )
         return errors
 
     @property

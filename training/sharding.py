@@ -59,6 +59,7 @@ def resolve_sharding(args: argparse.Namespace, accelerator) -> list[str]:
         "parallelism_config": accelerator.parallelism_config is not None,
     }
     flags = {"--compile": args.compile, "--mixed_precision fp16": accelerator.mixed_precision == "fp16"}
+    flags |= {"--micro_batch_size auto": args.micro_batch_size == "auto"}  # tries a step that is not sharded
     errors += [f"Accelerate's {name} does not work here; leave it out" for name, on in settings.items() if on]
     return errors + [
         f"{name} does not work with FSDP2; leave it out, or run without FSDP" for name, on in flags.items() if on
