@@ -166,7 +166,7 @@ def test_a_signal_saves_the_step(flags, tmp_path):
         time.sleep(0.02)
     process.terminate()
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "which is saved; continue with --resume_from_checkpoint latest" in out, err
+    assert process.returncode == 0 and "which is saved; continue with --resume_from_checkpoint auto" in out, err
     steps = [int(path.name[5:]) for path in (log.parent / "checkpoints").glob("step_*")]
     assert max(steps) == max(losses_of(log.parent))
 

@@ -32,7 +32,7 @@ def test_batch_flags(processes, given, expected, accumulation):
         (1, dict(per_gpu_batch_size=8, gradient_accumulation_steps=3), "does not divide"),
         (1, dict(per_gpu_batch_size=8, micro_batch_size=3), "does not divide"),
         (1, dict(per_gpu_batch_size=8, micro_batch_size=2, gradient_accumulation_steps=2), "is not the batch of 8"),
-        (1, dict(per_gpu_batch_size=8, held=16), "--global_batch_size 16"),
+        (1, dict(per_gpu_batch_size=8, held=16), "--per_gpu_batch_size 16"),
         (3, dict(held=16), "not divided by 3 processes"),
     ],
 )

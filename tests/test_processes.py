@@ -21,7 +21,7 @@ from conftest import (
 from safetensors.torch import load_file
 
 from training.arguments import RunError
-from training.processes import Crew, check_processes
+from training.processes import Crew, check_processes, say_who_is_missing
 
 CPU = torch.device("cpu")
 AUTOENCODER = [*TINY[: TINY.index("--per_gpu_batch_size")], *TINY[TINY.index("--encoder_embed_dim") :]]
@@ -107,9 +107,9 @@ def test_a_time_limit_that_is_too_short_is_told(monkeypatch):
     crew = Crew("0:01")
     clock.now = 100
     assert crew.wanted()
-    with pytest.raises(RunError, match="0:01 is too short for the start and one step, which took 100 seconds; step 8"):
+    with pytest.raises(RunError, match="0:01 is too short: the start and one step take 100 seconds; step 8"):
         crew.farewell(8, start_step=7)
-    with pytest.raises(RunError, match="too short for the start and a validation"):
+    with pytest.raises(RunError, match="too short: the start and a validation"):
         crew.farewell(7, start_step=7)
     assert "continue with" in crew.farewell(9, start_step=7)
 
@@ -369,6 +369,26 @@ Progress.step = full
     assert "error: process 0 stops" in gone and "error: /scratch/index could not be written (the disk is full)" in full
 
 
+def test_a_want_of_memory_is_told_in_a_line(image_folder, tmp_path):
+    code = """
+from accelerate import Accelerator
+Accelerator.backward = lambda self, loss: __import__("torch").empty(2**50)
+"""
+    flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 5]
+    (error,) = errors_of([run(patched(tmp_path, "pretrain_mae", code), *flags, cwd=tmp_path, code=1)])
+    assert "out of memory" in error and "give --micro_batch_size auto or a smaller one" in error
+
+
+def test_who_is_waited_for_is_told(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    say_who_is_missing()
+    assert capsys.readouterr().err == ""
+    for name, value in {"WORLD_SIZE": "4", "RANK": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    say_who_is_missing()
+    assert capsys.readouterr().err == "process 2 of 4 waits for the others at 10.0.0.1:29500\n"
+
+
 def test_damaged_images_are_named_by_a_run_that_is_stopped_in_a_validation(kind, flags, tmp_path):
     """Those of the steps since the last line of the log."""
     code = """
@@ -403,7 +423,7 @@ def test_a_time_limit_stops_a_run(image_folder, tmp_path):
     again = [*flags, "--resume_from_checkpoint", "auto", "--time_limit", "1:06"]
     path = patched(tmp_path, "pretrain_mae", aged.format(4000))
     refused = run(path, *again, cwd=tmp_path, code=1).stderr
-    assert "error: --time_limit 1:06 is too short for the start and one step" in refused and "Traceback" not in refused
+    assert "error: --time_limit 1:06 is too short: the start and one step" in refused and "Traceback" not in refused
     assert (tmp_path / f"work_dir/pretrain_mae/checkpoints/step_{step + 1:08d}").exists()
 
 

@@ -72,11 +72,18 @@ def run_script(main: Callable[[], None], *, remedy: str | None = None) -> None:
         report = f"interrupted; {remedy}" if remedy else report
     except Exception as error:
         report, code = traceback.format_exc(), 1
-        own = lost_process(error)
-        if own:
+        own = lost_process(error) or out_of_memory(error)
+        if out_of_memory(error):
+            told = " ".join(str(error).split())[:200] or type(error).__name__
+            report = f"out of memory ({told}); " + (
+                remedy
+                or "give --micro_batch_size auto or a smaller one, or --gradient_checkpointing, and continue with "
+                "--resume_from_checkpoint auto"
+            )
+        elif own:
             report = (
-                f"process {os.environ.get('RANK', 0)} stops, as another one of the run is gone; what that one or its "
-                "machine said tells why: continue with --resume_from_checkpoint auto"
+                f"process {os.environ.get('RANK', 0)} stops, as another one of the run is gone: failed (its message "
+                "says why), killed, out of memory, or with its machine; continue with --resume_from_checkpoint auto"
             )
     if "Traceback" in report:
         print(f"\n{report}", file=sys.stderr)
@@ -95,6 +102,11 @@ def lost_process(error: BaseException) -> bool:
         return True
     told = ("by peer", "Broken pipe", "Connection refused", "Timed out waiting", "remote process exited")
     return isinstance(error, RuntimeError) and any(text in str(error) for text in told)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory does not suffice, on a GPU or a CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 class Unreadable(NamedTuple):

@@ -67,8 +67,8 @@ def plan_batch(
         global_size = per_process * num_processes
     if held and global_size and global_size != held:
         errors.append(
-            f"the batch flags mean {global_size} images per optimizer step, the checkpoint has {held}; "
-            f"leave them out or give --global_batch_size {held}"
+            f"the batch flags mean {global_size} images per optimizer step, the checkpoint has {held}; give "
+            + (f"--per_gpu_batch_size {held // num_processes}" if per_process else f"--global_batch_size {held}")
         )
     if held and held % num_processes:
         errors.append(
@@ -85,7 +85,10 @@ def plan_batch(
             f"is not the batch of {per_process} images per process; give one of them"
         )
     elif micro and per_process % micro:
-        errors.append(f"--micro_batch_size {micro} does not divide the batch of {per_process} images per process")
+        fitting = max(size for size in range(1, min(micro, per_process) + 1) if per_process % size == 0)
+        errors.append(
+            f"--micro_batch_size {micro} does not divide the batch of {per_process} images per process; give {fitting}"
+        )
     elif not micro and per_process % (accumulation or 1):
         errors.append(
             f"--gradient_accumulation_steps {accumulation} does not divide the batch of {per_process} images a process"
@@ -119,7 +122,7 @@ def plan_length(
     if not steps_per_epoch:
         return LengthPlan(1, 1, 0), [
             f"the data hold {num_samples} images, fewer than one global batch of {global_batch_size}; "
-            "give a smaller --per_gpu_batch_size or more images"
+            "give a smaller batch or more images"
         ]
     total_steps = max_steps or epochs * steps_per_epoch
     if warmup_steps is not None:
@@ -241,7 +244,7 @@ def describe_run(
         f"length     {length.total_steps} steps, {length.steps_per_epoch} an epoch, {length.warmup_steps} warmup",
         f"rate       {args.learning_rate:.3g} at its peak, {decay} to {args.min_learning_rate:g}",
         f"precision  {', '.join([precision, *speed])} on {accelerator.device}"
-        + (f", {torch.get_num_threads()} threads" if on_cpu else ""),
+        + (f", {several(torch.get_num_threads(), 'thread')}" if on_cpu else ""),
         f"memory     about {in_bytes(memory.fixed + batch.micro * memory.per_image)} a process: "
         f"{in_bytes(memory.fixed)} for weights, gradients and {optimizer}, {in_bytes(memory.per_image)} an image for "
         "activations",

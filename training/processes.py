@@ -4,6 +4,8 @@ import contextlib
 import os
 import signal
 import socket
+import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -14,7 +16,15 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from training.arguments import RunError, fail, in_seconds, prepare_compiler, resolve_precision, set_speed
+from training.arguments import (
+    RunError,
+    fail,
+    in_seconds,
+    is_main_process,
+    prepare_compiler,
+    resolve_precision,
+    set_speed,
+)
 
 # Flags that may differ between machines: their cores, and where their data lie, which are compared themselves
 OF_MACHINES = {"num_workers", "cache_dir", "path_to_data", "path_to_validation_data", "path_to_classes"}
@@ -27,6 +37,9 @@ def start_accelerator(mixed_precision: str | None, *, tf32: bool, compiled: bool
     DDP lets gradients be views of the buckets that it exchanges: one copy of them less.
     """
     views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    others = threading.Timer(15, say_who_is_missing)
+    others.daemon = True
+    others.start()
     try:
         accelerator = Accelerator(mixed_precision=resolve_precision(mixed_precision), kwargs_handlers=[views])
     except ValueError as error:  # such as a WORLD_SIZE without the variables that belong to it
@@ -36,9 +49,24 @@ def start_accelerator(mixed_precision: str | None, *, tf32: bool, compiled: bool
                 "accelerate_configs/"
             ]
         )
+    finally:
+        others.cancel()
     errors = check_processes(accelerator.num_processes, accelerator.device)
+    if errors:  # each of them would go on as a run of its own
+        fail(errors, show=is_main_process())
     set_speed(accelerator.device, tf32=tf32)
-    return accelerator, errors + (prepare_compiler(accelerator.device) if compiled else [])
+    return accelerator, prepare_compiler(accelerator.device) if compiled else []
+
+
+def say_who_is_missing() -> None:
+    """What a process waits for that has not found the others yet."""
+    told = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    if int(told["WORLD_SIZE"] or 1) > 1:
+        print(
+            "process {RANK} of {WORLD_SIZE} waits for the others at {MASTER_ADDR}:{MASTER_PORT}".format(**told),
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def check_processes(started: int, device: torch.device) -> list[str]:
@@ -130,12 +158,12 @@ class Crew:
         late = self.any(self._seconds is not None and self._age > self._seconds)
         if not signals and (step == start_step or (late and step == start_step + 1)):
             raise RunError(
-                f"--time_limit {self.time_limit} is too short for the start and "
-                f"{'a validation' if step == start_step else 'one step'}, which took {self._age:.0f} seconds; step "
-                f"{step} is saved: continue with a longer one"
+                f"--time_limit {self.time_limit} is too short: the start and "
+                f"{'a validation' if step == start_step else 'one step'} take {self._age:.0f} seconds; step {step} is "
+                "saved: continue with a longer one"
             )
         reason = signals[0] if signals else f"--time_limit {self.time_limit}"
-        return f"stopped by {reason} after step {step}, which is saved; continue with --resume_from_checkpoint latest"
+        return f"stopped by {reason} after step {step}, which is saved; continue with --resume_from_checkpoint auto"
 
     def any(self, here: bool) -> bool:
         """Whether `here` is true on any process. Every process must ask."""

@@ -116,7 +116,7 @@ class Progress:
         if bad_step >= 0:
             raise RunError(
                 f"the loss or gradient norm of step {bad_step} is not finite; nothing was saved since: resume with "
-                "--resume_from_checkpoint latest, and where it returns take a lower learning rate, a longer warmup, "
+                "--resume_from_checkpoint auto, and where it returns take a lower learning rate, a longer warmup, "
                 "--max_grad_norm 1 or another --mixed_precision"
             )
 
