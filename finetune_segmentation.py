@@ -748,7 +748,7 @@ def main(argv=None):
         loss, grad_norm, damaged = train(step)
         new_damage += [(train_source.name(index), reason) for index, reason in damaged]
         logged = progress.step(step + 1, loss, grad_norm, learning_rate)
-        stopping = crew.wanted()
+        stopping = crew.wanted(after_step=True)
         saving = stopping or step + 1 == length.total_steps or is_due(step + 1, save_every, publisher.every)
         if logged or (args.on_damaged == "error" and crew.any(bool(new_damage))):
             note_damage(new_damage)

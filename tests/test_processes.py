@@ -84,7 +84,7 @@ def test_a_time_limit_leaves_time_for_a_step_and_a_save(monkeypatch, limit, step
     if save:
         with crew.saving():
             clock.now += save
-    while not crew.wanted():
+    while not crew.wanted(after_step=True):
         clock.now += step
     assert expected < clock.now <= expected + step
     clock.now = 0  # what was agreed is not taken back
@@ -96,10 +96,20 @@ def test_slow_steps_of_long_ago_are_forgotten(monkeypatch):
     clock = Clock(monkeypatch)
     crew = Crew("1:00")
     clock.now = 1200.0  # the first one compiled
-    assert not crew.wanted()
-    while not crew.wanted():
+    assert not crew.wanted(after_step=True)
+    while not crew.wanted(after_step=True):
         clock.now += 1
     assert clock.now > 3400
+
+
+def test_the_batches_of_a_validation_are_no_steps(monkeypatch):
+    clock = Clock(monkeypatch)
+    crew = Crew("1:00")
+    clock.now = 400.0
+    assert not crew.wanted(after_step=True)
+    while not crew.wanted():
+        clock.now += 1
+    assert 3600 - 180 - 400 < clock.now <= 3600 - 180 - 400 + 1
 
 
 def test_a_time_limit_that_is_too_short_is_told(monkeypatch):

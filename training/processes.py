@@ -111,7 +111,7 @@ class Crew:
         self.group = dist.new_group(backend="gloo") if several else None
         self.time_limit, self._born = time_limit, psutil.Process().create_time()
         self._seconds, self._asked = in_seconds(time_limit) if time_limit else None, time.time()
-        self._steps: deque[float] = deque(maxlen=100)  # seconds between two questions
+        self._steps: deque[float] = deque(maxlen=100)  # seconds
         self._longest_save, self._stopping = 0.0, False
 
     def begin(self) -> None:
@@ -127,16 +127,17 @@ class Crew:
     def _age(self) -> float:
         return time.time() - self._born
 
-    def _time_is_up(self) -> bool:
+    def _time_is_up(self, after_step: bool) -> bool:
         """Whether another step and a save might not end within the limit: the longest of late, and a reserve of 5 % of
         the limit, from 15 seconds to 5 minutes, for the first save and for leaving."""
         if self._seconds is None:
             return False
         now = time.time()
-        self._steps.append(now - self._asked)
+        if after_step:
+            self._steps.append(now - self._asked)
         self._asked = now
         reserve = min(max(self._seconds / 20, 15), 300)
-        return self._age + max(self._steps) + self._longest_save + reserve > self._seconds
+        return self._age + max(self._steps, default=0) + self._longest_save + reserve > self._seconds
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
@@ -146,9 +147,9 @@ class Crew:
         now = time.time()
         self._longest_save, self._asked = max(self._longest_save, now - start), self._asked + now - start
 
-    def wanted(self) -> bool:
+    def wanted(self, *, after_step: bool = False) -> bool:
         """Whether any process was asked to stop, or the time is up; from then on always."""
-        self._stopping = self._stopping or self.any(self._time_is_up() or self.signal_name is not None)
+        self._stopping = self._stopping or self.any(self._time_is_up(after_step) or self.signal_name is not None)
         return self._stopping
 
     def farewell(self, step: int, *, start_step: int) -> str:
