@@ -27,8 +27,8 @@ pretrain_mae.py` to the first line of its log.
 turns: 1, 2, 4, ... and all GPUs, or 1 and 2 processes on a CPU. Images/s, the time of a step and the data wait are what
 its log tells of --steps steps, after as many to warm up; the start is the seconds from the command to the log's first
 line. Ours is so many processes, theirs one. N GPUs reach N times the images/s at most. The processes of a CPU divide
-its cores, all of which the one process has: 1 is the most to expect there. And what a checkpoint costs, until it is on
-the disk of the temporary folder (TMPDIR): seconds, bytes, and how many steps of one process take that long.
+its cores, all of which the one process has: about 1 is to be expected there. And what a checkpoint costs, until it is
+on the disk of the temporary folder (TMPDIR): seconds, bytes, and how many steps of one process take that long.
 
 `evaluate`: mean IoU of predicted masks, from one row of areas an image, against the published `mean_iou` metric, which
 keeps all masks: written from its definition, as it has to be fetched. Both give the same figure, or nothing is

@@ -154,6 +154,7 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(benchmark, "pin_to_one_core", lambda: None)
 
 
+@pytest.mark.slow
 def test_two_processes_are_measured_against_one(tmp_path, monkeypatch, capsys, on_cpu, in_this_process):
     scratch = tmp_path / "scratch"
     scratch.mkdir()

@@ -172,20 +172,6 @@ def test_two_processes_and_one_report_the_same_evaluation(undisturbed, image_fol
         assert (tmp_path / "work_dir" / name / "predictions" / "step_00000000.png").exists()
 
 
-def test_two_processes_train_as_one(image_folder, pretrained, tmp_path):
-    """Without mixing, erasing and drop path, which follow the micro-batch; in micro-batches of other sizes."""
-    shared = ["--path_to_data", image_folder, WEIGHTS, pretrained, "--num_workers", 0, "--mixed_precision", "no"]
-    shared += ["--max_steps", 4, "--global_batch_size", 8, "--log_every", 1, "--mixup_alpha", 0, "--cutmix_alpha", 0]
-    flags = [*shared, "--learning_rate", 1e-3, "--drop_path", 0, "--random_erase", 0]
-    run_two(SCRIPT, *flags, "--experiment_name", "two", cwd=tmp_path)
-    run(SCRIPT, *flags, "--micro_batch_size", 2, "--experiment_name", "one", cwd=tmp_path)
-    one, two = tmp_path / "work_dir" / "one", tmp_path / "work_dir" / "two"
-    for step, loss in losses_of(one).items():
-        assert losses_of(two)[step] == pytest.approx(loss, abs=1e-5)
-    a, b = checkpoint(one, 4), checkpoint(two, 4)
-    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
-
-
 def test_two_processes_evaluate_a_linear_probe_by_the_same_statistics(image_folder, pretrained, tmp_path):
     """Those of the main process, which are in the checkpoint, though each process has seen other images."""
     flags = ["--path_to_data", image_folder, WEIGHTS]
