@@ -667,7 +667,7 @@ def log_lines(path: Path) -> list[dict]:
 
 def end_family(process: subprocess.Popen) -> None:
     """Ends a process with all that it has started, and waits until none of them runs: a launcher does not pass a signal
-    on, and where it has started several processes each heads a session of its own."""
+    on, and several processes that it has started are each of a group of their own."""
     family = []
     with contextlib.suppress(psutil.NoSuchProcess):
         family = psutil.Process(process.pid).children(recursive=True)
