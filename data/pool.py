@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 @contextlib.contextmanager
 def mapping(processes: int) -> Iterator:
     """A `map` over so many worker processes, in order; the usual one for one process."""
-    if processes == 1:
+    if processes <= 1:
         yield map
         return
     with ProcessPoolExecutor(processes, initializer=watch_parent) as pool:
