@@ -77,7 +77,8 @@ from modeling.classifier import Classifier
 from modeling.export import export_autoencoder
 from modeling.mae import MaskedAutoencoder
 from modeling.vit import SIZES, VisionTransformer, block_multiply_adds, embedding_multiply_adds
-from training.arguments import Parser, RunError, fail, integer, one_of, run_script
+from training.arguments import Parser, integer, one_of
+from training.launch import RunError, fail, run_script
 from training.metrics import segmentation_areas
 from training.optimizer import adamw, set_learning_rate
 

@@ -36,8 +36,8 @@ from modeling.export import export_classifier
 from modeling.files import WeightsError
 from modeling.vit import SIZES, VisionTransformer
 from modeling.weights import classifier_kind, open_weights, start_from
-from training import arguments
-from training.arguments import RunError, fail, integer, number, one_of
+from training import arguments, launch
+from training.arguments import integer, number, one_of
 from training.checkpoint import (
     RunFolder,
     check_place,
@@ -49,24 +49,18 @@ from training.checkpoint import (
     save_training,
     write_json,
 )
+from training.launch import RunError, fail
 from training.memory import fit_micro_batch
 from training.optimizer import adamw, lars, parameter_groups, set_learning_rate
 from training.pictures import MOST_CLASSES, confusion_matrix
 from training.plan import describe_run, needed_memory, plan_run, rehearse
 from training.processes import Crew, start_accelerator
-from training.progress import (
-    DamagedImages,
-    Progress,
-    best_of,
-    finish_trackers,
-    in_bytes,
-    several,
-    start_trackers,
-    truncate_log,
-)
+from training.progress import DamagedImages, Progress, best_of, truncate_log
 from training.publish import Publisher, check_hub, check_token
 from training.schedule import is_due, learning_rate_at
 from training.sharding import prepare, resolve_sharding
+from training.trackers import finish_trackers, start_trackers
+from training.wording import in_bytes, several
 
 # The defaults, for ViT-B (He et al. 2021, tables 9, 10 and 11), by what trains; partial fine-tuning has those of all.
 RECIPES = {
@@ -831,4 +825,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    arguments.run_script(main)
+    launch.run_script(main)

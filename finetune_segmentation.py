@@ -48,8 +48,8 @@ from modeling.sliding_window import predict
 from modeling.upernet import HEADS, Segmenter, default_layers, segmentation_loss
 from modeling.vit import SIZES, VisionTransformer
 from modeling.weights import open_weights, segmenter_kind, start_from
-from training import arguments
-from training.arguments import RunError, Unreadable, fail, integer, number, one_of
+from training import arguments, launch
+from training.arguments import Unreadable, integer, number, one_of
 from training.checkpoint import (
     RunFolder,
     check_place,
@@ -61,25 +61,19 @@ from training.checkpoint import (
     save_training,
     write_json,
 )
+from training.launch import RunError, fail
 from training.memory import fit_micro_batch
 from training.metrics import segmentation_areas
 from training.optimizer import adamw, parameter_groups, set_learning_rate
 from training.pictures import displayable, segmentation_grid
 from training.plan import describe_run, needed_memory, plan_run, rehearse
 from training.processes import Crew, start_accelerator
-from training.progress import (
-    DamagedImages,
-    Progress,
-    best_of,
-    finish_trackers,
-    in_bytes,
-    several,
-    start_trackers,
-    truncate_log,
-)
+from training.progress import DamagedImages, Progress, best_of, truncate_log
 from training.publish import Publisher, check_hub, check_token
 from training.schedule import is_due, learning_rate_at
 from training.sharding import prepare, resolve_sharding
+from training.trackers import finish_trackers, start_trackers
+from training.wording import in_bytes, several
 
 STEPS, WARMUP_STEPS, BATCH_SIZE, CROP_SIZE = 160_000, 1_500, 16, 512
 SAVE_STEPS = 1_000
@@ -778,4 +772,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    arguments.run_script(main)
+    launch.run_script(main)

@@ -36,12 +36,13 @@ from modeling.mae import MaskedAutoencoder
 from modeling.sliding_window import predict
 from modeling.trained import open_trained
 from modeling.upernet import Segmenter
-from training import arguments
-from training.arguments import RunError, fail, integer, number, one_of
+from training import arguments, launch
+from training.arguments import integer, number, one_of
 from training.checkpoint import write_json
+from training.launch import RunError, fail
 from training.metrics import reconstruction_metrics
 from training.pictures import displayable, label_picture, reconstruction_grid, segmentation_overlay
-from training.progress import several
+from training.wording import several
 
 LINES = "predictions.jsonl"
 PICTURES = ("labels", "overlays", "reconstructions")  # folders
@@ -310,7 +311,7 @@ def main(argv=None):
     args, errors = parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         message = f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; expected one process; start it with python predict.py"
-        fail([message, *errors], show=arguments.is_main_process())
+        fail([message, *errors], show=launch.is_main_process())
     source, found = find_images(args.images)
     errors += found
     asked, args.output = args.output or args.features, args.output or "predictions"
@@ -329,7 +330,7 @@ def main(argv=None):
 
     # Device
     device = Accelerator(mixed_precision="no").device
-    arguments.set_speed(device, tf32=False)
+    launch.set_speed(device, tf32=False)
     model, encoder = trained.model.to(device), trained.encoder
     normalize = Normalization(trained.mean, trained.std, device)
     pixels = PixelFormat(encoder.in_channels, trained.value_range, args.nodata, args.max_pixels)
@@ -381,7 +382,7 @@ def main(argv=None):
         range(start, min(start + args.batch_size, len(source))) for start in range(0, len(source), args.batch_size)
     ]
     if args.num_workers is None:  # one batch is read sooner than a process starts
-        args.num_workers = min(32, arguments.cores_per_process(), len(batches)) if len(batches) > 1 else 0
+        args.num_workers = min(32, launch.cores_per_process(), len(batches)) if len(batches) > 1 else 0
     data = ListedDataset(source, pixels=pixels, prepare=prepare)
     loader = make_loader(data, batches, num_workers=args.num_workers)
     start_time, unreadable = time.monotonic(), []
@@ -399,4 +400,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    arguments.run_script(main, remedy="start again (with another --output)")
+    launch.run_script(main, remedy="start again (with another --output)")

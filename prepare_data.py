@@ -51,10 +51,11 @@ from data.prepared import (
 from data.segmentation import SegmentationFolder, open_pairs
 from data.sources import image_of, kind_of_data, open_sources
 from data.statistics import STATISTICS, merge, moments_of, statistics_of
-from training import arguments
-from training.arguments import RunError, fail, integer, number, one_of
+from training import arguments, launch
+from training.arguments import integer, number, one_of
 from training.checkpoint import alone_at, write_json
-from training.progress import in_bytes
+from training.launch import RunError, fail
+from training.wording import in_bytes
 
 QUALITY = 90  # of JPEG, where only --short_side is given
 PROBED = 64  # images from which the size of all is estimated
@@ -693,11 +694,11 @@ def main(argv=None):
         message = (
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; expected one process; start it with python prepare_data.py"
         )
-        fail([message, *errors], show=arguments.is_main_process())
+        fail([message, *errors], show=launch.is_main_process())
     if errors:
         fail(errors)
     if args.num_workers is None:
-        args.num_workers = min(32, arguments.cores_per_process())
+        args.num_workers = min(32, launch.cores_per_process())
     value_range = tuple(args.value_range) if args.value_range else None
     pixels = PixelFormat(args.input_channels, value_range, args.nodata, args.max_pixels)
     settings = {name: getattr(args, FLAGS.get(name, name)) for name in (*SETTINGS, "shard_size")}
@@ -725,4 +726,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    arguments.run_script(main, remedy="repeat the same command, which goes on")
+    launch.run_script(main, remedy="repeat the same command, which goes on")

@@ -32,8 +32,8 @@ from modeling.files import WeightsError, find_weights, read_state_dict, read_sto
 from modeling.mae import MaskedAutoencoder
 from modeling.vit import SIZES, VisionTransformer
 from modeling.weights import load_weights
-from training import arguments
-from training.arguments import fail, integer, number, one_of
+from training import arguments, launch
+from training.arguments import integer, number, one_of
 from training.checkpoint import (
     RunFolder,
     claim_run_folder,
@@ -43,16 +43,19 @@ from training.checkpoint import (
     save_training,
     write_json,
 )
+from training.launch import fail
 from training.memory import fit_micro_batch
 from training.metrics import knn_vote, linear_sums, linear_vote, nearest, reconstruction_metrics
 from training.optimizer import adamw, parameter_groups, set_learning_rate
 from training.pictures import reconstruction_grid
 from training.plan import describe_run, needed_memory, plan_run, rehearse
 from training.processes import Crew, start_accelerator
-from training.progress import DamagedImages, Progress, finish_trackers, in_bytes, several, start_trackers, truncate_log
+from training.progress import DamagedImages, Progress, truncate_log
 from training.publish import Publisher, check_hub, check_token
 from training.schedule import is_due, learning_rate_at
 from training.sharding import prepare, resolve_sharding
+from training.trackers import finish_trackers, start_trackers
+from training.wording import in_bytes, several
 
 DEFAULT_WARMUP_EPOCHS = 40
 EVALUATION_CROP_RATIO = 0.875  # that of encoder/preprocessor_config.json
@@ -674,4 +677,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    arguments.run_script(main)
+    launch.run_script(main)

@@ -26,12 +26,13 @@ from modeling.mae import MaskedAutoencoder
 from modeling.parity import differences
 from modeling.trained import open_trained
 from modeling.upernet import Segmenter
-from training import arguments
-from training.arguments import RunError, fail, integer, number
+from training import arguments, launch
+from training.arguments import integer, number
 from training.card import Facts, Run, is_card, read_run, write_card
 from training.checkpoint import RunFolder, alone_at, read_state, replace_folder
-from training.progress import several
+from training.launch import RunError, fail
 from training.publish import check_repo_id, upload
+from training.wording import several
 
 LIMIT = 1e-4  # of the difference between libraries
 TASKS = {Classifier: "image-classification", Segmenter: "image-segmentation"}  # the Hub's names
@@ -275,4 +276,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    arguments.run_script(main, remedy="repeat the same command")
+    launch.run_script(main, remedy="repeat the same command")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling.files import Stored
-from training import arguments
+from training import arguments, launch
 from training.arguments import Parser, add_logging_flags, integer, number, one_of
 
 
@@ -81,21 +81,21 @@ def test_a_flag_without_its_value_ends_with_code_2(capsys):
 def test_precision_is_the_flag_then_accelerates_then_the_devices(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert arguments.resolve_precision(None) == "no" and arguments.resolve_precision("fp16") == "fp16"
+    assert launch.resolve_precision(None) == "no" and launch.resolve_precision("fp16") == "fp16"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert arguments.resolve_precision(None) == "bf16" and arguments.resolve_precision("no") == "no"
+    assert launch.resolve_precision(None) == "bf16" and launch.resolve_precision("no") == "no"
 
 
 def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert arguments.cores_per_process() >= 1
+    assert launch.cores_per_process() >= 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "10000")
-    assert arguments.cores_per_process() == 1
+    assert launch.cores_per_process() == 1
 
 
 @pytest.mark.parametrize(("launched", "threads", "expected"), [(True, "1", 3), (True, "2", 7), (False, "1", 7)])
 def test_the_launchers_single_thread_is_undone(monkeypatch, launched, threads, expected):
-    monkeypatch.setattr(arguments, "cores_per_process", lambda: 3)
+    monkeypatch.setattr(launch, "cores_per_process", lambda: 3)
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if launched:
@@ -103,7 +103,7 @@ def test_the_launchers_single_thread_is_undone(monkeypatch, launched, threads, e
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(7)
-        arguments.use_all_cores()
+        launch.use_all_cores()
         assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)

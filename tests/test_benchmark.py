@@ -13,7 +13,7 @@ import torch
 from conftest import run
 
 import benchmark
-from training.arguments import RunError
+from training.launch import RunError
 
 KEYS = {"name", "ours", "theirs", "unit", "ratio", "machine"}
 SMALL = ["--model", "tiny", "--img_size", "32", "--batch_size", "2", "--rounds", "1", "--mixed_precision", "no"]

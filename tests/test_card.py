@@ -18,8 +18,8 @@ from modeling.export import export_autoencoder, export_classifier, export_encode
 from modeling.mae import MaskedAutoencoder
 from modeling.upernet import Segmenter
 from modeling.vit import VisionTransformer
-from training.arguments import RunError
 from training.card import Facts, is_card, read_run, write_card
+from training.launch import RunError
 
 NAMES = ["cat", "dog", "owl", "gnu"]
 SHAPES = {"": {}, ", grey": dict(in_channels=1), ", 32 x 64": dict(img_size=(32, 64))}

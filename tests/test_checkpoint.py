@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from conftest import ROOT
 from safetensors.torch import load_file
 
-from training.arguments import RunError
 from training.checkpoint import (
     RunFolder,
     claim_run_folder,
@@ -24,6 +23,7 @@ from training.checkpoint import (
     save_training,
     write_json,
 )
+from training.launch import RunError
 
 MODEL = {"weight": torch.arange(6.0).reshape(2, 3)}
 

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from training.arguments import RunError
+from training.launch import RunError
 from training.memory import SHARE, available_memory, fit_micro_batch, fits_on_gpu, largest
 from training.plan import BatchPlan, Memory, needed_memory
 

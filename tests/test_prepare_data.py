@@ -22,7 +22,7 @@ from data.decode import PixelFormat
 from data.prepared import open_prepared
 from data.segmentation import open_pairs
 from data.sources import image_of, open_sources
-from training.arguments import RunError
+from training.launch import RunError
 
 PIXELS = PixelFormat()
 

@@ -20,7 +20,7 @@ from conftest import (
 )
 from safetensors.torch import load_file
 
-from training.arguments import RunError
+from training.launch import RunError
 from training.processes import Crew, check_processes, say_who_is_missing
 
 CPU = torch.device("cpu")

@@ -9,16 +9,10 @@ from accelerate import Accelerator
 from conftest import ROOT, run_code
 from PIL import Image
 
-from training.arguments import RunError
-from training.progress import (
-    DamagedImages,
-    Progress,
-    finish_trackers,
-    in_bytes,
-    in_time,
-    start_trackers,
-    truncate_log,
-)
+from training.launch import RunError
+from training.progress import DamagedImages, Progress, truncate_log
+from training.trackers import finish_trackers, start_trackers
+from training.wording import in_bytes, in_time
 
 FLAGS = {"seed": 3, "learning_rate": 1e-3, "img_size": [32, 48], "pin_memory": False, "max_steps": None}
 

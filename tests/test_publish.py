@@ -16,7 +16,7 @@ from conftest import run_cold
 from hub import EXPIRED, READ_ONLY, UNKNOWN, VALID
 from huggingface_hub import ModelCard, constants, list_repo_files, snapshot_download
 
-from training.arguments import RunError
+from training.launch import RunError
 from training.publish import Publisher, check_hub, check_repo_id, check_token, upload
 
 WEIGHTS = ["model.safetensors", "pretraining/model.safetensors", "reconstructions.png"]  # what goes by LFS

@@ -27,8 +27,8 @@ from transformers import (
 import push_to_hub
 from modeling.export import to_official
 from modeling.trained import open_trained
-from training.arguments import RunError
 from training.checkpoint import alone_at
+from training.launch import RunError
 
 MORE = ["--num_workers", 0, "--mixed_precision", "no", "--log_every", 1, "--learning_rate", 1e-3]
 CLASSIFIER = [*MORE, "--per_gpu_batch_size", 8, "--max_steps", 3, "--ema_decay", 0.9]

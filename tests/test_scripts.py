@@ -200,10 +200,10 @@ def test_two_processes_stop_together(image_folder, tmp_path):
 def test_a_failure_nobody_foresaw_ends_at_once_with_its_traceback(flags, tmp_path):
     """With loader workers alive, which Python's farewell would wait for."""
     code = (
-        "import sys, pretrain_mae; from training import arguments, progress\n"
+        "import sys, pretrain_mae; from training import arguments, launch, progress\n"
         "def fail(*_): raise ValueError('unforeseen')\n"
         "progress.Progress.write = fail\n"
-        "arguments.run_script(lambda: pretrain_mae.main(sys.argv[1:]))"
+        "launch.run_script(lambda: pretrain_mae.main(sys.argv[1:]))"
     )
     failed = run_code(code, *flags, "--num_workers", 2, cwd=tmp_path, code=1).stderr
     assert "Traceback" in failed and "ValueError: unforeseen" in failed
@@ -387,13 +387,13 @@ def test_real_photographs(real_images, tmp_path):
 def test_a_signal_during_validation_saves_the_step_and_validates_it_again(undisturbed, flags, tmp_path):
     code = """
 import os, signal, sys, pretrain_mae
-from training import arguments
+from training import arguments, launch
 reconstruct = pretrain_mae.reconstruct
 def interrupted(*given):
     os.kill(os.getpid(), signal.SIGTERM)
     return reconstruct(*given)
 pretrain_mae.reconstruct = interrupted
-arguments.run_script(lambda: pretrain_mae.main(sys.argv[1:]))"""
+launch.run_script(lambda: pretrain_mae.main(sys.argv[1:]))"""
     flags = [*flags, "--gradient_accumulation_steps", 2, "--save_checkpoint_interval", 0]
     run_code(code, *flags, cwd=tmp_path)
     folder = tmp_path / "work_dir" / "pretrain_mae"

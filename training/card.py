@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from training.arguments import RunError
+from training.launch import RunError
 from training.pictures import loss_curve
-from training.progress import in_bytes, in_time
+from training.wording import in_bytes, in_time
 
 TAG = "mae-accelerate"  # by which a card is known as ours
 CLASSES, MASKS = "image-classification", "image-segmentation"  # the Hub's tasks

@@ -26,7 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from training.arguments import FREE_FLAGS, RunError
+from training.arguments import FREE_FLAGS
+from training.launch import RunError
 from training.sharding import is_sharded, read_moments, share_of, whole_tensors, write_moments
 
 MODEL, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.pt", "state.json"

@@ -7,9 +7,9 @@ from pathlib import Path
 import psutil
 import torch
 
-from training.arguments import RunError
+from training.launch import RunError
 from training.plan import BatchPlan, Memory
-from training.progress import in_bytes
+from training.wording import in_bytes
 
 CGROUPS = Path("/sys/fs/cgroup")
 SHARE = 0.8  # of the memory that is free on a CPU: the rest is for loader workers, and for others

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from training.arguments import RunError
-from training.progress import in_bytes, in_time, several
+from training.launch import RunError
+from training.wording import in_bytes, in_time, several
 
 
 class BatchPlan(NamedTuple):

@@ -16,15 +16,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from training.arguments import (
-    RunError,
-    fail,
-    in_seconds,
-    is_main_process,
-    prepare_compiler,
-    resolve_precision,
-    set_speed,
-)
+from training.arguments import in_seconds
+from training.launch import RunError, fail, is_main_process, prepare_compiler, resolve_precision, set_speed
 
 # Flags that may differ between machines: their cores, and where their data lie, which are compared themselves
 OF_MACHINES = {"num_workers", "cache_dir", "path_to_data", "path_to_validation_data", "path_to_classes"}

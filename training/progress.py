@@ -1,23 +1,21 @@
 """What a run says of itself while it runs: the bar, log.jsonl, trackers, damaged images, losses that are not finite."""
 
 import contextlib
-import importlib.util
 import json
-import secrets
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.tracking import TensorBoardTracker, WandBTracker
 from PIL import Image
 from tqdm import tqdm
 
-from training.arguments import RunError
+from training.launch import RunError
 from training.sharding import whole
+from training.trackers import track
 
 
 class Progress:
@@ -126,14 +124,14 @@ class Progress:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
         numbers = {name: value for name, value in line.items() if isinstance(value, int | float) and name != "step"}
-        _track(self.accelerator, lambda tracker: tracker.log(numbers, step=line["step"]))
+        track(self.accelerator, lambda tracker: tracker.log(numbers, step=line["step"]))
 
     def picture(self, path: Path, name: str, step: int) -> None:
         """Sends a picture that was written to a file to the trackers."""
         if self.accelerator.trackers:  # so on the main process alone
             with Image.open(path) as image:
                 pixels = np.asarray(image.convert("RGB"))[None]  # (1, H, W, C)
-            _track(self.accelerator, lambda tracker: tracker.log_images({name: pixels}, step=step))
+            track(self.accelerator, lambda tracker: tracker.log_images({name: pixels}, step=step))
 
     def say(self, text: str) -> None:
         """Prints a line above the bar, on the main process."""
@@ -220,137 +218,3 @@ class DamagedImages:
                 f"{len(self.named)} of {self.num_samples} images are damaged, more than the {self.limit} allowed, "
                 f"{count} of them: {reason}; {self.path} names them: repair or remove them"
             )
-
-
-def start_trackers(
-    accelerator, folder: Path, names: list[str], *, project: str, run_name: str | None, flags: dict, start_step: int
-) -> None:
-    """Starts each of the trackers `names` ("wandb", "tensorboard"), on the main process, for Progress to write to.
-
-    One that is not installed, not logged in or refuses costs one warning; the run and the other tracker go on. The
-    flags become its configuration: numbers and text, lists joined by spaces, without those that were not given.
-    `start_step` is the step of the checkpoint that the run continues, or 0.
-    """
-    if not accelerator.is_main_process:
-        return
-    given = {name: value for name, value in flags.items() if value is not None}
-    config = {name: value if isinstance(value, int | float) else _as_text(value) for name, value in given.items()}
-    for name in names:
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # no origin: merely a folder of that name, as wandb itself makes
-            _warn(f"not logging to {name}: the package is not installed; pip install {name}")
-            continue
-        try:
-            tracker = WandB(folder, project, run_name) if name == "wandb" else TensorBoard(folder, start_step)
-            tracker.start()
-            tracker.store_init_configuration(config)
-        except Exception as error:  # whatever it is, it is no reason not to train
-            remedy = {
-                "wandb": "run `wandb login`, or set WANDB_MODE=offline",
-                "tensorboard": f"make {folder} writable, or pip install --upgrade tensorboard",
-            }
-            _warn(f"not logging to {name}: {_reason(error)}; {remedy[name]}")
-        else:
-            accelerator.trackers.append(tracker)
-
-
-def finish_trackers(accelerator) -> None:
-    """Ends what `start_trackers` started. It may wait for an upload: whatever the run writes should be written."""
-    _track(accelerator, lambda tracker: tracker.finish())
-    accelerator.trackers.clear()
-
-
-class WandB(WandBTracker):
-    """A Weights & Biases run whose id is kept in `wandb_run_id` of the run folder: a resumption continues its curves.
-
-    wandb's own steps cannot go back, as a resumption does after a kill: it would drop what comes again, with a warning
-    each time. So the step is logged as a value, which wandb takes as the x axis of every curve; where a run goes back,
-    its points are there twice. Offline, wandb keeps a folder for each start.
-    """
-
-    def __init__(self, folder: Path, project: str, run_name: str | None):
-        self.id_file = folder / "wandb_run_id"
-        known_id = self.id_file.read_text().strip() if self.id_file.exists() else None
-        super().__init__(
-            project,
-            name=run_name,
-            id=known_id or secrets.token_hex(4),
-            resume="allow" if known_id else None,  # offline, wandb warns that it ignores it
-            dir=str(folder),
-        )
-
-    def start(self) -> None:
-        super().start()
-        self.id_file.write_text(self.init_kwargs["id"] + "\n")
-        self.run.define_metric("step", hidden=True)
-        self.run.define_metric("*", step_metric="step")
-
-    def store_init_configuration(self, values: dict) -> None:
-        self.run.config.update(values, allow_val_change=True)  # Accelerate 1.10 starts a second run offline
-
-    def log(self, values: dict, step: int | None = None, **kwargs) -> None:
-        self.run.log({**values, "step": step}, **kwargs)
-
-
-class TensorBoard(TensorBoardTracker):
-    """Event files in `tensorboard` of the run folder. Those of a resumption tell TensorBoard to forget the points
-    beyond its checkpoint, which come again."""
-
-    def __init__(self, folder: Path, start_step: int):
-        super().__init__("tensorboard", folder, purge_step=start_step + 1)
-        self.start_step = start_step
-
-    def store_init_configuration(self, values: dict) -> None:
-        """Adds a table, among the texts. Accelerate's hyperparameters would be a run of their own, at each start."""
-        rows = [f"| {name} | `{value}` |" for name, value in values.items()]
-        self.writer.add_text("flags", "\n".join(["| flag | value |", "|---|---|", *rows]), self.start_step)
-        self.writer.flush()
-
-    def log_images(self, values: dict, step: int | None = None, **kwargs) -> None:
-        super().log_images(values, step, dataformats="NHWC", **kwargs)
-        self.writer.flush()
-
-
-def _track(accelerator, act: Callable) -> None:
-    """Calls `act` with each tracker. One that fails is dropped, with a warning."""
-    for tracker in list(accelerator.trackers):
-        try:
-            act(tracker)
-        except Exception as error:  # a full quota, a lost process: whatever it is, it is no reason not to train
-            accelerator.trackers.remove(tracker)
-            _warn(f"not logging to {tracker.name} any more: {_reason(error)}; log.jsonl has the rest")
-
-
-def _as_text(value) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _reason(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
-
-
-def _warn(text: str) -> None:
-    tqdm.write(f"warning: {text}", file=sys.stderr)  # above the bar, where there is one
-
-
-def in_bytes(count: float) -> str:
-    """A number of bytes, for people: "1.79 GB"."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count / 1e3:.3g} kB"
-
-
-def in_time(seconds: float) -> str:
-    """A time, for people: "41.3 hours"."""
-    for unit, size in (("hours", 3600), ("minutes", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} seconds"
-
-
-def several(count, noun):
-    """ "1 process", "2 processes", "3 channels"."""
-    plural = "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
-    return f"{count} {noun}{'' if count == 1 else plural}"

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
 
-from training.arguments import RunError
+from training.launch import RunError
 from training.schedule import is_due
 
 SCRIPT = Path(__file__).parent.parent / "push_to_hub.py"
