@@ -1,7 +1,4 @@
-"""Writing weights: our modules -> folders that transformers, timm and this project load.
-
-Configurations are plain JSON, so none of these libraries is needed to write them. Legend: as in mae.py.
-"""
+"""Export modules to folders that transformers, timm and this project load, without using these libraries."""
 
 import copy
 import json
@@ -14,15 +11,15 @@ import torch.nn.functional as F
 from safetensors.torch import save
 
 from modeling.classifier import Classifier
-from modeling.files import POOL_SCALES
+from modeling.layouts import QKV, TRANSFORMERS_NAMES, TRANSFORMERS_QKV, State, rename
 from modeling.mae import MaskedAutoencoder
-from modeling.upernet import LinearHead, Segmenter
+from modeling.upernet import POOL_SCALES, LinearHead, Segmenter
 from modeling.vit import SIZES, VisionTransformer
-from modeling.weights import QKV, TRANSFORMERS_NAMES, TRANSFORMERS_QKV, rename
 
-CROP_RATIO = 0.875  # of evaluation: the part of the resized image that is seen
+CROP_RATIO = 0.875  # side of the centre crop / side of the resized image, in evaluation at 224 pixels
 KEY_BIAS = TRANSFORMERS_QKV[1] + "bias"
-BEIT = {  # that computes what a ViT without a final norm does
+Floats = Sequence[float]
+BEIT = {  # computes what a ViT without a final norm does
     "model_type": "beit",
     "use_absolute_position_embeddings": True,
     "use_mean_pooling": True,
@@ -31,53 +28,41 @@ BEIT = {  # that computes what a ViT without a final norm does
 }
 
 
-def to_transformers(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Parameters under the names of MaskedAutoencoder, Classifier and Segmenter -> those of transformers' files, which
-    its 4.x and 5.x read.
+def default_crop_ratio(img_size: tuple[int, int]) -> float:
+    """Return the crop ratio of evaluation: small images are cut from larger ones, others are seen whole."""
+    return CROP_RATIO if max(img_size) <= 224 else 1.0
 
-    The inverse of `weights.to_ours`.
-    """
+
+def to_transformers(state: State) -> State:
+    """Rename our parameters to those in files of transformers 4 and 5; the inverse of `layouts.to_ours`."""
     theirs = {}
     for name, value in state.items():
+        parts = [(name, value)]
         if QKV in name:
             parts = zip((name.replace(QKV, part) for part in TRANSFORMERS_QKV), value.chunk(3), strict=True)
-        else:
-            parts = [(name, value)]
         theirs.update((rename(part, TRANSFORMERS_NAMES), tensor) for part, tensor in parts)
     return theirs
 
 
-def to_official(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Parameters under the names of MaskedAutoencoder or Classifier -> those of the official code's files, which are
-    timm's where there is no decoder.
-
-    The inverse of `weights.to_ours`.
-    """
+def to_official(state: State) -> State:
+    """Rename the parameters of a MaskedAutoencoder or Classifier to those of the official MAE, or timm."""
     return {name.removeprefix("encoder."): value for name, value in state.items()}
 
 
 def export_encoder(
-    encoder: VisionTransformer,
-    folder: str | Path,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    value_range: Sequence[float] | None = None,
+    encoder: VisionTransformer, folder: str | Path, *, mean: Floats, std: Floats, value_range: Floats | None = None
 ) -> None:
-    """A folder for `AutoModel.from_pretrained(FOLDER)`, `timm.create_model("local-dir:FOLDER", pretrained=True)` and
-    `files.read_state_dict(FOLDER)`, which all compute the same features.
+    """Write a folder for transformers' `AutoModel`, timm's `local-dir:FOLDER` and this project.
 
-    `mean` and `std`, one number a channel, are those the images were normalised with, in units of [0, 1]; pixels have
-    the `value_range` (those that became 0 and 1), by default that of 8 bits. Needs transformers 4.52, whose
-    `transformers_weights` lets one config.json name a file for each library.
+    It needs transformers 4.52, whose `transformers_weights` lets one config.json name a file for each library. Images
+    in [0, 1] were normalised by `mean` and `std`, one number a channel; `value_range` are the pixels that became 0 and
+    1, by default 0 and 255.
     """
-    state = encoder.state_dict()
-    theirs = to_transformers({f"encoder.{name}": value for name, value in state.items()})
+    theirs = to_transformers({f"encoder.{name}": value for name, value in encoder.state_dict().items()})
     theirs = {name.removeprefix("vit."): value for name, value in theirs.items()}
-    # AutoModel always adds a pooler: the identity, with the linear activation below, hands on the cls token as it is.
+    # AutoModel always adds a pooler: this one, with the linear activation below, returns the cls token as it is.
     theirs["pooler.dense.weight"] = torch.eye(encoder.embed_dim)
     theirs["pooler.dense.bias"] = torch.zeros(encoder.embed_dim)
-
     config = {
         "model_type": "vit",
         "architectures": ["ViTModel"],
@@ -86,8 +71,8 @@ def export_encoder(
         "transformers_weights": "transformers_model.safetensors",
         **_timm_config(encoder, mean, std),
     }
-    weights = {"model.safetensors": state, "transformers_model.safetensors": theirs}
-    _write(folder, weights, config, _preprocessor(encoder, mean, std), value_range)
+    weights = {"model.safetensors": encoder.state_dict(), "transformers_model.safetensors": theirs}
+    _write(folder, weights, config, _preprocessor(encoder), (mean, std, value_range))
 
 
 def export_classifier(
@@ -95,26 +80,24 @@ def export_classifier(
     folder: str | Path,
     *,
     classes: Sequence[str],
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: Floats,
+    std: Floats,
     crop_ratio: float,
-    value_range: Sequence[float] | None = None,
+    value_range: Floats | None = None,
 ) -> None:
-    """A folder for `AutoModelForImageClassification.from_pretrained(FOLDER)`, transformers'
-    `pipeline("image-classification", FOLDER)`, `timm.create_model("local-dir:FOLDER", pretrained=True)` and
-    `files.read_state_dict(FOLDER)`, which all compute the same logits.
+    """Write a folder for transformers' `AutoModelForImageClassification`, timm's `local-dir:FOLDER` and this project.
 
-    `classes` are the names of the labels in their order, `crop_ratio` the part of the resized image that evaluation
-    sees; the other values and the version of transformers as in `export_encoder`. The BatchNorm of a linear probe
-    becomes a part of the head, with the same results. In transformers, mean pooling is BEiT's; images that are not
-    square take its wrapper of timm, as BEiT's positions are square, and its own processors would stretch them. The
-    pipeline makes colour of every image, so it is for models of three channels alone. Raises ValueError where there are
-    more or fewer names than classes.
+    The BatchNorm of a linear probe is folded into the head. In transformers, mean pooling is BEiT's; images that are
+    not square use its wrapper of timm, because BEiT's positions are square. transformers' pipeline converts images to
+    RGB, so it serves models of three channels only.
+
+    Args:
+        classes: names, in the order of the logits; ValueError if there are more or fewer than the model has.
+        crop_ratio: side of the centre crop / side of the resized image, in evaluation.
+        mean, std, value_range: as in `export_encoder`.
     """
-    if len(classes) != model.num_classes:
-        raise ValueError(f"{len(classes)} names for {model.num_classes} classes")
     encoder, mean_pooled = model.encoder, model.pooling == "mean"
-    state = _folded(model)
+    state, names = _fold_batch_norm(model), _class_names(classes, model.num_classes)
     weights = {"model.safetensors": to_official(state)}
     if encoder.img_size[0] != encoder.img_size[1]:
         library = {"model_type": "timm_wrapper", "architectures": ["TimmWrapperForImageClassification"]}
@@ -122,18 +105,17 @@ def export_classifier(
         theirs = to_transformers(state)
         library = {"model_type": "vit", "architectures": ["ViTForImageClassification"], **_vit_config(encoder)}
         if mean_pooled:
-            theirs = _beit(theirs, "beit.")
+            theirs = _to_beit(theirs, "beit.")
             library |= {"architectures": ["BeitForImageClassification"], **BEIT}
         weights["transformers_model.safetensors"] = theirs
-        library |= {"transformers_weights": "transformers_model.safetensors", **_class_names(classes)}
+        library |= {"transformers_weights": "transformers_model.safetensors", **names}
     pooling = "avg" if mean_pooled else "token"
     config = library | _timm_config(encoder, mean, std, crop_ratio, classes=classes, global_pool=pooling)
-    _write(folder, weights, config, _preprocessor(encoder, mean, std, crop_ratio), value_range)
+    _write(folder, weights, config, _preprocessor(encoder, crop_ratio), (mean, std, value_range))
 
 
-def _beit(theirs: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Parameters of `vit` as those of a BEiT, which has no key biases: they add the same to all products of a query,
-    which the softmax takes away."""
+def _to_beit(theirs: State, prefix: str) -> State:
+    """Rename the parameters of `vit` to those of a BEiT, without key biases, which cancel in the softmax."""
     return {re.sub(r"^vit\.", prefix, name): t for name, t in theirs.items() if not name.endswith(KEY_BIAS)}
 
 
@@ -142,39 +124,39 @@ def export_segmenter(
     folder: str | Path,
     *,
     classes: Sequence[str],
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: Floats,
+    std: Floats,
     resize: Sequence[int],
-    value_range: Sequence[float] | None = None,
+    value_range: Floats | None = None,
 ) -> None:
-    """A folder for `UperNetForSemanticSegmentation.from_pretrained(FOLDER)`, transformers'
-    `pipeline("image-segmentation", FOLDER)` and `files.read_state_dict(FOLDER)`, which all compute the same logits;
-    the last reads the auxiliary head and BatchNorm of a linear head too.
+    """Write a folder for transformers' `UperNetForSemanticSegmentation` and this project.
 
-    `classes` are the names of the classes in their order, `resize` (LONG, SHORT) the sides that images fit in this
-    project's evaluation; the other values and the version of transformers as in `export_encoder`. A linear head becomes
-    an UperNet of one level, with the same results. The pipeline makes colour of every image, so it is for models of
-    three channels alone. Raises ValueError where there are more or fewer names than classes, and for an encoder whose
-    own images are not square.
+    A linear head becomes an UperNet of one level for transformers, with the same results; this project reads the head
+    itself, and the auxiliary head. transformers' pipeline serves models of three channels only.
+
+    Args:
+        classes: names, in the order of the logits.
+        resize: LONG and SHORT side that images fit in this project's evaluation.
+        mean, std, value_range: as in `export_encoder`.
+
+    Raises:
+        ValueError: if there are more or fewer names than classes, and for an encoder whose images are not square.
     """
-    encoder = model.encoder
-    if len(classes) != model.num_classes:
-        raise ValueError(f"{len(classes)} names for {model.num_classes} classes")
-    height, width = encoder.img_size
+    encoder, upernet, state = model.encoder, model.head == "upernet", model.state_dict()
+    names, (height, width) = _class_names(classes, model.num_classes), encoder.img_size
     if height != width:
         raise ValueError(f"an encoder for {height} x {width} images; the positions of transformers' BEiT are square")
-    upernet, state = model.head == "upernet", model.state_dict()
     theirs = state
     if not upernet:
         theirs = {name: value for name, value in state.items() if name.startswith("encoder.")}
         theirs |= _linear_as_upernet(model.decode_head)
-    theirs = _beit(to_transformers(theirs), "backbone.")
+    theirs = _to_beit(to_transformers(theirs), "backbone.")
     backbone = {
         **_vit_config(encoder),
         **BEIT,
         "use_relative_position_bias": encoder.relative_position_bias,
         "layer_scale_init_value": 0.0 if encoder.layer_scale is None else encoder.layer_scale or 1.0,  # 0 means none
-        "batch_norm_eps": 1e-5,  # without which transformers 5.5 fails
+        "batch_norm_eps": 1e-5,  # transformers 5.5 fails without it
         "out_features": [f"stage{layer + 1}" for layer in model.layers],
         "add_fpn": upernet,
     }
@@ -183,36 +165,30 @@ def export_segmenter(
         "architectures": ["UperNetForSemanticSegmentation"],
         "backbone_config": backbone,
         "hidden_size": model.head_width if upernet else 2 * model.num_classes,
-        "pool_scales": POOL_SCALES if upernet else [],
+        "pool_scales": list(POOL_SCALES) if upernet else [],
         "use_auxiliary_head": model.auxiliary,
         "auxiliary_in_channels": encoder.embed_dim,
         "auxiliary_channels": model.auxiliary_head.classifier.in_channels if model.auxiliary else 256,
         "transformers_weights": "transformers_model.safetensors",
-        "evaluation": {"resize": list(resize)},  # this project's; other libraries pass over it
-        **_class_names(classes),
+        "evaluation": {"resize": list(resize)},  # other libraries ignore it
+        **names,
     }
     preprocessor = {
         "image_processor_type": "SegformerImageProcessor",
         "do_resize": True,
         "size": {"height": height, "width": width},
         "resample": 2,  # bilinear
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(mean),
-        "image_std": list(std),
-        "do_reduce_labels": True,  # files of annotations have 0 for no class, then the classes from 1
     }
     weights = {"model.safetensors": state, "transformers_model.safetensors": theirs}
-    _write(folder, weights, config, preprocessor, value_range)
+    _write(folder, weights, config, preprocessor, (mean, std, value_range))
 
 
-def _linear_as_upernet(head: LinearHead) -> dict[str, torch.Tensor]:
-    """The head of an UperNet of one level that computes what a linear head does.
+def _linear_as_upernet(head: LinearHead) -> State:
+    """Return the parameters of an UperNet head of one level that computes what a linear head does.
 
-    The BatchNorm becomes a part of the classifier, z = W x + b. Twice as wide as there are classes, the bottleneck
-    gives relu(z) and relu(-z), the next convolution hands them on, and their difference is z. Of 3x3 weights, only
-    those in the middle are not zero.
+    BatchNorm is folded into the classifier, z = W x + b. The bottleneck, twice as wide as there are classes, returns
+    relu(z) and relu(-z), the next convolution keeps them, and their difference is z. All 3x3 weights are zero except
+    those in the middle.
     """
     norm, classifier = copy.deepcopy(head.batch_norm).cpu().double(), copy.deepcopy(head.classifier).cpu().double()
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -229,21 +205,23 @@ def _linear_as_upernet(head: LinearHead) -> dict[str, torch.Tensor]:
             f"{name}.batch_norm.weight": torch.ones_like(shift),
             f"{name}.batch_norm.bias": shift,
             f"{name}.batch_norm.running_mean": torch.zeros_like(shift),
-            f"{name}.batch_norm.running_var": torch.ones_like(shift) - 1e-5,  # which BatchNorm adds again
+            f"{name}.batch_norm.running_var": torch.ones_like(shift) - 1e-5,  # BatchNorm adds it again
             f"{name}.batch_norm.num_batches_tracked": torch.tensor(0),
         }
     return {f"decode_head.{name}": value for name, value in state.items()}
 
 
-def _class_names(classes: Sequence[str]) -> dict:
+def _class_names(classes: Sequence[str], num_classes: int) -> dict:
+    if len(classes) != num_classes:
+        raise ValueError(f"{len(classes)} names for {num_classes} classes")
     return {
         "id2label": {str(index): name for index, name in enumerate(classes)},
         "label2id": {name: index for index, name in enumerate(classes)},
     }
 
 
-def _folded(model: Classifier) -> dict[str, torch.Tensor]:
-    """The parameters of `model` on the CPU, with the BatchNorm of a linear probe made a part of the head."""
+def _fold_batch_norm(model: Classifier) -> State:
+    """Return the parameters of `model` on the CPU, with the BatchNorm of a linear probe folded into the head."""
     state = {name: value.cpu() for name, value in model.state_dict().items() if not name.startswith("head_norm.")}
     if model.linear_probe:
         norm = model.head_norm
@@ -254,18 +232,9 @@ def _folded(model: Classifier) -> dict[str, torch.Tensor]:
 
 
 def export_autoencoder(
-    model: MaskedAutoencoder,
-    folder: str | Path,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    value_range: Sequence[float] | None = None,
+    model: MaskedAutoencoder, folder: str | Path, *, mean: Floats, std: Floats, value_range: Floats | None = None
 ) -> None:
-    """A folder for `ViTMAEForPreTraining.from_pretrained(FOLDER)` and `files.read_state_dict(FOLDER)`.
-
-    `mean`, `std` and `value_range` as in `export_encoder`. transformers' ViTMAE takes square images only: for
-    others, the folder is for `read_state_dict` alone.
-    """
+    """Write a folder for transformers' `ViTMAEForPreTraining`, if images are square, and for this project."""
     block = model.decoder_blocks[0]
     config = {
         "model_type": "vit_mae",
@@ -279,7 +248,7 @@ def export_autoencoder(
         "norm_pix_loss": model.norm_pix_loss,
     }
     weights = {"model.safetensors": to_transformers(model.state_dict())}
-    _write(folder, weights, config, _preprocessor(model.encoder, mean, std), value_range)
+    _write(folder, weights, config, _preprocessor(model.encoder), (mean, std, value_range))
 
 
 def _vit_config(encoder: VisionTransformer) -> dict:
@@ -294,18 +263,12 @@ def _vit_config(encoder: VisionTransformer) -> dict:
         "intermediate_size": int(encoder.embed_dim * encoder.mlp_ratio),
         "hidden_act": "gelu",
         "qkv_bias": True,
-        "layer_norm_eps": 1e-6,  # the library's default of 1e-12 moves features by 1e-4
+        "layer_norm_eps": 1e-6,  # the library's default of 1e-12 changes features by 1e-4
     }
 
 
 def _timm_config(
-    encoder: VisionTransformer,
-    mean: Sequence[float],
-    std: Sequence[float],
-    crop_ratio: float = CROP_RATIO,
-    *,
-    classes: Sequence[str] = (),
-    global_pool: str = "token",
+    encoder: VisionTransformer, mean: Floats, std: Floats, crop_ratio=CROP_RATIO, *, classes=(), global_pool="token"
 ) -> dict:
     sizes = {key: getattr(encoder, key) for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
     config = {
@@ -331,11 +294,9 @@ def _timm_config(
     return config
 
 
-def _preprocessor(
-    encoder: VisionTransformer, mean: Sequence[float], std: Sequence[float], crop_ratio: float = CROP_RATIO
-) -> dict:
+def _preprocessor(encoder: VisionTransformer, crop_ratio: float = CROP_RATIO) -> dict:
     height, width = encoder.img_size
-    # Rounded down, as timm and torchvision do. A short side alone does not tell how to cover a crop that is not square.
+    # Rounded down, as in timm and torchvision. A shortest edge would not cover every crop that is not square.
     resized_height, resized_width = (int(side / crop_ratio + 1e-6) for side in (height, width))
     square = height == width
     return {
@@ -345,38 +306,30 @@ def _preprocessor(
         "resample": 3,  # bicubic
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(mean),
-        "image_std": list(std),
     }
 
 
 def _architecture(encoder: VisionTransformer) -> str:
-    """timm's name for this size; any ViT of its own for another, as `model_args` gives every size anyway."""
-    for name, size in SIZES.items():
-        if all(getattr(encoder, key) == value for key, value in size.items()):
-            return f"vit_{name}_patch{encoder.patch_size}_224"
-    return "vit_base_patch16_224"
+    """Return timm's name for this size, or any ViT's, because `model_args` states every size anyway."""
+    names = [name for name, size in SIZES.items() if size.items() <= vars(encoder).items()]
+    return f"vit_{names[0]}_patch{encoder.patch_size}_224" if names else "vit_base_patch16_224"
 
 
-def _write(
-    folder: str | Path,
-    weights: dict[str, dict[str, torch.Tensor]],
-    config: dict,
-    preprocessor: dict,
-    value_range: Sequence[float] | None,
-) -> None:
+def _write(folder: str | Path, weights: dict[str, State], config: dict, preprocessor: dict, statistics: tuple) -> None:
+    """Write files of weights, config.json and preprocessor_config.json; `statistics` are mean, std and value range."""
+    mean, std, value_range = statistics
+    low, high = value_range or (0, 255)
+    preprocessor |= {"do_rescale": True, "rescale_factor": 1 / (high - low), "do_normalize": True}
+    preprocessor["image_mean"] = [value + low / (high - low) for value in mean]  # other libraries can only multiply
+    preprocessor["image_std"] = list(std)
+    if config["model_type"] == "upernet":
+        preprocessor["do_reduce_labels"] = True  # in annotations, 0 is no class and classes start at 1
     if value_range is not None:
-        config = {**config, "value_range": list(value_range)}  # this project's; other libraries pass over it
-        low, high = value_range
-        mean = [value + low / (high - low) for value in preprocessor["image_mean"]]  # theirs only multiply pixels
-        preprocessor = {**preprocessor, "rescale_factor": 1 / (high - low), "image_mean": mean}
+        config = {**config, "value_range": list(value_range)}  # other libraries ignore it
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for file, state in weights.items():
-        # Copies, as a part of q, k, v is a view, and safetensors refuses tensors that share memory. Counts stay.
+        # Copies, because q, k and v are views, and safetensors refuses tensors that share memory.
         types = {name: torch.float32 if value.is_floating_point() else value.dtype for name, value in state.items()}
         state = {n: t.detach().to("cpu", types[n], copy=True).contiguous() for n, t in state.items()}
         (folder / file).write_bytes(save(state, metadata={"format": "pt"}))

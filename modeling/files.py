@@ -1,7 +1,4 @@
-"""Files of weights: which one a path leads to, the parameters in it, and what stands beside it.
-
-Nothing in a file is executed. What the names of parameters mean is weights.py's.
-"""
+"""Read files of weights and the configurations beside them; nothing in a file is executed."""
 
 import argparse
 import contextlib
@@ -14,168 +11,133 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from modeling.hub import HubError, download, is_on_hub
+from modeling.upernet import POOL_SCALES
 
-POOL_SCALES = [1, 2, 3, 6]  # of pyramid pooling in an UperNet
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")  # of DistributedDataParallel and torch.compile
 WEIGHT_FILES = ("ema.safetensors", "model.safetensors", "pytorch_model.bin")  # the first in a folder is read
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be read, or that do not fit; the message has the value, what was expected, the remedy."""
+    """Report weights that cannot be read or do not fit.
 
-
-def find_weights(path: str | Path, *, whole: bool) -> Path:
-    """What `read_state_dict` is to read where `path` may also be a run folder or an exported `encoder/`.
-
-    `whole` asks for the autoencoder where there is one: `encoder/pretraining/` of a run, `pretraining/` of an
-    `encoder/`. Otherwise an encoder is enough: `encoder/` of a run. Of one that trained a classifier or segmentation
-    model it is `model/`; of a run that has none of these yet, its newest whole checkpoint. Files and other folders with
-    weights are returned as they are, and of hf:OWNER/NAME[@revision] the local copy. Raises WeightsError for a path
-    that is not there, and for a folder that has none of these.
+    `message` is one line; `settings` are the arguments of models and scripts with the values that would fit, where "N"
+    is a number that no file states.
     """
-    if is_on_hub(path):
-        subfolders = ["pretraining", ""] if whole else [""]
-        try:
-            path = download(str(path), weight_files=WEIGHT_FILES, subfolders=subfolders)
-        except HubError as error:
-            raise WeightsError(str(error)) from error
-    path = Path(path)
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        hint = f", or hf:{path} for the Hub" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) else ""
-        raise WeightsError(
-            f"{path}: no such file or folder; expected weights or a run folder; correct the path{hint}, or download "
-            "them first"
-        )
-    encoder = path / "encoder"
-    exported = [path / "pretraining", path, encoder / "pretraining"] if whole else [path, encoder]
-    exported.append(path / "model")
-    for folder in [*exported, *sorted(path.glob("checkpoints/step_*"), reverse=True)]:
-        # The run writes these last; without one, the folder is half written or half removed.
-        finished = folder == path or (folder / "config.json").is_file() or (folder / "state.json").is_file()
-        if finished and any((folder / name).is_file() for name in WEIGHT_FILES):
-            return folder
-    if (path / "args.json").is_file() or (path / "checkpoints").is_dir():
-        expected = "encoder/pretraining/" if whole else "encoder/, model/"
-        raise WeightsError(
-            f"{path}: a run that has no weights yet; expected {expected} or a whole checkpoint in checkpoints/; "
-            "wait for its first checkpoint or give another path"
-        )
-    raise WeightsError(
-        f"{path}: a folder without weights; expected {' or '.join(WEIGHT_FILES)}, or a run's checkpoints/, encoder/ or "
-        "model/; give one of these or the file itself"
-    )
+
+    def __init__(self, message: str, settings: dict[str, object] | None = None):
+        super().__init__(message, settings)
+        self.message, self.settings = message, settings or {}
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{name}={value}" for name, value in self.settings.items())
+        return f"{self.message}; set {settings}" if settings else self.message
 
 
 class Stored(NamedTuple):
-    """What parameters do not tell of themselves; None where nobody does."""
+    """Hold the facts that files beside weights state and parameters do not show; None if unknown."""
 
-    grid: tuple[int, int] | None = None  # h w patches of the position tables
+    grid: tuple[int, int] | None = None  # h and w patches of the position tables
     num_heads: int | None = None
     decoder_num_heads: int | None = None
-    mean: list[float] | None = None  # of the channels, by which images were normalised
+    mean: list[float] | None = None  # of the channels, for the normalisation of images in [0, 1]
     std: list[float] | None = None
-    classes: list[str] | None = None  # names, in the order of the head's rows
+    classes: list[str] | None = None  # in the order of the head's outputs
     pooling: str | None = None  # "mean" or "cls"; timm has others
-    layers: list[int] | None = None  # the blocks, from 0, that a segmentation head sees
-    crop_ratio: float | None = None  # of a classifier's evaluation: the part of the resized image that is seen
-    resize: list[int] | None = None  # LONG, SHORT: the sides that images fit in a segmenter's evaluation
+    layers: list[int] | None = None  # blocks, from 0, that feed a segmentation head
+    crop_ratio: float | None = None  # side of the centre crop / side of the resized image, in evaluation
+    resize: list[int] | None = None  # LONG and SHORT side that images fit in a segmenter's evaluation
     mask_ratio: float | None = None  # of an autoencoder
     norm_pix_loss: bool | None = None
-    value_range: list[float] | None = None  # what pixels become 0 and 1; None: 0 and 255
-    norm_eps: float | None = None  # of LayerNorm, where it is not this project's 1e-6
-    unlike: list[str] | None = None  # what the weights were trained with and no module of this project has
+    value_range: list[float] | None = None  # pixels that become 0 and 1; None: 0 and 255
+    norm_eps: float | None = None  # of LayerNorm, unless it is 1e-6 as here
+    unsupported: list[str] | None = None  # features of the weights that no model here has, in words
 
 
 def read_stored(path: str | Path) -> Stored:
-    """What stands beside weights: in the config.json of a folder, transformers' or timm's, or in the args.json of a
-    checkpoint's run. Raises WeightsError for a config.json that is damaged."""
+    """Read the config.json of transformers or timm beside weights, or the args.json of a checkpoint's run.
+
+    Raises:
+        WeightsError: for a damaged config.json.
+    """
     folder = Path(path)
     if folder.name in WEIGHT_FILES:
         folder = folder.parent
-    if (folder / "config.json").is_file():
+    file = folder / "config.json"
+    if file.is_file():
         try:
-            return _stored_in_config(json.loads((folder / "config.json").read_text()), folder)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
+            return _read_config(json.loads(file.read_text()), folder)
+        except Exception as error:  # whatever a damaged configuration causes
             raise WeightsError(
-                f"{folder / 'config.json'}: cannot be read ({type(error).__name__}: {error}); expected the "
-                "configuration of a ViT, as transformers or timm write it; copy it again"
+                f"{file}: cannot be read ({type(error).__name__}: {error}); expected the configuration of a ViT, as "
+                "transformers or timm write it; copy it again"
             ) from error
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         run = json.loads((folder.resolve().parent.parent / "args.json").read_text())
         flags = run["flags"]
-        sides = flags.get("img_size") or [flags["crop_size"]] * 2  # of segmentation
-        grid = tuple(side // flags["patch_size"] for side in sides)
-        heads = flags["encoder_num_heads"], flags.get("decoder_num_heads")  # pre-training's alone
-        told = run.get("classes"), flags.get("pooling"), flags.get("layers")
-        others = {name: flags.get(name) for name in ("resize", "mask_ratio", "norm_pix_loss", "value_range")}
-        return Stored(grid, *heads, flags["mean"], flags["std"], *told, **others)
+        names = ("mean", "std", "decoder_num_heads", "pooling", "layers", "resize")
+        names += ("mask_ratio", "norm_pix_loss", "value_range")
+        return Stored(
+            grid=_grid(flags.get("img_size") or flags["crop_size"], flags["patch_size"]),
+            num_heads=flags["encoder_num_heads"],
+            classes=run.get("classes"),
+            **{name: flags.get(name) for name in names},
+        )
     return Stored()
 
 
-def _stored_in_config(config: dict, folder: Path) -> Stored:
-    """What a folder's config.json tells, and the preprocessor_config.json beside it."""
-    sizes = config.get("backbone_config", config)  # UperNet's has those of its encoder apart
+def _grid(img_size: int | list[int], patch_size: int) -> tuple[int, int]:
+    height, width = img_size if isinstance(img_size, list) else (img_size, img_size)
+    return height // patch_size, width // patch_size
+
+
+def _read_config(config: dict, folder: Path) -> Stored:
+    """Return the facts in a folder's config.json, and in its preprocessor_config.json."""
+    sizes = config.get("backbone_config", config)  # UperNet keeps its encoder's sizes apart
     if "image_size" not in sizes:
-        return _stored_by_timm(config)
-    sides = sizes["image_size"] if isinstance(sizes["image_size"], list) else [sizes["image_size"]] * 2
-    height, width = (side // sizes["patch_size"] for side in sides)
+        return _read_timm_config(config)
     stages = config.get("backbone_config", {}).get("out_features", [])
-    processor = {}
-    with contextlib.suppress(FileNotFoundError):
-        processor = json.loads((folder / "preprocessor_config.json").read_text())
-    names = config.get("id2label")
-    classes = [str(names[index]) for index in sorted(names, key=int)] if names else None
-    if classes == [f"LABEL_{i}" for i in range(len(classes or []))]:
-        classes = None  # nobody named them
+    file = folder / "preprocessor_config.json"
+    processor = json.loads(file.read_text()) if file.is_file() else {}
+    names = config.get("id2label") or {}
+    classes = [str(names[index]) for index in sorted(names, key=int)]
+    if classes == [f"LABEL_{i}" for i in range(len(classes))]:
+        classes = None  # transformers' own names
     pooling = None
     if any("ForImageClassification" in name for name in config.get("architectures") or []):
         pooling = "mean" if config["model_type"] == "beit" and config.get("use_mean_pooling", True) else "cls"
-    unlike = [] if sizes.get("hidden_act", "gelu") == "gelu" else [f"the activation {sizes['hidden_act']}"]
-    if sizes.get("add_fpn") and config.get("pool_scales", POOL_SCALES) != POOL_SCALES:
-        unlike.append(f"the pyramid pooling {' '.join(map(str, config['pool_scales']))}")
-    norm_eps = float(sizes.get("layer_norm_eps", 1e-12))  # transformers leaves its default out
+    activation = sizes.get("hidden_act", "gelu")
+    unsupported = [] if activation == "gelu" else [f"the activation {activation}"]
+    pool_scales = config.get("pool_scales", POOL_SCALES)
+    if sizes.get("add_fpn") and tuple(pool_scales) != POOL_SCALES:
+        unsupported.append(f"the pyramid pooling {' '.join(map(str, pool_scales))}")
+    norm_eps = float(sizes.get("layer_norm_eps", 1e-12))  # transformers does not write its default
     if norm_eps > 1e-5:
-        unlike.append(f"the epsilon {norm_eps:g} in norms")
-    resize = config.get("evaluation", {}).get("resize")
-    if resize is None and "backbone_config" in config:  # an older folder of a run, whose flags tell it
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            resize = json.loads((folder.resolve().parent / "args.json").read_text())["flags"]["resize"]
-    if resize is not None:
-        resize = [int(side) for side in resize]
-        _, _ = resize
+        unsupported.append(f"the epsilon {norm_eps:g} in norms")
+    mean, value_range = processor.get("image_mean"), config.get("value_range")
+    if mean and value_range:  # other libraries can only multiply pixels, so theirs end in a range of length 1
+        low, high = value_range
+        mean = [value - low / (high - low) for value in mean]
     return Stored(
-        (height, width),
-        int(sizes["num_attention_heads"]),
-        sizes.get("decoder_num_attention_heads"),
-        _mean_in_range(processor.get("image_mean"), config.get("value_range")),
-        processor.get("image_std"),
-        classes,
-        pooling,
+        grid=_grid(sizes["image_size"], sizes["patch_size"]),
+        num_heads=int(sizes["num_attention_heads"]),
+        decoder_num_heads=sizes.get("decoder_num_attention_heads"),
+        mean=mean,
+        std=processor.get("image_std"),
+        classes=classes,
+        pooling=pooling,
         layers=[int(stage.removeprefix("stage")) - 1 for stage in stages] or None,
         crop_ratio=config.get("pretrained_cfg", {}).get("crop_pct") or _crop_ratio(processor),
-        resize=resize,
+        resize=config.get("evaluation", {}).get("resize"),
         mask_ratio=config.get("mask_ratio"),
         norm_pix_loss=config.get("norm_pix_loss"),
-        value_range=config.get("value_range"),
+        value_range=value_range,
         norm_eps=None if norm_eps == 1e-6 else norm_eps,
-        unlike=unlike or None,
+        unsupported=unsupported or None,
     )
 
 
-def _mean_in_range(mean: list[float] | None, value_range: list[float] | None) -> list[float] | None:
-    """Means of pixels that were multiplied to a range of length 1 -> those in [0, 1]."""
-    if mean is None or value_range is None:
-        return mean
-    low, high = value_range
-    return [value - low / (high - low) for value in mean]
-
-
 def _crop_ratio(processor: dict) -> float | None:
-    """The part of a resized image that the centre crop of a preprocessor_config.json takes, where it does what
-    evaluation does here: a bicubic resize that keeps proportions, and such a crop."""
+    """Return the crop ratio of a preprocessor_config.json that resizes and crops as evaluation here does."""
     if not processor.get("do_center_crop") or processor.get("resample") != 3:
         return None
     sides = processor.get("crop_size"), processor.get("size")
@@ -183,69 +145,55 @@ def _crop_ratio(processor: dict) -> float | None:
     return crop / size if crop and size and crop <= size else None
 
 
-def _stored_by_timm(config: dict) -> Stored:
-    """What timm's own config.json tells: sizes only where they are not those of the architecture that it names."""
+def _read_timm_config(config: dict) -> Stored:
+    """Return the facts in timm's config.json, which has sizes only if they differ from the architecture's."""
     pretrained, arguments = config.get("pretrained_cfg", config), config.get("model_args", {})
-    grid = None
-    if "img_size" in arguments and "patch_size" in arguments:
-        sides = arguments["img_size"] if isinstance(arguments["img_size"], list) else [arguments["img_size"]] * 2
-        height, width = (side // arguments["patch_size"] for side in sides)
-        grid = height, width
-    names = config.get("label_names") or pretrained.get("label_names")
-    classes = [str(name) for name in (names.values() if isinstance(names, dict) else names)] if names else None
+    names = config.get("label_names") or pretrained.get("label_names") or []
+    names = names.values() if isinstance(names, dict) else names
     pooling = arguments.get("global_pool") or config.get("global_pool") or None
-    pooling = {"avg": "mean", "token": "cls"}.get(pooling, pooling)
     activation = arguments.get("act_layer", "gelu")
+    has_grid = {"img_size", "patch_size"} <= arguments.keys()
     return Stored(
-        grid,
-        arguments.get("num_heads"),
-        None,
-        pretrained.get("mean"),
-        pretrained.get("std"),
-        classes,
-        pooling,
+        grid=_grid(arguments["img_size"], arguments["patch_size"]) if has_grid else None,
+        num_heads=arguments.get("num_heads"),
+        mean=pretrained.get("mean"),
+        std=pretrained.get("std"),
+        classes=[str(name) for name in names] or None,
+        pooling={"avg": "mean", "token": "cls"}.get(pooling, pooling),
         crop_ratio=pretrained.get("crop_pct"),
-        unlike=None if activation == "gelu" else [f"the activation {activation}"],
+        unsupported=None if activation == "gelu" else [f"the activation {activation}"],
     )
 
 
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """The parameters in a .safetensors or PyTorch file, or in a folder that holds one, under the names they have there.
+    """Read the parameters in a .safetensors or PyTorch file, or in a folder with one, under their own names.
 
-    Takes them out of {'model': ...} or {'state_dict': ...} and strips the prefixes of wrappers. Nothing in the file is
-    executed. Raises WeightsError for a path that is not there, a file that is cut, and one that holds other objects.
+    Parameters are taken out of {"model": ...} or {"state_dict": ...}, and prefixes of wrappers are removed.
+
+    Raises:
+        WeightsError: for a file that is damaged or holds no tensors.
     """
     path = Path(path)
     if path.is_dir():
-        file = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
-        if file is None:
-            expected = " or ".join(WEIGHT_FILES)
-            raise WeightsError(f"{path}: a folder without weights; expected {expected}; give the file itself")
-        path = file
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file; expected weights (.safetensors, .pth, .pt, .bin); correct the path")
+        path = next(path / name for name in WEIGHT_FILES if (path / name).is_file())
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # the official code stores its flags as one
+            with torch.serialization.safe_globals([argparse.Namespace]):  # of the official code's flags
                 state = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path}: refused, as it is damaged or holds objects that run code when they are read; expected tensors; "
-            "if you trust its source, save its state dict as .safetensors"
+            f"{path}: refused, as it is damaged or holds objects that run code when read; expected tensors; if "
+            "you trust its source, save its state dict as .safetensors"
         ) from error
-    except Exception as error:  # what a cut file raises depends on where it is cut
-        reason = str(error).partition("\n")[0]
-        reason = reason if " " in reason else "it is no file of weights"
+    except Exception as error:  # what a truncated file raises depends on where it ends
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise WeightsError(f"{path}: not readable ({reason}); expected a whole file; copy it again") from error
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not state or not _holds_tensors(state):
+    pairs = state.items() if isinstance(state, dict) else ()
+    if not pairs or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in pairs):
         raise WeightsError(f"{path}: holds no state dict; expected names and tensors, maybe under 'model'; save those")
-    return {WRAPPERS.sub("", name): value for name, value in state.items()}
-
-
-def _holds_tensors(state: dict) -> bool:
-    return all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items())
+    return {WRAPPERS.sub("", name): value for name, value in pairs}

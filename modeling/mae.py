@@ -12,32 +12,35 @@ from modeling.position import sincos_positions
 from modeling.vit import (
     Block,
     VisionTransformer,
-    block_activation_bytes,
-    block_multiply_adds,
-    embedding_multiply_adds,
     initialize_like_paper,
     patchify,
     run_blocks,
     take,
+    training_flops,
     unpatchify,
 )
 
 
 class MAEOutput(NamedTuple):
-    """What `MaskedAutoencoder.forward` returns."""
+    """Hold the results of `MaskedAutoencoder.forward`."""
 
     loss: torch.Tensor  # (), float32
-    prediction: torch.Tensor  # (B, L, P*P*C), in the space of the target; or of the removed patches alone
+    prediction: torch.Tensor  # (B, L, P*P*C), in the space of the target; (B, L - K, P*P*C) with `removed_only`
     mask: torch.Tensor  # (B, L), 1 = removed, 0 = kept
 
 
 class MaskedAutoencoder(nn.Module):
-    """An encoder that sees the kept patches only, and a light decoder that predicts the pixels of the removed ones.
+    """Encode the kept patches of an image, and predict the pixels of the removed ones with a light decoder.
 
-    The decoder checkpoints its gradients where the encoder does.
+    Args:
+        encoder: becomes a part of the model; the decoder uses gradient checkpointing if the encoder does.
+        mask_ratio: share of patches that is removed.
+        norm_pix_loss: normalise each patch of the target by its own mean and standard deviation.
+        custom_weight_init: initialise the decoder as the paper does instead of as PyTorch does.
 
-    Raises ValueError for a mask ratio that keeps or removes nothing, a decoder without blocks, or a decoder width that
-    its heads do not divide.
+    Raises:
+        ValueError: if `mask_ratio` keeps or removes no patch, `decoder_depth` is 0, or `decoder_num_heads` does not
+            divide `decoder_embed_dim`.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class MaskedAutoencoder(nn.Module):
         if decoder_depth < 1:
             raise ValueError(f"a decoder of {decoder_depth} blocks; expected at least 1")
         if decoder_embed_dim % decoder_num_heads:
-            raise ValueError(f"a decoder width of {decoder_embed_dim} is not divided by {decoder_num_heads} heads")
+            raise ValueError(f"{decoder_num_heads} heads do not divide a decoder width of {decoder_embed_dim}")
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
 
         self.encoder = encoder
@@ -74,14 +77,14 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_pred = nn.Linear(decoder_embed_dim, encoder.patch_size**2 * encoder.in_channels)
         if custom_weight_init:
             for name, module in self.named_children():
-                if name != "encoder":  # which initialised itself
+                if name != "encoder":  # which is initialised already
                     module.apply(initialize_like_paper)
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor, *, removed_only: bool = False) -> MAEOutput:
-        """Normalised images (B, C, H, W) and the noise (B, L) whose K smallest values mark the kept patches.
+        """Reconstruct normalised images (B, C, H, W); the K smallest values of `noise` (B, L) mark the kept patches.
 
-        With `removed_only` the prediction is (B, L - K, P*P*C): of the removed patches, in the order of their noise.
-        That is all that the loss needs, so training asks for no more.
+        With `removed_only`, which is all that the loss needs, the prediction is (B, L - K, P*P*C): only the removed
+        patches, in the order of their noise.
         """
         patches = patchify(images, self.encoder.patch_size)
         order = noise.argsort(dim=1, stable=True)  # kept patches first
@@ -89,15 +92,15 @@ class MaskedAutoencoder(nn.Module):
         removed = order[:, self.num_kept :]
         prediction = self.decode(tokens, order, removed.shape[1] if removed_only else None)
         loss = self.loss(take(patches, removed), prediction[:, -removed.shape[1] :])
-        restore = order.argsort(dim=1)  # where each patch stands in `order`
+        restore = order.argsort(dim=1)  # position of each patch in `order`
         mask = (restore >= self.num_kept).float()
         return MAEOutput(loss, prediction if removed_only else take(prediction, restore), mask)
 
     def decode(self, tokens: torch.Tensor, order: torch.Tensor, last: int | None = None) -> torch.Tensor:
-        """Encoded tokens (B, 1 + K, D) and the patches' order (B, L), kept ones first -> predictions (B, L, P*P*C) in
-        that order, or (B, M, P*P*C) of the last M.
+        """Predict patches from encoded tokens (B, 1 + K, D) and the order of patches (B, L), kept ones first.
 
-        Blocks do not care for the order of tokens: each patch has its position added, wherever it stands.
+        Attention is permutation-equivariant and positions are added per patch, so the tokens stay in this order.
+        Returns (B, L, P*P*C), or (B, M, P*P*C) with `last=M`, in this order.
         """
         x = self.decoder_embed(tokens)
         positions = self.decoder_pos_embed.squeeze(0)
@@ -110,22 +113,25 @@ class MaskedAutoencoder(nn.Module):
         return self.decoder_pred(self.decoder_norm(x))
 
     def loss(self, patches: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
-        """Mean squared error of removed patches (B, L - K, P*P*C), in float32 (section 3, "Reconstruction target")."""
+        """Return the mean squared error of removed patches (B, L - K, P*P*C), in float32 (section 3)."""
         return (prediction.float() - self.target(patches)).square().mean()
 
     def target(self, patches: torch.Tensor) -> torch.Tensor:
-        """Patches (B, L, P*P*C) -> what is predicted, in float32: their pixels, each patch normalised where asked."""
+        """Return the target of patches (B, L - K, P*P*C), in float32 (section 3, "Reconstruction target").
+
+        `reconstruct` inverts it.
+        """
         patches = patches.float()
         if not self.norm_pix_loss:
             return patches
-        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # the unbiased variance, as the official code
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # unbiased, as in the official code
         return (patches - mean) / (variance + 1e-6).sqrt()
 
     def reconstruct(self, images: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
-        """A prediction (B, L, P*P*C) as images (B, C, H, W) in the space of `images`.
+        """Turn a prediction (B, L, P*P*C) into images (B, C, H, W) in the space of `images`.
 
-        Where the target was normalised, the true mean and deviation of each patch undo it: that shows detail, but
-        leaks the answer to whoever looks.
+        If the target is normalised, this uses the true mean and standard deviation of each patch, which shows detail
+        but leaks information of removed patches.
         """
         prediction = prediction.float()
         if self.norm_pix_loss:
@@ -135,36 +141,15 @@ class MaskedAutoencoder(nn.Module):
         return unpatchify(prediction, self.encoder.patch_size, self.encoder.grid)
 
     def pixel_mask(self, mask: torch.Tensor) -> torch.Tensor:
-        """A mask of patches (B, L) as one of pixels (B, 1, H, W)."""
+        """Turn a mask of patches (B, L) into one of pixels (B, 1, H, W)."""
         side = self.encoder.patch_size
         return unpatchify(mask.unsqueeze(-1).expand(-1, -1, side * side), side, self.encoder.grid)
 
     def training_flops(self) -> float:
-        """Floating-point operations of a training step per image, of the matrix products: 2 for a multiply-add, and
-        the backward pass costs twice the forward pass."""
-        encoder, decoder_dim = self.encoder, self.decoder_embed.out_features
-        pixels, num_removed = self.decoder_pred.out_features, encoder.grid[0] * encoder.grid[1] - self.num_kept
-        multiply_adds = embedding_multiply_adds(encoder, self.num_kept)
-        multiply_adds += (1 + self.num_kept) * encoder.embed_dim * decoder_dim + num_removed * decoder_dim * pixels
-        for block, tokens in self._blocks_and_tokens():
-            last = num_removed if block is self.decoder_blocks[-1] else None
-            multiply_adds += sum(block_multiply_adds(block, tokens, last))
-        return 6.0 * multiply_adds
-
-    def activation_bytes(self, *, half_precision: bool) -> float:
-        """Memory per image, about, of what the forward pass keeps for the backward pass; with gradient checkpointing
-        that is each block's input, and one block at a time the rest."""
-        blocks = self._blocks_and_tokens()
-        whole = [sum(block_activation_bytes(block, n, half_precision=half_precision)) for block, n in blocks]
-        inputs = [4 * n * block.mlp.fc1.in_features for block, n in blocks]
-        return sum(inputs) + max(whole) if self.encoder.gradient_checkpointing else sum(whole)
-
-    def _blocks_and_tokens(self) -> list[tuple[Block, int]]:
-        """All blocks, each with the number of its tokens."""
-        num_patches = self.encoder.grid[0] * self.encoder.grid[1]
-        blocks = [(block, 1 + self.num_kept) for block in self.encoder.blocks]
-        return blocks + [(block, 1 + num_patches) for block in self.decoder_blocks]
+        """Return the floating-point operations of the matrix products of a training step, per image."""
+        noise = torch.empty(2, self.encoder.grid[0] * self.encoder.grid[1], device="meta")
+        return training_flops(self, noise, removed_only=True)
 
     def no_weight_decay(self) -> set[str]:
-        """Names, beyond biases and norms, that weight decay leaves alone: none, as the official recipe has it."""
+        """Return the names of parameters, besides biases and norms, without weight decay: none in the paper."""
         return set()

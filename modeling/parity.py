@@ -1,4 +1,4 @@
-"""Whether an exported folder gives in stock transformers and stock timm what our own module gives."""
+"""Compare an exported folder, as transformers and timm load it, with the module it was made of."""
 
 from pathlib import Path
 
@@ -9,40 +9,37 @@ from modeling.mae import MaskedAutoencoder
 from modeling.trained import open_trained
 from modeling.upernet import Segmenter
 from modeling.vit import VisionTransformer
+from modeling.weights import Model
 
 
 @torch.no_grad()
-def differences(
-    folder: str | Path, model: MaskedAutoencoder | Classifier | Segmenter | VisionTransformer
-) -> tuple[dict[str, float], list[str]]:
-    """How far each library that loads `folder` is from `model` on two random images, and what a library does not allow,
-    in a sentence each.
+def differences(folder: str | Path, model: Model) -> tuple[dict[str, float], list[str]]:
+    """Return each library's difference from `model` on two random images, and notes on libraries that are left out.
 
-    A distance is the largest absolute difference of outputs, divided by the largest absolute output where that is above
-    1. The outputs are tokens of an encoder, the loss of an autoencoder under the same noise, logits of others. `model`
-    is in evaluation mode, on the CPU. Raises what a library raises where it cannot load the folder.
+    The difference is the largest absolute one of outputs, divided by the largest absolute output if that is above 1.
+    Outputs are an encoder's tokens, an autoencoder's loss under the same noise, otherwise logits. `model` is on the
+    CPU, in evaluation mode. Errors of the libraries are raised as they are.
     """
     import timm
     import transformers
 
-    folder, found, notes = Path(folder), {}, []
+    folder, distances, notes = Path(folder), {}, []
     encoder = model if isinstance(model, VisionTransformer) else model.encoder
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, encoder.in_channels, *encoder.img_size, generator=generator)
 
     def compare(library: str, theirs: torch.Tensor, ours: torch.Tensor) -> None:
         distance = (theirs - ours).abs().max() / ours.abs().max().clamp(min=1)
-        found[library] = distance.nan_to_num(torch.inf).item()
+        distances[library] = distance.nan_to_num(torch.inf).item()
 
-    def load(name: str, place: Path = folder) -> torch.nn.Module:
-        return getattr(transformers, name).from_pretrained(place).eval()
+    def load(name: str, path: Path = folder) -> torch.nn.Module:
+        return getattr(transformers, name).from_pretrained(path).eval()
 
     if isinstance(model, Segmenter):
-        name = "UperNetForSemanticSegmentation"
-        logits = model(images)
+        name, logits = "UperNetForSemanticSegmentation", model(images)
         compare(f"transformers {name}", load(name)(images).logits, logits)
         compare("this project", open_trained(folder).model(images), logits)
-        return found, ["timm has no UperNet, so the folder is for transformers and this project."]
+        return distances, ["timm has no UperNet, so the folder is for transformers and this project."]
     if isinstance(model, Classifier):
         name, expected = "AutoModelForImageClassification", model(images)
         compare(f"transformers {name}", load(name)(images).logits, expected)
@@ -60,4 +57,4 @@ def differences(
         else:
             notes.append(f"transformers' {name} takes square images only, so pretraining/ is for this project alone.")
         compare("this project, pretraining/", open_trained(folder).model(images, noise).loss, loss)
-    return found, notes
+    return distances, notes

@@ -1,22 +1,25 @@
-"""Segmentation of whole images, whatever their size, in bounded memory.
+"""Segment whole images of any size in bounded memory, without gradients.
 
 A `model` here is any function of images (B, C, H, W) that returns logits (B, N, H, W), such as a `Segmenter` in
-evaluation mode. No gradients are kept.
+evaluation mode.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch.nn import functional as F
 
-MAP_VALUES = 2**25  # of the class maps that `labels_at` has in memory at a time: 128 MB
+from modeling.upernet import resize
+
+MAP_VALUES = 2**25  # numbers in the class maps that `labels_at` has in memory at a time: 128 MB
 
 
 def windows(size: tuple[int, int], window: int, stride: int) -> list[tuple[int, int]]:
-    """The (top, left) of the windows that cover an image of `size` (H, W), row by row.
+    """Return (top, left) of the windows that cover an image of `size` (H, W), row by row.
 
-    All have min(window, H) x min(window, W) pixels: the last ones of a row or column are moved back to end at the edge,
-    as mmsegmentation does. Raises ValueError for a stride that would leave gaps.
+    All have min(window, H) x min(window, W) pixels: the last ones of a row or column end at the edge, as in
+    mmsegmentation.
     """
     if not 1 <= stride <= window:
         raise ValueError(f"stride {stride} with windows of {window} pixels; expected 1 to {window}, or it leaves gaps")
@@ -29,10 +32,12 @@ def windows(size: tuple[int, int], window: int, stride: int) -> list[tuple[int, 
 def sliding_window(
     model: Callable, images: torch.Tensor, *, window: int, stride: int, batch_size: int = 8
 ) -> torch.Tensor:
-    """The logits (B, N, H, W), float32, of images (B, C, H, W): the mean over the windows that hold a pixel.
+    """Return the logits (B, N, H, W), float32, of images (B, C, H, W): for each pixel, the mean over its windows.
 
-    The model sees about `batch_size` windows at a time, at least one of each image; besides their logits only the
-    result is in memory. Raises ValueError as `windows` does.
+    Args:
+        window: side of the windows in pixels.
+        stride: distance of the windows in pixels, at most `window`.
+        batch_size: number of windows that the model sees at a time, at least one of each image.
     """
     size = images.shape[-2:]
     height, width = (min(window, side) for side in size)
@@ -44,32 +49,27 @@ def sliding_window(
         logits = model(torch.cat([images[part] for part in group]))
         if total is None:
             total = logits.new_zeros(len(images), logits.shape[1], *size, dtype=torch.float32)
-        for part, own_logits in zip(group, logits.split(len(images)), strict=True):
-            total[part] += own_logits
+        for part, part_logits in zip(group, logits.split(len(images)), strict=True):
+            total[part] += part_logits
             counts[part] += 1
     return total.div_(counts)
 
 
 def labels_at(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The best class of each pixel (H, W), uint8, of logits (N, h, w) resized bilinearly to `size` (H, W).
+    """Return the best class of each pixel (H, W), uint8, of logits (N, h, w) resized bilinearly to `size` (H, W).
 
-    The same as resizing all and then the argmax, where the first of equals wins, but without N maps of the full size:
-    some classes at a time (at least one, MAP_VALUES values at most), and the best so far. N is 256 at most.
+    This equals the argmax of all resized maps, but resizes a few classes at a time (MAP_VALUES numbers at most, at
+    least one class) and keeps the best so far. N is 256 at most.
     """
     best = logits.new_full(tuple(size), -torch.inf, dtype=torch.float32)
     labels = torch.zeros_like(best, dtype=torch.uint8)
     portion = max(1, MAP_VALUES // (size[0] * size[1]))
     for first in range(0, len(logits), portion):
-        # As images of one channel: how torch rounds would depend on the number of channels
-        maps = _resized(logits[first : first + portion, None], size)[:, 0]
-        if portion < 8:  # large maps one by one and in place: the maximum of a few takes four times as long
-            for number, values in enumerate(maps, start=first):
-                labels.masked_fill_(values > best, number)
-                torch.maximum(values, best, out=best)
-        else:
-            values, indices = maps.max(dim=0)
-            labels = torch.where(values > best, (indices + first).to(torch.uint8), labels)
-            best = torch.maximum(values, best)
+        # Images of one channel, because PyTorch's rounding depends on the number of channels
+        maps = resize(logits[first : first + portion, None].float(), size)[:, 0]
+        for number, values in enumerate(maps, start=first):  # in place: faster than the maximum of all for large maps
+            labels.masked_fill_(values > best, number)
+            torch.maximum(values, best, out=best)
     return labels
 
 
@@ -83,35 +83,28 @@ def predict(
     stride: int | None,
     flip: bool,
 ) -> torch.Tensor:
-    """The best class of each pixel (B, H, W), uint8, at `size` (H, W), from the same images at one or several sizes.
+    """Return the best class of each pixel (B, H, W), uint8, from the same images at one or several sizes.
 
-    `views`: normalised images (B, C, h_i, w_i). The model sees them whole, or through a sliding window where `window`
-    is given; with `flip` also mirrored. One view without `flip`: the argmax of its logits resized to `size`. Several:
-    the mean of their class probabilities, each from logits resized to a common size first, as mmsegmentation's
-    multi-scale testing does. The common size is `size`, or the largest view's where that is smaller (the mean is then
-    resized to `size`), so that memory depends on the views alone and not on the annotation's size.
+    One view without `flip` gives the argmax of its logits, resized to `size`. Several are averaged as class
+    probabilities at a common size, as in mmsegmentation's multi-scale testing: `size`, or that of the largest view if
+    smaller, so that memory does not depend on the annotation's size.
+
+    Args:
+        views: normalised images (B, C, h_i, w_i).
+        size: H and W of the result.
+        window: side of sliding windows in pixels; None: the model sees whole views.
+        stride: distance of the windows in pixels.
+        flip: average over mirrored views, too.
     """
 
-    def logits_of(images: torch.Tensor) -> torch.Tensor:
-        if window is None:
-            return model(images)
-        return sliding_window(model, images, window=window, stride=stride)
-
+    logits_of = model if window is None else partial(sliding_window, model, window=window, stride=stride)
     if len(views) == 1 and not flip:
         scores = logits_of(views[0])
     else:
-        common = min([size, max((view.shape[-2:] for view in views), key=_area)], key=_area)
+        common = min(size, max((view.shape[-2:] for view in views), key=math.prod), key=math.prod)
         scores = 0
-        for view in views:  # a sum instead of the mean, whose argmax is the same
-            scores = scores + _resized(logits_of(view), common).softmax(dim=1)
+        for view in views:  # a sum, whose argmax is that of the mean
+            scores = scores + resize(logits_of(view).float(), common).softmax(dim=1)
             if flip:
-                scores += _resized(logits_of(view.flip(-1)).flip(-1), common).softmax(dim=1)
-    return torch.stack([labels_at(own_scores, size) for own_scores in scores])
-
-
-def _resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    return F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=False)
-
-
-def _area(size: tuple[int, int]) -> int:
-    return size[0] * size[1]
+                scores += resize(logits_of(view.flip(-1)).flip(-1).float(), common).softmax(dim=1)
+    return torch.stack([labels_at(image_scores, size) for image_scores in scores])

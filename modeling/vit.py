@@ -3,14 +3,18 @@
 Legend: B batch, C channels, H W pixels, h w patches, L = h * w, K kept patches, N tokens, D width, P patch side.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import StochasticDepth
 
-from modeling.position import resize_positions, sincos_positions
+from modeling.position import resize_biases, resize_positions, sincos_positions
 
+Grid = tuple[int, int]  # h and w
 SIZES = {
     "tiny": dict(embed_dim=192, depth=12, num_heads=3, patch_size=16),
     "small": dict(embed_dim=384, depth=12, num_heads=6, patch_size=16),
@@ -21,27 +25,27 @@ SIZES = {
 
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """(B, C, H, W) -> (B, L, P*P*C): patches in rows, the pixels of each ordered row, column, channel."""
+    """Cut images (B, C, H, W) into patches (B, L, P*P*C), in row-major order, pixels as (row, column, channel)."""
     b, c, height, width = images.shape
     h, w = height // patch_size, width // patch_size
     x = images.reshape(b, c, h, patch_size, w, patch_size)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, h * w, patch_size * patch_size * c)
 
 
-def unpatchify(patches: torch.Tensor, patch_size: int, grid: tuple[int, int]) -> torch.Tensor:
-    """(B, L, P*P*C) -> (B, C, H, W): the inverse of `patchify`."""
+def unpatchify(patches: torch.Tensor, patch_size: int, grid: Grid) -> torch.Tensor:
+    """Join patches (B, L, P*P*C) to images (B, C, H, W); the inverse of `patchify`."""
     b, (h, w) = patches.shape[0], grid
     x = patches.reshape(b, h, w, patch_size, patch_size, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, h * patch_size, w * patch_size)
 
 
 def take(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Patches or tokens (B, N, D) at `indices` (B, K) -> (B, K, D)."""
+    """Select the patches or tokens (B, N, D) at `indices` (B, K); returns (B, K, D)."""
     return x.gather(1, indices.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
 def initialize_like_paper(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases for Linear layers, 1 and 0 for norms; for `model.apply`."""
+    """Set Xavier-uniform weights and zero biases of Linear layers, 1 and 0 of norms; for `model.apply`."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
@@ -49,16 +53,16 @@ def initialize_like_paper(module: nn.Module) -> None:
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
-    elif isinstance(module, PatchEmbedding):  # seen as the Linear layer that it is
+    elif isinstance(module, PatchEmbedding):  # as the Linear layer that it amounts to
         nn.init.xavier_uniform_(module.proj.weight.data.flatten(1))
         nn.init.zeros_(module.proj.bias)
 
 
 class PatchEmbedding(nn.Module):
-    """Patches to tokens: (B, K, P*P*C) -> (B, K, D).
+    """Project patches to tokens: (B, K, P*P*C) -> (B, K, D).
 
-    Holds the weight as a convolution, as every library stores it, and applies it as the matrix product it is: so the
-    patches that a mask removes are never embedded.
+    The weight is stored as that of a convolution, as in every library, and applied as a matrix product, so that
+    removed patches are never embedded.
     """
 
     def __init__(self, patch_size: int, in_channels: int, dim: int):
@@ -71,14 +75,14 @@ class PatchEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, section 3.2.2): (B, N, D) -> (B, N, D), or (B, M, D) of the last
-    M tokens where they alone are wanted.
+    """Apply multi-head self-attention (Vaswani et al. 2017, section 3.2.2): (B, N, D) -> (B, N, D).
 
-    With `bias_grid`, each head adds to its attention scores a learned number for the offset of two patches, zero at
-    first (Bao et al. 2021, "BEiT", appendix): a table for a grid of that size, which others have resized.
+    With `last=M`, only the last M tokens are queries, and the output is (B, M, D). With `bias_grid`, each head adds a
+    learned relative position bias to its scores, zero at first (Bao et al. 2021, "BEiT", appendix); its table is for a
+    grid of that size and is resized for others.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, bias_grid: tuple[int, int] | None = None):
+    def __init__(self, dim: int, num_heads: int, *, bias_grid: Grid | None = None):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -86,32 +90,29 @@ class Attention(nn.Module):
         self.bias_grid, table = bias_grid, None
         if bias_grid:
             offsets = (2 * bias_grid[0] - 1) * (2 * bias_grid[1] - 1)
-            table = nn.Parameter(torch.zeros(offsets + 3, num_heads))  # cls to patch, patch to cls, cls to cls: last
+            table = nn.Parameter(torch.zeros(offsets + 3, num_heads))  # last: cls to patch, patch to cls, cls to cls
         self.register_parameter("relative_position_bias_table", table)
 
-    def relative_position_bias(self, grid: tuple[int, int]) -> torch.Tensor:
-        """(heads, 1 + L, 1 + L), queries first, for a grid of this size; the cls token stands before the patches."""
-        (h, w), table = self.bias_grid, self.relative_position_bias_table
-        offsets = table[:-3].T.reshape(1, -1, 2 * h - 1, 2 * w - 1)  # of the query's row and column minus the key's
-        if grid != self.bias_grid:
-            h, w = grid
-            offsets = F.interpolate(offsets, size=(2 * h - 1, 2 * w - 1), mode="bilinear", align_corners=False)
-        # A query at (y, x) finds the keys of all rows and columns in the h x w window at (y, x), the last ones first:
-        # windows instead of indices, as the gradients of indices are summed in an order that changes.
-        windows = offsets.squeeze(0).unfold(1, h, 1).unfold(2, w, 1).flip(3, 4)  # (heads, h, w, h, w)
+    def relative_position_bias(self, grid: Grid) -> torch.Tensor:
+        """Return the bias (heads, 1 + L, 1 + L), queries first, for a grid of this size; the cls token comes first."""
+        (h, w), table = grid, resize_biases(self.relative_position_bias_table, self.bias_grid, grid)
+        offsets = table[:-3].T.reshape(-1, 2 * h - 1, 2 * w - 1)  # of the query's row and column minus the key's
+        # The keys of a query at (y, x) are the h x w window of `offsets` at (y, x), in reverse order. Windows are used
+        # because indexing would sum gradients in a nondeterministic order.
+        windows = offsets.unfold(1, h, 1).unfold(2, w, 1).flip(3, 4)  # (heads, h, w, h, w)
         cls_to_patch, patch_to_cls, cls_to_cls = table[-3:, :, None, None]  # (heads, 1, 1) each
         cls = torch.cat([cls_to_cls, cls_to_patch.expand(-1, 1, h * w)], dim=2)
         patches = torch.cat([patch_to_cls.expand(-1, h * w, 1), windows.reshape(-1, h * w, h * w)], dim=2)
         return torch.cat([cls, patches], dim=1)
 
-    def forward(self, x: torch.Tensor, last: int | None = None, grid: tuple[int, int] | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, last: int | None = None, grid: Grid | None = None) -> torch.Tensor:
         b, n, d = x.shape
         qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, d // self.num_heads)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, N, D / heads)
         q = q if last is None else q[:, :, n - last :]
         bias = self.relative_position_bias(grid) if self.bias_grid else None
         if x.device.type == "cpu" and q.dtype == torch.bfloat16:
-            # torch's attention on a CPU is faster in float32: a step of ViT-B takes 8 % less
+            # PyTorch's CPU attention is faster in float32: a step of ViT-B takes 8 % less time.
             with torch.autocast("cpu", enabled=False):
                 x = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), bias)
         else:
@@ -121,7 +122,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with an exact GELU between: (B, N, D) -> (B, N, D)."""
+    """Apply two Linear layers with an exact GELU between them: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
@@ -133,21 +134,14 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: (B, N, D) -> (B, N, D), or (B, M, D) of the last M tokens.
+    """Apply a pre-norm transformer block: (B, N, D) -> (B, N, D), or (B, M, D) with `last=M`.
 
-    With `layer_scale`, each branch is multiplied by a learned weight per channel that starts there (Touvron et al.
-    2021, "Going deeper with Image Transformers", section 2).
+    With `layer_scale`, each branch is multiplied by learned weights per channel, which start at this value (Touvron et
+    al. 2021, "Going deeper with Image Transformers", section 2).
     """
 
     def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float,
-        drop_path: float = 0.0,
-        *,
-        bias_grid: tuple[int, int] | None = None,
-        layer_scale: float | None = None,
+        self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float = 0, *, bias_grid=None, layer_scale=None
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -159,71 +153,64 @@ class Block(nn.Module):
             scale = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
             self.register_parameter(name, scale)
 
-    def forward(self, x: torch.Tensor, last: int | None = None, grid: tuple[int, int] | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, last: int | None = None, grid: Grid | None = None) -> torch.Tensor:
         attended = self.attn(self.norm1(x), last, grid)
         attended = attended if self.gamma_1 is None else self.gamma_1 * attended
         x = (x if last is None else x[:, x.shape[1] - last :]) + self.drop_path(attended)
-        changed = self.mlp(self.norm2(x))
-        changed = changed if self.gamma_2 is None else self.gamma_2 * changed
-        return x + self.drop_path(changed)
+        hidden = self.mlp(self.norm2(x))
+        hidden = hidden if self.gamma_2 is None else self.gamma_2 * hidden
+        return x + self.drop_path(hidden)
 
 
 def run_blocks(
-    blocks: nn.ModuleList,
-    x: torch.Tensor,
-    *,
-    checkpointed: bool,
-    last: int | None = None,
-    grid: tuple[int, int] | None = None,
+    blocks: nn.ModuleList, x: torch.Tensor, *, checkpointed: bool, last: int | None = None, grid: Grid | None = None
 ) -> torch.Tensor:
-    """(B, N, D) -> (B, N, D) through all blocks, or (B, M, D) where the last M tokens alone are wanted.
+    """Run tokens (B, N, D) through all blocks; returns (B, N, D), or the last tokens (B, M, D) with `last=M`.
 
-    Blocks with a relative position bias need the `grid` that the patches form.
-
-    Where `checkpointed`, the backward pass finds each block's input alone and computes the rest again (Chen et al.
-    2016, "Training Deep Nets with Sublinear Memory Cost"), with the same random draws.
+    If `checkpointed`, only block inputs are kept for the backward pass, which computes the rest again (Chen et al.
+    2016, "Training Deep Nets with Sublinear Memory Cost"). A relative position bias needs the patches' `grid`.
     """
     for block in blocks:
-        wanted = last if block is blocks[-1] else None
-        x = checkpoint(block, x, wanted, grid, use_reentrant=False) if checkpointed else block(x, wanted, grid)
+        queries = last if block is blocks[-1] else None
+        x = checkpoint(block, x, queries, grid, use_reentrant=False) if checkpointed else block(x, queries, grid)
     return x
 
 
-def embedding_multiply_adds(encoder: "VisionTransformer", patches: int) -> int:
-    """Of embedding this many patches of an image."""
-    return patches * encoder.patch_embed.proj.weight[0].numel() * encoder.embed_dim
+def training_flops(model: nn.Module, *inputs: torch.Tensor, **options) -> float:
+    """Return the floating-point operations of the matrix products of a training step, per image.
 
-
-def block_multiply_adds(block: Block, tokens: int, last: int | None = None) -> tuple[int, int]:
-    """Of a block's attention and of its MLP, per image, for all tokens or where the last ones alone are wanted."""
-    dim, hidden = block.mlp.fc1.in_features, block.mlp.fc1.out_features
-    queries = last or tokens
-    return tokens * 3 * dim**2 + queries * dim**2 + 2 * tokens * queries * dim, queries * 2 * dim * hidden
-
-
-def block_activation_bytes(block: Block, tokens: int, *, half_precision: bool) -> tuple[int, int]:
-    """Memory per image, about, of what a block's attention and its MLP keep for the backward pass.
-
-    Each keeps, per token and channel, the input of its norm in float32 and, in the precision of matrix products, the
-    norm's output; the attention also queries, keys, values and its output, the MLP two hidden layers.
+    PyTorch counts them in a step without values, on images (2, C, H, W) of the encoder's size. Frozen layers count as
+    far as gradients pass through them, gradient checkpointing does not count. `inputs` are those after the images, on
+    the "meta" device.
     """
-    size = 2 if half_precision else 4
-    on_cpu = block.mlp.fc1.weight.device.type == "cpu"
-    attention = 18 if half_precision and on_cpu else 4 * size  # in float32 there, and its output once more
-    values, hidden = tokens * block.mlp.fc1.in_features, tokens * block.mlp.fc1.out_features
-    return (4 + size + attention) * values, (4 + size) * values + 2 * size * hidden
+    tensors = [*model.parameters(), *model.buffers()]
+    empty = {id(t): torch.empty_like(t, device="meta", requires_grad=t.requires_grad) for t in tensors}
+    model = copy.deepcopy(model, empty).train()
+    encoder = getattr(model, "encoder", model)
+    encoder.gradient_checkpointing = False
+    images = torch.empty(2, encoder.in_channels, *encoder.img_size, device="meta")  # two, because BatchNorm needs them
+    with FlopCounterMode(display=False) as counter:
+        outputs = model(images, *inputs, **options)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        sum(output.sum() for output in outputs if output.requires_grad).backward()
+    return counter.get_total_flops() / len(images)
 
 
 class VisionTransformer(nn.Module):
-    """The encoder: images (B, C, H, W) -> tokens (B, 1 + L, D), the cls token first.
+    """Encode images (B, C, H, W) as tokens (B, 1 + L, D), the cls token first.
 
-    `drop_path` is the rate of the last block; it grows linearly from 0 at the first. Positions are the fixed
-    sine-cosine table, a parameter that takes no gradient until somebody asks for one. `custom_weight_init` is the
-    paper's initialisation (appendix A.1); without it, layers keep PyTorch's own. `gradient_checkpointing` trades a
-    second forward pass for the memory of activations, in training. `relative_position_bias` and `layer_scale` (the
-    start of its weights) add to each block what `Attention` and `Block` tell of them.
+    Positions are the fixed sine-cosine table, a parameter without gradient by default.
 
-    Raises ValueError for an image side that the patch size, or a width that the heads, does not divide.
+    Args:
+        img_size: H and W, or the side of square images, in pixels.
+        drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first.
+        custom_weight_init: initialise as the paper does (appendix A.1) instead of as PyTorch does.
+        gradient_checkpointing: compute activations again in the backward pass, to save memory in training.
+        relative_position_bias: add a relative position bias to every block, see `Attention`.
+        layer_scale: initial value of every block's LayerScale, see `Block`; None for no LayerScale.
+
+    Raises:
+        ValueError: if `patch_size` does not divide `img_size`, or `num_heads` does not divide `embed_dim`.
     """
 
     def __init__(
@@ -246,9 +233,11 @@ class VisionTransformer(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         if any(side % patch_size for side in self.img_size):
-            raise ValueError(f"an image of {self.img_size} pixels is not divided by patches of {patch_size}")
+            raise ValueError(
+                f"an image of {self.img_size} pixels does not split into patches of {patch_size}; give multiples of it"
+            )
         if embed_dim % num_heads:
-            raise ValueError(f"a width of {embed_dim} is not divided by {num_heads} heads")
+            raise ValueError(f"{num_heads} heads do not divide a width of {embed_dim}")
         self.grid = (self.img_size[0] // patch_size, self.img_size[1] // patch_size)
         self.patch_size, self.in_channels, self.embed_dim = patch_size, in_channels, embed_dim
         self.depth, self.num_heads, self.mlp_ratio = depth, num_heads, mlp_ratio
@@ -258,60 +247,77 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim).normal_(std=0.02))
         self.pos_embed = nn.Parameter(sincos_positions(self.grid, embed_dim), requires_grad=False)
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        added = dict(bias_grid=self.grid if relative_position_bias else None, layer_scale=layer_scale)
-        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio, rate, **added) for rate in rates])
+        extras = dict(bias_grid=self.grid if relative_position_bias else None, layer_scale=layer_scale)
+        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio, rate, **extras) for rate in rates])
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         if custom_weight_init:
             self.apply(initialize_like_paper)
 
-    def embed(
-        self, patches: torch.Tensor, kept: torch.Tensor | None = None, *, grid: tuple[int, int] | None = None
-    ) -> torch.Tensor:
-        """Patches (B, L, P*P*C) and the indices of those to keep (B, K), all by default -> tokens (B, 1 + K, D).
+    def embed(self, patches: torch.Tensor, indices: torch.Tensor | None = None, grid: Grid | None = None):
+        """Embed patches (B, L, P*P*C), or those at `indices` (B, K), as tokens (B, 1 + K, D).
 
-        Positions are resized where the patches form another `grid` than the model's own.
+        Positions are resized if the patches form another `grid` than the model's own.
         """
         table = resize_positions(self.pos_embed, self.grid, grid or self.grid)
         positions = table[:, 1:]
-        if kept is not None:
-            patches = take(patches, kept)
-            positions = positions.squeeze(0)[kept]  # (B, K, D)
+        if indices is not None:
+            patches = take(patches, indices)
+            positions = positions.squeeze(0)[indices]  # (B, K, D)
         x = self.patch_embed(patches) + positions
         cls_token = (self.cls_token + table[:, :1]).expand(x.shape[0], -1, -1)
         return torch.cat([cls_token.to(x.dtype), x], dim=1)
 
     def encode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """All blocks and the final norm: (B, N, D) -> (B, N, D).
-
-        Raises ValueError where blocks have a relative position bias and the tokens are not those of all patches.
-        """
-        if self.relative_position_bias and tokens.shape[1] != self.pos_embed.shape[1]:
-            raise ValueError(
-                f"{tokens.shape[1]} of {self.pos_embed.shape[1]} tokens in an encoder with a relative position bias, "
-                "which needs all; leave the bias out of an encoder that sees some patches only"
-            )
+        """Apply all blocks and the final norm: (B, N, D) -> (B, N, D)."""
         checkpointed = self.gradient_checkpointing and self.training
         return self.norm(run_blocks(self.blocks, tokens, checkpointed=checkpointed, grid=self.grid))
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, 1 + L, D), after the final norm; equal to timm's method of the same name."""
+        """Encode images (B, C, H, W) as tokens (B, 1 + L, D) after the final norm, as timm's method of this name."""
         return self.encode(self.embed(patchify(images, self.patch_size)))
 
     forward = forward_features
 
     def forward_layers(self, images: torch.Tensor, indices: list[int]) -> list[torch.Tensor]:
-        """(B, C, H, W) -> one map (B, D, h, w) for each 0-based block index, in the order given, without final norm.
+        """Return one feature map (B, D, h, w) for each block in `indices` (from 0), without the final norm.
 
-        Images may be of any size: what a side has beyond whole patches is cut off, and positions and biases are resized
-        to the patches' grid, as transformers' BEiT does it. Raises ValueError for images without a whole patch.
+        Images (B, C, H, W) may have any size: a remainder beyond whole patches is cut off, and positions and biases are
+        resized to the patches' grid, as in transformers' BEiT.
         """
         side, (height, width) = self.patch_size, images.shape[2:]
         h, w = height // side, width // side
         if not h * w:
             raise ValueError(f"an image of {height} x {width} pixels is smaller than a patch of {side}; enlarge it")
         x = self.embed(patchify(images[:, :, : h * side, : w * side], side), grid=(h, w))
-        checkpointed, maps, done = self.gradient_checkpointing and self.training, {}, 0
+        checkpointed, maps, start = self.gradient_checkpointing and self.training, {}, 0
         for i in sorted(indices):
-            x = run_blocks(self.blocks[done : i + 1], x, checkpointed=checkpointed, grid=(h, w))
-            maps[i], done = x[:, 1:].transpose(1, 2).reshape(x.shape[0], -1, h, w), i + 1
+            x = run_blocks(self.blocks[start : i + 1], x, checkpointed=checkpointed, grid=(h, w))
+            maps[i], start = x[:, 1:].transpose(1, 2).reshape(x.shape[0], -1, h, w), i + 1
         return [maps[i] for i in indices]
+
+
+class EncoderWithHead(nn.Module):
+    """Answer what a training script asks about a model with a head on an `encoder`."""
+
+    @property
+    def num_layers(self) -> int:
+        """Return the `layer_index` of the head."""
+        return self.encoder.depth + 1
+
+    def layer_index(self, name: str) -> int:
+        """Return a parameter's layer: 0 for embeddings, k + 1 for block k from 0, the last for final norm and head.
+
+        For layer-wise learning-rate decay (Clark et al. 2020; Bao et al. 2021, "BEiT").
+        """
+        if name.startswith(("encoder.patch_embed.", "encoder.cls_token", "encoder.pos_embed")):
+            return 0
+        return int(name.split(".")[2]) + 1 if name.startswith("encoder.blocks.") else self.num_layers
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters, besides biases and norms, without weight decay."""
+        scales = {name for name, _ in self.named_parameters() if name.endswith((".gamma_1", ".gamma_2"))}
+        return {"encoder.pos_embed", "encoder.cls_token"} | scales
+
+    def training_flops(self) -> float:
+        """Return the floating-point operations of the matrix products of a training step, per image."""
+        return training_flops(self)

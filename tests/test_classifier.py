@@ -5,10 +5,9 @@ import math
 import pytest
 import timm
 import torch
+from random_modules import randomise
 from timm.models._manipulate import group_parameters
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from modeling.classifier import Classifier
 from modeling.mae import MaskedAutoencoder
@@ -22,15 +21,6 @@ BLOCK = [
     for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
     for kind in ("weight", "bias")
 ]
-
-
-def randomised(module: nn.Module) -> nn.Module:
-    """`module` in evaluation mode with every parameter moved, so that no two could be swapped unnoticed."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return module.eval()
 
 
 def new_classifier(pooling: str = "mean", *, num_classes: int = 5, encoder: dict | None = None, **change) -> Classifier:
@@ -53,7 +43,7 @@ def test_logits_equal_timms(pooling, size):
     ours = new_classifier(pooling, encoder=size).eval()
     named = {"in_chans" if key == "in_channels" else key: value for key, value in (SMALL | size).items()}
     args = dict(num_classes=5, global_pool=POOLINGS[pooling], **named)
-    theirs = randomised(timm.create_model("vit_base_patch16_224", **args))
+    theirs = randomise(timm.create_model("vit_base_patch16_224", **args))
     report = load_weights(ours, theirs.state_dict())
     assert report.loaded == len(theirs.state_dict()) and report.ignored == report.missing == ()
     images = torch.randn(3, ours.encoder.in_channels, *ours.encoder.img_size)
@@ -67,9 +57,9 @@ def test_logits_equal_timms(pooling, size):
 def test_logits_of_an_official_pretraining_equal_timms(pooling):
     """Its encoder below a new head: what timm computes with the same encoder and head."""
     decoder = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
-    source = randomised(MaskedAutoencoder(VisionTransformer(**SMALL), **decoder))
+    source = randomise(MaskedAutoencoder(VisionTransformer(**SMALL), **decoder))
     official = {name.removeprefix("encoder."): value for name, value in source.state_dict().items()}
-    ours = randomised(new_classifier(pooling))
+    ours = randomise(new_classifier(pooling))
     report = load_weights(ours.encoder, official)
     assert {"encoder.norm.weight", "encoder.norm.bias"} <= set(report.ignored) or pooling == "cls"
     assert report.loaded == len(source.encoder.state_dict()) - (2 if pooling == "mean" else 0)
@@ -84,7 +74,7 @@ def test_logits_of_an_official_pretraining_equal_timms(pooling):
 
 
 def test_mean_pooling_leaves_the_cls_token_out():
-    model = randomised(new_classifier())
+    model = randomise(new_classifier())
     tokens = torch.randn(2, 17, 32)
     model.encoder.forward = lambda images: tokens
     before = model(torch.empty(0))
@@ -93,7 +83,7 @@ def test_mean_pooling_leaves_the_cls_token_out():
 
 
 def test_the_batch_norm_of_a_linear_probe():
-    model = randomised(new_classifier("cls", linear_probe=True)).train()
+    model = randomise(new_classifier("cls", linear_probe=True)).train()
     images = torch.randn(64, 3, 32, 32)
     with torch.inference_mode():
         features = model.encoder(images)[:, 0].double()
@@ -148,7 +138,7 @@ def test_what_trains_in_every_mode(pooling, mode, expected):
 
 @pytest.mark.parametrize("mode", ["everything", "linear probe", 0, 0.5, 1, 2])
 def test_gradients_reach_what_trains_and_nothing_else(mode):
-    model = randomised(new_classifier(linear_probe=mode == "linear probe")).train()
+    model = randomise(new_classifier(linear_probe=mode == "linear probe")).train()
     if not isinstance(mode, str):
         model.train_last_blocks(mode)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -157,13 +147,6 @@ def test_gradients_reach_what_trains_and_nothing_else(mode):
         assert (parameter.grad is not None and parameter.grad.any()) == parameter.requires_grad, name
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == ({f"head_norm.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")} & {*before})
-
-
-def test_a_later_choice_replaces_the_first():
-    model = new_classifier()
-    model.train_last_blocks(1)
-    model.train_last_blocks(2)
-    assert model.encoder.blocks[1].attn.qkv.weight.requires_grad
 
 
 # Layers
@@ -209,27 +192,6 @@ def test_initialisation_of_the_head(linear_probe, std):
     assert 0.99 * bound < plain.head.weight.abs().max() <= bound and plain.head.bias.any()
 
 
-def test_norms_and_attributes():
-    mean, cls = new_classifier("mean"), new_classifier("cls", linear_probe=True)
-    assert isinstance(mean.encoder.norm, nn.Identity) and isinstance(mean.head_norm, nn.Identity)
-    assert isinstance(cls.fc_norm, nn.Identity) and isinstance(cls.encoder.norm, nn.LayerNorm)
-    assert mean.fc_norm.eps == cls.head_norm.eps == 1e-6 and not cls.head_norm.affine
-    assert (mean.pooling, mean.num_classes, mean.linear_probe) == ("mean", 5, False)
-    assert (cls.pooling, cls.num_classes, cls.linear_probe) == ("cls", 5, True)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (dict(pooling="max"), "a pooling of 'max'; expected mean or cls"),
-        (dict(num_classes=1), "1 classes; expected at least 2"),
-    ],
-)
-def test_impossible_settings_are_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        new_classifier(**change)
-
-
 @pytest.mark.parametrize("n", [4, -1, 1.5, 0.25, -0.5, math.nan, math.inf])
 def test_blocks_that_are_not_there(n):
     model = new_classifier()
@@ -250,64 +212,20 @@ def in_mode(mode, **change) -> Classifier:
     return model
 
 
-MODES = ["everything", "linear probe", 0, 0.5, 1, 3]
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_flops_of_a_step_are_those_that_torch_counts(mode):
-    model = in_mode(mode)
-    # as plain products: older versions do not count the attention of a CPU
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(torch.randn(2, 3, 112, 112)).sum().backward()
-    assert counter.get_total_flops() == pytest.approx(2 * model.training_flops(), rel=0.06)
-
-
 def test_flops_by_hand():
     block, patches, head = 197 * 12 * 768**2 + 2 * 197**2 * 768, 196 * 768 * 768, 768 * 1000
-    assert base().training_flops() == 6 * (patches + 12 * block + head)
+    assert base().training_flops() == 6 * (patches + 12 * block + head) - 2 * patches  # images have no gradient
     model = base()
     model.train_last_blocks(4)
     assert model.training_flops() == 2 * patches + 2 * 8 * block + 6 * (4 * block + head)
     model.train_last_blocks(0.5)
     mlp = 197 * 8 * 768**2
-    assert model.training_flops() == 2 * (patches + 12 * block - mlp) + 6 * (mlp + head)
-    assert base(linear_probe=True).training_flops() == 2 * (patches + 12 * block) + 6 * head
-
-
-def kept_bytes(model: nn.Module, images: torch.Tensor, *, half_precision: bool) -> int:
-    """Of distinct tensors that autograd keeps, those of parameters and their casts left out."""
-    shapes = {tuple(p.shape) for p in model.parameters()} | {
-        tuple(p.T.shape) for p in model.parameters() if p.ndim == 2
-    }
-    kept = {}
-
-    def keep(tensor):
-        if tuple(tensor.shape) not in shapes:
-            kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
-        return tensor
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=half_precision),
-    ):
-        model(images)
-    return sum(size for size, _ in kept.values())
-
-
-@pytest.mark.parametrize("half_precision", [False, True])
-@pytest.mark.parametrize("mode", MODES)
-def test_the_memory_of_activations_is_about_what_autograd_keeps(mode, half_precision):
-    model, images = in_mode(mode), torch.randn(3, 3, 112, 112)
-    expected = 3 * model.activation_bytes(half_precision=half_precision)
-    kept = kept_bytes(model, images, half_precision=half_precision)
-    if mode in ("linear probe", 0):  # the head's input
-        assert expected == 0 and kept < 3 * 4 * 192 * 8
-    else:
-        assert kept == pytest.approx(expected, rel=0.15)
+    assert model.training_flops() == 2 * (patches + 12 * block - mlp) + 6 * (mlp + head) - mlp
+    assert base(linear_probe=True).training_flops() == 2 * (patches + 12 * block) + 4 * head
 
 
 @pytest.mark.parametrize("mode", ["everything", 2, 0])
-def test_gradient_checkpointing_changes_memory_and_nothing_else(mode):
+def test_gradient_checkpointing_changes_no_gradient(mode):
     plain, saving = in_mode(mode), in_mode(mode, gradient_checkpointing=True)
     saving.load_state_dict(plain.state_dict())
     images = torch.randn(2, 3, 112, 112)
@@ -315,6 +233,3 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(mode):
         model(images).square().sum().backward()
     for one, other in zip(plain.parameters(), saving.parameters(), strict=True):
         assert (one.grad is None and other.grad is None) or torch.equal(one.grad, other.grad)
-    bytes_of = [model.activation_bytes(half_precision=False) for model in (plain, saving)]
-    blocks_that_train = {"everything": 4, 2: 2, 0: 0}[mode]
-    assert bytes_of[1] == bytes_of[0] / max(1, blocks_that_train) + blocks_that_train * 4 * 50 * 192

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import timm
 import timm.data
 import torch
 from PIL import Image
+from random_modules import randomise as randomise_by
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
@@ -37,12 +39,15 @@ from modeling.export import (
     to_official,
     to_transformers,
 )
-from modeling.files import Stored, find_weights, read_state_dict, read_stored
+from modeling.files import Stored, read_state_dict, read_stored
+from modeling.layouts import to_ours
 from modeling.mae import MaskedAutoencoder
+from modeling.trained import open_trained
 from modeling.upernet import Segmenter
 from modeling.vit import SIZES, VisionTransformer
-from modeling.weights import classifier_kind, encoder_sizes, load_weights, segmenter_kind, to_ours
+from modeling.weights import load_weights
 
+randomise = partial(randomise_by, std=0.02)
 MEAN, STD = [0.485, 0.456, 0.406, 0.5], [0.229, 0.224, 0.225, 0.25]
 ENCODERS = {
     "tiny, 2 blocks": SIZES["tiny"] | dict(depth=2),
@@ -54,15 +59,12 @@ ENCODERS = {
 
 def new_encoder(size: dict) -> VisionTransformer:
     """An encoder whose every parameter is random."""
-    return randomised(VisionTransformer(**size))
+    return randomise(VisionTransformer(**size))
 
 
-def randomised(module: torch.nn.Module) -> torch.nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    return module.eval()
+def assert_equal(state: dict, expected: dict) -> None:
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
 def statistics(encoder: VisionTransformer) -> dict:
@@ -95,26 +97,14 @@ def test_three_libraries_load_the_encoder_and_agree(exported):
     torch.testing.assert_close(theirs(images), features[:, 0], rtol=0, atol=1e-5)
 
     for path in (folder, folder / "transformers_model.safetensors"):
-        ours = VisionTransformer(
-            img_size=encoder.img_size,
-            in_channels=encoder.in_channels,
-            mlp_ratio=encoder.mlp_ratio,
-            **{key: getattr(encoder, key) for key in ("patch_size", "embed_dim", "depth", "num_heads")},
-        )
-        load_weights(ours.eval(), read_state_dict(path))
-        assert torch.equal(ours(images), features)
+        assert torch.equal(open_trained(path, given=read_stored(folder)).model(images), features)
 
 
-def test_timm_reads_the_file_and_not_its_own_initialisation(exported):
+def test_timm_reads_the_file_and_knows_the_input(exported):
     encoder, folder = exported
-    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).state_dict()
-    assert all(torch.equal(theirs[name], value) for name, value in encoder.state_dict().items())
-    assert theirs.keys() == encoder.state_dict().keys()
-
-
-def test_timm_knows_the_input(exported):
-    encoder, folder = exported
-    config = timm.data.resolve_data_config(model=timm.create_model(f"local-dir:{folder}", pretrained=True))
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert_equal(model.state_dict(), encoder.state_dict())  # not its own initialisation
+    config = timm.data.resolve_data_config(model=model)
     assert config["input_size"] == (encoder.in_channels, *encoder.img_size)
     assert (config["interpolation"], config["crop_pct"]) == ("bicubic", 0.875)
     assert (list(config["mean"]), list(config["std"])) == tuple(statistics(encoder).values())
@@ -167,7 +157,7 @@ def test_transformers_loads_the_autoencoder_and_agrees(size, norm_pix_loss, mask
     encoder = VisionTransformer(**ENCODERS[size])
     settings = dict(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4, decoder_mlp_ratio=3.0)
     model = MaskedAutoencoder(encoder, **settings, norm_pix_loss=norm_pix_loss, mask_ratio=mask_ratio)
-    randomised(model)
+    randomise(model)
     export_encoder(encoder, tmp_path, **statistics(encoder))
     export_autoencoder(model, tmp_path / "pretraining", **statistics(encoder))
     images = torch.randn(2, encoder.in_channels, *encoder.img_size, generator=torch.Generator().manual_seed(1))
@@ -186,7 +176,7 @@ def test_transformers_loads_the_autoencoder_and_agrees(size, norm_pix_loss, mask
 
     again = MaskedAutoencoder(VisionTransformer(**ENCODERS[size]), **settings)
     load_weights(again, read_state_dict(tmp_path / "pretraining"))
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+    assert_equal(again.state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("grid", [(1, 3), (7, 7), (14, 14), (5, 10), (13, 31)])
@@ -205,64 +195,49 @@ def test_the_mask_ratio_keeps_as_many_patches(grid, tmp_path):
 
 def test_an_autoencoder_that_is_not_square_is_for_this_project_alone(tmp_path):
     size, decoder = ENCODERS["32 x 64, 4 channels"], dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
-    model = randomised(MaskedAutoencoder(VisionTransformer(**size), **decoder))
+    model = randomise(MaskedAutoencoder(VisionTransformer(**size), **decoder))
     export_autoencoder(model, tmp_path, **statistics(model.encoder))
-    again = MaskedAutoencoder(VisionTransformer(**size), **decoder)
-    load_weights(again, read_state_dict(tmp_path))
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+    assert_equal(open_trained(tmp_path).model.state_dict(), model.state_dict())
 
 
 def test_renaming_and_back_is_bit_equal():
-    model = randomised(MaskedAutoencoder(VisionTransformer(**ENCODERS["32 x 64, 4 channels"]), decoder_depth=2))
+    model = randomise(MaskedAutoencoder(VisionTransformer(**ENCODERS["32 x 64, 4 channels"]), decoder_depth=2))
     state = model.state_dict()
     theirs = to_transformers(state)
     assert len(theirs) == len(state) + 2 * 2 * (4 + 2)  # q, k, v of two parameters a block
     assert not theirs.keys() & state.keys()
-    _, back = to_ours(theirs)
-    assert back.keys() == state.keys()
-    assert all(torch.equal(back[name], state[name]) for name in state)
+    assert_equal(to_ours(theirs)[1], state)
+    for kind in ("mean", "cls"):
+        state = new_classifier(SHAPES["square"], KINDS[kind]).state_dict()
+        assert_equal(to_ours(to_transformers(state))[1], state)
+    state = new_segmenter("upernet, bias, layer scale").state_dict()
+    theirs = to_transformers(state)
+    heads = [name for name in state if "_head." in name]
+    assert len(heads) > 50 and theirs.keys() & state.keys() == set(heads)
+    assert_equal(to_ours({name.replace("vit.", "backbone.", 1): value for name, value in theirs.items()})[1], state)
 
 
 @torch.inference_mode()
 def test_files_of_the_official_code_and_of_timm_come_back_bit_equal(tmp_path):
     """Ours -> theirs -> ours, and theirs -> ours -> theirs."""
     for size in ("128 x 4, 64 pixels", "32 x 64, 4 channels"):
-        model = randomised(MaskedAutoencoder(VisionTransformer(**ENCODERS[size]), decoder_depth=2))
+        model = randomise(MaskedAutoencoder(VisionTransformer(**ENCODERS[size]), decoder_depth=2))
         official = to_official(model.state_dict())
         assert {"pos_embed", "blocks.0.attn.qkv.weight", "decoder_blocks.1.mlp.fc2.bias"} <= official.keys()
         torch.save({"model": official}, tmp_path / "mae.pth")
         layout, ours = to_ours(read_state_dict(tmp_path / "mae.pth"))
         again = MaskedAutoencoder(VisionTransformer(**ENCODERS[size]), decoder_depth=2)
         load_weights(again, read_state_dict(tmp_path / "mae.pth"), stored=Stored(grid=model.encoder.grid))
-        back = to_official(again.state_dict())
         assert layout == "the official MAE" and ours.keys() == model.state_dict().keys()
-        assert back.keys() == official.keys() and all(torch.equal(back[name], official[name]) for name in back)
+        assert_equal(to_official(again.state_dict()), official)
     for kind in ("mean", "cls"):
         theirs = timm.create_model(
             "vit_tiny_patch16_224", depth=2, num_classes=7, global_pool={"mean": "avg", "cls": "token"}[kind]
         )
         encoder = VisionTransformer(**SIZES["tiny"] | dict(depth=2))
         ours = Classifier(encoder, 7, pooling=kind)
-        load_weights(ours, randomised(theirs).state_dict())
-        back = to_official(ours.state_dict())
-        assert back.keys() == theirs.state_dict().keys()
-        assert all(torch.equal(back[name], value) for name, value in theirs.state_dict().items())
-
-
-def test_files_are_float32_on_the_cpu_and_say_pt(tmp_path):
-    encoder = new_encoder(ENCODERS["a thin MLP"]).bfloat16()
-    export_encoder(encoder, tmp_path, **statistics(encoder))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "config.json",
-        "model.safetensors",
-        "preprocessor_config.json",
-        "transformers_model.safetensors",
-    ]
-    for name in ("model.safetensors", "transformers_model.safetensors"):
-        with safe_open(tmp_path / name, "pt") as file:
-            assert file.metadata() == {"format": "pt"}
-            assert all(file.get_tensor(key).dtype == torch.float32 for key in file.keys())  # noqa: SIM118
-    assert encoder.cls_token.dtype == torch.bfloat16
+        load_weights(ours, randomise(theirs).state_dict())
+        assert_equal(to_official(ours.state_dict()), theirs.state_dict())
 
 
 # Classifiers
@@ -290,7 +265,7 @@ KINDS = {
 
 def new_classifier(size: dict, kind: dict) -> Classifier:
     """A classifier whose every number is random, the statistics of its BatchNorm too."""
-    model = randomised(Classifier(VisionTransformer(**size), len(NAMES), **kind, custom_weight_init=False))
+    model = randomise(Classifier(VisionTransformer(**size), len(NAMES), **kind, custom_weight_init=False))
     if model.linear_probe:
         torch.manual_seed(3)
         model.head_norm.running_mean.normal_(std=2)
@@ -332,13 +307,10 @@ def test_three_libraries_load_the_classifier_and_agree(shape, kind, tmp_path):
     assert theirs.global_pool == {"mean": "avg", "cls": "token"}[model.pooling]
 
     files = [folder, folder / "transformers_model.safetensors"] if square else [folder]
+    stored = read_stored(folder)
     for path in files:
-        state, stored = read_state_dict(path), read_stored(folder)
-        num_classes, pooling, linear_probe = classifier_kind(state)
-        assert (num_classes, pooling, linear_probe) == (len(NAMES), model.pooling, False)
-        sizes = encoder_sizes(state, stored)
-        again = Classifier(VisionTransformer(img_size=model.encoder.img_size, **sizes), num_classes, pooling=pooling)
-        load_weights(again.eval(), state, stored=stored)
+        again = open_trained(path, given=stored).model
+        assert (again.num_classes, again.pooling, again.linear_probe) == (len(NAMES), model.pooling, False)
         torch.testing.assert_close(again(images), logits, rtol=0, atol=1e-5)
     assert stored == Stored(
         model.encoder.grid,
@@ -354,12 +326,7 @@ def test_three_libraries_load_the_classifier_and_agree(shape, kind, tmp_path):
 def test_reading_what_was_written_is_bit_equal(tmp_path):
     for kind in ("mean", "cls"):
         model = new_classifier(SHAPES["square"], KINDS[kind])
-        again = Classifier(VisionTransformer(**SHAPES["square"]), len(NAMES), **KINDS[kind])
-        load_weights(again, read_state_dict(find_weights(write(model, tmp_path), whole=False)))
-        assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
-        state = model.state_dict()
-        _, back = to_ours(to_transformers(state))
-        assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
+        assert_equal(open_trained(write(model, tmp_path)).model.state_dict(), model.state_dict())
 
 
 def test_the_pipeline_gives_the_names_and_the_probabilities(tmp_path):
@@ -406,19 +373,19 @@ def test_folding_happens_in_double_precision(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_files_of_a_classifier(tmp_path):
-    model = new_classifier(SHAPES["square"], KINDS["mean, linear probe"]).bfloat16()
-    names = sorted(path.name for path in write(model, tmp_path).iterdir())
-    assert names == [
-        "config.json",
-        "model.safetensors",
-        "preprocessor_config.json",
-        "transformers_model.safetensors",
-    ]
-    for name in ("model.safetensors", "transformers_model.safetensors"):
-        with safe_open(tmp_path / name, "pt") as file:
-            assert file.metadata() == {"format": "pt"}
-            assert all(file.get_tensor(key).dtype == torch.float32 for key in file.keys())  # noqa: SIM118
+def test_files_are_float32_on_the_cpu_and_say_pt(tmp_path):
+    encoder = new_encoder(ENCODERS["a thin MLP"]).bfloat16()
+    export_encoder(encoder, tmp_path / "encoder", **statistics(encoder))
+    write(new_classifier(SHAPES["square"], KINDS["mean, linear probe"]).bfloat16(), tmp_path / "model")
+    weights = ["model.safetensors", "transformers_model.safetensors"]
+    for folder in tmp_path.iterdir():
+        names = sorted(path.name for path in folder.iterdir())
+        assert names == sorted([*weights, "config.json", "preprocessor_config.json"])
+        for name in weights:
+            with safe_open(folder / name, "pt") as file:
+                assert file.metadata() == {"format": "pt"}
+                assert all(file.get_tensor(key).dtype == torch.float32 for key in file.keys())  # noqa: SIM118
+    assert encoder.cls_token.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("classes", [NAMES[1:], [*NAMES, "hen"], []])
@@ -448,7 +415,7 @@ def new_segmenter(kind: str, **change) -> Segmenter:
     options, extras = SEGMENTERS[kind]
     size = dict(img_size=48, patch_size=8, embed_dim=32, depth=5, num_heads=2, mlp_ratio=3.0)
     torch.manual_seed(4)
-    model = randomised(Segmenter(VisionTransformer(**size | extras | change), len(NAMES), **options))
+    model = randomise(Segmenter(VisionTransformer(**size | extras | change), len(NAMES), **options))
     for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
             buffer.normal_(std=0.5)
@@ -493,26 +460,16 @@ def test_transformers_loads_the_segmenter_and_agrees(kind, tmp_path):
 def test_reading_a_segmenter_that_was_written(kind, tmp_path):
     model = new_segmenter(kind)
     folder, images = write_segmenter(model, tmp_path), torch.randn(1, 3, 48, 48)
-    stored = read_stored(find_weights(folder, whole=False))
+    stored = read_stored(folder)
     known = dict(layers=model.layers, resize=[192, 48])
     assert stored == Stored((6, 6), 2, None, *statistics(model.encoder).values(), NAMES, **known)
     files = [folder, folder / "transformers_model.safetensors"]
     for path in files if model.head == "upernet" else files[:1]:
-        state = read_state_dict(path)
-        told = segmenter_kind(state)
-        encoder = VisionTransformer(
-            img_size=48,
-            **encoder_sizes(state, stored),
-            relative_position_bias=told.relative_position_bias,
-            layer_scale=0.1 if told.layer_scale else None,
-        )
-        options = dict(head=told.head, layers=stored.layers, head_width=told.head_width, auxiliary=told.auxiliary)
-        again = Segmenter(encoder, told.num_classes, **options).eval()
-        load_weights(again, state, stored=stored)
+        again = open_trained(path, given=stored).model
         torch.testing.assert_close(again(images), model(images), rtol=0, atol=1e-4)
         assert again.state_dict().keys() == model.state_dict().keys()
         if path == folder:  # bit equal, BatchNorm and auxiliary head too
-            assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+            assert_equal(again.state_dict(), model.state_dict())
 
 
 def test_the_pipeline_names_the_classes_of_an_image(tmp_path):
@@ -559,15 +516,6 @@ def test_segmenters_that_cannot_be_written(tmp_path):
         with pytest.raises(ValueError, match=message):
             export_segmenter(model, tmp_path, classes=classes, resize=(192, 48), **statistics(model.encoder))
     assert not list(tmp_path.iterdir())
-
-
-def test_renaming_a_segmenter_and_back_is_bit_equal():
-    state = new_segmenter("upernet, bias, layer scale").state_dict()
-    theirs = to_transformers(state)
-    heads = [name for name in state if "_head." in name]
-    assert len(heads) > 50 and theirs.keys() & state.keys() == set(heads)
-    _, back = to_ours({name.replace("vit.", "backbone.", 1): value for name, value in theirs.items()})
-    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
 
 
 def test_exporting_needs_neither_transformers_nor_timm():

@@ -1,4 +1,4 @@
-"""The built-in drawn data set: reproducible, labelled by its largest object, and learnable."""
+"""Test that the drawn scenes are reproducible, labelled by their largest object, and learnable."""
 
 import hashlib
 import random
@@ -15,10 +15,6 @@ from data import shapes
 @pytest.fixture(scope="module")
 def scenes():
     return shapes.draw_range(range(400))
-
-
-def digest(arrays) -> str:
-    return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
 
 
 def test_shapes_and_types(scenes):
@@ -40,7 +36,7 @@ def test_another_process_draws_the_same_bytes(scenes):
     )
     root = Path(shapes.__file__).parents[1]
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == digest(scenes)
+    assert result.stdout.strip() == hashlib.sha256(b"".join(array.tobytes() for array in scenes)).hexdigest()
 
 
 def test_a_scene_does_not_depend_on_the_others(scenes):
@@ -69,8 +65,6 @@ def test_splits_follow_each_other(monkeypatch, capsys):
         np.testing.assert_array_equal(np.concatenate([first, second]), both)
     shapes.draw_split("train", progress=True)
     assert "drawing builtin:shapes (train)" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="train, validation; got 'test'"):
-        shapes.draw_split("test")
 
 
 def test_label_is_the_clearly_largest_object(scenes):
@@ -81,26 +75,6 @@ def test_label_is_the_clearly_largest_object(scenes):
         assert areas.argmax() == label
         assert areas[label] >= 140
         assert areas[label] >= 1.25 * np.sort(areas)[-2]
-
-
-def test_classes_are_balanced(scenes):
-    shares = np.bincount(scenes[1], minlength=8) / 400
-    assert shares.min() >= 0.06 and shares.max() <= 0.20
-
-
-def test_objects_differ_from_the_background(scenes):
-    distances = []
-    for image, label, mask in zip(*scenes, strict=True):
-        object_colour, background_colour = image[mask == label + 1].mean(0), image[mask == 0].mean(0)
-        distances.append(np.linalg.norm(object_colour - background_colour))
-    assert min(distances) > 40 and np.median(distances) > 100  # of 255 a channel
-
-
-def test_mask_edges_are_image_edges(scenes):
-    images, _, masks = scenes
-    steps = np.abs(np.diff(images.astype(int), axis=2)).mean(-1)
-    edges = np.diff(masks.astype(int), axis=2) != 0
-    assert steps[edges].mean() > 4 * steps[~edges].mean()
 
 
 def test_outlines_are_centred_and_of_area_one():

@@ -1,0 +1,165 @@
+"""Convert parameter names of several libraries to ours, and inspect what parameters show of their model.
+
+Legend: as in mae.py.
+"""
+
+import math
+import re
+
+import torch
+
+from modeling.files import WeightsError
+
+State = dict[str, torch.Tensor]  # parameters by name
+
+# Names of MaskedAutoencoder, Classifier and Segmenter -> names in transformers' files: those of `vit` (ViT and ViTMAE)
+# and, with other prefixes, of BEiT. Used in both directions.
+TRANSFORMERS_NAMES = [
+    ("encoder.cls_token", "vit.embeddings.cls_token"),
+    ("encoder.pos_embed", "vit.embeddings.position_embeddings"),
+    ("encoder.patch_embed.proj.", "vit.embeddings.patch_embeddings.projection."),
+    ("encoder.blocks.", "vit.encoder.layer."),
+    ("encoder.norm.", "vit.layernorm."),
+    ("fc_norm.", "vit.pooler.layernorm."),  # BEiT's
+    ("head.", "classifier."),
+    ("mask_token", "decoder.mask_token"),
+    ("decoder_pos_embed", "decoder.decoder_pos_embed"),
+    ("decoder_embed.", "decoder.decoder_embed."),
+    ("decoder_blocks.", "decoder.decoder_layers."),
+    ("decoder_norm.", "decoder.decoder_norm."),
+    ("decoder_pred.", "decoder.decoder_pred."),
+    ("fpn.fpn1.", "backbone.fpn1."),
+    ("fpn.fpn2.", "backbone.fpn2.0."),
+    (".gamma_", ".lambda_"),  # BEiT's
+    (".attn.relative_position_bias_table", ".attention.attention.relative_position_bias.relative_position_bias_table"),
+    (".norm1.", ".layernorm_before."),
+    (".norm2.", ".layernorm_after."),
+    (".attn.proj.", ".attention.output.dense."),
+    (".mlp.fc1.", ".intermediate.dense."),
+    (".mlp.fc2.", ".output.dense."),  # after attn.proj, which has the same ending
+]
+QKV = ".attn.qkv."  # one parameter (3D, ...) here, three parameters (D, ...) there
+TRANSFORMERS_QKV = (".attention.attention.query.", ".attention.attention.key.", ".attention.attention.value.")
+
+# Names that transformers 5 uses in memory, or writes by mistake -> those of its files; its mlp.fc1 and fc2 equal ours.
+TRANSFORMERS_5_NAMES = [
+    ("vit.layers.", "vit.encoder.layer."),
+    ("decoder.decoder_encoder.layer.", "decoder.decoder_layers."),  # the mistake, which 4.x does not read
+    (".attention.q_proj.", TRANSFORMERS_QKV[0]),
+    (".attention.k_proj.", TRANSFORMERS_QKV[1]),
+    (".attention.v_proj.", TRANSFORMERS_QKV[2]),
+    (".attention.o_proj.", ".attention.output.dense."),
+    (".attention.attention.relative_position_bias.", ".relative_position_bias."),  # files have the prefix that follows
+    (".relative_position_bias.", ".attention.attention.relative_position_bias."),
+    ("backbone.fpn.fpn1.conv_transpose1.", "backbone.fpn1.0."),
+    ("backbone.fpn.fpn1.normalization.", "backbone.fpn1.1."),
+    ("backbone.fpn.fpn1.conv_transpose2.", "backbone.fpn1.3."),
+    ("backbone.fpn.fpn2.", "backbone.fpn2.0."),
+]
+
+OFFICIAL_LINEAR_PROBE_NAMES = [("head.0.", "head_norm."), ("head.1.", "head.")]
+
+SEGMENTATION_HEADS = ("decode_head.", "auxiliary_head.")  # the same names here and in transformers
+HEADS = ("head.", "head_norm.", "fc_norm.", "vit.pooler.", "fpn.", *SEGMENTATION_HEADS)  # all that follows an encoder
+DECODER = ("mask_token", "decoder_")
+BLOCKS = {"encoder": "encoder.blocks.", "decoder": "decoder_blocks."}
+PROJECTION = "encoder.patch_embed.proj.weight"  # (D, C, P, P)
+# Options of an encoder -> endings of the parameters that they add to every block
+EXTRAS = {
+    "relative_position_bias": (".attn.relative_position_bias_table",),  # ((2h-1)*(2w-1) + 3, heads)
+    "layer_scale": (".gamma_1", ".gamma_2"),
+}
+
+
+def rename(name: str, pairs: list[tuple[str, str]]) -> str:
+    """Replace the first member of each pair by the second in a parameter's name, unless it is a segmentation head's."""
+    if name.startswith(SEGMENTATION_HEADS):
+        return name
+    for old, new in pairs:
+        name = name.replace(old, new, 1)
+    return name
+
+
+def to_ours(state: State) -> tuple[str, State]:
+    """Return the name of a layout, and its parameters under the names of this project's modules.
+
+    Parameters without a counterpart keep their names.
+
+    Raises:
+        WeightsError: for an unknown layout, and without an encoder.
+    """
+    # Older versions of transformers and of BEiT store these indices, which follow from the grid.
+    state = {name: value for name, value in state.items() if not name.endswith(".relative_position_index")}
+    if any(name.startswith("encoder.blocks.") for name in state):
+        return "this project", state
+    if {"blocks.0.attn.qkv.weight", "patch_embed.proj.weight"} <= state.keys():
+        if "head.1.weight" in state:
+            state = {rename(name, OFFICIAL_LINEAR_PROBE_NAMES): value for name, value in state.items()}
+        layout = f"a timm or MAE {'classifier' if 'head.weight' in state else 'encoder'}"
+        layout = "the official MAE" if any(name.startswith(DECODER) for name in state) else layout
+        return layout, {n if n.startswith(DECODER + HEADS) else f"encoder.{n}": t for n, t in state.items()}
+    if any(f"backbone.{part}embeddings.cls_token" in state for part in ("", "beit.")):
+        layout, prefix = "transformers' UperNet", r"^backbone\.(beit\.)?(?!fpn)"
+    elif "beit.embeddings.cls_token" in state:
+        layout, prefix = "transformers' BEiT", r"^beit\."
+    elif "vit.embeddings.cls_token" in state or "embeddings.cls_token" in state:
+        layout = "transformers' ViTMAE" if "decoder.mask_token" in state else "transformers' ViT"
+        prefix = "^" if "embeddings.cls_token" in state else r"^vit\."  # ViTModel and ViTMAEModel have no prefix
+    else:
+        raise WeightsError(
+            f"weights without an encoder, or of an unknown layout ({', '.join(list(state)[:4])}, ...); expected those "
+            "of this project, facebookresearch/mae, timm's ViT or transformers' ViT, ViTMAE, BEiT and UperNet with a "
+            "BEiT; give or rename them to one of these"
+        )
+    state = {re.sub(prefix, "vit.", name): value for name, value in state.items()}
+    return layout, _from_transformers({rename(name, TRANSFORMERS_5_NAMES): value for name, value in state.items()})
+
+
+def _from_transformers(state: State) -> State:
+    """Rename the parameters in transformers' files to ours; the inverse of `export.to_transformers`."""
+    pairs = [(theirs, ours) for ours, theirs in TRANSFORMERS_NAMES]
+    query, others = TRANSFORMERS_QKV[0], TRANSFORMERS_QKV[1:]
+    ours = {}
+    for name, value in state.items():
+        if query in name:  # a missing part shows as a wrong shape
+            parts = [state.get(name.replace(query, part)) for part in TRANSFORMERS_QKV]
+            if name.endswith(".bias") and parts[1] is None:  # BEiT has none, because the softmax cancels it
+                parts[1] = torch.zeros_like(value)
+            ours[rename(name.replace(query, QKV), pairs)] = torch.cat([part for part in parts if part is not None])
+        elif not any(part in name for part in others):
+            ours[rename(name, pairs)] = value
+    return ours
+
+
+def extra_names(state: State, option: str) -> list[str]:
+    """Return the encoder's parameters in `state`, under our names, that one of EXTRAS adds."""
+    return [name for name in state if name.startswith(BLOCKS["encoder"]) and name.endswith(EXTRAS[option])]
+
+
+def model_settings(state: State) -> dict[str, object]:
+    """Return the arguments that parameters under our names show, as the scripts name them.
+
+    They have `encoder_embed_dim` if they show an encoder, `decoder_embed_dim` if they show a decoder, `pooling` if they
+    have a classification head, and `head` if they have a segmentation head.
+    """
+    settings, projection = {option: bool(extra_names(state, option)) for option in EXTRAS}, state.get(PROJECTION)
+    if projection is not None and projection.ndim == 4:
+        for part, blocks in BLOCKS.items():
+            fc1 = state.get(f"{blocks}0.mlp.fc1.weight")
+            if fc1 is not None and fc1.ndim == 2:
+                indices = [name.removeprefix(blocks).partition(".")[0] for name in state if name.startswith(blocks)]
+                depth = 1 + max(int(index) for index in indices if index.isdecimal())
+                # Rounded up, because a model rounds width * mlp_ratio down.
+                ratio = math.ceil(round(fc1.shape[0] / fc1.shape[1] * 1e4, 3)) / 1e4
+                settings |= {f"{part}_embed_dim": fc1.shape[1], f"{part}_depth": depth, f"{part}_mlp_ratio": ratio}
+        settings |= dict(patch_size=projection.shape[-1], input_channels=projection.shape[1])
+    head = state.get("head.weight")
+    if head is not None and head.ndim == 2:
+        settings |= dict(num_classes=len(head), pooling="mean" if "fc_norm.weight" in state else "cls")
+        settings["linear_probe"] = "head_norm.running_mean" in state  # not in an export, whose head includes the norm
+    head, linear = state.get("decode_head.classifier.weight"), "decode_head.batch_norm.running_var" in state
+    if head is not None and head.ndim == 4 and (linear or "fpn.fpn2.weight" in state):
+        settings |= dict(num_classes=len(head), head="linear" if linear else "upernet")
+        settings["head_width"] = None if linear else head.shape[1]
+        settings["auxiliary"] = "auxiliary_head.classifier.weight" in state
+    return settings
