@@ -1,29 +1,28 @@
-"""Samples -> batches: what runs in the loader's worker processes."""
+"""Samples -> batches: the data sets that run in the loader's worker processes, and the loader."""
 
 import gc
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from data.decode import DamagedImage, PixelFormat
 from data.masking import mask_noise
-from data.sampling import sample_generator
-from data.sources import Fetched, Source, image_of
-from data.transforms import empty_images, evaluation, pretraining, training
+from data.sampling import StepSampler, sample_generator
+from data.sources import Source, image_of
+from data.transforms import CentreCrop, RandomCrop, augment_image, empty_images
 
 FIXED_EPOCH = 2**32 - 1  # the "epoch" of validation: its noise is the same in every epoch and run
 
 
 class PretrainingBatch(NamedTuple):
-    """A micro-batch."""
+    """Hold a micro-batch."""
 
     images: torch.Tensor  # (B, C, H, W), uint8, or float32 in [0, 1]
     noise: torch.Tensor  # (B, L), float32: the K smallest values of a row mark the patches that are kept
@@ -31,212 +30,145 @@ class PretrainingBatch(NamedTuple):
 
 
 class ClassificationBatch(NamedTuple):
-    """A micro-batch."""
+    """Hold a micro-batch."""
 
     images: torch.Tensor  # (B, C, H, W), uint8, or float32 in [0, 1]
-    labels: torch.Tensor  # (B,), int64: the classes of what `images` shows
-    indices: list[int]  # the samples that were asked for: one that is in `damaged` shows another image
+    labels: torch.Tensor  # (B,), int64
+    indices: list[int]  # of the samples; for those in `damaged`, image and label are another sample's
     damaged: list[tuple[int, str]]  # index and reason of every image that could not be read
 
 
-def readable(
-    source: Source,
-    index: int,
-    data: Fetched,
-    pixels: PixelFormat,
-    damaged: list[tuple[int, str]],
-    min_sides: tuple[int, int] | None = None,
-) -> tuple[torch.Tensor, int]:
-    """The image (C, H, W) that `data` encodes, or the next one that can be read, and its index; appends to `damaged`.
+class SourceDataset(Dataset):
+    """Base of the data sets over the samples of a source, which `read` decodes."""
 
-    Where none can be read, the image is one black pixel, with the index of the first: the run will stop.
-    """
-    for _ in range(len(source)):
-        try:
-            return image_of(data, pixels, min_sides), index
-        except DamagedImage as error:
-            damaged.append((index, str(error)))
-        index = (index + 1) % len(source)
-        (data,) = source.fetch([index])
-    return empty_images(1, pixels.channels, (1, 1), pixels.dtype)[0].zero_(), index
+    min_sides = None
 
-
-def read_images(
-    source: Source,
-    items: list[tuple[int, int]],
-    pixels: PixelFormat,
-    damaged: list[tuple[int, str]],
-    min_sides: tuple[int, int] | None = None,
-) -> Iterator[tuple[int, int, torch.Tensor, int]]:
-    """For every (epoch, sample index) of `items`: the two, the image (C, H, W) and the index of the image that it is.
-
-    That is another one where the sample's own cannot be read, see `readable`. An image that stands several times in a
-    row is read and decoded once.
-    """
-    encoded = source.fetch([index for index, _ in groupby(index for _, index in items)])
-    for data, (index, views) in zip(encoded, groupby(items, key=itemgetter(1)), strict=True):
-        image, shown = readable(source, index, data, pixels, damaged, min_sides)
-        for epoch, _ in views:
-            yield epoch, index, image, shown
-
-
-def least_sides(size: tuple[int, int], crop_scale: float) -> tuple[int, int]:
-    """The sides (height, width) of an image from which a crop of the share `crop_scale` of its area, at any proportions
-    that are drawn, is not enlarged to `size`."""
-    side = math.ceil(max(size) / math.sqrt(crop_scale * 3 / 4))
-    return side, side
-
-
-class PretrainingDataset(Dataset):
-    """Takes a list of (epoch, sample index) and fills one batch buffer.
-
-    A sample's crop, flip and mask are drawn from (seed, epoch, index) alone; with `train=False` the crop is the centre.
-    A damaged image is replaced by the next readable one. `crop_scale` is that of `transforms.pretraining`, `crop_ratio`
-    that of `transforms.evaluation`. With `fast`, crops may be cut from a JPEG that is decoded at a smaller scale.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        *,
-        img_size: tuple[int, int],
-        pixels: PixelFormat,
-        grid: tuple[int, int],
-        num_kept: int,
-        mask_strategy: str,
-        seed: int,
-        train: bool,
-        crop_scale: tuple[float, float] = (0.2, 1.0),
-        crop_ratio: float = 1.0,
-        fast: bool = False,
-    ):
-        self.source, self.img_size, self.pixels = source, img_size, pixels
-        self.grid, self.num_kept, self.mask_strategy = grid, num_kept, mask_strategy
-        self.seed, self.train = seed, train
-        self.crop_scale, self.crop_ratio = crop_scale, crop_ratio
-        self.min_sides = least_sides(img_size, crop_scale[0]) if fast and train else None
+    def __init__(self, source: Source, pixels: PixelFormat):
+        self.source, self.pixels = source, pixels
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def read(self, index: int):
+        """Return the decoded sample. Raises DamagedImage."""
+        return image_of(*self.source.fetch([index]), self.pixels, self.min_sides)
+
+    def first_readable(self, index: int, damaged: list[tuple[int, str]]) -> tuple:
+        """Return the sample `index`, or the next one that can be read, and its index; append to `damaged`.
+
+        If no sample can be read, return None and `index`: the run will stop.
+        """
+        for _ in range(len(self)):
+            try:
+                return self.read(index), index
+            except DamagedImage as error:
+                damaged.append((index, str(error)))
+            index = (index + 1) % len(self)
+        return None, index
+
+
+class ImageDataset(SourceDataset):
+    """Base of the data sets that cut one crop of each (epoch, sample index) in a list.
+
+    Everything random is drawn from (seed, epoch, index) alone. A damaged image is replaced by the next readable one.
+    """
+
+    def __init__(self, source: Source, pixels: PixelFormat, crop: RandomCrop | CentreCrop, seed: int):
+        super().__init__(source, pixels)
+        self.crop, self.min_sides, self.seed = crop, crop.min_sides, seed
+
+    def cut_crops(self, items: list[tuple[int, int]]) -> tuple[torch.Tensor, list, list[tuple[int, str]]]:
+        """Return crops (B, C, *crop.size), a list of their generators and of the indices that they show, and `damaged`.
+
+        An index that is repeated in a row is read and decoded once.
+        """
+        images = empty_images(len(items), self.pixels.channels, self.crop.size, self.pixels.dtype)
+        samples, damaged = [], []
+        for index, views in groupby(items, key=itemgetter(1)):
+            image, image_index = self.first_readable(index, damaged)
+            for epoch, _ in views:
+                rng, out = sample_generator(self.seed, epoch, index), images[len(samples)]
+                samples.append((rng, image_index))
+                if image is None:
+                    out.zero_()
+                else:
+                    self.crop(image, rng, out=out)
+        return images, samples, damaged
+
+
+class PretrainingDataset(ImageDataset):
+    """Make a PretrainingBatch of a list of (epoch, sample index).
+
+    `grid` are the patches (h, w) of a crop, of which `num_kept` are not removed by `mask_strategy`, see `mask_noise`;
+    `options` are those of ImageDataset.
+    """
+
+    def __init__(self, source: Source, *, grid: tuple[int, int], num_kept: int, mask_strategy: str, **options):
+        super().__init__(source, **options)
+        self.grid, self.num_kept, self.mask_strategy = grid, num_kept, mask_strategy
 
     def __getitems__(self, items: list[tuple[int, int]]) -> PretrainingBatch:
-        images = empty_images(len(items), self.pixels.channels, self.img_size, self.pixels.dtype)
-        noise = np.empty((len(items), self.grid[0] * self.grid[1]), dtype=np.float32)
-        damaged: list[tuple[int, str]] = []
-        samples = read_images(self.source, items, self.pixels, damaged, self.min_sides)
-        for row, (epoch, index, image, _) in enumerate(samples):
-            rng = sample_generator(self.seed, epoch, index)
-            self.crop(image, rng, out=images[row])
-            noise[row] = mask_noise(self.mask_strategy, rng, self.grid, self.num_kept)
-        return PretrainingBatch(images, torch.from_numpy(noise), damaged)
-
-    def crop(self, image: torch.Tensor, rng: np.random.Generator, *, out: torch.Tensor) -> None:
-        """(C, H, W) of any size -> (C, *img_size), written into `out`."""
-        if self.train:
-            pretraining(image, rng, self.img_size, scale=self.crop_scale, out=out)
-        else:
-            out.copy_(evaluation(image, self.img_size, crop_ratio=self.crop_ratio))
+        images, samples, damaged = self.cut_crops(items)
+        noise = [mask_noise(self.mask_strategy, rng, self.grid, self.num_kept) for rng, _ in samples]
+        return PretrainingBatch(images, torch.from_numpy(np.stack(noise)), damaged)
 
 
-class ClassificationDataset(Dataset):
-    """Takes a list of (epoch, sample index) and fills one batch buffer; `labels` (N,) has a class for every sample.
+class ClassificationDataset(ImageDataset):
+    """Make a ClassificationBatch of a list of (epoch, sample index).
 
-    A sample's crop, flip and augmentation are drawn from (seed, epoch, index) alone; with `train=False` the crop is the
-    centre. A damaged image is replaced by the next readable one, with that one's label. `crop_scale` and `augment` are
-    those of `transforms.training`, `crop_ratio` that of `transforms.evaluation`, `fast` as in PretrainingDataset.
-    Raises ValueError where `labels` are not as many as the samples.
+    `labels` (N,) has a class for each sample. `augment` is applied to the crops, see `augment_image`; `options` are
+    those of ImageDataset.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        labels: np.ndarray,
-        *,
-        img_size: tuple[int, int],
-        pixels: PixelFormat,
-        seed: int,
-        train: bool,
-        crop_scale: tuple[float, float] = (0.08, 1.0),
-        crop_ratio: float = 0.875,
-        augment: Callable[[Image.Image], Image.Image] | None = None,
-        fast: bool = False,
-    ):
-        if len(labels) != len(source):
-            raise ValueError(f"{len(labels)} labels for {len(source)} images; expected one for each")
-        self.source, self.labels, self.img_size, self.pixels = source, labels, img_size, pixels
-        self.seed, self.train = seed, train
-        self.crop_scale, self.crop_ratio, self.augment = crop_scale, crop_ratio, augment
-        self.min_sides = least_sides(img_size, crop_scale[0]) if fast and train else None
-
-    def __len__(self) -> int:
-        return len(self.source)
+    def __init__(self, source: Source, labels: np.ndarray, *, augment: Callable | None = None, **options):
+        super().__init__(source, **options)
+        self.labels, self.augment = labels, augment
 
     def __getitems__(self, items: list[tuple[int, int]]) -> ClassificationBatch:
-        images = empty_images(len(items), self.pixels.channels, self.img_size, self.pixels.dtype)
-        labels = torch.empty(len(items), dtype=torch.int64)
-        damaged: list[tuple[int, str]] = []
-        samples = read_images(self.source, items, self.pixels, damaged, self.min_sides)
-        for row, (epoch, index, image, shown) in enumerate(samples):
-            self.crop(image, epoch, index, out=images[row])
-            labels[row] = int(self.labels[shown])
+        images, samples, damaged = self.cut_crops(items)
+        if self.augment:
+            for image, (rng, _) in zip(images, samples, strict=True):
+                image[:] = augment_image(image, rng, self.augment)
+        labels = torch.tensor([int(self.labels[index]) for _, index in samples])
         return ClassificationBatch(images, labels, [index for _, index in items], damaged)
-
-    def crop(self, image: torch.Tensor, epoch: int, index: int, *, out: torch.Tensor) -> None:
-        """(C, H, W) of any size -> (C, *img_size), written into `out`."""
-        if self.train:
-            rng = sample_generator(self.seed, epoch, index)
-            training(image, rng, self.img_size, scale=self.crop_scale, augment=self.augment, out=out)
-        else:
-            out.copy_(evaluation(image, self.img_size, crop_ratio=self.crop_ratio))
 
 
 class ListedBatch(NamedTuple):
-    """What became of some images that are listed."""
+    """Hold some images, prepared for a model."""
 
     indices: list[int]  # of those that could be read
-    inputs: tuple[torch.Tensor, ...]  # (B, ...) each: what was prepared of them; () where there are none
+    inputs: tuple[torch.Tensor, ...]  # (B, ...) each; () if no image could be read
     damaged: list[tuple[int, str]]  # index and reason of the others
 
 
-class ListedDataset(Dataset):
-    """Takes a list of sample indices and prepares those images that can be read; the others are told, not replaced.
+class ListedDataset(SourceDataset):
+    """Prepare a list of samples for a model; images that cannot be read are reported, not replaced.
 
     `prepare(image, index)` makes one or several tensors of an upright image (C, H, W) of any size; those of a
     batch have equal shapes. One image at a time is in memory at its own size.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        *,
-        pixels: PixelFormat,
-        prepare: Callable[[torch.Tensor, int], tuple[torch.Tensor, ...]],
-    ):
-        self.source, self.pixels, self.prepare = source, pixels, prepare
-
-    def __len__(self) -> int:
-        return len(self.source)
+    def __init__(self, source: Source, *, pixels: PixelFormat, prepare: Callable[[torch.Tensor, int], tuple]):
+        super().__init__(source, pixels)
+        self.prepare = prepare
 
     def __getitems__(self, indices: Sequence[int]) -> ListedBatch:
-        readable, prepared, damaged = [], [], []
+        intact, prepared, damaged = [], [], []
         for index in indices:
-            (data,) = self.source.fetch([index])
             try:
-                image = image_of(data, self.pixels)
+                image = self.read(index)
             except DamagedImage as error:
                 damaged.append((index, str(error)))
                 continue
             prepared.append(self.prepare(image, index))
-            readable.append(index)
+            intact.append(index)
         inputs = tuple(torch.stack(parts) for parts in zip(*prepared, strict=True))
-        return ListedBatch(readable, inputs, damaged)
+        return ListedBatch(intact, inputs, damaged)
 
 
-def centre_crop(
-    image: torch.Tensor, index: int, *, size: tuple[int, int], crop_ratio: float
-) -> tuple[torch.Tensor, ...]:
-    """What an encoder or a classifier sees of an image: (crop (C, *size),)."""
-    return (evaluation(image, size, crop_ratio=crop_ratio),)
+def centre_crop(image: torch.Tensor, index: int, *, size: tuple[int, int], crop_ratio: float) -> tuple[torch.Tensor]:
+    """Return the input of an encoder or a classifier: (crop (C, *size),)."""
+    return (CentreCrop(size, crop_ratio)(image),)
 
 
 def masked_crop(
@@ -249,58 +181,64 @@ def masked_crop(
     mask_strategy: str,
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a masked autoencoder sees of an image: (crop (C, *size), noise (L,)).
+    """Return the input of a masked autoencoder: (crop (C, *size), noise (L,)).
 
-    The noise is drawn from (seed, index) alone, and with the seed 0 it is that of validation.
+    The noise is drawn from (seed, index) alone; with seed 0 it is that of validation.
     """
     noise = mask_noise(mask_strategy, sample_generator(seed, FIXED_EPOCH, index), grid, num_kept)
-    return evaluation(image, size), torch.from_numpy(noise)
+    return CentreCrop(size)(image), torch.from_numpy(noise)
 
 
 class Normalization:
-    """Between images (B, C, H, W), uint8 or float32 in [0, 1], and what a model sees, on the device, in float32."""
+    """Normalize images (B, C, H, W), uint8 or float32 in [0, 1], on the device and in float32."""
 
     def __init__(self, mean: list[float], std: list[float], device: torch.device):
         self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
         self.std = torch.tensor(std, device=device).view(-1, 1, 1)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        images = images.contiguous()  # as models want them: batches come laid out (B, H, W, C)
+        images = images.contiguous()  # batches come in channels-last memory
         scaled = images if images.is_floating_point() else images.float() / 255
         return (scaled - self.mean) / self.std
 
     def undo(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised images back to [0, 1]."""
+        """Return normalized images in [0, 1] again."""
         return images * self.std + self.mean
 
 
 def _begin_work(worker_id: int) -> None:
-    """Workers outlive the signals that ask the run to stop: the step in progress still needs their batches.
-
-    And they leave alone what they share with the process that they were forked from: to look at those objects for
-    garbage is to write into them, and so to copy them.
-    """
-    gc.freeze()
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    """Let a worker outlive the signals that ask the run to stop: the step in progress still needs its batches."""
+    gc.freeze()  # the collector would write into the memory that the worker shares with its parent, and so copy it
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
-def _as_it_is(batch):
+def _unchanged(batch):
     return batch
 
 
 def make_loader(dataset: Dataset, batches, *, num_workers: int, pin_memory: bool = False) -> DataLoader:
-    """A loader over lists of (epoch, index); it draws nothing from the global generators."""
+    """Make a loader over lists of (epoch, index) that draws nothing from the global generators."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         pin_memory=pin_memory,
         worker_init_fn=_begin_work,
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def training_batches(
+    dataset: Dataset, sampler: StepSampler, *, num_workers: int, pin_memory: bool = False
+) -> Iterator[tuple[int, NamedTuple]]:
+    """Return an iterator over (model seed, micro-batch); the workers start at once.
+
+    The seed is for the model's own draws in that forward pass, see `sampling.model_seed`.
+    """
+    loader = make_loader(dataset, sampler, num_workers=num_workers, pin_memory=pin_memory)
+    return zip(sampler.model_seeds(), loader, strict=True)
 
 
 def own_batches(
@@ -311,18 +249,16 @@ def own_batches(
     num_workers: int,
     process_index: int,
     num_processes: int,
-    stop: Callable[[], bool],
+    watch: Callable[[range], Iterable[int]],
 ) -> Iterator:
-    """Yields this process's share of the samples `indices` in batches, in the epoch of validation.
+    """Yield this process's share of the samples `indices` in batches, in the epoch of validation.
 
-    Every process asks `stop` equally often, before each batch, and ends early where it is true.
+    `watch` wraps the range of the batches, which is the same on all processes: it shows a bar, or ends early.
     """
     own = [(FIXED_EPOCH, int(index)) for index in indices[process_index::num_processes]]
     batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
     loader = iter(make_loader(dataset, batches, num_workers=num_workers))
-    for _ in range(math.ceil(len(indices) / num_processes / batch_size)):
-        if stop():
-            return
+    for _ in watch(range(math.ceil(len(indices) / num_processes / batch_size))):
         batch = next(loader, None)
         if batch is not None:
             yield batch

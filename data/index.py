@@ -1,4 +1,4 @@
-"""The index of a data set: names and labels in flat arrays that processes share, and a cache for what is slow to do."""
+"""Hold the names and labels of a data set in flat arrays that processes share, and cache what is slow to build."""
 
 import contextlib
 import fcntl
@@ -17,20 +17,27 @@ from pathlib import Path
 
 import numpy as np
 
-FORMAT = 1  # of a cache's entries: those of another format are not looked at
-UNUSED_DAYS = 90  # after which an entry is removed
+FORMAT = 1  # of cache entries; entries of other formats are ignored
+UNUSED_DAYS = 90  # after which a cache entry is removed
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-CLASS_NUMBER = re.compile("0*[0-9]{1,6}")  # more would be no numbers of classes
+CLASS_NUMBER = re.compile("0*[0-9]{1,6}")
 
 
 class DataError(ValueError):
-    """Data that cannot be used: what was given, what was expected, and the remedy, in one line for each fault."""
+    """Report data that cannot be used, one line per problem: what is wrong, what was expected, what to do."""
+
+
+class StoredSource:
+    """Base of the sources whose samples are read on demand."""
+
+    def prepare(self, *, processes: int = 1, progress: bool = False) -> None:
+        pass
 
 
 class Names:
-    """N byte strings, one after the other in `buffer` (M,), uint8; number i ends before byte `ends[i]`, (N,), int64.
+    """Hold N byte strings, one after the other in `buffer` (M,) uint8; number i ends before byte `ends[i]`, (N,) int64.
 
-    No Python object is kept for any of them, so that worker processes share all of them without copies.
+    There is no Python object per name, so worker processes share all of them without copies.
     """
 
     def __init__(self, buffer: np.ndarray, ends: np.ndarray):
@@ -38,26 +45,23 @@ class Names:
 
     @classmethod
     def from_list(cls, names: Sequence[bytes]) -> "Names":
-        """Copies a list."""
+        """Copy a list."""
         ends = np.cumsum([len(name) for name in names], dtype=np.int64)
         return cls(np.frombuffer(b"".join(names), dtype=np.uint8), ends)
 
     @classmethod
     def from_arrow(cls, texts) -> "Names":
-        """Copies a pyarrow Array or ChunkedArray of strings or bytes; what is null becomes empty."""
+        """Copy a pyarrow Array or ChunkedArray of strings or bytes; null becomes empty."""
         import pyarrow as pa
 
-        buffers, ends, total = [], [np.empty(0, np.int64)], 0
-        for chunk in texts.chunks if isinstance(texts, pa.ChunkedArray) else [texts]:
-            chunk = chunk.cast(pa.large_binary()).fill_null(b"")
-            _, offsets, buffer = chunk.buffers()
-            if len(chunk):
-                offsets = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
-                if buffer:
-                    buffers.append(np.frombuffer(buffer, np.uint8)[offsets[0] : offsets[-1]])
-                ends.append(offsets[1:] + (total - offsets[0]))
-                total = int(ends[-1][-1])
-        return cls(np.concatenate([np.empty(0, np.uint8), *buffers]), np.concatenate(ends))
+        texts = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
+        texts = texts.cast(pa.large_binary()).fill_null(b"")
+        _, offsets, buffer = texts.buffers()
+        if not len(texts):
+            return cls.from_list([])
+        offsets = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+        buffer = np.frombuffer(buffer or b"", np.uint8)[offsets[0] : offsets[-1]]
+        return cls(buffer.copy(), offsets[1:] - offsets[0])
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -68,16 +72,16 @@ class Names:
         return self.buffer[start : self.ends[index]].tobytes()
 
     def digest(self) -> str:
-        """16 hexadecimal digits, equal for equal names in the same order."""
+        """Return 16 hexadecimal digits that are equal for equal names in the same order."""
         digest = hashlib.sha256(np.ascontiguousarray(self.buffer))
         digest.update(np.ascontiguousarray(self.ends))
         return digest.hexdigest()[:16]
 
 
 def with_labels(images: str, labels: np.ndarray | None, classes: Sequence[str], masks: str | None) -> str:
-    """The fingerprint of a data set: `images`, that of its images; with labels or masks, one that follows from all.
+    """Return the fingerprint of a data set from its labels and the fingerprints of its images and masks.
 
-    `masks` is a digest of the masks, None where there are none.
+    Without labels and masks, it is that of the images.
     """
     if labels is None and masks is None:
         return images
@@ -87,18 +91,20 @@ def with_labels(images: str, labels: np.ndarray | None, classes: Sequence[str], 
 
 
 def first_few(words: Iterable[str], count: int) -> str:
-    """The first three of `count` words, and how many more there are: "a, b, c and 4 more"."""
-    shown = list(islice(words, 3))
-    return ", ".join(shown) + (f" and {count - len(shown):,} more" if count > len(shown) else "")
+    """Return the first three of `count` words and the number of the others: "a, b, c and 4 more"."""
+    first = list(islice(words, 3))
+    return ", ".join(first) + (f" and {count - len(first):,} more" if count > len(first) else "")
 
 
-def number_labels(texts, where: Callable[[int], str]) -> tuple[np.ndarray, list[str]]:
-    """The class of every sample (N,), int32, and the names of the classes, from labels as texts.
+def number_labels(texts, where: Callable[[int], str], source: str) -> tuple[np.ndarray, list[str]]:
+    """Return the class of every sample (N,) int32, and the names of the classes.
 
-    `texts` is a list, or a pyarrow Array or ChunkedArray, of texts or integers. If all are whole numbers from 0, these
-    are the classes, and their names are the numbers from 0 to the largest. If none is a number, classes are numbered in
-    the order of the bytes of their names. `where(index)` names a sample's place in messages, such as "line 7".
-    Raises DataError.
+    If all labels are whole numbers from 0, these are the classes, named by the numbers from 0 to the largest. If none
+    is a number, classes are numbered in the order of the bytes of their names.
+
+    `texts` is a list, or a pyarrow Array or ChunkedArray, of strings or integers. For messages, `where` returns the
+    place of a sample, such as "line 7", and `source` is the name of the data set. Raises DataError for labels that
+    are empty, other numbers, or numbers mixed with names.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -117,20 +123,18 @@ def number_labels(texts, where: Callable[[int], str]) -> tuple[np.ndarray, list[
     empty = np.array([not value for value in values], dtype=bool)
     number = np.array([bool(NUMBER.fullmatch(value)) for value in values], dtype=bool)
     unfit = number & np.array([not CLASS_NUMBER.fullmatch(value) for value in values], dtype=bool)
-    faults = []
+    errors = []
     if empty.any():
-        faults.append(f"labels that are empty ({places(empty)}); expected one for every image; fill them in")
+        errors.append(f"has empty labels ({places(empty)}); expected a label for every image; fill them in")
     if unfit.any():
-        faults.append(
-            f"labels that number no class ({places(unfit)}); expected whole numbers from 0 to 999999, or names"
-        )
+        errors.append(f"has labels that are no class numbers ({places(unfit)}); expected 0 to 999999, or names")
     if number.any() and not (number | empty).all():
-        faults.append(
-            f"labels that are numbers ({places(number)}) and others that are names ({places(~number & ~empty)}); "
-            "expected only numbers or only names; change the fewer ones"
+        errors.append(
+            f"has labels that are numbers ({places(number)}) and labels that are names ({places(~number & ~empty)}); "
+            "expected one kind; change the fewer ones"
         )
-    if faults:
-        raise DataError("\n".join(faults))
+    if errors:
+        raise DataError("\n".join(f"{source} {error}" for error in errors))
     if number.any():
         numbers = np.array([int(value) for value in values], dtype=np.int32)
         return numbers[codes], [str(number) for number in range(numbers.max() + 1)]
@@ -140,15 +144,15 @@ def number_labels(texts, where: Callable[[int], str]) -> tuple[np.ndarray, list[
 
 
 def default_cache() -> Path:
-    """Where indices are kept unless another place is named."""
+    """Return the default folder for indices."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "masked-autoencoders")
-    except RuntimeError:  # a user without a home, as in containers
+    except RuntimeError:  # the user has no home, as in containers
         return Path(tempfile.gettempdir(), f"masked-autoencoders-{os.getuid()}")
 
 
 def check_cache(cache: str | Path) -> None:
-    """Raises DataError where `cache` is no folder to write to; makes it where it is not there."""
+    """Create the folder `cache` if needed. Raises DataError if it cannot be written."""
     try:
         os.makedirs(cache, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache):
@@ -164,52 +168,39 @@ def cached(
     fresh: Callable[[dict], bool],
     build: Callable[[], tuple[dict, dict[str, np.ndarray]]],
 ) -> tuple[dict, dict[str, np.ndarray]]:
-    """What `build()` returns, a dict that JSON can hold and arrays by name; where it was built before, from `cache`.
+    """Return the result of `build()`, from `cache` if it was built before.
 
-    The arrays are then memory-mapped, read-only: processes share them. `key` says what was built, and `fresh(meta)`
-    whether it still holds; what is not fresh when it has been built is not kept. Of several processes one builds, and
-    the others wait. Without a cache, or where the default one cannot be written, it is built each time. Raises
-    DataError where another one cannot be written, before anything else.
+    Cached arrays are memory-mapped and read-only, so processes share them. One process builds, the others wait.
+
+    `key` identifies the result: a dict that JSON can hold, and arrays by name. `fresh` says from the dict if a result
+    is valid; one that is not valid when built is not stored. Without a `cache` that can be written, each call builds.
     """
     if cache is None:
         return build()
-    try:
-        check_cache(cache)
-    except DataError as error:
-        if cache != default_cache():
-            raise
-        _note(error)
-        return build()
     entry = cache / f"index-{hashlib.sha256(f'{FORMAT} {key}'.encode(errors='surrogateescape')).hexdigest()[:32]}"
-    found = _load(entry, fresh)
-    if found:
-        return found
     with contextlib.ExitStack() as stack:
         try:
+            check_cache(cache)
+            if result := _load(entry, fresh):
+                return result
             stack.enter_context(_locked(entry.with_suffix(".lock")))
-        except OSError as error:  # a file system without locks
-            _note(f"{cache} cannot be locked ({error.strerror}); nothing is cached")
+        except (DataError, OSError) as error:  # also a file system without locks
+            print(f"note: {cache}: nothing is cached ({error})", file=sys.stderr)
             return build()
-        found = _load(entry, fresh)  # built by another process meanwhile
-        if found:
-            return found
+        if result := _load(entry, fresh):  # another process has built it meanwhile
+            return result
         meta, arrays = build()
-        if not fresh(meta):
-            return meta, arrays
-        try:
-            _store(entry, meta, arrays)
-        except OSError as error:
-            _note(f"{cache} cannot be written ({error.strerror}); nothing is cached")
-            return meta, arrays
-        return _load(entry, lambda meta: True) or (meta, arrays)
-
-
-def _note(text: object) -> None:
-    print(f"note: {text}", file=sys.stderr)
+        if fresh(meta):
+            try:
+                _store(entry, meta, arrays)
+                return _load(entry, lambda meta: True) or (meta, arrays)
+            except OSError as error:
+                print(f"note: {cache}: nothing is cached ({error})", file=sys.stderr)
+        return meta, arrays
 
 
 def _load(entry: Path, fresh: Callable[[dict], bool]) -> tuple[dict, dict[str, np.ndarray]] | None:
-    """A whole and fresh entry, or None."""
+    """Load an entry; return None if it is absent, damaged or not fresh."""
     try:
         stored = json.loads((entry / "meta.json").read_text())
         meta, names = stored["meta"], stored["arrays"]
@@ -219,21 +210,19 @@ def _load(entry: Path, fresh: Callable[[dict], bool]) -> tuple[dict, dict[str, n
         os.utime(entry / "meta.json")
     except (OSError, EOFError, ValueError, KeyError, TypeError):
         return None
-    # Pages that this process has mapped are shared with the workers that read them; others would be a worker's own.
+    # Workers share the pages that this process has mapped; other pages would be private to each worker.
     for array in arrays.values():
         array.reshape(-1).view(np.uint8)[:: mmap.PAGESIZE].max(initial=0)
     return meta, arrays
 
 
 def _store(entry: Path, meta: dict, arrays: dict[str, np.ndarray]) -> None:
-    """Writes an entry that is whole or absent, and removes those that nobody has used for long."""
+    """Write an entry atomically, and remove entries that were not used for long."""
     with tempfile.TemporaryDirectory(prefix=f"{entry.name}.", dir=entry.parent, ignore_cleanup_errors=True) as folder:
         new, old = Path(folder, "new"), Path(folder, "old")
         new.mkdir()
         for name, array in arrays.items():
-            with open(new / f"{name}.npy", "wb") as file:
-                np.save(file, array)
-                os.fsync(file.fileno())
+            write_array(new / f"{name}.npy", array)
         (new / "meta.json").write_text(json.dumps({"meta": meta, "arrays": list(arrays)}))
         with contextlib.suppress(FileNotFoundError):
             os.rename(entry, old)
@@ -245,16 +234,24 @@ def _store(entry: Path, meta: dict, arrays: dict[str, np.ndarray]) -> None:
                 shutil.rmtree(other)
 
 
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write an .npy file and sync it to the disk."""
+    with open(path, "wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock `path` alone; the file is there only as long."""
+    """Hold an exclusive lock on the file `path`, which exists only meanwhile."""
     while True:
         file = open(path, "w")  # noqa: SIM115
         fcntl.flock(file, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
-        file.close()  # who held it before has removed it, and whoever comes next makes another one
+        file.close()  # the previous holder has removed this file, so another process may lock a new one
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Which patches are removed. A mask strategy is a way to draw noise: the K patches with the smallest noise are kept.
+"""Mask strategies. Each is a way to draw noise: the K patches with the smallest noise are kept, the others removed.
 
 Legend: h w grid of patches, L = h * w, K kept patches.
 """
@@ -9,9 +9,9 @@ import numpy as np
 
 
 def block_noise(rng: np.random.Generator, grid: tuple[int, int], num_kept: int) -> np.ndarray:
-    """Large rectangles are removed until L - K patches are gone (Bao et al. 2021, BEiT, algorithm 1).
+    """Remove large rectangles until L - K patches are gone (Bao et al. 2021, BEiT, algorithm 1): noise (L,).
 
-    The last rectangle gives back at random what it removed too much, so that exactly K are kept.
+    Patches of the last rectangle are kept at random, so that exactly K are kept.
     """
     h, w = grid
     num_removed = h * w - num_kept
@@ -25,15 +25,15 @@ def block_noise(rng: np.random.Generator, grid: tuple[int, int], num_kept: int) 
         width = min(w, max(1, round(math.sqrt(area / ratio))))
         top, left = rng.integers(h - height + 1), rng.integers(w - width + 1)
         removed[top : top + height, left : left + width] = True
-    rank = removed.astype(np.float32) + last  # 0 kept, 1 the last rectangle's, 2 removed before it
+    rank = removed.astype(np.float32) + last  # 0: kept, 1: in the last rectangle, 2: removed before it
     return (rank.reshape(-1) + rng.random(h * w, dtype=np.float32)) / np.float32(3)
 
 
 def grid_noise(rng: np.random.Generator, grid: tuple[int, int]) -> np.ndarray:
-    """A regular lattice: at 75 %, one patch of every 2 x 2 is kept (He et al. 2021, figure 6).
+    """Keep a regular lattice: at 75 %, one patch of every 2 x 2 (He et al. 2021, figure 6): noise (L,).
 
-    At other ratios, or on a grid with an odd side, the places of the 2 x 2 cells are taken one after another (a
-    diagonal first), and the one that is needed in part is drawn from at random.
+    At other ratios, or on a grid with an odd side, the four positions in a 2 x 2 cell are kept one after another (a
+    diagonal first), and the last of them in a random part of the cells.
     """
     rows, columns = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
     rank = np.array([[0, 2], [3, 1]])[rows % 2, columns % 2]
@@ -44,9 +44,11 @@ MASK_STRATEGIES = ("random", "block", "grid")
 
 
 def mask_noise(strategy: str, rng: np.random.Generator, grid: tuple[int, int], num_kept: int) -> np.ndarray:
-    """The noise (L,), float32 in [0, 1), of one image under one of `MASK_STRATEGIES`."""
+    """Draw the noise (L,), float32 in [0, 1), of one image under one of `MASK_STRATEGIES`."""
     if strategy == "block":
         return block_noise(rng, grid, num_kept)
     if strategy == "grid":
         return grid_noise(rng, grid)
-    return rng.random(grid[0] * grid[1], dtype=np.float32)  # any K patches alike (He et al. 2021, section 3)
+    if strategy == "random":
+        return rng.random(grid[0] * grid[1], dtype=np.float32)  # uniform (He et al. 2021, section 3)
+    raise ValueError(f"mask strategy {strategy!r} is unknown; expected one of {', '.join(MASK_STRATEGIES)}")

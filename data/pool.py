@@ -1,4 +1,4 @@
-"""Worker processes that share a task, and end with the process that they work for."""
+"""Share work among worker processes that end with the process that started them."""
 
 import contextlib
 import multiprocessing
@@ -6,21 +6,24 @@ import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 
 @contextlib.contextmanager
-def mapping(processes: int) -> Iterator:
-    """A `map` over so many worker processes, in order; the usual one for one process."""
+def mapping(processes: int, chunk_size: int = 1) -> Iterator:
+    """Yield a `map` over this many worker processes, which keeps the order; for one process the built-in `map`.
+
+    A worker takes `chunk_size` items at a time.
+    """
     if processes <= 1:
         yield map
         return
     with ProcessPoolExecutor(processes, initializer=watch_parent) as pool:
-        yield pool.map
+        yield partial(pool.map, chunksize=chunk_size)
 
 
 def watch_parent() -> None:
-    """Ends this worker process, from a thread of its own, when the main one is gone, even killed: it would wait for
-    work for ever."""
+    """End this worker process from a thread when the main process is gone, even killed, instead of waiting forever."""
 
     def end() -> None:
         multiprocessing.parent_process().join()

@@ -1,11 +1,12 @@
-"""The built-in data set `builtin:shapes`: drawn scenes with a class and a segmentation mask each.
+"""Draw the built-in data set `builtin:shapes`: scenes with a class and a segmentation mask.
 
-A scene is 64 x 64 pixels: a smooth coloured texture, one to four shaded objects of different shapes, mild noise. The
-class is the shape of the largest object. Nothing is downloaded or stored; a scene is a pure function of its index.
+A scene has 64 x 64 pixels: a smooth coloured texture, one to four shaded objects of different shapes, and mild noise.
+Its class is the shape of the largest object. A scene is a pure function of its index; nothing is downloaded or stored.
 """
 
 import cmath
 import math
+from collections.abc import Callable
 from statistics import NormalDist
 
 import numpy as np
@@ -22,26 +23,26 @@ SEGMENTATION_CLASSES = ("background", *CLASSES)
 
 MAX_OBJECTS = 4
 LARGEST_AREA = (280, 800)  # pixels, before occlusion and the image's edge
-OTHER_AREA = (0.3, 0.65)  # of the other objects, as shares of the largest
-CLEARLY_LARGER = 1.25  # visible area of the largest object over the second largest, at least
-BACKGROUND_CONTRAST = 120  # Euclidean distance in RGB (0..255) between an object and the mean background, if possible
-OBJECT_CONTRAST = 80  # the same between two objects
+OTHER_AREA = (0.3, 0.65)  # areas of the other objects, relative to the largest
+CLEARLY_LARGER = 1.25  # minimum ratio of the visible areas of the largest object and the second largest
+BACKGROUND_CONTRAST = 120  # aimed-at RGB distance (0..255) between an object and the mean background
+OBJECT_CONTRAST = 80  # aimed-at RGB distance between two objects
 NOISE_SIGMA = 3  # of 255
-OVERSAMPLING = 4  # coverage is drawn this much larger and averaged, which gives anti-aliased edges
+OVERSAMPLING = 4  # objects are drawn this much larger and averaged, for anti-aliased edges
 CHUNK = 250  # scenes a worker draws at a time
 
 AXIS = np.arange(SIZE, dtype=np.float32)
-# The normal distribution at 256 equal quantiles: looking random bytes up here is far faster than drawing from it.
+# The normal distribution at 256 equal quantiles: looking up random bytes is much faster than sampling from it.
 NOISE = np.array([round(NormalDist(0, NOISE_SIGMA).inv_cdf((byte + 0.5) / 256)) for byte in range(256)], np.int16)
 
 
 def _outlines() -> list[np.ndarray]:
-    """One closed polygon a class, as complex numbers x + iy: centred, of area 1, so that sizes are comparable."""
+    """Return a closed polygon per class, as complex numbers x + iy, with its centre at 0 and area 1."""
 
     def corners(count: int) -> np.ndarray:
         return np.exp(2j * np.pi * np.arange(count) / count)
 
-    t = 2 * np.pi * np.arange(49) / 48  # closed, so that the ring's seam has no width
+    t = 2 * np.pi * np.arange(49) / 48  # closed, so that the seam of the ring has no width
     ring = np.concatenate([np.exp(1j * t), 0.58 * np.exp(-1j * t)])
     star = corners(10) * np.tile([1, 0.45], 5)
     cross = (np.array([1 - 0.36j, 1 + 0.36j, 0.36 + 0.36j]) * corners(4)[:, None]).ravel()
@@ -60,14 +61,13 @@ RADII = [float(np.abs(outline).max()) for outline in OUTLINES]
 
 
 def draw(index: int) -> tuple[np.ndarray, int, np.ndarray]:
-    """Draw scene `index`, any integer from 0 on; the same index gives the same scene in every process.
+    """Draw scene `index`, any integer from 0.
 
-    Returns the image, uint8 (64, 64, 3) RGB; the label, 0..7, an index into `CLASSES`, of the object with the largest
-    visible area; and the mask, uint8 (64, 64): 0 is background, label + 1 an object. No two objects of a scene share
-    a class, so the label is also the most frequent object class in the mask.
+    Return the image, uint8 (64, 64, 3) RGB; the label, an index into `CLASSES`, of the object with the largest visible
+    area; and the mask, uint8 (64, 64): 0 is background, label + 1 an object. No two objects of a scene share a class.
     """
     rng = np.random.default_rng(index)
-    while True:  # rarely twice: where occlusion left no object clearly the largest
+    while True:  # rarely twice: if occlusion left no object clearly the largest
         image, mask = _scene(rng)
         areas = mask.histogram()[1 : len(SEGMENTATION_CLASSES)]
         second, largest = sorted(areas)[-2:]
@@ -79,7 +79,7 @@ def draw(index: int) -> tuple[np.ndarray, int, np.ndarray]:
 
 
 def _scene(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-    """A scene without noise, mode RGB, and its mask, mode L."""
+    """Draw a scene without noise (mode RGB) and its mask (mode L)."""
     mean_colour = rng.uniform(45, 210, 3).tolist()
     image, mask = _background(rng, mean_colour), Image.new("L", (SIZE, SIZE))
     count = int(rng.integers(1, MAX_OBJECTS + 1))
@@ -95,7 +95,7 @@ def _scene(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
 
 
 def _background(rng: np.random.Generator, mean_colour: list[float]) -> Image.Image:
-    """Smooth blotches, or a gradient where the grid is small; over two thirds of them stripes, rings or a weave."""
+    """Draw smooth blotches or, for a small grid, a gradient; on two thirds of them stripes, rings or a weave."""
     cells = int(rng.integers(2, 6))
     grid = np.clip(mean_colour + rng.uniform(-40, 40, (cells, cells, 3)), 0, 255).astype(np.uint8)
     image = Image.fromarray(grid).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
@@ -117,41 +117,33 @@ def _background(rng: np.random.Generator, mean_colour: list[float]) -> Image.Ima
 
 
 def _pick_colour(rng: np.random.Generator, mean_colour: list[float], others: list[list[float]]) -> list[float]:
-    """The first of some random colours that stands out, or the one that comes closest to that: R, G, B in 0..255."""
-    best, best_margin = [], -math.inf
-    for colour in (255 * rng.random((8, 3))).tolist():
-        margin = math.dist(colour, mean_colour) - BACKGROUND_CONTRAST
-        margin = min([margin, *(math.dist(colour, other) - OBJECT_CONTRAST for other in others)])
-        if margin > best_margin:
-            best, best_margin = colour, margin
-        if margin >= 0:
-            break
-    return best
+    """Return a colour that stands out: R, G, B in 0..255."""
+
+    def margin(colour: list[float]) -> float:
+        distances = [math.dist(colour, other) - OBJECT_CONTRAST for other in others]
+        return min([math.dist(colour, mean_colour) - BACKGROUND_CONTRAST, *distances])
+
+    return _first_fit((255 * rng.random((8, 3))).tolist(), margin)
 
 
 def _pick_centre(rng: np.random.Generator, scale: float, others: list[tuple[complex, float]]) -> complex:
-    """A centre x + iy, in pixels, of an object that lies mostly inside the image and overlaps the others little."""
-    best, best_margin = 0j, -math.inf
-    for x, y in (0.6 * scale + (SIZE - 1.2 * scale) * rng.random((8, 2))).tolist():
-        place = complex(x, y)
-        margin = min([abs(place - centre) - 0.55 * (scale + size) for centre, size in others], default=0)
-        if margin > best_margin:
-            best, best_margin = place, margin
-        if margin >= 0:
-            break
-    return best
+    """Return a centre x + iy in pixels, mostly inside the image and with little overlap with the other objects."""
+
+    def margin(place: complex) -> float:
+        return min([abs(place - centre) - 0.55 * (scale + size) for centre, size in others], default=0)
+
+    places = 0.6 * scale + (SIZE - 1.2 * scale) * rng.random((8, 2))
+    return _first_fit([complex(x, y) for x, y in places.tolist()], margin)
 
 
-def _paint(
-    rng: np.random.Generator,
-    image: Image.Image,
-    mask: Image.Image,
-    label: int,
-    scale: float,
-    centre: complex,
-    colour: list[float],
-) -> None:
-    """Paint one object over image and mask, in place, working on its bounding box only."""
+def _first_fit(candidates: list, margin: Callable):
+    """Return the first candidate with a margin of at least 0, or else the one with the largest."""
+    fits = (candidate for candidate in candidates if margin(candidate) >= 0)
+    return next(fits, None) or max(candidates, key=margin)
+
+
+def _paint(rng, image: Image.Image, mask: Image.Image, label: int, scale: float, centre: complex, colour: list) -> None:
+    """Paint an object over image and mask in place; only its bounding box is drawn."""
     rotation, light, strength = rng.random(3).tolist()
     points = OUTLINES[label] * cmath.rect(scale, 2 * math.pi * rotation) + centre
     reach, x, y = scale * RADII[label], centre.real, centre.imag
@@ -163,7 +155,7 @@ def _paint(
     ImageDraw.Draw(large).polygon(corners.view(np.float64).tolist(), fill=255)
     coverage = large.reduce(OVERSAMPLING)
 
-    # Light from one side: brightness at the box's four corners, by up to 40 percent either way, and linear in between.
+    # Light from one side: up to 40 percent more or less brightness at the corners of the box, and linear in between
     shades = [1 + 0.4 * strength * math.cos(2 * math.pi * (light + corner / 4)) for corner in (0, 1, 3, 2)]
     shaded = Image.frombytes("RGB", (2, 2), bytes([min(int(shade * c), 255) for shade in shades for c in colour]))
     shaded = shaded.resize((width, height), Image.Resampling.BILINEAR, box=(0.5, 0.5, 1.5, 1.5))
@@ -172,20 +164,14 @@ def _paint(
 
 
 def draw_range(indices: range, *, processes: int = 1, progress: str | None = None) -> tuple[np.ndarray, ...]:
-    """Draw the N scenes of `indices`, in order: images uint8 (N, 64, 64, 3), labels (N,), masks uint8 (N, 64, 64).
+    """Draw the N scenes of `indices`: images uint8 (N, 64, 64, 3), labels (N,), masks uint8 (N, 64, 64).
 
-    With `processes` > 1, so many workers share the work; the result is the same. `progress` is the text of a bar.
+    The result does not depend on the number of worker processes. `progress` is the text of a bar.
     """
-    chunk = max(1, min(CHUNK, math.ceil(len(indices) / processes)))
-    chunks = [indices[start : start + chunk] for start in range(0, len(indices), chunk)]
-    parts = []
-    with (
-        mapping(processes) as in_order,
-        tqdm(total=len(indices), desc=progress, unit="image", disable=progress is None) as bar,
-    ):
-        for part in in_order(_draw_chunk, chunks):
-            parts.append(part)
-            bar.update(len(part[1]))
+    chunks = [indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK)]
+    bar = dict(desc=progress, total=len(chunks), unit="image", unit_scale=CHUNK, disable=progress is None)
+    with mapping(processes) as in_order:
+        parts = list(tqdm(in_order(_draw_chunk, chunks), **bar))
     return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
 
@@ -195,12 +181,7 @@ def _draw_chunk(indices: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def draw_split(split: str, *, processes: int = 1, progress: bool = False) -> tuple[np.ndarray, ...]:
-    """Draw the "train" split (scenes 0..9999) or "validation" (10000..10999); arrays, processes as in `draw_range`.
-
-    Raises ValueError for another split.
-    """
-    splits = {"train": range(TRAIN_IMAGES), "validation": range(TRAIN_IMAGES, TRAIN_IMAGES + VALIDATION_IMAGES)}
-    if split not in splits:
-        raise ValueError(f"builtin:shapes has the splits {', '.join(splits)}; got {split!r}")
+    """Draw the "train" split (scenes 0..9999) or "validation" (10000..10999); see `draw_range`."""
+    first, count = (0, TRAIN_IMAGES) if split == "train" else (TRAIN_IMAGES, VALIDATION_IMAGES)
     bar = f"drawing builtin:shapes ({split})" if progress else None
-    return draw_range(splits[split], processes=processes, progress=bar)
+    return draw_range(range(first, first + count), processes=processes, progress=bar)

@@ -1,13 +1,11 @@
-"""Where samples come from: one interface, `Source`, and what --path_to_data can name.
+"""Sources of samples: their interface, `Source`, how --path_to_data is opened, and checks of images and classes.
 
-Each kind of source has its file: files.py, arrow.py, tar.py, prepared.py. Paths, places and labels are kept in flat
-arrays, so that worker processes share them without copies.
+Each kind of source has its file: files.py, arrow.py, tar.py, prepared.py. Paths, positions and labels are kept in flat
+arrays, which worker processes share without copies.
 """
 
 import contextlib
-import os
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -17,46 +15,47 @@ import torch
 from data import shapes
 from data.decode import DamagedImage, PixelFormat, WrongPixels, decode, from_own_values, own_values
 from data.files import FolderSource, ListSource
-from data.index import DataError, check_cache, default_cache
+from data.index import DataError, check_cache, default_cache, first_few
 from data.prepared import is_prepared, open_prepared
-from data.statistics import read_statistics
 
-LOOKED_AT = 8  # images of a source, before a run starts
-DARK = 8  # of 255: what 16-bit numbers with no more than 11 bits become
+NUM_CHECKED = 8  # images of a source that are decoded before a run starts
+DARK = 8  # of 255: 16-bit values of at most 11 bits are below it at 8 bits
 LISTS = (".csv", ".jsonl", ".ndjson")
-TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # packed ones are refused, with a reason
-
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # compressed ones are refused, with a reason
+LABELS = "a column `label` (.cls in shards)"
 
 Fetched = bytes | memoryview | np.ndarray | OSError  # an encoded file, pixels (H, W, C), or why it could not be read
 
 
 class Source(Protocol):
-    """Samples by their numbers. Where they have masks, there are also `has_masks`, true, and `fetch_masks` and
-    `mask_name`, which are to masks what `fetch` and `name` are to images."""
+    """Give samples by index.
 
-    classes: list[str]  # [] where there are none
-    labels: np.ndarray | None  # (N,), the numbers of the classes
+    A source with masks also has `has_masks`, `fetch_masks` and `mask_name`, as `fetch` and `name` for its images.
+    """
+
+    classes: list[str]  # names; [] without labels
+    labels: np.ndarray | None  # (N,), indices of `classes`
 
     def __len__(self) -> int: ...
 
     def prepare(self, *, processes: int = 1, progress: bool = False) -> None:
-        """Called once, before the first `fetch`."""
+        """Get ready to `fetch`; called once."""
 
     def fetch(self, indices: Sequence[int]) -> list[Fetched]:
-        """The images, in the order of `indices`."""
+        """Return the images, in the order of `indices`."""
 
     def name(self, index: int) -> str:
-        """A path or name for messages."""
+        """Return a path or name for messages."""
 
     def size_in_bytes(self) -> float:
-        """About what all images take."""
+        """Return about how many bytes all images take."""
 
     def fingerprint(self) -> str:
-        """Equal for equal data sets, wherever they lie."""
+        """Return a string that is equal for equal data sets, wherever they are stored."""
 
 
 class ShapesSource:
-    """A split of the built-in scenes, drawn at the start and kept: 64 x 64, with `labels` and `masks`."""
+    """Hold a split of the built-in scenes, drawn in `prepare`: 64 x 64 pixels, with `labels` and `masks`."""
 
     def __init__(self, split: str, channels: int):
         self.classes = list(shapes.CLASSES)
@@ -64,110 +63,101 @@ class ShapesSource:
         self.size = shapes.TRAIN_IMAGES if split == "train" else shapes.VALIDATION_IMAGES
 
     def prepare(self, *, processes: int = 1, progress: bool = False) -> None:
-        """Draws all scenes, with a progress bar where asked for."""
         self.images, self.labels, self.masks = shapes.draw_split(self.split, processes=processes, progress=progress)
-        if self.channels == 1:  # luminance of ITU-R BT.601, as Pillow converts
+        if self.channels == 1:  # luminance of ITU-R BT.601, as in Pillow
             self.images = (self.images @ np.array([0.299, 0.587, 0.114]) + 0.5).astype(np.uint8)[..., None]
 
     def __len__(self) -> int:
         return self.size
 
     def name(self, index: int) -> str:
-        """A name for messages."""
         return f"builtin:shapes/{self.split}/{index}"
 
     def fetch(self, indices: list[int]) -> list[np.ndarray]:
-        """The images, uint8 (64, 64, C)."""
         return [self.images[index] for index in indices]
 
+    def mask_name(self, index: int) -> str:
+        return f"{self.name(index)} (mask)"
+
+    def fetch_masks(self, indices: list[int]) -> list[np.ndarray]:
+        """Return the masks, uint8 (64, 64), numbered as in files: 1 is the background, and nothing is void."""
+        return [self.masks[index] + 1 for index in indices]
+
     def size_in_bytes(self) -> float:
-        """What all images take in memory."""
         return len(self) * shapes.SIZE * shapes.SIZE * self.channels
 
     def fingerprint(self) -> str:
-        """Equal for the same scenes."""
         return f"builtin:shapes/{self.split}/{len(self)}"
 
 
 def image_of(data: Fetched, pixels: PixelFormat, min_sides: tuple[int, int] | None = None) -> torch.Tensor:
-    """What a source fetched, as an image (C, H, W), uint8 or float32, see `decode`. Raises DamagedImage."""
-    if isinstance(data, OSError):
-        raise DamagedImage(data.strerror or str(data))
+    """Decode what a source fetched: an image (C, H, W), uint8 or float32, see `decode`. Raises DamagedImage."""
     if isinstance(data, np.ndarray):
         return from_own_values(data, pixels.channels, value_range=pixels.value_range, nodata=pixels.nodata)
     return decode(data, **pixels._asdict(), min_sides=min_sides)
 
 
 def describe_data(train: Source, validation: Source | None) -> dict[str, int]:
-    """How much data there is, for args.json: images to train on, their bytes on disk (about), images held out."""
+    """Return the amount of data for args.json: training images, about their bytes on disk, and held-out images."""
     held_out = len(validation) if validation else 0
     return {"images": len(train), "bytes": round(train.size_in_bytes()), "held_out": held_out}
 
 
 def kind_of_data(path_to_data: str) -> str:
-    """What --path_to_data names: "builtin", "hub", "tar", "list", "parquet", "prepared", "datasets", or "folder"."""
+    """Return what --path_to_data is: "builtin", "hub", "tar", "list", "parquet", "prepared", "datasets" or "folder"."""
     root = Path(path_to_data)
-    if path_to_data.startswith("builtin:"):
-        return "builtin"
-    if path_to_data.startswith("hf:"):
-        return "hub"
-    if path_to_data.endswith(TARS):
-        return "tar"
-    if path_to_data.endswith(LISTS):
-        return "list"
-    if path_to_data.endswith(".parquet"):
-        return "parquet"
+    for kind, prefix in (("builtin", "builtin:"), ("hub", "hf:")):
+        if path_to_data.startswith(prefix):
+            return kind
+    for kind, suffixes in (("tar", TARS), ("list", LISTS), ("parquet", ".parquet")):
+        if path_to_data.endswith(suffixes):
+            return kind
     if is_prepared(root):
         return "prepared"
-    if (root / "dataset_dict.json").exists() or (root / "state.json").exists():  # what save_to_disk writes
+    if (root / "dataset_dict.json").exists() or (root / "state.json").exists():  # of save_to_disk
         return "datasets"
-    return "parquet" if any(_holds_parquet(root / place) for place in ("", "data", "train")) else "folder"
-
-
-def _holds_parquet(folder: Path) -> bool:
-    """Whether a Parquet file is among the first that lie in a folder, which may hold millions of images."""
-    try:
-        with os.scandir(folder) as entries:
-            return any(entry.name.endswith(".parquet") for entry in islice(entries, 1000))
-    except OSError:
-        return False
+    return "parquet" if any(any(root.glob(f"{place}*.parquet")) for place in ("", "data/", "train/")) else "folder"
 
 
 def open_sources(
     path_to_data: str, pixels: PixelFormat, *, validation: str | None = None, cache: str | None = None
 ) -> tuple[Source, Source | None]:
-    """The training source, and the validation source where there is one: that of `validation`, which is given as
-    `path_to_data` is, or what `path_to_data` itself holds back.
+    """Open the training source and the validation source, None if there is none. Raises DataError.
 
-    `path_to_data` is `builtin:shapes`; a folder that holds `train/` and perhaps `val/` or `validation/`, one laid out
-    like ADE20K's, whose images are taken, or any folder of images; a list; tar shards; what `prepare_data.py` wrote; or
-    a data set of the library `datasets`, on the Hub or in files. Indices of large ones are kept in `cache`, by default
-    in the user's. Raises DataError.
+    Args:
+        path_to_data: `builtin:shapes`; a folder with `train/` and perhaps `val/` or `validation/`, one laid out like
+            ADE20K's (its images are taken), or any folder of images; a list; tar shards; a folder that
+            `prepare_data.py` wrote; or a data set of the library `datasets`, on the Hub or in files.
+        pixels: the format that the images must have.
+        validation: a path of any of these kinds, instead of the validation images in `path_to_data`.
+        cache: folder for the indices of large data sets, by default in the user's cache.
     """
     folder = open_cache(cache)
     parts = _open_parts(path_to_data, pixels, folder)
     if validation is not None:
         own = _open_parts(validation, pixels, folder)
         parts["validation"] = own.get("validation", own["train"])
-    errors = [error for source in parts.values() for error in check_pixels(source, pixels)]
-    if errors:
-        raise DataError(errors[0])
+    for source in parts.values():
+        check_pixels(source, pixels)
     return parts["train"], parts.get("validation")
 
 
 def open_cache(cache: str | None) -> Path:
-    """The folder for indices: `cache`, or by default one of the user's. Raises DataError where that one is named and
-    cannot be written to."""
+    """Return the folder for indices, by default in the user's cache. Raises DataError if `cache` is not writable."""
     if cache:
         check_cache(cache)
     return Path(cache) if cache else default_cache()
 
 
 def _open_parts(path_to_data: str, pixels: PixelFormat, cache: Path | None) -> dict[str, Source]:
-    """Sources by the names "train" and, where there is one, "validation"."""
+    """Open the sources "train" and, if there is one, "validation"."""
     kind, root = kind_of_data(path_to_data), Path(path_to_data)
     if kind == "builtin":
-        return _open_builtin(path_to_data, pixels)
+        if path_to_data != "builtin:shapes":
+            raise DataError(f"--path_to_data {path_to_data} is unknown; the built-in data set is builtin:shapes")
+        if pixels.channels not in (1, 3) or pixels.value_range is not None:
+            raise DataError("builtin:shapes has 8-bit images in colour or grey; give only --input_channels 3 or 1")
+        return {split: ShapesSource(split, pixels.channels) for split in ("train", "validation")}
     if kind in ("hub", "datasets", "parquet"):
         from data.arrow import open_datasets
 
@@ -193,44 +183,104 @@ def _open_parts(path_to_data: str, pixels: PixelFormat, cache: Path | None) -> d
     }
 
 
-def _open_builtin(path_to_data: str, pixels: PixelFormat) -> dict[str, Source]:
-    if path_to_data != "builtin:shapes":
-        raise DataError(f"--path_to_data {path_to_data} is unknown; the built-in data set is builtin:shapes")
-    if pixels.channels not in (1, 3) or pixels.value_range is not None:
-        raise DataError("builtin:shapes has 8-bit images in colour or grey; give --input_channels 3 or 1 alone")
-    return {split: ShapesSource(split, pixels.channels) for split in ("train", "validation")}
+def check_pixels(source: Source, pixels: PixelFormat) -> None:
+    """Raise DataError if images have other channels or values than `pixels` says.
 
-
-def find_statistics(path_to_data: str | None) -> tuple[dict | None, list[str]]:
-    """What `prepare_data.py --statistics` wrote beside the data, None where it did not, and what is wrong with it."""
-    try:
-        return read_statistics(Path(path_to_data)) if path_to_data else None, []
-    except DataError as error:
-        return None, [str(error)]
-
-
-def check_pixels(source: Source, pixels: PixelFormat) -> list[str]:
-    """Why images are not as `pixels` says, in a list: of some spread over the source, the first whose channels or
-    values are others. Damaged ones are passed over: they are known when they are needed."""
+    Some images, spread over the source, are decoded. Damaged ones are skipped: they are reported when a run reads them.
+    """
     if isinstance(source, ShapesSource):
-        return []
-    dark = []
-    for index in sorted({position * len(source) // LOOKED_AT for position in range(LOOKED_AT)}):
-        (data,) = source.fetch([index])
+        return
+    maxima = {}
+    for index in sorted({position * len(source) // NUM_CHECKED for position in range(NUM_CHECKED)}):
         try:
-            image = image_of(data, pixels)
+            maxima[index] = image_of(*source.fetch([index]), pixels).max()
         except WrongPixels as error:
-            return [f"{source.name(index)} {error}"]
+            raise DataError(f"{source.name(index)} {error}") from None
         except DamagedImage:
             continue
-        dark.append(index if image.dtype == torch.uint8 and image.max() < DARK else None)
-    if dark and None not in dark:
-        (data,) = source.fetch(dark[:1])
+    if pixels.value_range is None and maxima and max(maxima.values()) < DARK:
+        index = min(maxima)
         with contextlib.suppress(DamagedImage):
-            values = data if isinstance(data, np.ndarray) else own_values(data, pixels.channels)
+            values = own_values(*source.fetch([index]), pixels.channels)
             if values.dtype == np.uint16:
-                return [
-                    f"{source.name(dark[0])} has 16-bit numbers up to {values.max()}, which are black at 8 bits; give "
+                raise DataError(
+                    f"{source.name(index)} has 16-bit numbers up to {values.max()}, which are black at 8 bits; give "
                     "--value_range LO HI (prepare_data.py --statistics finds it)"
-                ]
-    return []
+                )
+
+
+def labels_in(source: Source, classes: list[str]) -> np.ndarray:
+    """Return the labels (N,) of a source as indices of `classes`, which has all of its classes."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    return np.array([numbers[name] for name in source.classes])[source.labels]
+
+
+def check_num_classes(path_to_data: str, source: Source, num_classes: int | None) -> None:
+    """Raise DataError if --num_classes was given and the data have another number of classes."""
+    count = len(source.classes)
+    if num_classes not in (None, count):
+        raise DataError(
+            f"--num_classes {num_classes} does not fit --path_to_data {path_to_data}, which has {count}; leave it out"
+        )
+
+
+def check_classes(path_to_data: str, train_source: Source, validation_source: Source | None) -> None:
+    """Raise DataError unless the data can be classified: images of the same classes for training and validation."""
+    what = f"--path_to_data {path_to_data}"
+    if validation_source is None:
+        raise DataError(
+            f"{what} has no validation images; put some into val/ beside train/, or give --path_to_validation_data"
+        )
+    parts = {"train": train_source, "val": validation_source}
+    for part, source in parts.items():
+        if not source.classes:
+            raise DataError(f"{what} has images without a class; expected {part}/CLASS/IMAGE, or {LABELS}")
+    if len(train_source.classes) < 2:
+        raise DataError(f"{what} has one class, {train_source.classes[0]}; expected at least two")
+    errors = [
+        f"{what} has classes in {part} that {other} lacks ({first_few(missing, len(missing))}); give both the same"
+        for part, other in (("train", "val"), ("val", "train"))
+        if (missing := sorted({*parts[part].classes} - {*parts[other].classes}))
+    ]
+    if errors:
+        raise DataError("\n".join(errors))
+
+
+def check_labels(path_to_data: str, train_source: Source, validation_source: Source | None) -> None:
+    """Raise DataError unless validation images can be classified by their nearest neighbours among training images."""
+    if validation_source is None:
+        raise DataError(f"--knn_every needs validation images, and {path_to_data} has none; leave the flag out")
+    if not train_source.classes or not validation_source.classes:
+        raise DataError(
+            f"--knn_every needs labels, and {path_to_data} has images without a class; expected train/CLASS/IMAGE and "
+            f"val/CLASS/IMAGE, or {LABELS}; or leave the flag out"
+        )
+    if missing := sorted({*validation_source.classes} - {*train_source.classes}):
+        raise DataError(
+            f"--knn_every needs the classes of val in train, and {path_to_data} lacks {len(missing)} of them there "
+            f"({first_few(missing, len(missing))}); add them, or leave the flag out"
+        )
+
+
+def match_classes(path_to_data: str, source: Source, classes: list[str] | None, num_classes: int) -> list[str]:
+    """Return the names of the classes of a trained classifier, to evaluate it on `source`.
+
+    `classes` are the classifier's names of its `num_classes` outputs, or None if they are unknown: then they are those
+    of the source. Raises DataError if the source has other classes; it may lack some.
+    """
+    what = f"--path_to_data {path_to_data}"
+    if not source.classes:
+        raise DataError(f"{what} has images without a class; expected val/CLASS/IMAGE, or {LABELS}")
+    if classes is None:
+        if len(source.classes) != num_classes:
+            raise DataError(
+                f"{what} has {len(source.classes)} classes, and the classifier {num_classes} without names; give data "
+                "with its classes"
+            )
+        return source.classes
+    if unknown := sorted({*source.classes} - {*classes}):
+        raise DataError(
+            f"{what} has classes that the classifier does not know ({first_few(unknown, len(unknown))}); it knows "
+            f"{first_few(classes, len(classes))}; give the class folders these names"
+        )
+    return classes

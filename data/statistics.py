@@ -1,5 +1,4 @@
-"""The mean and the standard deviation of a data set's channels: from the pixels of its images, and in statistics.json,
-which prepare_data.py writes beside them."""
+"""Compute the mean and standard deviation of a data set's channels, and read them from statistics.json."""
 
 import json
 import math
@@ -17,7 +16,7 @@ STATISTICS = "statistics.json"
 
 
 class Moments(NamedTuple):
-    """Of the pixels of some images that have data, a number for each channel."""
+    """Sum up the pixels with data of some images, a number per channel."""
 
     images: int
     count: np.ndarray
@@ -28,7 +27,7 @@ class Moments(NamedTuple):
 
 
 def moments_of(values: np.ndarray, value_range: tuple[float, float] | None) -> Moments:
-    """Of one image (H, W, C), in units of `value_range` where that is given."""
+    """Return the moments of an image (H, W, C), in units of `value_range` if given."""
     rows = []
     for channel in np.moveaxis(values, 2, 0):
         own = channel[np.isfinite(channel)].astype(np.float64)
@@ -40,7 +39,7 @@ def moments_of(values: np.ndarray, value_range: tuple[float, float] | None) -> M
 
 
 def merge(parts: Sequence[Moments]) -> Moments:
-    """Of the images of all parts (Chan et al. 1979: nothing cancels, however far the mean is from 0)."""
+    """Combine moments without cancellation, however far the mean is from 0 (Chan et al. 1979)."""
     images, count, means, squares, low, high = map(np.array, zip(*parts, strict=True))
     mean = (count * means).sum(0) / np.maximum(1, count.sum(0))
     squares = (squares + count * (means - mean) ** 2).sum(0)
@@ -48,18 +47,21 @@ def merge(parts: Sequence[Moments]) -> Moments:
 
 
 def statistics_of(moments: Moments, pixels: PixelFormat, *, eight_bit: bool) -> dict:
-    """The content of statistics.json, see `read_statistics`; the moments are in units of `pixels.value_range`, or where
-    there is none, of the numbers as they are stored. Raises DataError where all pixels are the same."""
+    """Return the content of statistics.json, see `read_statistics`. Raises DataError if all pixels are equal.
+
+    The moments are in units of `pixels.value_range` or, if there is none, of the stored numbers; their range is then
+    0 to 255 if `eight_bit`, otherwise lowest to highest.
+    """
     mean, std = moments.mean, np.sqrt(moments.squares / np.maximum(1, moments.count))
     value_range = pixels.value_range
     if value_range is None:
         low, high = (0.0, 255.0) if eight_bit else (float(moments.low.min()), float(moments.high.max()))
         if not low < high:
-            what = f"all pixels are {low!r}" if math.isfinite(low) else "no pixel has data"
-            raise DataError(f"{what}; expected images with something to see; look at --nodata and --input_channels")
+            problem = f"all pixels are {low!r}" if math.isfinite(low) else "no pixel has data"
+            raise DataError(f"{problem}; expected images that vary; check --nodata and --input_channels")
         mean, std = (mean - low) / (high - low), std / (high - low)
         value_range = None if eight_bit else (low, high)
-    std = np.where(std < 1e-6, 1.0, std)  # a channel that is the same everywhere is not to be blown up
+    std = np.where(std < 1e-6, 1.0, std)  # so that normalisation does not amplify a constant channel
     return {
         "version": VERSION,
         "images": int(moments.images),
@@ -72,37 +74,22 @@ def statistics_of(moments: Moments, pixels: PixelFormat, *, eight_bit: bool) -> 
 
 
 def read_statistics(folder: str | Path) -> dict | None:
-    """The statistics.json of a data folder, None where it has none: `images` (their number), `channels`, `value_range`
-    (None for 8-bit pixels) and `nodata` as the flags of these names, `mean` and `std` of each channel in [0, 1].
+    """Read the statistics.json of a data folder, None if it has none.
 
-    Raises DataError for one that prepare_data.py did not write.
+    It has the number of `images`; `channels`, `value_range` and `nodata` as in PixelFormat; `mean` and `std` of each
+    channel in [0, 1]. Raises DataError for a file that prepare_data.py did not write.
     """
     path = Path(folder) / STATISTICS
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text())
-        faults = _faults(found)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        faults = [f"{type(error).__name__}: {error}"]
-    if faults:
-        raise DataError(
-            f"{path} is not what prepare_data.py --statistics writes ({'; '.join(faults)}); write it anew, or remove it"
-        )
-    return found
-
-
-def _faults(statistics: dict) -> list[str]:
-    """What is wrong with the content of statistics.json; raises KeyError and TypeError for what is missing."""
-    channels, value_range, faults = statistics["channels"], statistics["value_range"], []
-    if statistics["version"] != VERSION:
-        faults.append(f"version {statistics['version']}, expected {VERSION}")
-    for name, least in (("mean", -math.inf), ("std", 1e-6)):
-        values = statistics[name]
-        if len(values) != channels or not all(math.isfinite(value) and value >= least for value in values):
-            faults.append(f"{name} {values}")
-    if value_range is not None and not (len(value_range) == 2 and value_range[0] < value_range[1]):
-        faults.append(f"value_range {value_range}")
-    if not (statistics["nodata"] is None or math.isfinite(statistics["nodata"])):
-        faults.append(f"nodata {statistics['nodata']}")
-    return faults
+        statistics = json.loads(path.read_text())
+        mean, std, channels = (statistics[name] for name in ("mean", "std", "channels"))
+        low, high = statistics["value_range"] or (0, 1)
+        valid = statistics["version"] == VERSION and len(mean) == len(std) == channels and "nodata" in statistics
+        valid = valid and low < high and min(std) >= 1e-6 and np.isfinite([*mean, *std]).all()
+    except (OSError, ValueError, KeyError, TypeError):
+        valid = False
+    if not valid:
+        raise DataError(f"{path} is not what prepare_data.py --statistics writes; write it again, or remove it")
+    return statistics

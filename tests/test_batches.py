@@ -18,27 +18,34 @@ from data.batches import (
     make_loader,
     masked_crop,
     own_batches,
+    training_batches,
 )
 from data.decode import PixelFormat, decode
 from data.files import FolderSource
-from data.sampling import StepSampler
+from data.sampling import StepSampler, model_seed
 from data.sources import ShapesSource
-from data.transforms import evaluation, rand_augment
+from data.transforms import CentreCrop, RandomCrop, rand_augment
+
+SIZE = (16, 24)
+CENTRE = CentreCrop(SIZE)
 
 
 def dataset(source, **options):
-    defaults = dict(
-        img_size=(16, 24), pixels=PixelFormat(3), grid=(2, 3), num_kept=1, mask_strategy="random", seed=0, train=True
-    )
-    return PretrainingDataset(source, **{**defaults, **options})
+    defaults = dict(pixels=PixelFormat(3), crop=RandomCrop(SIZE), grid=(2, 3), num_kept=1, mask_strategy="random")
+    return PretrainingDataset(source, **{**defaults, "seed": 0, **options})
 
 
 def labelled(source, **options):
-    """A data set for classification, with RandAugment."""
-    defaults = dict(img_size=(16, 24), pixels=PixelFormat(3), seed=0, train=True)
-    options = {**defaults, **options}
-    options.setdefault("augment", rand_augment(9, options["img_size"], (0.5,) * options["pixels"].channels))
+    """A data set for classification, with RandAugment where crops are random."""
+    options = dict(crop=RandomCrop(SIZE, (0.08, 1.0)), pixels=PixelFormat(3), seed=0) | options
+    if isinstance(options["crop"], RandomCrop):
+        options.setdefault("augment", rand_augment(9, options["crop"].size, (0.5,) * options["pixels"].channels))
     return ClassificationDataset(source, options.pop("labels", source.labels), **options)
+
+
+def truncate(path):
+    with open(path, "r+b") as file:
+        file.truncate(len(file.read()) // 2)
 
 
 @pytest.fixture
@@ -63,22 +70,24 @@ def test_a_sample_depends_on_nothing_but_seed_epoch_and_index(source):
     assert not torch.equal(alone.images, other.images) and not torch.equal(alone.noise, other.noise)
 
 
-def test_the_global_generators_are_left_alone(source):
+@pytest.mark.parametrize("make", [dataset, labelled])
+def test_the_global_generators_are_left_alone(source, make):
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    loader = make_loader(dataset(source), [[(0, 0)], [(0, 1)]], num_workers=0)
-    assert len(list(loader)) == 2
-    assert random.getstate() == before[0] and np.random.get_state()[1].tolist() == before[1]
+    before = random.getstate(), str(np.random.get_state()), torch.get_rng_state()
+    assert len(list(make_loader(make(source), [[(0, i)] for i in range(12)], num_workers=0))) == 12
+    assert (random.getstate(), str(np.random.get_state())) == before[:2]
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
-def test_workers_do_not_change_the_batches(source):
-    def all_batches(num_workers):
-        sampler = StepSampler(len(source), global_batch_size=4, micro_batch_size=2, total_steps=5)
-        return list(make_loader(dataset(source), sampler, num_workers=num_workers))
-
-    for one, other in zip(all_batches(0), all_batches(2), strict=True):
-        assert torch.equal(one.images, other.images) and torch.equal(one.noise, other.noise)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("make", [dataset, labelled])
+def test_workers_do_not_change_the_batches(source, make, channels):
+    truncate(source.name(2))
+    items = list(StepSampler(len(source), global_batch_size=4, micro_batch_size=2, steps=range(5)))
+    data = make(source, pixels=PixelFormat(channels))
+    for one, other in zip(*(make_loader(data, items, num_workers=count) for count in (0, 2)), strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def test_views_of_an_image_cost_one_reading_and_equal_those_of_their_epochs(source, monkeypatch):
@@ -95,35 +104,35 @@ def test_views_of_an_image_cost_one_reading_and_equal_those_of_their_epochs(sour
 
 
 def test_a_crop_of_the_whole_image_shows_all_of_it(source):
-    square = dict(img_size=(20, 20), grid=(2, 2))
-    image = dataset(source, train=False, **square).__getitems__([(0, 3)]).images[0]  # 40 x 40, so all of it
-    whole = dataset(source, crop_scale=(1.0, 1.0), **square).__getitems__([(0, 3)]).images[0]
+    crops = CentreCrop((20, 20)), RandomCrop((20, 20), (1.0, 1.0)), RandomCrop((20, 20), (0.2, 0.3))
+    image, whole, part = (dataset(source, crop=crop).__getitems__([(0, 3)]).images[0] for crop in crops)  # of 40 x 40
     assert torch.equal(whole, image) or torch.equal(whole, image.flip(2))
-    part = dataset(source, crop_scale=(0.2, 0.3), **square).__getitems__([(0, 3)]).images[0]
     assert not torch.equal(part, image) and not torch.equal(part, image.flip(2))
 
 
 def test_validation_is_the_centre_with_fixed_noise(source):
-    first = dataset(source, train=False).__getitems__([(FIXED_EPOCH, 2), (FIXED_EPOCH, 3)])
-    again = dataset(source, train=False).__getitems__([(FIXED_EPOCH, 3)])
+    first = dataset(source, crop=CENTRE).__getitems__([(FIXED_EPOCH, 2), (FIXED_EPOCH, 3)])
+    again = dataset(source, crop=CENTRE).__getitems__([(FIXED_EPOCH, 3)])
     assert torch.equal(first.images[1], again.images[0]) and torch.equal(first.noise[1], again.noise[0])
 
 
 def test_a_damaged_image_is_replaced_by_the_next_readable_one(source):
-    healthy = dataset(source, train=False).__getitems__([(0, 1)])
+    healthy = dataset(source, crop=CENTRE).__getitems__([(0, 1)])
     for index, content in [(11, b""), (0, b"no image")]:
         with open(source.name(index), "wb") as file:
             file.write(content)
-    batch = dataset(source, train=False).__getitems__([(0, 11)])
+    batch = dataset(source, crop=CENTRE).__getitems__([(0, 11)])
     assert torch.equal(batch.images, healthy.images)
     assert [index for index, _ in batch.damaged] == [11, 0] and all(reason for _, reason in batch.damaged)
 
 
-def test_where_none_can_be_read_all_are_named(source):
+@pytest.mark.parametrize("make", [dataset, labelled])
+def test_where_none_can_be_read_all_are_named(source, make):
     for index in range(len(source)):
         open(source.name(index), "wb").close()
-    batch = dataset(source).__getitems__([(0, 4)])
+    batch = make(source).__getitems__([(0, 4)])
     assert sorted(index for index, _ in batch.damaged) == list(range(12))
+    assert make is dataset or batch.labels.tolist() == [0]
 
 
 def test_a_batch_of_classification(source):
@@ -132,8 +141,6 @@ def test_a_batch_of_classification(source):
     assert batch.labels.dtype == torch.int64 and batch.labels.tolist() == [0, 1, 0]  # sorted by path: class 1 from 6 on
     assert batch.indices == [3, 6, 3] and batch.damaged == []
     assert not torch.equal(batch.images[0], batch.images[2])  # another epoch, another crop
-    with pytest.raises(ValueError, match="11 labels for 12 images"):
-        labelled(source, labels=source.labels[:11])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -151,47 +158,20 @@ def test_an_augmented_sample_depends_on_nothing_but_seed_epoch_and_index(source,
     assert not any(torch.equal(a, b) for a, b in zip(alone, other, strict=True))
 
 
-def test_augmentation_leaves_the_global_generators_alone(source):
-    random.seed(0), np.random.seed(0), torch.manual_seed(0)
-    before = random.getstate(), str(np.random.get_state()), torch.get_rng_state()
-    loader = make_loader(labelled(source), [[(0, i)] for i in range(12)], num_workers=0)
-    assert len(list(loader)) == 12
-    assert (random.getstate(), str(np.random.get_state())) == before[:2]
-    assert torch.equal(torch.get_rng_state(), before[2])
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_workers_do_not_change_the_batches_of_classification(source, channels):
-    truncate(source.name(2))
-
-    def all_batches(num_workers):
-        sampler = StepSampler(len(source), global_batch_size=4, micro_batch_size=2, total_steps=5)
-        return list(make_loader(labelled(source, pixels=PixelFormat(channels)), sampler, num_workers=num_workers))
-
-    for one, other in zip(all_batches(0), all_batches(2), strict=True):
-        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
-        assert one.indices == other.indices and one.damaged == other.damaged
-
-
 def test_the_evaluation_of_classification_is_the_centre(source):
-    data = labelled(source, train=False, crop_ratio=0.75)
+    data = labelled(source, crop=CentreCrop(SIZE, 0.75))
     batch = data.__getitems__([(FIXED_EPOCH, 2), (0, 2), (FIXED_EPOCH, 7)])
     assert torch.equal(batch.images[0], batch.images[1])
     for row, index in ((0, 2), (2, 7)):
         (encoded,) = source.fetch([index])
-        assert torch.equal(batch.images[row], evaluation(decode(encoded, 3), (16, 24), crop_ratio=0.75))
-    assert not torch.equal(batch.images, labelled(source, train=False).__getitems__([(0, 2), (0, 2), (0, 7)]).images)
-
-
-def truncate(path):
-    with open(path, "r+b") as file:
-        file.truncate(len(file.read()) // 2)
+        assert torch.equal(batch.images[row], CentreCrop(SIZE, 0.75)(decode(encoded, 3)))
+    assert not torch.equal(batch.images, labelled(source, crop=CENTRE).__getitems__([(0, 2), (0, 2), (0, 7)]).images)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_replacement_of_a_damaged_image_brings_its_own_label(source, channels, num_workers):
-    data = labelled(source, train=False, pixels=PixelFormat(channels))
+    data = labelled(source, pixels=PixelFormat(channels), crop=CENTRE)
     healthy = data.__getitems__([(0, 6), (0, 0)])
     truncate(source.name(4))
     for index in (5, 11):
@@ -206,23 +186,14 @@ def test_the_replacement_of_a_damaged_image_brings_its_own_label(source, channel
     assert [index for index, _ in batch.damaged] == [4, 5, 11] and all(reason for _, reason in batch.damaged)
 
 
-def test_where_no_image_of_classification_can_be_read_all_are_named(source):
-    for index in range(len(source)):
-        open(source.name(index), "wb").close()
-    batch = labelled(source).__getitems__([(0, 4)])
-    assert sorted(index for index, _ in batch.damaged) == list(range(12)) and batch.labels.tolist() == [0]
-
-
 def test_arrays_are_classified_like_files():
     scenes = ShapesSource("validation", 1)
     scenes.size, scenes.labels = 4, np.array([3, 1, 0, 2], dtype=np.uint8)
     scenes.images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 1), dtype=np.uint8)
     before = scenes.images.copy()
-    batch = labelled(scenes, pixels=PixelFormat(1), img_size=(64, 64)).__getitems__([(0, 1), (0, 3)])
+    batch = labelled(scenes, pixels=PixelFormat(1), crop=RandomCrop((64, 64))).__getitems__([(0, 1), (0, 3)])
     assert batch.images.shape == (2, 1, 64, 64) and batch.labels.tolist() == [1, 2]
-    whole = labelled(scenes, pixels=PixelFormat(1), img_size=(64, 64), train=False, crop_ratio=1.0).__getitems__(
-        [(0, 1)]
-    )
+    whole = labelled(scenes, pixels=PixelFormat(1), crop=CentreCrop((64, 64))).__getitems__([(0, 1)])
     assert torch.equal(whole.images[0, 0], torch.from_numpy(before[1, :, :, 0]))
     assert np.array_equal(scenes.images, before)
 
@@ -238,7 +209,7 @@ def test_listed_images_are_prepared_or_told(source, num_workers):
     """One after the other, so that one image is in memory at its own size, and in the order of the indices."""
     with open(source.name(2), "wb") as file:
         file.write(b"damaged")
-    prepare = partial(masked_crop, size=(16, 24), grid=(2, 3), num_kept=1, mask_strategy="random", seed=5)
+    prepare = partial(masked_crop, size=SIZE, grid=(2, 3), num_kept=1, mask_strategy="random", seed=5)
     data = ListedDataset(source, pixels=PixelFormat(3), prepare=prepare)
     batches = list(make_loader(data, [range(3), range(3, 5), [2]], num_workers=num_workers))
     assert [batch.indices for batch in batches] == [[0, 1], [3, 4], []]
@@ -246,26 +217,26 @@ def test_listed_images_are_prepared_or_told(source, num_workers):
     assert "not an image" in batches[2].damaged[0][1]
     # Tensors, which workers leave in shared memory: to write more into a pipe than it holds, they would wait for ever
     # where nobody reads any more.
-    validation = dataset(source, seed=5, train=False).__getitems__([(FIXED_EPOCH, 3), (FIXED_EPOCH, 4)])
+    validation = dataset(source, seed=5, crop=CENTRE).__getitems__([(FIXED_EPOCH, 3), (FIXED_EPOCH, 4)])
     images, noise = batches[1].inputs
     assert torch.equal(images, validation.images) and torch.equal(noise, validation.noise)
     assert not torch.equal(*noise) and batches[2].inputs == ()
     pixels = decode(source.fetch([4])[0], 3)
-    (cropped,) = centre_crop(pixels, 4, size=(16, 24), crop_ratio=0.5)
-    assert torch.equal(cropped, evaluation(pixels, (16, 24), crop_ratio=0.5))
+    (cropped,) = centre_crop(pixels, 4, size=SIZE, crop_ratio=0.5)
+    assert torch.equal(cropped, CentreCrop(SIZE, 0.5)(pixels))
 
 
 @pytest.mark.parametrize(("num_processes", "num_workers"), [(1, 0), (2, 0), (3, 2), (5, 0)])
 def test_processes_share_the_samples_of_an_evaluation(source, num_processes, num_workers):
-    data, asked = labelled(source, train=False), [0] * num_processes
+    data, asked = labelled(source, crop=CENTRE), [0] * num_processes
     shown = []
     for process in range(num_processes):
 
-        def stop(process=process):
-            asked[process] += 1
-            return False
+        def watch(batches, process=process):
+            asked[process] += len(batches)
+            return batches
 
-        share = dict(process_index=process, num_processes=num_processes, stop=stop)
+        share = dict(process_index=process, num_processes=num_processes, watch=watch)
         batches = list(own_batches(data, np.arange(4), batch_size=2, num_workers=num_workers, **share))
         assert all(len(batch.indices) <= 2 for batch in batches)
         shown += [index for batch in batches for index in batch.indices]
@@ -274,9 +245,19 @@ def test_processes_share_the_samples_of_an_evaluation(source, num_processes, num
 
 
 def test_an_evaluation_ends_where_the_run_is_to_stop(source):
-    answers = iter([False, False, True])
-    options = dict(batch_size=2, num_workers=0, process_index=0, num_processes=1, stop=lambda: next(answers))
-    assert len(list(own_batches(dataset(source, train=False), range(12), **options))) == 2
+    options = dict(batch_size=2, num_workers=0, process_index=0, num_processes=1, watch=lambda batches: batches[:2])
+    assert len(list(own_batches(dataset(source, crop=CENTRE), range(12), **options))) == 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_training_batches_come_with_the_seeds_of_the_model(source, num_workers):
+    options = dict(global_batch_size=8, micro_batch_size=2, seed=3, process_index=1, num_processes=2)
+    sampler = StepSampler(len(source), steps=range(4, 7), **options)
+    pairs = list(training_batches(dataset(source), sampler, num_workers=num_workers))
+    assert [seed for seed, _ in pairs] == [model_seed(3, step, position) for step in (4, 5, 6) for position in (4, 6)]
+    for (_, batch), items in zip(pairs, sampler, strict=True):
+        expected = dataset(source).__getitems__(items)
+        assert torch.equal(batch.images, expected.images) and torch.equal(batch.noise, expected.noise)
 
 
 def test_normalisation_and_its_inverse():
@@ -293,22 +274,15 @@ def test_fast_decoding_reads_large_photographs_at_a_smaller_scale(tmp_path, size
     """The crops are then those of a smaller image, hardly different; small images are read as ever."""
     source = FolderSource(write_images(tmp_path, 4, size=400))
     items = [(epoch, index) for epoch in range(4) for index in range(4)]
-    options = dict(img_size=size, grid=(2, 3))
-    exact, fast = (dataset(source, fast=fast, **options).__getitems__(items).images.float() for fast in (False, True))
-    assert not torch.equal(exact, fast) and (exact - fast).abs().mean() < 6
-    exact, fast = (
-        labelled(source, fast=fast, augment=None, crop_scale=(0.3, 1.0), img_size=size)
-        .__getitems__(items)
-        .images.float()
-        for fast in (False, True)
-    )
-    assert not torch.equal(exact, fast) and (exact - fast).abs().mean() < 6
-    whole = [
-        dataset(source, fast=fast, train=False, **options).__getitems__(items[:4]).images for fast in (False, True)
-    ]
-    assert torch.equal(*whole)
-    small = FolderSource(write_images(tmp_path / "small", 2, size=40))
-    assert torch.equal(*(dataset(small, fast=fast, **options).__getitems__(items[:2]).images for fast in (False, True)))
+
+    def images(make, *options, source=source, **others):
+        """Without and with fast decoding."""
+        crops = [RandomCrop(size, *options, fast=fast) for fast in (False, True)]
+        return [make(source, crop=crop, **others).__getitems__(items[: len(source)]).images for crop in crops]
+
+    for exact, fast in (images(dataset), images(labelled, (0.3, 1.0), augment=None)):
+        assert not torch.equal(exact, fast) and (exact.float() - fast.float()).abs().mean() < 6
+    assert torch.equal(*images(dataset, source=FolderSource(write_images(tmp_path / "small", 2, size=40))))
 
 
 def test_deep_pixels_travel_as_floats_and_are_normalised_as_they_are(tmp_path):

@@ -1,6 +1,6 @@
-"""data/decode.py against generated files of every format, mode, size and damage: a tensor as promised, or DamagedImage.
+"""Test data/decode.py with generated files of every format, mode, size and damage: each gives an image or DamagedImage.
 
-A file is drawn as a `Written`, from which it is made, so that an example that fails is short to read.
+A file is generated from a short description, `Written`, so that failing examples are easy to read.
 """
 
 import io
@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from data.decode import DamagedImage, WrongPixels, decode, decode_stored, from_own_values, own_values
+from data.decode import decode, decode_stored, from_own_values, own_values
+from data.values import DamagedImage, WrongPixels
 
 MAX_PIXELS = 5_000_000  # what damage makes of a size is refused early: the test does not wait for it
 ORIENTATION = 0x0112
@@ -39,7 +40,7 @@ AXES = ["HW", "HWC", "CHW", "THWC"]
 
 
 class Written(NamedTuple):
-    """An image file."""
+    """Describe an image file."""
 
     format: str  # a key of PILLOW, or "deep png", "tiff", "npy"
     size: tuple[int, int]  # height and width
@@ -50,7 +51,7 @@ class Written(NamedTuple):
 
 
 def stored(file: Written) -> np.ndarray:
-    """The numbers (H, W, bands) that a file of numbers holds."""
+    """Return the numbers (H, W, bands) of a file of numbers."""
     rng = np.random.default_rng(file.seed)
     if file.format == "deep png":
         return rng.integers(0, 65536, (*file.size, bands(file)), dtype=np.uint16)
@@ -63,7 +64,7 @@ def stored(file: Written) -> np.ndarray:
 
 
 def make(file: Written) -> bytes:
-    """The file's bytes."""
+    """Return the bytes of a file."""
     if file.format in PILLOW:
         return with_pillow(file)
     array = stored(file)
@@ -94,7 +95,7 @@ def make(file: Written) -> bytes:
 
 
 def with_pillow(file: Written) -> bytes:
-    """A file that Pillow writes."""
+    """Return a file that Pillow writes."""
     stream, rng = io.BytesIO(), np.random.default_rng(file.seed)
     format, modes, options = PILLOW[file.format]
     mode = modes[file.kind % len(modes)]
@@ -108,7 +109,7 @@ def with_pillow(file: Written) -> bytes:
 
 
 def picture(rng: np.random.Generator, size: tuple[int, int], mode: str) -> Image.Image:
-    """Coarse colours, which all formats keep small."""
+    """Return a picture of coarse colours, which is small in all formats."""
     rough = Image.fromarray(rng.integers(0, 256, (4, 5, 4), dtype=np.uint8))
     rough = rough.resize(size[::-1], Image.Resampling.BILINEAR)
     if mode == "I;16":
@@ -119,7 +120,7 @@ def picture(rng: np.random.Generator, size: tuple[int, int], mode: str) -> Image
 
 
 def deep_png(pixels: np.ndarray) -> bytes:
-    """(H, W, 1 to 4) uint16 as PNG, which Pillow does not write and imagecodecs not in all small sizes."""
+    """Encode (H, W, 1 to 4) uint16 as PNG; Pillow cannot, and imagecodecs not in all small sizes."""
     height, width, channels = pixels.shape
     head = struct.pack(">IIBBBBB", width, height, 16, (0, 4, 2, 6)[channels - 1], 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
@@ -129,7 +130,7 @@ def deep_png(pixels: np.ndarray) -> bytes:
 
 
 def damage(content: bytes, kind: str, place: int, value: int) -> bytes:
-    """`content` after what happens to files; `place`, 0 to 10,000, is where."""
+    """Damage a file at `place`, 0 to 10,000."""
     at = place * (len(content) - 1) // 10_000
     if kind == "head":  # most of what bytes can break is there
         at = min(len(content) - 1, place % 400)
@@ -150,9 +151,7 @@ def damage(content: bytes, kind: str, place: int, value: int) -> bytes:
 
 side = st.integers(1, 70)
 sizes = st.one_of(
-    st.tuples(side, side),
-    st.tuples(side, side),
-    st.tuples(side, side),
+    *[st.tuples(side, side)] * 3,
     st.tuples(st.integers(1, 3000), st.integers(1, 3)),
     st.tuples(st.integers(1, 3), st.integers(1, 3000)),
     st.tuples(st.sampled_from([255, 256, 257, 600]), st.integers(1, 600)),
@@ -179,7 +178,7 @@ asked = dict(
 
 
 def bands(file: Written) -> int:
-    """The channels that the file has."""
+    """Return the number of channels of a file."""
     if file.format in PILLOW:
         modes = PILLOW[file.format][1]
         mode = modes[file.kind % len(modes)]
@@ -190,7 +189,7 @@ def bands(file: Written) -> int:
 
 
 def check(file: Written, damaged: tuple, channels: int, value_range, nodata, min_sides) -> None:
-    """A tensor as promised, or DamagedImage; of a whole file the tensor, unless something else was asked for."""
+    """Check that decoding gives the documented image or DamagedImage, and the image for an intact file."""
     content = damage(make(file), *damaged)
     channels = channels or bands(file)
     options = dict(nodata=nodata, max_pixels=MAX_PIXELS)
@@ -231,7 +230,7 @@ def check(file: Written, damaged: tuple, channels: int, value_range, nodata, min
 
 
 def check_pixels(image: torch.Tensor, file: Written, value_range, nodata) -> None:
-    """The pixels of a whole file of numbers, upright, where it has data."""
+    """Check the pixels with data of an intact file of numbers."""
     numbers = stored(file).astype(np.float64)
     missing = ~np.isfinite(numbers) | (numbers == nodata)
     if file.format == "tiff":
@@ -256,19 +255,17 @@ def check_pixels(image: torch.Tensor, file: Written, value_range, nodata) -> Non
     assert error[~missing].max(initial=0) < tolerance
 
 
-EXACT = settings(
-    derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck), print_blob=False
-)
+EXACT = settings(derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @settings(EXACT, max_examples=800)
 @given(**asked)
-def test_any_file_gives_a_tensor_as_promised_or_is_damaged(**drawn):
+def test_any_file_gives_an_image_or_is_damaged(**drawn):
     check(**drawn)
 
 
 @pytest.mark.slow
 @settings(EXACT, max_examples=50_000)
 @given(**asked)
-def test_very_many_files_give_tensors_as_promised_or_are_damaged(**drawn):
+def test_very_many_files_give_images_or_are_damaged(**drawn):
     check(**drawn)

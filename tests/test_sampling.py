@@ -8,7 +8,7 @@ from data.sampling import StepSampler, epoch_order, model_seed, sample_generator
 
 
 def batches(**options):
-    defaults = dict(global_batch_size=8, micro_batch_size=8, total_steps=7, seed=3)
+    defaults = dict(global_batch_size=8, micro_batch_size=8, steps=range(7), seed=3)
     return list(StepSampler(21, **{**defaults, **options}))
 
 
@@ -27,7 +27,7 @@ def test_the_rest_of_an_epoch_is_not_used():
 
 @pytest.mark.parametrize("start", range(8))
 def test_starting_at_a_step_equals_going_there(start):
-    assert batches(start_step=start) == batches()[start:]
+    assert batches(steps=range(start, 7)) == batches()[start:]
 
 
 @pytest.mark.parametrize(("processes", "micro"), [(1, 4), (1, 2), (2, 4), (2, 2), (4, 1)])
@@ -41,23 +41,26 @@ def test_any_split_of_the_global_batch_has_the_same_samples(processes, micro):
 
 @pytest.mark.parametrize(("processes", "micro"), [(1, 4), (2, 2)])
 def test_repeated_views_stand_together_and_are_those_of_later_epochs(processes, micro):
-    options = dict(total_steps=10, views=2, num_processes=processes, micro_batch_size=micro)
+    options = dict(steps=range(10), views=2, num_processes=processes, micro_batch_size=micro)
     parts = [batches(process_index=rank, **options) for rank in range(processes)]
     for batch in [batch for part in parts for batch in part]:
         epochs, indices = zip(*batch, strict=True)
         assert indices[::2] == indices[1::2] and len(set(indices)) == micro // 2
-        assert all(
-            second == first + 1 and first % 2 == 0 for first, second in zip(epochs[::2], epochs[1::2], strict=True)
-        )
-    first_epoch = batches(total_steps=5, views=2)  # 21 images, twice each, in batches of 8: five steps an epoch
+        assert all(odd == even + 1 and even % 2 == 0 for even, odd in zip(epochs[::2], epochs[1::2], strict=True))
+    first_epoch = batches(steps=range(5), views=2)  # 21 images, twice each, in batches of 8: five steps an epoch
     assert {epoch for batch in first_epoch for epoch, _ in batch} == {0, 1}
     assert len({index for batch in first_epoch for _, index in batch}) == 20
-    assert batches(total_steps=6, views=2)[5][0][0] == 2
+    assert batches(steps=range(6), views=2)[5][0][0] == 2
 
 
-def test_length_is_the_number_of_micro_batches():
-    sampler = StepSampler(21, global_batch_size=8, micro_batch_size=2, total_steps=7, start_step=2)
-    assert len(sampler) == len(list(sampler)) == 20
+def test_each_micro_batch_has_a_seed_of_its_step_and_position():
+    options = dict(global_batch_size=8, micro_batch_size=2, steps=range(2, 7), seed=3)
+    sampler = StepSampler(21, **options)
+    seeds = [model_seed(3, step, position) for step in range(2, 7) for position in (0, 2, 4, 6)]
+    assert len(sampler) == len(list(sampler)) == 20 and list(sampler.model_seeds()) == seeds
+    parts = [StepSampler(21, **options, process_index=rank, num_processes=2).model_seeds() for rank in range(2)]
+    first, second = map(list, parts)
+    assert [seed for i in range(0, 10, 2) for seed in (*first[i : i + 2], *second[i : i + 2])] == seeds
 
 
 def test_randomness_is_a_function_of_seed_epoch_and_index():
@@ -75,16 +78,15 @@ def draws():
 
 def test_seeding_takes_any_64_bits():
     seeds = [0, 1, 2**32, 2**32 + 1, 2**63, 2**64 - 1, model_seed(0, 1, 2)]
-    found = []
+    drawn = []
     for seed in seeds:
         seed_everything(seed)
-        first = draws()
+        drawn.append(draws())
         seed_everything(seed)
-        assert draws() == first
-        found.append(first)
-    *others, of_torch = zip(*found, strict=True)
-    assert all(len(set(drawn)) == len(seeds) for drawn in others)
-    assert len(set(of_torch)) == len({seed % 2**32 for seed in seeds})  # all that torch's own generator for CPUs uses
+        assert draws() == drawn[-1]
+    *others, of_torch = zip(*drawn, strict=True)
+    assert all(len(set(numbers)) == len(seeds) for numbers in others)
+    assert len(set(of_torch)) == len({seed % 2**32 for seed in seeds})  # torch's CPU generator uses no more bits
 
 
 @pytest.mark.parametrize("seed", [0, 2**64 - 1])
@@ -94,7 +96,7 @@ def test_a_seeded_scope_draws_the_same_and_leaves_no_trace(seed):
     seed_everything(seed)
     inside = draws()
     seed_everything(5)
-    first = draws()  # of gauss and normal one number is now in store
+    first = draws()  # gauss and normal have now stored their next number
     with seeded(seed):
         assert draws() == inside
         with seeded(1):
@@ -103,25 +105,3 @@ def test_a_seeded_scope_draws_the_same_and_leaves_no_trace(seed):
         draws()
         raise ZeroDivisionError
     assert first + draws() == expected
-
-
-def test_a_seeded_scope_leaves_no_seed_for_a_device_that_is_not_in_use(monkeypatch):
-    called = []
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    monkeypatch.setattr(torch.cuda, "manual_seed", called.append)
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", called.append)
-    with seeded(3):
-        pass
-    assert not called
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_seeded_scope_covers_the_gpu():
-    torch.cuda.manual_seed(5)
-    expected = torch.rand(4, device="cuda")
-    torch.cuda.manual_seed(5)
-    with seeded(2**64 - 1):
-        first = torch.rand(3, device="cuda")
-    with seeded(2**64 - 1):
-        assert torch.equal(torch.rand(3, device="cuda"), first)
-    assert torch.equal(torch.rand(4, device="cuda"), expected)

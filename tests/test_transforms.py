@@ -1,5 +1,4 @@
-"""data/transforms.py: crops distributed and resized as torchvision's and Pillow's, and a function of the generator;
-RandAugment as timm builds it."""
+"""data/transforms.py: crops as of torchvision and Pillow, which follow the generator alone; RandAugment as of timm."""
 
 import math
 import os
@@ -18,7 +17,15 @@ from torchvision.transforms.v2 import Resize
 
 from data.decode import decode
 from data.sampling import seeded
-from data.transforms import evaluation, pretraining, rand_augment, random_crop_box, resized_crop, training
+from data.transforms import (
+    CentreCrop,
+    RandomCrop,
+    augment_image,
+    evaluation_crop_ratio,
+    rand_augment,
+    random_crop_box,
+    resized_crop,
+)
 
 
 def picture(height: int, width: int, channels: int = 3, seed: int = 0) -> torch.Tensor:
@@ -115,26 +122,26 @@ def test_resizing_to_the_same_size_is_the_identity():
     image = picture(61, 83)
     assert torch.equal(resized_crop(image, (0, 0, 61, 83), (61, 83)), image)
     assert torch.equal(resized_crop(image, (5, 6, 40, 50), (40, 50)), image[:, 5:45, 6:56])
-    assert torch.equal(evaluation(image, (61, 83)), image)
+    assert torch.equal(CentreCrop((61, 83))(image), image)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 1), (40, 30), (375, 500)])
 @pytest.mark.parametrize("size", [(32, 32), (24, 56)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pretraining_takes_any_image_to_any_size(height, width, size, channels):
+def test_a_random_crop_takes_any_image_to_any_size(height, width, size, channels):
     image = picture(height, width, channels)
     before = image.clone()
     for seed in range(10):
-        result = pretraining(image, np.random.default_rng(seed), size, scale=(0.2, 1.0))
+        result = RandomCrop(size)(image, np.random.default_rng(seed))
         assert result.dtype == torch.uint8 and tuple(result.shape) == (channels, *size)
     assert torch.equal(image, before)
 
 
-def test_pretraining_is_a_crop_mirrored_half_the_time():
+def test_a_random_crop_is_mirrored_half_the_time():
     image = picture(90, 120)
     mirrored = 0
     for seed in range(400):
-        result = pretraining(image, np.random.default_rng(seed), (16, 24), scale=(0.3, 0.9))
+        result = RandomCrop((16, 24), (0.3, 0.9))(image, np.random.default_rng(seed))
         box = random_crop_box(np.random.default_rng(seed), 90, 120, scale=(0.3, 0.9))
         crop = resized_crop(image, box, (16, 24))
         assert torch.equal(result, crop) or torch.equal(result, crop.flip(2))
@@ -143,25 +150,15 @@ def test_pretraining_is_a_crop_mirrored_half_the_time():
 
 
 def test_the_generator_decides_and_global_states_are_left_alone():
-    image = picture(90, 120)
-    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
-    first = [pretraining(image, np.random.default_rng((7, 0, i)), (32, 32)) for i in range(5)]
-    assert random.getstate() == states[0]
-    assert np.array_equal(np.random.get_state()[1], states[1])
+    image, crop = picture(90, 120), RandomCrop((32, 32))
+    states = random.getstate(), str(np.random.get_state()), torch.get_rng_state()
+    first = [crop(image, np.random.default_rng((7, 0, i))) for i in range(5)]
+    assert (random.getstate(), str(np.random.get_state())) == states[:2]
     assert torch.equal(torch.get_rng_state(), states[2])
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    again = [pretraining(image, np.random.default_rng((7, 0, i)), (32, 32)) for i in range(5)]
+    again = [crop(image, np.random.default_rng((7, 0, i))) for i in range(5)]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], first[1])
-
-
-def test_training_without_augmentation_is_the_crop_of_classification():
-    image = picture(90, 120)
-    for seed in range(20):
-        expected = pretraining(image, np.random.default_rng(seed), (16, 24), scale=(0.08, 1.0))
-        assert torch.equal(training(image, np.random.default_rng(seed), (16, 24)), expected)
-    whole = training(image, np.random.default_rng(0), (90, 120), scale=(1.0, 1.0))
-    assert torch.equal(whole, image) or torch.equal(whole, image.flip(2))
 
 
 MEANS = {3: (0.485, 0.456, 0.406), 1: (0.48,)}
@@ -229,13 +226,13 @@ def test_posterizing_to_no_bits_is_black(channels):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_training_augments_the_crop_from_its_generator_alone(channels):
-    image, size = picture(90, 120, channels), (32, 40)
-    augment = rand_augment(9, size, MEANS[channels])
+def test_an_augmentation_follows_the_generator_alone(channels):
+    size = (32, 40)
+    image, augment = picture(*size, channels), rand_augment(9, size, MEANS[channels])
     before = image.clone()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     states = random.getstate(), str(np.random.get_state()), torch.get_rng_state()
-    first = [training(image, np.random.default_rng(i), size, augment=augment) for i in range(30)]
+    first = [augment_image(image, np.random.default_rng(i), augment) for i in range(30)]
     assert (random.getstate(), str(np.random.get_state())) == states[:2]
     assert torch.equal(torch.get_rng_state(), states[2])
     random.seed(2), np.random.seed(2), torch.manual_seed(2)
@@ -243,23 +240,21 @@ def test_training_augments_the_crop_from_its_generator_alone(channels):
     changed = 0
     for i, result in enumerate(first):
         assert result.dtype == torch.uint8 and tuple(result.shape) == (channels, *size)
-        assert torch.equal(result, training(image, np.random.default_rng(i), size, augment=augment))
-        rng = np.random.default_rng(i)
-        crop = pretraining(image, rng, size, scale=(0.08, 1.0))
-        with seeded(int(rng.integers(2**64, dtype=np.uint64))):
-            expected = np.asarray(timm_rand_augment(9, size, channels)(pillow(crop))).reshape(*size, channels)
+        assert torch.equal(result, augment_image(image, np.random.default_rng(i), augment))
+        with seeded(int(np.random.default_rng(i).integers(2**64, dtype=np.uint64))):
+            expected = np.asarray(timm_rand_augment(9, size, channels)(pillow(image))).reshape(*size, channels)
         assert np.array_equal(result.permute(1, 2, 0), expected)
-        changed += not torch.equal(result, crop)
+        changed += not torch.equal(result, image)
     assert changed > 10
     assert torch.equal(image, before)
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (333, 250), (100, 130), (256, 256), (225, 226)])
 @pytest.mark.parametrize(("side", "crop_ratio", "short_side"), [(224, 0.875, 256), (96, 1.0, 96), (63, 0.9, 70)])
-def test_evaluation_is_torchvisions_resize_and_centre_crop(height, width, side, crop_ratio, short_side):
+def test_a_centre_crop_is_torchvisions_resize_and_centre_crop(height, width, side, crop_ratio, short_side):
     image = picture(height, width)
     resize = Resize(short_side, interpolation=InterpolationMode.BICUBIC, antialias=True)
-    result = evaluation(image, (side, side), crop_ratio=crop_ratio)
+    result = CentreCrop((side, side), crop_ratio)(image)
     # Not bit for bit: without AVX2 torchvision resizes in float32. A shift by a pixel would be below 30 dB.
     assert psnr(result.numpy(), CenterCrop(side)(resize(image)).numpy()) >= 50
 
@@ -267,22 +262,20 @@ def test_evaluation_is_torchvisions_resize_and_centre_crop(height, width, side, 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 1), (1, 50000), (50000, 1), (37, 53)])
 @pytest.mark.parametrize("size", [(32, 32), (24, 56), (56, 24)])
 @pytest.mark.parametrize("crop_ratio", [1.0, 0.875])
-def test_evaluation_takes_any_image_to_any_size(height, width, size, crop_ratio):
-    result = evaluation(picture(height, width), size, crop_ratio=crop_ratio)
+def test_a_centre_crop_takes_any_image_to_any_size(height, width, size, crop_ratio):
+    result = CentreCrop(size, crop_ratio)(picture(height, width))
     assert result.dtype == torch.uint8 and tuple(result.shape) == (3, *size)
 
 
-def test_evaluation_keeps_the_centre_of_a_strip():
+def test_a_centre_crop_keeps_the_centre_of_a_strip():
     """A strip long enough to be cut before it is resized: the result is what the whole resize would give."""
     image = picture(20, 1000)
     whole = resized_crop(image, (0, 0, 20, 1000), (40, 2000))[:, :, 980:1020]
-    assert psnr(evaluation(image, (40, 40)).numpy(), whole.numpy()) >= 60
+    assert psnr(CentreCrop((40, 40))(image).numpy(), whole.numpy()) >= 60
 
 
-@pytest.mark.parametrize("crop_ratio", [0, -1, 1.5])
-def test_evaluation_refuses_an_impossible_crop_ratio(crop_ratio):
-    with pytest.raises(ValueError, match=f"crop_ratio is {crop_ratio}"):
-        evaluation(picture(20, 20), (8, 8), crop_ratio=crop_ratio)
+def test_large_images_are_evaluated_as_a_whole():
+    assert [evaluation_crop_ratio(size) for size in ((32, 32), (224, 96), (96, 225))] == [0.875, 0.875, 1.0]
 
 
 @pytest.mark.skipif("MAE_TEST_DATA" not in os.environ, reason="MAE_TEST_DATA names no folder of real images")

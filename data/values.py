@@ -1,0 +1,121 @@
+"""Check and complete pixel arrays (H, W, C): size, channels, orientation and missing values."""
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import UnidentifiedImageError
+
+
+class DamagedImage(ValueError):
+    """Report bytes that hold no complete image; `str(error)` is the reason, without the file's name."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason[:200])  # some libraries quote the bytes that they do not understand
+
+
+class WrongPixels(DamagedImage):
+    """Report an intact image with other channels or another number type than requested."""
+
+
+class WrongChannels(WrongPixels):
+    """Report an intact image with another number of channels than requested."""
+
+    def __init__(self, channels: int, expected: int):
+        super().__init__(f"has {channels} channels, expected {expected}; give --input_channels {channels}")
+
+
+@contextlib.contextmanager
+def damage_errors() -> Iterator[None]:
+    """Turn the errors of the libraries, of nearly any type, into DamagedImage."""
+    try:
+        yield
+    except (DamagedImage, UnidentifiedImageError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if not reason or not isinstance(error, OSError | ValueError | SyntaxError | RuntimeError):
+            # Others, such as a KeyError in a broken structure, say nothing without their type
+            reason = f"broken ({type(error).__name__} {reason})"
+        raise DamagedImage(reason[:120]) from error
+
+
+def check_size(height: int, width: int, max_pixels: int) -> None:
+    """Raise DamagedImage for an image with more than `max_pixels` pixels."""
+    if height * width > max_pixels:
+        raise DamagedImage(f"{height} x {width} pixels, more than the {max_pixels} allowed; raise --max_pixels")
+
+
+def check_channels(channels: int, expected: int) -> None:
+    """Raise WrongChannels if the two numbers differ."""
+    if channels != expected:
+        raise WrongChannels(channels, expected)
+
+
+def first_image(array: np.ndarray) -> np.ndarray:
+    """Return the first image of an array as (H, W) or with three dimensions. Raises DamagedImage."""
+    if array.ndim < 2 or not array.size:
+        raise DamagedImage(f"an array of shape {array.shape}, expected (H, W), (H, W, C) or (C, H, W)")
+    while array.ndim > 3:
+        array = array[0]
+    return array
+
+
+def channels_last(array: np.ndarray, channels: int, max_pixels: int) -> np.ndarray:
+    """Return (H, W), (H, W, channels), (channels, H, W), or the first of several of these, as (H, W, channels)."""
+    array = first_image(array)
+    if array.ndim == 2:
+        array = array[:, :, None]
+    elif array.shape[2] != channels and array.shape[0] == channels:
+        array = np.moveaxis(array, 0, 2)
+    if array.shape[2] != channels:
+        raise WrongChannels(min(array.shape[0], array.shape[2]) if array.shape[2] > 1 else 1, channels)
+    check_size(*array.shape[:2], max_pixels)
+    return np.ascontiguousarray(array)
+
+
+def drop_alpha(values: np.ndarray, channels: int, has_alpha: bool) -> np.ndarray:
+    """Return (H, W, channels) without a last channel of transparency that `channels` does not count."""
+    if has_alpha and values.shape[2] == channels + 1:
+        values = np.ascontiguousarray(values[:, :, :channels])
+    check_channels(values.shape[2], channels)
+    return values
+
+
+def turn_upright(values: np.ndarray, orientation: int) -> np.ndarray:
+    """Return (H, W, ...) rotated and mirrored as EXIF orientations 2 to 8 say, in row-major order."""
+    if orientation not in range(2, 9):
+        return np.ascontiguousarray(values)
+    if orientation in (5, 6, 7, 8):
+        values = values.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        values = values[::-1]
+    if orientation in (2, 3, 6, 7):
+        values = values[:, ::-1]
+    return values.copy()  # ascontiguousarray() would leave a negative stride where a side is 1
+
+
+def find_missing(values: np.ndarray, *nodata: float | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the values as uint8, uint16 or else float32, and a mask of those without data (None: all have data)."""
+    missing = False
+    with np.errstate(all="ignore"):
+        numbers = {float(number) for number in nodata if number is not None}
+        if values.dtype.kind == "f":
+            numbers = {float(values.dtype.type(number)) for number in numbers}  # rounded as the file's own are
+        if values.dtype not in (np.uint8, np.uint16):
+            values = values.astype(np.float32, copy=False)
+            missing = ~np.isfinite(values)
+        for number in numbers:
+            # NumPy compares a Python integer with an array of any type exactly, even one that the type cannot hold.
+            missing |= values == (int(number) if values.dtype.kind == "u" and number.is_integer() else number)
+    return values, missing if np.any(missing) else None
+
+
+def fill_missing(values: np.ndarray, missing: np.ndarray) -> None:
+    """Replace missing values (H, W, C) by the mean of the others in their channel. Raises DamagedImage."""
+    for channel in np.flatnonzero(missing.any(axis=(0, 1))):
+        band, hole = values[:, :, channel], missing[:, :, channel]
+        if hole.all():
+            raise DamagedImage("no pixel with data")
+        mean = band[~hole].mean(dtype=np.float64)
+        band[hole] = mean if values.dtype.kind == "f" else round(mean)

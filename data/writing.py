@@ -1,0 +1,251 @@
+"""Encode and measure images for prepare_data.py, and build the indices that data/prepared.py reads.
+
+The data sets here run in loader workers: each takes a list of sample indices and keeps one image in memory at a time.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate
+from torch.utils.data import Dataset, get_worker_info
+
+from data.arrow import END
+from data.decode import PixelFormat, decode_stored, own_values
+from data.index import Names
+from data.pool import watch_parent
+from data.prepared import keeps_files
+from data.sources import Fetched, Source, image_of
+from data.statistics import moments_of
+from data.values import DamagedImage, WrongPixels
+
+QUALITY = 90  # of JPEG if only --short_side is given
+LONGEST = 65500  # pixels: the longest side that libjpeg writes
+
+
+class Chunk(NamedTuple):
+    """Hold a part of a shard: some encoded images that follow each other."""
+
+    data: bytes
+    samples: int
+    shapes: np.ndarray | None  # (height, width) of each decoded image, (samples, 2)
+    damaged: list[tuple[int, str]]  # index and reason of the images that cannot be read
+
+
+class Encoder(Dataset):
+    """Encode samples to Chunks; a shard is `header`, its chunks and `footer`.
+
+    `encode(index, damaged)` returns an image, and its mask if there is one, as buffers, or appends to `damaged`.
+    `pack(images, damaged)` joins encoded images, by index, to a Chunk.
+    """
+
+    header = footer = b""
+    watches_parent = False
+
+    def __init__(self, source: Source, settings: dict, pixels: PixelFormat):
+        self.source, self.settings, self.pixels = source, settings, pixels
+
+    def __getitems__(self, indices: Sequence[int]) -> Chunk:
+        if get_worker_info() is not None and not self.watches_parent:
+            self.watches_parent = True
+            watch_parent()  # the loader's own check does not run while a chunk waits to be taken
+        damaged = []
+        images = {index: image for index in indices if (image := self.encode(index, damaged))}
+        return self.pack(images, damaged)
+
+
+class ArrayEncoder(Encoder):
+    """Encode decoded pixels (H, W, C): uint8, or with a value range the stored numbers as float32, missing ones NaN."""
+
+    def encode(self, index: int, damaged: list[tuple[int, str]]) -> tuple[np.ndarray] | None:
+        (data,), stored = self.source.fetch([index]), self.pixels.value_range is not None
+        try:
+            values = read_values(data, self.pixels, stored=stored)
+            return (shrink(values.astype(np.float32 if stored else np.uint8, copy=False), self.settings["short_side"]),)
+        except DamagedImage as error:
+            damaged.append((index, str(error)))
+
+    def pack(self, images: dict[int, tuple[np.ndarray]], damaged: list[tuple[int, str]]) -> Chunk:
+        shapes = np.array([image.shape[:2] for (image,) in images.values()], dtype=np.int32).reshape(-1, 2)
+        return Chunk(b"".join(image.tobytes() for (image,) in images.values()), len(images), shapes, damaged)
+
+
+class FileEncoder(Encoder):
+    """Encode image files with labels and masks to record batches of an Arrow stream."""
+
+    def __init__(self, source: Source, settings: dict, pixels: PixelFormat):
+        super().__init__(source, settings, pixels)
+        self.schema = make_features(source).arrow_schema
+        self.header, self.footer = self.schema.serialize().to_pybytes(), END
+
+    def encode(self, index: int, damaged: list[tuple[int, str]]) -> tuple[bytes, ...] | None:
+        (data,) = self.source.fetch([index])
+        masks = self.source.fetch_masks([index]) if getattr(self.source, "has_masks", False) else []
+        try:
+            image = self.recode(data)
+            for mask in masks:
+                check_mask(mask)
+        except DamagedImage as error:
+            damaged.append((index, str(error)))
+            if not keeps_files(self.settings):
+                return None
+            image = data  # a run replaces damaged files that are kept, as it does with those of the source
+        return tuple(b"" if isinstance(file, OSError) else bytes(file) for file in (image, *masks))
+
+    def recode(self, data: Fetched) -> bytes:
+        """Return the image as a JPEG file, or the same file if the settings do not change it. Raises DamagedImage."""
+        short_side, quality, keeps = self.settings["short_side"], self.settings["quality"], keeps_files(self.settings)
+        if keeps and isinstance(data, np.ndarray):
+            raise DamagedImage("decoded pixels cannot be kept as a file; give --quality or --format array")
+        # Decoding at twice the size leaves enough detail for an antialiased resize
+        min_sides = None if short_side is None else (2 * short_side, 2 * short_side)
+        pixels = image_of(data, self.pixels, min_sides).permute(1, 2, 0).numpy()
+        small = shrink(pixels, short_side)
+        if keeps or (small is pixels and quality is None and bytes(data[:2]) == b"\xff\xd8"):
+            return bytes(data)
+        if max(small.shape) > LONGEST:
+            raise DamagedImage("{} x {} pixels, more than JPEG holds; give --format array".format(*small.shape[:2]))
+        file, grey = io.BytesIO(), small.shape[2] == 1
+        image = Image.fromarray(small[..., 0] if grey else small)
+        image.save(file, "JPEG", quality=quality or QUALITY, **({} if grey else {"subsampling": "4:2:0"}))
+        return file.getvalue()
+
+    def pack(self, images: dict[int, tuple[bytes, ...]], damaged: list[tuple[int, str]]) -> Chunk:
+        import pyarrow as pa
+
+        if not images:
+            return Chunk(b"", 0, None, damaged)
+        rows = []
+        for index, (image, *masks) in images.items():
+            row = {"image": {"bytes": image, "path": relative_name(self.source, index)}}
+            if self.source.labels is not None:
+                row["label"] = int(self.source.labels[index])
+            if masks:
+                row["mask"] = {"bytes": masks[0]}
+            rows.append(row)
+        data = pa.RecordBatch.from_pylist(rows, self.schema).serialize().to_pybytes()
+        return Chunk(data, len(images), None, damaged)
+
+
+class Measure(Dataset):
+    """Compute the Moments of the samples that can be read, and the indices and reasons of the others.
+
+    If `eight_bit`, these are the moments of the pixels that a run sees, otherwise of the stored numbers.
+    """
+
+    def __init__(self, source: Source, pixels: PixelFormat, *, eight_bit: bool):
+        self.source, self.pixels, self.eight_bit = source, pixels, eight_bit
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[list, list[tuple[int, str]]]:
+        moments, damaged = [], []
+        for index in indices:
+            (data,) = self.source.fetch([index])
+            try:
+                if self.eight_bit:  # a run compares --nodata with the converted pixels
+                    data = read_values(data, self.pixels._replace(nodata=None), stored=False)
+                moments.append(moments_of(read_values(data, self.pixels, stored=True), self.pixels.value_range))
+            except DamagedImage as error:
+                damaged.append((index, str(error)))
+        return moments, damaged
+
+
+def is_eight_bit(source: Source, indices: Sequence[int], pixels: PixelFormat) -> bool:
+    """Return True if a run without value range sees the stored numbers of all readable images among `indices`.
+
+    Their type does not tell: a file with pixels that it declares to be nodata is read as float32.
+    """
+    pixels = pixels._replace(nodata=None)
+    for index in indices:
+        (data,) = source.fetch([index])
+        try:
+            stored = read_values(data, pixels, stored=True)
+            seen = stored if stored.dtype == np.uint8 else read_values(data, pixels, stored=False)
+        except DamagedImage as error:
+            if type(error) is WrongPixels:  # numbers without a known range
+                return False
+            continue
+        if (seen != stored)[np.isfinite(stored)].any():
+            return False
+    return True
+
+
+def read_values(data: Fetched, pixels: PixelFormat, *, stored: bool) -> np.ndarray:
+    """Return 8-bit pixels (H, W, C) or, if `stored`, the stored numbers, missing ones NaN. Raises DamagedImage."""
+    if not stored:
+        return image_of(data, pixels).permute(1, 2, 0).numpy()
+    if isinstance(data, np.ndarray):
+        return data if pixels.nodata is None else np.where(data == pixels.nodata, np.float32(np.nan), data)
+    return own_values(data, pixels.channels, nodata=pixels.nodata, max_pixels=pixels.max_pixels)
+
+
+def check_mask(mask: Fetched) -> None:
+    """Raise DamagedImage for a mask that cannot be read."""
+    try:
+        decode_stored(mask)
+    except DamagedImage as error:
+        raise DamagedImage(f"its mask: {error}") from None
+
+
+def relative_name(source: Source, index: int) -> str:
+    """Return an image's path below the data's folder, or its full name, as valid UTF-8."""
+    name = source.name(index).removeprefix(os.path.join(getattr(source, "root", ""), ""))
+    return os.fsencode(name).decode(errors="replace")
+
+
+def shrink(values: np.ndarray, short_side: int | None) -> np.ndarray:
+    """Resize (H, W, C), uint8 or float32, to `short_side` by antialiased bicubic; return smaller images unchanged.
+
+    Missing values (NaN) spread over the width of the filter.
+    """
+    height, width, _ = values.shape
+    if short_side is None or min(height, width) <= short_side:
+        return values
+    size = [side * short_side // min(height, width) for side in (height, width)]
+    image = torch.from_numpy(values.copy()).permute(2, 0, 1)[None]  # a copy, as torch warns about read-only memory
+    return interpolate(image, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def make_features(source: Source):
+    """Return the columns of the shards as Features of the library `datasets`."""
+    import datasets
+
+    features = {"image": datasets.Image()}
+    if source.labels is not None:
+        features["label"] = datasets.ClassLabel(names=source.classes)
+    if getattr(source, "has_masks", False):
+        features["mask"] = datasets.Image()
+    return datasets.Features(features)
+
+
+def index_files(source: Source, split: str, shards: list[dict]) -> dict[str, dict]:
+    """Return the JSON files, by name, that `datasets` needs beside the Arrow shards of a split."""
+    checksums = "".join(shard["sha256"] for shard in shards)
+    state = {
+        "_data_files": [{"filename": Path(shard["file"]).name} for shard in shards],
+        "_fingerprint": hashlib.sha256(checksums.encode()).hexdigest()[:16],
+        **{"_format_columns": None, "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False},
+        "_split": split,
+    }
+    return {"dataset_info.json": {"features": make_features(source).to_dict()}, "state.json": state}
+
+
+def index_arrays(source: Source, shapes: list[np.ndarray], damaged: list[int], pixel_bytes: int) -> dict:
+    """Return the index arrays of a split, by name, from (height, width) of the images (n, 2) in each shard.
+
+    `damaged` are the samples that are left out; a pixel with all its channels takes `pixel_bytes`.
+    """
+    sizes = [pixel_bytes * shape.prod(1, dtype=np.int64) for shape in shapes]
+    readable = np.setdiff1d(np.arange(len(source)), damaged)
+    names = Names.from_list([os.fsencode(relative_name(source, int(index))) for index in readable])
+    columns = dict(zip(("heights", "widths"), np.concatenate(shapes).T, strict=True))
+    columns["offsets"] = np.concatenate([size.cumsum() - size for size in sizes])
+    columns["names"], columns["name_ends"] = names.buffer, names.ends
+    if source.labels is not None:
+        columns["labels"] = np.asarray(source.labels, dtype=np.int32)[readable]
+    return columns
