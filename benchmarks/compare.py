@@ -1,0 +1,87 @@
+"""What the benchmarks share: timing in turns, and figures as printed lines and as JSON."""
+
+import argparse
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from modeling.vit import SIZES
+from training.arguments import Parser, integer
+
+
+def new_parser(description: str, *, rounds: int) -> Parser:
+    """Return a parser with the flags of every benchmark; `rounds` is the default of --rounds."""
+    parser = Parser(description)
+    help_text = f"how often both sides are measured (default {rounds})"
+    parser.add_argument("--rounds", type=integer(1), default=rounds, help=help_text)
+    parser.add_argument("--json", metavar="FILE", help="write the figures to this file, as a list")
+    return parser
+
+
+def read_step_flags(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Return the flags, with those of a training step added to the parser's own, and a list of error messages."""
+    flag = parser.add_argument
+    flag("--model", choices=SIZES, default="base", help="size of the encoder (default base)")
+    flag("--img_size", type=integer(1), default=224, help="pixels (default 224)")
+    flag("--batch_size", type=integer(1), default=16, help="images per process and step (default 16)")
+    flag("--mixed_precision", choices=("no", "bf16"), help="default bf16 on a GPU, no on a CPU")
+    args, errors = parser.read(argv)
+    args.mixed_precision = args.mixed_precision or ("bf16" if torch.cuda.is_available() else "no")
+    patch_size = SIZES[args.model]["patch_size"]
+    if args.img_size % patch_size:
+        errors.append(f"--img_size {args.img_size} is not divided by the patches of {args.model}, {patch_size} pixels")
+    return args, errors
+
+
+def time_in_turns(works: dict[str, Callable], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Return the seconds of each work in each round; every round runs all works, after `warmup` untimed rounds."""
+    seconds = {name: [] for name in works}
+    for _ in range(warmup + rounds):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: values[warmup:] for name, values in seconds.items()}
+
+
+def rates(count: int, seconds: Iterable[float]) -> list[float]:
+    """Return `count` per second, for each time that so many took."""
+    return [count / value for value in seconds]
+
+
+def figure(
+    name: str, ours: Sequence[float], unit: str, theirs: Sequence[float] | None = None, *, lower_is_better: bool = False
+) -> dict:
+    """Return a figure: medians over the rounds, and the median of the rounds' ratios, above 1 if ours is better."""
+    if theirs is None:
+        return {"name": name, "ours": median(ours), "theirs": None, "unit": unit, "ratio": None}
+    ratio = median(b / a if lower_is_better else a / b for a, b in zip(ours, theirs, strict=True))
+    return {"name": name, "ours": median(ours), "theirs": median(theirs), "unit": unit, "ratio": ratio}
+
+
+def report(figures: Iterable[dict], path: str | None) -> None:
+    """Print each figure when it is measured, and write all of them, with the machine, to the JSON file `path`."""
+    machine, rows = describe_machine(), []
+    print(machine)
+    for row in figures:
+        comparison = "" if row["ratio"] is None else f" against {row['theirs']:.2f}, ratio {row['ratio']:.2f}"
+        print(f"{row['name']:60} {row['ours']:9.2f}{comparison} {row['unit']}", flush=True)
+        rows.append(row | {"machine": machine})
+    if path:
+        Path(path).write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def describe_machine() -> str:
+    """Return the names of the GPUs and the CPU, the number of cores, and the version of torch."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    info = Path("/proc/cpuinfo")
+    model = re.search("model name\\s*: (.*)", info.read_text()) if info.exists() else None
+    cpu = model[1] if model else platform.machine()
+    return f"{', '.join(gpus) or 'no GPU'}; {os.cpu_count()} cores of {cpu}; torch {torch.__version__}"

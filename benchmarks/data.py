@@ -1,0 +1,173 @@
+"""Time reading a folder of images against torchvision's usual pipeline.
+
+    python benchmarks/data.py --path_to_data IMAGES
+
+Theirs opens with PIL and does RandomResizedCrop (bicubic), flip, conversion to float and normalisation. Ours reads
+uint8 batches with their masks: from the files, without and with --fast_decoding, and from what prepare_data.py makes of
+them at a short side of 256, as JPEG and as arrays; decoding alone is the limit. Both run on one thread. Further figures
+are the PSNR of the crops against Pillow's, and one and two loader workers against none on all cores.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import BatchSampler
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the repository, before this folder: `data` is its package
+
+from benchmarks.compare import figure, new_parser, rates, report, time_in_turns
+from data.batches import PretrainingDataset, make_loader
+from data.decode import PixelFormat, decode
+from data.files import FileSource, FolderSource
+from data.index import DataError
+from data.sources import Source, open_sources
+from data.transforms import RandomCrop, random_crop_box, resized_crop
+from training.arguments import integer
+from training.launch import fail, run_script
+
+SHORT_SIDE = 256  # of prepared images
+
+
+def parse_args(argv=None):
+    """Return the flags and a list of error messages."""
+    parser = new_parser(__doc__, rounds=5)
+    flag = parser.add_argument
+    flag("--path_to_data", required=True, help="folder of images")
+    flag("--img_size", type=integer(1), default=224, help="pixels (default 224)")
+    flag("--num_images", type=integer(1), default=400, help="images to read, at most (default 400)")
+    return parser.read(argv)
+
+
+def pretraining_data(source: Source, img_size: int, *, fast: bool = False) -> PretrainingDataset:
+    """Return the data set of pretrain_mae.py for a ViT with patches of 16 pixels."""
+    side = img_size // 16
+    return PretrainingDataset(
+        source,
+        pixels=PixelFormat(3),
+        crop=RandomCrop((img_size, img_size), fast=fast),
+        grid=(side, side),
+        num_kept=side * side // 4,
+        mask_strategy="random",
+        seed=0,
+    )
+
+
+def batches_of(count: int, epoch: int = 0) -> list[list[tuple[int, int]]]:
+    """Return `count` samples in batches, as lists of (epoch, index)."""
+    return list(BatchSampler([(epoch, index) for index in range(count)], batch_size=32, drop_last=False))
+
+
+def read_ours(dataset: PretrainingDataset, count: int) -> None:
+    """Read `count` images with our data set."""
+    for batch in batches_of(count):
+        dataset.__getitems__(batch)
+
+
+def read_theirs(source: FileSource, count: int, img_size: int) -> None:
+    """Read `count` images with torchvision."""
+    bicubic = transforms.InterpolationMode.BICUBIC
+    crop = transforms.RandomResizedCrop(img_size, scale=(0.2, 1.0), interpolation=bicubic)
+    normalize = transforms.Normalize([0.5] * 3, [0.5] * 3)
+    pipeline = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalize])
+    for batch in batches_of(count):
+        torch.stack([pipeline(Image.open(source.name(index)).convert("RGB")) for _, index in batch])
+
+
+def prepare(source: FileSource, count: int, folder: Path, form: str) -> Source:
+    """Return the first `count` images as prepare_data.py writes them."""
+    paths, output = folder / "images.jsonl", folder / form
+    lines = [json.dumps({"path": os.path.abspath(source.name(index))}) + "\n" for index in range(count)]
+    paths.write_text("".join(lines))
+    command = [sys.executable, Path(__file__).parent.parent / "prepare_data.py", paths, output, "--format", form]
+    subprocess.run([*command, "--short_side", str(SHORT_SIDE)], check=True, stdout=subprocess.DEVNULL)
+    return open_sources(str(output), PixelFormat(3))[0]
+
+
+def similarity(dataset: PretrainingDataset, count: int, img_size: int) -> list[float]:
+    """Return the PSNR in dB of a crop of each image against Pillow's bicubic resize of the same pixels."""
+    values = []
+    for index in range(count):
+        (data,) = dataset.source.fetch([index])
+        whole = Image.fromarray(decode(data, 3).permute(1, 2, 0).numpy())
+        decoded = decode(data, 3, min_sides=dataset.crop.min_sides)
+        box = random_crop_box(np.random.default_rng(index), *decoded.shape[1:])
+        ours = resized_crop(decoded, box, (img_size, img_size)).permute(1, 2, 0).numpy().astype(float)
+        scale = 2 ** round(math.log2(whole.height / decoded.shape[1]))  # --fast_decoding halves sides
+        top, left, height, width = (side * scale for side in box)
+        theirs = whole.crop((left, top, left + width, top + height)).resize((img_size, img_size), Image.BICUBIC)
+        error = np.mean((ours - np.asarray(theirs)) ** 2)
+        values.append(10 * math.log10(255**2 / max(error, 1e-3)))
+    return values
+
+
+def loader_rate(dataset: PretrainingDataset, count: int, num_workers: int) -> float:
+    """Return images/s after the first batch, over 8 epochs or at least 1,600 images."""
+    epochs = range(max(8, math.ceil(1600 / count)))
+    batches = [batch for epoch in epochs for batch in batches_of(count, epoch)]
+    loader = iter(make_loader(dataset, batches, num_workers=num_workers))
+    next(loader)
+    start = time.perf_counter()
+    num_images = sum(len(batch.images) for batch in loader)
+    return num_images / (time.perf_counter() - start)
+
+
+def measure(source: FileSource, *, img_size: int, num_images: int, rounds: int) -> Iterator[dict]:
+    """Yield the figures of reading, of the crops' similarity and of loader workers."""
+    count = min(num_images, len(source))
+    exact, fast = (pretraining_data(source, img_size, fast=fast) for fast in (False, True))
+    works = {
+        "decoding alone": lambda: [decode(*source.fetch([index]), 3) for index in range(count)],
+        "file to batch": partial(read_ours, exact, count),
+        "file to batch, --fast_decoding": partial(read_ours, fast, count),
+    }
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        for form, name in (("jpeg", "JPEG"), ("array", "arrays")):
+            prepared = pretraining_data(prepare(source, count, Path(folder), form), img_size)
+            works[f"prepared, short side {SHORT_SIDE}, {name}"] = partial(read_ours, prepared, count)
+        theirs = {"theirs": partial(read_theirs, source, count, img_size)}
+        seconds = time_in_turns(works | theirs, rounds=rounds)
+        for name in works:
+            yield figure(f"data: {name}", rates(count, seconds[name]), "images/s", rates(count, seconds["theirs"]))
+        for name, dataset in (("exact", exact), ("--fast_decoding", fast)):
+            values = similarity(dataset, count, img_size)
+            of_mean_error = -10 * math.log10(mean(10 ** (-value / 10) for value in values))
+            yield figure(f"data: PSNR to Pillow, {name}, all crops", [of_mean_error], "dB")
+            yield figure(f"data: PSNR to Pillow, {name}, least", [min(values)], "dB")
+
+    speeds = {num_workers: [] for num_workers in (0, 1, 2)}
+    for _ in range(rounds):
+        for num_workers, values in speeds.items():
+            values.append(loader_rate(exact, count, num_workers))
+    yield figure("data: no worker", speeds[0], "images/s")
+    yield figure("data: 1 worker (theirs: none)", speeds[1], "images/s", speeds[0])
+    yield figure("data: 2 workers (theirs: 1)", speeds[2], "images/s", speeds[1])
+
+
+def main(argv=None):
+    """Run the benchmark; see the module's docstring."""
+    args, errors = parse_args(argv)
+    if errors:
+        fail(errors)
+    try:
+        source = FolderSource(args.path_to_data)
+    except DataError as error:
+        fail([str(error)])
+    report(measure(source, img_size=args.img_size, num_images=args.num_images, rounds=args.rounds), args.json)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,222 @@
+import json
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import run
+
+from benchmarks import data, evaluation, scaling, step
+from modeling.vit import SIZES
+from training.launch import RunError
+
+KEYS = {"name", "ours", "theirs", "unit", "ratio", "machine"}
+SMALL = ["--model", "tiny", "--img_size", "32", "--batch_size", "2", "--rounds", "1", "--mixed_precision", "no"]
+SHALLOW = SIZES["tiny"] | dict(img_size=32, depth=2)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def check_comparison(row: dict, name: str) -> None:
+    """Check a figure of one round that compares images/s."""
+    assert row["name"] == name and row["unit"] == "images/s"
+    assert row["ours"] > 0 and row["theirs"] > 0
+    assert row["ratio"] == pytest.approx(row["ours"] / row["theirs"])
+
+
+def test_data_is_measured_against_torchvision(image_folder, tmp_path):
+    flags = ["--path_to_data", image_folder / "train", "--num_images", 10, "--img_size", 32, "--rounds", 1]
+    process = run("benchmarks/data.py", *flags, "--json", "out.json", cwd=tmp_path)
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [row["name"].removeprefix("data: ") for row in rows] == [
+        *("decoding alone", "file to batch", "file to batch, --fast_decoding"),
+        *("prepared, short side 256, JPEG", "prepared, short side 256, arrays"),
+        *("PSNR to Pillow, exact, all crops", "PSNR to Pillow, exact, least"),
+        *("PSNR to Pillow, --fast_decoding, all crops", "PSNR to Pillow, --fast_decoding, least"),
+        *("no worker", "1 worker (theirs: none)", "2 workers (theirs: 1)"),
+    ]
+    assert all(set(row) == KEYS for row in rows)
+    for row in rows[:5]:
+        check_comparison(row, row["name"])
+    assert min(row["ours"] for row in rows[5:9]) > 50  # dB
+    assert f"ratio {rows[0]['ratio']:.2f} images/s" in process.stdout and "cores" in rows[0]["machine"]
+
+
+def test_ours_reads_as_many_images_as_theirs():
+    items = []
+    data.read_ours(SimpleNamespace(__getitems__=items.extend), 35)
+    assert items == [(0, index) for index in range(35)]
+
+
+def test_a_training_step_is_measured_against_transformers(tmp_path):
+    process = run("benchmarks/step.py", *SMALL, "--json", "out.json", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    assert set(row) == KEYS
+    check_comparison(row, "train: mae tiny eager")
+    assert "theirs: transformers" in process.stdout and f"ratio {row['ratio']:.2f} images/s" in process.stdout
+
+
+def test_the_encoder_is_measured_against_timm(tmp_path, capsys, on_cpu):
+    flags = [*SMALL, "--task", "encoder", "--mixed_precision", "bf16"]
+    step.main([*flags, "--json", str(tmp_path / "out.json")])
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    check_comparison(row, "train: encoder tiny eager")
+    assert "bf16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["mae", "encoder", "classifier"])
+def test_compiled_is_compared_with_the_faster_of_theirs(task, monkeypatch, on_cpu):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: compiled.append(options) or forward)
+    sides = step.new_sides(task, SHALLOW, batch_size=2, precision="bf16", compiled=True)
+    step.check_equal_work(sides)
+    eager, both, best = step.measure("step", sides, rounds=1)
+    check_comparison(eager, "step eager")
+    check_comparison(both, "step compiled")
+    theirs = "eager" if eager["theirs"] > both["theirs"] else "compiled"
+    check_comparison(best, f"step compiled, theirs {theirs} (their best)")
+    assert best["ours"] == both["ours"] and best["theirs"] == max(eager["theirs"], both["theirs"])
+    assert compiled == [dict(fullgraph=True, dynamic=False), dict(fullgraph=False, dynamic=False)]
+
+
+@pytest.mark.slow  # half a minute and more
+@pytest.mark.parametrize("task", ["mae", "encoder"])
+def test_both_sides_compile(task, on_cpu):
+    sides = step.new_sides(task, SHALLOW, batch_size=2, precision="no", compiled=True)
+    step.check_equal_work(sides)
+    rows = list(step.measure("step", sides, rounds=1))
+    check_comparison(rows[1], "step compiled")
+
+
+@pytest.mark.parametrize("task", ["mae", "encoder", "classifier"])
+def test_sides_that_compute_something_else_are_refused(task, on_cpu):
+    sides = step.new_sides(task, SHALLOW, batch_size=2, precision="no")
+    step.check_equal_work(sides)
+    parameters = sides["theirs", "eager"].model.named_parameters()
+    with torch.no_grad():
+        next(parameter for name, parameter in parameters if name.endswith("fc1.weight")).mul_(1.05)
+    with pytest.raises(RunError, match=r"do not compute the same loss .*ours eager: .*theirs eager: "):
+        step.check_equal_work(sides)
+
+
+@pytest.fixture
+def in_threads(monkeypatch):
+    """Run in threads what runs in processes."""
+    monkeypatch.setattr(evaluation, "ProcessPoolExecutor", lambda number, **options: ThreadPoolExecutor(number))
+
+
+def test_evaluation_is_measured_against_the_published_metric(tmp_path, capsys, in_threads):
+    flags = ["--num_images", "3", "--size", "40", "--classes", "254", "--rounds", "2"]
+    evaluation.main([*flags, "--json", str(tmp_path / "out.json")])
+    printed = capsys.readouterr().out
+    rows = json.loads((tmp_path / "out.json").read_text())
+    name = "evaluate: 254 classes, 40 pixels, 3 masks"
+    assert [(row["name"], row["unit"]) for row in rows] == [(name, "images/s"), (f"{name}: peak memory", "GB")]
+    for row in rows:
+        assert set(row) == KEYS and row["ours"] > 0 and row["theirs"] > 0
+        assert f"ratio {row['ratio']:.2f} {row['unit']}" in printed
+    assert rows[1]["ratio"] == rows[1]["theirs"] / rows[1]["ours"]
+
+
+@pytest.mark.parametrize(("size", "classes"), [(17, 2), (64, 9)])
+def test_both_sides_have_the_mean_iou_of_sets_of_pixels(size, classes):
+    prediction, annotation = np.stack(list(evaluation.random_masks(3, size, classes)), axis=1)
+    assert prediction.shape == (3, size, size) and prediction.dtype == annotation.dtype == np.uint8
+    assert 0.02 < (annotation == 255).mean() < 0.3 and prediction.max() == classes - 1
+    valid = annotation != 255
+    ious = []
+    for number in range(classes):
+        predicted, labelled = (prediction == number) & valid, annotation == number
+        if (predicted | labelled).any():
+            ious.append((predicted & labelled).sum() / (predicted | labelled).sum())
+    for side in ("ours", "theirs"):
+        mean_iou, seconds, memory = evaluation.score(side, 3, size, classes)
+        assert mean_iou == pytest.approx(100 * np.mean(ious), abs=1e-10) and 30 < mean_iou < 90
+        assert seconds > 0 and memory > 0
+
+
+def test_different_mean_ious_are_not_reported(monkeypatch, in_threads):
+    areas = evaluation.segmentation_areas
+    monkeypatch.setattr(evaluation, "segmentation_areas", lambda *masks: areas(*masks) + 1)
+    with pytest.raises(RunError, match=r"not give the same mean IoU \(ours \d+\.\d+ %, theirs \d+\.\d+ %\)"):
+        list(evaluation.measure(2, 20, 5, rounds=1))
+
+
+@pytest.mark.slow
+def test_two_processes_are_measured_against_one(tmp_path, monkeypatch, capsys, on_cpu):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    scaling.main([*SMALL, "--steps", "1", "--json", str(tmp_path / "out.json")])
+    rows = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())}
+    one, two = (f"scale: tiny, 32 pixels, batch 2, {count}" for count in ("1 process", "2 processes"))
+    checkpoint = "scale: checkpoint, tiny"
+    units = {"": "images/s", ": start": "s", ": data wait": "%"}
+    units = {name + suffix: unit for name in (one, two) for suffix, unit in units.items()}
+    units |= {checkpoint: "s", f"{checkpoint}: size": "MB", f"{checkpoint}: in steps of 1 process": "steps"}
+    assert {name: row["unit"] for name, row in rows.items()} == units
+    assert all(set(row) == KEYS for row in rows.values())
+
+    check_comparison(rows[two], two)
+    start = rows[f"{two}: start"]
+    assert start["ratio"] == pytest.approx(start["theirs"] / start["ours"])
+    assert start["theirs"] == rows[f"{one}: start"]["ours"] and 0 < start["ours"] < 120
+    compared = {two, f"{two}: start"}
+    assert all(row["theirs"] is row["ratio"] is None for name, row in rows.items() if name not in compared)
+    assert all(0 <= rows[f"{name}: data wait"]["ours"] <= 100 for name in (one, two))
+    assert f"ratio {rows[two]['ratio']:.2f} images/s" in capsys.readouterr().out
+
+    model = step.new_model("mae", SIZES["tiny"] | dict(img_size=32))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = 12e-6 * parameters  # a weight and two moments, of 4 bytes
+    assert rows[f"{checkpoint}: size"]["ours"] == pytest.approx(size, rel=0.01)
+    assert 0 < rows[checkpoint]["ours"] < 60 and not list(scratch.iterdir())
+
+
+def test_a_run_that_cannot_train_says_why(tmp_path, monkeypatch, on_cpu):
+    (tmp_path / "pretrain_mae.py").write_text("raise SystemExit('error: the disk is full')")
+    monkeypatch.setattr(scaling, "SCRIPT", tmp_path / "pretrain_mae.py")
+    with pytest.raises(RunError, match=r"^pretrain_mae.py has failed: (.|\n)*error: the disk is full"):
+        scaling.pretrain([], processes=1, batch_size=2, num_images=2, steps=1)
+
+
+@pytest.mark.parametrize(("gpus", "processes"), [(0, [1, 2]), (1, [1]), (2, [1, 2]), (4, [1, 2, 4]), (6, [1, 2, 4, 6])])
+def test_scaling_takes_all_gpus_by_default_and_no_more(gpus, processes, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    args, errors = scaling.parse_args([])
+    assert not errors and args.processes == processes
+    assert (args.steps, args.mixed_precision) == ((100, "bf16") if gpus else (5, "no"))
+    args, errors = scaling.parse_args(["--processes", "9", "4", "9"])
+    assert args.processes == [1, 4, 9] and len(errors) == (gpus > 0)
+    assert all(f"--processes 9 exceeds the {gpus} GPUs" in error for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "expected"),
+    [
+        (data, "--num_images 3", "--path_to_data"),
+        (data, "--path_to_data NOWHERE", "NOWHERE is no folder"),
+        (step, "--task both", "--task"),
+        (step, "--model base --img_size 230", "--img_size 230 is not divided by the patches of base, 16 pixels"),
+        (step, "--processes 2", "--processes is not a flag"),
+        (evaluation, "--classes 255", "from 2 to 254"),
+        (scaling, "--rounds 0", "--rounds"),
+        (scaling, "--model huge --img_size 32", "--img_size 32 is not divided by the patches of huge, 14 pixels"),
+    ],
+)
+def test_bad_flags_are_refused(script, flags, expected, capsys):
+    with pytest.raises(SystemExit) as ended:
+        script.main(flags.split())
+    assert ended.value.code == 2 and expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", SIZES)
+def test_defaults_suit_every_model(model):
+    args, errors = step.parse_args(["--model", model])
+    assert not errors and args.img_size == 224 and args.rounds == 5
