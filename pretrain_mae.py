@@ -1,68 +1,68 @@
-"""Pre-trains a masked autoencoder (He et al. 2021).
+"""Pre-train a masked autoencoder (He et al. 2021).
 
     accelerate launch pretrain_mae.py @recipes/quickstart/pretrain.args
 
-prints its plan, then a bar with the loss; writes work_dir/EXPERIMENT_NAME/ with log.jsonl, checkpoints/,
+prints the plan, then a bar with the loss, and writes work_dir/EXPERIMENT_NAME/: log.jsonl, checkpoints/,
 reconstructions/ (look at them), and at the end metrics.json and encoder/, which transformers, timm and the fine-tuning
 scripts load. Kill it at any moment: the same command with --resume_from_checkpoint auto continues it exactly.
 """
 
-import argparse
-import contextlib
-import copy
 import math
 from collections import Counter
 from functools import partial
 from itertools import repeat
-from pathlib import Path
 
-import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 
-from data.batches import FIXED_EPOCH, Normalization, PretrainingBatch, PretrainingDataset, make_loader, own_batches
+from data.batches import (
+    FIXED_EPOCH,
+    Normalization,
+    PretrainingBatch,
+    PretrainingDataset,
+    own_batches,
+    training_batches,
+)
 from data.decode import PixelFormat, preview_channels
 from data.index import DataError
 from data.masking import MASK_STRATEGIES
-from data.sampling import StepSampler, model_seed
-from data.sources import describe_data, find_statistics, open_sources
-from data.transforms import empty_images
+from data.sampling import StepSampler
+from data.sources import check_labels, describe_data, labels_in, open_sources
+from data.statistics import read_statistics
+from data.transforms import CROP_RATIO, CentreCrop, RandomCrop, empty_images
 from modeling.export import export_autoencoder, export_encoder
-from modeling.files import WeightsError, find_weights, read_state_dict, read_stored
+from modeling.files import WeightsError
 from modeling.mae import MaskedAutoencoder
 from modeling.vit import SIZES, VisionTransformer
-from modeling.weights import load_weights
-from training import arguments, launch
-from training.arguments import integer, number, one_of
-from training.checkpoint import (
-    RunFolder,
-    claim_run_folder,
-    compare_with_run,
-    load_training,
-    note_start,
-    save_training,
-    write_json,
-)
-from training.launch import fail
-from training.memory import fit_micro_batch
-from training.metrics import knn_vote, linear_sums, linear_vote, nearest, reconstruction_metrics
+from modeling.weights import open_weights, start_from
+from training import arguments
+from training.arguments import Pair, integer, number
+from training.checkpoint import check_outside
+from training.files import replace_folder
+from training.launch import InputError, check, run_script
+from training.metrics import reconstruction_metrics
+from training.neighbours import own_features, score_features
 from training.optimizer import adamw, parameter_groups, set_learning_rate
 from training.pictures import reconstruction_grid
-from training.plan import describe_run, needed_memory, plan_run, rehearse
-from training.processes import Crew, start_accelerator
-from training.progress import DamagedImages, Progress, truncate_log
-from training.publish import Publisher, check_hub, check_token
-from training.schedule import is_due, learning_rate_at
-from training.sharding import prepare, resolve_sharding
-from training.trackers import finish_trackers, start_trackers
-from training.wording import in_bytes, several
+from training.resolve import (
+    ENCODER_FLAGS,
+    ImageFormat,
+    check_preview,
+    check_size,
+    check_width,
+    encoder_flags,
+    encoder_sizes,
+    resolve_images,
+)
+from training.run import Run
+from training.schedule import learning_rate_at
+from training.wording import several
 
 DEFAULT_WARMUP_EPOCHS = 40
-EVALUATION_CROP_RATIO = 0.875  # that of encoder/preprocessor_config.json
+DECODER_SIZES = ("embed_dim", "depth", "num_heads", "mlp_ratio")
 
 
 def parse_args(argv=None):
-    """The flags, resolved as far as they can be without processes and data, and what is wrong with them."""
+    """Return the flags, and error messages for those that contradict each other."""
     parser = arguments.Parser(__doc__)
     arguments.add_run_flags(parser, name="pretrain_mae")
     arguments.add_length_flags(parser, epochs=800, warmup=DEFAULT_WARMUP_EPOCHS)
@@ -72,194 +72,98 @@ def parse_args(argv=None):
     arguments.add_logging_flags(parser)
     arguments.add_saving_flags(parser, interval=10)
     arguments.add_hub_flags(parser)
-
     arguments.add_image_flags(parser)
     arguments.add_crop_flags(parser, crop_scale=(0.2, 1.0))
     arguments.add_encoder_flags(parser, sizes=SIZES)
 
     flag = parser.add_argument_group("views and masks").add_argument
-    flag(
-        "--repeated_augmentation",
-        type=integer(1),
-        default=1,
-        metavar="K",
-        help="crops and masks of each image that is read, in one micro-batch; they count as images (default 1)",
-    )
-    flag("--mask_ratio", type=number(0, 1), default=0.75, help="share of patches that is removed (default 0.75)")
-    flag("--mask_strategy", type=one_of(*MASK_STRATEGIES), default="random", help="random, block or grid")
+    views = "crops and masks of each image that is read, counted as images (default 1)"
+    flag("--repeated_augmentation", type=integer(1), default=1, metavar="K", help=views)
+    flag("--mask_ratio", type=number(0, 1), default=0.75, help="share of patches to remove (default 0.75)")
+    flag("--mask_strategy", choices=MASK_STRATEGIES, default="random", help="how patches are chosen (default random)")
 
     flag = parser.add_argument_group("decoder and target").add_argument
     flag("--decoder_embed_dim", type=integer(1), default=512, help="width (default 512)")
     flag("--decoder_depth", type=integer(1), default=8, help="number of blocks (default 8)")
-    flag("--decoder_num_heads", type=integer(1), default=16, help="default 16")
-    flag("--decoder_mlp_ratio", type=number(0.1), default=4.0, help="default 4")
-    flag(
-        "--init_from", metavar="PATH", help="start from a checkpoint of this project, the official MAE or transformers"
-    )
-    pair = partial(flag, action=argparse.BooleanOptionalAction, default=True)
-    pair("--norm_pix_loss", help="predict pixels normalised per patch (default) or plain ones")
-    pair(
-        "--adapt_channels",
-        default=False,
-        help="sum or repeat the channels of --init_from to fit --input_channels (off)",
-    )
+    flag("--decoder_num_heads", type=integer(1), default=16, help="attention heads (default 16)")
+    flag("--decoder_mlp_ratio", type=number(0.1), default=4.0, help="hidden width of the MLPs / width (default 4)")
+    flag("--init_from", metavar="PATH", help="weights to start from: of this project, the official MAE, transformers")
+    target = "predict pixels normalized per patch (default) or plain pixels"
+    flag("--norm_pix_loss", action=Pair, default=True, help=target)
+    adapt = "sum or repeat the channels of --init_from to fit --input_channels (off)"
+    flag("--adapt_channels", action=Pair, default=False, help=adapt)
 
     flag = parser.add_argument_group("validation").add_argument
-    flag("--validate_every", type=integer(0), default=10, help="epochs between validations, 0 = at the end only")
-    flag("--knn_every", type=integer(0), default=0, help="epochs between classifications by k-NN, 0 = none (default)")
+    flag("--validate_every", type=integer(0), default=10, help="epochs between validations (0: at the end only)")
+    flag("--knn_every", type=integer(0), default=0, help="epochs between k-NN classifications (0: none, default 0)")
     flag("--num_preview_images", type=integer(0), default=8, help="rows of the pictures (default 8)")
     arguments.add_preview_flag(flag)
     args, errors = parser.read(argv)
-
-    args.model = args.model or "base"
-    hub = dict(repository=args.hub_model_id, every=args.hub_every, private=args.hub_private)
-    return args, errors + check_flags(args) + check_hub(args.push_to_hub, **hub)
+    args.model, args.img_size = args.model or "base", args.img_size or [224]
+    return args, errors + check_flags(args)
 
 
 def check_flags(args):
-    """What is wrong with the flags of images, masks and model, a line each."""
-    statistics, errors = find_statistics(args.path_to_data)
-    errors += arguments.check_images(args, statistics) + arguments.check_crops(args)
-    pixels = PixelFormat(args.input_channels, args.value_range)
-    args.preview_channels = args.preview_channels or preview_channels(pixels)
-    errors += arguments.check_preview(args.preview_channels, args.input_channels)
+    """Return error messages for the flags of this script, and fill in the encoder sizes that --model implies."""
+    errors = arguments.check_run(args) + arguments.check_crops(args) + check_preview(args.preview_channels)
     if args.adapt_channels and not args.init_from:
+        errors.append("--adapt_channels converts the weights of --init_from, which is missing; give both or none")
+    errors += check_width("decoder", args.decoder_embed_dim, args.decoder_num_heads)
+    vars(args).update(encoder_flags(encoder_sizes(vars(args), SIZES[args.model])))
+    errors += check_width("encoder", args.encoder_embed_dim, args.encoder_num_heads)
+    size_errors = check_size("img_size", args.img_size, args.patch_size)
+    num_patches = math.prod(side // args.patch_size for side in args.img_size)
+    num_kept = int(num_patches * (1 - args.mask_ratio))
+    if not size_errors and not 0 < num_kept < num_patches:
         errors.append(
-            "--adapt_channels converts the weights of --init_from, which is missing; give it or leave this out"
+            f"--mask_ratio {args.mask_ratio:g} keeps {num_kept} of {num_patches} patches; expected a ratio that keeps "
+            "and removes at least one"
         )
-    errors += arguments.check_encoder(args, SIZES[args.model])
-    height, width = args.img_size
-    if not height % args.patch_size and not width % args.patch_size:
-        num_patches = (height // args.patch_size) * (width // args.patch_size)
-        kept = int(num_patches * (1 - args.mask_ratio))
-        if not 0 < kept < num_patches:
-            errors.append(
-                f"--mask_ratio {args.mask_ratio:g} keeps {kept} of {num_patches} patches; "
-                "take a ratio that keeps and removes at least one"
-            )
-    return errors + arguments.check_width("decoder", args.decoder_embed_dim, args.decoder_num_heads)
+    return errors + size_errors
 
 
-def build_model(args):
-    """The masked autoencoder that the flags describe."""
-    encoder = VisionTransformer(
-        img_size=tuple(args.img_size),
-        patch_size=args.patch_size,
-        in_channels=args.input_channels,
-        embed_dim=args.encoder_embed_dim,
-        depth=args.encoder_depth,
-        num_heads=args.encoder_num_heads,
-        mlp_ratio=args.encoder_mlp_ratio,
-        drop_path=args.drop_path,
-        custom_weight_init=args.custom_weight_init,
-        gradient_checkpointing=args.gradient_checkpointing,
-    )
-    return MaskedAutoencoder(
-        encoder,
-        decoder_embed_dim=args.decoder_embed_dim,
-        decoder_depth=args.decoder_depth,
-        decoder_num_heads=args.decoder_num_heads,
-        decoder_mlp_ratio=args.decoder_mlp_ratio,
-        mask_ratio=args.mask_ratio,
-        norm_pix_loss=args.norm_pix_loss,
-        custom_weight_init=args.custom_weight_init,
-    )
-
-
-def open_data(args, pixels):
-    """The training and validation images, the latter None where there are none, and what is wrong with them."""
-    try:
-        if not args.path_to_data:
-            return None, None, []  # which is an error already
-        places = dict(validation=args.path_to_validation_data, cache=args.cache_dir)
-        train_source, validation_source = open_sources(args.path_to_data, pixels, **places)
-    except DataError as error:
-        return None, None, str(error).splitlines()
-    errors = check_labels(args.path_to_data, train_source, validation_source) if args.knn_every else []
-    return train_source, validation_source, errors
-
-
-def check_labels(path_to_data, train_source, validation_source):
-    """What keeps held-out images from being classified by their neighbours, a line each."""
-    if validation_source is None:
-        return [f"--knn_every needs held-out images, and {path_to_data} holds none back; leave the flag out"]
-    if not train_source.classes or not validation_source.classes:
-        return [
-            f"--knn_every needs labels, and {path_to_data} has images without a class; expected train/CLASS/IMAGE and "
-            "val/CLASS/IMAGE, or a column `label`; leave the flag out"
-        ]
-    strange = sorted({*validation_source.classes} - {*train_source.classes})
-    if strange:
-        return [
-            f"--knn_every needs the classes of val/ in train/, and {path_to_data} lacks {len(strange)} of them there "
-            f"({', '.join(strange[:3])}{', ...' if strange[3:] else ''}); leave the flag out"
-        ]
-    return []
-
-
-def with_labels(train_source, validation_source, **options):
-    """The bank of a classification by neighbours, and its queries: (dataset, indices, labels in train's numbers)."""
-    options.update(seed=0, train=False, crop_ratio=EVALUATION_CROP_RATIO)
-    numbers = np.array([train_source.classes.index(name) for name in validation_source.classes])
-    labels = (train_source.labels, numbers[validation_source.labels])
+def check_views(views, micro_batch_size):
+    """Return an error message if --repeated_augmentation does not divide the micro-batch."""
+    if micro_batch_size % views == 0:
+        return []
     return [
-        (PretrainingDataset(source, **options), np.arange(len(source)), own_labels)
-        for source, own_labels in zip((train_source, validation_source), labels, strict=True)
+        f"--repeated_augmentation {views} does not divide the micro-batch of {micro_batch_size} images; give a batch "
+        "and micro-batch that are multiples of it"
     ]
 
 
-def start_from(path, model, *, adapt_channels, mean, std):
-    """Loads the weights that `path` leads to, and says what became of them. Raises WeightsError."""
-    path = find_weights(path, whole=True)
-    stored = read_stored(path)
-    options = dict(stored=stored, adapt_channels=adapt_channels, new_decoder=True)
-    report = f"{path}: {load_weights(model, read_state_dict(path), **options)}"
-    if stored.mean in (None, mean) and stored.std in (None, std):
-        return report
-    theirs, ours = (f"mean {numbers[0]} and std {numbers[1]}" for numbers in ((stored.mean, stored.std), (mean, std)))
-    return f"{report}; they were trained with {theirs}, this run has {ours}; give --mean and --std to choose"
+def build_model(encoder, decoder, **options):
+    """Build the masked autoencoder from the arguments of VisionTransformer and MaskedAutoencoder."""
+    encoder = VisionTransformer(**encoder, custom_weight_init=options["custom_weight_init"])
+    return MaskedAutoencoder(encoder, **decoder, **options)
 
 
-def describe_plan(args, model, batch, length, accelerator, memory, train_source, validation_source):
-    """The resolved plan, printed before the first step."""
-    parameters = sum(p.numel() for p in model.parameters())
-    encoder_parameters = sum(p.numel() for p in model.encoder.parameters())
-    grid = model.encoder.grid
-    target = "pixels normalised per patch" if args.norm_pix_loss else "plain pixels"
-    held_out = (
-        f"{len(validation_source)} held out" if validation_source else "none held out: validated on some of these"
-    )
-    views = f", {args.repeated_augmentation} views of each" if args.repeated_augmentation > 1 else ""
-    return "\n".join(
-        [
-            f"data       {args.path_to_data}: {len(train_source)} images (about "
-            f"{in_bytes(train_source.size_in_bytes())}){views}, {held_out}",
-            f"model      {args.encoder_embed_dim} x {args.encoder_depth} encoder, {args.decoder_embed_dim} x "
-            f"{args.decoder_depth} decoder: {parameters / 1e6:.3g} M parameters ({encoder_parameters / 1e6:.3g} M "
-            f"encoder), {model.training_flops() / 1e9:.3g} GFLOP per image and step",
-            f"images     {args.img_size[0]} x {args.img_size[1]}, {several(args.input_channels, 'channel')}, "
-            f"{grid[0] * grid[1]} patches of {args.patch_size}, {model.num_kept} kept ({args.mask_strategy}); "
-            f"target: {target}",
-            *describe_run(args, batch, length, accelerator, memory),
-        ]
-    )
+def build_optimizer(model, weight_decay, **decay):
+    """Build AdamW as in the paper (table 8); `decay` says whether biases and norms decay too."""
+    return adamw(parameter_groups(model, weight_decay, **decay), betas=(0.9, 0.95))
 
 
-def optimizer_step(model, optimizer, batches, normalize, seeds, *, accelerator, waiting, max_grad_norm):
-    """One optimizer step over as many micro-batches as there are `seeds`: its loss and gradient norm, which stay on the
-    device, and (index, reason) of damaged images."""
+def optimizer_step(accelerator, model, optimizer, batches, normalize, *, max_grad_norm):
+    """Take one optimizer step, accumulating gradients over the micro-batches.
+
+    Args:
+        batches: an iterator over (seed of the model's randomness, PretrainingBatch).
+        max_grad_norm: the norm that gradients are clipped to; 0 for none.
+
+    Returns:
+        Loss () and gradient norm (), both left on the device, and [(index, reason)] of damaged images.
+    """
     loss, damaged = 0.0, []
-    for seed in seeds:
-        with waiting():
-            batch = next(batches)
+    for _ in range(accelerator.gradient_accumulation_steps):
+        seed, batch = next(batches)
         with accelerator.accumulate(model):
             torch.manual_seed(seed)
-            images = normalize(batch.images.to(accelerator.device, non_blocking=True))
+            images = normalize(batch.images.to(accelerator.device, non_blocking=True))  # (B, C, H, W)
+            noise = batch.noise.to(accelerator.device, non_blocking=True)  # (B, L)
             with accelerator.autocast():
-                noise = batch.noise.to(accelerator.device, non_blocking=True)
                 micro_loss = model(images, noise, removed_only=True).loss
             accelerator.backward(micro_loss)
-            loss += micro_loss.detach() / len(seeds)
+            loss += micro_loss.detach() / accelerator.gradient_accumulation_steps
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
             optimizer.step()
@@ -268,140 +172,17 @@ def optimizer_step(model, optimizer, batches, normalize, seeds, *, accelerator, 
     return loss, grad_norm, damaged
 
 
-def empty_step(args, model, optimizer, plan, normalize, *, pixels, accelerator):
-    """One optimizer step on images without content, of as many and as large micro-batches as those of the run."""
-    images = empty_images(plan.micro, pixels.channels, args.img_size, pixels.dtype).zero_()
-    noise = torch.zeros(plan.micro, math.prod(side // args.patch_size for side in args.img_size))
-    options = dict(accelerator=accelerator, waiting=contextlib.nullcontext, max_grad_norm=args.max_grad_norm)
-    batches = repeat(PretrainingBatch(images, noise, []))
-    optimizer_step(model, optimizer, batches, normalize, [0] * plan.accumulation, **options)
-
-
-def find_micro_batch(args, model, plan, memory, normalize, *, pixels, accelerator, **options):
-    """`plan` in the largest micro-batches that fit into memory; `options` are those of `fit_micro_batch`."""
-
-    def try_step(size):
-        copied = copy.deepcopy(model)
-        optimizer = adamw(parameter_groups(copied, args.weight_decay), betas=(0.9, 0.95))
-        one = plan._replace(per_process=size, micro=size)
-        empty_step(args, copied, optimizer, one, normalize, pixels=pixels, accelerator=accelerator)
-
-    options |= dict(allowed=lambda size: size % args.repeated_augmentation == 0, accelerator=accelerator)
-    plan = fit_micro_batch(plan, memory, try_step, **options)
-    args.micro_batch_size, args.gradient_accumulation_steps = plan.micro, plan.accumulation
-    return plan
+def empty_step(accelerator, model, optimizer, size, *, normalize, pixels):
+    """Take one optimizer step on black images: to measure memory, or to warm up DDP before a checkpoint is loaded."""
+    encoder = accelerator.unwrap_model(model).encoder
+    images = empty_images(size, pixels.channels, encoder.img_size, pixels.dtype).zero_()
+    batch = PretrainingBatch(images, torch.zeros(size, math.prod(encoder.grid)), [])
+    optimizer_step(accelerator, model, optimizer, repeat((0, batch)), normalize, max_grad_norm=1.0)
 
 
 @torch.no_grad()
-def evaluate(model, dataset, indices, normalize, step, *, read, accelerator, crew, progress, previews, folder, damage):
-    """Logs and returns means over the images `indices`, each once under its fixed mask: the masked loss, PSNR and SSIM,
-    named as in metrics.json. Draws a picture of some into `folder`, (number of them, channels) being `previews`;
-    appends to `damage`.
-
-    Returns None where the run is asked to stop meanwhile; resumed, it validates this step again.
-    """
-    with progress.paused():
-        model.eval()
-        sums, total = Counter(), Counter()
-        for batch in read(dataset, indices):
-            loss, images, prediction, mask = reconstruct(model, batch, normalize, accelerator)
-            sums.update({"count": len(images), "val_loss": loss.item() * len(images)})
-            for name, value in reconstruction_metrics(images, prediction, mask).items():
-                sums[name] += value.cpu().double().sum().item()
-            damage += [(dataset.source.name(index), reason) for index, reason in batch.damaged]
-        if crew.wanted():
-            model.train()
-            return None
-        for part in crew.gather([sums]):
-            total.update(part)
-        values = {name: total[name] / total["count"] for name in sorted(total) if name != "count"}
-
-        epoch = step / progress.steps_per_epoch
-        num_previews, channels = previews
-        if num_previews and accelerator.is_main_process:
-            chosen = [(FIXED_EPOCH, indices[i]) for i in spread(num_previews, len(indices))]
-            shown = dataset.__getitems__(chosen)
-            _, images, prediction, mask = reconstruct(model, shown, normalize, accelerator)
-            path = folder / f"step_{step:08d}.png"
-            reconstruction_grid(
-                path,
-                images,
-                prediction,
-                mask,
-                title=f"step {step}, epoch {epoch:.4g}",
-                uses_true_patch_statistics=model.norm_pix_loss,
-                channels=channels,
-            )
-            progress.picture(path, "reconstructions", step)
-        # Last: what the log has is not measured again by a resumed run
-        progress.write({"step": step, "epoch": epoch, **values})
-        progress.say(
-            f"epoch {epoch:.4g}: validation loss {values['val_loss']:.4f}, removed patches "
-            f"{values['masked_psnr']:.2f} dB (visible mean: {values['masked_psnr_visible_mean']:.2f} dB)"
-        )
-        model.train()
-    return values
-
-
-@torch.no_grad()
-def features_of(model, dataset, indices, labels, normalize, *, read, accelerator):
-    """This process's share of the images `indices`, damaged ones left out: the mean of their patch tokens under the
-    unmasked encoder (n, D), and their labels (n,)."""
-    own = indices[accelerator.process_index :: accelerator.num_processes]
-    features = torch.empty(len(own), model.encoder.embed_dim, device=accelerator.device)
-    done, damaged = 0, set()
-    for batch in read(dataset, indices):
-        with accelerator.autocast():
-            tokens = model.encoder.forward_features(normalize(batch.images.to(accelerator.device)))
-        features[done : done + len(tokens)] = tokens[:, 1:].float().mean(dim=1)
-        done += len(tokens)
-        damaged.update(index for index, _ in batch.damaged)
-    labels = torch.from_numpy(labels[own]).to(accelerator.device)
-    if damaged:
-        healthy = torch.tensor([i for i, index in enumerate(own) if index not in damaged], dtype=torch.long)
-        features, labels = features[healthy], labels[healthy]
-    return features, labels
-
-
-def classify(model, bank, queries, normalize, step, *, read, accelerator, crew, progress):
-    """Logs and returns how many of `queries` are classified rightly by the encoder's features, in percent: by their
-    nearest neighbours in `bank`, and by the linear classifier that fits `bank` best in least squares.
-
-    Both are (dataset, indices, labels). Every process searches its own share of the bank. Returns None where the run
-    is asked to stop meanwhile.
-    """
-    with progress.paused():
-        model.eval()
-        num_classes = len(bank[0].source.classes)
-        bank, bank_labels = features_of(model, *bank, normalize, read=read, accelerator=accelerator)
-        queries, labels = features_of(model, *queries, normalize, read=read, accelerator=accelerator)
-        model.train()
-        if crew.wanted():
-            return None
-        queries, labels = torch.cat(crew.gather([queries.cpu()])), torch.cat(crew.gather([labels.cpu()]))
-        sums = sum(crew.gather([linear_sums(bank, bank_labels, num_classes).cpu()]))
-        counts = sum(crew.gather([torch.bincount(bank_labels, minlength=num_classes).cpu()]))
-        k = min(200, int(counts[counts > 0].min()))
-        similarity, classes = nearest(bank, bank_labels, queries.to(bank.device), k)  # in this process's share
-        similarity, classes = (torch.cat(crew.gather([part.cpu()]), dim=1) for part in (similarity, classes))
-        similarity, order = similarity.topk(k)
-        by_neighbours = knn_vote(similarity, classes.gather(1, order), num_classes)
-        by_line = linear_vote(sums, queries)
-        values = {
-            "knn_top1": 100 * (by_neighbours == labels).double().mean().item(),
-            "linear_top1": 100 * (by_line == labels).double().mean().item(),
-        }
-        epoch = step / progress.steps_per_epoch
-        progress.write({"step": step, "epoch": epoch, **values})
-        progress.say(
-            f"epoch {epoch:.4g}: {values['knn_top1']:.2f} % right by {k} nearest neighbours, "
-            f"{values['linear_top1']:.2f} % by a linear classifier"
-        )
-    return values
-
-
-def reconstruct(model, batch, normalize, accelerator):
-    """A batch's loss, its images and predictions (B, C, H, W) in [0, 1], and masks (B, 1, H, W)."""
+def reconstruct(accelerator, model, batch, normalize):
+    """Return a batch's loss, its images and predictions (B, C, H, W) in [0, 1], and its masks (B, 1, H, W)."""
     images, noise = normalize(batch.images.to(accelerator.device)), batch.noise.to(accelerator.device)
     with accelerator.autocast():
         loss, prediction, mask = model.forward(images, noise)  # not compiled: sizes vary
@@ -409,272 +190,211 @@ def reconstruct(model, batch, normalize, accelerator):
     return loss, normalize.undo(images), prediction, model.pixel_mask(mask)
 
 
+def evaluate(run, model, dataset, indices, normalize, *, read, preview):
+    """Log masked loss, PSNR and SSIM, averaged over `indices`; each image is evaluated under a fixed mask.
+
+    Args:
+        read: returns the batches of indices, see `own_batches`; the next readable image replaces a damaged one.
+        preview: number of images in the picture, and the channels to show.
+    """
+    model.eval()
+    sums, total, damaged = Counter(), Counter(), []
+    for batch in read(dataset, indices):
+        loss, images, prediction, mask = reconstruct(run.accelerator, model, batch, normalize)
+        sums.update({"count": len(images), "val_loss": loss.item() * len(images)})
+        for name, value in reconstruction_metrics(images, prediction, mask).items():
+            sums[name] += value.cpu().double().sum().item()
+        damaged += [(dataset.source.name(index), reason) for index, reason in batch.damaged]
+    run.note_damage(damaged)
+    for part in run.crew.gather([sums]):
+        total.update(part)
+    metrics = {name: total[name] / total["count"] for name in sorted(total) if name != "count"}
+
+    count, channels = preview
+    if count and run.is_main_process:
+        rows = [(FIXED_EPOCH, indices[i]) for i in spread(count, len(indices))]
+        _, images, prediction, mask = reconstruct(run.accelerator, model, dataset.__getitems__(rows), normalize)
+        path = run.folder / "reconstructions" / f"step_{run.step:08d}.png"
+        reconstruction_grid(
+            path,
+            images,
+            prediction,
+            mask,
+            title=f"step {run.step}, epoch {run.epoch:.4g}",
+            uses_true_patch_statistics=model.norm_pix_loss,
+            channels=channels,
+        )
+        run.picture(path, "reconstructions")
+    baseline = metrics["masked_psnr_visible_mean"]
+    run.record(
+        metrics,
+        f"epoch {run.epoch:.4g}: validation loss {metrics['val_loss']:.4f}, removed patches "
+        f"{metrics['masked_psnr']:.2f} dB (visible mean: {baseline:.2f} dB)",
+    )
+    model.train()
+
+
+@torch.no_grad()
+def features_of(accelerator, model, images, normalize):
+    """Return the mean-pooled patch tokens of the unmasked encoder: (B, C, H, W) -> (B, D)."""
+    with accelerator.autocast():
+        tokens = model.encoder.forward_features(normalize(images.to(accelerator.device)))
+    return tokens[:, 1:].float().mean(dim=1)
+
+
+def classify(run, model, bank, queries, normalize, *, read):
+    """Log the accuracy of k-NN and of a linear classifier on the features of the encoder.
+
+    Args:
+        bank, queries: the datasets of training and validation images.
+    """
+    model.eval()
+    embed = partial(features_of, run.accelerator, model, normalize=normalize)
+    classes, width = bank.source.classes, model.encoder.embed_dim
+    features = [
+        own_features(run, embed, dataset, labels_in(dataset.source, classes), width=width, read=read)
+        for dataset in (bank, queries)
+    ]
+    model.train()
+    metrics, k = score_features(*features[0], *features[1], len(classes), crew=run.crew)
+    run.record(
+        metrics,
+        f"epoch {run.epoch:.4g}: top-1 {metrics['knn_top1']:.2f} % by {k} nearest neighbours, "
+        f"{metrics['linear_top1']:.2f} % by a linear classifier",
+    )
+
+
+def export(model, folder, **statistics):
+    """Write the encoder into a folder, and the whole autoencoder into pretraining/ below it."""
+    export_encoder(model.encoder, folder, **statistics)
+    export_autoencoder(model, folder / "pretraining", **statistics)
+
+
 def spread(count, total):
-    """At most `count` indices, evenly spread over `total`."""
+    """Return at most `count` indices, evenly spread over `total`."""
     count = min(count, total)
     return [i * total // count for i in range(count)]
 
 
-def finish(folder, model, metrics, **statistics):
-    """Writes the run's results: encoder/, the whole autoencoder below it, and metrics.json. `statistics` are those that
-    `export_encoder` takes."""
-    encoder = folder / "encoder"
-    export_encoder(model.encoder, encoder, **statistics)
-    export_autoencoder(model, encoder / "pretraining", **statistics)
-    write_json(folder / "metrics.json", {**metrics, "uses_true_patch_statistics": model.norm_pix_loss})
-    print(
-        f"finished: {folder / 'metrics.json'}, pictures in {folder / 'reconstructions'}. Use the encoder:\n"
-        f"  python -c \"import timm; timm.create_model('local-dir:{encoder}', pretrained=True)\"\n"
-        f"  python -c \"from transformers import AutoModel; AutoModel.from_pretrained('{encoder}')\""
-    )
+def describe_model(model, mask_strategy):
+    """Return the plan's lines about model and images."""
+    encoder, decoder_dim = model.encoder, model.decoder_embed.out_features
+    parameters, in_encoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, encoder))
+    height, width = encoder.img_size
+    target = "pixels normalized per patch" if model.norm_pix_loss else "plain pixels"
+    return [
+        f"model      {encoder.embed_dim} x {len(encoder.blocks)} encoder, {decoder_dim} x {len(model.decoder_blocks)} "
+        f"decoder: {parameters:.3g} M parameters ({in_encoder:.3g} M encoder), "
+        f"{model.training_flops() / 1e9:.3g} GFLOP per image and step",
+        f"images     {height} x {width}, {several(encoder.in_channels, 'channel')}, {math.prod(encoder.grid)} patches "
+        f"of {encoder.patch_size}, {model.num_kept} kept ({mask_strategy}); target: {target}",
+    ]
 
 
 def main(argv=None):
-    """Runs the script; see the module's docstring."""
-    # Accelerator, seed and run folder
+    """Run the script; see the module's docstring."""
     args, errors = parse_args(argv)
-    accelerator, found = start_accelerator(args.mixed_precision, tf32=args.tf32, compiled=args.compile)
-    errors += found + resolve_sharding(args, accelerator)
-    args.mixed_precision, device = accelerator.mixed_precision, accelerator.device
-    crew = Crew(args.time_limit)
-    folder = RunFolder(Path(args.working_directory) / args.experiment_name)
-    checkpoint, saved, found = claim_run_folder(folder, args.resume_from_checkpoint, write=not args.dry_run)
-    errors += found
-    errors += check_token() if args.push_to_hub else []
-    start_step = saved.get("step", 0)
+    run = Run(args, errors)  # processes, signals, the locked folder, the checkpoint to resume; bad flags end here
 
-    # Data, and the plan that follows from its size
-    pixels = PixelFormat(args.input_channels, args.value_range, args.nodata, args.max_pixels)
-    train_source, validation_source, found = open_data(args, pixels)
-    errors += found
-    fingerprints = [source.fingerprint() if source else None for source in (train_source, validation_source)]
-    batch_plan, length, found = plan_run(
-        args,
-        num_samples=len(train_source) * args.repeated_augmentation if train_source else None,
-        num_processes=accelerator.num_processes,
-        held=saved.get("global_batch_size"),
-        default_warmup_epochs=DEFAULT_WARMUP_EPOCHS,
-    )
-    errors += found
-    if batch_plan.micro % args.repeated_augmentation:
-        errors.append(
-            f"--repeated_augmentation {args.repeated_augmentation} does not divide the micro-batch of "
-            f"{batch_plan.micro} images; give a batch and micro-batch that are multiples of it"
+    # Data, plan, model and weights: run.gate() prints all errors; a block that needs what failed is skipped
+    with run.refusing(InputError, DataError):
+        known = ImageFormat.from_dict(run.previous) or ImageFormat.from_dict(read_statistics(args.path_to_data))
+        images = resolve_images(ImageFormat.from_dict(vars(args)), known=known)
+        pixels = PixelFormat(images.input_channels, images.value_range, images.nodata, args.max_pixels)
+    with run.refusing(InputError):
+        shown_channels = args.preview_channels or preview_channels(pixels)
+        check(check_preview(shown_channels, pixels.channels))
+    with run.refusing(DataError):
+        places = dict(validation=args.path_to_validation_data, cache=args.cache_dir)
+        train_source, validation_source = open_sources(args.path_to_data, pixels, **places)
+        if args.knn_every:
+            check_labels(args.path_to_data, train_source, validation_source)
+    with run.refusing(InputError):
+        views = args.repeated_augmentation
+        check_batch = partial(check_views, views)
+        run.plan_steps(len(train_source) * views, check_batch, default_warmup_epochs=DEFAULT_WARMUP_EPOCHS)
+    with run.refusing(InputError, WeightsError, flag="--init_from"):
+        torch.manual_seed(args.seed)
+        encoder_args = dict(
+            {name: getattr(args, flag) for name, flag in ENCODER_FLAGS.items()},
+            img_size=tuple(args.img_size),
+            in_channels=pixels.channels,
+            drop_path=args.drop_path,
+            gradient_checkpointing=run.gradient_checkpointing,
         )
-    if checkpoint:
-        errors += compare_with_run(checkpoint, vars(args), fingerprints[0], defaults=vars(parse_args([])[0]))
-
-    # Model
-    torch.manual_seed(args.seed)
-    try:
-        model = build_model(args)
-        if args.init_from and not checkpoint:
-            options = dict(adapt_channels=args.adapt_channels, mean=args.mean, std=args.std)
-            accelerator.print(f"--init_from {start_from(args.init_from, model, **options)}")
-    except WeightsError as error:
-        errors.append(f"--init_from {error}")
-    except ValueError:  # impossible sizes
-        if not errors:
-            raise
-    errors = crew.gather(errors) or crew.differences(vars(args), fingerprints)
-    if errors:
-        fail(errors, show=accelerator.is_main_process)
+        decoder_args = {f"decoder_{name}": getattr(args, f"decoder_{name}") for name in DECODER_SIZES}
+        target = dict(mask_ratio=args.mask_ratio, norm_pix_loss=args.norm_pix_loss)
+        model = build_model(encoder_args, decoder_args, custom_weight_init=args.custom_weight_init, **target)
+        if args.init_from and not run.checkpoint:
+            check_outside(args.init_from, run.folder)
+            weights = open_weights(args.init_from, whole=True)
+            channels = dict(adapt_channels=args.adapt_channels, mean=images.mean, std=images.std)
+            report = start_from(weights, model, new_decoder=True, **channels)
+            run.accelerator.print(f"--init_from {weights.path}: {report}")
+    run.gate()
+    resolved = dict(images._asdict(), preview_channels=shown_channels)
+    run.compare(resolved, train_source, validation_source, defaults=vars(parse_args([])[0]))
     if args.compile:
         model.compile(fullgraph=True, dynamic=False)
-    normalize = Normalization(args.mean, args.std, device)
-    statistics = dict(mean=args.mean, std=args.std, value_range=args.value_range)
-    sample_options = dict(
-        img_size=tuple(args.img_size),
-        pixels=pixels,
-        grid=model.encoder.grid,
-        num_kept=model.num_kept,
-        mask_strategy=args.mask_strategy,
-        crop_scale=tuple(args.crop_scale),
-        fast=args.fast_decoding,
-    )
+    normalize = Normalization(images.mean, images.std, run.device)
 
     # Optimizer
-    lr_at = partial(
-        learning_rate_at,
-        peak=args.learning_rate,
-        total_steps=length.total_steps,
-        warmup_steps=length.warmup_steps,
-        minimum=args.min_learning_rate,
-    )
     decay = dict(bias_weight_decay=args.bias_weight_decay, norm_weight_decay=args.norm_weight_decay)
-    groups = parameter_groups(model, args.weight_decay, **decay)
-    optimizer = adamw(groups, betas=(0.9, 0.95))
-    half = args.mixed_precision != "no"
-    memory = needed_memory(model, model.activation_bytes(half_precision=half), accelerator)
+    optimizer = build_optimizer(model, args.weight_decay, **decay)
     if args.micro_batch_size == "auto":
-        options = dict(held=saved.get("micro_batch_size"), pixels=pixels, accelerator=accelerator, crew=crew)
-        batch_plan = find_micro_batch(args, model.to(device), batch_plan, memory, normalize, **options)
-    accelerator.gradient_accumulation_steps = batch_plan.accumulation
-    sources = train_source, validation_source
-    accelerator.print(describe_plan(args, model, batch_plan, length, accelerator, memory, *sources))
+        try_step = partial(empty_step, run.accelerator, normalize=normalize, pixels=pixels)
+        run.fit_micro_batch(try_step, model, optimizer)
+    run.print_plan(describe_model(model, args.mask_strategy), images, views=args.repeated_augmentation)
+    masks = dict(mask_strategy=args.mask_strategy, grid=model.encoder.grid, num_kept=model.num_kept, pixels=pixels)
+    model, optimizer = run.prepare(model, optimizer)
+    run.prepare_sources()
+    if run.needs_warm_up:
+        empty_step(run.accelerator, model, optimizer, run.batch.micro, normalize=normalize, pixels=pixels)
+    run.resume({"data": describe_data(train_source, validation_source)})
 
-    # Prepare
-    model, optimizer, plain_model = prepare(accelerator, model, optimizer)
-    for source in (train_source, validation_source):
-        if source:
-            source.prepare(processes=args.num_workers or 1, progress=accelerator.is_main_process)
-
-    # Resume
-    measured = [{}]
-    if accelerator.is_main_process and not args.dry_run:
-        folder.clear_beyond(start_step)
-        told = {"flags": vars(args), "data": describe_data(train_source, validation_source)}
-        note_start(folder.path, told, start_step, accelerator.num_processes, fresh=checkpoint is None)
-        measured = [truncate_log(folder.path, start_step)]
-    (measured,) = broadcast_object_list(measured)  # after `start_step`, before the run was interrupted
-    if checkpoint:
-        if accelerator.num_processes > 2:  # which sum gradients up in another order before DDP has made a step
-            empty_step(args, model, optimizer, batch_plan, normalize, pixels=pixels, accelerator=accelerator)
-        load_training(checkpoint, accelerator, model, optimizer)
-        accelerator.print(f"resuming from {checkpoint}, after step {start_step}")
-    if not args.dry_run:
-        names = dict(project=args.experiment_name, run_name=args.wandb_run_name)
-        start_trackers(accelerator, folder.path, args.report_to, **names, flags=vars(args), start_step=start_step)
-    accelerator.wait_for_everyone()
+    # Batches
+    size, loader = tuple(args.img_size), dict(num_workers=args.num_workers)
+    train_crop = RandomCrop(size, tuple(args.crop_scale), args.fast_decoding)
+    train_data = PretrainingDataset(train_source, crop=train_crop, seed=args.seed, **masks)
+    sampler = StepSampler(len(train_source), views=args.repeated_augmentation, **run.sampling)
+    batches = run.timed(training_batches(train_data, sampler, pin_memory=run.pin_memory, **loader))
+    read = partial(own_batches, batch_size=min(run.batch.micro, 256), **loader, **run.reading)
+    validation_data = PretrainingDataset(validation_source or train_source, crop=CentreCrop(size), seed=0, **masks)
+    indices = range(len(validation_source)) if validation_source else spread(1000, len(train_source))
+    evaluation = dict(read=read, preview=(args.num_preview_images, shown_channels))
 
     # Loop
-    train_data = PretrainingDataset(train_source, seed=args.seed, train=True, **sample_options)
-    sampler = StepSampler(
-        len(train_source),
-        global_batch_size=batch_plan.global_size,
-        micro_batch_size=batch_plan.micro,
-        total_steps=2**40 if args.dry_run else length.total_steps,
-        start_step=start_step,
-        seed=args.seed,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        views=args.repeated_augmentation,
-    )
-    batches = iter(make_loader(train_data, sampler, num_workers=args.num_workers, pin_memory=args.pin_memory))
-    save_every = args.save_checkpoint_steps or math.ceil(args.save_checkpoint_interval * length.steps_per_epoch)
-    repository = args.hub_model_id if accelerator.is_main_process else None
-    push_every = args.hub_every * length.steps_per_epoch
-    publisher = Publisher(folder.path, repository, every=push_every, private=args.hub_private)
-    options = dict(total_steps=length.total_steps, steps_per_epoch=length.steps_per_epoch, log_every=args.log_every)
-    options |= dict(global_batch_size=batch_plan.global_size, start_step=start_step, seconds=saved.get("seconds", 0.0))
-    progress = Progress(accelerator, folder.path, **options)
-
-    def train(step):
-        first = sampler.first_position
-        positions = range(first, first + batch_plan.per_process, batch_plan.micro)
-        return optimizer_step(
-            model,
-            optimizer,
-            batches,
-            normalize,
-            [model_seed(args.seed, step, position) for position in positions],
-            accelerator=accelerator,
-            waiting=progress.waiting,
-            max_grad_norm=args.max_grad_norm,
-        )
-
+    lr_at, steps_per_epoch = partial(learning_rate_at, **run.plan.schedule), run.plan.length.steps_per_epoch
     model.train()
-    if args.dry_run:
-        read_ahead = math.ceil(2 * args.num_workers / batch_plan.accumulation)
-        left_out = "validation, k-NN and saving" if args.knn_every else "validation and saving"
-        rehearse(train, crew, progress, read_ahead=read_ahead, left_out=left_out)
-        accelerator.end_training()
-        return
-    num_images = len(train_source) + (len(validation_source) if validation_source else 0)
-    damaged_images = DamagedImages(
-        folder.path, num_images, is_main_process=accelerator.is_main_process, replace=args.on_damaged == "replace"
-    )
-    new_damage = []
-    read = partial(
-        own_batches,
-        batch_size=min(batch_plan.micro, 256),
-        num_workers=args.num_workers,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        stop=crew.wanted,
-    )
-    shared = dict(read=read, accelerator=accelerator, crew=crew, progress=progress)
-    validation_data = PretrainingDataset(validation_source or train_source, seed=0, train=False, **sample_options)
-    held_out = range(len(validation_source)) if validation_source else spread(1000, len(train_source))
-    bank_and_queries = with_labels(train_source, validation_source, **sample_options) if args.knn_every else None
-
-    def validate(step):
-        """The metrics that are due after `step` steps, or None where the run is asked to stop meanwhile."""
-        values, last = dict(measured) if step == start_step else {}, step == length.total_steps
-        if (last or is_due(step, args.validate_every * length.steps_per_epoch)) and "val_loss" not in values:
-            previews = args.num_preview_images, args.preview_channels
-            pictures = dict(previews=previews, folder=folder.path / "reconstructions")
-            found = evaluate(
-                plain_model(), validation_data, held_out, normalize, step, damage=new_damage, **pictures, **shared
-            )
-            if found is None:
-                return None
-            values.update(found)
-        if (
-            args.knn_every
-            and (last or is_due(step, args.knn_every * length.steps_per_epoch))
-            and "knn_top1" not in values
-        ):
-            found = classify(plain_model(), *bank_and_queries, normalize, step, **shared)
-            if found is None:
-                return None
-            values.update(found)
-        return values
-
-    def save(step):
-        with progress.paused(), crew.saving():
-            damaged_images.add(crew.gather(new_damage))
-            new_damage.clear()
-            progress.check_finite()
-            state = dict(step=step, epoch=step / length.steps_per_epoch, global_batch_size=batch_plan.global_size)
-            state |= dict(data=fingerprints[0], seconds=progress.seconds, micro_batch_size=batch_plan.micro)
-            save_training(folder, accelerator, crew, model, optimizer, state, keep=args.keep_checkpoints)
-
-    crew.begin()
-    for step in range(start_step, length.total_steps + 1):  # optimizer steps that are completed
-        metrics = validate(step)
-        if metrics is None:
-            save(step)
-        if metrics is None or step == length.total_steps:
+    for step in run.steps:  # completed optimizer steps
+        if run.is_due(step, args.validate_every * steps_per_epoch, "val_loss"):
+            with run.paused():
+                evaluate(run, run.plain_model(), validation_data, indices, normalize, **evaluation)
+        if args.knn_every and run.is_due(step, args.knn_every * steps_per_epoch, "knn_top1"):
+            with run.paused():
+                knn_crop = CentreCrop(size, CROP_RATIO)  # that of encoder/preprocessor_config.json
+                data = [PretrainingDataset(source, crop=knn_crop, seed=0, **masks) for source in run.sources]
+                classify(run, run.plain_model(), *data, normalize, read=read)
+        if step == run.plan.length.total_steps:
             break
-        publisher.after(step)
-        learning_rate = lr_at(step)
-        set_learning_rate(optimizer, learning_rate)
-        loss, grad_norm, damaged = train(step)
-        new_damage += [(train_source.name(index), reason) for index, reason in damaged]
-        logged = progress.step(step + 1, loss, grad_norm, learning_rate)
-        stopping = crew.wanted(after_step=True)
-        saving = stopping or step + 1 == length.total_steps or is_due(step + 1, save_every, publisher.every)
-        if logged or (args.on_damaged == "error" and crew.any(bool(new_damage))):
-            damaged_images.add(crew.gather(new_damage))
-            new_damage.clear()
-        if saving:
-            save(step + 1)
-        if stopping:
-            metrics, step = None, step + 1
-            break
+        set_learning_rate(optimizer, lr_at(step))
+        loss, grad_norm, damaged = optimizer_step(
+            run.accelerator, model, optimizer, batches, normalize, max_grad_norm=args.max_grad_norm
+        )
+        run.completed(step + 1, loss, grad_norm, damaged)  # logs, saves, raises Stopped if the run is asked to stop
 
     # Finish
-    if metrics is None:
-        progress.say(crew.farewell(step, start_step=start_step))
-        finish_trackers(accelerator)
-        accelerator.end_training()
-        return
-    damaged_images.add(crew.gather(new_damage))
-    progress.close()
-    trained = plain_model()
-    if accelerator.is_main_process:
-        run = {
-            "step": step,
-            "epoch": step / length.steps_per_epoch,
-            "seconds": round(progress.seconds, 1),
-            "images_per_second": round(step * batch_plan.global_size / progress.seconds, 2),
-        }
-        finish(folder.path, trained, {**run, **metrics}, **statistics)
-    finish_trackers(accelerator)
-    accelerator.end_training()
-    publisher.finish(stop=lambda: bool(crew.signal_name))  # last of all: no other process waits for it
+    trained, folder = run.plain_model(), run.folder / "encoder"
+    if run.is_main_process:
+        statistics = dict(mean=images.mean, std=images.std, value_range=images.value_range)
+        replace_folder(folder, partial(export, trained, **statistics))
+    run.end(
+        f"{run.folder / 'metrics.json'}, pictures in {run.folder / 'reconstructions'}. Use the encoder:\n"
+        f"  python -c \"import timm; timm.create_model('local-dir:{folder}', pretrained=True)\"\n"
+        f"  python -c \"from transformers import AutoModel; AutoModel.from_pretrained('{folder}')\"",
+        uses_true_patch_statistics=trained.norm_pix_loss,
+    )
 
 
 if __name__ == "__main__":
-    launch.run_script(main)
+    run_script(main)

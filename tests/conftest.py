@@ -58,6 +58,27 @@ def write_scenes(folder, count, split, *, seed):
         mask.save(folder / "annotations" / split / f"scene_{i:02d}.png")
 
 
+def write_pair(root: Path, split: str, name: str, mask: np.ndarray, **options) -> None:
+    """Writes an image of the mask's size, which shows 20 times its labels, and the mask."""
+    stem, suffix = os.path.splitext(name)
+    for folder, pixels, end in (("images", np.stack([mask * 20] * 3, -1), suffix), ("annotations", mask, ".png")):
+        path = root / folder / split / (stem + end)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path, **(options if folder == "images" else {}))
+
+
+@pytest.fixture
+def pair_folder(tmp_path) -> Path:
+    """Six pairs for training, three for validation, of 60 x 80 pixels, with 3 classes and void."""
+    rng = np.random.default_rng(0)
+    for split, count in (("training", 6), ("validation", 3)):
+        for i in range(count):
+            coarse = rng.integers(0, 4, (3, 4), dtype=np.uint8)
+            write_pair(tmp_path, split, f"{i}.png", np.kron(coarse, np.ones((20, 20), np.uint8)))
+    (tmp_path / "classes.txt").write_text("sky\nroad\ncar\n")
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
     """40 training and 11 validation images, in two classes."""

@@ -1,9 +1,9 @@
-"""A Hugging Face Hub on the loopback interface: real HTTP, spoken as huggingface_hub 1.33 to 2.4, transformers and timm
-need it to create repositories of models, branches and pull requests, to upload and to download, and as datasets 4.4 to
-5.2 needs it to download. A repository of a data set has the name datasets/OWNER/NAME here, as in its web address.
+"""A Hugging Face Hub on the loopback interface, with the HTTP requests that huggingface_hub 1.33 to 2.4 needs to upload
+models and to download them, and that datasets 4.4 to 5.2 needs to download data sets.
 
-Large files go by git LFS ("basic"): huggingface_hub decides by itself, without asking a server, whether it uses Xet, so
-`variables` and `enter` switch that off. Everything is kept in memory.
+A data set's repository is named datasets/OWNER/NAME, as in its web address. Large files go by git LFS ("basic"):
+`variables` and `enter` switch Xet off, which huggingface_hub would use without asking the server. Everything is kept in
+memory.
 """
 
 import base64
@@ -13,13 +13,13 @@ import re
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-# Whoever has VALID is the user "owner", who may write to OWNER/... alone; READ_ONLY is a token of the same user
+# The tokens VALID and READ_ONLY belong to the user "owner", who may write to owner/... alone
 VALID, READ_ONLY, EXPIRED, UNKNOWN = "hf_valid", "hf_read_only", "hf_expired", "hf_unknown"
 USER = "owner"
 ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
@@ -35,7 +35,7 @@ class File(NamedTuple):
 
     @property
     def oid(self) -> str:
-        """git's, of the content or of the pointer that stands for it."""
+        """Return git's hash of the content, or of the LFS pointer to it."""
         content = self.content
         if self.lfs:
             size = len(content)
@@ -53,7 +53,7 @@ class File(NamedTuple):
 
 
 class Repository:
-    """Commits by their hash, and what names them: branches and pull requests."""
+    """Commits by hash, and the branches and pull requests that name them."""
 
     def __init__(self, private: bool = False, gated: bool = False):
         self.private, self.gated, self.commits, self.names, self.messages = private, gated, {}, {}, {}
@@ -66,12 +66,12 @@ class Repository:
         return commit
 
     def find(self, revision: str) -> str | None:
-        """The commit that a branch, refs/pr/1 or a hash names."""
+        """Return the commit of a branch, a pull request (refs/pr/1) or a hash."""
         return self.names.get(revision, revision if revision in self.commits else None)
 
 
 class Answer(Exception):
-    """What ends a request."""
+    """The response to a request, raised by its handler."""
 
     def __init__(self, status: int, content: dict | list | bytes = b"", **headers: str):
         self.status, self.headers = status, {name.replace("_", "-"): value for name, value in headers.items()}
@@ -89,8 +89,10 @@ class Server(ThreadingHTTPServer):
 class Hub:
     """The server, from its construction to `close`.
 
-    `requests` is what was asked: (method, path without its query). `uploads` are the sha256 of the large files that
-    arrived. `fail_uploads_after = n` lets n more of those arrive and refuses the rest; None ends that.
+    Attributes:
+        requests: (method, path without query) of each request.
+        uploads: sha256 of each large file that arrived.
+        fail_uploads_after: Number of large files to accept before the next ones fail; None accepts all.
     """
 
     def __init__(self):
@@ -105,10 +107,10 @@ class Hub:
         self.server.server_close()
 
     def clear(self) -> None:
-        """Forgets everything: repositories, requests, failures."""
+        """Remove repositories, requests and failures."""
         with self.lock:
             self.repositories: dict[str, Repository] = {}
-            self.large: dict[str, bytes] = {}  # by sha256, of commits and waiting for one
+            self.large: dict[str, bytes] = {}  # by sha256
             self.requests: list[tuple[str, str]] = []
             self.uploads: list[str] = []
             self.fail_uploads_after: int | None = None
@@ -116,9 +118,10 @@ class Hub:
     def add(
         self, repo_id: str, folder: str | Path, *, revision: str = "main", private: bool = False, gated: bool = False
     ) -> str:
-        """Puts a folder's files there without a client, as all that a branch holds. Returns the commit.
+        """Add a folder's files as the whole content of a branch, without a client; return the commit.
 
-        Of a gated repository everybody may see what is there, and nobody is let in to read it."""
+        A gated repository can be seen by everybody, and read by nobody.
+        """
         folder = Path(folder)
         files = {".gitattributes": File(ATTRIBUTES, False)}
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -129,14 +132,14 @@ class Hub:
             return repository.commit(revision, files, "Add files")
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
-        """The content of a repository's files by path; {} where there is no such repository or revision."""
+        """Return the files of a repository by path; {} if the repository or the revision is missing."""
         repository = self.repositories.get(repo_id)
         commit = repository and repository.find(revision)
-        found = repository.commits[commit] if commit else {}
-        return {path: file.content for path, file in found.items() if path != ".gitattributes"}
+        files = repository.commits[commit] if commit else {}
+        return {path: file.content for path, file in files.items() if path != ".gitattributes"}
 
     def variables(self, folder: Path, *, token: str | None = VALID) -> dict[str, str]:
-        """The environment for a process that takes this for the Hub, whose cache and login are in `folder`."""
+        """Return the environment of a process that uses this Hub, with its cache and login in `folder`."""
         home = Path(folder) / "hf_home"
         return {
             "HF_ENDPOINT": self.endpoint,
@@ -154,7 +157,7 @@ class Hub:
         }
 
     def enter(self, monkeypatch, folder: Path, *, token: str | None = VALID) -> None:
-        """Makes this very process take it for the Hub, whose huggingface_hub is imported already."""
+        """Make this process use this Hub, although it has already imported huggingface_hub."""
         variables = self.variables(folder, token=token)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
@@ -162,7 +165,7 @@ class Hub:
 
 
 def heed(variables: dict[str, str], change=setattr) -> None:
-    """Does what huggingface_hub does with `Hub.variables` where it is imported."""
+    """Apply `Hub.variables` as huggingface_hub does when it is imported."""
     from huggingface_hub import constants, hf_api
 
     endpoint = variables["HF_ENDPOINT"]
@@ -177,7 +180,7 @@ def heed(variables: dict[str, str], change=setattr) -> None:
     }.items():
         change(constants, name, value)
     change(hf_api.api, "endpoint", endpoint)  # behind huggingface_hub.model_info and the like
-    if "datasets" in sys.modules:  # which has been imported, and has read them before
+    if "datasets" in sys.modules:  # it has read the variables before
         from datasets import config
 
         change(config, "HF_ENDPOINT", endpoint)
@@ -187,19 +190,19 @@ def heed(variables: dict[str, str], change=setattr) -> None:
 
 
 def is_large(path: str, content: bytes) -> bool:
-    """Whether a file goes by LFS: weights and whatever is binary."""
+    """Check whether a file goes by LFS: weights and other binary files."""
     return path.endswith(".safetensors") or b"\0" in content[:512]
 
 
 def metadata_errors(card: str) -> list[str]:
-    """What the Hub would refuse in the metadata of a model card."""
-    found = re.match(r"---\r?\n(.*?)\r?\n---(\r?\n|$)", card, re.DOTALL)
+    """Return the errors of the Hub for the metadata of a model card."""
+    match = re.match(r"---\r?\n(.*?)\r?\n---(\r?\n|$)", card, re.DOTALL)
     try:
-        metadata = yaml.safe_load(found[1]) if found else {}
+        metadata = yaml.safe_load(match[1]) if match else {}
     except yaml.YAMLError as error:
         return [f"bad indentation or syntax: {error}"]
     if not isinstance(metadata, dict):
-        return ["metadata is no mapping"]
+        return ["metadata is not a mapping"]
     kinds = dict(license=str, pipeline_tag=str, library_name=str, tags=list, datasets=list, base_model=(str, list))
     errors = []
     for name, kind in kinds.items():
@@ -219,7 +222,7 @@ def metadata_errors(card: str) -> list[str]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request: a method of this class for each kind, found by ROUTES."""
+    """One request, answered by the method that ROUTES names."""
 
     hub: Hub
     protocol_version = "HTTP/1.1"
@@ -231,45 +234,35 @@ class Handler(BaseHTTPRequestHandler):
     def handle_one(self) -> None:
         url = urlsplit(self.path)
         self.query = {name: values[-1] for name, values in parse_qs(url.query).items()}
-        self.body = self.read_body()
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         with self.hub.lock:
             self.hub.requests.append((self.command, url.path))
             try:
                 for methods, pattern, act in ROUTES:
-                    found = re.fullmatch(pattern, url.path)
-                    if found and self.command in methods.split():
-                        act(self, *(unquote(group or "") for group in found.groups()))
-                raise Answer(404, {"error": f"{self.command} {url.path} is nothing that this Hub knows"})
-            except Answer as answer:
-                pass_on = answer
-        self.send_response(pass_on.status)
-        for name, value in pass_on.headers.items():
+                    match = re.fullmatch(pattern, url.path)
+                    if match and self.command in methods.split():
+                        act(self, *(unquote(group or "") for group in match.groups()))
+                raise Answer(404, {"error": f"{self.command} {url.path} is unknown"})
+            except Answer as error:
+                answer = error
+        self.send_response(answer.status)
+        for name, value in answer.headers.items():
             self.send_header(name, value)
-        if "Content-Length" not in pass_on.headers:
-            self.send_header("Content-Length", str(len(pass_on.content)))
+        if "Content-Length" not in answer.headers:
+            self.send_header("Content-Length", str(len(answer.content)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(pass_on.content)
+            self.wfile.write(answer.content)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_one
 
-    def read_body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        parts = []
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            parts.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(parts)
-
-    # Who asks
+    # Permissions
 
     @property
     def token(self) -> str | None:
-        """The token that came along, where it is good; answers 401 where it is not."""
+        """Return the token of the request; 401 for an invalid one."""
         given = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
-        if given == EXPIRED:  # the client takes such a 401 for a missing repository on the real Hub
+        if given == EXPIRED:  # the real Hub answers as if the repository were missing
             raise Answer(401, {"error": 'User Access Token "test" is expired'}, X_Error_Code="RepoNotFound")
         if given not in ("", VALID, READ_ONLY):
             raise Answer(401, {"error": "Invalid credentials in Authorization header"})
@@ -282,7 +275,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Answer(403, {"error": f"You don't have the rights to write to {repo_id}"})
 
     def find(self, repo_id: str, revision: str = "main") -> tuple[Repository, str]:
-        """A repository that may be read, and a commit in it; answers 401 or 404 as the Hub does otherwise."""
+        """Return a readable repository and a commit in it; 401 or 404 otherwise."""
         repository, token = self.hub.repositories.get(repo_id), self.token
         own = repo_id.removeprefix("datasets/").startswith(f"{USER}/")
         if repository is None or (repository.private and (token is None or not own)):
@@ -294,23 +287,15 @@ class Handler(BaseHTTPRequestHandler):
         return repository, commit
 
     def may_read(self, repo_id: str) -> None:
-        """Answers as the Hub does to somebody who has not been let in."""
         if self.find(repo_id)[0].gated:
             error = {"error": f"Access to dataset {repo_id} is restricted"}
             raise Answer(403 if self.token else 401, error, X_Error_Code="GatedRepo")
 
-    # Asking
+    # Reading
 
     def auth_check(self, repo_id: str) -> None:
         self.may_read(repo_id)
         raise Answer(200, b"OK")
-
-    def whoami(self) -> None:
-        if self.token is None:
-            raise Answer(401, {"error": "Invalid username or password."})
-        role = "write" if self.token == VALID else "read"
-        access = {"accessToken": {"displayName": "test", "role": role}, "type": "access_token"}
-        raise Answer(200, {"type": "user", "name": USER, "fullname": USER, "orgs": [], "auth": access})
 
     def info(self, repo_id: str, revision: str = "main") -> None:
         repository, commit = self.find(repo_id, revision or "main")
@@ -318,40 +303,20 @@ class Handler(BaseHTTPRequestHandler):
         repo_id = repo_id.removeprefix("datasets/")
         content = {"_id": "0" * 24, "id": repo_id, "modelId": repo_id, "author": repo_id.split("/")[0], "sha": commit}
         content |= {"private": repository.private, "gated": False, "disabled": False, "tags": [], "downloads": 0}
-        blobs = "blobs" in self.query
-        content["siblings"] = [
-            {"rfilename": path, **({"size": len(file.content), "blobId": file.oid} if blobs else {})}
-            for path, file in sorted(files.items())
-        ]
+        content["siblings"] = [{"rfilename": path} for path in sorted(files)]
         raise Answer(200, content)
 
     def tree(self, repo_id: str, revision: str, below: str) -> None:
         repository, commit = self.find(repo_id, revision)
-        below = below.strip("/")
-        inside = {path: file for path, file in repository.commits[commit].items() if path.startswith(below)}
-        inside = {path: file for path, file in inside.items() if not below or path[len(below) :].startswith("/")}
-        if below and not inside:
-            raise Answer(404, {"error": f"{below} does not exist on {revision}"}, X_Error_Code="EntryNotFound")
-        recursive = self.query.get("recursive", "").lower() in ("true", "1")
-        depth = below.count("/") + 1 if below else 0
-        folders = {"/".join(path.split("/")[:n]) for path in inside for n in range(depth + 1, path.count("/") + 1)}
+        files, below = repository.commits[commit], below.strip("/")
+        folders = {str(parent) for path in files for parent in PurePosixPath(path).parents} - {"."}
         listed = [{"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in sorted(folders)]
-        listed += [file.described(path) for path, file in sorted(inside.items())]
-        raise Answer(200, [entry for entry in listed if recursive or entry["path"].count("/") == depth])
-
-    def paths_info(self, repo_id: str, revision: str) -> None:
-        repository, commit = self.find(repo_id, revision)
-        files, paths = repository.commits[commit], parse_qs(self.body.decode()).get("paths", [])
-        raise Answer(200, [files[path].described(path) for path in paths if path in files])
-
-    def refs(self, repo_id: str) -> None:
-        repository, _ = self.find(repo_id)
-        named = {"branches": [], "pullRequests": [], "tags": [], "converts": []}
-        for name, commit in repository.names.items():
-            pull_request = name.startswith("refs/")
-            described = {"name": name, "ref": name if pull_request else f"refs/heads/{name}", "targetCommit": commit}
-            named["pullRequests" if pull_request else "branches"].append(described)
-        raise Answer(200, named)
+        listed += [file.described(path) for path, file in sorted(files.items())]
+        if below:
+            listed = [entry for entry in listed if entry["path"].startswith(f"{below}/")]
+        if not listed:
+            raise Answer(404, {"error": f"{below} does not exist on {revision}"}, X_Error_Code="EntryNotFound")
+        raise Answer(200, listed)
 
     def resolve(self, repo_id: str, revision: str, path: str) -> None:
         repository, commit = self.find(repo_id, revision)
@@ -360,29 +325,22 @@ class Handler(BaseHTTPRequestHandler):
         if file is None:
             raise Answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
         content, size = file.content, len(file.content)
-        headers = {"X_Repo_Commit": commit, "ETag": f'"{file.etag}"', "Accept_Ranges": "bytes"}
+        headers = {"X_Repo_Commit": commit, "ETag": f'"{file.etag}"'}
         headers |= {"Content_Type": "application/octet-stream", "Content_Length": str(size)}
         if file.lfs:
             headers |= {"X_Linked_ETag": f'"{file.etag}"', "X_Linked_Size": str(size)}
-        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if not part or self.command == "HEAD":
-            raise Answer(200, content, **headers)
-        start, end = int(part[1]), min(size, int(part[2] or size) + 1)
-        if start >= size:
-            raise Answer(416, b"", Content_Range=f"bytes */{size}")
-        headers |= {"Content_Length": str(end - start), "Content_Range": f"bytes {start}-{end - 1}/{size}"}
-        raise Answer(206, content[start:end], **headers)
+        raise Answer(200, content, **headers)
 
     # Writing
 
     def create(self) -> None:
-        asked = json.loads(self.body)
-        repo_id = f"{asked.get('organization') or USER}/{asked['name']}"
+        request = json.loads(self.body)
+        repo_id = f"{request.get('organization') or USER}/{request['name']}"
         self.may_write(repo_id)
         content = {"url": f"{self.hub.endpoint}/{repo_id}", "name": repo_id, "id": "0" * 24}
         if repo_id in self.hub.repositories:
             raise Answer(409, {"error": "You already created this model repo", **content})
-        private = asked.get("private") or asked.get("visibility") == "private"
+        private = request.get("private") or request.get("visibility") == "private"
         self.hub.repositories[repo_id] = Repository(bool(private))
         raise Answer(200, content)
 
@@ -406,9 +364,9 @@ class Handler(BaseHTTPRequestHandler):
             self.may_write(repo_id)
         repository, commit = self.find(repo_id, revision)
         files, answers = repository.commits[commit], []
-        for asked in json.loads(self.body)["files"]:
-            path = asked["path"]
-            large = is_large(path, base64.b64decode(asked["sample"]))
+        for file in json.loads(self.body)["files"]:
+            path = file["path"]
+            large = is_large(path, base64.b64decode(file["sample"]))
             known = {"oid": files[path].etag} if path in files else {}
             answers.append({"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, **known})
         raise Answer(200, {"files": answers, "commitOid": commit})
@@ -418,15 +376,15 @@ class Handler(BaseHTTPRequestHandler):
         if self.token is None:
             raise Answer(401, {"error": "Invalid username or password."})
         objects = []
-        for asked in json.loads(self.body)["objects"]:
-            place = f"{self.hub.endpoint}/lfs/{asked['oid']}"
+        for item in json.loads(self.body)["objects"]:
+            place = f"{self.hub.endpoint}/lfs/{item['oid']}"
             actions = {"upload": {"href": place, "header": {}}, "verify": {"href": f"{place}/verify", "header": {}}}
-            objects.append({**asked, **({} if asked["oid"] in self.hub.large else {"actions": actions})})
+            objects.append({**item, **({} if item["oid"] in self.hub.large else {"actions": actions})})
         raise Answer(200, {"transfer": "basic", "objects": objects})
 
     def put(self, sha256: str) -> None:
         left = self.hub.fail_uploads_after
-        if left is not None and left <= 0:  # as S3 does when nothing comes; the client does not try this one again
+        if left is not None and left <= 0:  # an error of S3 after which the client does not retry
             raise Answer(400, b"<Error><Code>RequestTimeout</Code></Error>", Content_Type="application/xml")
         if hashlib.sha256(self.body).hexdigest() != sha256:
             raise Answer(400, b"<Error><Code>BadDigest</Code></Error>", Content_Type="application/xml")
@@ -458,8 +416,6 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = File(self.hub.large[value["oid"]], True)
             elif key == "deletedFile":
                 files.pop(value["path"])
-            elif key == "deletedFolder":
-                files = {path: file for path, file in files.items() if not path.startswith(value["path"])}
         number = 1 + sum(name.startswith("refs/pr/") for name in repository.names)
         commit = repository.commit(f"refs/pr/{number}" if pull_request else revision, files, message)
         place = f"{self.hub.endpoint}/{repo_id}"
@@ -469,16 +425,13 @@ class Handler(BaseHTTPRequestHandler):
 
 NAME = r"((?:datasets/)?[^/]+/[^/]+)"
 REPOSITORY = rf"/api/(?:models/|(?=datasets/)){NAME}"
-ROUTES = [  # methods, path, what answers it, given the groups of the path
-    ("GET", "/api/whoami-v2", Handler.whoami),
+ROUTES = [  # methods, path, handler, which gets the groups of the path
     ("POST", "/api/repos/create", Handler.create),
     ("POST", "/api/validate-yaml", Handler.validate),
     ("GET", REPOSITORY, Handler.info),
     ("GET", rf"{REPOSITORY}/auth-check", Handler.auth_check),
     ("GET", rf"{REPOSITORY}/revision/([^/]+)", Handler.info),
     ("GET", rf"{REPOSITORY}/tree/([^/]+)(/.*)?", Handler.tree),
-    ("GET", rf"{REPOSITORY}/refs", Handler.refs),
-    ("POST", rf"{REPOSITORY}/paths-info/([^/]+)", Handler.paths_info),
     ("POST", rf"{REPOSITORY}/branch/([^/]+)", Handler.branch),
     ("POST", rf"{REPOSITORY}/preupload/([^/]+)", Handler.preupload),
     ("POST", rf"{REPOSITORY}/commit/([^/]+)", Handler.commit),

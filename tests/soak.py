@@ -32,7 +32,7 @@ from armed import POINTS
 from conftest import ROOT, TINY, TWO_PROCESSES, environment, finish_several, run_several, start_several, write_images
 from safetensors.torch import load_file
 
-from training.checkpoint import MODEL, OPTIMIZER, RunFolder, read_state
+from training.run_folder import MODEL, OPTIMIZER, RunFolder, read_state
 
 ARMED = "tests/armed.py"
 FLAGS = [
@@ -203,7 +203,7 @@ class Soak:
         self.counts[place] += 1
         where = f"kill {number}, {name} of process {rank}, after step {last}"
         for other, (process, (out, err)) in enumerate(zip(processes, outputs, strict=True)):
-            told = "another one of the run is gone" in err and "Traceback" not in err
+            told = "another process of the run is gone" in err and "Traceback" not in err
             done = place == "finish" and process.returncode == 0  # no process waits for the main one there
             if other != rank and not (process.returncode == 1 and told) and not done:
                 self.violated(where, f"process {other} ended with {process.returncode}\n{out}\n{err}")

@@ -1,4 +1,4 @@
-"""The model card: its code runs as it stands, its numbers are the run's, and what is not known has no line."""
+"""Test the model card: its code runs unchanged, its numbers are the run's, and unknown values leave no line."""
 
 import ast
 import json
@@ -18,75 +18,76 @@ from modeling.export import export_autoencoder, export_classifier, export_encode
 from modeling.mae import MaskedAutoencoder
 from modeling.upernet import Segmenter
 from modeling.vit import VisionTransformer
-from training.card import Facts, is_card, read_run, write_card
+from training.card import ModelSummary, is_card, read_record, write_card
 from training.launch import RunError
 
 NAMES = ["cat", "dog", "owl", "gnu"]
 SHAPES = {"": {}, ", grey": dict(in_channels=1), ", 32 x 64": dict(img_size=(32, 64))}
-TASKS = {"classifier": "image-classification", "segmenter": "image-segmentation"}
 KINDS = [
     *(f"{kind}{shape}" for kind in ("encoder", "autoencoder", "classifier") for shape in SHAPES),
     *("segmenter", "segmenter, grey"),
 ]
+SCRIPTS = {
+    "autoencoder": "pretrain_mae.py",
+    "classifier": "finetune_classifier.py",
+    "segmenter": "finetune_segmentation.py",
+}
+TASKS = {"classifier": "image-classification", "segmenter": "image-segmentation"}
 
 
-def new_model(kind: str) -> torch.nn.Module:
-    """A small model whose outputs depend on the image."""
+def build_model(kind: str) -> torch.nn.Module:
+    """Return a small model whose outputs depend on the image."""
     torch.manual_seed(0)
     kind, comma, shape = kind.partition(", ")
     sizes = dict(img_size=(32, 32), patch_size=8, embed_dim=32, depth=2, num_heads=2) | SHAPES[comma + shape]
-    encoder = VisionTransformer(**sizes)
-    model = {
-        "encoder": lambda: encoder,
-        "autoencoder": lambda: MaskedAutoencoder(
-            encoder, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2, norm_pix_loss=True
-        ),
-        "classifier": lambda: Classifier(encoder, len(NAMES), pooling="mean"),
-        "segmenter": lambda: Segmenter(encoder, len(NAMES), head="linear", layers=[1]),
-    }[kind]()
+    model = VisionTransformer(**sizes)
+    if kind == "autoencoder":
+        decoder = dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+        model = MaskedAutoencoder(model, **decoder, norm_pix_loss=True)
+    elif kind == "classifier":
+        model = Classifier(model, len(NAMES), pooling="mean")
+    elif kind == "segmenter":
+        model = Segmenter(model, len(NAMES), head="linear", layers=[1])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     return model.eval()
 
 
-def export(model: torch.nn.Module, folder: Path) -> Facts:
-    """Writes a model as push_to_hub.py does, and tells what it is."""
+def export(model: torch.nn.Module, folder: Path) -> ModelSummary:
+    """Write a model as push_to_hub.py does."""
     encoder = getattr(model, "encoder", model)
     statistics = dict(mean=[0.4, 0.5, 0.6][: encoder.in_channels], std=[0.2, 0.3, 0.2][: encoder.in_channels])
-    classes = NAMES if isinstance(model, Classifier | Segmenter) else []
     if isinstance(model, Segmenter):
-        export_segmenter(model, folder, classes=classes, resize=(128, 32), **statistics)
+        export_segmenter(model, folder, classes=NAMES, resize=(128, 32), **statistics)
     elif isinstance(model, Classifier):
-        export_classifier(model, folder, classes=classes, crop_ratio=0.875, **statistics)
+        export_classifier(model, folder, classes=NAMES, crop_ratio=0.875, **statistics)
     else:
         export_encoder(encoder, folder, **statistics)
         if isinstance(model, MaskedAutoencoder):
             export_autoencoder(model, folder / "pretraining", **statistics)
-    return Facts(
+    return ModelSummary(
         task=TASKS.get(type(model).__name__.lower(), "image-feature-extraction"),
-        summary="ViT of 32 x 2",
-        autoencoder=isinstance(model, MaskedAutoencoder),
+        description="ViT of 32 x 2",
+        has_decoder=isinstance(model, MaskedAutoencoder),
         img_size=encoder.img_size,
         channels=encoder.in_channels,
         **statistics,
         value_range=None,
-        classes=classes,
         differences={"timm": 1.25e-7},
         notes=["A note."],
         origin="weights.pth (the official MAE)",
         step=None,
-        finished=True,
     )
 
 
-def blocks(card: str, language: str) -> list[str]:
+def code_blocks(card: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)\n```$", card, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory) -> Path:
-    """A working directory with a photograph."""
+    """Return a folder with photo.jpg."""
     folder = tmp_path_factory.mktemp("photo")
     small = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     Image.fromarray(small).resize((90, 70), Image.Resampling.BICUBIC).save(folder / "photo.jpg")
@@ -94,61 +95,61 @@ def photo(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_code_of_a_card_runs_as_it_stands(kind, photo, tmp_path, monkeypatch, capsys, hub):
-    """Of the local folder and of the repository on the Hub; the libraries compute what our own module does."""
-    model, folder = new_model(kind), tmp_path / "a folder"
-    facts = export(model, folder)
+def test_code_runs_unchanged(kind, photo, tmp_path, monkeypatch, capsys, hub):
+    """On the local folder and on a repository of the Hub; the libraries compute what our own module does."""
+    model, folder = build_model(kind), tmp_path / "a folder"
+    summary = export(model, folder)
     hub.enter(monkeypatch, tmp_path)
     monkeypatch.chdir(photo)
     hub.add("owner/name", folder)
     for repo_id, name in ((None, str(folder)), ("owner/name", "owner/name")):
-        write_card(folder, facts, None, place=folder, repo_id=repo_id)
+        write_card(folder, summary, None, location=folder, repo_id=repo_id)
         card = (folder / "README.md").read_text()
-        codes = blocks(card, "python")
-        more = {"autoencoder": 3, "autoencoder, grey": 3, "segmenter": 1, "segmenter, grey": 1}
-        assert len(codes) == more.get(kind, 2)
+        codes = code_blocks(card, "python")
+        square_autoencoder = kind.startswith("autoencoder") and "32 x 64" not in kind
+        assert len(codes) == (3 if square_autoencoder else 1 if kind.startswith("segmenter") else 2)
         for code in codes:
-            assert name in code and ("photo.jpg" in code) == (facts.channels == 3)
-            space = {}
-            exec(compile(code, "card", "exec"), space)
-            check(code, space, model, capsys.readouterr().out)
-        (commands,) = blocks(card, "bash")
+            assert name in code and ("photo.jpg" in code) == (summary.channels == 3)
+            variables = {}
+            exec(compile(code, "card", "exec"), variables)
+            check_outputs(code, variables, model, capsys.readouterr().out)
+        (commands,) = code_blocks(card, "bash")
         for words in map(shlex.split, commands.splitlines()):
             assert words[0] == "python" and (f"hf:{name}" if repo_id else name) in words
         assert bool(hub.requests) == bool(repo_id)  # a local folder needs no network
 
 
 @torch.inference_mode()
-def check(code: str, space: dict, model: torch.nn.Module, out: str) -> None:
-    """What a block of the card computed, against our own module on the same images."""
+def check_outputs(code: str, variables: dict, model: torch.nn.Module, stdout: str) -> None:
+    """Compare what a block of the card computed with our own module on the same images."""
     encoder = getattr(model, "encoder", model)
     if "pipeline" in code:
-        answers = ast.literal_eval(re.sub(r"<PIL[^>]*>", "None", out))
+        answers = ast.literal_eval(re.sub(r"<PIL[^>]*>", "None", stdout))
         assert answers and {answer["label"] for answer in answers} <= {*NAMES}
         return
-    images = space["images"]
+    images = variables["images"]
     assert images.shape == (1, encoder.in_channels, *encoder.img_size)
-    if "tokens" in space:
-        torch.testing.assert_close(space["tokens"], encoder(images), rtol=0, atol=1e-5)
-    elif "best" in space:
-        assert out.strip() == NAMES[model(images).argmax(dim=1).item()]
-    elif "labels" in space:
-        assert (space["labels"] == model(images).argmax(dim=1)).float().mean() > 0.999
+    if "tokens" in variables:
+        torch.testing.assert_close(variables["tokens"], encoder(images), rtol=0, atol=1e-5)
+    elif "best" in variables:
+        assert stdout.strip() == NAMES[model(images).argmax(dim=1).item()]
+    elif "labels" in variables:
+        assert (variables["labels"] == model(images).argmax(dim=1)).float().mean() > 0.999
     else:
-        assert space["output"].mask.mean() == 0.75 and space["output"].logits.isfinite().all()
+        assert variables["output"].mask.mean() == 0.75 and variables["output"].logits.isfinite().all()
 
 
-def write_run(folder: Path, script: str = "pretrain_mae.py", *, finished: bool = True, **flags) -> Path:
-    """A run folder of 40 steps as the scripts write it, validated after steps 20 and 40, with a line cut short."""
+def write_run(folder: Path, script: str = "pretrain_mae.py", *, finished: bool = True, **more_flags) -> Path:
+    """Write the files of a run of 40 steps, validated after steps 20 and 40, whose last line of log is cut short."""
     folder.mkdir(parents=True)
-    given = dict(experiment_name="x", path_to_data="/data/beans", epochs=4, max_steps=None, global_batch_size=16)
-    given |= {
+    flags = dict(experiment_name="x", path_to_data="/data/beans", epochs=4, max_steps=None, global_batch_size=16)
+    flags |= {
         "pretrain_mae.py": dict(mask_ratio=0.75, mask_strategy="random", norm_pix_loss=True, init_from=None),
         "finetune_classifier.py": dict(path_to_pretrained_mae_weights=None, linear_probe=False, trainable_blocks=None),
         "finetune_segmentation.py": dict(path_to_backbone_checkpoint=None, crop_size=32, evaluate="slide"),
     }[script]
-    told = {
-        "flags": given | flags,
+    args = {
+        "flags": flags | more_flags,
         "data": {"images": 160, "bytes": 2_000_000, "held_out": 30},
         "command": f"{script} --path_to_data /data/beans",
         "processes": 2,
@@ -156,8 +157,8 @@ def write_run(folder: Path, script: str = "pretrain_mae.py", *, finished: bool =
         "git_revision": "abc1234",
         "machine": {"system": "Linux", "cores": 8, "gpus": ["NVIDIA H200", "NVIDIA H200"]},
     }
-    (folder / "args.json").write_text(json.dumps(told))
-    scores = {
+    (folder / "args.json").write_text(json.dumps(args))
+    metrics_at = {
         "pretrain_mae.py": lambda step: {"val_loss": 1 / step, "masked_psnr": 10 + step, "masked_ssim": float("nan")},
         "finetune_classifier.py": lambda step: {"top1": step, "per_class_accuracy": {"cat": step, "a|b": None}},
         "finetune_segmentation.py": lambda step: {"mean_iou": step, "per_class_iou": {"cat": 1.0}},
@@ -166,12 +167,11 @@ def write_run(folder: Path, script: str = "pretrain_mae.py", *, finished: bool =
     for step in range(1, 41 if finished else 31):
         lines.append({"step": step, "epoch": step / 10, "loss": 2 / step, "learning_rate": 0.1})
         if step % 20 == 0:
-            lines.append({"step": step, "epoch": step / 10, **scores(step), "advice": "check"})
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "log.jsonl").write_text(text + '{"step": 41, "lo')
+            lines.append({"step": step, "epoch": step / 10, **metrics_at(step), "advice": "check"})
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 41, "lo')
     if finished:
-        told = {"step": 40, "epoch": 4.0, "seconds": 7200.0, "images_per_second": 12.5, **scores(40), "best_step": 20}
-        (folder / "metrics.json").write_text(json.dumps(told))
+        end = {"step": 40, "epoch": 4.0, "seconds": 7200.0, "images_per_second": 12.5, "best_step": 20}
+        (folder / "metrics.json").write_text(json.dumps(end | metrics_at(40)))
     pictures = folder / ("reconstructions" if script == "pretrain_mae.py" else "predictions")
     pictures.mkdir()
     for step in (20, 40):
@@ -179,62 +179,55 @@ def write_run(folder: Path, script: str = "pretrain_mae.py", *, finished: bool =
     return folder
 
 
-SCRIPTS = {
-    "autoencoder": "pretrain_mae.py",
-    "classifier": "finetune_classifier.py",
-    "segmenter": "finetune_segmentation.py",
-}
-
-
-def card_of(run_folder: Path, kind: str = "autoencoder", *, step: int | None = 40, finished: bool = True, **options):
-    """The folder and the card of a model and its run."""
+def card_of(run_folder: Path, kind: str = "autoencoder", *, step: int | None = 40, **options):
+    """Export a model of the run; return the folder and the card."""
     folder = run_folder / "hub"
-    facts = export(new_model(kind), folder)._replace(step=step, finished=finished)
-    write_card(folder, facts, read_run(run_folder), place=folder, **options)
+    summary = export(build_model(kind), folder)._replace(step=step)
+    write_card(folder, summary, read_record(run_folder), location=folder, **options)
     return folder, ModelCard.load(folder / "README.md")
 
 
 @pytest.mark.parametrize(("kind", "script"), SCRIPTS.items())
-def test_a_card_tells_what_the_run_measured_and_how(kind, script, tmp_path):
+def test_scores_and_settings_of_the_run(kind, script, tmp_path):
     folder, card = card_of(write_run(tmp_path / "run", script), kind, license="mit", datasets=["some/beans"])
     assert not metadata_errors((folder / "README.md").read_text()) and is_card(folder / "README.md")
     data = card.data
     assert (data.library_name, data.license, data.datasets) == ("transformers", "mit", ["some/beans"])
     assert data.pipeline_tag == TASKS.get(kind, "image-feature-extraction")
-    measured = {result.metric_type: result.metric_value for result in data.eval_results}
-    autoencoder = {"loss": 0.025, "psnr": 50}
-    assert measured == {"classifier": {"accuracy": 40}, "segmenter": {"mean_iou": 40}}.get(kind, autoencoder)
+    scores = {result.metric_type: result.metric_value for result in data.eval_results}
+    expected = {"classifier": {"accuracy": 40}, "segmenter": {"mean_iou": 40}}
+    assert scores == expected.get(kind, {"loss": 0.025, "psnr": 50})
     assert {result.dataset_name for result in data.eval_results} == {"some/beans"}
-    assert "step 40 of 40" in card.text and "not finished" not in card.text
-    assert "Measured after step 40 on 30 held-out images" in card.text
     command = f"accelerate launch --num_processes 2 {script} --path_to_data /data/beans"
-    assert command in blocks(card.text, "bash")
-    for row in (
+    assert command in code_blocks(card.text, "bash")
+    for text in (
+        "step 40 of 40",
+        "Measured after step 40 on 30 held-out images",
         "| data | `/data/beans`: 160 images, about 2 MB, 30 held out |",
         "| optimizer steps | 40 (4 epochs) |",
         "| hardware | 2 x NVIDIA H200, processes: 2 |",
-        "| time | 2 hours, 12.5 images/s with validation and saving |",
+        "| time | 2 hours, 12.5 images/s including validation and saving |",
         "| versions | python 3.12.1, torch 2.9.0, revision abc1234 |",
         "| global_batch_size | 16 |",
         "| timm | 1e-07 |",
+        "- A note.",
     ):
-        assert row in card.text
-    assert "- A note." in card.text and "max_steps" not in card.text
-    shown = re.findall(r"!\[.*?\]\((.*?)\)", card.text)
+        assert text in card.text
+    assert "not finished" not in card.text and "max_steps" not in card.text
     picture = {"autoencoder": "reconstructions.png", "classifier": "confusion.png"}.get(kind, "predictions.png")
-    assert shown == [picture, "loss.png"]
+    assert re.findall(r"!\[.*?\]\((.*?)\)", card.text) == [picture, "loss.png"]
     assert Image.open(folder / picture).size == (40, 40) and Image.open(folder / "loss.png").size == (800, 400)
-    assert ("true mean and deviation" in card.text) == (kind == "autoencoder")
+    assert ("true mean and standard deviation" in card.text) == (kind == "autoencoder")
     assert ("| a\\|b | none |" in card.text) == (kind == "classifier")
     assert ("sliding windows" in card.text) == (kind == "segmenter")
 
 
-def test_a_card_tells_of_the_step_of_its_weights_alone(tmp_path):
+def test_scores_and_pictures_are_those_of_the_step(tmp_path):
     run = write_run(tmp_path / "run", "finetune_classifier.py")
     folder, card = card_of(run, "classifier", step=20)
     assert [result.metric_value for result in card.data.eval_results] == [20]
     assert "step 20 of 40" in card.text and Image.open(folder / "confusion.png").size == (20, 20)
-    folder, card = card_of(run, "classifier", step=25)  # measured after other steps only
+    folder, card = card_of(run, "classifier", step=25)  # validated after other steps only
     assert card.data.eval_results is None and "## Results" not in card.text
     assert Image.open(folder / "confusion.png").size == (20, 20)
     (folder / "confusion.png").unlink()
@@ -242,19 +235,19 @@ def test_a_card_tells_of_the_step_of_its_weights_alone(tmp_path):
     assert "confusion" not in card.text and not (folder / "confusion.png").exists()
 
 
-def test_an_unfinished_run_says_so(tmp_path):
+def test_unfinished_run(tmp_path):
     run = write_run(tmp_path / "run", finished=False)
     state = run / "checkpoints" / "step_00000030" / "state.json"
     state.parent.mkdir(parents=True)
     state.write_text('{"step": 30, "seconds": 90.0}')
-    _, card = card_of(run, step=30, finished=False)
+    _, card = card_of(run, step=30)
     assert "**The run is not finished:** the weights are those after step 30 of 40." in card.text
     assert "| time | 1.5 minutes |" in card.text
     assert "images/s" not in card.text and card.data.eval_results is None
 
 
-def test_what_is_not_known_has_no_line(tmp_path):
-    """A run of an older version that left only its flags; and weights that are of no run."""
+def test_unknown_values_leave_no_line(tmp_path):
+    """A run of an older version that left only its flags, and weights that belong to no run."""
     run = tmp_path / "run"
     run.mkdir()
     (run / "args.json").write_text(json.dumps({"flags": dict(mask_ratio=0.75, epochs=4, path_to_data="/data/beans")}))
@@ -264,28 +257,34 @@ def test_what_is_not_known_has_no_line(tmp_path):
         assert word not in card.text
     assert card.data.license == "unknown" and card.data.datasets is None and not (folder / "loss.png").exists()
 
-    facts = export(new_model("encoder"), tmp_path / "encoder")._replace(differences={}, notes=[])
-    write_card(tmp_path / "encoder", facts, None, place=tmp_path / "encoder")
-    text = (tmp_path / "encoder" / "README.md").read_text()
-    assert "converted from weights.pth (the official MAE)." in text and "# encoder\n" in text
+    folder = tmp_path / "encoder"
+    summary = export(build_model("encoder"), folder)._replace(differences={}, notes=[], origin="hf:some/model@main (x)")
+    write_card(folder, summary, None, location=folder)
+    text = (folder / "README.md").read_text()
+    assert "A Vision Transformer, converted from hf:some/model@main (x)." in text and "# encoder\n" in text
     for word in ("## Training", "## Checks", "## Limits", "masked autoencoder", " None"):
         assert word not in text
-    assert not metadata_errors(text)
+    assert not metadata_errors(text) and ModelCard(text).data.base_model == "some/model"
+
+
+def test_names_that_are_no_text(tmp_path):
+    run = write_run(tmp_path / "caf\udce9", path_to_data="/data/caf\udce9")
+    assert "`/data/caf\\udce9`" in card_of(run)[1].text and read_record(run).flags["path_to_data"] == "/data/caf\udce9"
 
 
 @pytest.mark.parametrize(
     ("kind", "flags", "words"),
     [
-        ("classifier", {}, "trained from scratch."),
-        ("classifier", dict(path_to_pretrained_mae_weights="mae.pth"), "fine-tuned.\nThe run started from"),
-        ("classifier", dict(path_to_pretrained_mae_weights="x", linear_probe=True), "a linear head was trained on a"),
+        ("classifier", {}, ", trained from scratch."),
+        ("classifier", dict(path_to_pretrained_mae_weights="mae.pth"), "fine-tuned.\nTraining started from"),
+        ("classifier", dict(path_to_pretrained_mae_weights="x", linear_probe=True), ": a linear head on a frozen"),
         ("classifier", dict(path_to_pretrained_mae_weights="x", trainable_blocks=4.0), "and the last 4 blocks"),
         ("classifier", dict(path_to_pretrained_mae_weights="x", trainable_blocks=0.5), "the MLP of the last block"),
-        ("segmenter", dict(path_to_backbone_checkpoint="hf:a/b@v1"), "The run started from the weights `hf:a/b@v1`."),
+        ("segmenter", dict(path_to_backbone_checkpoint="hf:a/b@v1"), "Training started from the weights `hf:a/b@v1`."),
         ("autoencoder", dict(mask_ratio=0.6), "60% of the patches of each image were removed"),
     ],
 )
-def test_a_card_says_what_was_trained(kind, flags, words, tmp_path):
+def test_introduction(kind, flags, words, tmp_path):
     _, card = card_of(write_run(tmp_path / "run", SCRIPTS[kind], **flags), kind)
     assert words in card.text
     assert card.data.base_model == ("a/b" if "hf:a/b@v1" in flags.values() else None)
@@ -293,60 +292,45 @@ def test_a_card_says_what_was_trained(kind, flags, words, tmp_path):
     assert ("masked-autoencoder" in card.data.tags) is not scratch
 
 
-def test_weights_from_the_hub_are_the_base_model(tmp_path):
-    facts = export(new_model("encoder"), tmp_path)._replace(origin="hf:some/model@main (transformers' ViT)")
-    write_card(tmp_path, facts, None, place=tmp_path)
-    assert ModelCard.load(tmp_path / "README.md").data.base_model == "some/model"
-
-
-@pytest.mark.parametrize(("held_out", "words"), [(0, "on some of the training images"), (None, "on images, under")])
-def test_measured_on_which_images(held_out, words, tmp_path):
+@pytest.mark.parametrize(("held_out", "words"), [(0, "on some of the training images"), (None, "on images, each")])
+def test_images_of_the_scores(held_out, words, tmp_path):
     run = write_run(tmp_path / "run")
-    told = json.loads((run / "args.json").read_text())
-    told["data"]["held_out"] = held_out
-    (run / "args.json").write_text(json.dumps(told))
+    args = json.loads((run / "args.json").read_text())
+    args["data"]["held_out"] = held_out
+    (run / "args.json").write_text(json.dumps(args))
     assert words in card_of(run)[1].text
 
 
-def test_reading_a_run(tmp_path):
-    run = read_run(write_run(tmp_path / "run", "finetune_segmentation.py", max_steps=35))
-    assert (run.script, run.total_steps, len(run.log)) == ("finetune_segmentation.py", 35, 42)
-    assert run.measured(20)["mean_iou"] == 20 and run.measured(21) == {}
-    assert run.seconds(run.metrics["step"]) == 7200 and run.seconds(20) is None
-    for path in (tmp_path, tmp_path / "none", tmp_path / "run" / "args.json"):
-        assert read_run(path) is None
-
-
-def test_lines_of_a_log_that_tell_nothing_are_left_out(tmp_path):
-    run = write_run(tmp_path / "run")
-    before = read_run(run).log
-    with open(run / "log.jsonl", "a") as file:
+def test_read_record(tmp_path):
+    run = write_run(tmp_path / "run", "finetune_segmentation.py", max_steps=35)
+    record = read_record(run)
+    assert (record.script, record.total_steps, len(record.log)) == ("finetune_segmentation.py", 35, 42)
+    assert record.metrics_at(20)["mean_iou"] == 20 and record.metrics_at(21) == {}
+    assert record.seconds(record.metrics["step"]) == 7200 and record.seconds(20) is None
+    for path in (tmp_path, tmp_path / "none", run / "args.json"):
+        assert read_record(path) is None
+    with open(run / "log.jsonl", "a") as file:  # lines that are no part of a log
         file.write('1\n[2]\n{"loss": 1.0}\n{"step": null}\n{"step": 9}\n{"step": 1')
-    assert read_run(run).log == [*before, {"step": 9}]
-    assert "Loss by optimizer step" in card_of(run)[1].text
+    assert read_record(run).log == [*record.log, {"step": 9}]
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("args.json", "{"),
-        ("args.json", "[]"),
-        ("args.json", '{"flag": {}}'),
-        ("metrics.json", "3"),
-        ("log.jsonl", None),
+        ("args.json", b"{"),
+        ("args.json", b"[]"),
+        ("args.json", b'{"flag": {}}'),
+        ("metrics.json", b"3"),
+        ("log.jsonl", b"\xff\xfe"),
     ],
 )
-def test_a_damaged_run_is_named(name, content, tmp_path):
-    path = write_run(tmp_path / "run") / name
-    if content is None:
-        path.write_bytes(b"\xff\xfe")
-    else:
-        path.write_text(content)
-    with pytest.raises(RunError, match=f"{name} cannot be read; expected"):
-        read_run(tmp_path / "run")
+def test_damaged_files_are_errors(name, content, tmp_path):
+    (write_run(tmp_path / "run") / name).write_bytes(content)
+    with pytest.raises(RunError, match=f"{name} is damaged; expected"):
+        read_record(tmp_path / "run")
 
 
-def test_only_our_own_card_is_one(tmp_path):
+def test_is_card(tmp_path):
     path = tmp_path / "README.md"
     assert not is_card(path)
     for text in ("---\ntags:\n- vit\n---\n", "no metadata\n- mae-accelerate\n", "---\na: 1\n---\n- mae-accelerate\n"):

@@ -1,6 +1,5 @@
 """Whole runs of finetune_classifier.py, as its users start them, and what it refuses."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from safetensors.torch import load_file, save_file
 
 import finetune_classifier
 from data.batches import ClassificationBatch
+from data.mixing import build_mixing
 from modeling.files import read_state_dict
 
 SCRIPT = "finetune_classifier.py"
@@ -83,7 +83,6 @@ def test_what_a_run_leaves_behind(undisturbed):
     assert training[0]["learning_rate"] == 1e-3 and training[-1]["learning_rate"] == pytest.approx(1e-6)
     validations = [line for line in lines if "top1" in line]
     assert [line["step"] for line in validations] == [5, 10, 12]
-    assert ["advice" in line for line in validations] == [True, False, False]  # the first is about chance
     metrics = metrics_of(undisturbed)
     assert metrics["step"] == 12 and metrics["epoch"] == 2.4 and metrics["top5"] == 100 and metrics["val_loss"] > 0
     assert all(metrics[name] == validations[-1][name] for name in ("top1", "top5", "val_loss", "per_class_accuracy"))
@@ -99,17 +98,6 @@ def test_what_a_run_leaves_behind(undisturbed):
             assert picture.width > 200
     assert sorted(os.listdir(undisturbed / "checkpoints")) == ["step_00000006", "step_00000009", "step_00000012"]
     assert not [name for name in os.listdir(undisturbed) if name.startswith((".new", ".old"))]
-
-
-def test_advice_where_the_first_accuracy_is_chance():
-    confusion = np.array([[50, 0], [48, 2]])
-    args, _ = finetune_classifier.parse_args([WEIGHTS, "x", "--mean", "0.5", "--std", "0.25"])
-    advice = finetune_classifier.advise(52.0, confusion, args)
-    assert "(50.00 %)" in advice and WEIGHTS in advice and "--mean 0.5 --std 0.25" in advice
-    assert finetune_classifier.advise(97.0, confusion, args) is None
-    args, _ = finetune_classifier.parse_args(["--ema_decay", "0.9999"])
-    advice = finetune_classifier.advise(52.0, confusion, args)
-    assert WEIGHTS not in advice and "--mean" not in advice and "--ema_decay 0.9999" in advice
 
 
 def test_strangers_find_the_same_accuracy(undisturbed, image_folder):
@@ -281,7 +269,7 @@ def test_flags_that_contradict_each_other_are_refused_together(image_folder, pre
         ("--trainable_blocks 3 ", "at most 2"),
         ("--num_classes 7 ", "which has 2"),
         ("micro-batch of 3 is odd", "--mixup_alpha"),
-        ("3 input channels, the model 1", "--adapt_channels"),
+        ("input_channels is 3 instead of 1", "--adapt_channels"),
     ):
         assert any(all(word in error for word in words) for error in of_several), (words, of_several)
     assert len(of_several) == 4
@@ -292,19 +280,18 @@ def test_every_flag_of_training_reaches_what_it_is_for(image_folder, pretrained,
     code = """
 import json, sys, finetune_classifier as script
 found = {}
-make_loader, cross_entropy = script.make_loader, script.F.cross_entropy
+training_batches, cross_entropy = script.training_batches, script.F.cross_entropy
 def loader(dataset, *given, **options):
-    if getattr(dataset, "train", False):
-        augment = dataset.augment
-        layers = [augment.num_layers, augment.ops[0].magnitude, len(augment.ops)]
-        found.update(crop_scale=dataset.crop_scale, augment=layers, fast=dataset.min_sides is not None)
-        found["pixels"] = list(dataset.pixels)
-    return make_loader(dataset, *given, **options)
+    augment = dataset.augment
+    layers = [augment.num_layers, augment.ops[0].magnitude, len(augment.ops)]
+    found.update(crop_scale=dataset.crop.scale, augment=layers, fast=dataset.crop.min_sides is not None)
+    found["pixels"] = list(dataset.pixels)
+    return training_batches(dataset, *given, **options)
 def loss(logits, labels, **options):
     found.setdefault("smoothing of the loss", options.get("label_smoothing"))
     return cross_entropy(logits, labels, **options)
-def step(model, optimizer, batches, normalize, seeds, *, erase, mix, label_smoothing, accelerator, **options):
-    encoder = model.encoder
+def step(accelerator, model, optimizer, batches, normalize, **options):
+    encoder, (erase, mix) = model.encoder, options["mixing"]
     found.update({
         "drop_path": encoder.blocks[-1].drop_path.p,
         "checkpointing": encoder.gradient_checkpointing,
@@ -318,12 +305,11 @@ def step(model, optimizer, batches, normalize, seeds, *, erase, mix, label_smoot
         "mean": normalize.mean.flatten().tolist(),
         "std": normalize.std.flatten().tolist(),
     })
-    script.make_step(model, optimizer, batches, normalize, seeds, erase=erase, mix=mix, label_smoothing=label_smoothing,
-        accelerator=accelerator, **options)
+    optimizer_step(accelerator, model, optimizer, batches, normalize, **options)
     print(json.dumps(found))
     raise SystemExit(0)
-script.make_loader, script.F.cross_entropy = loader, loss
-script.make_step, script.optimizer_step = script.optimizer_step, step
+script.training_batches, script.F.cross_entropy = loader, loss
+optimizer_step, script.optimizer_step = script.optimizer_step, step
 script.main(sys.argv[1:])
 """
     words = ["--path_to_data", image_folder, WEIGHTS, pretrained, "--per_gpu_batch_size", 8, "--num_workers", 0]
@@ -357,21 +343,17 @@ script.main(sys.argv[1:])
 
 def test_labels_are_smoothed_without_mixing_too():
     """The loss of a step of two micro-batches, against the definition: Szegedy et al. 2016, section 7."""
-    args, _ = finetune_classifier.parse_args(["--mixup_alpha", "0", "--cutmix_alpha", "0", "--random_erase", "0"])
-    erase, mix = finetune_classifier.make_mixing(args, torch.device("cpu"))
-    assert mix is None and args.label_smoothing == 0.1
+    mixing = build_mixing(0.0, device=torch.device("cpu"), mixup_alpha=0.0, cutmix_alpha=0.0)
+    assert mixing[1] is None
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 5))
     images, labels = torch.randn(4, 3, 2, 2), torch.tensor([0, 3, 4, 1])
     batches = [ClassificationBatch(images[k : k + 2], labels[k : k + 2], [k, k + 1], []) for k in (0, 2)]
     targets = 0.9 * torch.eye(5)[labels] + 0.1 / 5
     expected = -(targets * model(images).log_softmax(dim=1)).sum(dim=1).mean()
-    options = dict(label_smoothing=args.label_smoothing, accelerator=accelerator, max_grad_norm=0)
-    options |= dict(erase=erase, mix=mix, waiting=contextlib.nullcontext)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    loss, _, damaged = finetune_classifier.optimizer_step(
-        model, accelerator.prepare(optimizer), iter(batches), lambda x: x, [1, 2], **options
-    )
+    optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.0))
+    given = (accelerator, model, optimizer, iter(enumerate(batches)), lambda x: x)
+    loss, _, damaged = finetune_classifier.optimizer_step(*given, mixing=mixing, label_smoothing=0.1, max_grad_norm=0)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6) and damaged == []
 
 
@@ -447,7 +429,9 @@ def test_other_names_of_classes_are_refused_by_a_checkpoint_too(undisturbed, ima
         (data / part / "class_0").rename(data / part / "other")
     weights = undisturbed / "checkpoints" / "step_00000012"
     ((error,),) = refusals(["--path_to_data", data, WEIGHTS, weights, "--eval_only"], cwd=tmp_path)
-    assert "classes that the classifier does not know (other); it knows class_0, class_1; name" in error
+    assert (
+        "classes that the classifier does not know (other); it knows class_0, class_1; give the class folders" in error
+    )
 
 
 def test_held_out_images_that_cannot_be_read(image_folder, pretrained, tmp_path):
@@ -467,11 +451,11 @@ def test_flags_without_what_they_need():
     assert not errors() and not errors(WEIGHTS, "y", "--linear_probe")
     for name in ("--linear_probe", "--adapt_channels", "--eval_only"):
         assert any(f"{name} needs trained weights; give {WEIGHTS}" in error for error in errors(name))
-    assert "is not 0.5 nor whole" in errors(WEIGHTS, "y", "--trainable_blocks", "1.5")[0]
+    assert "is not valid; expected 0.5 or a whole number" in errors(WEIGHTS, "y", "--trainable_blocks", "1.5")[0]
     assert f"{WEIGHTS} is empty" in errors(WEIGHTS, "")[0]
     refused = errors(WEIGHTS, "y", "--eval_only", "--resume_from_checkpoint", "auto")[0]
     assert "--resume_from_checkpoint does not go with --eval_only" in refused
-    assert "--optimizer lars has no usual learning rate" in errors(WEIGHTS, "y", "--optimizer", "lars")[0]
+    assert "--optimizer lars has no default learning rate" in errors(WEIGHTS, "y", "--optimizer", "lars")[0]
     assert not errors(WEIGHTS, "y", "--optimizer", "lars", "--learning_rate", "1")
 
 
@@ -492,7 +476,7 @@ def test_class_folders_that_do_not_fit(undisturbed, tmp_path):
     )
     assert any("has classes in train that val lacks (class_1, class_2)" in error for error in differ)
     assert any("has classes in val that train lacks (other)" in error for error in differ) and len(differ) == 2
-    assert "has one class, class_0" in one[0] and "holds no images back" in none[0] and len(one) == len(none) == 1
+    assert "has one class, class_0" in one[0] and "has no validation images" in none[0] and len(one) == len(none) == 1
     assert len(unknown) == 1 and "classes that the classifier does not know (other)" in unknown[0]
     assert "class_0, class_1" in unknown[0]
 
@@ -505,7 +489,7 @@ def test_weights_that_are_none(image_folder, pretrained, tmp_path):
     assert all(len(errors) == 1 and errors[0].startswith("error: ") for errors in found), found
     assert "no such file or folder" in found[0][0] and found[0][0].count(str(missing)) == 1
     assert "without an encoder" in found[1][0] and found[1][0].count(str(decoder)) == 1
-    assert "holds no classifier's head" in found[2][0]
+    assert "holds no classifier;" in found[2][0]
 
 
 def test_evaluation_leaves_damaged_images_out(undisturbed, image_folder, tmp_path):

@@ -24,10 +24,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import finetune_segmentation
+from data.pairs import class_weights
 from modeling.export import export_encoder
 from modeling.files import read_state_dict
+from modeling.upernet import default_layers
 from modeling.vit import VisionTransformer
-from training.plan import plan_run
+from training.resolve import resolve_head
 
 SCRIPT = "finetune_segmentation.py"
 WEIGHTS = "--path_to_backbone_checkpoint"
@@ -237,15 +239,11 @@ def test_other_ways_to_train_and_to_evaluate(scenes, tmp_path):
 def test_two_flags_are_the_published_recipe():
     args, errors = finetune_segmentation.parse_args(["--path_to_data", "ADE", WEIGHTS, "pretrained"])
     assert not errors and args.max_steps == 160_000 and args.learning_rate == 1e-4 and args.layer_decay == 0.65
-    assert not finetune_segmentation.resolve_model(args, None, whole=False)
-    assert args.crop_size == 512 and args.resize == [2048, 512] and args.layers == [3, 5, 7, 11]
+    head = resolve_head(vars(args), 12, default_layers)
+    assert head == dict(head="upernet", layers=[3, 5, 7, 11], head_width=512, auxiliary_weight=0.4)
+    assert finetune_segmentation.CROP_SIZE == 512 and finetune_segmentation.BATCH_SIZE == 16
     assert args.betas == [0.9, 0.999] and args.weight_decay == 0.05 and args.drop_path == 0.1
-    assert args.relative_position_bias and args.layer_scale == 1 and args.head_width == 512
-    assert args.auxiliary_weight == 0.4 and args.evaluate == "slide"
-    given = dict(default_batch_size=finetune_segmentation.BATCH_SIZE, held=None, num_processes=8)
-    given |= dict(default_warmup_steps=finetune_segmentation.WARMUP_STEPS, num_samples=20_210)
-    batch, length, errors = plan_run(args, **given)
-    assert not errors and batch.global_size == 16 and length.total_steps == 160_000 and length.warmup_steps == 1_500
+    assert args.relative_position_bias and args.layer_scale == 1 and args.evaluate == "slide"
 
 
 def test_every_flag_of_training_reaches_what_it_is_for(scenes, encoder, tmp_path):
@@ -253,16 +251,16 @@ def test_every_flag_of_training_reaches_what_it_is_for(scenes, encoder, tmp_path
     code = """
 import json, sys, finetune_segmentation as script
 found = {}
-make_loader, partial = script.make_loader, script.partial
+training_batches, partial = script.training_batches, script.partial
 def recorded(function, *given, **options):
     if function in (script.predict, script.view_sizes):
         found[function.__name__] = options
     return partial(function, *given, **options)
 def loader(dataset, *given, **options):
-    found.update(dataset.options, channels=dataset.pixels.channels, size=dataset.crop_size)
+    found.update(dataset.options, channels=dataset.pixels.channels)
     found.update(seed=dataset.seed, pin=options["pin_memory"])
-    return make_loader(dataset, *given, **options)
-def step(model, optimizer, batches, normalize, seeds, *, weights, auxiliary_weight, max_grad_norm, **options):
+    return training_batches(dataset, *given, **options)
+def step(accelerator, model, optimizer, batches, normalize, *, weights, auxiliary_weight, max_grad_norm):
     encoder = model.encoder
     found.update({
         "drop_path": encoder.blocks[-1].drop_path.p,
@@ -277,13 +275,13 @@ def step(model, optimizer, batches, normalize, seeds, *, weights, auxiliary_weig
         "scales": sorted({group["lr_scale"] for group in optimizer.param_groups}),
         "rates": sorted({group["lr"] for group in optimizer.param_groups}),
         "clipping": max_grad_norm,
-        "micro": len(next(batches).images), "seeds": len(seeds),
+        "micro": len(next(batches)[1].images), "accumulation": accelerator.gradient_accumulation_steps,
         "mean": normalize.mean.flatten().tolist(),
         "std": normalize.std.flatten().tolist(),
     })
     print(json.dumps(found))
     raise SystemExit(0)
-script.make_loader, script.optimizer_step, script.partial = loader, step, recorded
+script.training_batches, script.optimizer_step, script.partial = loader, step, recorded
 script.main(sys.argv[1:])
 """
     words = ["--path_to_data", scenes, WEIGHTS, encoder, "--num_workers", 0, "--mixed_precision", "no", "--seed", 7]
@@ -295,28 +293,33 @@ script.main(sys.argv[1:])
     words += ["--evaluate_scales", 0.75, 1.25, "--evaluate_flip"]
     done = run_code(code, *words, cwd=tmp_path)
     assert json.loads(done.stdout.splitlines()[-1]) == {
-        **dict(resize=[90, 33], crop_size=24, size=24, fill=[26, 51, 76], channels=3, seed=7, pin=False, drop_path=0.3),
+        **dict(resize=[90, 33], crop_size=24, fill=[26, 51, 76], channels=3, seed=7, pin=False, drop_path=0.3),
         **dict(checkpointing=True, bias=True, scale=0.25, head=["upernet", 12, [0, 1, 2, 3], 4, True]),
         **dict(weights=[1.5, 2.5, 3.5, 4.5], auxiliary=0.35, betas=[0.6, 0.7], decays=[0.0, 0.03], clipping=2.5),
         "predict": dict(flip=True, window=24, stride=16),
         "view_sizes": dict(mode="slide", scales=[0.75, 1.25], resize=[90, 33], crop_size=24, patch_size=8),
         "scales": [0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0],
         "rates": [0.015625, 0.03125, 0.0625, 0.125, 0.25, 0.5],
-        **dict(micro=3, seeds=2, mean=pytest.approx([0.1, 0.2, 0.3]), std=pytest.approx([0.7, 0.8, 0.9])),
+        **dict(micro=3, accumulation=2, mean=pytest.approx([0.1, 0.2, 0.3]), std=pytest.approx([0.7, 0.8, 0.9])),
     }
 
 
 def test_balanced_weights_favour_rare_classes():
-    weights = finetune_segmentation.class_weights(["balanced"], [100, 50, 400, 0, 2])
+    weights = class_weights(["balanced"], [100, 50, 400, 0, 2])
     assert weights.tolist() == pytest.approx([0.5, 1, 0.125, 1, 10])  # the lower median is 50
-    assert finetune_segmentation.class_weights(None, [1, 2]) is None
-    assert finetune_segmentation.class_weights([1.0, 0.5], [1, 2]).tolist() == [1, 0.5]
+    assert class_weights(None, [1, 2]) is None
+    assert class_weights([1.0, 0.5], [1, 2]).tolist() == [1, 0.5]
+
+
+def parse(*words):
+    return finetune_segmentation.parse_args(["--path_to_data", "ADE", *words])[1][0]
 
 
 def test_flags_that_do_not_fit_are_refused_together(scenes, encoder, flags, undisturbed, tmp_path):
     given = ["--path_to_data", scenes, "--global_batch_size", 4, "--num_workers", 0]
     wrong = [*given, WEIGHTS, encoder, "--crop_size", 36, "--layers", 1, 2, 3, 4, "--class_weights", 1, 2]
-    wrong += ["--resize", 20, 40, "--micro_batch_size", 1]
+    wrong += ["--micro_batch_size", 1]
+    resize = [*given, "--resize", 20, 40]
     order = [*given, WEIGHTS, encoder, "--crop_size", 32, "--layers", 3, 2, 1]
     linear = [*given, WEIGHTS, encoder, "--crop_size", 32, "--head", "linear", "--layers", 0, 1]
     of_upernet = [*given, WEIGHTS, encoder, "--head", "linear", "--head_width", 7, "--auxiliary_weight", 3]
@@ -325,9 +328,10 @@ def test_flags_that_do_not_fit_are_refused_together(scenes, encoder, flags, undi
     shallow = [*given, *ENCODER, "--encoder_depth", 3, "--crop_size", 32]
     no_head = [*given, WEIGHTS, encoder, "--eval_only"]
     inside = [*given, WEIGHTS, tmp_path / "work_dir" / "finetune_segmentation" / "best"]
-    (tmp_path / "work_dir" / "finetune_segmentation").mkdir(parents=True)
-    shutil.copytree(undisturbed / "best", tmp_path / "work_dir" / "finetune_segmentation" / "best")
-    found = refusals(wrong, order, linear, shallow, no_head, inside, one_patch, of_upernet, cwd=tmp_path)
+    unsaved = shutil.copytree(undisturbed, tmp_path / "work_dir" / "finetune_segmentation")
+    shutil.rmtree(unsaved / "checkpoints")
+    (unsaved / "metrics.json").unlink()
+    found = refusals(wrong, order, linear, shallow, no_head, inside, one_patch, of_upernet, resize, cwd=tmp_path)
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(undisturbed, elsewhere / "work_dir" / "finetune_segmentation")
     changed = ["--layer_decay", 0.5, "--evaluate", "slide", "--resume_from_checkpoint", "step_00000003"]
@@ -337,21 +341,20 @@ def test_flags_that_do_not_fit_are_refused_together(scenes, encoder, flags, undi
         ("--crop_size 36", "--patch_size 8", "take multiples of 8"),
         ("--layers 1 2 3 4 is beyond the encoder's 4 blocks", "0 to 3"),
         ("--class_weights has 2 numbers for 4 classes",),
-        ("--resize 20 40", "LONG SHORT"),
         ("micro-batches of at least 2",),
     ):
         assert any(all(word in error for word in words) for error in found[0]), (words, found[0])
-    assert len(found[0]) == 5
-    assert "--layers 3 2 1 does not fit --head upernet; expected 4 rising, different numbers" in found[1][0]
+    assert len(found[0]) == 4 and "--resize 20 40" in found[8][0] and "LONG SHORT" in found[8][0]
+    assert "--layers 3 2 1 does not fit --head upernet; expected 4 different numbers in rising order" in found[1][0]
     assert "--layers 0 1 does not fit --head linear; expected 1" in found[2][0]
     assert "at least 4 blocks, not 3; give --head linear" in found[3][0]
     assert "holds no segmenter" in found[4][0] and len(found[4]) == 1
     assert "which this run would write to" in found[5][0]
     assert "--crop_size 8 holds one patch of 8 a side" in found[6][0] and len(found[6]) == 1
-    assert "--head_width 7 --auxiliary_weight 3 is of UperNet" in found[7][0] and len(found[7]) == 1
-    assert "mixes balanced and numbers" in finetune_segmentation.parse_args(["--class_weights", "balanced", "2"])[1][0]
-    assert "are all 0" in finetune_segmentation.parse_args(["--class_weights", "0", "0"])[1][0]
-    assert "--eval_only needs trained weights" in finetune_segmentation.parse_args(["--eval_only"])[1][0]
+    assert "--head_width 7 --auxiliary_weight 3 belongs to UperNet" in found[7][0] and len(found[7]) == 1
+    assert "mixes balanced and numbers" in parse("--class_weights", "balanced", "2")
+    assert "are all 0" in parse("--class_weights", "0", "0")
+    assert "--eval_only needs trained weights" in parse("--eval_only")
 
 
 def test_data_that_do_not_fit_are_refused_with_their_names(scenes, undisturbed, tmp_path):

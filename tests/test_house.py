@@ -11,14 +11,17 @@ import pytest
 import yaml
 from conftest import ROOT
 
-import benchmark
+import benchmarks.data
+import benchmarks.evaluation
+import benchmarks.scaling
+import benchmarks.step
 import finetune_classifier
 import finetune_segmentation
 import predict
 import prepare_data
 import pretrain_mae
 import push_to_hub
-from training.plan import plan_run
+from training.plan import plan_batch
 
 PACKAGES = ("modeling", "data", "training")
 SCRIPTS = {
@@ -28,7 +31,10 @@ SCRIPTS = {
     "predict.py": predict,
     "prepare_data.py": prepare_data,
     "push_to_hub.py": push_to_hub,
-    "benchmark.py": benchmark,
+    "benchmarks/data.py": benchmarks.data,
+    "benchmarks/evaluation.py": benchmarks.evaluation,
+    "benchmarks/scaling.py": benchmarks.scaling,
+    "benchmarks/step.py": benchmarks.step,
 }
 
 
@@ -47,7 +53,7 @@ def test_packages_do_not_import_each_other_or_a_script(package):
     for path in (ROOT / package).glob("*.py"):
         tops = {name.partition(".")[0] for name in imports(path)}
         assert not tops & ({*PACKAGES} - {package}), path
-        assert not tops & {script.removesuffix(".py") for script in SCRIPTS}, path
+        assert not tops & {Path(script).parts[0].removesuffix(".py") for script in SCRIPTS}, path
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -100,10 +106,12 @@ def test_processes_divide_the_batches_of_their_commands(path, monkeypatch):
         number = re.search(r"--num_processes (\d+)", line)
         processes = int(number[1]) if number else 16 if "sbatch --job-name" in line and "--nodes" not in line else None
         for script, words in commands(line.replace("recipes/slurm/train.sbatch", "accelerate launch")):
-            if processes and hasattr(SCRIPTS[script], "plan_run"):
+            if processes and hasattr(SCRIPTS[script], "optimizer_step"):
                 args, _ = SCRIPTS[script].parse_args(words)
-                *_, errors = plan_run(args, num_samples=10**7, num_processes=processes, held=None)
-                assert not errors, line
+                names = ("global_batch_size", "per_gpu_batch_size", "micro_batch_size", "gradient_accumulation_steps")
+                plan_batch(
+                    **{name: getattr(args, name) for name in names}, num_processes=processes
+                )  # raises InputError
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -124,3 +132,26 @@ def test_accelerate_reads_its_configurations(path):
         assert str(
             getattr(config, name).value if hasattr(getattr(config, name), "value") else getattr(config, name)
         ) == str(value)
+
+
+PRODUCT = [*ROOT.glob("*.py"), *(path for folder in (*PACKAGES, "benchmarks") for path in (ROOT / folder).glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", sorted(PRODUCT), ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_small(path):
+    """Scripts of 400 lines and others of 450, a main of 120, eight parameters, nested functions of five lines."""
+    text = path.read_text()
+    assert text.count("\n") <= (400 if path.parent == ROOT else 450)
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+            continue
+        first_word = (ast.get_docstring(node) or "-").split()[0]
+        assert first_word not in ("What", "Whether", "Whatever", "Where", "Of", "How"), node.name
+        if isinstance(node, ast.ClassDef):
+            continue
+        parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        assert node.name == "__init__" or len(parameters) <= 8, node.name
+        assert node.end_lineno - node.lineno < 120 or node.name != "main"
+        for inner in ast.walk(node):
+            if inner is not node and isinstance(inner, ast.FunctionDef):
+                assert inner.end_lineno - inner.lineno < 5, f"{inner.name} in {node.name}"

@@ -2,19 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from training.metrics import (
-    knn_vote,
-    linear_sums,
-    linear_vote,
-    nearest,
-    psnr,
-    reconstruction_metrics,
-    segmentation_areas,
-)
+from training.metrics import psnr, reconstruction_metrics, segmentation_areas
 
 
 def gaussian_ssim_map(a, b):
-    """SSIM of two 2-D arrays at every pixel, written from Wang et al. 2004: 11 x 11 Gaussian, sigma 1.5."""
+    """Return the SSIM of two 2-D arrays at every pixel, from Wang et al. 2004: 11 x 11 Gaussian, sigma 1.5."""
     x = np.arange(11) - 5
     window = np.exp(-(x**2) / (2 * 1.5**2))
     window = np.outer(window, window) / window.sum() ** 2
@@ -38,9 +30,9 @@ def case():
     return images, prediction, patches.repeat_interleave(8, 2).repeat_interleave(8, 3)
 
 
-def test_against_a_definition_in_numpy(case):
+def test_metrics_equal_their_definition_in_numpy(case):
     images, prediction, mask = case
-    got = reconstruction_metrics(*case)
+    metrics = reconstruction_metrics(*case)
     for i in range(len(images)):
         image, guess = images[i].double().numpy(), prediction[i].clamp(0, 1).double().numpy()
         removed = mask[i, 0].bool().numpy()
@@ -55,68 +47,25 @@ def test_against_a_definition_in_numpy(case):
             "masked_ssim": maps[removed].mean(),
         }
         for name, value in expected.items():
-            assert got[name][i].item() == pytest.approx(value, abs=2e-4), name
-
-
-def test_a_perfect_prediction(case):
-    images, _, mask = case
-    got = reconstruction_metrics(images, images, mask)
-    assert torch.allclose(got["masked_ssim"], torch.ones(3)) and torch.allclose(got["pasted_ssim"], torch.ones(3))
-    assert (got["prediction_psnr"] == 100).all()
-
-
-def test_pasting_visible_pixels_helps_by_the_removed_share(case):
-    """Half of the pixels removed, the same error everywhere: pasting halves the squared error, 3.01 dB."""
-    images = torch.full((1, 3, 16, 16), 0.5)
-    mask = torch.zeros(1, 1, 16, 16)
-    mask[..., :8] = 1
-    got = reconstruction_metrics(images, images + 0.1, mask)
-    assert got["prediction_psnr"].item() == pytest.approx(20, abs=1e-4)
-    assert got["pasted_psnr"].item() == pytest.approx(20 + 3.0103, abs=1e-3)
-    assert got["masked_psnr"].item() == pytest.approx(20, abs=1e-4)
+            assert metrics[name][i].item() == pytest.approx(value, abs=2e-4), name
 
 
 def test_psnr_by_hand():
+    """Check that pasting halves the squared error, by 3.01 dB, if half of the pixels are removed."""
     error = torch.tensor([0.01, 0.0001]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
     assert psnr(error).tolist() == pytest.approx([20, 40])
+    images = torch.full((1, 3, 16, 16), 0.5)
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., :8] = 1
+    metrics = reconstruction_metrics(images, images + 0.1, mask)
+    values = [metrics[name].item() for name in ("prediction_psnr", "pasted_psnr", "masked_psnr")]
+    assert values == pytest.approx([20, 20 + 3.0103, 20], abs=1e-3)
+    perfect = reconstruction_metrics(images, images, mask)
+    assert perfect["prediction_psnr"] == 100 and perfect["prediction_ssim"] == perfect["pasted_ssim"] == 1
 
 
-def test_neighbours_vote_with_their_similarity():
-    """By hand: the nearest is of class 2, but two others of class 1 weigh more together."""
-    bank = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [-1.0, 0.0]])
-    similarity, labels = nearest(bank, torch.tensor([1, 0, 2, 1]), torch.tensor([[2.0, 2.0], [-5.0, 0.0]]), 3)
-    half = 0.5**0.5
-    torch.testing.assert_close(similarity, torch.tensor([[half, half, half], [1.0, 0.0, -1.0]]))
-    assert sorted(labels[0].tolist()) == [0, 1, 2] and labels[1, 0] == 1
-    similarity, labels = torch.tensor([[0.90, 0.88, 0.87]]), torch.tensor([[2, 1, 1]])
-    assert knn_vote(similarity, labels, 3).tolist() == [1]
-    assert knn_vote(similarity, labels, 3, temperature=0.02).tolist() == [2]
-    many = torch.randn(3000, 8)
-    similarity, labels = nearest(many, torch.arange(3000), many, 1)  # more queries than one portion
-    assert labels[:, 0].tolist() == list(range(3000))
-
-
-def test_the_linear_classifier_is_least_squares():
-    """Against torch's own solver, where the penalty vanishes; in parts as in one; whatever the features' scale."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(3, (200,), generator=generator)
-    features = torch.randn(200, 5, generator=generator) + torch.nn.functional.one_hot(labels, 5)
-    queries = torch.randn(50, 5, generator=generator)
-    sums = linear_sums(features, labels, 3)
-    with_ones = torch.cat([features, torch.ones(200, 1)], dim=1).double()
-    weight = torch.linalg.lstsq(with_ones, torch.nn.functional.one_hot(labels, 3).double()).solution
-    expected = (torch.cat([queries, torch.ones(50, 1)], dim=1).double() @ weight).argmax(dim=1)
-    assert torch.equal(linear_vote(sums, queries, ridge=0), expected)
-    parts = linear_sums(features[:70], labels[:70], 3) + linear_sums(features[70:], labels[70:], 3)
-    torch.testing.assert_close(parts, sums)
-    scale = torch.tensor([1e3, 1.0, 1e-3, 5.0, 2.0])
-    scaled = linear_vote(linear_sums(features * scale + 7, labels, 3), queries * scale + 7)
-    assert torch.equal(scaled, linear_vote(sums, queries))
-    assert (linear_vote(sums, features) == labels).double().mean() > 0.5
-
-
-def counted(prediction, annotation, num_classes):
-    """Areas (3, num_classes) by a loop over pixels."""
+def count_areas(prediction, annotation, num_classes):
+    """Return areas (3, num_classes) by a loop over pixels."""
     areas = np.zeros((3, num_classes), np.int64)
     for guess, label in zip(prediction.flatten().tolist(), annotation.flatten().tolist(), strict=True):
         if label != 255:
@@ -129,24 +78,20 @@ def counted(prediction, annotation, num_classes):
 @pytest.mark.parametrize("kind", [torch.uint8, torch.int64])
 @pytest.mark.parametrize("num_classes", [2, 7, 150])
 def test_areas_equal_a_count_of_pixels(num_classes, kind):
-    """With void, also where it is predicted, and classes absent from the annotation, the prediction or both."""
+    """Try void, predicted or not, and classes that annotation, prediction or both lack."""
     generator = torch.Generator().manual_seed(num_classes)
     prediction = torch.randint(num_classes // 2, num_classes, (37, 41), generator=generator)
     annotation = torch.randint(max(1, num_classes - 2), (37, 41), generator=generator)
     annotation[torch.rand(37, 41, generator=generator) < 0.3] = 255
     prediction[annotation == 255] = torch.randint(256, (int((annotation == 255).sum()),), generator=generator)
     areas = segmentation_areas(prediction.to(kind), annotation.to(kind), num_classes)
-    assert areas.dtype == torch.int64 and np.array_equal(areas, counted(prediction, annotation, num_classes))
-    assert areas[1:].sum(dim=1).tolist() == 2 * [int((annotation != 255).sum())]
+    assert areas.dtype == torch.int64 and np.array_equal(areas, count_areas(prediction, annotation, num_classes))
 
 
-def test_areas_of_void_alone_and_of_another_number_for_it():
+def test_numbers_of_void_and_beyond_the_classes():
     assert not segmentation_areas(torch.ones(3, 3).byte(), torch.full((3, 3), 255), 4).any()
     areas = segmentation_areas(torch.tensor([0, 1, 1]), torch.tensor([9, 1, 0]), 2, ignore=9)
     assert areas.tolist() == [[0, 1], [0, 2], [1, 1]]
-
-
-def test_a_number_beyond_the_classes_is_refused():
     few = torch.tensor([0, 1, 1])
     with pytest.raises(ValueError, match=r"class number 3 in an annotation; expected 0 to 2"):
         segmentation_areas(few, torch.tensor([0, 3, 255]), 3)

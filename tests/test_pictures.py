@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib import colormaps
 from PIL import Image
 
 from training.pictures import (
@@ -16,7 +17,7 @@ from training.pictures import (
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_row_an_image_with_removed_patches_grey_and_visible_ones_pasted(tmp_path, channels):
+def test_reconstruction_grid(tmp_path, channels):
     images = torch.zeros(2, channels, 64, 64)
     images[1] = 1
     prediction = torch.full_like(images, 0.25)
@@ -34,65 +35,54 @@ def test_a_row_an_image_with_removed_patches_grey_and_visible_ones_pasted(tmp_pa
     assert pixels[:48].min() < 100  # captions
 
 
-def test_true_statistics_are_told(tmp_path):
+def test_title_says_true_statistics(tmp_path):
     images, mask = torch.rand(1, 3, 16, 16), torch.ones(1, 1, 16, 16)
-    for told in (False, True):
-        reconstruction_grid(tmp_path / f"{told}.png", images, images, mask, title="", uses_true_patch_statistics=told)
-    without, with_word = (np.asarray(Image.open(tmp_path / f"{told}.png"))[:24] for told in (False, True))
-    assert without.min() == 255 and with_word.min() < 100
+    for flag in (False, True):
+        reconstruction_grid(tmp_path / "x.png", images, images, mask, title="", uses_true_patch_statistics=flag)
+        assert (np.asarray(Image.open(tmp_path / "x.png"))[:24].min() < 100) == flag
 
 
-def cells(path, num_classes, cell, left, top):
-    """The colour (N, N, 3) of each cell, next to its corner, where no number stands."""
-    pixels = np.asarray(Image.open(path)).astype(int)
-    places = np.arange(num_classes) * cell + 3
-    return pixels[np.ix_(top + places, left + places)]
+def boxes(path, shares):
+    """Return the (left, top, right, bottom) of the pixels with the colour of each share of a row, in percent."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    found = []
+    for share in shares:
+        colour = np.rint(255 * np.array(colormaps["Blues"](share / 100)[:3]))
+        rows, columns = np.nonzero((abs(pixels - colour) <= 1).all(axis=-1))
+        found.append((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+    return np.array(found)
 
 
-def corner(path, num_classes, cell):
-    """(left, top) of the first cell, found by the first whole line of the grid's colour, and the picture's size."""
-    pixels = np.asarray(Image.open(path))
-    grid = (pixels == 0xDD).all(axis=-1)
-    top = int(np.argmax(grid.sum(axis=1) > num_classes * cell))
-    return int(np.argmax(grid[top + 5])), top, pixels.shape
-
-
-def test_a_confusion_matrix_shows_the_share_of_each_class(tmp_path):
-    counts = np.array([[30, 10, 0], [0, 5, 0], [0, 0, 0]])  # the third class has no images
+def test_confusion_matrix(tmp_path):
+    """Of two classes, and a third one without images."""
     path = tmp_path / "deep" / "matrix.png"
-    confusion_matrix(path, counts, ["cat", "dog", "owl"], title="step 1")
-    left, top, (height, width, channels) = corner(path, 3, 40)
-    assert channels == 3 and height >= top + 3 * 40 and width >= left + 3 * 40
-    red = cells(path, 3, 40, left, top)[..., 0]
-    assert red.tolist() == [[70, 193, 255], [255, 8, 255], [255, 255, 255]]  # 255 - 247 * (0.75, 0.25, 1)
-    pixels = np.asarray(Image.open(path)).astype(int)
-    empty = pixels[top + 1 : top + 40, left + 2 * 40 + 1 : left + 3 * 40]
-    numbered = pixels[top + 1 : top + 40, left + 40 + 1 : left + 2 * 40]
-    assert (empty == 255).all() and numbered.min() < 60
-    assert (pixels[0] == 255).all() and (pixels[:, 0] == 255).all()  # the background is white
+    labels, predictions = [0] * 40 + [1] * 5, [0] * 30 + [1] * 10 + [1] * 5
+    assert confusion_matrix(path, labels, predictions, ["cat", "dog", "owl"], title="step 1")
+    first, second, third = boxes(path, (75, 25, 100))  # rows (cat, cat), (cat, dog) and (dog, dog)
+    for box in (first, second, third):
+        assert box[2:] - box[:2] == pytest.approx([first[2] - first[0]] * 2, abs=2)
+        assert np.asarray(Image.open(path).convert("L").crop(box.tolist())).std() > 5  # the number
+    assert second - first == pytest.approx([first[2] - first[0], 0] * 2, abs=2)
+    assert third - second == pytest.approx([0, first[2] - first[0]] * 2, abs=2)
 
 
-@pytest.mark.parametrize(("num_classes", "cell"), [(2, 40), (12, 40), (13, 30), (50, 24)])
-def test_long_names_do_not_run_over_the_edge(tmp_path, num_classes, cell):
-    for name in ("a", "a very long name of a class\nwith a line break " * 9):
-        confusion_matrix(tmp_path / "matrix.png", np.eye(num_classes, dtype=int), [name] * num_classes, title="t" * 99)
-        left, top, (height, *_) = corner(tmp_path / "matrix.png", num_classes, cell)
-        assert left < 300 and top < 300 and height <= top + num_classes * cell + 16
-        pixels = np.asarray(Image.open(tmp_path / "matrix.png"))
-        for edge in (pixels[0], pixels[:4].reshape(-1, 3), pixels[:, :4].reshape(-1, 3), pixels[:, -4:].reshape(-1, 3)):
+@pytest.mark.parametrize("num_classes", [2, 13, MOST_CLASSES])
+def test_names_stay_inside(tmp_path, num_classes):
+    numbers = range(num_classes)
+    for name in ("a", "a very long name $of a class\nwith a line $break " * 9, "\u732b"):
+        names, title = [name] * num_classes, "step 4210, epoch 12.3: top-1 93.24 %"
+        assert confusion_matrix(tmp_path / "matrix.png", numbers, numbers, names, title=title)
+        pixels = np.asarray(Image.open(tmp_path / "matrix.png"))[..., :3]
+        for edge in (pixels[:1], pixels[-1:], pixels[:, :1], pixels[:, -1:]):
             assert (edge == 255).all()
-
-
-def test_more_classes_than_can_be_read_are_refused(tmp_path):
-    many = MOST_CLASSES + 1
-    for shape, names in ((many, many), (3, 2)):
-        with pytest.raises(ValueError, match="classes and counts"):
-            confusion_matrix(tmp_path / "x.png", np.eye(shape, dtype=int), ["a"] * names, title="")
+        left, top, right, bottom = boxes(tmp_path / "matrix.png", [100])[0]
+        assert right - left > 10 * num_classes < bottom - top
+    assert not confusion_matrix(tmp_path / "x.png", numbers, numbers, ["a"] * (MOST_CLASSES + 1), title="")
     assert not (tmp_path / "x.png").exists()
 
 
 def scene(width, height, *, channels=3):
-    """A dark image; a mask with class 0 on the left, 1 on the right, void in the lower half."""
+    """Return a dark image, an annotation with a void lower half, and a prediction: class 0 left, 1 right."""
     mask = np.zeros((height, width), np.uint8)
     mask[:, width // 2 :] = 1
     annotation = mask.copy()
@@ -100,8 +90,8 @@ def scene(width, height, *, channels=3):
     return np.full((channels, height, width), 40, np.uint8), annotation, mask
 
 
-def test_a_segmentation_has_a_row_an_image_and_a_legend(tmp_path):
-    """A small image is enlarged by a whole number, a large one made smaller; both are shown in the classes' colours."""
+def test_segmentation_grid(tmp_path):
+    """A small image is enlarged by a whole factor, a large one reduced."""
     rows = [scene(50, 30), scene(512, 384, channels=1)]
     rows[1] = tuple(torch.from_numpy(array) for array in rows[1])
     colours, path = [(200, 0, 0), (0, 0, 200), (0, 200, 0)], tmp_path / "deep" / "masks.png"
@@ -114,7 +104,7 @@ def test_a_segmentation_has_a_row_an_image_and_a_legend(tmp_path):
         assert left_and_right == [[grey, grey], [red, blue], [red, blue]]
         lower = pixels[top + height // 2 : top + height, 272 : 272 + width].reshape(-1, 3)  # of the annotation
         assert np.unique(lower, axis=0).tolist() == [[110] * 3, [190] * 3]
-        assert pixels[top + height - 5, [536 + 5, 536 + 240]].tolist() == [red, blue]  # predicted there all the same
+        assert pixels[top + height - 5, [536 + 5, 536 + 240]].tolist() == [red, blue]  # the prediction has no void
         assert (pixels[top + height + 4] == 255).all() and (pixels[top : top + height, 272 + width] == 255).all()
     legend = pixels[406:426]
     assert [legend[7, 8 + i * 264 + 7].tolist() for i in range(2)] == [red, blue]
@@ -122,8 +112,8 @@ def test_a_segmentation_has_a_row_an_image_and_a_legend(tmp_path):
     assert all(legend[:, 30 + i * 264 : 264 + i * 264].min() < 100 for i in range(3))  # names
 
 
-def test_a_legend_has_what_occurs_and_the_most_frequent_first(tmp_path):
-    """One image of 40 classes, the later ones larger, with names that do not fit too."""
+def test_legend_has_the_largest_classes_first(tmp_path):
+    """One image of 40 classes, the later ones larger, with short and long names."""
     mask = np.repeat(np.arange(40), np.arange(1, 41))
     mask = np.tile(mask.astype(np.uint8), (8, 1))
     image = np.zeros((3, *mask.shape), np.uint8)
@@ -143,7 +133,7 @@ def test_a_legend_has_what_occurs_and_the_most_frequent_first(tmp_path):
     assert heights[0] == heights[1]
 
 
-def test_a_curve_of_the_loss_falls_from_the_left_to_the_right(tmp_path):
+def test_loss_curve(tmp_path):
     path, losses = tmp_path / "deep" / "loss.png", [(step, 1 / step) for step in range(1, 41)]
     for validation in ([], [(20, 0.5), (40, 0.4)]):
         loss_curve(path, losses, validation=validation)
@@ -156,13 +146,13 @@ def test_a_curve_of_the_loss_falls_from_the_left_to_the_right(tmp_path):
         assert (blue[:60, 600:].any() and orange[:60, 600:].any()) == bool(validation)  # the legend
 
 
-def test_a_curve_of_one_step_is_a_dot(tmp_path):
+def test_loss_curve_of_one_step_is_a_dot(tmp_path):
     loss_curve(tmp_path / "loss.png", [(1, 2.0)])
     pixels = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB")).astype(int)
     assert 10 < (abs(pixels - (8, 48, 107)) < 10).all(axis=-1).sum() < 100
 
 
-def test_labels_are_kept_as_numbers_and_shown_in_colours(tmp_path):
+def test_label_picture(tmp_path):
     labels = np.arange(12, dtype=np.uint8).reshape(3, 4) % 4
     label_picture(tmp_path / "deep" / "labels.png", labels, [(200, 0, 0), (0, 0, 200), (0, 200, 0)])
     with Image.open(tmp_path / "deep" / "labels.png") as picture:
@@ -175,8 +165,8 @@ def test_labels_are_kept_as_numbers_and_shown_in_colours(tmp_path):
 
 
 @pytest.mark.parametrize(("width", "height", "channels"), [(600, 400, 3), (40, 60, 1), (1, 700, 3), (5, 5, 3)])
-def test_an_overlay_shows_the_classes_and_the_colours_of_its_legend(tmp_path, width, height, channels):
-    """The upper half is one class, the lower another one, seven pixels in a corner a third; the mask is larger."""
+def test_segmentation_overlay(tmp_path, width, height, channels):
+    """One class in the upper half, another in the lower, a third in seven pixels; the mask is larger than the image."""
     labels = np.zeros((3 * height, 3 * width), np.uint8)
     labels[len(labels) // 2 :] = 2
     labels.ravel()[:7] = 3
@@ -190,9 +180,9 @@ def test_an_overlay_shows_the_classes_and_the_colours_of_its_legend(tmp_path, wi
     assert upper[0] - upper[2] == lower[2] - lower[0] == pytest.approx(105, abs=1)
     legend = pixels[8 + height * scale :].reshape(-1, 3)
     places = [np.flatnonzero((legend == colour).all(axis=1)).min() for colour in (lower, upper)]
-    assert places[0] != places[1]  # the same colours, the names of the most pixels first
-    assert ((legend[:, 1] > legend[:, 0] + 100) & (legend[:, 1] > legend[:, 2] + 100)).any()  # however few
-    assert not (legend[:, :2].min(axis=1) > legend[:, 2] + 100).any()  # the class that is nowhere
+    assert places[0] != places[1]  # the overlay's colours
+    assert ((legend[:, 1] > legend[:, 0] + 100) & (legend[:, 1] > legend[:, 2] + 100)).any()  # the third class
+    assert not (legend[:, :2].min(axis=1) > legend[:, 2] + 100).any()  # the absent class
     edges = [pixels[:8], pixels[-4:], pixels[:, :8], pixels[:, -4:]]
     assert all((edge == 255).all() for edge in edges)
     if height > 5:

@@ -1,5 +1,6 @@
-"""predict.py against transformers, timm, and what the other scripts measure of the same images."""
+"""Test predict.py against transformers, timm, and the evaluation of the training scripts."""
 
+import functools
 import json
 import os
 import shutil
@@ -18,8 +19,9 @@ from transformers import UperNetForSemanticSegmentation, ViTMAEForPreTraining, p
 import predict
 from data.files import FileSource
 from data.masking import mask_noise
+from data.pairs import SegmentationFolder, mask_of
 from data.sampling import sample_generator
-from data.segmentation import SegmentationFolder, mask_of, palette
+from data.segmentation import palette
 from modeling.classifier import Classifier
 from modeling.export import export_autoencoder, export_classifier, export_encoder, export_segmenter
 from modeling.mae import MaskedAutoencoder
@@ -31,16 +33,15 @@ DECODER = dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
 COLOUR = dict(mean=[0.5, 0.4, 0.3], std=[0.3, 0.2, 0.25])
 GREY = dict(mean=[0.45], std=[0.25])
 CLASSES = ["a cat", "Käse", "dog", "owl", "eel", "fly", "gnu"]
-# Width and height. Of the fourth and the fifth, transformers cuts the centre out one pixel further left or up.
+# Width and height. transformers crops the fourth and the fifth one pixel further left or up.
 SIZES = [(40, 40), (61, 40), (40, 77), (70, 51), (35, 38), (240, 31), (9, 14), (33, 120)]
 ORIENTATION = 0x0112  # in EXIF
-LONG, SHORT = 96, 48  # the sides that images of segmentation fit, which are larger than a window of 32 pixels
+LONG, SHORT = 96, 48  # sides of images for segmentation, larger than a window of 32 pixels
 
 
 @torch.no_grad()
 def randomised(module: torch.nn.Module, last: torch.nn.Module | None = None) -> torch.nn.Module:
-    """The module with random parameters; so that its classes are about equally frequent where `last` is its layer of
-    logits."""
+    """Fill a module with random parameters; with `last`, its layer of logits, classes are about equally frequent."""
     generator = torch.Generator().manual_seed(3)
     for name, value in module.state_dict().items():
         if name.endswith("running_var"):
@@ -60,7 +61,7 @@ def randomised(module: torch.nn.Module, last: torch.nn.Module | None = None) -> 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
-    """Exported folders of small models with random weights, by their kinds."""
+    """Return exported folders of small models with random weights."""
     root = tmp_path_factory.mktemp("models")
     grey = dict(SIZE, in_channels=1)
     flat = dict(grey, img_size=(16, 32))
@@ -87,7 +88,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> list[Path]:
-    """Images of several sizes, formats and modes, one of them turned by its EXIF."""
+    """Return images of several sizes, formats and modes, one of them with an EXIF orientation."""
     rng, paths = np.random.default_rng(0), []
     for i, (width, height) in enumerate(SIZES):
         small = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
@@ -103,21 +104,18 @@ def photos(tmp_path_factory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def told(models, photos, tmp_path_factory):
-    """Runs predict.py on images, by default on all photos, once for the same words: the lines that it wrote."""
-    folder, done = tmp_path_factory.mktemp("told"), {}
+def predictions(models, photos, tmp_path_factory):
+    """Return a function that runs predict.py once for the same arguments: its lines, its output folder, its process."""
+    folder = tmp_path_factory.mktemp("predictions")
 
-    def tell(model, *flags, images=photos, code=0):
-        key = (model, flags, tuple(images))
-        if key not in done:
-            output = folder / str(len(done))
-            end = run(
-                "predict.py", models.get(model, model), *images, "--output", output, *flags, cwd=folder, code=code
-            )
-            done[key] = lines_of(output), output, end
-        return done[key]
+    @functools.cache
+    def call(model, *flags, images=tuple(photos), code=0):
+        output = folder / str(call.cache_info().misses)
+        words = [models.get(model, model), *images, "--output", output, *flags]
+        process = run("predict.py", *words, cwd=folder, code=code)
+        return lines_of(output), output, process
 
-    return tell
+    return call
 
 
 def lines_of(folder: Path) -> list[dict]:
@@ -139,7 +137,7 @@ def normalised(pixels: torch.Tensor, statistics: dict) -> torch.Tensor:
 
 
 def covering(path: Path, size: tuple[int, int], crop_ratio: float, mode: str = "RGB") -> torch.Tensor:
-    """torchvision's resizing, until the image just covers size / crop_ratio, and its centre crop."""
+    """Resize with torchvision until the image just covers size / crop_ratio, and crop the centre."""
     pixels = pixels_of(path, mode)
     (h, w), (cover_h, cover_w) = pixels.shape[1:], (int(side / crop_ratio) for side in size)
     new = (cover_h, w * cover_h // h) if cover_h * w >= cover_w * h else (h * cover_w // w, cover_w)
@@ -147,78 +145,78 @@ def covering(path: Path, size: tuple[int, int], crop_ratio: float, mode: str = "
     return v2.functional.center_crop(pixels, list(size))
 
 
+def as_timm_sees(name: str, path: Path) -> torch.Tensor:
+    """Return the input (1, C, H, W) of a model of `models`, by torchvision's transforms."""
+    size, mode, statistics = ((16, 32), "L", GREY) if name.startswith("flat") else ((32, 32), "RGB", COLOUR)
+    return normalised(covering(path, size, 1.0 if name == "cls" else 0.875, mode), statistics)
+
+
 def probabilities_of(line: dict) -> dict[str, float]:
-    return {found["class"]: found["probability"] for found in line["classes"]}
+    return {entry["class"]: entry["probability"] for entry in line["classes"]}
 
 
 # Classifiers
 
 
 def same_crop(path: Path, side: int, cover: int) -> bool:
-    """Whether transformers cuts out the same square as torchvision and timm: it rounds half a pixel down, they to the
-    even one."""
+    """Check that transformers crops as torchvision and timm do: it rounds half a pixel down, they to even."""
     width, height = upright(path).size
     margins = [length * cover // min(width, height) - side for length in (width, height)]
     return all(margin % 4 != 3 for margin in margins)
 
 
 def check_against_the_pipeline(folder, lines, side, cover):
-    """How many of the lines could be compared."""
+    """Compare lines with transformers' pipeline; return how many were compared."""
     theirs, compared = pipeline("image-classification", model=str(folder), top_k=100, device="cpu"), 0
     for line in lines:
-        expected = {found["label"]: found["score"] for found in theirs(line["image"])}
-        found = probabilities_of(line)
-        assert found.keys() == expected.keys() and sum(found.values()) == pytest.approx(1, abs=1e-5)
-        assert [*found.values()] == sorted(found.values(), reverse=True)
+        expected = {entry["label"]: entry["score"] for entry in theirs(line["image"])}
+        ours = probabilities_of(line)
+        assert ours.keys() == expected.keys() and sum(ours.values()) == pytest.approx(1, abs=1e-5)
+        assert [*ours.values()] == sorted(ours.values(), reverse=True)
         if same_crop(line["image"], side, cover):
-            assert found == pytest.approx(expected, abs=1e-4)
+            assert ours == pytest.approx(expected, abs=1e-4)
             compared += 1
     return compared
 
 
 @pytest.mark.parametrize(("name", "cover"), [("mean", 36), ("cls", 32)])
-def test_classes_are_those_of_transformers_pipeline(name, cover, models, photos, told):
-    lines, _, done = told(name, "--top_k", 100)
+def test_classes_agree_with_transformers_pipeline(name, cover, models, photos, predictions):
+    lines, _, done = predictions(name, "--top_k", 100)
     assert [line["image"] for line in lines] == [str(path) for path in photos]
     assert check_against_the_pipeline(models[name], lines, 32, cover) >= 6
     values = [[probabilities_of(line)[name] for name in CLASSES] for line in lines]
-    assert np.ptp(values, axis=0).max() > 0.05  # the model tells them apart
+    assert np.ptp(values, axis=0).max() > 0.05  # the images differ
     assert all(f"{path}: {lines[i]['classes'][0]['class']} " in done.stdout for i, path in enumerate(photos))
 
 
 @pytest.mark.parametrize("name", ["mean", "cls", "flat classifier"])
-def test_classes_are_those_of_timm(name, models, told):
-    """Behind torchvision's transforms; of photographs in grey and at 16 x 32 pixels too."""
+def test_classes_agree_with_timm(name, models, predictions):
     theirs = timm.create_model(f"local-dir:{models[name]}", pretrained=True).eval()
-    flat = name == "flat classifier"
-    size, mode, statistics = ((16, 32), "L", GREY) if flat else ((32, 32), "RGB", COLOUR)
-    for line in told(name, "--top_k", 100)[0]:
-        images = normalised(covering(line["image"], size, 1.0 if name == "cls" else 0.875, mode), statistics)
+    for line in predictions(name, "--top_k", 100)[0]:
         with torch.no_grad():
-            expected = theirs(images).softmax(dim=1)[0].tolist()
+            expected = theirs(as_timm_sees(name, line["image"])).softmax(dim=1)[0].tolist()
         assert probabilities_of(line) == pytest.approx(dict(zip(CLASSES, expected, strict=True)), abs=1e-4)
 
 
-def test_classes_of_real_photographs(models, real_images, told):
+def test_classes_of_real_photographs(models, real_images, predictions):
     folders = [real_images / name for name in ("imagenet_sample/val", "pets/images", "caltech101/val/Faces")]
-    lines, _, _ = told("mean", "--top_k", 100, images=tuple(folders))
+    lines, _, _ = predictions("mean", "--top_k", 100, images=tuple(folders))
     names = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert {line["image"] for line in lines} == {str(path) for path in names} and len(lines) == len(names) > 150
     assert check_against_the_pipeline(models["mean"], lines, 32, 36) > 120
 
 
-def test_the_likeliest_classes_and_no_more(told):
-    lines, (all_lines, _, _) = told("mean", "--top_k", 2)[0], told("mean", "--top_k", 100)
-    for line, every in zip(lines, all_lines, strict=True):
-        assert line["classes"] == every["classes"][:2]
-    assert {len(line["classes"]) for line in told("mean")[0]} == {5}
+def test_top_k(predictions):
+    for line, all_classes in zip(*(predictions("mean", "--top_k", k)[0] for k in (2, 100)), strict=True):
+        assert line["classes"] == all_classes["classes"][:2]
+    assert {len(line["classes"]) for line in predictions("mean")[0]} == {5}
 
 
 # Segmenters
 
 
 def windows_by_hand(net, path, mode, statistics):
-    """The classes of an image's pixels by transformers' UperNet in windows of 32 pixels, 21 apart."""
+    """Return the classes of an image's pixels by transformers' UperNet in windows of 32 pixels, 21 apart."""
     pixels = pixels_of(path, mode)
     height, width = pixels.shape[1:]
     scale = min(LONG / max(height, width), SHORT / min(height, width))
@@ -231,7 +229,7 @@ def windows_by_hand(net, path, mode, statistics):
             top_at, left_at = max(0, min(top, sides[0] - 32)), max(0, min(left, sides[1] - 32))
             place = (..., slice(top_at, top_at + 32), slice(left_at, left_at + 32))
             if (top and top_at <= top - 21) or (left and left_at <= left - 21):
-                continue  # the one before reached the edge
+                continue  # the previous window reached the edge
             logits = torch.zeros(1, len(SCENES), *sides)
             logits[place] = net(image[place]).logits
             seen = torch.zeros(sides)
@@ -242,79 +240,77 @@ def windows_by_hand(net, path, mode, statistics):
 
 @pytest.mark.parametrize("name", ["segmenter", "grey segmenter"])
 @torch.no_grad()
-def test_labels_are_those_of_transformers_in_windows(name, models, photos, told):
+def test_labels_agree_with_transformers_in_windows(name, models, photos, predictions):
     net = UperNetForSemanticSegmentation.from_pretrained(models[name]).eval()
     mode, statistics = ("L", GREY) if name == "grey segmenter" else ("RGB", COLOUR)
-    lines, folder, _ = told(name)
+    lines, folder, _ = predictions(name)
     equal, seen = [], set()
     for path, line in zip(photos, lines, strict=True):
         labels = np.asarray(Image.open(folder / line["labels"]))
         assert labels.shape == upright(path).size[::-1]  # at the image's own size, upright
         equal.append((labels - 1 == windows_by_hand(net, path, mode, statistics)).ravel())
         seen |= {*labels.ravel().tolist()}
-        counts = {found["label"]: found["pixels"] for found in line["classes"]}
+        counts = {entry["label"]: entry["pixels"] for entry in line["classes"]}
         assert counts == dict(zip(*(each.tolist() for each in np.unique(labels, return_counts=True)), strict=True))
         assert [*counts.values()] == sorted(counts.values(), reverse=True)
-        assert all(found["class"] == SCENES[found["label"] - 1] for found in line["classes"])
+        assert all(entry["class"] == SCENES[entry["label"] - 1] for entry in line["classes"])
     assert np.concatenate(equal).mean() > 0.9995 and len(seen) > 2
 
 
-def test_labels_of_the_whole_image_are_those_of_transformers_pipeline(models, photos, told):
+def test_labels_of_whole_images_agree_with_transformers_pipeline(models, photos, predictions):
     theirs = pipeline("image-segmentation", model=str(models["segmenter"]), device="cpu")
-    lines, folder, _ = told("segmenter", "--evaluate", "whole")
+    lines, folder, _ = predictions("segmenter", "--evaluate", "whole")
     for path, line in zip(photos, lines, strict=True):
         expected = np.zeros(upright(path).size[::-1], np.uint8)
-        for found in theirs(str(path)):
-            expected[np.asarray(found["mask"]) > 0] = 1 + SCENES.index(found["label"])
+        for entry in theirs(str(path)):
+            expected[np.asarray(entry["mask"]) > 0] = 1 + SCENES.index(entry["label"])
         labels = np.asarray(Image.open(folder / line["labels"]))
         assert (labels == expected).mean() > 0.99, path
-    slid = told("segmenter")[1] / lines[1]["labels"]
+    slid = predictions("segmenter")[1] / lines[1]["labels"]
     assert (np.asarray(Image.open(slid)) != np.asarray(Image.open(folder / lines[1]["labels"]))).any()
 
 
-def measured_by_hand(lines, folder, annotations, num_classes):
-    """Mean IoU and pixel accuracy in percent, of the files of labels."""
+def scores_by_hand(lines, folder, annotations, num_classes):
+    """Return mean IoU and pixel accuracy of the label files, in percent."""
     joint = np.zeros((num_classes + 1, num_classes + 1), np.int64)
     for line in lines:
         labels = np.asarray(Image.open(folder / line["labels"]))
         annotation = np.asarray(Image.open(annotations / f"{Path(line['image']).stem}.png"))
         np.add.at(joint, (annotation, labels), 1)
-    joint = joint[1:, 1:]  # of what is not void
+    joint = joint[1:, 1:]  # without void
     agreed, union = joint.diagonal(), joint.sum(0) + joint.sum(1) - joint.diagonal()
     return 100 * (agreed[union > 0] / union[union > 0]).mean(), 100 * agreed.sum() / joint.sum()
 
 
-def check_against_evaluation(data, model, told, tmp_path, mode, num_classes):
+def check_against_evaluation(data, model, predictions, tmp_path, mode, num_classes):
     flags = ["--path_to_data", data, "--path_to_backbone_checkpoint", model, "--eval_only", "--evaluate", mode]
     flags += ["--resize", LONG, SHORT, "--num_workers", 0, "--mixed_precision", "no"]
     run("finetune_segmentation.py", *flags, cwd=tmp_path)
     metrics = json.loads((tmp_path / "work_dir" / "finetune_segmentation" / "metrics.json").read_text())
-    lines, folder, _ = told(model, "--evaluate", mode, images=(data / "images" / "validation",))
-    found = measured_by_hand(lines, folder, data / "annotations" / "validation", num_classes)
-    # Evaluation takes several images at a time, which may round a pixel between two classes another way
-    assert found == pytest.approx((metrics["mean_iou"], metrics["overall_accuracy"]), abs=5e-3)
+    lines, folder, _ = predictions(model, "--evaluate", mode, images=(data / "images" / "validation",))
+    scores = scores_by_hand(lines, folder, data / "annotations" / "validation", num_classes)
+    # Evaluation uses larger batches, which may round a pixel between two classes differently
+    assert scores == pytest.approx((metrics["mean_iou"], metrics["overall_accuracy"]), abs=5e-3)
 
 
 @pytest.mark.parametrize("mode", ["slide", "whole"])
-def test_labels_are_those_that_evaluation_measures(mode, models, scenes, told, tmp_path):
-    """The files serve as predictions as they are: their numbers are those of the annotations."""
-    check_against_evaluation(scenes, models["segmenter"], told, tmp_path, mode, len(SCENES))
+def test_labels_have_the_scores_of_evaluation(mode, models, scenes, predictions, tmp_path):
+    check_against_evaluation(scenes, models["segmenter"], predictions, tmp_path, mode, len(SCENES))
 
 
-def test_labels_of_real_photographs(real_images, told, tmp_path):
+def test_labels_of_real_photographs(real_images, predictions, tmp_path):
     classes = SegmentationFolder(real_images / "camvid", "validation").classes
     model = Segmenter(VisionTransformer(**SIZE), len(classes), head="linear")
     randomised(model, model.decode_head.classifier)
     export_segmenter(model, tmp_path / "model", classes=classes, resize=[LONG, SHORT], **COLOUR)
-    check_against_evaluation(real_images / "camvid", tmp_path / "model", told, tmp_path, "slide", len(classes))
+    check_against_evaluation(real_images / "camvid", tmp_path / "model", predictions, tmp_path, "slide", len(classes))
 
 
-def test_pictures_of_a_segmentation(told):
-    lines, folder, _ = told("segmenter")
+def test_pictures_of_a_segmentation(predictions):
+    lines, folder, _ = predictions("segmenter")
     for line in lines:
-        assert (line["labels"], line["overlay"]) == tuple(
-            f"{kind}/{Path(line['image']).stem}.png" for kind in ("labels", "overlays")
-        )
+        stem = Path(line["image"]).stem
+        assert (line["labels"], line["overlay"]) == (f"labels/{stem}.png", f"overlays/{stem}.png")
         data = (folder / line["labels"]).read_bytes()
         assert mask_of(data, len(SCENES), name="").max() < len(SCENES)  # read as an annotation
         with Image.open(folder / line["labels"]) as picture:
@@ -329,17 +325,16 @@ def test_pictures_of_a_segmentation(told):
 
 @pytest.fixture(scope="module")
 def pretrained(image_folder, tmp_path_factory) -> Path:
-    """A run of four steps on images of two classes."""
+    """Return a run of four steps on images of two classes."""
     folder = tmp_path_factory.mktemp("pretrained")
     flags = ["--path_to_data", image_folder, *TINY, "--max_steps", 4, "--warmup_steps", 0, "--mask_strategy", "block"]
     run("pretrain_mae.py", *flags, cwd=folder)
     return folder / "work_dir" / "pretrain_mae"
 
 
-def test_reconstructions_are_those_of_validation(pretrained, image_folder, told):
-    """PSNR and SSIM of the held-out images, as pre-training measures them."""
+def test_reconstructions_have_the_scores_of_validation(pretrained, image_folder, predictions):
     expected = json.loads((pretrained / "metrics.json").read_text())
-    lines, folder, end = told(pretrained, "--mask_strategy", "block", images=(image_folder / "val",))
+    lines, folder, end = predictions(pretrained, "--mask_strategy", "block", images=(image_folder / "val",))
     assert len(lines) == 11
     psnr, baseline = lines[0]["masked_psnr"], lines[0]["masked_psnr_visible_mean"]
     assert f"{lines[0]['image']}: removed patches {psnr:.2f} dB (visible mean: {baseline:.2f} dB)" in end.stdout
@@ -352,7 +347,7 @@ def test_reconstructions_are_those_of_validation(pretrained, image_folder, told)
 
 
 def masked_psnr(theirs, path, noise, mask):
-    """PSNR in dB of the removed patches of 8 x 8 pixels, by transformers."""
+    """Return the PSNR in dB of the removed patches of 8 x 8 pixels, by transformers."""
     images = normalised(covering(path, (32, 32), 1.0), COLOUR)
     patches = theirs.patchify(images)[0]
     with torch.no_grad():
@@ -371,24 +366,24 @@ def masked_psnr(theirs, path, noise, mask):
     ("flags", "seed", "kept", "strategy"),
     [((), 0, 4, "random"), (("--seed", 9, "--mask_ratio", 0.5, "--mask_strategy", "block"), 9, 8, "block")],
 )
-def test_reconstructions_are_those_of_transformers(flags, seed, kept, strategy, models, photos, told):
+def test_reconstructions_agree_with_transformers(flags, seed, kept, strategy, models, photos, predictions):
     theirs = ViTMAEForPreTraining.from_pretrained(
         models["autoencoder"] / "pretraining", mask_ratio=1 - kept / 16
     ).eval()
-    lines, folder, _ = told("autoencoder", *flags)
+    lines, folder, _ = predictions("autoencoder", *flags)
     for i, (path, line) in enumerate(zip(photos, lines, strict=True)):
         noise = mask_noise(strategy, sample_generator(seed, 2**32 - 1, i), (4, 4), kept)
         mask = noise.argsort().argsort() >= kept
         assert line["masked_psnr"] == pytest.approx(masked_psnr(theirs, path, noise, mask), abs=2e-3)
         picture = np.asarray(Image.open(folder / line["reconstruction"])).astype(int)
         scale = 4  # 144 / 32, rounded
-        shown = picture[48 : 48 + 32 * scale, 16 + 32 * scale : 16 + 64 * scale]
-        grey = (shown.reshape(4, 8 * scale, 4, 8 * scale, 3) == 128).all(axis=(1, 3, 4)).ravel()
-        assert np.array_equal(grey, mask)  # what the encoder did not see
+        masked = picture[48 : 48 + 32 * scale, 16 + 32 * scale : 16 + 64 * scale]
+        grey = (masked.reshape(4, 8 * scale, 4, 8 * scale, 3) == 128).all(axis=(1, 3, 4)).ravel()
+        assert np.array_equal(grey, mask)  # the removed patches
 
 
-def test_autoencoders_of_grey_images_that_are_not_square(told):
-    lines, folder, done = told("flat autoencoder")
+def test_autoencoders_of_grey_images_that_are_not_square(predictions):
+    lines, folder, done = predictions("flat autoencoder")
     assert "2 of 8 patches seen" in done.stdout and "16 x 32 pixels, 1 channel\n" in done.stdout
     for line in lines:
         picture = np.asarray(Image.open(folder / line["reconstruction"]))
@@ -407,45 +402,41 @@ def features_by_run(model, images, tmp_path, *flags, code=0):
 
 
 @pytest.mark.parametrize("name", ["autoencoder", "encoder", "mean", "cls", "flat autoencoder"])
-def test_features_are_those_of_timm(name, models, photos, tmp_path):
-    """The mean of the patch tokens; of a classifier what its head sees."""
+def test_features_agree_with_timm(name, models, photos, tmp_path):
+    """The mean of the patch tokens, or the input of a classifier's head."""
     theirs = timm.create_model(f"local-dir:{models[name]}", pretrained=True).eval()
     features, names = features_by_run(models[name], photos, tmp_path)
     assert features.dtype == np.float32 and features.shape == (len(photos), 32)
     assert names == [str(path) for path in photos]
-    flat = name == "flat autoencoder"
-    size, mode, statistics = ((16, 32), "L", GREY) if flat else ((32, 32), "RGB", COLOUR)
     for path, row in zip(photos, features, strict=True):
-        images = normalised(covering(path, size, 1.0 if name == "cls" else 0.875, mode), statistics)
         with torch.no_grad():
-            tokens = theirs.forward_features(images)
+            tokens = theirs.forward_features(as_timm_sees(name, path))
             classified = name in ("mean", "cls")
             expected = theirs.forward_head(tokens, pre_logits=True) if classified else tokens[:, 1:].mean(dim=1)
         assert row == pytest.approx(expected[0].numpy(), abs=1e-5)
     assert np.ptp(features, axis=0).min() > 1e-3  # the images differ
 
 
-# What must not matter, and what must
+# Batches, orientations, damaged images, names
 
 
-def test_batches_and_workers_do_not_matter(models, photos, told, tmp_path):
+def test_batches_and_workers_change_nothing(models, photos, predictions, tmp_path):
     flags = ("--batch_size", 3, "--num_workers", 2)
     for name in ("mean", "autoencoder", "segmenter"):
-        (one, first, _), (other, second, _) = told(name), told(name, *flags)
+        (one, first, _), (other, second, _) = predictions(name), predictions(name, *flags)
         for line, again in zip(one, other, strict=True):
             if name == "mean":
                 line, again = probabilities_of(line), probabilities_of(again)
             assert line == (again if name == "segmenter" else pytest.approx(again, abs=1e-4))
         for path in (path for kind in ("labels", "overlays") for path in (first / kind).glob("*.png")):
             assert path.read_bytes() == (second / path.relative_to(first)).read_bytes()
-    (one, _), (other, _) = (
-        features_by_run(models["mean"], photos, tmp_path / str(i), *words) for i, words in enumerate([(), flags])
-    )
+    one, _ = features_by_run(models["mean"], photos, tmp_path / "one")
+    other, _ = features_by_run(models["mean"], photos, tmp_path / "other", *flags)
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
 def test_exif_turns_images_upright(models, tmp_path):
-    """Files without loss: an image, and the same pixels turned by each of the eight orientations."""
+    """An image, and lossless files of the same pixels under other EXIF orientations."""
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((45, 30))
     turns = {3: [Image.Transpose.ROTATE_180], 6: [Image.Transpose.ROTATE_90], 8: [Image.Transpose.ROTATE_270]}
     turns |= {2: [Image.Transpose.FLIP_LEFT_RIGHT], 5: [Image.Transpose.TRANSPOSE], 1: []}
@@ -468,7 +459,7 @@ def test_exif_turns_images_upright(models, tmp_path):
 
 @pytest.fixture
 def damaged(tmp_path) -> list[Path]:
-    """A text, a picture that is cut, an empty file, and one that is not there when it is wanted."""
+    """Return a text, a truncated picture and an empty file."""
     picture = write_images(tmp_path / "whole", 1) / "class_0" / "0000.jpg"
     paths = [tmp_path / name for name in ("text.jpg", "cut.jpg", "empty.png")]
     for path, data in zip(paths, [b"no image at all", picture.read_bytes()[:300], b""], strict=True):
@@ -477,14 +468,14 @@ def damaged(tmp_path) -> list[Path]:
 
 
 @pytest.mark.parametrize("name", ["mean", "segmenter"])
-def test_damaged_images_are_named_and_passed_over(name, photos, damaged, told):
+def test_damaged_images_are_named_and_skipped(name, photos, damaged, predictions):
     text, cut, empty = damaged
-    images = [text, *photos[:3], cut, *photos[3:], empty]
-    lines, folder, done = told(name, "--batch_size", 2, "--num_workers", 1, images=images, code=1)
+    images = (text, *photos[:3], cut, *photos[3:], empty)
+    lines, folder, done = predictions(name, "--batch_size", 2, "--num_workers", 1, images=images, code=1)
     assert [line["image"] for line in lines] == [str(path) for path in images]
     unread = {Path(line["image"]): line["error"] for line in lines if "error" in line}
     assert [*unread] == damaged and "empty" in unread[empty] and "not an image" in unread[text]
-    for line, expected in zip([line for line in lines if "error" not in line], told(name)[0], strict=True):
+    for line, expected in zip([line for line in lines if "error" not in line], predictions(name)[0], strict=True):
         if name == "mean":
             line, expected = probabilities_of(line), pytest.approx(probabilities_of(expected), abs=1e-5)
         assert line == expected
@@ -493,22 +484,21 @@ def test_damaged_images_are_named_and_passed_over(name, photos, damaged, told):
     assert name == "mean" or len(os.listdir(folder / "labels")) == len(photos)
 
 
-def test_features_have_a_row_for_each_image_that_can_be_read(models, photos, damaged, tmp_path):
-    options = dict(cwd=tmp_path, code=1)
+def test_features_have_a_row_per_readable_image(models, photos, damaged, tmp_path):
     images = [photos[2], damaged[0], photos[0]]
     features, names = features_by_run(models["encoder"], images, tmp_path / "a", code=1)
     assert names == [str(photos[2]), str(photos[0])] and features.shape == (2, 32)
     whole, _ = features_by_run(models["encoder"], [photos[2], photos[0]], tmp_path / "b")
     np.testing.assert_allclose(features, whole, atol=1e-6)
-    done = run("predict.py", models["mean"], *damaged, **options)
+    done = run("predict.py", models["mean"], *damaged, cwd=tmp_path, code=1)
     assert "3 of 3 images could not be read" in done.stderr
     assert all("error" in line for line in lines_of(tmp_path / "predictions"))
     features, names = features_by_run(models["encoder"], damaged, tmp_path / "c", code=1)
     assert features.shape == (0, 32) and names == []
 
 
-def test_images_are_named_in_many_ways(models, photos, tmp_path):
-    """Files whatever their names, folders, patterns; two of one name; names that are no text."""
+def test_files_folders_and_patterns(models, photos, tmp_path):
+    """Also two files of the same name, and names that are not valid Unicode."""
     for name in ("a/x.jpg", "b/x.jpg", "b/deep/X.png", "b/deep/notes.txt", "c/[1].jpg", "c/scan"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(photos[3], tmp_path / name)
@@ -519,13 +509,12 @@ def test_images_are_named_in_many_ways(models, photos, tmp_path):
     lines = lines_of(tmp_path / "predictions")
     names = ["c/[1].jpg", "a/x.jpg", "b/deep/X.png", "b/x.jpg", "c/scan", strange, "a/x.jpg"]
     assert [line["image"] for line in lines] == names
-    pictures = [line["labels"] for line in lines]
-    stems = ["[1]", "x", "X_2", "x_3", "scan", strange.removesuffix(".jpg"), "x_4"]
-    assert pictures == [f"labels/{stem}.png" for stem in stems]
-    assert sorted(os.listdir(tmp_path / "predictions" / "labels")) == sorted(f"{stem}.png" for stem in stems)
+    pictures = [f"{stem}.png" for stem in ("[1]", "x", "X_2", "x_3", "scan", strange.removesuffix(".jpg"), "x_4")]
+    assert [line["labels"] for line in lines] == [f"labels/{name}" for name in pictures]
+    assert sorted(os.listdir(tmp_path / "predictions" / "labels")) == sorted(pictures)
 
 
-def test_every_picture_has_its_own_name():
+def test_picture_names_are_unique():
     paths = [b"a/x.jpg", b"x_2.jpg", b"b/x.png", b"X.jpg", b"c/x", b"y.jpg", b"n" * 250 + b".jpg", b"n" * 251 + b".jpg"]
     names = predict.picture_names(FileSource(paths))
     assert names[:6] == ["x.png", "x_2.png", "x_3.png", "X_4.png", "x_5.png", "y.png"]
@@ -534,89 +523,82 @@ def test_every_picture_has_its_own_name():
     assert len({*many}) == 20_000
 
 
-# Refusals
+# Errors
 
 
-def refused(*words, cwd, **variables) -> list[str]:
-    done = run("predict.py", *words, cwd=cwd, code=2, **variables)
-    lines = done.stderr.splitlines()
-    assert all(line.startswith("error: ") for line in lines) and "Traceback" not in done.stdout + done.stderr
+def errors_of(*words, cwd, **variables) -> list[str]:
+    process = run("predict.py", *words, cwd=cwd, code=2, **variables)
+    lines = process.stderr.splitlines()
+    assert all(line.startswith("error: ") for line in lines) and "Traceback" not in process.stdout + process.stderr
     return lines
 
 
-def test_all_that_is_wrong_is_told_at_once(models, photos, tmp_path):
+def test_all_errors_at_once(models, photos, tmp_path):
     (tmp_path / "hollow").mkdir()
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "predictions.jsonl").write_text("{}\n")
     images = [photos[0], "nowhere.jpg", "no/*.jpg", "hollow"]
-    flags = ["--output", "old", "--mask_ratio", 0.5, "--seed", 1, "--evaluate", "slid", "--batch_size", 0, "--bogus"]
-    errors = refused(models["mean"], *images, *flags, cwd=tmp_path)
+    errors = errors_of(models["mean"], *images, "--output", "old", "--mask_ratio", 0.5, "--bogus", cwd=tmp_path)
     for words in (
-        ("--evaluate slid ", "slide, whole"),
-        ("--batch_size 0 ", "at least 1"),
-        ("--bogus is not a flag",),
-        ("'nowhere.jpg'", "no such file"),
-        ("no/*.jpg matches no image",),
-        ("hollow holds no image",),
-        ("--mask_ratio is for a masked autoencoder", "is a classifier; leave it out"),
-        ("--seed is for a masked autoencoder",),
-        ("--output old holds predictions.jsonl already; give another folder",),
+        "--bogus is not a flag",
+        "'nowhere.jpg'",
+        "no/*.jpg matches no image",
+        "hollow holds no image",
+        f"--mask_ratio is for a masked autoencoder, but {models['mean']} is a classifier; leave it out",
+        "--output old already holds predictions.jsonl; give another folder",
     ):
-        assert any(all(word in error for word in words) for error in errors), (words, errors)
-    assert len(errors) == 9 and sorted(os.listdir(tmp_path)) == ["hollow", "old"]
+        assert any(words in error for error in errors), (words, errors)
+    assert len(errors) == 6 and sorted(os.listdir(tmp_path)) == ["hollow", "old"]
 
 
 @pytest.mark.parametrize(
     ("name", "flags", "expected"),
     [
-        ("segmenter", ["--top_k", 3], ["--top_k is for a classifier, and {} is a segmenter; leave it out"]),
-        ("segmenter", ["--features", "x.npy"], ["--features: {} is a segmenter, whose encoder has no norm"]),
-        ("autoencoder", ["--evaluate", "slide"], ["--evaluate is for a segmenter, and {} is a masked autoencoder"]),
-        ("autoencoder", ["--mask_ratio", 0.99], ["--mask_ratio 0.99 keeps 0 of 16 patches; take a ratio"]),
-        ("encoder", [], ["{} is an encoder without a head, which gives features alone; give --features FILE.npy"]),
-        ("encoder", ["--features", "x.txt", "--output", "out"], ["x.txt has another ending", "--output does not go"]),
+        ("segmenter", ["--top_k", 3], ["--top_k is for a classifier, but {} is a segmentation model; leave it out"]),
+        ("segmenter", ["--features", "x.npy"], ["--features: {} is a segmentation model, whose encoder has no norm"]),
+        ("autoencoder", ["--evaluate", "slide"], ["--evaluate is for a segmentation model, but {} is a masked auto"]),
+        ("autoencoder", ["--mask_ratio", 0.99], ["--mask_ratio 0.99 keeps 0 of 16 patches; expected a ratio"]),
+        ("encoder", [], ["{} is an encoder without a head, which computes features alone; give --features FILE.npy"]),
+        ("encoder", ["--features", "x.txt", "--output", "out"], ["x.txt does not end in", "--output does not go"]),
         ("nothing", [], ["no such file or folder"]),
     ],
 )
-def test_what_a_model_does_not_do_is_refused(name, flags, expected, models, photos, tmp_path):
+def test_flags_that_do_not_fit_the_model(name, flags, expected, models, photos, tmp_path):
     model = models.get(name, name)
-    errors = refused(model, photos[0], *flags, cwd=tmp_path)
+    errors = errors_of(model, photos[0], *flags, cwd=tmp_path)
     assert len(errors) == len(expected)
     assert all(words.format(model) in error for words, error in zip(expected, errors, strict=True))
     assert not os.listdir(tmp_path)
 
 
-def test_nothing_is_overwritten_and_nothing_runs_twice(models, photos, tmp_path):
-    given = [models["mean"], photos[0]]
+def test_nothing_is_overwritten(models, photos, tmp_path):
+    words = [models["mean"], photos[0]]
     for name in ("x.npy", "y.json", "file"):
         (tmp_path / name).touch()
-    for words, expected in (
+    for flags, expected in (
         (["--features", "x.npy"], "x.npy exists; give another name"),
         (["--features", "y.npy"], "y.json exists; give another name"),
-        (["--output", "file"], "--output file is a file; give a folder"),
-        (["--output", "file/deeper"], "the folder file/deeper cannot be made (Not a directory)"),
+        (["--output", "file"], "the folder file cannot be written (File exists)"),
+        (["--output", "file/deeper"], "the folder file/deeper cannot be written (Not a directory)"),
     ):
-        (error,) = refused(*given, *words, cwd=tmp_path)
+        (error,) = errors_of(*words, *flags, cwd=tmp_path)
         assert expected in error
-    for name in ("labels", "reconstructions"):  # an annotation of the user's own may lie in it
-        (tmp_path / "data" / name).mkdir(parents=True)
-    (error,) = refused(*given, "--output", "data", cwd=tmp_path)
-    assert "--output data holds labels, reconstructions already; give another folder" in error
-    shutil.rmtree(tmp_path / "data")
-    (error,) = refused(*given, cwd=tmp_path, WORLD_SIZE="2", RANK="0")
+    for name in ("labels", "reconstructions"):  # they may hold annotations of the user's
+        (tmp_path / "predictions" / name).mkdir(parents=True)
+    (error,) = errors_of(*words, cwd=tmp_path)
+    assert "--output predictions already holds labels, reconstructions; give another folder" in error
+    assert len(errors_of("nothing", photos[0], cwd=tmp_path)) == 1  # the default folder is no error beside others
+    assert sorted(os.listdir(tmp_path)) == ["file", "predictions", "x.npy", "y.json"]
+
+
+def test_several_processes_are_an_error(models, photos, tmp_path):
+    words = [models["mean"], photos[0]]
+    (error,) = errors_of(*words, cwd=tmp_path, WORLD_SIZE="2", RANK="0")
     assert error == "error: WORLD_SIZE is 2; expected one process; start it with python predict.py"
-    assert not refused(*given, cwd=tmp_path, WORLD_SIZE="2", RANK="1")
-    assert sorted(os.listdir(tmp_path)) == ["file", "x.npy", "y.json"]
+    assert not errors_of(*words, cwd=tmp_path, WORLD_SIZE="2", RANK="1") and not os.listdir(tmp_path)
 
 
-def test_the_default_place_is_told_where_nothing_else_is_wrong(models, photos, tmp_path):
-    (tmp_path / "predictions" / "labels").mkdir(parents=True)
-    assert len(refused("nothing", photos[0], cwd=tmp_path)) == 1
-    (error,) = refused(models["mean"], photos[0], cwd=tmp_path)
-    assert "--output predictions holds labels already; give another folder" in error
-
-
-def test_flags_may_stand_anywhere(capsys):
+def test_flags_may_stand_between_images():
     args, errors = predict.parse_args(["model", "--top_k", "3", "a.jpg", "b.jpg", "--batch_size", "2", "c.jpg"])
     assert not errors and (args.model, args.images) == ("model", ["a.jpg", "b.jpg", "c.jpg"])
     assert (args.top_k, args.batch_size) == (3, 2)
@@ -625,14 +607,14 @@ def test_flags_may_stand_anywhere(capsys):
         assert error.startswith(expected)
 
 
-def test_outputs_that_are_not_numbers_end_the_run(photos, tmp_path):
+def test_outputs_that_are_not_finite(photos, tmp_path):
     model = Classifier(VisionTransformer(**SIZE), len(CLASSES))
     model.head.weight.data.fill_(3e38)
     model.fc_norm.bias.data.fill_(3e38)
     export_classifier(model, tmp_path / "model", classes=CLASSES, crop_ratio=1.0, **COLOUR)
     done = run("predict.py", "model", photos[0], cwd=tmp_path, code=1)
-    assert done.stderr.endswith("not finite; its training diverged or the weights are damaged: give others\n")
+    assert done.stderr.endswith("not finite: training diverged or the weights are damaged; give other weights\n")
     model.encoder.cls_token.data[0, 0, 0] = torch.nan
     export_classifier(model, tmp_path / "model", classes=CLASSES, crop_ratio=1.0, **COLOUR)
-    (error,) = refused(tmp_path / "model", photos[0], "--output", "other", cwd=tmp_path)
+    (error,) = errors_of(tmp_path / "model", photos[0], "--output", "other", cwd=tmp_path)
     assert error.endswith("weights that are not finite; give an earlier checkpoint, before they diverged")

@@ -21,7 +21,7 @@ from conftest import (
 from safetensors.torch import load_file
 
 from training.launch import RunError
-from training.processes import Crew, check_processes, say_who_is_missing
+from training.processes import Crew, check_processes, report_waiting
 
 CPU = torch.device("cpu")
 AUTOENCODER = [*TINY[: TINY.index("--per_gpu_batch_size")], *TINY[TINY.index("--encoder_embed_dim") :]]
@@ -45,10 +45,10 @@ def own_handlers():
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_signals_are_noted(name):
     crew = Crew()
-    assert not crew.wanted()
+    assert not crew.stop_requested()
     os.kill(os.getpid(), getattr(signal, name))
-    assert crew.wanted() and crew.signal_name == name
-    assert f"stopped by {name} after step 5" in crew.farewell(5, start_step=0)
+    assert crew.stop_requested() and crew.signal_name == name
+    assert f"stopped by {name} after step 5" in crew.describe_stop(5, start_step=0)
     if name == "SIGINT":
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -84,20 +84,20 @@ def test_a_time_limit_leaves_time_for_a_step_and_a_save(monkeypatch, limit, step
     if save:
         with crew.saving():
             clock.now += save
-    while not crew.wanted(after_step=True):
+    while not crew.stop_requested(after_step=True):
         clock.now += step
     assert expected < clock.now <= expected + step
     clock.now = 0  # what was agreed is not taken back
-    assert crew.wanted()
-    assert f"stopped by --time_limit {limit} after step 9" in crew.farewell(9, start_step=0)
+    assert crew.stop_requested()
+    assert f"stopped by --time_limit {limit} after step 9" in crew.describe_stop(9, start_step=0)
 
 
 def test_slow_steps_of_long_ago_are_forgotten(monkeypatch):
     clock = Clock(monkeypatch)
     crew = Crew("1:00")
     clock.now = 1200.0  # the first one compiled
-    assert not crew.wanted(after_step=True)
-    while not crew.wanted(after_step=True):
+    assert not crew.stop_requested(after_step=True)
+    while not crew.stop_requested(after_step=True):
         clock.now += 1
     assert clock.now > 3400
 
@@ -106,8 +106,8 @@ def test_the_batches_of_a_validation_are_no_steps(monkeypatch):
     clock = Clock(monkeypatch)
     crew = Crew("1:00")
     clock.now = 400.0
-    assert not crew.wanted(after_step=True)
-    while not crew.wanted():
+    assert not crew.stop_requested(after_step=True)
+    while not crew.stop_requested():
         clock.now += 1
     assert 3600 - 180 - 400 < clock.now <= 3600 - 180 - 400 + 1
 
@@ -116,12 +116,12 @@ def test_a_time_limit_that_is_too_short_is_told(monkeypatch):
     clock = Clock(monkeypatch)
     crew = Crew("0:01")
     clock.now = 100
-    assert crew.wanted()
+    assert crew.stop_requested()
     with pytest.raises(RunError, match="0:01 is too short: the start and one step take 100 seconds; step 8"):
-        crew.farewell(8, start_step=7)
+        crew.describe_stop(8, start_step=7)
     with pytest.raises(RunError, match="too short: the start and a validation"):
-        crew.farewell(7, start_step=7)
-    assert "continue with" in crew.farewell(9, start_step=7)
+        crew.describe_stop(7, start_step=7)
+    assert "continue with" in crew.describe_stop(9, start_step=7)
 
 
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
@@ -136,9 +136,9 @@ LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
         ({"WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1"}, 1, None),
         ({"SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "16", "RANK": "3"}, 16, None),  # a launcher on each of two nodes
         ({"MASTER_PORT": "29500"}, 1, None),
-        ({"WORLD_SIZE": "2", "RANK": "1", **LAUNCHED}, 1, "asks for 2 processes (WORLD_SIZE), and this one knows of 1"),
+        ({"WORLD_SIZE": "2", "RANK": "1", **LAUNCHED}, 1, "asks for 2 processes (WORLD_SIZE), but only 1 started"),
         ({"MASTER_PORT": "29500", **LAUNCHED}, 1, "asked for several processes (MASTER_PORT is set), and started one"),
-        ({"SLURM_STEP_NUM_TASKS": "8"}, 1, "asks for 8 processes (SLURM_STEP_NUM_TASKS), and this one knows of 1"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, 1, "asks for 8 processes (SLURM_STEP_NUM_TASKS), but only 1 started"),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, 1, "asks for 4 processes (OMPI_COMM_WORLD_SIZE)"),
     ],
 )
@@ -265,7 +265,7 @@ def test_a_checkpoint_goes_on_with_other_processes(kind, flags, tmp_path):
         assert f"stopped by {number.name} after step {reached}, which is saved" in done[0].stderr + done[0].stdout
     if kind == "pretrain_mae":
         (error,) = errors_of(finish_several(start_several(5, f"{kind}.py", *parts, cwd=tmp_path), 2))
-        assert "global batch of 12 images is not divided by 5 processes; start 4 of them" in error
+        assert "global batch of 12 images is not divisible by 5 processes; start 4 of them" in error
     expect_alike(tmp_path / "work_dir" / "whole", folder)
     resumed = json.loads((folder / "args.json").read_text())["resumed"]
     assert [start["processes"] for start in resumed] == [2, 1]
@@ -284,7 +284,7 @@ def test_a_killed_process_ends_the_others_and_the_same_command_goes_on(kind, fla
             assert [process.returncode for process in processes] == [1, -signal.SIGKILL, 1]
             for rank in (0, 2):
                 told = ends[rank][1][1]
-                assert f"error: process {rank} stops, as another one of the run is gone" in told
+                assert f"error: process {rank} stops because another process of the run is gone" in told
                 assert told.count("error: ") == 1 and "Traceback" not in told
             processes = start_several(3, f"{kind}.py", *own, cwd=tmp_path)
         finish_several(processes)
@@ -358,7 +358,7 @@ def test_processes_with_other_flags_or_data_are_refused(kind, flags, many_scenes
     assert len(errors) == 3
     assert any("--learning_rate is 0.001 on process 0" in error and "0.5 on process 2" in error for error in errors)
     assert any("--seed is 0 on" in error for error in errors)
-    assert any("the images to train on are others on process 2" in error for error in errors)
+    assert any("the training images on process 2" in error for error in errors)
     assert not list(tmp_path.glob("work_dir/*/checkpoints/step_*"))
 
 
@@ -386,16 +386,16 @@ Accelerator.backward = lambda self, loss: __import__("torch").empty(2**50)
 """
     flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 5]
     (error,) = errors_of([run(patched(tmp_path, "pretrain_mae", code), *flags, cwd=tmp_path, code=1)])
-    assert "out of memory" in error and "give --micro_batch_size auto or a smaller one" in error
+    assert "out of memory" in error and "give a smaller --micro_batch_size" in error
 
 
 def test_who_is_waited_for_is_told(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    say_who_is_missing()
+    report_waiting()
     assert capsys.readouterr().err == ""
     for name, value in {"WORLD_SIZE": "4", "RANK": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
-    say_who_is_missing()
+    report_waiting()
     assert capsys.readouterr().err == "process 2 of 4 waits for the others at 10.0.0.1:29500\n"
 
 
@@ -438,15 +438,11 @@ def test_a_time_limit_stops_a_run(image_folder, tmp_path):
 
 
 def test_the_scripts_find_a_micro_batch_and_keep_it(kind, flags, tmp_path):
-    """Where three of twelve images fit. The trial step, which a GPU needs, leaves nothing behind."""
+    """Where three of twelve images fit on a GPU, which a CPU plays. The trials leave nothing behind."""
     code = """
 import training.memory
-fit = training.memory.fit_micro_batch
-def with_little_memory(plan, memory, try_step, **options):
-    try_step(2)
-    training.memory.available_memory = lambda: (memory.fixed + 3.5 * memory.per_image) / training.memory.SHARE
-    return fit(plan, memory, try_step, **options)
-training.memory.fit_micro_batch = with_little_memory
+training.memory.check_device = lambda device: []
+training.memory.fits_on_gpu = lambda try_step, size, device: try_step(size) or size <= 3
 """
     path = patched(tmp_path, kind, code)
     auto = [*flags, "--micro_batch_size", "auto", "--experiment_name", "auto"]
@@ -462,8 +458,10 @@ training.memory.fit_micro_batch = with_little_memory
     assert ours == theirs
     ours, theirs = (weights_of(folder, 4) for folder in (found, expected))
     assert all(value.equal(theirs[key]) for key, value in ours.items())
-    resumed = run(f"{kind}.py", *auto, "--resume_from_checkpoint", "auto", cwd=tmp_path)  # which has more memory
+    more = code.replace("size <= 3", "True")
+    resumed = run(patched(tmp_path, kind, more), *auto, "--resume_from_checkpoint", "auto", cwd=tmp_path)
     assert "batch      12 = 1 process x 4 micro-batches x 3" in resumed.stdout
     both = [*auto, "--gradient_accumulation_steps", 2, "--experiment_name", "both"]
     refused = run(f"{kind}.py", *both, cwd=tmp_path, code=2).stderr
-    assert "--micro_batch_size auto finds what --gradient_accumulation_steps 2 says; give one of them" in refused
+    assert "--micro_batch_size auto chooses --gradient_accumulation_steps, which is given as 2" in refused
+    assert "auto tries what fits on a GPU" in run(f"{kind}.py", *auto, cwd=tmp_path, code=2).stderr

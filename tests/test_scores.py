@@ -11,11 +11,11 @@ from PIL import Image
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from training.metrics import segmentation_areas
-from training.scores import ClassificationScores, SegmentationScores
+from training.scores import ClassificationScores, score_classification, score_segmentation
 
 
 def case(num_classes, count, *, seed=0):
-    """Logits whose best five are sometimes right, labels that leave the last class out, losses."""
+    """Return logits whose best five are sometimes right, labels without the last class, and losses."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(num_classes - 1, (count,), generator=generator)
     logits = torch.randn(count, num_classes, generator=generator)
@@ -53,24 +53,22 @@ def test_against_counting_and_torchmetrics(num_classes, count):
     assert ours[:-1] == pytest.approx((100 * theirs).tolist()[:-1], abs=1e-4)
 
 
-def test_the_order_of_rows_and_their_container_make_no_difference():
+def test_order_and_type_of_rows_change_nothing():
     logits, labels, losses = case(10, 101)
     order = torch.randperm(101, generator=torch.Generator().manual_seed(1))
     expected = score(logits, labels, losses)
     assert score(logits[order], labels[order], losses[order], portions=7) == expected
-    best = logits.topk(5).indices
-    scores = ClassificationScores()
-    for convert in (torch.Tensor.numpy, torch.Tensor.tolist):  # twice: it can be used again
-        given = dict(predictions=convert(best), references=convert(labels), losses=convert(losses))
-        assert scores.compute(classes=[f"class {i}" for i in range(10)], **given) == expected
+    best = logits.topk(5).indices.tolist()
+    rows = list(zip(range(101), labels.tolist(), best, losses.tolist(), strict=True))
+    assert score_classification(rows, [f"class {i}" for i in range(10)]) == expected
 
 
 def test_labels_without_a_name_are_an_error():
     with pytest.raises(ValueError, match="zip"):
-        ClassificationScores().compute(predictions=[[0, 1]], references=[2], losses=[1.0], classes=["a", "b"])
+        score_classification([(0, 2, [0, 1], 1.0)], ["a", "b"])
 
 
-def test_the_global_random_states_are_left_alone():
+def test_global_random_states_do_not_change():
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     score(*case(4, 9))
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[:2]
@@ -78,42 +76,40 @@ def test_the_global_random_states_are_left_alone():
 
 
 def test_no_network_no_cache_no_file(tmp_path):
-    """In a process whose home and caches cannot be made, that may not open a connection."""
+    """In a process that cannot create its home and caches, and cannot connect."""
     (tmp_path / "file").touch()
     (tmp_path / "here").mkdir()
     (tmp_path / "temporary").mkdir()
     code = (
         "import socket\n"
-        "def refuse(*args, **kwargs): raise AssertionError('the network was asked for')\n"
+        "def refuse(*args, **kwargs): raise AssertionError('connected to the network')\n"
         "socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse\n"
-        "from training.scores import ClassificationScores\n"
-        "scores = ClassificationScores()\n"
-        "scores.add_batch(predictions=[[0, 1], [1, 0]], references=[0, 0], losses=[0.5, 1.5])\n"
-        "print(scores.compute(classes=['a', 'b']))\n"
+        "from training.scores import score_classification\n"
+        "print(score_classification([(0, 0, [0, 1], 0.5), (1, 0, [1, 0], 1.5)], ['a', 'b']))\n"
     )
     nowhere = str(tmp_path / "file" / "home")
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))}
     variables |= dict(HOME=nowhere, HF_HOME=nowhere, XDG_CACHE_HOME=nowhere, PYTHONPATH=str(ROOT))
     variables |= dict(TMPDIR=str(tmp_path / "temporary"), PYTHONDONTWRITEBYTECODE="1")
-    ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path / "here", env=variables, capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout == (
-        "{'val_loss': 1.0, 'top1': 50.0, 'top5': 100.0, 'per_class_accuracy': {'a': 50.0, 'b': None}}\n"
-    )
+    options = dict(cwd=tmp_path / "here", env=variables, capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "-c", code], **options)
+    assert process.returncode == 0, process.stderr
+    expected = {"val_loss": 1.0, "top1": 50.0, "top5": 100.0, "per_class_accuracy": {"a": 50.0, "b": None}}
+    assert process.stdout == f"{expected}\n"
     assert sorted(os.listdir(tmp_path)) == ["file", "here", "temporary"]
     assert os.listdir(tmp_path / "here") == os.listdir(tmp_path / "temporary") == []
 
 
 def masks(num_classes, count, *, seed=0):
-    """Predictions that are often right, annotations with void; the last class is in neither, the one before it is
-    never annotated, and the third last never predicted."""
+    """Return predictions that are often right, and annotations with void.
+
+    The last class is in neither, the one before it is never annotated, the third last never predicted.
+    """
     rng = np.random.default_rng(seed)
     pairs = []
     for _ in range(count):
         shape = rng.integers(5, 40, 2)
-        annotation = rng.choice([c for c in range(num_classes) if c != num_classes - 2 and c != num_classes - 1], shape)
+        annotation = rng.choice(num_classes - 2, shape)
         prediction = np.where(rng.random(shape) < 0.6, annotation, rng.integers(0, num_classes - 1, shape))
         prediction[prediction == num_classes - 3] = 0
         annotation[rng.random(shape) < 0.2] = 255
@@ -121,12 +117,9 @@ def masks(num_classes, count, *, seed=0):
     return pairs
 
 
-def segmentation_score(pairs, num_classes, *, portions=1):
-    areas = torch.stack([segmentation_areas(*map(torch.from_numpy, pair), num_classes) for pair in pairs])
-    scores = SegmentationScores()
-    for part in areas.chunk(portions):
-        scores.add_batch(intersections=part[:, 0], prediction_areas=part[:, 1], label_areas=part[:, 2])
-    return scores.compute(classes=[f"class {i}" for i in range(num_classes)])
+def segmentation_score(pairs, num_classes):
+    areas = [segmentation_areas(*map(torch.from_numpy, pair), num_classes).tolist() for pair in pairs]
+    return score_segmentation(list(enumerate(areas)), [f"class {i}" for i in range(num_classes)])
 
 
 @pytest.mark.parametrize("num_classes", [4, 19])
@@ -140,7 +133,7 @@ def test_segmentation_against_sets_of_pixels(num_classes):
         labelled = {i for i in valid if annotation[i] == c}
         ious.append(100 * len(predicted & labelled) / len(predicted | labelled) if predicted | labelled else None)
         accuracies.append(100 * len(predicted & labelled) / len(labelled) if labelled else None)
-    got = segmentation_score(pairs, num_classes, portions=3)
+    got = segmentation_score(pairs, num_classes)
     assert list(got["per_class_iou"].values()) == pytest.approx(ious, abs=1e-12)
     assert list(got["per_class_accuracy"].values()) == pytest.approx(accuracies, abs=1e-12)
     assert ious[-3:] == [0, 0, None] and accuracies[-3:] == [0, None, None]
@@ -154,17 +147,14 @@ def test_segmentation_against_sets_of_pixels(num_classes):
     assert segmentation_score(pairs[::-1], num_classes) == got
 
 
-def test_areas_may_be_larger_than_32_bits_and_rows_are_summed():
-    rows = dict(intersections=[[2**40, 0]], prediction_areas=[[2**40, 2**40]], label_areas=[[2**41, 0]])
-    scores = SegmentationScores()
-    assert scores.compute(classes=["a", "b"], **rows)["per_class_iou"] == {"a": 50, "b": 0}
-    scores.add_batch(**rows)
-    scores.add_batch(intersections=[[0, 2**40]], prediction_areas=[[0, 2**40]], label_areas=[[0, 2**40]])
-    got = scores.compute(classes=["a", "b"])
+def test_areas_beyond_32_bits_are_summed():
+    rows = [(0, [[2**40, 0], [2**40, 2**40], [2**41, 0]]), (1, [[0, 2**40]] * 3)]
+    assert score_segmentation(rows[:1], ["a", "b"])["per_class_iou"] == {"a": 50, "b": 0}
+    got = score_segmentation(rows, ["a", "b"])
     assert got["per_class_iou"] == {"a": 50, "b": 50} and got["per_class_accuracy"] == {"a": 50, "b": 100}
 
 
-def test_void_alone_is_an_error_but_adds_nothing_to_others():
+def test_void_alone_is_an_error():
     void = (np.zeros((4, 4), np.uint8), np.full((4, 4), 255, np.uint8))
     with pytest.raises(ValueError, match="2 annotations are entirely void"):
         segmentation_score([void, void], 3)
@@ -172,8 +162,8 @@ def test_void_alone_is_an_error_but_adds_nothing_to_others():
     assert segmentation_score([void, *pairs], 4) == segmentation_score(pairs, 4)
 
 
-def test_the_published_sample_of_ade20k(real_images):
-    """Three images whose predictions are known to be right wherever they are annotated, in files with 0 = void."""
+def test_sample_of_ade20k(real_images):
+    """Three images whose predictions equal the annotations, in files with 0 = void."""
     folder = real_images / "ade20k_sample"
     pairs = []
     for path in sorted((folder / "annotations" / "validation").glob("*.png")):

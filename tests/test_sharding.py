@@ -43,17 +43,21 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 import pretrain_mae
-from training.checkpoint import RunFolder, load_training, read_state, save_training
-from training.optimizer import adamw, parameter_groups
-from training.sharding import prepare, resolve_sharding
+from training.checkpoint import load_training, save_training
+from training.run_folder import RunFolder, read_state
+from training.sharding import configure_sharding, take_activation_checkpointing, wrap
 from training.processes import Crew
 checkpoint = Path(sys.argv[1])
 args, errors = pretrain_mae.parse_args(sys.argv[2:])
 accelerator, crew, folder = Accelerator(), Crew(), RunFolder(Path.cwd())
-assert not errors + resolve_sharding(args, accelerator)
-model = pretrain_mae.build_model(args)
-optimizer = adamw(parameter_groups(model, args.weight_decay), betas=(0.9, 0.95))
-model, optimizer, plain_model = prepare(accelerator, model, optimizer)
+take_activation_checkpointing(accelerator)
+assert not errors + configure_sharding(accelerator, compiled=False, auto_micro_batch=False)
+encoder = {name: getattr(args, f"encoder_{name}") for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
+encoder |= dict(img_size=tuple(args.img_size), patch_size=args.patch_size)
+decoder = {name: getattr(args, name) for name in vars(args) if name.startswith("decoder_")}
+model = pretrain_mae.build_model(encoder, decoder, custom_weight_init=True)
+optimizer = pretrain_mae.build_optimizer(model, args.weight_decay)
+model, optimizer, plain_model = wrap(accelerator, model, optimizer)
 load_training(checkpoint, accelerator, model, optimizer)
 folder.checkpoints.mkdir(exist_ok=True)
 save_training(folder, accelerator, crew, model, optimizer, read_state(checkpoint), keep=1)

@@ -1,4 +1,4 @@
-"""Starting and ending a process of a script: exit codes, precision, threads, the compiler."""
+"""Starting and ending a script's process: exit codes, precision, threads, the compiler."""
 
 import errno
 import os
@@ -11,11 +11,25 @@ import torch
 
 
 class RunError(Exception):
-    """Something that ends the run with one line: what happened, what was expected, the remedy."""
+    """End the run with exit code 1 and one line: what happened, what was expected, the remedy."""
+
+
+class InputError(ValueError):
+    """Refuse the run before its first step, with exit code 2: one line per problem."""
+
+
+class Stopped(Exception):
+    """End the run with exit code 0: it was asked to stop, and has saved. Raised on all processes at the same step."""
+
+
+def check(errors: list[str]) -> None:
+    """Raise InputError with one line per problem, unless there is none."""
+    if errors:
+        raise InputError("\n".join(errors))
 
 
 def fail(errors: list[str], *, show: bool = True) -> NoReturn:
-    """Refuses bad input: prints one `error:` line each (`show`: on the main process) and ends with exit code 2."""
+    """Print one `error:` line per problem if `show` (on the main process), and exit with code 2."""
     if show:
         for error in dict.fromkeys(errors):
             print(f"error: {error}", file=sys.stderr)
@@ -23,102 +37,100 @@ def fail(errors: list[str], *, show: bool = True) -> NoReturn:
 
 
 def run_script(main: Callable[[], None], *, remedy: str | None = None) -> None:
-    """Runs a script's `main`. What ends it with a known cause ends in one line, and no failure waits for anybody.
+    """Run a script's `main`, and turn its end into an exit code and, for known causes, one `error:` line.
 
-    `remedy` is what to do after an interruption or when there is room again, by default to resume the run. A failed
-    process leaves without Python's farewell, which would wait for loader workers and for other processes.
+    A failed process skips Python's shutdown, which would wait for loader workers and for other processes.
+
+    Args:
+        main: the script's main function, called without arguments.
+        remedy: what to do after an interruption or a full disk; by default to resume the run.
     """
-    own = False  # whether the other processes do not know it
+    resume = "continue with --resume_from_checkpoint auto"
+    local = False  # True for failures that the other processes of the run do not know of
     try:
         main()
         return
+    except Stopped:
+        return
     except RunError as error:
         report, code = str(error), 1
-    except OSError as error:
-        report, code = traceback.format_exc(), 1
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            report = (
-                f"{error.filename or 'a file of the run'} could not be written (the disk is full); make room and "
-                + (remedy or "continue with --resume_from_checkpoint auto: whole checkpoints stay whole")
-            )
-            own = True  # a disk of this machine, maybe
-    except KeyboardInterrupt:  # of a run, the second one: the first finishes the step and saves
-        report, code = "interrupted before the step was saved; continue with --resume_from_checkpoint auto", 130
-        report = f"interrupted; {remedy}" if remedy else report
+    except KeyboardInterrupt:  # during training this is the second Ctrl-C: the first one finishes the step and saves
+        report, code = f"interrupted; {remedy}" if remedy else f"interrupted before the step was saved; {resume}", 130
     except Exception as error:
         report, code = traceback.format_exc(), 1
-        own = lost_process(error) or out_of_memory(error)
-        if out_of_memory(error):
-            told = " ".join(str(error).split())[:200] or type(error).__name__
-            report = f"out of memory ({told}); " + (
-                remedy
-                or "give --micro_batch_size auto or a smaller one, or --gradient_checkpointing, and continue with "
-                "--resume_from_checkpoint auto"
-            )
-        elif own:
+        local = True
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            file = error.filename or "a file of the run"
+            report = f"{file} could not be written (the disk is full); make room and "
+            report += remedy or f"{resume}: whole checkpoints stay whole"
+        elif is_out_of_memory(error):
+            message = " ".join(str(error).split())[:200] or type(error).__name__
+            report = f"out of memory ({message}); "
+            report += remedy or f"give a smaller --micro_batch_size, or --gradient_checkpointing, and {resume}"
+        elif is_lost_process(error):
             report = (
-                f"process {os.environ.get('RANK', 0)} stops, as another one of the run is gone: failed (its message "
-                "says why), killed, out of memory, or with its machine; continue with --resume_from_checkpoint auto"
+                f"process {os.environ.get('RANK', 0)} stops because another process of the run is gone: it failed (see "
+                f"its message), was killed, ran out of memory, or its machine is down; {resume}"
             )
     if "Traceback" in report:
         print(f"\n{report}", file=sys.stderr)
-    elif own or is_main_process():
+    elif local or is_main_process():
         print(f"\nerror: {report}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def lost_process(error: BaseException) -> bool:
-    """Whether an exception says that another process of the run does not answer any more."""
+def is_lost_process(error: BaseException) -> bool:
+    """Return True if the exception means that another process of the run is gone."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return False
     if isinstance(error, torch.distributed.DistNetworkError | torch.distributed.DistBackendError):
         return True
-    told = ("by peer", "Broken pipe", "Connection refused", "Timed out waiting", "remote process exited")
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in told)
+    messages = ("by peer", "Broken pipe", "Connection refused", "Timed out waiting", "remote process exited")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in messages)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory does not suffice, on a GPU or a CPU."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if the exception means that a GPU or the CPU is out of memory."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that speaks, known before Accelerate is."""
+    """Return True on the process that prints; known before Accelerate starts."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def resolve_precision(wanted: str | None) -> str:
-    """`no`, `bf16` or `fp16`: the flag, else Accelerate's own choice, else what the device does best.
+def resolve_precision(mixed_precision: str | None) -> str:
+    """Return "no", "bf16" or "fp16": the flag, else Accelerate's value, else what the device does best.
 
-    The launcher always sets its variable, so that its default `no` cannot be told from a choice.
+    The launcher always sets its variable, so its default `no` looks the same as a choice.
     """
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if wanted or launched != "no":
-        return wanted or launched
+    if mixed_precision or launched != "no":
+        return mixed_precision or launched
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
     return "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
 def set_speed(device: torch.device, *, tf32: bool) -> None:
-    """Settings of torch that the whole process has: threads on a CPU, TF32 on a GPU."""
+    """Set torch's process-wide options: threads on a CPU, TF32 on a GPU."""
     if device.type == "cpu":
         use_all_cores()
     else:
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32  # convolutions; torch's default is True
 
 
 def prepare_compiler(device: torch.device) -> list[str]:
-    """Makes torch.compile draw random numbers as it is done without it (of drop path). Returns why it cannot work
-    here, found by compiling something small."""
+    """Make torch.compile draw the random numbers of eager mode (drop path), and return why it cannot work, if so."""
     import torch._inductor.config
     import torchmetrics.functional.image  # noqa: F401 - validation's; importing it later recompiles, in torch 2.8
 
     torch._inductor.config.fallback_random = True
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-    except Exception as error:  # which one depends on what is missing: a C++ compiler, Triton, a driver
+    except Exception as error:  # its type depends on what is missing: a C++ compiler, Triton, a driver
         reason = str(error).strip().partition("\n")[0]
         return [
             f"--compile found no working compiler ({reason}); install "
@@ -128,12 +140,12 @@ def prepare_compiler(device: torch.device) -> list[str]:
 
 
 def cores_per_process() -> int:
-    """CPU cores of this machine that each of its processes may use."""
+    """Return the number of CPU cores of this machine that each of its processes may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def use_all_cores() -> None:
-    """Undoes the one thread that `accelerate launch` gives a process on a CPU where nobody said how many."""
+    """Undo the single thread that `accelerate launch` gives a CPU process if the user set no number."""
     if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(cores_per_process())

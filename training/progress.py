@@ -1,7 +1,9 @@
-"""What a run says of itself while it runs: the bar, log.jsonl, trackers, damaged images, losses that are not finite."""
+"""What a run reports while it trains: the bar, log.jsonl, damaged images, losses that are not finite."""
 
 import contextlib
 import json
+import math
+import resource
 import sys
 import time
 from collections import Counter
@@ -14,93 +16,103 @@ from PIL import Image
 from tqdm import tqdm
 
 from training.launch import RunError
+from training.plan import Plan
 from training.sharding import whole
 from training.trackers import track
+from training.wording import in_bytes, in_time, several
+
+BAR = dict(dynamic_ncols=True, leave=False, mininterval=0.5 if sys.stderr.isatty() else 30)
 
 
 class Progress:
     """One bar and one log, on the main process. Steps are counted as completed optimizer steps.
 
-    `seconds` is the time that the run took before it was resumed.
+    A line of log.jsonl has `step`, `epoch`, and either the metrics of a validation: `val_loss` and those of
+    `training.metrics` (pre-training) or `training.scores` (fine-tuning); or `knn_top1` and `linear_top1`; or those of
+    one training step:
+        loss: mean over that step's global batch, all micro-batches and processes
+        learning_rate: of the step; that of the head if layers have different ones
+        grad_norm: of all gradients together, before clipping
+        images_per_second: since the last line, over all processes, without validation and saving
+        data_wait: share of that time in which the main process waited for the loader
+
+    Args:
+        start_step: the step of the checkpoint that the run resumes, or 0.
+        seconds: the time that the run took before.
     """
 
     def __init__(
-        self,
-        accelerator,
-        folder: Path,
-        *,
-        total_steps: int,
-        steps_per_epoch: int,
-        global_batch_size: int,
-        log_every: int,
-        start_step: int = 0,
-        seconds: float = 0.0,
+        self, accelerator, folder: Path, plan: Plan, *, log_every: int, start_step: int = 0, seconds: float = 0.0
     ):
-        self.accelerator, self.path = accelerator, folder / "log.jsonl"
-        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
-        self.global_batch_size, self.log_every = global_batch_size, log_every
+        self.accelerator, self.path, self.plan, self.log_every = accelerator, folder / "log.jsonl", plan, log_every
         self.seconds_before, self.start_time = seconds, time.perf_counter()
         self.first_bad_step = torch.full((), -1, device=accelerator.device)
-        self.bar = tqdm(
-            total=total_steps,
-            initial=start_step,
-            unit="step",
-            dynamic_ncols=True,
-            leave=False,  # so that what is said last stays last
-            disable=not accelerator.is_main_process,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-        )
-        self._restart_clock(start_step)
+        # leave=False: what is printed last stays last
+        total = plan.length.total_steps
+        hidden = not accelerator.is_main_process or not total
+        self.bar = tqdm(total=total, initial=start_step, unit="step", disable=hidden, **BAR)
+        self.restart_clock(start_step)
 
-    def _restart_clock(self, step: int) -> None:
+    def restart_clock(self, step: int) -> None:
+        """Measure speed and waiting from now on, after `step` steps."""
         self.waited, self.clock_step, self.clock_time = 0.0, step, time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """Time that the run has taken, over all its resumptions."""
+        """The time that the run has taken, over all its resumptions."""
         return self.seconds_before + time.perf_counter() - self.start_time
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time inside as waiting for data."""
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
+    def timed(self, batches: Iterator) -> Iterator:
+        """Yield from the loader, and count the time until it answers as waiting for data."""
+        end = object()
+        while True:
+            start = time.perf_counter()
+            item = next(batches, end)
+            self.waited += time.perf_counter() - start
+            if item is end:
+                return
+            yield item
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Counts the time inside neither as training nor as waiting: validation, saving."""
+        """Count the time inside neither as training nor as waiting: validation, saving."""
         start = time.perf_counter()
         yield
         self.clock_time += time.perf_counter() - start
 
     def step(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, learning_rate: float) -> bool:
-        """Notes a completed step; waits for the device only where a line is due: at step 1, every `log_every`, last.
-        Returns whether one was due.
+        """Note a completed step, and write a line at step 1, every `log_every` steps and the last.
 
-        `loss` is this process's mean over the step; the line has that over all processes. Raises RunError where a loss
-        or gradient norm since the last line was not finite.
+        Only steps that write a line wait for the device. `loss` is this process's mean over the step; the line has that
+        of all processes.
+
+        Returns:
+            True if a line was written.
+
+        Raises:
+            RunError: if a loss or gradient norm since the last line was not finite.
         """
         grad_norm, finite = whole(grad_norm), torch.isfinite(loss)
-        if self.accelerator.scaler is None:  # under fp16 an infinite norm is the loss scaler's business
+        if self.accelerator.scaler is None:  # under fp16 the loss scaler skips steps with an infinite norm
             finite = finite & torch.isfinite(grad_norm)
         self.first_bad_step = torch.where((self.first_bad_step < 0) & ~finite, step, self.first_bad_step)
         self.bar.update(1)
-        if step != 1 and step % self.log_every and step != self.total_steps:
+        if step != 1 and step % self.log_every and step != self.plan.length.total_steps:
             return False
         loss = self.accelerator.reduce(loss, "mean")
         self.check_finite()
         elapsed = time.perf_counter() - self.clock_time
+        images = (step - self.clock_step) * self.plan.batch.global_size
         line = {
             "step": step,
-            "epoch": step / self.steps_per_epoch,
+            "epoch": self.epoch(step),
             "loss": loss.item(),
             "learning_rate": learning_rate,
             "grad_norm": grad_norm.item(),
-            "images_per_second": round((step - self.clock_step) * self.global_batch_size / elapsed, 2),
+            "images_per_second": round(images / elapsed, 2),
             "data_wait": round(self.waited / elapsed, 4),
         }
-        self._restart_clock(step)
+        self.restart_clock(step)
         self.bar.set_postfix_str(
             f"loss {line['loss']:.4f}, lr {learning_rate:.2e}, {line['images_per_second']:.0f} images/s, "
             f"data wait {line['data_wait']:.0%}"
@@ -108,18 +120,22 @@ class Progress:
         self.write(line)
         return True
 
+    def epoch(self, step: int) -> float:
+        """Return the passes over the data after `step` steps."""
+        return step / self.plan.length.steps_per_epoch
+
     def check_finite(self) -> None:
-        """Raises RunError where a loss or gradient norm was not finite, on any process; waits for the device."""
+        """Raise RunError if a loss or gradient norm was not finite, on any process; waits for the device."""
         bad_step = int(self.accelerator.gather(self.first_bad_step).max())
         if bad_step >= 0:
             raise RunError(
                 f"the loss or gradient norm of step {bad_step} is not finite; nothing was saved since: resume with "
-                "--resume_from_checkpoint auto, and where it returns take a lower learning rate, a longer warmup, "
+                "--resume_from_checkpoint auto, and if it returns take a lower learning rate, a longer warmup, "
                 "--max_grad_norm 1 or another --mixed_precision"
             )
 
     def write(self, line: dict) -> None:
-        """Appends a line to log.jsonl and sends its numbers to the trackers."""
+        """Append a line to log.jsonl, and send its numbers to the trackers."""
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -127,94 +143,164 @@ class Progress:
         track(self.accelerator, lambda tracker: tracker.log(numbers, step=line["step"]))
 
     def picture(self, path: Path, name: str, step: int) -> None:
-        """Sends a picture that was written to a file to the trackers."""
-        if self.accelerator.trackers:  # so on the main process alone
+        """Send a picture file to the trackers."""
+        if self.accelerator.trackers:  # which the main process alone has
             with Image.open(path) as image:
                 pixels = np.asarray(image.convert("RGB"))[None]  # (1, H, W, C)
             track(self.accelerator, lambda tracker: tracker.log_images({name: pixels}, step=step))
 
     def say(self, text: str) -> None:
-        """Prints a line above the bar, on the main process."""
+        """Print a line above the bar, on the main process."""
         if self.accelerator.is_main_process:
             self.bar.write(text)
 
-    def close(self) -> None:
-        """Removes the bar's claim on the terminal."""
-        self.bar.close()
+
+class Rehearsal:
+    """The timing of --dry_run: a step to compile and start workers, some to empty the loader's stock, then 10 seconds.
+
+    Args:
+        read_ahead: steps that the loader workers have in stock, which would hide that they are slow.
+    """
+
+    def __init__(self, progress: Progress, crew, *, read_ahead: int):
+        self.progress, self.crew, self.read_ahead = progress, crew, read_ahead
+        self.phases = [(0.0, 1), (3.0, 1 + read_ahead), (10.0, 3)]  # seconds and steps that each takes at least
+        self.steps, self.finite, self.damaged = 0, True, []
+        self.steps_left = progress.plan.length.total_steps - progress.clock_step
+        progress.restart_clock(0)
+
+    def completed(self, loss: torch.Tensor, damaged: list[tuple[int, str]]) -> bool:
+        """Note a step; after the last one, report and return True.
+
+        Raises:
+            RunError: if a loss was not finite.
+        """
+        self.finite &= math.isfinite(loss.item())  # waits for the device
+        self.damaged += damaged
+        self.steps += 1
+        seconds, at_least = self.phases[0]
+        spent, steps = time.perf_counter() - self.progress.clock_time, self.steps - self.progress.clock_step
+        enough = (spent > seconds and steps >= at_least) or spent > 6 * seconds > 0
+        if not self.crew.any(enough or self.crew.signal_name is not None):
+            return False
+        if len(self.phases) > 1:
+            self.in_stock = self.phases.pop(0)[1] > 1 and steps <= self.read_ahead
+            self.progress.restart_clock(self.steps)
+            return False
+        self.report(spent / steps, steps)
+        if self.crew.any(not self.finite):
+            raise RunError("a loss of the dry run is not finite; look at the data, or take another --mixed_precision")
+        return True
+
+    def report(self, seconds: float, steps: int) -> None:
+        """Print the time of a step, the data wait, the peak memory, and the time of the run."""
+        device = self.progress.accelerator.device
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_reserved(device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        stock = ", too few to measure the data wait" if self.in_stock else ""
+        self.progress.say(
+            f"dry run    {steps} steps timed after {self.steps - steps}{stock}: {seconds:.3g} s a step, "
+            f"{self.progress.plan.batch.global_size / seconds:.4g} images/s, data wait "
+            f"{self.progress.waited / seconds / steps:.0%}, peak memory {in_bytes(peak)}\n"
+            f"           {self.steps_left} steps take {in_time(seconds * self.steps_left)}, without validation and "
+            "saving; nothing was written"
+        )
+        if self.damaged:
+            index, reason = self.damaged[0]
+            damaged = several(len(self.damaged), "damaged image")
+            self.progress.say(f"           {damaged}, the first is number {index}: {reason}")
 
 
 def truncate_log(folder: Path, step: int) -> dict[str, float]:
-    """Removes from log.jsonl the lines beyond a step: what a resumed run is about to write again. Returns what was
-    measured, by validation, after that very step."""
+    """Remove the lines of log.jsonl beyond a step, which a resumed run writes again.
+
+    Returns:
+        The metrics of the validation after that very step.
+    """
     path = folder / "log.jsonl"
-    kept, measured = [], {}
+    lines, metrics = [], {}
     if not path.exists():
-        return measured
+        return metrics
     for text in path.read_text().splitlines():
         with contextlib.suppress(ValueError):  # a line that a kill cut short
             line = json.loads(text)
             if line["step"] <= step:
-                kept.append(text + "\n")
+                lines.append(text + "\n")
             if line["step"] == step and "loss" not in line:
-                measured.update(
-                    {name: value for name, value in line.items() if name not in ("step", "epoch", "advice")}
-                )
+                metrics.update({name: value for name, value in line.items() if name not in ("step", "epoch", "advice")})
     temporary = path.with_name(".log.jsonl.tmp")
-    temporary.write_text("".join(kept))
+    temporary.write_text("".join(lines))
     temporary.replace(path)
-    return measured
+    return metrics
 
 
-def best_of(folder: Path, name: str) -> tuple[float, int | None]:
-    """The highest value of a metric in log.jsonl, and the step where it was first reached: -1 and None without one."""
+def best_of(folder: Path, metric: str) -> tuple[float, int | None]:
+    """Return the highest value of a metric in log.jsonl and the step that reached it first; -1 and None without one."""
     best, best_step = -1.0, None
     path = folder / "log.jsonl"
     for text in path.read_text().splitlines() if path.exists() else []:
         line = json.loads(text)
-        if line.get(name, -1.0) > best:
-            best, best_step = line[name], line["step"]
+        if line.get(metric, -1.0) > best:
+            best, best_step = line[metric], line["step"]
     return best, best_step
 
 
 class DamagedImages:
-    """Names each damaged image once in `damaged.jsonl`, and ends a run that has too many: at the first where they are
-    not to be replaced."""
+    """Name each damaged image once in damaged.jsonl, and end a run that has too many.
+
+    Args:
+        num_samples: images of the run.
+        is_main_process: whether this process writes the file.
+        replace: whether damaged images are replaced; otherwise the first one ends the run.
+    """
 
     def __init__(self, folder: Path, num_samples: int, *, is_main_process: bool, replace: bool = True):
         self.path, self.is_main_process, self.replace = folder / "damaged.jsonl", is_main_process, replace
         self.limit = min(max(10, num_samples // 100), num_samples - 1)
         self.num_samples = num_samples
-        self.named, self.reasons = set(), Counter()
-        for text in self.path.read_text().splitlines() if self.path.exists() else []:
+        self.names, self.reasons = set(), Counter()
+        text = self.path.read_text() if self.path.exists() else ""
+        for line in text.splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
-                line = json.loads(text)
-                path, reason = line["path"], line["reason"]
-                self.named.add(path)
-                self.reasons[reason] += 1
-        if self.named and is_main_process and not self.path.read_text().endswith("\n"):
-            with open(self.path, "a") as file:
-                file.write("\n")
+                image = json.loads(line)
+                self.names.add(image["path"])
+                self.reasons[image["reason"]] += 1
+        if is_main_process and text and not text.endswith("\n"):
+            self._append("\n")
 
-    def add(self, found: list[tuple[str, str]]) -> None:
-        """Notes (path, reason) pairs, the same on all processes. Raises RunError beyond the limit."""
-        for path, reason in found:
-            if path in self.named:
+    def _append(self, text: str) -> None:
+        with open(self.path, "a") as file:
+            file.write(text)
+
+    def add(self, images: list[tuple[str, str]]) -> None:
+        """Note (path, reason) pairs, the same on all processes.
+
+        Raises:
+            RunError: beyond the limit.
+        """
+        for path, reason in images:
+            if path in self.names:
                 continue
-            if self.is_main_process and self.replace and not self.named:
-                tqdm.write(f"note: {path} is damaged ({reason}), another is shown; {self.path} names all", sys.stderr)
-            self.named.add(path)
+            if self.is_main_process and self.replace and not self.names:
+                tqdm.write(
+                    f"note: {path} is damaged ({reason}) and was replaced; {self.path} lists all damaged images",
+                    sys.stderr,
+                )
+            self.names.add(path)
             self.reasons[reason] += 1
             if self.is_main_process:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps({"path": path, "reason": reason}) + "\n")
-        if found and not self.replace:
+                self._append(json.dumps({"path": path, "reason": reason}) + "\n")
+        if images and not self.replace:
+            path, reason = images[0]
             raise RunError(
-                "{} is damaged ({}), and --on_damaged error allows none; repair or remove it, or leave the flag "
-                "out".format(*found[0])
+                f"{path} is damaged ({reason}), and --on_damaged error allows none; repair or remove it, or leave the "
+                "flag out"
             )
-        if len(self.named) > self.limit:
+        if len(self.names) > self.limit:
             ((reason, count),) = self.reasons.most_common(1)
             raise RunError(
-                f"{len(self.named)} of {self.num_samples} images are damaged, more than the {self.limit} allowed, "
+                f"{len(self.names)} of {self.num_samples} images are damaged, more than the {self.limit} allowed, "
                 f"{count} of them: {reason}; {self.path} names them: repair or remove them"
             )

@@ -6,11 +6,13 @@ import math
 def learning_rate_at(
     step: int, *, peak: float, total_steps: int, warmup_steps: int, minimum: float = 0.0, linear: bool = False
 ) -> float:
-    """Linear from 0 over the warmup, then half a cosine (Loshchilov & Hutter 2016) or a `linear` fall (the "poly" of
-    power 1 of segmentation), at `minimum` in the last step.
+    """Return the learning rate of a step: linear from 0 over the warmup, then half a cosine down to the minimum.
 
-    `step` counts from 0: the rate is 0 at step 0 of a warmup, `peak` at step `warmup_steps`, `minimum` at step
-    `total_steps` - 1.
+    Loshchilov & Hutter 2016; with `linear`, the fall is a line, the "poly" of power 1 of segmentation.
+
+    Args:
+        step: counts from 0. The learning rate is 0 at step 0 of a warmup, `peak` at step `warmup_steps` and
+            `minimum` at step `total_steps` - 1.
     """
     if step < warmup_steps:
         return peak * step / warmup_steps
@@ -19,6 +21,6 @@ def learning_rate_at(
     return minimum + (peak - minimum) * remaining
 
 
-def is_due(step, *every):
-    """Whether what happens every so many steps (0: never), or any of several such things, happens after `step`."""
+def is_due(step: int, *every: float) -> bool:
+    """Return True if something that happens every so many steps (0: never), or any of several, happens after `step`."""
     return step > 0 and any(steps and step % steps == 0 for steps in every)

@@ -1,11 +1,12 @@
-"""How good predictions are, over a whole data set, as metrics of the library `evaluate` that need no network.
+"""Score predictions on a whole data set, with metrics of the library `evaluate` that work offline.
 
-Importing `evaluate` takes seconds: a script imports this file where it evaluates.
+Importing `evaluate` takes seconds, so scripts import this module in their evaluation.
 """
 
 import math
 import tempfile
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import evaluate
 import numpy as np
@@ -13,33 +14,26 @@ from datasets import Features, Value
 from datasets import Sequence as ListOf
 
 
-class ClassificationScores(evaluate.Metric):
-    """Accuracies and the mean loss, from one row an image.
+class Scores(evaluate.Metric):
+    """Compute metrics from one row per image, which are kept in memory. Their order does not matter."""
 
-    `predictions`: (N, K) class numbers, the best first, K = min(5, number of classes); `references`: (N,) labels;
-    `losses`: (N,). `add_batch` takes arrays, lists or tensors on a CPU. Everything stays in memory.
-
-    `compute(classes=[names])` returns `val_loss`; `top1`, `top5` in percent; `per_class_accuracy`: name -> the percent
-    of the class's images whose best prediction is right, None for a class without images. The order of rows makes no
-    difference, not even in the last digit.
-    """
+    columns: ClassVar[dict]  # name -> type of what `compute` takes besides `classes`
 
     def __init__(self):
-        with tempfile.TemporaryDirectory() as unused:  # `evaluate` wants a folder even where it writes nothing
+        with tempfile.TemporaryDirectory() as unused:  # `evaluate` needs a folder, even to write nothing
             super().__init__(keep_in_memory=True, cache_dir=unused, seed=0)
 
     def _info(self) -> evaluate.MetricInfo:
-        features = {
-            "predictions": ListOf(Value("int64")),
-            "references": Value("int64"),
-            "losses": Value("float64"),
-        }
-        return evaluate.MetricInfo(
-            description="Top-1 and top-5 accuracy, accuracy of each class, mean loss.",
-            citation="",
-            inputs_description="",
-            features=Features(features),
-        )
+        return evaluate.MetricInfo(description=self.__doc__, citation="", features=Features(self.columns))
+
+
+class ClassificationScores(Scores):
+    """Compute `val_loss`, `top1` and `top5` in percent, and `per_class_accuracy`: name -> percent, None without images.
+
+    `predictions` (N, K) are class numbers, the best first, K = min(5, number of classes); `references` (N,) are labels.
+    """
+
+    columns: ClassVar = dict(predictions=ListOf(Value("int64")), references=Value("int64"), losses=Value("float64"))
 
     def _compute(self, *, predictions, references, losses, classes: Sequence[str]) -> dict:
         predictions, references = np.asarray(predictions), np.asarray(references)
@@ -56,32 +50,15 @@ class ClassificationScores(evaluate.Metric):
         }
 
 
-class SegmentationScores(evaluate.Metric):
-    """Mean IoU, and accuracies, from one row an image: its areas (see `metrics.segmentation_areas`), which are all that
-    these scores depend on and take no memory to speak of, unlike masks.
+class SegmentationScores(Scores):
+    """Compute mean IoU and accuracies, in percent over all images together, from areas in place of masks.
 
-    `intersections`, `prediction_areas`, `label_areas`: (M, N) pixels of each of N classes, whole numbers, of M images.
-    `add_batch` takes arrays, lists or tensors on a CPU.
-
-    `compute(classes=[names])` returns, in percent and over all images together: `mean_iou`, the mean of intersection /
-    union over the classes that occur in an annotation or a prediction; `mean_accuracy`, the mean of intersection /
-    label area over the classes that occur in an annotation; `overall_accuracy`, of all annotated pixels;
-    `per_class_iou` and `per_class_accuracy`: name -> its value, None for a class that does not occur. Sums are exact,
-    so the order of rows makes no difference. Raises ValueError where no pixel at all is annotated.
+    The columns (M, N) are pixels of N classes in M images, as `metrics.segmentation_areas` counts them. `mean_iou` is
+    averaged over the classes in an annotation or a prediction, `mean_accuracy` over those in an annotation;
+    `per_class_iou` and `per_class_accuracy` are None for an absent class. Raises ValueError if no pixel is annotated.
     """
 
-    def __init__(self):
-        with tempfile.TemporaryDirectory() as unused:  # `evaluate` wants a folder even where it writes nothing
-            super().__init__(keep_in_memory=True, cache_dir=unused, seed=0)
-
-    def _info(self) -> evaluate.MetricInfo:
-        names = ("intersections", "prediction_areas", "label_areas")
-        return evaluate.MetricInfo(
-            description="Mean IoU, mean accuracy, accuracy of all pixels, IoU and accuracy of each class.",
-            citation="",
-            inputs_description="",
-            features=Features({name: ListOf(Value("int64")) for name in names}),
-        )
+    columns: ClassVar = {name: ListOf(Value("int64")) for name in ("intersections", "prediction_areas", "label_areas")}
 
     def _compute(self, *, intersections, prediction_areas, label_areas, classes: Sequence[str]) -> dict:
         hits, predicted, labelled = (
@@ -105,6 +82,20 @@ class SegmentationScores(evaluate.Metric):
 
 
 def _mean(values: Iterable[float | None]) -> float:
-    """The mean of those that are not None."""
+    """Return the mean of the values that are not None."""
     known = [value for value in values if value is not None]
     return math.fsum(known) / len(known)
+
+
+def score_classification(rows: list[tuple], classes: Sequence[str]) -> dict:
+    """Return the scores of metrics.json from a row per image: index, label, best classes, loss."""
+    _, labels, rankings, losses = zip(*rows, strict=True)
+    columns: ClassVar = dict(predictions=rankings, references=labels, losses=losses)
+    return ClassificationScores().compute(classes=classes, **columns)
+
+
+def score_segmentation(rows: list[tuple], classes: Sequence[str]) -> dict:
+    """Return the scores of metrics.json from a row per image: index, areas as `metrics.segmentation_areas` gives."""
+    intersections, predicted, labelled = zip(*(areas for _, areas in rows), strict=True)
+    columns: ClassVar = dict(intersections=intersections, prediction_areas=predicted, label_areas=labelled)
+    return SegmentationScores().compute(classes=classes, **columns)

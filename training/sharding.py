@@ -1,12 +1,11 @@
 """FSDP2: training on a share of the weights (Zhao et al. 2023, "PyTorch FSDP"; torch's `fully_shard`).
 
-Where Accelerate is configured with `fsdp_version: 2`, weights, gradients and the optimizer's moments are split over the
-processes, and a block's weights are put together while it is computed. Only the training step runs on them. Whatever
-else looks at the model (validation, pictures, exports) takes an unsharded copy, as processes differ in what they
-evaluate, and sharded weights need all of them for every forward pass.
+With Accelerate's `fsdp_version: 2`, weights, gradients and the optimizer's moments are split over the processes, and
+the weights of a block are gathered while it is computed. Only the training step runs on sharded weights. Validation,
+pictures and exports take an unsharded copy, because processes differ in what they evaluate, and every forward pass on
+sharded weights needs all of them.
 """
 
-import argparse
 import copy
 import inspect
 import os
@@ -20,13 +19,15 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-BLOCK = "Block"  # the module whose weights are put together at a time
+BLOCK = "Block"  # class name of the modules that FSDP wraps
 
 
-def resolve_sharding(args: argparse.Namespace, accelerator) -> list[str]:
-    """Makes FSDP2, where Accelerate runs it, compute what several whole copies would; what is wrong, a line each.
+def configure_sharding(accelerator, *, compiled: bool, auto_micro_batch: bool) -> list[str]:
+    """Make FSDP2, if Accelerate runs it, compute what DDP would, and return error messages, one per problem.
 
-    Turns its activation checkpointing into --gradient_checkpointing, in `args` too.
+    Args:
+        compiled: --compile.
+        auto_micro_batch: --micro_batch_size auto.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
@@ -46,8 +47,6 @@ def resolve_sharding(args: argparse.Namespace, accelerator) -> list[str]:
     plugin.mixed_precision_policy = None  # the loop autocasts: weights and residuals stay in float32
     plugin.cpu_ram_efficient_loading = False  # every process has the weights already
     plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = transformer_auto_wrap_policy, [BLOCK]
-    if plugin.activation_checkpointing:  # Accelerate's draws other random numbers when it computes again
-        args.gradient_checkpointing, plugin.activation_checkpointing = True, False
 
     errors = []
     if "save_distributed" not in inspect.signature(HuggingFaceStorageWriter).parameters:
@@ -58,21 +57,42 @@ def resolve_sharding(args: argparse.Namespace, accelerator) -> list[str]:
         "fsdp_ignored_modules": plugin.ignored_modules is not None,
         "parallelism_config": accelerator.parallelism_config is not None,
     }
-    flags = {"--compile": args.compile, "--mixed_precision fp16": accelerator.mixed_precision == "fp16"}
-    flags |= {"--micro_batch_size auto": args.micro_batch_size == "auto"}  # tries a step that is not sharded
+    flags = {
+        "--compile": compiled,
+        "--mixed_precision fp16": accelerator.mixed_precision == "fp16",
+        "--micro_batch_size auto": auto_micro_batch,  # which tries steps that are not sharded
+    }
     errors += [f"Accelerate's {name} does not work here; leave it out" for name, on in settings.items() if on]
     return errors + [
         f"{name} does not work with FSDP2; leave it out, or run without FSDP" for name, on in flags.items() if on
     ]
 
 
-def prepare(accelerator, model: nn.Module, optimizer) -> tuple[nn.Module, torch.optim.Optimizer, Callable]:
-    """What Accelerate makes of both, and `plain_model()`: the model as it was, neither wrapped nor sharded, with the
-    weights that it has now. Every process must call that, and all get the same module each time."""
+def take_activation_checkpointing(accelerator) -> bool:
+    """Turn off Accelerate's activation checkpointing, and return whether it was on.
+
+    It would draw other random numbers when it recomputes; the blocks' own gradient checkpointing takes its place.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    on = plugin is not None and bool(plugin.activation_checkpointing)
+    if on:
+        plugin.activation_checkpointing = False
+    return on
+
+
+def wrap(accelerator, model: nn.Module, optimizer) -> tuple[nn.Module, torch.optim.Optimizer, Callable]:
+    """Prepare model and optimizer with Accelerate.
+
+    Returns:
+        Both, and `plain_model()`, which returns the model neither wrapped nor sharded, with its current weights. Every
+        process must call it, and gets the same module each time.
+    """
     if not accelerator.is_fsdp2:
         model, optimizer = accelerator.prepare(model, optimizer)
-        plain = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the loop says itself where it autocasts
+        plain = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the loop autocasts itself
         return model, optimizer, lambda: plain
+    # In torch 2.14 about outputs that are views, as those of every Linear; the loop changes none in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     plain = copy.deepcopy(model).to(accelerator.device)
     model, optimizer = accelerator.prepare(model, optimizer)
     return model, optimizer, partial(_copy_weights, model, plain)
@@ -86,33 +106,33 @@ def _copy_weights(model: nn.Module, plain: nn.Module) -> nn.Module:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of which each process may have a share, put together. Every process must call it; no device waits."""
+    """Return the whole of a tensor that may be sharded. Every process must call it; no device waits."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The names and whole tensors of a model's state, one at a time. Every process must take all of them."""
+    """Yield the names and whole tensors of a model's state, one at a time. Every process must take all of them."""
     for name, tensor in model.state_dict().items():
         yield name, whole(tensor.detach())
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether processes have shares of the weights."""
+    """Return True if each process has a share of the weights."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def share_of(tensor: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
-    """This process's share of a whole tensor that is the same on all, split as `like` is where that is of its shape."""
+    """Return this process's share of a whole tensor, split like the tensor `like` if that is sharded."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def write_moments(folder: Path, model: nn.Module, optimizer, group) -> None:
-    """Writes what an optimizer keeps of each parameter, named PARAMETER.KEY, into a folder that is made: each process
-    its share, as safetensors of torch.distributed.checkpoint. Every process must call it; where one fails, all raise.
+    """Write the optimizer's state into a new folder, as safetensors of torch.distributed.checkpoint.
 
-    `group` is of processes and on the CPU, None for the default one.
+    Tensors are named PARAMETER.KEY, and each process writes its share. Every process must call it; if one fails, all
+    raise. `group` is the processes' group on the CPU, None for the default one.
     """
     import torch.distributed.checkpoint as checkpoint
 
@@ -123,13 +143,15 @@ def write_moments(folder: Path, model: nn.Module, optimizer, group) -> None:
     try:
         writer = checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True)
         checkpoint.save(dict(sorted(tensors.items())), storage_writer=writer, process_group=group)
-    except checkpoint.api.CheckpointException as error:  # no Exception
+    except checkpoint.api.CheckpointException as error:  # which is no subclass of Exception
         raise next(iter(error.failures.values()))[0] from error
 
 
 def read_moments(folder: Path, model: nn.Module, optimizer) -> dict[int, dict[str, torch.Tensor]]:
-    """What `write_moments` wrote, by the parameters' numbers in the optimizer, however many processes wrote it and read
-    it, sharded or not. Raises an Exception where that fails."""
+    """Return the state that `write_moments` wrote, by the parameters' numbers in the optimizer.
+
+    The number of processes, and whether they shard, may differ from those that wrote it.
+    """
     import torch.distributed.checkpoint as checkpoint
 
     reader, parameters = checkpoint.HuggingFaceStorageReader(str(folder)), dict(model.named_parameters())
@@ -140,7 +162,7 @@ def read_moments(folder: Path, model: nn.Module, optimizer) -> dict[int, dict[st
             size = stored.size
             tensors[name] = torch.zeros_like(parameter) if size == parameter.shape else torch.zeros(size)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a single process, that it is one
+            warnings.simplefilter("ignore")  # about running in a single process
             checkpoint.load(tensors, storage_reader=reader)
     except checkpoint.api.CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from error

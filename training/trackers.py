@@ -1,4 +1,4 @@
-"""Experiment trackers beside the log: Weights & Biases and TensorBoard."""
+"""Log to Weights & Biases and TensorBoard, in addition to log.jsonl."""
 
 import importlib.util
 import secrets
@@ -11,51 +11,47 @@ from tqdm import tqdm
 
 from training.wording import in_one_line
 
+REMEDIES = dict(wandb="run `wandb login`, or set WANDB_MODE=offline", tensorboard="pip install --upgrade tensorboard")
+
 
 def start_trackers(
     accelerator, folder: Path, names: list[str], *, project: str, run_name: str | None, flags: dict, start_step: int
 ) -> None:
-    """Starts each of the trackers `names` ("wandb", "tensorboard"), on the main process, for Progress to write to.
+    """Start the trackers `names` ("wandb", "tensorboard") on the main process, for Progress to write to.
 
-    One that is not installed, not logged in or refuses costs one warning; the run and the other tracker go on. The
-    flags become its configuration: numbers and text, lists joined by spaces, without those that were not given.
-    `start_step` is the step of the checkpoint that the run continues, or 0.
+    A tracker that is missing, not logged in or fails prints a warning; training goes on. `flags` become its
+    configuration, without None values; `start_step` is the step of the checkpoint that the run resumes from, or 0.
     """
     if not accelerator.is_main_process:
         return
-    given = {name: value for name, value in flags.items() if value is not None}
-    config = {name: value if isinstance(value, int | float) else _as_text(value) for name, value in given.items()}
+    lists = {name: " ".join(map(str, value)) for name, value in flags.items() if isinstance(value, list | tuple)}
+    config = {name: value for name, value in (flags | lists).items() if value is not None}
     for name in names:
         spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # no origin: merely a folder of that name, as wandb itself makes
+        if spec is None or spec.origin is None:  # no origin: a plain folder of that name, which wandb creates
             _warn(f"not logging to {name}: the package is not installed; pip install {name}")
             continue
         try:
             tracker = WandB(folder, project, run_name) if name == "wandb" else TensorBoard(folder, start_step)
             tracker.start()
             tracker.store_init_configuration(config)
-        except Exception as error:  # whatever it is, it is no reason not to train
-            remedy = {
-                "wandb": "run `wandb login`, or set WANDB_MODE=offline",
-                "tensorboard": f"make {folder} writable, or pip install --upgrade tensorboard",
-            }
-            _warn(f"not logging to {name}: {in_one_line(error)}; {remedy[name]}")
+        except Exception as error:  # no failure of a tracker may stop the training
+            _warn(f"not logging to {name}: {in_one_line(error)}; {REMEDIES[name]}")
         else:
             accelerator.trackers.append(tracker)
 
 
 def finish_trackers(accelerator) -> None:
-    """Ends what `start_trackers` started. It may wait for an upload: whatever the run writes should be written."""
+    """Finish all trackers. Call this last: it may wait for an upload."""
     track(accelerator, lambda tracker: tracker.finish())
     accelerator.trackers.clear()
 
 
 class WandB(WandBTracker):
-    """A Weights & Biases run whose id is kept in `wandb_run_id` of the run folder: a resumption continues its curves.
+    """Log to a Weights & Biases run; its id in `wandb_run_id` of the run folder lets a resumed run continue its curves.
 
-    wandb's own steps cannot go back, as a resumption does after a kill: it would drop what comes again, with a warning
-    each time. So the step is logged as a value, which wandb takes as the x axis of every curve; where a run goes back,
-    its points are there twice. Offline, wandb keeps a folder for each start.
+    wandb's own steps cannot go back, as a resumed run does after a kill: it would drop the repeated steps. So the step
+    is logged as a value, which is the x axis of every curve. Offline, wandb keeps a folder for each start.
     """
 
     def __init__(self, folder: Path, project: str, run_name: str | None):
@@ -83,15 +79,14 @@ class WandB(WandBTracker):
 
 
 class TensorBoard(TensorBoardTracker):
-    """Event files in `tensorboard` of the run folder. Those of a resumption tell TensorBoard to forget the points
-    beyond its checkpoint, which come again."""
+    """Write event files to `tensorboard` of the run folder; a resumed run removes the points after its checkpoint."""
 
     def __init__(self, folder: Path, start_step: int):
         super().__init__("tensorboard", folder, purge_step=start_step + 1)
         self.start_step = start_step
 
     def store_init_configuration(self, values: dict) -> None:
-        """Adds a table, among the texts. Accelerate's hyperparameters would be a run of their own, at each start."""
+        """Add a table as text; Accelerate's hyperparameters would add a run at each start."""
         rows = [f"| {name} | `{value}` |" for name, value in values.items()]
         self.writer.add_text("flags", "\n".join(["| flag | value |", "|---|---|", *rows]), self.start_step)
         self.writer.flush()
@@ -102,18 +97,14 @@ class TensorBoard(TensorBoardTracker):
 
 
 def track(accelerator, act: Callable) -> None:
-    """Calls `act` with each tracker. One that fails is dropped, with a warning."""
+    """Call `act` with each tracker; one that fails is dropped with a warning."""
     for tracker in list(accelerator.trackers):
         try:
             act(tracker)
-        except Exception as error:  # a full quota, a lost process: whatever it is, it is no reason not to train
+        except Exception as error:  # a full quota, a lost process, ...
             accelerator.trackers.remove(tracker)
             _warn(f"not logging to {tracker.name} any more: {in_one_line(error)}; log.jsonl has the rest")
 
 
-def _as_text(value) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
 def _warn(text: str) -> None:
-    tqdm.write(f"warning: {text}", file=sys.stderr)  # above the bar, where there is one
+    tqdm.write(f"warning: {text}", file=sys.stderr)  # above the progress bar

@@ -1,8 +1,8 @@
-"""Numbers and errors in words, for people."""
+"""Numbers and errors in words."""
 
 
 def in_bytes(count: float) -> str:
-    """A number of bytes, for people: "1.79 GB"."""
+    """Return a number of bytes in words: "1.79 GB"."""
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
@@ -10,19 +10,31 @@ def in_bytes(count: float) -> str:
 
 
 def in_time(seconds: float) -> str:
-    """A time, for people: "41.3 hours"."""
+    """Return a time in words: "41.3 hours"."""
     for unit, size in (("hours", 3600), ("minutes", 60)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.3g} seconds"
 
 
-def several(count, noun):
-    """ "1 process", "2 processes", "3 channels"."""
+def several(count: int, noun: str) -> str:
+    """Return a number of things in words: "1 process", "2 processes"."""
     plural = "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
     return f"{count} {noun}{'' if count == 1 else plural}"
 
 
-def in_one_line(error: Exception) -> str:
-    """What an error says, in one line."""
+def in_one_line(error: BaseException) -> str:
+    """Return the message of an exception in one line."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+def as_flags(settings: dict) -> str:
+    """Return settings as the flags to give: {"model": "base", "tf32": False} -> "--model base --no-tf32"."""
+    flags = []
+    for name, value in settings.items():
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            values = value if isinstance(value, list | tuple) else [0 if value is None else value]
+            flags.append(" ".join([f"--{name}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]))
+    return " ".join(flags)

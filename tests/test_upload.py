@@ -1,5 +1,4 @@
-"""Uploads to a Hub on this machine, by huggingface_hub and real HTTP: what arrives, what is refused, what is repeated;
-and uploads beside a training."""
+"""Test uploads by huggingface_hub over HTTP to a Hub on this machine, and uploads in the background of a run."""
 
 import json
 import os
@@ -8,7 +7,6 @@ import shutil
 import signal
 import socket
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,13 +15,13 @@ from hub import EXPIRED, READ_ONLY, UNKNOWN, VALID
 from huggingface_hub import ModelCard, constants, list_repo_files, snapshot_download
 
 from training.launch import RunError
-from training.publish import Publisher, check_hub, check_repo_id, check_token, upload
+from training.upload import Uploader, check_hub, check_repo_id, check_token, upload
 
 WEIGHTS = ["model.safetensors", "pretraining/model.safetensors", "reconstructions.png"]  # what goes by LFS
 
 
 def write_folder(folder: Path, *, model_type: str = "vit", architecture: str = "ViTModel", content: str = "1") -> Path:
-    """A folder as it is published, with small files in place of the weights."""
+    """Write an exported folder with small files in place of the weights."""
     (folder / "pretraining").mkdir(parents=True, exist_ok=True)
     config = {"model_type": model_type, "architectures": [architecture]}
     for place in (folder, folder / "pretraining"):
@@ -48,7 +46,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def here(hub, monkeypatch, tmp_path):
-    """The Hub, as which this process takes it."""
+    """Return the Hub on this machine, which this process uses for the real one."""
     hub.enter(monkeypatch, tmp_path)
     return hub
 
@@ -59,7 +57,7 @@ def push(folder: Path, repo_id: str = "owner/name", **options) -> str:
 
 
 def changes(hub) -> list[tuple[str, str]]:
-    """The requests that would change something on the Hub."""
+    """Return the requests that would change something on the Hub."""
     return [(method, path) for method, path in hub.requests if method not in ("GET", "HEAD")]
 
 
@@ -68,7 +66,7 @@ def commits(hub) -> list[str]:
 
 
 @pytest.mark.parametrize("private", [False, True])
-def test_a_new_repository_gets_the_folder_in_one_commit(private, here, folder):
+def test_new_repository_in_one_commit(private, here, folder):
     address = push(folder, private=private)
     repository = here.repositories["owner/name"]
     commit = repository.names["main"]
@@ -82,7 +80,7 @@ def test_a_new_repository_gets_the_folder_in_one_commit(private, here, folder):
     )
 
 
-def test_a_branch_is_made_and_main_stays(here, folder):
+def test_new_branch_leaves_main(here, folder):
     push(folder)
     before = here.files("owner/name")
     write_folder(folder, content="2")
@@ -92,18 +90,16 @@ def test_a_branch_is_made_and_main_stays(here, folder):
     assert address.endswith(here.repositories["owner/name"].names["v2"])
 
 
-def test_a_pull_request_to_a_repository_of_others(here, folder, tmp_path):
+def test_pull_request(here, folder, tmp_path):
     here.add("others/name", write_folder(tmp_path / "theirs", content="theirs"))
     before = here.files("others/name")
     assert before
     assert push(folder, "others/name", create_pr=True) == f"{here.endpoint}/others/name/discussions/1"
     assert here.files("others/name") == before
     assert here.files("others/name", "refs/pr/1") == content_of(folder)
-    with pytest.raises(RunError, match="a pull request is made to main; leave out --create_pr or --revision v2"):
-        push(folder, create_pr=True, revision="v2")
 
 
-def test_a_repeated_upload_sends_what_changed(here, folder):
+def test_repeated_upload_sends_changes_only(here, folder):
     first = push(folder)
     assert len(here.uploads) == len(WEIGHTS)
     assert push(folder) == first and len(commits(here)) == 1  # nothing changed
@@ -112,8 +108,8 @@ def test_a_repeated_upload_sends_what_changed(here, folder):
     assert len(here.uploads) == len(WEIGHTS) + 1 and here.files("owner/name") == content_of(folder)
 
 
-def test_what_an_earlier_model_left_is_removed(here, folder):
-    """Files of ours that the new model does not have, which would be read before its own; not what others added."""
+def test_files_of_an_earlier_model_are_removed(here, folder):
+    """Our files that the new model does not have are removed; files that others added stay."""
     for name in ("ema.safetensors", "loss.png", "pytorch_model.bin", "notes.md"):
         (folder / name).write_bytes(b"earlier\0")
     push(folder)
@@ -125,8 +121,8 @@ def test_what_an_earlier_model_left_is_removed(here, folder):
     assert here.files("owner/name") == content_of(folder) | kept
 
 
-def test_an_interrupted_upload_is_continued(here, folder):
-    """Large files that arrived are not sent again, and nothing is to be seen before all have."""
+def test_interrupted_upload_continues(here, folder):
+    """Large files that arrived are not sent again, and nothing is visible before all have."""
     here.fail_uploads_after = 1
     with pytest.raises(RunError) as error:
         push(folder)
@@ -142,16 +138,16 @@ def test_an_interrupted_upload_is_continued(here, folder):
 @pytest.mark.parametrize(
     ("token", "repo_id", "words"),
     [
-        (None, "owner/name", "there is no token of the Hugging Face Hub; run `hf auth login`"),
-        (EXPIRED, "owner/name", "the token is not valid or has expired; run `hf auth login`"),
-        (UNKNOWN, "owner/name", "the token is not valid or has expired; run `hf auth login`"),
-        (READ_ONLY, "owner/name", "the token may not write to owner/name; run `hf auth login`"),
-        (VALID, "others/name", "the token may not write to others/name; .* give a --repo_id of an owner who may"),
-        (VALID, "owner", "'owner' is no name of a repository on the Hub .it has no owner.; expected OWNER/NAME"),
+        (None, "owner/name", "no token for the Hugging Face Hub; run `hf auth login`"),
+        (EXPIRED, "owner/name", "the token is invalid or has expired; run `hf auth login`"),
+        (UNKNOWN, "owner/name", "the token is invalid or has expired; run `hf auth login`"),
+        (READ_ONLY, "owner/name", "the token has no write access to owner/name; run `hf auth login`"),
+        (VALID, "others/name", "the token has no write access to others/name; .* give a --repo_id of another owner"),
+        (VALID, "owner", "'owner' is not a valid repository name .the owner is missing.; expected OWNER/NAME"),
     ],
 )
 @pytest.mark.parametrize("exists", [False, True])
-def test_who_may_not_upload(token, repo_id, words, exists, hub, folder, monkeypatch, tmp_path):
+def test_missing_permissions(token, repo_id, words, exists, hub, folder, monkeypatch, tmp_path):
     hub.enter(monkeypatch, tmp_path, token=token)
     monkeypatch.setattr(sys, "argv", ["push_to_hub.py", "work dir/run", "--repo_id", repo_id])
     if exists:
@@ -181,23 +177,23 @@ def test_without_a_network(here, folder, monkeypatch):
     [
         (dict(model_type="beit", architecture="BeitForImageClassification"), "beit BeitForImageClassification"),
         (dict(architecture="ViTForImageClassification"), "vit ViTForImageClassification"),
-        ("{}", "unknown"),
-        ("no JSON", "no configuration of transformers"),
+        ("{}", "unknown type"),
+        ("no JSON", "unreadable config.json"),
     ],
 )
 @pytest.mark.parametrize("options", [{}, dict(create_pr=True), dict(revision="new")])
-def test_a_repository_of_another_model_is_left_alone(theirs, words, options, here, folder, tmp_path):
+def test_repository_of_another_model_is_refused(theirs, words, options, here, folder, tmp_path):
     other = write_folder(tmp_path / "other", **(theirs if isinstance(theirs, dict) else {}))
     if isinstance(theirs, str):
         (other / "config.json").write_text(theirs)
     here.add("owner/name", other)
-    told = rf"owner/name holds a model of another type \({words}, and this is vit ViTModel\); give another --repo_id"
-    with pytest.raises(RunError, match=told):
+    error = rf"owner/name holds another type of model \({words}, expected vit ViTModel\); give another --repo_id"
+    with pytest.raises(RunError, match=error):
         push(folder, **options)
     assert not changes(here)
 
 
-def test_a_repository_that_holds_no_model_or_a_larger_one_is_used(here, folder, tmp_path):
+def test_repository_without_a_model_or_of_another_size(here, folder, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "README.md").write_text("soon")
@@ -208,7 +204,7 @@ def test_a_repository_that_holds_no_model_or_a_larger_one_is_used(here, folder, 
     assert here.files("owner/name", "large") == here.files("owner/name") == content_of(folder)
 
 
-def test_a_public_repository_is_not_taken_for_a_private_one(here, folder, tmp_path):
+def test_private_refuses_a_public_repository(here, folder, tmp_path):
     here.add("owner/name", folder)
     with pytest.raises(RunError, match="owner/name exists and is public; make it private in its settings, or leave"):
         push(folder, private=True)
@@ -218,7 +214,7 @@ def test_a_public_repository_is_not_taken_for_a_private_one(here, folder, tmp_pa
     assert here.files("owner/hidden")["README.md"].endswith(b"# 3\n")
 
 
-def test_what_the_hub_refuses_is_told(here, folder):
+def test_invalid_metadata(here, folder):
     (folder / "README.md").write_text("---\nlicense: [\n---\n")
     with pytest.raises(RunError, match=r"^not uploaded: the Hub failed \(Invalid metadata in README.md"):
         push(folder)
@@ -228,12 +224,12 @@ def test_what_the_hub_refuses_is_told(here, folder):
 @pytest.mark.parametrize(
     "repo_id", ["", "name", "owner/", "/name", "a/b/c", "o/a b", "o/a--b", "o/.a", "o/" + 97 * "a"]
 )
-def test_names_that_are_refused(repo_id, hub):
+def test_invalid_names(repo_id, hub):
     (error,) = check_repo_id(repo_id)
     assert error.startswith(repr(repo_id)) and error.endswith("; expected OWNER/NAME") and "\n" not in error
 
 
-def test_names_and_tokens_that_are_taken(hub, monkeypatch, tmp_path):
+def test_valid_names_and_tokens(hub, monkeypatch, tmp_path):
     for repo_id in ("owner/name", "Owner-1/a_b.C-2"):
         assert not check_repo_id(repo_id)
     for token, count in ((VALID, 0), (None, 1)):
@@ -250,11 +246,11 @@ def test_names_and_tokens_that_are_taken(hub, monkeypatch, tmp_path):
         (False, None, 0, False, []),
         (True, "owner/name", 5, True, []),
         (True, None, 0, False, ["--push_to_hub needs a repository; give --hub_model_id OWNER/NAME"]),
-        (True, "name", 0, False, ["--hub_model_id 'name' is no name"]),
-        (False, "owner/name", 5, True, ["--hub_model_id is of", "--hub_every is of", "--hub_private is of"]),
+        (True, "name", 0, False, ["--hub_model_id 'name' is not a valid repository name"]),
+        (False, "owner/name", 5, True, ["--hub_model_id needs", "--hub_every needs", "--hub_private needs"]),
     ],
 )
-def test_flags_of_the_hub(push_to_hub, repository, every, private, expected):
+def test_check_hub(push_to_hub, repository, every, private, expected):
     errors = check_hub(push_to_hub, repository=repository, every=every, private=private)
     assert len(errors) == len(expected) and all(map(str.startswith, errors, expected)), errors
 
@@ -268,7 +264,7 @@ from transformers import AutoModel, ViTMAEForPreTraining
 from modeling.export import export_autoencoder, export_encoder
 from modeling.mae import MaskedAutoencoder
 from modeling.vit import VisionTransformer
-from training.publish import upload
+from training.upload import upload
 
 encoder = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
 model = MaskedAutoencoder(encoder, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2).eval()
@@ -292,8 +288,8 @@ assert (snapshot / "model.safetensors").read_bytes() == (folder / "model.safeten
 """
 
 
-def test_a_process_that_is_told_of_the_hub_by_its_variables(hub, tmp_path):
-    """Uploaded and loaded by the libraries, all in one process that nothing was patched in."""
+def test_new_process_with_the_environment_of_the_hub(hub, tmp_path):
+    """Upload a folder and load it with the libraries in one process without patches."""
     (tmp_path / "cold.py").write_text(COLD)
     done = run_cold(tmp_path / "cold.py", tmp_path / "folder", cwd=tmp_path, **hub.variables(tmp_path))
     repository = hub.repositories["owner/name"]
@@ -301,15 +297,15 @@ def test_a_process_that_is_told_of_the_hub_by_its_variables(hub, tmp_path):
     assert hub.files("owner/name", "v1") == content_of(tmp_path / "folder")
 
 
-# Beside the training
+# In the background of a run
 
 STAND_IN = """
 import json, os, sys, time
 from pathlib import Path
 folder = Path(sys.argv[1])
-told = {"argv": sys.argv[1:], "session": os.getsid(0), "variables": dict(os.environ)}
 with open(folder / "calls.jsonl", "a") as file:
-    file.write(json.dumps(told) + "\\n")
+    call = {"argv": sys.argv[1:], "session": os.getsid(0), "environment": dict(os.environ)}
+    file.write(json.dumps(call) + "\\n")
 while (folder / "wait").exists():
     time.sleep(0.01)
 print("written")
@@ -319,10 +315,12 @@ print("uploaded: ADDRESS")
 """
 
 
-@pytest.fixture
-def script(tmp_path) -> Path:
+@pytest.fixture(autouse=True)
+def script(tmp_path, monkeypatch) -> Path:
+    """Replace push_to_hub.py by a stand-in that can wait and fail."""
     path = tmp_path / "stand_in.py"
     path.write_text(STAND_IN)
+    monkeypatch.setattr("training.upload.SCRIPT", path)
     return path
 
 
@@ -331,114 +329,101 @@ def calls(folder: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_for(happened) -> None:
-    end = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def test_a_run_is_published_beside_its_training(script, tmp_path, monkeypatch, capsys):
-    """One at a time, as a process of its own; then at the end."""
+def test_upload_during_and_after_training(tmp_path, monkeypatch, capsys):
+    """One upload at a time, in a process outside the launch."""
     launch = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="x", MASTER_PORT="1")
     launch |= dict(ACCELERATE_MIXED_PRECISION="bf16", TORCHELASTIC_RUN_ID="1", GROUP_RANK="0", ROLE_RANK="0")
-    for name, value in {**launch, "CUDA_VISIBLE_DEVICES": "0,1", "HF_HOME": "kept"}.items():
+    for name, value in {**launch, "CUDA_VISIBLE_DEVICES": "0,1", "HF_HOME": "home"}.items():
         monkeypatch.setenv(name, value)
-    publisher = Publisher(tmp_path, "owner/name", every=10, private=True, script=script)
+    uploader = Uploader(tmp_path, "owner/name", every=10, private=True)
     (tmp_path / "wait").touch()
     for step in range(31):
-        publisher.after(step)
-    out = capsys.readouterr().out.splitlines()
-    assert out == [
-        f"publishing step 10; {tmp_path / 'hub.log'} tells how it goes",
-        "step 20 is not published, as the upload of step 10 still goes on",
+        uploader.after(step)
+    assert capsys.readouterr().out.splitlines() == [
+        f"uploading step 10 in the background; see {tmp_path / 'hub.log'}",
+        "step 20 is not uploaded: the upload of step 10 is still running",
     ]
     (tmp_path / "wait").unlink()
-    wait_for(lambda: publisher.process.poll() is not None)
-    publisher.after(21)
-    publisher.after(22)
-    assert capsys.readouterr().out == "published step 10: uploaded: ADDRESS\n"
-    publisher.finish()
-    assert capsys.readouterr().out.splitlines()[1:] == ["published the finished run: uploaded: ADDRESS"]
+    uploader.process.wait()
+    uploader.after(21)
+    uploader.after(22)
+    assert capsys.readouterr().out == "uploaded step 10: ADDRESS\n"
+    uploader.finish()
+    assert capsys.readouterr().out.splitlines()[1:] == ["uploaded the finished run: ADDRESS"]
     assert (tmp_path / "hub.log").read_text() == "written\nuploaded: ADDRESS\n"
-    both = calls(tmp_path)
-    assert len(both) == 2
-    for call in both:
+    assert len(calls(tmp_path)) == 2
+    for call in calls(tmp_path):
         assert call["argv"] == [str(tmp_path), "--repo_id", "owner/name", "--private"]
-        assert call["session"] != os.getsid(0) and not launch.keys() & call["variables"].keys()
-        assert call["variables"]["CUDA_VISIBLE_DEVICES"] == "" and call["variables"]["HF_HOME"] == "kept"
+        assert call["session"] != os.getsid(0) and not launch.keys() & call["environment"].keys()
+        assert call["environment"]["CUDA_VISIBLE_DEVICES"] == "" and call["environment"]["HF_HOME"] == "home"
 
 
-def test_the_end_waits_for_an_upload_that_goes_on(script, tmp_path, capsys):
-    publisher = Publisher(tmp_path, "owner/name", every=10, script=script)
-    publisher.after(10)
-    publisher.finish()
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("published")]
-    assert lines == [f"published {what}: uploaded: ADDRESS" for what in ("step 10", "the finished run")]
+def test_finish_waits_for_a_running_upload(tmp_path, capsys):
+    uploader = Uploader(tmp_path, "owner/name", every=10)
+    uploader.after(10)
+    uploader.finish()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("uploaded")]
+    assert lines == ["uploaded step 10: ADDRESS", "uploaded the finished run: ADDRESS"]
 
 
-def test_a_failed_upload_is_told_and_the_next_one_is_tried(script, tmp_path, capsys):
-    publisher = Publisher(tmp_path, "owner/name", every=10, script=script)
-    (tmp_path / "fail").write_text("error: not uploaded: no network; repeat with: python push_to_hub.py x")
-    publisher.after(10)
-    publisher.process.wait()
-    publisher.after(11)
-    told = capsys.readouterr().out.splitlines()[-1]
-    assert told.startswith("warning: step 10 is not published: error: not uploaded: no network; repeat with: python")
-    assert told.endswith(f"{tmp_path / 'hub.log'} has all of it") and told.count("repeat with") == 1
-    (tmp_path / "fail").write_text("error: another\n")
-    publisher.after(20)
-    publisher.process.wait()
-    publisher.after(21)
-    told = capsys.readouterr().out.splitlines()[-1]
-    assert "error: another" in told and told.endswith(f"repeat with: python {script} {tmp_path} --repo_id owner/name")
+def test_failed_uploads_are_reported_and_the_next_one_starts(script, tmp_path, capsys):
+    uploader = Uploader(tmp_path, "owner/name", every=10)
+    repeat = f"repeat with: python {script} {tmp_path} --repo_id owner/name"
+    for step, error, end in (
+        (10, "error: not uploaded: no network; repeat with: python push_to_hub.py x", ""),
+        (20, "error: another\n", f"; {repeat}"),
+    ):
+        (tmp_path / "fail").write_text(error)
+        uploader.after(step)
+        uploader.process.wait()
+        uploader.after(step + 1)
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line == f"warning: step {step} is not uploaded: {error.strip()}; see {tmp_path / 'hub.log'}{end}"
     (tmp_path / "fail").unlink()
-    publisher.finish()
-    assert capsys.readouterr().out.splitlines()[-1] == "published the finished run: uploaded: ADDRESS"
+    uploader.finish()
+    assert capsys.readouterr().out.splitlines()[-1] == "uploaded the finished run: ADDRESS"
 
 
-def test_what_cannot_even_start_is_told(tmp_path, capsys):
-    """A script that is not there, and a folder that is gone."""
-    publisher = Publisher(tmp_path, "owner/name", script=tmp_path / "none.py")
-    publisher.finish()
-    assert "warning: the finished run is not published: " in capsys.readouterr().out
-    gone = Publisher(tmp_path / "gone", "owner/name", every=1)
-    gone.after(1)
-    gone.finish()
+def test_uploads_that_cannot_start(script, tmp_path, capsys):
+    """A missing script, and a run folder that was removed."""
+    script.unlink()
+    Uploader(tmp_path, "owner/name").finish()
+    assert "warning: the finished run is not uploaded: " in capsys.readouterr().out
+    uploader = Uploader(tmp_path / "removed", "owner/name", every=1)
+    uploader.after(1)
+    uploader.finish()
     assert capsys.readouterr().out.count("No such file or directory") == 2
 
 
-def test_without_a_repository_nothing_is_published(script, tmp_path, capsys):
-    """As on all processes but the main one, which saves at the same steps."""
-    publisher = Publisher(tmp_path, None, every=10, script=script)
-    assert publisher.every == 10
-    publisher.after(10)
-    publisher.finish()
+def test_no_repository_uploads_nothing(tmp_path, capsys):
+    """As on all processes but the main one, which save at the same steps."""
+    uploader = Uploader(tmp_path, None, every=10)
+    assert uploader.every == 10
+    uploader.after(10)
+    uploader.finish()
     assert not capsys.readouterr().out and not calls(tmp_path)
 
 
-def test_nobody_waits_where_the_run_is_asked_to_stop(script, tmp_path, capsys):
+def test_finish_stops_waiting_on_request(tmp_path, capsys):
     (tmp_path / "wait").touch()
-    publisher, asked = Publisher(tmp_path, "owner/name", every=10, script=script), []
-    publisher.after(10)
-    publisher.finish(stop=lambda: bool(asked) or asked.append(1))
-    assert "not waiting for the upload of step 10, which goes on" in capsys.readouterr().out
+    uploader, questions = Uploader(tmp_path, "owner/name", every=10), []
+    uploader.after(10)
+    uploader.finish(stop=lambda: bool(questions) or questions.append(1))
+    assert "the upload of step 10 continues in the background" in capsys.readouterr().out
     (tmp_path / "wait").unlink()
-    assert publisher.process.wait() == 0 and len(calls(tmp_path)) == 1
+    assert uploader.process.wait() == 0 and len(calls(tmp_path)) == 1
 
 
-def test_nobody_waits_after_an_interruption(script, tmp_path, capsys, monkeypatch):
-    """Ctrl-C while the end waits: the training's process ends well, and the upload goes on."""
-
+def test_finish_stops_waiting_after_ctrl_c(tmp_path, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     (tmp_path / "wait").touch()
-    publisher = Publisher(tmp_path, "owner/name", script=script)
+    uploader = Uploader(tmp_path, "owner/name")
     before = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, 0.5)
-    publisher.finish()
+    uploader.finish()
     signal.signal(signal.SIGALRM, before)
-    assert "not waiting for the upload of the finished run, which goes on" in capsys.readouterr().out
+    assert "the upload of the finished run continues in the background" in capsys.readouterr().out
     (tmp_path / "wait").unlink()
-    assert publisher.process.wait() == 0 and "uploaded" in (tmp_path / "hub.log").read_text()
+    assert uploader.process.wait() == 0 and "uploaded" in (tmp_path / "hub.log").read_text()

@@ -1,0 +1,73 @@
+import pytest
+import torch
+from conftest import run_code
+
+from training import launch
+from training.wording import as_flags, in_bytes, in_one_line, in_time, several
+
+RUN = """
+import errno, sys
+import torch
+from training import launch
+from training.launch import RunError, Stopped, fail, run_script
+
+def main():
+    print("started")
+    {}
+
+run_script(main, remedy={!r})
+"""
+
+
+@pytest.mark.parametrize(
+    "statement, remedy, code, expected",
+    [
+        ("raise Stopped", None, 0, ""),
+        ("fail(['b is bad', 'a is bad', 'b is bad'])", None, 2, "error: b is bad\nerror: a is bad\n"),
+        ("fail(['b is bad'], show=False)", None, 2, ""),
+        ("raise RunError('the data are gone; mount them')", None, 1, "\nerror: the data are gone; mount them\n"),
+        ("raise KeyboardInterrupt", None, 130, "\nerror: interrupted before the step was saved; continue with --"),
+        ("raise KeyboardInterrupt", "start it again", 130, "\nerror: interrupted; start it again\n"),
+        ("raise OSError(errno.ENOSPC, 'full', 'a.bin')", None, 1, "\nerror: a.bin could not be written (the disk is"),
+        ("raise torch.OutOfMemoryError('CUDA is\\nfull')", None, 1, "\nerror: out of memory (CUDA is full); give"),
+        ("raise MemoryError", "close programs", 1, "\nerror: out of memory (MemoryError); close programs\n"),
+        ("raise RuntimeError('Connection closed by peer')", None, 1, "\nTraceback (most recent call last):"),
+    ],
+)
+def test_the_end_of_a_script(tmp_path, statement, remedy, code, expected):
+    end = run_code(RUN.format(statement, remedy), cwd=tmp_path, code=code)
+    assert end.stdout == "started\n" and (end.stderr.startswith(expected) if expected else not end.stderr)
+    if "RunError" in statement:  # the main process alone prints it
+        assert not run_code(RUN.format(statement, remedy), cwd=tmp_path, code=code, RANK="1").stderr
+
+
+def test_precision_is_the_flag_or_what_accelerate_says(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert launch.resolve_precision(None) == "no" and launch.resolve_precision("fp16") == "fp16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert launch.resolve_precision(None) == "bf16" and launch.resolve_precision("no") == "no"
+
+
+def test_the_single_thread_of_the_launcher_is_undone(monkeypatch):
+    numbers, launched = [], dict(ACCELERATE_MIXED_PRECISION="no")
+    monkeypatch.setattr(launch, "cores_per_process", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    for variables in (
+        dict(OMP_NUM_THREADS="1"),
+        dict(launched, OMP_NUM_THREADS="2"),
+        dict(launched, OMP_NUM_THREADS="1"),
+    ):
+        assert not numbers
+        monkeypatch.setattr("os.environ", variables)
+        launch.set_speed(torch.device("cpu"), tf32=True)
+    assert numbers == [3]
+
+
+def test_words():
+    assert [in_bytes(count) for count in (1.79e9, 4.5e6, 830, 2.4e12)] == ["1.79 GB", "4.5 MB", "0.83 kB", "2.4e+03 GB"]
+    assert [in_time(seconds) for seconds in (0.25, 90, 148_680)] == ["0.25 seconds", "1.5 minutes", "41.3 hours"]
+    assert [several(1, "process"), several(2, "process"), several(0, "step")] == ["1 process", "2 processes", "0 steps"]
+    assert in_one_line(ValueError("two\n  lines.")) == "two lines" and in_one_line(KeyError()) == "KeyError"
+    settings = {"model": "base", "tf32": False, "pin_memory": True, "mean": [0.5, 0.25], "crop_size": 8}
+    assert as_flags(settings) == "--model base --no-tf32 --pin_memory --mean 0.5 0.25 --crop_size 8"

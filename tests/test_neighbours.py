@@ -1,0 +1,84 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from training.neighbours import linear_sums, linear_vote, own_features, score_features
+
+
+def test_linear_classifier_is_least_squares():
+    """Compare with torch's solver without penalty, sums of parts with one sum, and scaled features."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (200,), generator=generator)
+    features = torch.randn(200, 5, generator=generator) + F.one_hot(labels, 5)
+    queries, scale = torch.randn(50, 5, generator=generator), torch.tensor([1e3, 1.0, 1e-3, 5.0, 2.0])
+    sums = linear_sums(features, labels, 3)
+    weight = torch.linalg.lstsq(F.pad(features, (0, 1), value=1).double(), F.one_hot(labels, 3).double()).solution
+    expected = (F.pad(queries, (0, 1), value=1).double() @ weight).argmax(dim=1)
+    assert torch.equal(linear_vote(sums, queries, ridge=0), expected)
+    parts = linear_sums(features[:70], labels[:70], 3) + linear_sums(features[70:], labels[70:], 3)
+    torch.testing.assert_close(parts, sums)
+    scaled = linear_vote(linear_sums(features * scale + 7, labels, 3), queries * scale + 7)
+    assert torch.equal(scaled, linear_vote(sums, queries))
+
+
+def features(count, generator):
+    """Return features (count, 16) that cluster weakly by 5 classes, and the classes."""
+    labels = torch.randint(5, (count,), generator=generator)
+    return torch.randn(count, 16, generator=generator) + 1.5 * torch.eye(16)[labels], labels
+
+
+def scores_of_processes(count, tensors):
+    """Return the scores that each of `count` processes computes from its shares; threads take their place."""
+    parts, barrier = [None] * count, threading.Barrier(count)
+
+    def gather(rank, here):
+        barrier.wait(timeout=60)
+        parts[rank] = here
+        barrier.wait(timeout=60)
+        return [item for part in parts for item in part]
+
+    def score(rank):
+        crew = SimpleNamespace(gather=partial(gather, rank))
+        return score_features(*(tensor[rank::count] for tensor in tensors), 5, crew=crew)
+
+    with ThreadPoolExecutor(count) as pool:
+        return [*pool.map(score, range(count))]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_scores_of_any_number_of_processes_equal_a_search_in_numpy(count):
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = features(400, generator), features(100, generator)
+    k = int(torch.bincount(bank[1]).min())
+    rows, others = (part[0].double().numpy() for part in (queries, bank))
+    similarity = rows @ others.T / np.outer(np.linalg.norm(rows, axis=1), np.linalg.norm(others, axis=1))
+    right = 0
+    for row, label in zip(similarity, queries[1].tolist(), strict=True):
+        nearest_ones = np.argsort(-row)[:k]
+        votes = np.bincount(bank[1][nearest_ones], np.exp(row[nearest_ones] / 0.07), minlength=5)
+        right += votes.argmax() == label
+    linear = (linear_vote(linear_sums(*bank, 5), queries[0]) == queries[1]).double().mean().item()
+    for metrics, used in scores_of_processes(count, (*bank, *queries)):
+        assert metrics == {"knn_top1": pytest.approx(right), "linear_top1": pytest.approx(100 * linear)} and used == k
+    assert 50 < right < 100
+
+
+def test_damaged_images_have_no_features():
+    """Read 7 images, of which numbers 1 and 5 are damaged, as the second of two processes: it has 1, 3 and 5."""
+
+    def read(dataset, indices):
+        own = [*indices][1::2]
+        for start in (0, 2):
+            part = own[start : start + 2]
+            images = torch.tensor([[float(index)] * 3 for index in part])
+            yield SimpleNamespace(images=images, damaged=[(index, "cut") for index in part if index in (1, 5)])
+
+    run = SimpleNamespace(process_index=1, num_processes=2, device=torch.device("cpu"))
+    values, labels = own_features(run, lambda x: 2 * x, range(7), np.arange(7) % 4, width=3, read=read)
+    assert values.tolist() == [[6.0, 6.0, 6.0]] and labels.tolist() == [3]

@@ -1,0 +1,241 @@
+"""Values of flags that follow from the data, the weights, or the run to resume."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from training.launch import InputError, check
+
+ENCODER_FLAGS = {"patch_size": "patch_size"}  # argument of the model -> flag
+ENCODER_FLAGS |= {name: f"encoder_{name}" for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+class ImageFormat(NamedTuple):
+    """The flags that say what a pixel is, in their names; None for one that was not given."""
+
+    input_channels: int | None
+    value_range: Sequence[float] | None  # the values of black and white; None: 8 bits
+    nodata: float | None
+    mean: list[float] | None  # of each channel, in [0, 1]
+    std: list[float] | None
+
+    @classmethod
+    def from_dict(cls, values: dict | None) -> "ImageFormat | None":
+        """Return the format in a dict, such as flags or statistics.json, None if there is none."""
+        if not values:
+            return None
+        channels = values.get("input_channels", values.get("channels"))
+        return cls(channels, *(values.get(name) for name in cls._fields[1:]))
+
+
+def resolve_images(
+    given: ImageFormat, *, known: ImageFormat | None, trained: ImageFormat | None = None, adapt_channels: bool = False
+) -> ImageFormat:
+    """Return the format of the images, with a value for every flag that was left out.
+
+    Channels, value range and no-data value are those of the data, mean and standard deviation those of the weights.
+
+    Args:
+        given: the flags.
+        known: the format of the run to resume, or the statistics of the data.
+        trained: the format that the weights to start from were trained with.
+        adapt_channels: whether the weights are converted to the number of channels of the data.
+
+    Raises:
+        InputError: for contradictions, one line each.
+    """
+    channels = given.input_channels or (known and known.input_channels)
+    channels = channels or (trained.input_channels if trained and not adapt_channels else 3)
+    data = known if known and known.input_channels == channels else None
+    if trained and not len(trained.mean or []) == len(trained.std or []) == channels:
+        trained = None
+    nodata = data.nodata if given.nodata is None and data else given.nodata
+    value_range = given.value_range or getattr(data or trained, "value_range", None)
+    errors = []
+    source = trained or data
+    if source and not (given.mean and given.std):
+        same = list(source.value_range or [0, 255]) == list(value_range or [0, 255])
+        unknown = trained and None in (trained.value_range, value_range)  # weights of other libraries do not tell it
+        if not same and not unknown:
+            errors.append(
+                f"--value_range {in_range(value_range)} is not the range of the known mean and standard deviation, "
+                f"{in_range(source.value_range)}; give that range, or --mean and --std too"
+            )
+    usual = ImageFormat(channels, None, None, [0.5] * channels, [0.5] * channels)
+    usual = usual._replace(mean=IMAGENET_MEAN, std=IMAGENET_STD) if channels == 3 else usual
+    mean, std = (list(getattr(given, name) or getattr(source or usual, name)) for name in ("mean", "std"))
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            errors.append(f"--{name} has {len(values)} values for {channels} channels; give one per channel")
+    check(errors)
+    return ImageFormat(channels, value_range, nodata, mean, std)
+
+
+def in_range(value_range: Sequence[float] | None) -> str:
+    """Return a value range in words: "0 to 10000"."""
+    return "{:.9g} to {:.9g}".format(*(value_range or (0, 255)))
+
+
+def encoder_sizes(flags: dict, defaults: dict) -> dict:
+    """Return the sizes of the encoder, by the names of its arguments.
+
+    Args:
+        flags: `patch_size`, `encoder_embed_dim`, ...; None for those that were left out.
+        defaults: `patch_size`, `embed_dim`, `depth`, `num_heads`, `mlp_ratio` of a named size or of trained weights.
+    """
+    given = {name: flags[flag] for name, flag in ENCODER_FLAGS.items()}
+    return {name: defaults.get(name, 4.0) if value is None else value for name, value in given.items()}
+
+
+def resolve_inputs(flags: dict, *, previous: dict, statistics: dict | None, weights=None) -> ImageFormat:
+    """Return the format of the images of a fine-tuning run, see `resolve_images`.
+
+    Args:
+        flags: the script's flags.
+        previous: the flags of the run to resume, or {}.
+        statistics: the content of statistics.json, which lies beside the data.
+        weights: `modeling.weights.Weights` to start from, or None.
+    """
+    known, trained = ImageFormat.from_dict(previous) or ImageFormat.from_dict(statistics), None
+    if weights:
+        stored = weights.stored
+        trained = ImageFormat(weights.sizes["in_channels"], stored.value_range, None, stored.mean, stored.std)
+    given, adapt = ImageFormat.from_dict(flags), flags["adapt_channels"]
+    return resolve_images(given, known=known, trained=trained, adapt_channels=adapt)
+
+
+def resolve_encoder(flags: dict, named_sizes: dict[str, dict], *, previous: dict, weights=None) -> dict:
+    """Return the sizes of the encoder of a fine-tuning run; for a classifier with `img_size`.
+
+    Each is the flag's, else that of --model, else that of the run to resume, else that of the weights.
+
+    Raises:
+        InputError: for sizes that contradict each other, one line each.
+    """
+    defaults = named_sizes[flags["model"] or "base"]
+    if not flags["model"] and (previous or weights):
+        defaults = {name: previous[flag] for name, flag in ENCODER_FLAGS.items()} if previous else weights.sizes
+    sizes = encoder_sizes(flags, defaults)
+    if sizes["num_heads"] is None:
+        raise InputError("the weights do not store the encoder's number of heads; give --encoder_num_heads")
+    errors = check_width("encoder", sizes["embed_dim"], sizes["num_heads"])
+    if "img_size" in flags:
+        trained = weights and weights.grid and [side * sizes["patch_size"] for side in weights.grid]
+        sizes["img_size"] = tuple(flags["img_size"] or previous.get("img_size") or trained or [224, 224])
+        errors += check_size("img_size", sizes["img_size"], sizes["patch_size"])
+    check(errors)
+    return sizes
+
+
+def check_trained(flags: dict, named_sizes: dict[str, dict], encoder) -> None:
+    """Raise InputError for sizes that were given for a trained model and are not those of its encoder."""
+    model, actual = flags["model"], encoder_flags(vars(encoder))
+    prefix, defaults = (f"--model {model}: ", named_sizes[model]) if model else ("--", vars(encoder))
+    for flag, value in encoder_flags(encoder_sizes(flags, defaults)).items():
+        if value != actual[flag]:
+            raise InputError(f"{prefix}{flag} {value:g} is not the trained model's {actual[flag]:g}; leave it out")
+    if not flags["adapt_channels"] and flags["input_channels"] not in (None, encoder.in_channels):
+        raise InputError(
+            f"--input_channels {flags['input_channels']} does not fit the trained model, of {encoder.in_channels}; "
+            "leave it out, or give --adapt_channels"
+        )
+
+
+def encoder_flags(sizes: dict) -> dict:
+    """Return the sizes of an encoder under the names of their flags."""
+    return {flag: sizes[name] for name, flag in ENCODER_FLAGS.items()}
+
+
+def check_width(part: str, dim: int, heads: int) -> list[str]:
+    """Return error messages for the width and the number of heads of the "encoder" or "decoder"."""
+    errors = []
+    if dim % heads:
+        errors.append(f"--{part}_embed_dim {dim} is not divisible by --{part}_num_heads {heads}; take a multiple")
+    if dim % 4:
+        errors.append(f"--{part}_embed_dim {dim} is not divisible by 4, as its positions need; take a multiple of 4")
+    return errors
+
+
+def check_size(flag: str, sides: Sequence[int], patch_size: int) -> list[str]:
+    """Return error messages for the sides of images (or crops), in pixels, that the flag gives."""
+    flag = f"--{flag} {' '.join(map(str, sides))}"
+    errors = [f"{flag} is too small; expected at least 6 pixels a side"] if min(sides) < 6 else []
+    if any(side % patch_size for side in sides):
+        errors.append(f"{flag} is not divisible by --patch_size {patch_size}; take multiples of {patch_size}")
+    return errors
+
+
+def check_preview(channels: Sequence[int] | None, input_channels: int | None = None) -> list[str]:
+    """Return error messages if --preview_channels are not one or three existing channels."""
+    text, beyond = " ".join(map(str, channels or [])), input_channels and max(channels or [0]) >= input_channels
+    if not channels or (len(channels) in (1, 3) and not beyond):
+        return []
+    numbers = f" of 0 to {input_channels - 1}" if input_channels else ""
+    return [f"--preview_channels {text} cannot be shown; expected one or three{numbers}"]
+
+
+def resolve_augmentation(magnitude: int, default: int, images: ImageFormat) -> int:
+    """Return the magnitude of RandAugment; raise InputError for images of a format that it does not know."""
+    if not magnitude or (images.value_range is None and images.input_channels in (1, 3)):
+        return magnitude
+    if magnitude != default:
+        raise InputError(f"--random_aug_magnitude {magnitude} is for 8-bit images in colour or grey; give 0")
+    return 0
+
+
+def resolve_crop(crop_size: int, patch_size: int, *, upernet: bool) -> int:
+    """Return the side of crops in pixels; raise InputError for one that does not fit the patches."""
+    check(check_size("crop_size", [crop_size], patch_size))
+    if upernet and crop_size < 2 * patch_size:
+        raise InputError(f"--crop_size {crop_size} holds one patch of {patch_size} a side; UperNet needs at least two")
+    return crop_size
+
+
+def resolve_head(flags: dict, depth: int, default_layers: Callable[[int], list[int]]) -> dict:
+    """Return the flags of a segmenter's head with their values.
+
+    Args:
+        flags: `head`, `layers`, `head_width`, `auxiliary_weight`; None for those that were left out.
+        depth: number of blocks of the encoder.
+        default_layers: returns the indices of the blocks that feed UperNet, given the depth.
+
+    Raises:
+        InputError: for layers that the encoder does not have, or not as many as the head takes.
+    """
+    upernet, layers, errors = flags["head"] == "upernet", flags["layers"], []
+    if upernet and depth < 4 and not layers:
+        raise InputError(f"--head upernet needs an encoder of at least 4 blocks, not {depth}; give --head linear")
+    layers = layers or (default_layers(depth) if upernet else [depth - 1])
+    text, count = "--layers " + " ".join(map(str, layers)), 4 if upernet else 1
+    if max(layers) >= depth:
+        errors.append(f"{text} is beyond the encoder's {depth} blocks; expected 0 to {depth - 1}")
+    if len(layers) != count or layers != sorted(set(layers)):
+        errors.append(f"{text} does not fit --head {flags['head']}; expected {count} different numbers in rising order")
+    check(errors)
+    width, weight = flags["head_width"], flags["auxiliary_weight"]
+    if upernet:
+        width, weight = width or 512, 0.4 if weight is None else weight
+    return dict(head=flags["head"], layers=layers, head_width=width, auxiliary_weight=weight)
+
+
+def check_blocks(trainable_blocks: float | None, depth: int) -> None:
+    """Raise InputError for more blocks that train than an encoder has."""
+    if trainable_blocks is not None and trainable_blocks > depth:
+        raise InputError(
+            f"--trainable_blocks {trainable_blocks:g} is more than the encoder has; expected at most {depth}"
+        )
+
+
+def check_classifier_batch(size: int, *, mixing: bool, linear_probe: bool) -> list[str]:
+    """Return error messages for a classifier's micro-batches of `size` images."""
+    errors = []
+    if mixing and size % 2:
+        errors.append(
+            f"--mixup_alpha and --cutmix_alpha mix pairs of images, and the micro-batch of {size} is odd; give an even "
+            "one, or 0 for both"
+        )
+    if linear_probe and size < 2:
+        errors.append(
+            f"--linear_probe has a BatchNorm, and a micro-batch of {size} image is too small; give at least 2"
+        )
+    return errors

@@ -1,0 +1,236 @@
+"""The run folder: its lock, which files are the run's own, and its checkpoints.
+
+A checkpoint is whole or absent: it is written to a temporary folder beside its place, synced, and renamed.
+"""
+
+import errno
+import fcntl
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from training.files import clear_beside, sync, write_json
+from training.launch import InputError, RunError
+from training.wording import in_one_line
+
+MODEL, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.pt", "state.json"
+SHARDS = "optimizer"  # a folder that replaces OPTIMIZER if the optimizer's state is split over processes
+# What may stand in the folder of a run that starts for the first time: the logs of the job that starts it
+JOB_LOGS, JOB_SUFFIXES = {"slurm"}, {".log", ".out", ".err"}
+
+
+class RunFolder:
+    """The folder WORKING_DIRECTORY/EXPERIMENT_NAME, which one run at a time writes to."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self._lock = None
+
+    def lock(self) -> None:
+        """Make this process the writer until it ends.
+
+        Raises:
+            InputError: if the folder has a writer, cannot be written to, or holds files that no run wrote.
+        """
+        try:
+            if (foreign := self.foreign_files()) and self.whole_checkpoints():
+                raise InputError(
+                    f"{self.path / 'args.json'} of the run there is missing or cannot be read; restore it, or give "
+                    "another --experiment_name"
+                )
+            if foreign:
+                raise InputError(
+                    f"{self.path} holds files that no run wrote ({', '.join(foreign[:3])}"
+                    f"{', ...' if foreign[3:] else ''}); give another --experiment_name or --working_directory"
+                )
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.checkpoints).close()
+            self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 - stays open until the process ends
+        except OSError as error:
+            message = f"{self.path} is not writable ({error.strerror}); give another --working_directory"
+            raise InputError(message) from None
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loader workers
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise InputError(
+                    f"{self.path} cannot be locked ({error.strerror}); give a --working_directory on a file system "
+                    "with locks"
+                ) from None
+            raise InputError(
+                f"{self.path} is being written to by another run; wait for it or give another --experiment_name"
+            ) from None
+
+    def foreign_files(self) -> list[str]:
+        """Return the names in the folder if it is not a run's: then nothing in it may be removed or overwritten."""
+        try:
+            if {"flags", "versions"} <= json.loads((self.path / "args.json").read_text()).keys():
+                return []
+        except (OSError, ValueError, AttributeError):
+            pass
+        paths = sorted(self.path.iterdir()) if self.path.is_dir() else []
+        names = [path.name for path in paths if path.suffix not in JOB_SUFFIXES and not path.name.startswith(".")]
+        empty = self.checkpoints.is_dir() and not any(self.checkpoints.iterdir())  # made before args.json is
+        return [name for name in names if name not in JOB_LOGS and not (name == "checkpoints" and empty)]
+
+    def whole_checkpoints(self) -> list[Path]:
+        """Return the folders of all whole checkpoints, the oldest first."""
+        return sorted(path for path in self.checkpoints.glob("step_*") if is_whole(path))
+
+    def find(self, name: str | None, *, resumable: bool = True) -> Path | None:
+        """Return the checkpoint that --resume_from_checkpoint names, or None for a fresh start.
+
+        Raises:
+            InputError: if there is no such checkpoint, or a fresh start would overwrite a run.
+        """
+        whole = self.whole_checkpoints()
+        finished = (self.path / "metrics.json").exists()
+        if finished and not whole and name in (None, "latest", "auto"):
+            raise InputError(
+                f"{self.path} already holds a run, which is finished and has no checkpoint; give another "
+                "--experiment_name"
+            )
+        if name is None:
+            if whole:
+                remedy = "continue it with --resume_from_checkpoint latest or give" if resumable else "give"
+                raise InputError(f"{self.path} already holds a run; {remedy} another --experiment_name")
+            return None
+        if name in ("latest", "auto"):
+            if whole or name == "auto":
+                return whole[-1] if whole else None
+            raise InputError(
+                f"--resume_from_checkpoint latest found no whole checkpoint in {self.checkpoints}; "
+                "leave the flag out, or give auto, to start the run"
+            )
+        path = self.checkpoints / name if (self.checkpoints / name).is_dir() else Path(name)
+        if not path.is_dir() or not name:
+            raise InputError(
+                f"--resume_from_checkpoint {name} is not a folder; expected latest, auto or one of "
+                f"{', '.join(p.name for p in whole) or 'the checkpoints of a run (there are none)'}"
+            )
+        if path.resolve().parent != self.checkpoints.resolve():
+            raise InputError(
+                f"the checkpoint {path} belongs to another run than {self.path}; continue that one, by its "
+                "--working_directory and --experiment_name"
+            )
+        if not is_whole(path):
+            raise InputError(f"the checkpoint {path} is incomplete; resume from another one, or give latest")
+        return path
+
+    def clear_beyond(self, step: int) -> None:
+        """Remove what the run wrote beyond the step to start from.
+
+        These are later checkpoints, the final metrics and the rest of a save or removal that was killed; from step 0
+        also log, pictures and models of a start that left no checkpoint.
+        """
+        if not (self.path / "args.json").exists():  # nothing here is a run's, see `lock`
+            return
+        (self.path / "metrics.json").unlink(missing_ok=True)
+        half_removed = [path for path in self.checkpoints.glob("step_*") if not (path / STATE).exists()]
+        for path in [*self.checkpoints.glob(".saving_*"), *half_removed]:
+            shutil.rmtree(path, ignore_errors=True)
+        for path in self.whole_checkpoints():
+            if read_state(path)["step"] > step:
+                remove_checkpoint(path)
+        for name in ("encoder", "model", "best"):
+            clear_beside(self.path / name)
+        if step == 0:
+            for name in ("log.jsonl", "damaged.jsonl", "wandb_run_id"):
+                (self.path / name).unlink(missing_ok=True)
+            for name in ("reconstructions", "predictions", "encoder", "model", "best", "tensorboard"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def place_of(self, step: int) -> Path:
+        """Return the folder of a step's checkpoint."""
+        return self.checkpoints / f"step_{step:08d}"
+
+    def save(
+        self,
+        model: dict[str, torch.Tensor],
+        optimizer: dict | Path,
+        state: dict,
+        *,
+        keep: int,
+        ema: dict[str, torch.Tensor] | None = None,
+    ) -> Path:
+        """Write the checkpoint of `state["step"]`, then remove all but the newest.
+
+        Args:
+            model: a state dict.
+            optimizer: what torch.load(weights_only=True) can read, or a folder of shards, which is moved.
+            state: the content of state.json.
+            keep: the number of checkpoints to keep.
+            ema: the state dict of the model's moving average.
+
+        Raises:
+            RunError: if the checkpoint cannot be written; earlier ones stay.
+        """
+        target = self.place_of(state["step"])
+        if is_whole(target):  # a run is a function of its flags
+            return target
+        temporary = self.checkpoints / f".saving_{target.name}"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            weights = {MODEL: model} if ema is None else {MODEL: model, EMA: ema}
+            for name, tensors in weights.items():
+                tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+                save_file(tensors, temporary / name, metadata={"format": "pt"})
+            if isinstance(optimizer, Path):
+                optimizer.rename(temporary / SHARDS)
+            else:
+                torch.save(optimizer, temporary / OPTIMIZER)
+            files = [path for path in temporary.rglob("*") if path.is_file()]
+            sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in files}
+            write_json(temporary / STATE, {**state, "files": sizes})
+            for name in weights:  # safetensors makes its files readable by the owner alone
+                shutil.copymode(temporary / STATE, temporary / name)
+            for path in (*temporary.rglob("*"), temporary):
+                sync(path)
+            shutil.rmtree(target, ignore_errors=True)  # an incomplete folder of that name
+            temporary.rename(target)
+            sync(self.checkpoints)
+        except Exception as error:  # safetensors and torch wrap a full disk in errors of their own
+            rest = [temporary, optimizer] if isinstance(optimizer, Path) else [temporary]
+            raise self.failure(state["step"], error, remove=rest) from error
+        for path in self.whole_checkpoints()[:-keep]:
+            remove_checkpoint(path)
+        return target
+
+    def failure(self, step: int, error: Exception, *, remove: list[Path]) -> RunError:
+        """Return the error to raise for a checkpoint that could not be written, and remove its partial folders."""
+        full = shutil.disk_usage(self.path).free < 2**16 or getattr(error, "errno", None) == errno.ENOSPC
+        reason = "the disk is full" if full else in_one_line(error)
+        for path in remove:
+            shutil.rmtree(path, ignore_errors=True)
+        whole = self.whole_checkpoints()
+        return RunError(
+            f"the checkpoint of step {step} could not be written to {self.checkpoints} ({reason}); "
+            f"{'make room' if full else 'make it writable'} and give --resume_from_checkpoint auto: "
+            f"{whole[-1].name + ' is whole' if whole else 'no earlier checkpoint exists'}"
+        )
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint, state.json first, so that a half-removed folder is never taken for a whole one."""
+    (path / STATE).unlink()
+    shutil.rmtree(path)
+
+
+def is_whole(path: Path) -> bool:
+    """Return True if the folder holds a checkpoint with all its files at their full size."""
+    try:
+        files = read_state(path)["files"]
+        return all((path / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def read_state(checkpoint: Path) -> dict:
+    """Return the state.json of a checkpoint."""
+    return json.loads((checkpoint / STATE).read_text())

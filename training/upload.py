@@ -1,0 +1,235 @@
+"""Upload a folder to the Hugging Face Hub, now or in the background of a training run."""
+
+import contextlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, hf_hub_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,  # of the library that huggingface_hub uses for requests: httpx or httpx2
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+from tqdm import tqdm
+
+from training.launch import RunError
+from training.schedule import is_due
+from training.wording import in_one_line
+
+SCRIPT = Path(__file__).parent.parent / "push_to_hub.py"
+OWN_FILES = {"ema.safetensors", "transformers_model.safetensors", "preprocessor_config.json"}
+OWN_FILES |= {f"{name}.png" for name in ("loss", "reconstructions", "confusion", "predictions")}
+LOG_IN = "run `hf auth login`, or set HF_TOKEN to a token with write access (https://huggingface.co/settings/tokens)"
+
+
+def check_repo_id(repo_id: str) -> list[str]:
+    """Return the error in the name of a repository, if any."""
+    try:
+        validate_repo_id(repo_id)
+        if repo_id.count("/") == 1 and all(repo_id.split("/")):
+            return []
+        reason = "the owner is missing"
+    except HFValidationError as error:
+        reason = str(error).partition(f": '{repo_id}'")[0].rstrip(".")
+    return [f"{repo_id!r} is not a valid repository name ({reason}); expected OWNER/NAME"]
+
+
+def check_token() -> list[str]:
+    """Return an error if nobody is logged in to the Hub. Asks no server."""
+    return [] if get_token() else [f"no token for the Hugging Face Hub; {LOG_IN}"]
+
+
+def check_hub(push_to_hub: bool, *, repository: str | None, every: int, private: bool) -> list[str]:
+    """Return the errors in a training script's flags for the Hub."""
+    if push_to_hub:
+        if repository is None:
+            return ["--push_to_hub needs a repository; give --hub_model_id OWNER/NAME"]
+        return [f"--hub_model_id {error}" for error in check_repo_id(repository)]
+    flags = {"hub_model_id": repository, "hub_every": every, "hub_private": private}
+    return [f"--{name} needs --push_to_hub; add it, or leave --{name} out" for name in flags if flags[name]]
+
+
+def upload(folder: Path, repo_id: str, *, private: bool, revision: str | None, create_pr: bool, message: str) -> str:
+    """Upload a folder in one commit. Large files that arrived before an interruption are not sent again.
+
+    Args:
+        folder: What `push_to_hub.py` wrote.
+        repo_id: OWNER/NAME; created if missing.
+        private: Create a private repository, and refuse an existing public one.
+        revision: Branch, created if missing; None for main.
+        create_pr: Open a pull request instead of committing.
+        message: Commit message.
+
+    Returns:
+        The address of the commit or the pull request.
+
+    Raises:
+        RunError: The upload failed, or was refused because the repository holds another type of model.
+    """
+    try:
+        errors = check_repo_id(repo_id) or check_token() or _check_repository(folder, repo_id, private, revision)
+        if not errors:
+            return _commit(folder, repo_id, private, revision, create_pr, message)
+        reason, cause = errors[0], None
+    except Exception as error:  # huggingface_hub, its HTTP client and Xet raise many types
+        reason, cause = _explain(error, repo_id), error
+    command = shlex.join(["python", *sys.argv])
+    raise RunError(f"not uploaded: {reason}; {folder} is ready, repeat with: {command}") from cause
+
+
+def _check_repository(folder: Path, repo_id: str, private: bool, revision: str | None) -> list[str]:
+    """Return the reason not to write to a repository that exists, if any."""
+    try:
+        try:
+            info = HfApi().model_info(repo_id, revision=revision)
+        except RevisionNotFoundError:  # a new branch starts from main
+            info = HfApi().model_info(repo_id)
+    except RepositoryNotFoundError as error:
+        if error.response.status_code == 401:  # the Hub also answers so to an expired token
+            raise
+        return []
+    if private and not info.private:
+        return [f"{repo_id} exists and is public; make it private in its settings, or leave out --private"]
+    if all(file.rfilename != "config.json" for file in info.siblings or []):
+        return []
+    ours = json.loads((folder / "config.json").read_text())
+    try:
+        theirs = json.loads(Path(hf_hub_download(repo_id, "config.json", revision=info.sha)).read_text())
+        types = [(config.get("model_type"), *(config.get("architectures") or [])) for config in (theirs, ours)]
+    except (ValueError, AttributeError):
+        types = [("unreadable config.json",), (ours["model_type"], *ours["architectures"])]
+    if types[0] == types[1]:
+        return []
+    theirs, ours = (" ".join(filter(None, names)) or "unknown type" for names in types)
+    return [f"{repo_id} holds another type of model ({theirs}, expected {ours}); give another --repo_id"]
+
+
+def _commit(folder: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool, message: str) -> str:
+    """Create the repository and the branch if they are missing, and upload."""
+    api = HfApi()
+    if not api.repo_exists(repo_id):
+        api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: the owner's default
+    if revision is not None and not api.revision_exists(repo_id, revision):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    paths = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
+    files = [CommitOperationAdd(path.as_posix(), folder / path) for path in paths]
+    # Files of an earlier model that this one lacks would be read, or shown, as if they belonged to it
+    stale = {*api.list_repo_files(repo_id, revision=revision)} - {path.as_posix() for path in paths}
+    stale = [path for path in sorted(stale) if path in OWN_FILES or path.startswith("pretraining/")]
+    files += [CommitOperationDelete(path) for path in stale]
+    # upload_folder may split a folder into several commits: the card of one model beside the weights of another
+    commit = api.create_commit(repo_id, files, commit_message=message, revision=revision, create_pr=create_pr)
+    return commit.pr_url or commit.commit_url
+
+
+def _explain(error: Exception, repo_id: str) -> str:
+    """Return one line on why the Hub could not be used and what to do, from the error or its causes."""
+    causes, text = [error], in_one_line(error)
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
+        causes.append(cause)
+    for cause in causes:
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        if status == 401:
+            return f"the token is invalid or has expired; {LOG_IN}"
+        if status == 403:
+            return f"the token has no write access to {repo_id}; {LOG_IN}, or give a --repo_id of another owner"
+        if status is not None:
+            text += "" if cause is error else f": {in_one_line(cause)}"
+            break
+        if isinstance(cause, OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE is set; unset it"
+        if isinstance(cause, HTTPError | ConnectionError | TimeoutError):
+            return f"{constants.ENDPOINT} cannot be reached ({in_one_line(cause)}); check the network and HF_ENDPOINT"
+    return f"the Hub failed ({text})"
+
+
+class Uploader:
+    """Run push_to_hub.py in the background of a training run; a failure prints a warning, and training goes on.
+
+    Args:
+        folder: The run folder; the output of push_to_hub.py goes to its hub.log.
+        repository: OWNER/NAME; None to upload nothing, as on all processes but the main one.
+        every: Optimizer steps between uploads of the newest checkpoint; 0 for the finished run alone. A checkpoint
+            should be saved at these steps.
+        private: Create a private repository.
+    """
+
+    def __init__(self, folder: Path, repository: str | None, *, every: int = 0, private: bool = False):
+        self.every, self.repository, self.log = every, repository, folder / "hub.log"
+        flags = ["--repo_id", str(repository), *(["--private"] if private else [])]
+        self.command = [sys.executable, str(SCRIPT), str(folder), *flags]
+        self.process, self.subject, self.skipping = None, "", False
+
+    def after(self, step: int) -> None:
+        """Report a finished upload; start one if it is due and none is running."""
+        self._report()
+        if self.repository is None or not is_due(step, self.every):
+            return
+        if not self.process:
+            self._start(f"step {step}")
+        elif not self.skipping:
+            self.skipping = True
+            tqdm.write(f"step {step} is not uploaded: the upload of {self.subject} is still running")
+
+    def finish(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Wait for the running upload, then upload the finished run, until `stop` returns True or Ctrl-C.
+
+        An upload that is still running then continues after the training process has ended.
+        """
+        if self.repository is None:
+            return
+        with contextlib.suppress(KeyboardInterrupt):
+            self._wait(stop)
+            if not self.process:
+                self._start("the finished run")
+                self._wait(stop)
+        if self.process:
+            tqdm.write(f"the upload of {self.subject} continues in the background; see {self.log}")
+
+    def _wait(self, stop: Callable[[], bool]) -> None:
+        while self.process and self.process.poll() is None and not stop():
+            time.sleep(0.1)
+        self._report()
+
+    def _start(self, subject: str) -> None:
+        # The upload must not join the training's process group, use its GPU, or receive the terminal's signals
+        prefixes = ("ACCELERATE_", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        env = {n: v for n, v in os.environ.items() if not n.startswith(prefixes) and n not in names}
+        env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}  # `_report` reads the last line of the log
+        options = dict(env=env, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True)
+        self.subject, self.skipping = subject, False
+        try:
+            with open(self.log, "w") as log:
+                self.process = subprocess.Popen(self.command, stdout=log, **options)
+            tqdm.write(f"uploading {subject} in the background; see {self.log}")
+        except OSError as error:
+            tqdm.write(f"warning: {subject} is not uploaded: {in_one_line(error)}; repeat with: {self._repeat()}")
+
+    def _report(self) -> None:
+        """Print how an upload ended."""
+        if self.process is None or self.process.poll() is None:
+            return
+        code, self.process = self.process.returncode, None
+        lines = []
+        with contextlib.suppress(OSError):
+            lines = self.log.read_text(errors="replace").strip().splitlines()
+        last = lines[-1].strip() if lines else f"exit code {code}"
+        if code == 0:
+            tqdm.write(f"uploaded {self.subject}: {last.removeprefix('uploaded: ')}")
+        else:
+            command = "" if "repeat with" in last else f"; repeat with: {self._repeat()}"
+            tqdm.write(f"warning: {self.subject} is not uploaded: {last}; see {self.log}{command}")
+
+    def _repeat(self) -> str:
+        return shlex.join(["python", *self.command[1:]])
