@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing in turns, and figures as printed lines and as JSON."""
+"""Time two sides in turns, and print the figures as lines or as JSON."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""What several tests share: a folder of small images, real images, and running a script as its user does."""
+"""Fixtures: a folder of small images, real images, and running a script as its user does."""
 
 import atexit
 import functools

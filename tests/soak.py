@@ -88,7 +88,7 @@ def lines_of(folder: Path) -> list[dict]:
 
 
 def kill_violations(folder: Path, reference: Path, saves: list[str]) -> Iterator[str]:
-    """What is wrong with a run folder as a kill has left it, where the checkpoints `saves` had got their names."""
+    """Yield what is wrong with a run folder after a kill; the checkpoints `saves` had got their names."""
     found = RunFolder(folder).find("auto")
     picked, last = found.name if found else "", max(saves, default="")
     if picked < last:
@@ -104,7 +104,7 @@ def kill_violations(folder: Path, reference: Path, saves: list[str]) -> Iterator
 
 
 def results_of(folder: Path) -> dict:
-    """What a finished run leaves behind, by name: the content of its files, but for checkpoints, log and args.json."""
+    """Return the files of a finished run by name, except checkpoints, log and args.json."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.parent.parent.name != "checkpoints"]
     found = {str(path.relative_to(folder)): path.read_bytes() for path in files}
     found |= {name: b"" for name in ("args.json", "log.jsonl")}  # the first tells of the starts

@@ -300,7 +300,7 @@ def test_deep_pixels_travel_as_floats_and_are_normalised_as_they_are(tmp_path):
 
 
 class Frozen(torch.utils.data.Dataset):
-    """What a worker's garbage collector leaves alone."""
+    """Samples are the number of objects that a worker's garbage collector leaves alone."""
 
     def __getitems__(self, indices):
         return gc.get_freeze_count()

@@ -182,7 +182,7 @@ def flags(kind, image_folder, many_scenes):
 
 
 def validations_of(folder):
-    """What was measured, by step."""
+    """Return the validations in the log, by step."""
     names = ("val_loss", "top1", "mean_iou", "overall_accuracy")
     lines = [line for line in log_of(folder) if "loss" not in line]
     return {line["step"]: {name: line[name] for name in names if name in line} for line in lines}

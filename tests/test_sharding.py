@@ -67,7 +67,7 @@ accelerator.end_training()
 
 @functools.cache
 def configuration():
-    """What `accelerate launch` sets in the environment of fsdp2.yaml's processes."""
+    """Return the variables that `accelerate launch` sets for the processes of fsdp2.yaml."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: saving and loading it, and comparing its run with the one that resumes it.
+"""Save and load checkpoints, and compare their run with the one that resumes it.
 
 model.safetensors   weights and buffers
 ema.safetensors     their moving average, if the run keeps one

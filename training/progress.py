@@ -1,4 +1,4 @@
-"""What a run reports while it trains: the bar, log.jsonl, damaged images, losses that are not finite."""
+"""Report a run while it trains: the bar, log.jsonl, damaged images, losses that are not finite."""
 
 import contextlib
 import json
