@@ -11,7 +11,7 @@ from torch import nn
 
 from modeling.vit import EncoderWithHead, VisionTransformer
 
-HEADS = ("upernet", "linear")
+HEADS = ("upernet", "linear")  # Segmenter builds one; training.resolve.resolve_head chooses its blocks and width
 POOL_SCALES = (1, 2, 3, 6)  # bins a side of UperNet's pyramid pooling
 IGNORED = 255  # label of pixels without a class
 

@@ -49,7 +49,8 @@ class Run:
 
     The order in which a script uses it: `refusing` and `gate` while data and weights are opened, `plan_steps`,
     `compare`, `prepare`, `resume`; in the loop `steps`, `is_due`, `paused`, `record`, `completed`; then `end`. Every
-    process must make the same calls. A method that finds the run asked to stop saves, and raises Stopped on all.
+    process must make the same calls. A method that finds the run asked to stop, by a signal or the time limit (see
+    `training.processes.Crew`), saves, and raises Stopped on all processes, which ends the script with exit code 0.
 
     Args:
         flags: the parsed flags of the script, which are never modified.
