@@ -22,6 +22,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 CACHE = tempfile.TemporaryDirectory()
 os.environ["XDG_CACHE_HOME"] = CACHE.name  # where indices are kept, and what other libraries keep
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the two workers, whose threads would wait for each other
 # A model and a run that take a second: 4 x 4 patches of 8 pixels
 TINY = [
     *("--img_size", "32", "--patch_size", "8", "--learning_rate", "1e-3", "--per_gpu_batch_size", "8"),
