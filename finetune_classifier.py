@@ -109,7 +109,7 @@ def parse_args(argv=None):
     parser.set_defaults(**dict.fromkeys(usual))
     parser.describe_defaults(RECIPES)
     args, errors = parser.read(argv)
-    for name, value in kind_of_run(args)[1].items():
+    for name, value in choose_recipe(args.path_to_pretrained_mae_weights, args.linear_probe)[1].items():
         if getattr(args, name) is None and name != "warmup_epochs":  # a default warmup is shortened, see plan_length
             if name == "min_learning_rate" and args.learning_rate is not None:
                 value = min(value, args.learning_rate)
@@ -117,17 +117,18 @@ def parse_args(argv=None):
     return args, errors + check_flags(args)
 
 
-def kind_of_run(args):
-    """Return the key and the defaults in RECIPES that the flags choose."""
-    kind = "fine-tuning" if args.path_to_pretrained_mae_weights else "from scratch"
-    kind = "linear probe" if args.linear_probe else kind
+def choose_recipe(weights, linear_probe):
+    """Return the key and the defaults in RECIPES that two flags choose."""
+    kind = "fine-tuning" if weights else "from scratch"
+    kind = "linear probe" if linear_probe else kind
     return kind, RECIPES[kind]
 
 
 def check_flags(args):
     """Return error messages for flags that contradict each other."""
     errors = arguments.check_run(args) + arguments.check_crops(args) + arguments.check_finetuning(args, WEIGHTS)
-    return errors + arguments.check_classifier(args, usual_optimizer=kind_of_run(args)[1]["optimizer"])
+    _, usual = choose_recipe(args.path_to_pretrained_mae_weights, args.linear_probe)
+    return errors + arguments.check_classifier(args, usual_optimizer=usual["optimizer"])
 
 
 def build_model(encoder, num_classes, **head):
@@ -291,7 +292,7 @@ def main(argv=None):
         return evaluate_trained(run)
 
     # Weights, data, plan and model: run.gate() prints all errors; a block that needs what failed is skipped
-    kind, defaults = kind_of_run(args)
+    kind, defaults = choose_recipe(args.path_to_pretrained_mae_weights, args.linear_probe)
     with run.refusing(InputError, WeightsError, flag=WEIGHTS):
         path = None if run.checkpoint else args.path_to_pretrained_mae_weights
         check_outside(path, run.folder)
@@ -345,9 +346,8 @@ def main(argv=None):
     if args.micro_batch_size == "auto":
         run.fit_micro_batch(empty, model, optimizer)
     what = kind if args.trainable_blocks is None else f"the last {args.trainable_blocks:g} blocks, norm and head"
-    name = {"adamw": "AdamW", "lars": "LARS"}[args.optimizer]
-    recipe = f"{what}: {name}, weight decay {args.weight_decay:g}, layer decay {args.layer_decay:g}, drop path "
-    recipe += f"{args.drop_path:g}" + (f", weights averaged by {args.ema_decay:g}" if args.ema_decay else "")
+    recipe = f"{what}: {args.optimizer}, weight decay {args.weight_decay:g}, layer decay {args.layer_decay:g}, "
+    recipe += f"drop path {args.drop_path:g}" + (f", weights averaged by {args.ema_decay:g}" if args.ema_decay else "")
     augmentation = f"RandAugment {magnitude}, erasing {args.random_erase:g}, mixup {args.mixup_alpha:g}, CutMix "
     augmentation += f"{args.cutmix_alpha:g}, smoothing {args.label_smoothing:g}"
     run.print_plan(describe_model(model, recipe, augmentation), images, classes=len(classes))
