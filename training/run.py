@@ -210,7 +210,7 @@ class Run:
             data: options of `describe_images`.
         """
         tf32 = self.given.tf32 and self.accelerator.mixed_precision == "no" and self.device.type != "cpu"
-        speed = ["TF32 matrix products"] * tf32 + ["compile"] * self.given.compile
+        speed = ["TF32"] * tf32 + ["compile"] * self.given.compile
         speed += ["gradient checkpointing"] * self.gradient_checkpointing + ["FSDP2"] * self.accelerator.is_fsdp2
         lines = [describe_images(self.given.path_to_data, *self.sources, **data), *model]
         lines += describe_run(self.plan, images, self.accelerator, speed, decay=decay)
