@@ -131,10 +131,10 @@ def check_flags(args):
     return errors + arguments.check_classifier(args, usual_optimizer=usual["optimizer"])
 
 
-def build_model(encoder, num_classes, **head):
+def build_model(encoder, num_classes, *, drop_path, custom_weight_init, **head):
     """Build the classifier from the arguments of VisionTransformer and Classifier."""
-    encoder = VisionTransformer(**encoder, custom_weight_init=head["custom_weight_init"])
-    return Classifier(encoder, num_classes, **head)
+    encoder = VisionTransformer(**encoder, custom_weight_init=custom_weight_init).add_extras(drop_path=drop_path)
+    return Classifier(encoder, num_classes, custom_weight_init=custom_weight_init, **head)
 
 
 def build_optimizer(model, name, betas, **decay):
@@ -318,10 +318,10 @@ def main(argv=None):
         run.plan_steps(len(train_source), check_batch, default_warmup_epochs=defaults["warmup_epochs"])
     with run.refusing(WeightsError, flag=WEIGHTS):
         torch.manual_seed(args.seed)
-        encoder |= dict(in_channels=pixels.channels, drop_path=args.drop_path)
-        encoder["gradient_checkpointing"] = run.gradient_checkpointing
-        head = dict(pooling=args.pooling, linear_probe=args.linear_probe, custom_weight_init=args.custom_weight_init)
-        model = build_model(encoder, len(classes), **head)
+        encoder["in_channels"] = pixels.channels
+        options = {name: vars(args)[name] for name in ("drop_path", "custom_weight_init", "pooling", "linear_probe")}
+        model = build_model(encoder, len(classes), **options)
+        model.encoder.gradient_checkpointing = run.gradient_checkpointing
         if weights:
             channels = dict(adapt_channels=args.adapt_channels, mean=images.mean, std=images.std)
             run.accelerator.print(f"{WEIGHTS} {weights.path}: {start_from(weights, model.encoder, **channels)}")

@@ -116,9 +116,9 @@ def check_segmenter_batch(size, *, own_statistics):
     return [message] if own_statistics and size == 1 else []
 
 
-def build_model(encoder, num_classes, head, *, custom_weight_init):
-    """Build the segmenter from the arguments of VisionTransformer and the values of `resolve_head`."""
-    encoder = VisionTransformer(**encoder, custom_weight_init=custom_weight_init)
+def build_model(encoder, extras, num_classes, head, *, custom_weight_init):
+    """Build the segmenter from arguments of VisionTransformer and add_extras, and the values of `resolve_head`."""
+    encoder = VisionTransformer(**encoder, custom_weight_init=custom_weight_init).add_extras(**extras)
     width, auxiliary = head["head_width"] or 512, bool(head["auxiliary_weight"])
     options = dict(head=head["head"], layers=head["layers"], head_width=width, auxiliary=auxiliary)
     return Segmenter(encoder, num_classes, custom_weight_init=custom_weight_init, **options)
@@ -324,10 +324,11 @@ def main(argv=None):
         run.plan_steps(len(sources[0]), check_batch, default_warmup_steps=WARMUP_STEPS)
     with run.refusing(WeightsError, flag=WEIGHTS):
         torch.manual_seed(args.seed)
-        encoder |= dict(relative_position_bias=args.relative_position_bias, layer_scale=args.layer_scale or None)
-        encoder |= dict(drop_path=args.drop_path, gradient_checkpointing=run.gradient_checkpointing)
         encoder |= dict(in_channels=pixels.channels, img_size=(size, size))
-        model = build_model(encoder, len(classes), head, custom_weight_init=args.custom_weight_init)
+        extras = dict(drop_path=args.drop_path, layer_scale=args.layer_scale or None)
+        extras["relative_position_bias"] = args.relative_position_bias
+        model = build_model(encoder, extras, len(classes), head, custom_weight_init=args.custom_weight_init)
+        model.encoder.gradient_checkpointing = run.gradient_checkpointing
         if weights:
             channels = dict(adapt_channels=args.adapt_channels, mean=images.mean, std=images.std)
             run.accelerator.print(f"{WEIGHTS} {weights.path}: {start_from(weights, model.encoder, **channels)}")

@@ -58,7 +58,8 @@ from training.schedule import learning_rate_at
 from training.wording import several
 
 DEFAULT_WARMUP_EPOCHS = 40
-DECODER_SIZES = ("embed_dim", "depth", "num_heads", "mlp_ratio")
+DECODER_FLAGS = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "decoder_mlp_ratio")
+DECODER_FLAGS += ("mask_ratio", "norm_pix_loss")
 
 
 def parse_args(argv=None):
@@ -132,10 +133,10 @@ def check_views(views, micro_batch_size):
     ]
 
 
-def build_model(encoder, decoder, **options):
+def build_model(encoder, decoder, *, drop_path, custom_weight_init):
     """Build the masked autoencoder from the arguments of VisionTransformer and MaskedAutoencoder."""
-    encoder = VisionTransformer(**encoder, custom_weight_init=options["custom_weight_init"])
-    return MaskedAutoencoder(encoder, **decoder, **options)
+    encoder = VisionTransformer(**encoder, custom_weight_init=custom_weight_init).add_extras(drop_path=drop_path)
+    return MaskedAutoencoder(encoder, **decoder, custom_weight_init=custom_weight_init)
 
 
 def build_optimizer(model, weight_decay, **decay):
@@ -315,16 +316,12 @@ def main(argv=None):
         run.plan_steps(len(train_source) * views, check_batch, default_warmup_epochs=DEFAULT_WARMUP_EPOCHS)
     with run.refusing(InputError, WeightsError, flag="--init_from"):
         torch.manual_seed(args.seed)
-        encoder_args = dict(
-            {name: getattr(args, flag) for name, flag in ENCODER_FLAGS.items()},
-            img_size=tuple(args.img_size),
-            in_channels=pixels.channels,
-            drop_path=args.drop_path,
-            gradient_checkpointing=run.gradient_checkpointing,
-        )
-        decoder_args = {f"decoder_{name}": getattr(args, f"decoder_{name}") for name in DECODER_SIZES}
-        target = dict(mask_ratio=args.mask_ratio, norm_pix_loss=args.norm_pix_loss)
-        model = build_model(encoder_args, decoder_args, custom_weight_init=args.custom_weight_init, **target)
+        encoder_args = {name: getattr(args, flag) for name, flag in ENCODER_FLAGS.items()}
+        encoder_args |= dict(img_size=tuple(args.img_size), in_channels=pixels.channels)
+        decoder_args = {name: getattr(args, name) for name in DECODER_FLAGS}
+        options = dict(drop_path=args.drop_path, custom_weight_init=args.custom_weight_init)
+        model = build_model(encoder_args, decoder_args, **options)
+        model.encoder.gradient_checkpointing = run.gradient_checkpointing
         if args.init_from and not run.checkpoint:
             check_outside(args.init_from, run.folder)
             weights = open_weights(args.init_from, whole=True)

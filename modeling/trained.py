@@ -128,11 +128,10 @@ def _build(weights: Weights, whole: bool, img_size: Grid | None, in_channels: in
     img_size = img_size or tuple(side * weights.sizes["patch_size"] for side in grid)
     sizes = weights.sizes | dict(num_heads=num_heads, in_channels=in_channels or weights.sizes["in_channels"])
     head = settings.get("head")
-    if head:
-        sizes |= dict(relative_position_bias=settings["relative_position_bias"])
-        sizes |= dict(layer_scale=1.0 if settings["layer_scale"] else None)
     encoder = VisionTransformer(img_size=img_size, **sizes)
     if head:
+        scale = 1.0 if settings["layer_scale"] else None
+        encoder.add_extras(relative_position_bias=settings["relative_position_bias"], layer_scale=scale)
         layers = stored.layers
         if layers is None:
             layers = default_layers(encoder.depth) if head == "upernet" else [encoder.depth - 1]

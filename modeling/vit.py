@@ -77,21 +77,25 @@ class PatchEmbedding(nn.Module):
 class Attention(nn.Module):
     """Apply multi-head self-attention (Vaswani et al. 2017, section 3.2.2): (B, N, D) -> (B, N, D).
 
-    With `last=M`, only the last M tokens are queries, and the output is (B, M, D). With `bias_grid`, each head adds a
-    learned relative position bias to its scores, zero at first (Bao et al. 2021, "BEiT", appendix); its table is for a
-    grid of that size and is resized for others.
+    With `last=M`, only the last M tokens are queries, and the output is (B, M, D).
     """
 
-    def __init__(self, dim: int, num_heads: int, *, bias_grid: Grid | None = None):
+    def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.bias_grid, table = bias_grid, None
-        if bias_grid:
-            offsets = (2 * bias_grid[0] - 1) * (2 * bias_grid[1] - 1)
-            table = nn.Parameter(torch.zeros(offsets + 3, num_heads))  # last: cls to patch, patch to cls, cls to cls
-        self.register_parameter("relative_position_bias_table", table)
+        self.bias_grid: Grid | None = None
+        self.register_parameter("relative_position_bias_table", None)
+
+    def add_relative_position_bias(self, grid: Grid) -> None:
+        """Let each head add a learned bias to its scores, zero at first (Bao et al. 2021, "BEiT", appendix).
+
+        Its table is for this `grid` and is resized for others.
+        """
+        offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1)
+        table = torch.zeros(offsets + 3, self.num_heads)  # the last three: cls to patch, patch to cls, cls to cls
+        self.bias_grid, self.relative_position_bias_table = grid, nn.Parameter(table)
 
     def relative_position_bias(self, grid: Grid) -> torch.Tensor:
         """Return the bias (heads, 1 + L, 1 + L), queries first, for a grid of this size; the cls token comes first."""
@@ -134,24 +138,25 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Apply a pre-norm transformer block: (B, N, D) -> (B, N, D), or (B, M, D) with `last=M`.
+    """Apply a pre-norm transformer block: (B, N, D) -> (B, N, D), or (B, M, D) with `last=M`."""
 
-    With `layer_scale`, each branch is multiplied by learned weights per channel, which start at this value (Touvron et
-    al. 2021, "Going deeper with Image Transformers", section 2).
-    """
-
-    def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float = 0, *, bias_grid=None, layer_scale=None
-    ):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads, bias_grid=bias_grid)
+        self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
-        self.drop_path = StochasticDepth(drop_path, mode="row") if drop_path else nn.Identity()
+        self.drop_path = nn.Identity()
+        self.register_parameter("gamma_1", None)
+        self.register_parameter("gamma_2", None)
+
+    def add_layer_scale(self, value: float) -> None:
+        """Multiply each branch by learned weights per channel, which start at `value`.
+
+        (Touvron et al. 2021, "Going deeper with Image Transformers", section 2.)
+        """
         for name in ("gamma_1", "gamma_2"):
-            scale = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
-            self.register_parameter(name, scale)
+            setattr(self, name, nn.Parameter(torch.full((self.norm1.normalized_shape[0],), float(value))))
 
     def forward(self, x: torch.Tensor, last: int | None = None, grid: Grid | None = None) -> torch.Tensor:
         attended = self.attn(self.norm1(x), last, grid)
@@ -199,15 +204,12 @@ def training_flops(model: nn.Module, *inputs: torch.Tensor, **options) -> float:
 class VisionTransformer(nn.Module):
     """Encode images (B, C, H, W) as tokens (B, 1 + L, D), the cls token first.
 
-    Positions are the fixed sine-cosine table, a parameter without gradient by default.
+    Positions are the fixed sine-cosine table, a parameter without gradient by default. With `gradient_checkpointing`
+    set, activations are computed again in the backward pass, to save memory in training.
 
     Args:
         img_size: H and W, or the side of square images, in pixels.
-        drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first.
         custom_weight_init: initialise as the paper does (appendix A.1) instead of as PyTorch does.
-        gradient_checkpointing: compute activations again in the backward pass, to save memory in training.
-        relative_position_bias: add a relative position bias to every block, see `Attention`.
-        layer_scale: initial value of every block's LayerScale, see `Block`; None for no LayerScale.
 
     Raises:
         ValueError: if `patch_size` does not divide `img_size`, or `num_heads` does not divide `embed_dim`.
@@ -223,14 +225,10 @@ class VisionTransformer(nn.Module):
         depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
         custom_weight_init: bool = True,
-        gradient_checkpointing: bool = False,
-        relative_position_bias: bool = False,
-        layer_scale: float | None = None,
     ):
         super().__init__()
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing = False
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         if any(side % patch_size for side in self.img_size):
             raise ValueError(
@@ -241,17 +239,35 @@ class VisionTransformer(nn.Module):
         self.grid = (self.img_size[0] // patch_size, self.img_size[1] // patch_size)
         self.patch_size, self.in_channels, self.embed_dim = patch_size, in_channels, embed_dim
         self.depth, self.num_heads, self.mlp_ratio = depth, num_heads, mlp_ratio
-        self.relative_position_bias, self.layer_scale = relative_position_bias, layer_scale
+        self.relative_position_bias, self.layer_scale = False, None  # see `add_extras`
 
         self.patch_embed = PatchEmbedding(patch_size, in_channels, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim).normal_(std=0.02))
         self.pos_embed = nn.Parameter(sincos_positions(self.grid, embed_dim), requires_grad=False)
-        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
-        extras = dict(bias_grid=self.grid if relative_position_bias else None, layer_scale=layer_scale)
-        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio, rate, **extras) for rate in rates])
+        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)])
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         if custom_weight_init:
             self.apply(initialize_like_paper)
+
+    def add_extras(
+        self, *, drop_path: float = 0.0, relative_position_bias: bool = False, layer_scale: float | None = None
+    ) -> "VisionTransformer":
+        """Add what recipes for fine-tuning add to every block, and return the encoder itself.
+
+        Args:
+            drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first.
+            relative_position_bias: add a relative position bias to the attention.
+            layer_scale: initial value of LayerScale; None for no LayerScale.
+        """
+        self.relative_position_bias, self.layer_scale = relative_position_bias, layer_scale
+        for i, block in enumerate(self.blocks):
+            rate = drop_path * i / max(1, self.depth - 1)
+            block.drop_path = StochasticDepth(rate, mode="row") if rate else nn.Identity()
+            if relative_position_bias:
+                block.attn.add_relative_position_bias(self.grid)
+            if layer_scale is not None:
+                block.add_layer_scale(layer_scale)
+        return self
 
     def embed(self, patches: torch.Tensor, indices: torch.Tensor | None = None, grid: Grid | None = None):
         """Embed patches (B, L, P*P*C), or those at `indices` (B, K), as tokens (B, 1 + K, D).

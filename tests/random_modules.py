@@ -1,7 +1,11 @@
-"""Random parameters for the modules of tests."""
+"""Small modules for tests, and random parameters for them."""
 
 import torch
 from torch import nn
+
+from modeling.vit import VisionTransformer
+
+EXTRAS = ("drop_path", "relative_position_bias", "layer_scale")
 
 
 def randomise(module: nn.Module, std: float = 0.1) -> nn.Module:
@@ -11,3 +15,12 @@ def randomise(module: nn.Module, std: float = 0.1) -> nn.Module:
         for parameter in module.parameters():
             parameter += std * torch.randn(parameter.shape, generator=generator)
     return module.eval()
+
+
+def new_encoder(**options) -> VisionTransformer:
+    """Build an encoder from its sizes and the options of `add_extras`, and with `gradient_checkpointing`."""
+    extras = {name: options.pop(name) for name in EXTRAS if name in options}
+    checkpointed = options.pop("gradient_checkpointing", False)
+    encoder = VisionTransformer(**options).add_extras(**extras)
+    encoder.gradient_checkpointing = checkpointed
+    return encoder

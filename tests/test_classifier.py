@@ -5,7 +5,7 @@ import math
 import pytest
 import timm
 import torch
-from random_modules import randomise
+from random_modules import new_encoder, randomise
 from timm.models._manipulate import group_parameters
 from torch import nn
 
@@ -24,7 +24,7 @@ BLOCK = [
 
 
 def new_classifier(pooling: str = "mean", *, num_classes: int = 5, encoder: dict | None = None, **change) -> Classifier:
-    return Classifier(VisionTransformer(**SMALL | (encoder or {})), num_classes, pooling=pooling, **change)
+    return Classifier(new_encoder(**SMALL | (encoder or {})), num_classes, pooling=pooling, **change)
 
 
 def base(pooling: str = "mean", **change) -> Classifier:
@@ -40,6 +40,7 @@ def base(pooling: str = "mean", **change) -> Classifier:
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("size", [dict(), dict(img_size=(16, 64), in_channels=4)])
 def test_logits_equal_timms(pooling, size):
+    torch.manual_seed(0)
     ours = new_classifier(pooling, encoder=size).eval()
     named = {"in_chans" if key == "in_channels" else key: value for key, value in (SMALL | size).items()}
     args = dict(num_classes=5, global_pool=POOLINGS[pooling], **named)
@@ -206,7 +207,7 @@ def test_blocks_that_are_not_there(n):
 def in_mode(mode, **change) -> Classifier:
     """ViT-Ti at 112 pixels: "everything", "linear probe", or the last blocks."""
     size = SIZES["tiny"] | dict(img_size=112, depth=4)
-    model = Classifier(VisionTransformer(**size, **change), 10, linear_probe=mode == "linear probe")
+    model = Classifier(new_encoder(**size, **change), 10, linear_probe=mode == "linear probe")
     if not isinstance(mode, str):
         model.train_last_blocks(mode)
     return model

@@ -13,6 +13,7 @@ import timm
 import timm.data
 import torch
 from PIL import Image
+from random_modules import new_encoder as build_encoder
 from random_modules import randomise as randomise_by
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -415,7 +416,7 @@ def new_segmenter(kind: str, **change) -> Segmenter:
     options, extras = SEGMENTERS[kind]
     size = dict(img_size=48, patch_size=8, embed_dim=32, depth=5, num_heads=2, mlp_ratio=3.0)
     torch.manual_seed(4)
-    model = randomise(Segmenter(VisionTransformer(**size | extras | change), len(NAMES), **options))
+    model = randomise(Segmenter(build_encoder(**size | extras | change), len(NAMES), **options))
     for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
             buffer.normal_(std=0.5)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from random_modules import new_encoder
 from torch import nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -117,7 +118,7 @@ def test_loss_counts_removed_patches_only(small, norm_pix_loss):
 
 @pytest.mark.parametrize(("drop_path", "checkpointed"), [(0.0, False), (0.3, False), (0.3, True)])
 def test_predicting_removed_patches_alone_changes_neither_loss_nor_gradient(drop_path, checkpointed):
-    encoder = VisionTransformer(**SMALL, drop_path=drop_path, gradient_checkpointing=checkpointed)
+    encoder = new_encoder(**SMALL, drop_path=drop_path, gradient_checkpointing=checkpointed)
     model = MaskedAutoencoder(encoder, **{**DECODER, "decoder_depth": 2})
     images, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 16)
     results = []
@@ -252,7 +253,7 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(drop_path):
     images, noise, results = torch.randn(4, 3, 32, 32), torch.rand(4, 16), []
     for checkpointed in (False, True):
         torch.manual_seed(0)
-        encoder = VisionTransformer(**SMALL | dict(depth=3), drop_path=drop_path, gradient_checkpointing=checkpointed)
+        encoder = new_encoder(**SMALL | dict(depth=3), drop_path=drop_path, gradient_checkpointing=checkpointed)
         model = MaskedAutoencoder(encoder, **DECODER | dict(decoder_embed_dim=32, decoder_depth=2))
         saved = {}
 
@@ -271,7 +272,7 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(drop_path):
 
 
 def test_flops_of_a_step_by_hand():
-    model = MaskedAutoencoder(VisionTransformer(**SIZES["base"], gradient_checkpointing=True))
+    model = MaskedAutoencoder(new_encoder(**SIZES["base"], gradient_checkpointing=True))
     random = torch.get_rng_state()
     blocks = 12 * (50 * 12 * 768**2 + 2 * 50**2 * 768)
     decoder = 7 * (197 * 12 * 512**2 + 2 * 197**2 * 512) + 512**2 * (3 * 197 + 9 * 147) + 2 * 197 * 147 * 512

@@ -55,7 +55,7 @@ assert not errors + configure_sharding(accelerator, compiled=False, auto_micro_b
 encoder = {name: getattr(args, f"encoder_{name}") for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
 encoder |= dict(img_size=tuple(args.img_size), patch_size=args.patch_size)
 decoder = {name: getattr(args, name) for name in vars(args) if name.startswith("decoder_")}
-model = pretrain_mae.build_model(encoder, decoder, custom_weight_init=True)
+model = pretrain_mae.build_model(encoder, decoder, drop_path=0.0, custom_weight_init=True)
 optimizer = pretrain_mae.build_optimizer(model, args.weight_decay)
 model, optimizer, plain_model = wrap(accelerator, model, optimizer)
 load_training(checkpoint, accelerator, model, optimizer)

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from random_modules import new_encoder
 from random_modules import randomise as randomise_by
 from torch import nn
 
@@ -114,7 +115,7 @@ def test_without_the_papers_initialisation_layers_keep_pytorchs():
 
 
 def test_drop_path_grows_linearly_as_in_timm():
-    model = VisionTransformer(**SMALL, drop_path=0.3)
+    model = new_encoder(**SMALL, drop_path=0.3)
     theirs = timm.create_model("vit_tiny_patch16_224", depth=4, drop_path_rate=0.3)
     rates = [getattr(block.drop_path, "p", 0.0) for block in model.blocks]
     assert rates == pytest.approx([getattr(block.drop_path1, "drop_prob", 0.0) for block in theirs.blocks])
@@ -123,7 +124,7 @@ def test_drop_path_grows_linearly_as_in_timm():
 
 def test_drop_path_drops_whole_branches_of_a_sample_in_training_only():
     torch.manual_seed(0)
-    model = randomise(VisionTransformer(**SMALL | dict(depth=2), drop_path=0.5))
+    model = randomise(new_encoder(**SMALL | dict(depth=2), drop_path=0.5))
     plain = VisionTransformer(**SMALL | dict(depth=2)).eval()
     plain.load_state_dict(model.state_dict())
     images = torch.randn(1, 3, 32, 32)
@@ -146,7 +147,7 @@ BEIT = dict(relative_position_bias=True, layer_scale=0.1)
 
 
 def test_what_bias_and_scale_add():
-    plain, added = VisionTransformer(**SMALL), VisionTransformer(**SMALL, **BEIT)
+    plain, added = VisionTransformer(**SMALL), new_encoder(**SMALL, **BEIT)
     new = {n: p for n, p in added.named_parameters() if n not in plain.state_dict()}
     assert len(added.state_dict()) == len(plain.state_dict()) + len(new)
     for k in range(4):
@@ -156,7 +157,7 @@ def test_what_bias_and_scale_add():
             assert torch.equal(new.pop(f"blocks.{k}.{name}"), torch.full((32,), 0.1))
     assert not new
 
-    neutral = VisionTransformer(**SMALL, **BEIT | dict(layer_scale=1.0)).eval()
+    neutral = new_encoder(**SMALL, **BEIT | dict(layer_scale=1.0)).eval()
     neutral.load_state_dict(plain.state_dict(), strict=False)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(neutral(images), plain.eval()(images), rtol=0, atol=1e-5)
@@ -168,7 +169,7 @@ def test_features_with_bias_and_scale_equal_timms_beit(img_size):
     args = SMALL | dict(img_size=img_size)
     beit = dict(use_abs_pos_emb=True, use_rel_pos_bias=True, init_values=0.1, global_pool="token")
     theirs = randomise(timm.create_model("beit_base_patch16_224", **args, **beit), std=0.3)
-    ours = VisionTransformer(**args, **BEIT).eval()
+    ours = new_encoder(**args, **BEIT).eval()
     state = {name: value for name, value in theirs.state_dict().items() if not name.startswith("head.")}
     for k in range(4):
         q, v = state.pop(f"blocks.{k}.attn.q_bias"), state.pop(f"blocks.{k}.attn.v_bias")
@@ -185,7 +186,8 @@ def test_features_with_bias_and_scale_equal_timms_beit(img_size):
 
 
 def test_the_bias_of_two_patches_is_that_of_their_offset():
-    attention = Attention(8, 2, bias_grid=(2, 3))
+    attention = Attention(8, 2)
+    attention.add_relative_position_bias((2, 3))
     table = nn.init.normal_(attention.relative_position_bias_table).detach()
     for h, w in ((2, 3), (3, 2), (1, 4)):
         bias = attention.relative_position_bias((h, w))
@@ -204,7 +206,7 @@ def test_the_bias_of_two_patches_is_that_of_their_offset():
 @pytest.mark.parametrize("change", [dict(), BEIT])
 def test_layers_of_images_of_other_sizes(change):
     """Check that a remainder beyond whole patches is cut off."""
-    model = randomise(VisionTransformer(**SMALL, **change))
+    model = randomise(new_encoder(**SMALL, **change))
     images = torch.randn(2, 3, 43, 70)
     maps = model.forward_layers(images, [3, 0, 2])
     assert [tuple(one.shape) for one in maps] == 3 * [(2, 32, 5, 8)]
@@ -216,8 +218,8 @@ def test_layers_of_images_of_other_sizes(change):
 
 @pytest.mark.parametrize("change", [dict(), BEIT])
 def test_layers_under_gradient_checkpointing_have_the_same_gradients(change):
-    plain = VisionTransformer(**SMALL, **change, drop_path=0.5)
-    saving = VisionTransformer(**SMALL, **change, drop_path=0.5, gradient_checkpointing=True)
+    plain = new_encoder(**SMALL, **change, drop_path=0.5)
+    saving = new_encoder(**SMALL, **change, drop_path=0.5, gradient_checkpointing=True)
     saving.load_state_dict(plain.state_dict())
     images, kept = torch.randn(4, 3, 32, 48), []
     for model in (plain, saving):

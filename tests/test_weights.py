@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from random_modules import new_encoder as build_encoder
 from random_modules import randomise
 from safetensors.torch import save_file
 from transformers import (
@@ -41,7 +42,7 @@ SIZES_OF_SMALL = dict(embed_dim=32, depth=2, num_heads=2, mlp_ratio=4.0, patch_s
 
 
 def new_encoder(**change) -> VisionTransformer:
-    return VisionTransformer(**SMALL | change).eval()
+    return build_encoder(**SMALL | change).eval()
 
 
 def new_autoencoder(*, decoder: dict | None = None, **change) -> MaskedAutoencoder:
