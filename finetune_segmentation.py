@@ -47,7 +47,6 @@ from modeling.upernet import HEADS, Segmenter, default_layers, segmentation_loss
 from modeling.vit import SIZES, VisionTransformer
 from modeling.weights import open_weights, start_from
 from training import arguments
-from training.arguments import integer
 from training.checkpoint import check_outside
 from training.files import replace_folder
 from training.launch import InputError, RunError, run_script
@@ -91,9 +90,9 @@ def parse_args(argv=None):
     arguments.add_image_flags(parser)
     flag = parser.add_argument_group("crops").add_argument
     size = f"side of the square crops and of the sliding window, pixels (default {CROP_SIZE})"
-    flag("--crop_size", type=integer(1), help=size)
+    flag("--crop_size", type=arguments.integer(1), help=size)
     size = "sides that images are resized to fit, scaled by 0.5 to 2 in training (default 4 x crop size, crop size)"
-    flag("--resize", type=integer(1), nargs=2, metavar=("LONG", "SHORT"), help=size)
+    flag("--resize", type=arguments.integer(1), nargs=2, metavar=("LONG", "SHORT"), help=size)
     arguments.add_encoder_flags(parser, sizes=SIZES, drop_path=0.1)
     arguments.add_segmenter_flags(parser, heads=HEADS)
     args, errors = parser.read(argv)
@@ -107,13 +106,14 @@ def parse_args(argv=None):
 
 def check_flags(args):
     """Return error messages for flags that contradict each other."""
-    return arguments.check_run(args) + arguments.check_finetuning(args, WEIGHTS) + arguments.check_segmenter(args)
+    errors = arguments.check_run(args) + arguments.check_finetuning(args, WEIGHTS)
+    return errors + arguments.check_segmenter(args, HEADS[args.head])
 
 
-def check_segmenter_batch(size, *, own_statistics):
-    """Return error messages for micro-batches of `size` images; `own_statistics` if BatchNorm's are of one alone."""
-    message = "UperNet has BatchNorms that see one value per image; give micro-batches of at least 2 images"
-    return [message] if own_statistics and size == 1 else []
+def check_segmenter_batch(size, *, smallest):
+    """Return error messages for micro-batches of `size` images, fewer than the head's BatchNorms need."""
+    message = f"the head has BatchNorms that see one value per image; give micro-batches of at least {smallest} images"
+    return [message] if size < smallest else []
 
 
 def build_model(encoder, extras, num_classes, head, *, custom_weight_init):
@@ -252,7 +252,7 @@ def evaluate_trained(run):
     model, encoder = trained.model, trained.encoder
     with run.refusing(InputError, DataError):
         check_trained(vars(flags), SIZES, encoder)
-        resolve_crop(encoder.img_size[0], encoder.patch_size, upernet=model.head == "upernet")
+        resolve_crop(encoder.img_size[0], encoder.patch_size, smallest=HEADS[model.head].smallest)
         known = ImageFormat(encoder.in_channels, trained.value_range, None, trained.mean, trained.std)
         images = resolve_images(ImageFormat.from_dict(vars(flags)), known=None, trained=known)
         pixels = PixelFormat(images.input_channels, images.value_range, images.nodata, flags.max_pixels)
@@ -261,8 +261,7 @@ def evaluate_trained(run):
         check_trained_classes(flags.path_to_data, source.classes, trained.class_names, model.num_classes)
     run.gate()
     sizes = dict(crop_size=encoder.img_size[0], resize=list(flags.resize or trained.resize))
-    head = dict(head=model.head, layers=model.layers)
-    resolved = {**images._asdict(), **encoder_flags(vars(encoder)), **sizes, **head}
+    resolved = {**images._asdict(), **encoder_flags(vars(encoder)), **sizes, "head": model.head, "layers": model.layers}
     run.start_evaluation(resolved, source, {"classes": source.classes, "data": describe_data(source, source)})
     with run.refusing(DataError):
         check_annotations({"validation": source}, pixels, **run.checking)
@@ -276,12 +275,12 @@ def evaluate_trained(run):
 
 def describe_model(model, head, recipe, images):
     """Return the plan's lines about model, recipe and images; the latter two are in words."""
-    encoder, upernet = model.encoder, head["head"] == "upernet"
+    encoder, layers = model.encoder, head["layers"]
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    name = f"UperNet of width {head['head_width']}" if upernet else "linear head"
+    name = HEADS[model.head].name + (f" of width {head['head_width']}" if head["head_width"] else "")
     return [
-        f"model      {encoder.embed_dim} x {len(encoder.blocks)} encoder, {name} after block{'s' if upernet else ''} "
-        f"{', '.join(map(str, head['layers']))}: {parameters:.3g} M parameters, "
+        f"model      {encoder.embed_dim} x {len(encoder.blocks)} encoder, {name} after block{'s' * (len(layers) > 1)} "
+        f"{', '.join(map(str, layers))}: {parameters:.3g} M parameters, "
         f"{model.training_flops() / 1e9:.3g} GFLOP per image and step",
         f"recipe     {recipe}",
         f"images     {images}, {several(encoder.in_channels, 'channel')}, {math.prod(encoder.grid)} patches of "
@@ -310,9 +309,9 @@ def main(argv=None):
         encoder = resolve_encoder(vars(args), SIZES, previous=run.previous, weights=weights)
         crop_size = args.crop_size or run.previous.get("crop_size") or CROP_SIZE
         resize = args.resize or run.previous.get("resize") or [4 * crop_size, crop_size]
-        size = resolve_crop(crop_size, encoder["patch_size"], upernet=args.head == "upernet")
+        img_size = resolve_crop(crop_size, encoder["patch_size"], smallest=HEADS[args.head].smallest)
     with run.refusing(InputError):
-        head = resolve_head(vars(args), encoder["depth"], default_layers)
+        head = resolve_head(vars(args), encoder["depth"], HEADS[args.head], default_layers)
     with run.refusing(DataError):
         places = dict(validation=args.path_to_validation_data, cache=args.cache_dir)
         sources = open_pairs(args.path_to_data, pixels, classes_file=args.path_to_classes, **places)
@@ -320,11 +319,11 @@ def main(argv=None):
         check_class_weights(args.class_weights, len(classes))
     with run.refusing(InputError):
         alone = not synchronized or args.micro_batch_size == "auto"  # which tries steps without synchronization
-        check_batch = partial(check_segmenter_batch, own_statistics=args.head == "upernet" and alone)
+        check_batch = partial(check_segmenter_batch, smallest=HEADS[args.head].smallest if alone else 1)
         run.plan_steps(len(sources[0]), check_batch, default_warmup_steps=WARMUP_STEPS)
     with run.refusing(WeightsError, flag=WEIGHTS):
         torch.manual_seed(args.seed)
-        encoder |= dict(in_channels=pixels.channels, img_size=(size, size))
+        encoder |= dict(in_channels=pixels.channels, img_size=img_size)
         extras = dict(drop_path=args.drop_path, layer_scale=args.layer_scale or None)
         extras["relative_position_bias"] = args.relative_position_bias
         model = build_model(encoder, extras, len(classes), head, custom_weight_init=args.custom_weight_init)

@@ -9,6 +9,7 @@ import re
 import torch
 
 from modeling.files import WeightsError
+from modeling.upernet import HEADS as SEGMENTERS
 
 State = dict[str, torch.Tensor]  # parameters by name
 
@@ -157,9 +158,9 @@ def model_settings(state: State) -> dict[str, object]:
     if head is not None and head.ndim == 2:
         settings |= dict(num_classes=len(head), pooling="mean" if "fc_norm.weight" in state else "cls")
         settings["linear_probe"] = "head_norm.running_mean" in state  # not in an export, whose head includes the norm
-    head, linear = state.get("decode_head.classifier.weight"), "decode_head.batch_norm.running_var" in state
-    if head is not None and head.ndim == 4 and (linear or "fpn.fpn2.weight" in state):
-        settings |= dict(num_classes=len(head), head="linear" if linear else "upernet")
-        settings["head_width"] = None if linear else head.shape[1]
+    head = state.get("decode_head.classifier.weight")
+    name = next((name for name, facts in SEGMENTERS.items() if facts.parameter in state), None)
+    if head is not None and head.ndim == 4 and name:
+        settings |= dict(num_classes=len(head), head=name, head_width=head.shape[1] if SEGMENTERS[name].width else None)
         settings["auxiliary"] = "auxiliary_head.classifier.weight" in state
     return settings

@@ -7,7 +7,7 @@ from modeling.classifier import Classifier
 from modeling.export import default_crop_ratio
 from modeling.files import Stored, WeightsError
 from modeling.mae import MaskedAutoencoder
-from modeling.upernet import Segmenter, default_layers
+from modeling.upernet import HEADS, Segmenter, default_layers
 from modeling.vit import Grid, VisionTransformer
 from modeling.weights import LoadReport, Model, Weights, load_weights, open_weights
 
@@ -134,7 +134,7 @@ def _build(weights: Weights, whole: bool, img_size: Grid | None, in_channels: in
         encoder.add_extras(relative_position_bias=settings["relative_position_bias"], layer_scale=scale)
         layers = stored.layers
         if layers is None:
-            layers = default_layers(encoder.depth) if head == "upernet" else [encoder.depth - 1]
+            layers = default_layers(encoder.depth, HEADS[head].num_layers)
             assumed.append(f"the head sees the blocks {' '.join(map(str, layers))}")
         options = dict(head_width=settings["head_width"] or 512, auxiliary=settings["auxiliary"])
         return Segmenter(encoder, settings["num_classes"], head=head, layers=layers, **options), assumed

@@ -5,26 +5,44 @@ The heads have the parameter names of transformers' `UperNetForSemanticSegmentat
 Legend: B batch, C channels, H W pixels, h w patches, D width of the encoder, N classes.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from modeling.vit import EncoderWithHead, VisionTransformer
 
-HEADS = ("upernet", "linear")  # Segmenter builds one; training.resolve.resolve_head chooses its blocks and width
+
+class HeadFacts(NamedTuple):
+    """Say what a segmentation head takes; `Segmenter` builds it."""
+
+    name: str  # in words
+    num_layers: int  # number of blocks whose outputs it sees
+    width: int | None  # default channels; None if there is nothing to choose
+    auxiliary_weight: float | None  # default loss weight of its auxiliary head; None without one
+    smallest: int  # least number of patches a side, and of images per micro-batch for its BatchNorms
+    parameter: str  # one that no other head has, by which files are told apart
+
+
+HEADS = {
+    "upernet": HeadFacts("UperNet", 4, 512, 0.4, 2, "fpn.fpn2.weight"),
+    "linear": HeadFacts("linear head", 1, None, None, 1, "decode_head.batch_norm.running_var"),
+}
 POOL_SCALES = (1, 2, 3, 6)  # bins a side of UperNet's pyramid pooling
 IGNORED = 255  # label of pixels without a class
 
 
-def default_layers(depth: int) -> list[int]:
-    """Return the four blocks, from 0, whose outputs make the feature pyramid; ValueError for fewer than four.
+def default_layers(depth: int, count: int) -> list[int]:
+    """Return the `count` (1 or 4) blocks, from 0, that feed a head; ValueError for an encoder of fewer blocks.
 
-    They stand at a third, half, two thirds and the end of the encoder, as in the published recipes (3, 5, 7, 11 of 12).
+    One is the last; four stand at a third, half, two thirds and the end of the encoder, as in the published recipes
+    (3, 5, 7, 11 of 12).
     """
-    if depth < 4:
-        raise ValueError(f"a feature pyramid of {depth} blocks; expected at least 4, or a linear head")
-    if depth < 6:  # rounding would give a block twice
-        return list(range(depth - 4, depth))
+    if depth < count:
+        raise ValueError(f"a head on {count} blocks of an encoder of {depth}; expected at least {count}")
+    if depth < 6 or count == 1:  # rounding would give a block twice
+        return list(range(depth - count, depth))
     return [round(depth * share) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1)]
 
 
@@ -149,8 +167,8 @@ class Segmenter(EncoderWithHead):
 
     Args:
         encoder: becomes a part of the segmenter and loses its final norm, so load weights into it afterwards.
-        head: "upernet", on the outputs of four blocks, or "linear", on those of one.
-        layers: these blocks, from 0, in rising order; by default `default_layers`, or the last block.
+        head: one of HEADS: "upernet", on the outputs of four blocks, or "linear", on those of one.
+        layers: these blocks, from 0, in rising order; by default `default_layers`.
         head_width: channels of UperNet's layers.
         auxiliary: add UperNet's auxiliary head, for training.
         custom_weight_init: initialise the heads as mmsegmentation does instead of as PyTorch does.
@@ -171,16 +189,15 @@ class Segmenter(EncoderWithHead):
         custom_weight_init: bool = True,
     ):
         super().__init__()
-        if layers is None:
-            layers = default_layers(encoder.depth) if head == "upernet" else [encoder.depth - 1]
-        count = 4 if head == "upernet" else 1
+        count = HEADS[head].num_layers
+        layers = default_layers(encoder.depth, count) if layers is None else layers
         if len(layers) != count or list(layers) != sorted({*layers} & {*range(encoder.depth)}):
             raise ValueError(
                 f"layers {' '.join(map(str, layers))} for the head {head}; expected {count} from 0 to "
                 f"{encoder.depth - 1}, each above the one before"
             )
         self.num_classes, self.head, self.layers, self.head_width = num_classes, head, list(layers), head_width
-        self.auxiliary = auxiliary and head == "upernet"
+        self.auxiliary = auxiliary and HEADS[head].auxiliary_weight is not None
 
         dim = encoder.embed_dim
         self.encoder = encoder

@@ -27,7 +27,7 @@ import finetune_segmentation
 from data.pairs import class_weights
 from modeling.export import export_encoder
 from modeling.files import read_state_dict
-from modeling.upernet import default_layers
+from modeling.upernet import HEADS, default_layers
 from modeling.vit import VisionTransformer
 from training.resolve import resolve_head
 
@@ -239,7 +239,7 @@ def test_other_ways_to_train_and_to_evaluate(scenes, tmp_path):
 def test_two_flags_are_the_published_recipe():
     args, errors = finetune_segmentation.parse_args(["--path_to_data", "ADE", WEIGHTS, "pretrained"])
     assert not errors and args.max_steps == 160_000 and args.learning_rate == 1e-4 and args.layer_decay == 0.65
-    head = resolve_head(vars(args), 12, default_layers)
+    head = resolve_head(vars(args), 12, HEADS["upernet"], default_layers)
     assert head == dict(head="upernet", layers=[3, 5, 7, 11], head_width=512, auxiliary_weight=0.4)
     assert finetune_segmentation.CROP_SIZE == 512 and finetune_segmentation.BATCH_SIZE == 16
     assert args.betas == [0.9, 0.999] and args.weight_decay == 0.05 and args.drop_path == 0.1
@@ -350,8 +350,8 @@ def test_flags_that_do_not_fit_are_refused_together(scenes, encoder, flags, undi
     assert "at least 4 blocks, not 3; give --head linear" in found[3][0]
     assert "holds no segmenter" in found[4][0] and len(found[4]) == 1
     assert "which this run would write to" in found[5][0]
-    assert "--crop_size 8 holds one patch of 8 a side" in found[6][0] and len(found[6]) == 1
-    assert "--head_width 7 --auxiliary_weight 3 belongs to UperNet" in found[7][0] and len(found[7]) == 1
+    assert "--crop_size 8 is less than 2 patches of 8 a side" in found[6][0] and len(found[6]) == 1
+    assert "--head_width 7 --auxiliary_weight 3 does not go with --head linear" in found[7][0] and len(found[7]) == 1
     assert "mixes balanced and numbers" in parse("--class_weights", "balanced", "2")
     assert "are all 0" in parse("--class_weights", "0", "0")
     assert "--eval_only needs trained weights" in parse("--eval_only")

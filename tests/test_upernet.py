@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from random_modules import new_encoder
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,7 +20,7 @@ BEIT = dict(relative_position_bias=True, layer_scale=0.1)
 
 
 def new_segmenter(num_classes: int = 7, *, encoder: dict | None = None, **change) -> Segmenter:
-    return Segmenter(VisionTransformer(**SMALL | (encoder or {})), num_classes, **dict(head_width=24) | change)
+    return Segmenter(new_encoder(**SMALL | (encoder or {})), num_classes, **dict(head_width=24) | change)
 
 
 def randomised(module: nn.Module, std: float = 0.1) -> nn.Module:
@@ -57,7 +58,7 @@ def both(size: dict, num_classes: int, *, layers: list[int], head_width: int, bi
     )
     config = UperNetConfig(backbone_config=backbone, hidden_size=head_width, num_labels=num_classes)
     theirs = randomised(UperNetForSemanticSegmentation(config), std)
-    encoder = VisionTransformer(**size, relative_position_bias=bias, layer_scale=1.0 if bias else None)
+    encoder = new_encoder(**size, relative_position_bias=bias, layer_scale=1.0 if bias else None)
     ours = Segmenter(encoder, num_classes, layers=layers, head_width=head_width).eval()
     load_weights(ours, theirs.state_dict())
     return ours, theirs
@@ -88,7 +89,7 @@ def test_pyramid_and_logits_equal_transformers(bias):
 @pytest.mark.parametrize(("bias", "shape"), [(False, (512, 512)), (True, (512, 683))])
 def test_pyramid_and_logits_of_a_base_model_equal_transformers(bias, shape):
     size = SIZES["base"] | dict(img_size=512)
-    ours, theirs = both(size, 150, layers=default_layers(12), head_width=512, bias=bias, std=0.02)
+    ours, theirs = both(size, 150, layers=default_layers(12, 4), head_width=512, bias=bias, std=0.02)
     assert_equal_outputs(ours, theirs, torch.randn(1, 3, *shape))
 
 
@@ -246,15 +247,15 @@ def test_what_weight_decay_leaves_alone():
     ],
 )
 def test_default_layers(depth, layers):
-    assert default_layers(depth) == layers
+    assert default_layers(depth, 4) == layers
 
 
 def test_default_layers_increase_for_every_depth():
     for depth in range(4, 200):
-        layers = default_layers(depth)
+        layers = default_layers(depth, 4)
         assert layers == sorted({*layers}) and len(layers) == 4 and layers[0] >= 0 and layers[-1] == depth - 1
-    with pytest.raises(ValueError, match="a feature pyramid of 3 blocks; expected at least 4"):
-        default_layers(3)
+    with pytest.raises(ValueError, match="a head on 4 blocks of an encoder of 3; expected at least 4"):
+        default_layers(3, 4)
 
 
 def test_initialisation_of_the_heads():
@@ -287,7 +288,7 @@ def test_initialisation_of_the_heads():
         (dict(layers=[0, 1, 1, 4]), "layers 0 1 1 4"),
         (dict(layers=[0, 1, 4]), "layers 0 1 4 for the head upernet; expected 4"),
         (dict(head="linear", layers=[3, 4]), "layers 3 4 for the head linear; expected 1"),
-        (dict(encoder=dict(depth=3)), "a feature pyramid of 3 blocks"),
+        (dict(encoder=dict(depth=3)), "a head on 4 blocks of an encoder of 3"),
     ],
 )
 def test_impossible_settings_are_refused(change, message):
@@ -301,7 +302,7 @@ def test_impossible_settings_are_refused(change, message):
 @pytest.mark.parametrize(("head", "extras"), [("upernet", {}), ("upernet", BEIT), ("linear", {})])
 def test_flops_of_a_step_are_those_that_torch_counts(head, extras):
     size = SIZES["tiny"] | dict(img_size=96, depth=4, drop_path=0.2)
-    model = Segmenter(VisionTransformer(**size, **extras), 10, head=head, head_width=64)
+    model = Segmenter(new_encoder(**size, **extras), 10, head=head, head_width=64)
     state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     flops = model.eval().training_flops()
     assert torch.equal(torch.get_rng_state(), random) and not model.training  # counting changes nothing

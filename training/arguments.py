@@ -413,8 +413,8 @@ def check_finetuning(args: argparse.Namespace, weights: str) -> list[str]:
     ]
 
 
-def check_segmenter(args: argparse.Namespace) -> list[str]:
-    """Return error messages for the flags of `add_segmenter_flags`, and --resize."""
+def check_segmenter(args: argparse.Namespace, facts) -> list[str]:
+    """Return error messages for the flags of `add_segmenter_flags`, and --resize; `facts` are those of the head."""
     errors, weights = [], args.class_weights
     if args.resize and args.resize[0] < args.resize[1]:
         errors.append(f"--resize {args.resize[0]} {args.resize[1]} has its longer side last; give LONG SHORT")
@@ -424,8 +424,8 @@ def check_segmenter(args: argparse.Namespace) -> list[str]:
         errors.append("--class_weights are all 0, so that there is nothing to learn; give at least one above 0")
     given = {name: getattr(args, name) for name in ("head_width", "auxiliary_weight")}
     text = " ".join(f"--{name} {value:g}" for name, value in given.items() if value is not None)
-    if text and args.head != "upernet":
-        errors.append(f"{text} belongs to UperNet and does not go with --head {args.head}; leave it out")
+    if text and facts.width is None:
+        errors.append(f"{text} does not go with --head {args.head}; leave it out")
     return errors
 
 

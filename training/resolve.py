@@ -183,38 +183,46 @@ def resolve_augmentation(magnitude: int, default: int, images: ImageFormat) -> i
     return 0
 
 
-def resolve_crop(crop_size: int, patch_size: int, *, upernet: bool) -> int:
-    """Return the side of crops in pixels; raise InputError for one that does not fit the patches."""
+def resolve_crop(crop_size: int, patch_size: int, *, smallest: int) -> tuple[int, int]:
+    """Return H and W of square crops, in pixels.
+
+    Raises:
+        InputError: for crops that do not fit the patches, or have fewer than the head's `smallest` number a side.
+    """
     check(check_size("crop_size", [crop_size], patch_size))
-    if upernet and crop_size < 2 * patch_size:
-        raise InputError(f"--crop_size {crop_size} holds one patch of {patch_size} a side; UperNet needs at least two")
-    return crop_size
+    if crop_size < smallest * patch_size:
+        raise InputError(
+            f"--crop_size {crop_size} is less than {smallest} patches of {patch_size} a side, which the head needs; "
+            f"give at least {smallest * patch_size}"
+        )
+    return crop_size, crop_size
 
 
-def resolve_head(flags: dict, depth: int, default_layers: Callable[[int], list[int]]) -> dict:
+def resolve_head(flags: dict, depth: int, facts, default_layers: Callable[[int, int], list[int]]) -> dict:
     """Return the flags of a segmenter's head with their values.
 
     Args:
         flags: `head`, `layers`, `head_width`, `auxiliary_weight`; None for those that were left out.
         depth: number of blocks of the encoder.
-        default_layers: returns the indices of the blocks that feed UperNet, given the depth.
+        facts: `modeling.upernet.HeadFacts` of the head.
+        default_layers: returns the indices of the blocks that feed the head, given the depth and their number.
 
     Raises:
         InputError: for layers that the encoder does not have, or not as many as the head takes.
     """
-    upernet, layers, errors = flags["head"] == "upernet", flags["layers"], []
-    if upernet and depth < 4 and not layers:
-        raise InputError(f"--head upernet needs an encoder of at least 4 blocks, not {depth}; give --head linear")
-    layers = layers or (default_layers(depth) if upernet else [depth - 1])
-    text, count = "--layers " + " ".join(map(str, layers)), 4 if upernet else 1
+    layers, count, errors = flags["layers"], facts.num_layers, []
+    if depth < count and not layers:
+        name = flags["head"]
+        raise InputError(f"--head {name} needs an encoder of at least {count} blocks, not {depth}; give --head linear")
+    layers = layers or default_layers(depth, count)
+    text = "--layers " + " ".join(map(str, layers))
     if max(layers) >= depth:
         errors.append(f"{text} is beyond the encoder's {depth} blocks; expected 0 to {depth - 1}")
     if len(layers) != count or layers != sorted(set(layers)):
         errors.append(f"{text} does not fit --head {flags['head']}; expected {count} different numbers in rising order")
     check(errors)
-    width, weight = flags["head_width"], flags["auxiliary_weight"]
-    if upernet:
-        width, weight = width or 512, 0.4 if weight is None else weight
+    width, weight = flags["head_width"] or facts.width, flags["auxiliary_weight"]
+    weight = facts.auxiliary_weight if weight is None else weight
     return dict(head=flags["head"], layers=layers, head_width=width, auxiliary_weight=weight)
 
 
