@@ -6,7 +6,6 @@ import math
 import resource
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from training.files import read_lines
 from training.launch import RunError
 from training.plan import Plan
 from training.sharding import whole
@@ -219,19 +219,15 @@ def truncate_log(folder: Path, step: int) -> dict[str, float]:
     Returns:
         The metrics of the validation after that very step.
     """
-    path = folder / "log.jsonl"
-    lines, metrics = [], {}
+    path, metrics = folder / "log.jsonl", {}
     if not path.exists():
         return metrics
-    for text in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # a line that a kill cut short
-            line = json.loads(text)
-            if line["step"] <= step:
-                lines.append(text + "\n")
-            if line["step"] == step and "loss" not in line:
-                metrics.update({name: value for name, value in line.items() if name not in ("step", "epoch", "advice")})
+    lines = [line for line in read_lines(path) if line["step"] <= step]
+    for line in lines:
+        if line["step"] == step and "loss" not in line:
+            metrics |= {name: value for name, value in line.items() if name not in ("step", "epoch", "advice")}
     temporary = path.with_name(".log.jsonl.tmp")
-    temporary.write_text("".join(lines))
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
     temporary.replace(path)
     return metrics
 
@@ -239,9 +235,7 @@ def truncate_log(folder: Path, step: int) -> dict[str, float]:
 def best_of(folder: Path, metric: str) -> tuple[float, int | None]:
     """Return the highest value of a metric in log.jsonl and the step that reached it first; -1 and None without one."""
     best, best_step = -1.0, None
-    path = folder / "log.jsonl"
-    for text in path.read_text().splitlines() if path.exists() else []:
-        line = json.loads(text)
+    for line in read_lines(folder / "log.jsonl"):
         if line.get(metric, -1.0) > best:
             best, best_step = line[metric], line["step"]
     return best, best_step
@@ -260,15 +254,9 @@ class DamagedImages:
         self.path, self.is_main_process, self.replace = folder / "damaged.jsonl", is_main_process, replace
         self.limit = min(max(10, num_samples // 100), num_samples - 1)
         self.num_samples = num_samples
-        self.names, self.reasons = set(), Counter()
-        text = self.path.read_text() if self.path.exists() else ""
-        for line in text.splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
-                image = json.loads(line)
-                self.names.add(image["path"])
-                self.reasons[image["reason"]] += 1
-        if is_main_process and text and not text.endswith("\n"):
-            self._append("\n")
+        self.names = {image["path"] for image in read_lines(self.path)}
+        if is_main_process and self.path.exists() and not self.path.read_text().endswith("\n"):
+            self._append("\n")  # behind a line that a kill cut short
 
     def _append(self, text: str) -> None:
         with open(self.path, "a") as file:
@@ -289,7 +277,6 @@ class DamagedImages:
                     sys.stderr,
                 )
             self.names.add(path)
-            self.reasons[reason] += 1
             if self.is_main_process:
                 self._append(json.dumps({"path": path, "reason": reason}) + "\n")
         if images and not self.replace:
@@ -299,8 +286,7 @@ class DamagedImages:
                 "flag out"
             )
         if len(self.names) > self.limit:
-            ((reason, count),) = self.reasons.most_common(1)
             raise RunError(
-                f"{len(self.names)} of {self.num_samples} images are damaged, more than the {self.limit} allowed, "
-                f"{count} of them: {reason}; {self.path} names them: repair or remove them"
+                f"{len(self.names)} of {self.num_samples} images are damaged, more than the {self.limit} allowed; "
+                f"{self.path} names them and says why: repair or remove them"
             )
