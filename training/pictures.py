@@ -1,7 +1,6 @@
 """Draw pictures of what a model does."""
 
 import unicodedata
-from bisect import bisect
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,13 +9,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 MOST_CLASSES = 50  # of a readable confusion matrix
-MOST_NAMES = 30  # of a legend
 IGNORED = 255  # the label of void pixels in an annotation
 GAP, LINE, HEADER = 8, 20, 48  # pixels between tiles, per line of text, for title and captions
 GREY = "#444444"
 
 Colours = Sequence[tuple[int, int, int]]  # RGB of each class
-Legend = Sequence[tuple[str, Image.Image | None]]  # names and swatches
+Legend = Sequence[tuple[str, Image.Image]]  # names and swatches
 
 
 def reconstruction_grid(
@@ -82,7 +80,7 @@ def confusion_matrix(
     images = counts.sum(axis=1)
     percent = 100 * counts / np.maximum(1, images)[:, None]
     cell = 0.4 if len(classes) <= 12 else 0.3 if len(classes) <= 25 else 0.24  # inches
-    names = [name if len(name) <= 24 else name[:21] + "..." for name in map(_in_ascii, classes)]
+    names = [_short_name(name) for name in classes]
     rows = [f"{name} ({count})" for name, count in zip(names, images, strict=True)]
     side = cell * len(classes) + 3
     figure, axes = _figure(path, (max(side, 6), side), "predicted class, in percent of the images", "class (images)")
@@ -162,8 +160,8 @@ def segmentation_overlay(
 
     counts = sum(np.bincount(row, minlength=256) for row in labels)  # bincount of all rows would copy them as int64
     legend = _legend(counts, classes, (0.3 * 128 + 45 + 0.525 * palette + 0.5).astype(np.uint8))
-    columns = min(len(legend), max(1, picture.width // 160))
-    column = max(picture.width // columns, 160)
+    columns = min(len(legend), max(1, picture.width // 240))
+    column = max(picture.width // columns, 240)
     top = GAP + picture.height + GAP
     shape = GAP + max(picture.width, column) + GAP, top - (-len(legend) // columns) * LINE + GAP
     canvas = Image.new("RGB", shape, "white")
@@ -177,8 +175,7 @@ def loss_curve(
 ) -> None:
     """Write a PNG of the training loss, and the validation loss if there is one; both are (step, loss) in order."""
     figure, axes = _figure(path, (8, 4), "optimizer step", "loss")
-    marker = "o" if len(losses) < 20 else ""
-    axes.plot(*zip(*losses, strict=True), color="#08306b", linewidth=1, marker=marker, markersize=4, label="training")
+    axes.plot(*zip(*losses, strict=True), color="#08306b", linewidth=1, label="training")
     if validation:
         points = zip(*validation, strict=True)
         axes.plot(*points, color="#d94801", linewidth=1, marker="o", markersize=4, label="validation")
@@ -241,9 +238,8 @@ def _legend(counts: np.ndarray, classes: Sequence[str], palette: np.ndarray) -> 
     """Return names and swatches of the classes, by their pixel `counts` (256,), the largest first."""
     numbers = [number for number in np.argsort(-counts, kind="stable") if counts[number] and number != IGNORED]
     names = [(classes[number], Image.new("RGB", (14, 14), tuple(palette[number].tolist()))) for number in numbers]
-    more = [(f"and {len(names) - MOST_NAMES} more", None)] if len(names) > MOST_NAMES else []
     void = [("void: not labelled", Image.fromarray(_hatching((14, 14))))] if counts[IGNORED] else []
-    return names[:MOST_NAMES] + more + void
+    return names + void
 
 
 def _draw_legend(canvas: Image.Image, legend: Legend, *, top: int, columns: int, column: int) -> None:
@@ -251,10 +247,9 @@ def _draw_legend(canvas: Image.Image, legend: Legend, *, top: int, columns: int,
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=13)
     for i, (name, swatch) in enumerate(legend):
         x, y = GAP + i % columns * column, top + i // columns * LINE
-        if swatch:
-            canvas.paste(swatch, (x, y))
-            draw.rectangle((x, y, x + 14, y + 14), outline="#888888")
-        draw.text((x + 20, y + 7), _shorten(name, font, width=column - 20 - GAP), "black", font, "lm")
+        canvas.paste(swatch, (x, y))
+        draw.rectangle((x, y, x + 14, y + 14), outline="#888888")
+        draw.text((x + 20, y + 7), _short_name(name), "black", font, "lm")
 
 
 def _hatching(size: tuple[int, int]) -> np.ndarray:
@@ -264,16 +259,8 @@ def _hatching(size: tuple[int, int]) -> np.ndarray:
     return np.repeat(stripes[..., None], 3, axis=2)
 
 
-def _in_ascii(text: str) -> str:
-    """Return a name in one line of the letters that all fonts have."""
+def _short_name(text: str) -> str:
+    """Return a name in one line of at most 24 letters that all fonts have."""
     text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode() or "?" * len(text)
-    return " ".join(text.split())
-
-
-def _shorten(text: str, font: ImageFont.FreeTypeFont, *, width: int) -> str:
-    """Return a name in one line of at most `width` pixels."""
-    text = _in_ascii(text)
-    if font.getlength(text) <= width:
-        return text
-    length = bisect(range(len(text)), width, key=lambda count: font.getlength(text[:count] + "...")) - 1
-    return text[:length] + "..."
+    text = " ".join(text.split())
+    return text if len(text) <= 24 else text[:21] + "..."
