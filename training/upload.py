@@ -58,7 +58,7 @@ def check_hub(push_to_hub: bool, *, repository: str | None, every: int, private:
     return [f"--{name} needs --push_to_hub; add it, or leave --{name} out" for name in flags if flags[name]]
 
 
-def upload(folder: Path, repo_id: str, *, private: bool, revision: str | None, create_pr: bool, message: str) -> str:
+def upload(folder: Path, repo_id: str, *, private: bool, revision: str | None, message: str) -> str:
     """Upload a folder in one commit. Large files that arrived before an interruption are not sent again.
 
     Args:
@@ -66,11 +66,10 @@ def upload(folder: Path, repo_id: str, *, private: bool, revision: str | None, c
         repo_id: OWNER/NAME; created if missing.
         private: Create a private repository, and refuse an existing public one.
         revision: Branch, created if missing; None for main.
-        create_pr: Open a pull request instead of committing.
         message: Commit message.
 
     Returns:
-        The address of the commit or the pull request.
+        The address of the commit.
 
     Raises:
         RunError: The upload failed, or was refused because the repository holds another type of model.
@@ -78,7 +77,7 @@ def upload(folder: Path, repo_id: str, *, private: bool, revision: str | None, c
     try:
         errors = check_repo_id(repo_id) or check_token() or _check_repository(folder, repo_id, private, revision)
         if not errors:
-            return _commit(folder, repo_id, private, revision, create_pr, message)
+            return _commit(folder, repo_id, private, revision, message)
         reason, cause = errors[0], None
     except Exception as error:  # huggingface_hub, its HTTP client and Xet raise many types
         reason, cause = _explain(error, repo_id), error
@@ -101,19 +100,22 @@ def _check_repository(folder: Path, repo_id: str, private: bool, revision: str |
         return [f"{repo_id} exists and is public; make it private in its settings, or leave out --private"]
     if all(file.rfilename != "config.json" for file in info.siblings or []):
         return []
-    ours = json.loads((folder / "config.json").read_text())
-    try:
-        theirs = json.loads(Path(hf_hub_download(repo_id, "config.json", revision=info.sha)).read_text())
-        types = [(config.get("model_type"), *(config.get("architectures") or [])) for config in (theirs, ours)]
-    except (ValueError, AttributeError):
-        types = [("unreadable config.json",), (ours["model_type"], *ours["architectures"])]
-    if types[0] == types[1]:
+    theirs, ours = (
+        _model_type(path)
+        for path in (hf_hub_download(repo_id, "config.json", revision=info.sha), folder / "config.json")
+    )
+    if theirs == ours:
         return []
-    theirs, ours = (" ".join(filter(None, names)) or "unknown type" for names in types)
     return [f"{repo_id} holds another type of model ({theirs}, expected {ours}); give another --repo_id"]
 
 
-def _commit(folder: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool, message: str) -> str:
+def _model_type(path: str | Path) -> str:
+    """Return the type and the class of the model that a config.json of transformers describes."""
+    config = json.loads(Path(path).read_text())
+    return " ".join([config.get("model_type", "unknown type"), *config.get("architectures", [])])
+
+
+def _commit(folder: Path, repo_id: str, private: bool, revision: str | None, message: str) -> str:
     """Create the repository and the branch if they are missing, and upload."""
     api = HfApi()
     if not api.repo_exists(repo_id):
@@ -128,8 +130,7 @@ def _commit(folder: Path, repo_id: str, private: bool, revision: str | None, cre
     stale = [path for path in sorted(stale) if path in OWN_FILES or path.startswith("pretraining/")]
     files += [CommitOperationDelete(path) for path in stale]
     # upload_folder may split a folder into several commits: the card of one model beside the weights of another
-    commit = api.create_commit(repo_id, files, commit_message=message, revision=revision, create_pr=create_pr)
-    return commit.pr_url or commit.commit_url
+    return api.create_commit(repo_id, files, commit_message=message, revision=revision).commit_url
 
 
 def _explain(error: Exception, repo_id: str) -> str:
@@ -168,7 +169,7 @@ class Uploader:
         self.every, self.repository, self.log = every, repository, folder / "hub.log"
         flags = ["--repo_id", str(repository), *(["--private"] if private else [])]
         self.command = [sys.executable, str(SCRIPT), str(folder), *flags]
-        self.process, self.subject, self.skipping = None, "", False
+        self.process, self.subject = None, ""
 
     def after(self, step: int) -> None:
         """Report a finished upload; start one if it is due and none is running."""
@@ -177,8 +178,7 @@ class Uploader:
             return
         if not self.process:
             self._start(f"step {step}")
-        elif not self.skipping:
-            self.skipping = True
+        else:
             tqdm.write(f"step {step} is not uploaded: the upload of {self.subject} is still running")
 
     def finish(self, stop: Callable[[], bool] = lambda: False) -> None:
@@ -208,7 +208,7 @@ class Uploader:
         env = {n: v for n, v in os.environ.items() if not n.startswith(prefixes) and n not in names}
         env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}  # `_report` reads the last line of the log
         options = dict(env=env, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True)
-        self.subject, self.skipping = subject, False
+        self.subject = subject
         try:
             with open(self.log, "w") as log:
                 self.process = subprocess.Popen(self.command, stdout=log, **options)
@@ -221,9 +221,7 @@ class Uploader:
         if self.process is None or self.process.poll() is None:
             return
         code, self.process = self.process.returncode, None
-        lines = []
-        with contextlib.suppress(OSError):
-            lines = self.log.read_text(errors="replace").strip().splitlines()
+        lines = self.log.read_text(errors="replace").strip().splitlines()
         last = lines[-1].strip() if lines else f"exit code {code}"
         if code == 0:
             tqdm.write(f"uploaded {self.subject}: {last.removeprefix('uploaded: ')}")
