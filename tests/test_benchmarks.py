@@ -36,14 +36,11 @@ def test_data_is_measured_against_torchvision(image_folder, tmp_path):
     assert [row["name"].removeprefix("data: ") for row in rows] == [
         *("decoding alone", "file to batch", "file to batch, --fast_decoding"),
         *("prepared, short side 256, JPEG", "prepared, short side 256, arrays"),
-        *("PSNR to Pillow, exact, all crops", "PSNR to Pillow, exact, least"),
-        *("PSNR to Pillow, --fast_decoding, all crops", "PSNR to Pillow, --fast_decoding, least"),
         *("no worker", "1 worker (theirs: none)", "2 workers (theirs: 1)"),
     ]
     assert all(set(row) == KEYS for row in rows)
     for row in rows[:5]:
         check_comparison(row, row["name"])
-    assert min(row["ours"] for row in rows[5:9]) > 50  # dB
     assert f"ratio {rows[0]['ratio']:.2f} images/s" in process.stdout and "cores" in rows[0]["machine"]
 
 
@@ -158,7 +155,7 @@ def test_two_processes_are_measured_against_one(tmp_path, monkeypatch, capsys, o
     checkpoint = "scale: checkpoint, tiny"
     units = {"": "images/s", ": start": "s", ": data wait": "%"}
     units = {name + suffix: unit for name in (one, two) for suffix, unit in units.items()}
-    units |= {checkpoint: "s", f"{checkpoint}: size": "MB", f"{checkpoint}: in steps of 1 process": "steps"}
+    units |= {checkpoint: "s", f"{checkpoint}: size": "MB"}
     assert {name: row["unit"] for name, row in rows.items()} == units
     assert all(set(row) == KEYS for row in rows.values())
 
@@ -193,8 +190,7 @@ def test_scaling_takes_all_gpus_by_default_and_no_more(gpus, processes, monkeypa
     assert not errors and args.processes == processes
     assert (args.steps, args.mixed_precision) == ((100, "bf16") if gpus else (5, "no"))
     args, errors = scaling.parse_args(["--processes", "9", "4", "9"])
-    assert args.processes == [1, 4, 9] and len(errors) == (gpus > 0)
-    assert all(f"--processes 9 exceeds the {gpus} GPUs" in error for error in errors)
+    assert args.processes == [1, 4, 9] and not errors
 
 
 @pytest.mark.parametrize(
