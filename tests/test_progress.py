@@ -139,7 +139,7 @@ go(progress, 1, 13)
 go(progress, 11, 12)  # wandb knows of steps beyond the checkpoint
 run = progress.accelerator.get_tracker("wandb", unwrap=True)
 assert run.summary["step"] == 12 and run.summary["loss"] == 12 and "note" not in run.summary.keys()
-assert run.config["img_size"] == "32 48" and run.config["seed"] == 3 and run.config["pin_memory"] is False
+assert run.config["img_size"] == [32, 48] and run.config["seed"] == 3 and run.config["pin_memory"] is False
 finish_trackers(progress.accelerator)
 progress = begin(Path.cwd(), ["wandb"], start_step=10)
 assert progress.accelerator.get_tracker("wandb", unwrap=True).id == run.id

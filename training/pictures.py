@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from training.metrics import IGNORED
+
 MOST_CLASSES = 50  # of a readable confusion matrix
-IGNORED = 255  # the label of void pixels in an annotation
 GAP, LINE, HEADER = 8, 20, 48  # pixels between tiles, per line of text, for title and captions
 GREY = "#444444"
 
