@@ -146,7 +146,6 @@ def write_card(
     """
     metrics = record.metrics_at(model.step) if record else {}
     scores = {name: metrics[name] for name in METRICS if math.isfinite(metrics.get(name, math.nan))}
-    by_class = {"IoU (%)": metrics.get("per_class_iou"), "accuracy (%)": metrics.get("per_class_accuracy")}
     title = repo_id.partition("/")[2] if repo_id else (record.folder if record else Path(location)).resolve().name
     at, address = f"@{revision}" if repo_id and revision else "", repo_id or str(location)
     if record:
@@ -163,7 +162,6 @@ def write_card(
         picture=_copy_picture(folder, model.step, record) if record else None,
         metrics=metrics,
         scores={METRICS[name][1]: value for name, value in scores.items()},
-        by_class={label: values for label, values in by_class.items() if values},
         hardware=_describe_hardware,
         in_bytes=in_bytes,
         in_time=in_time,
