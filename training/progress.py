@@ -19,7 +19,7 @@ from training.launch import RunError
 from training.plan import Plan
 from training.sharding import whole
 from training.trackers import track
-from training.wording import in_bytes, in_time, several
+from training.wording import in_bytes, in_time
 
 BAR = dict(dynamic_ncols=True, leave=False, mininterval=0.5 if sys.stderr.isatty() else 30)
 
@@ -64,14 +64,11 @@ class Progress:
 
     def timed(self, batches: Iterator) -> Iterator:
         """Yield from the loader, and count the time until it answers as waiting for data."""
-        end = object()
-        while True:
-            start = time.perf_counter()
-            item = next(batches, end)
+        start = time.perf_counter()
+        for item in batches:
             self.waited += time.perf_counter() - start
-            if item is end:
-                return
             yield item
+            start = time.perf_counter()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -163,20 +160,19 @@ class Rehearsal:
     """
 
     def __init__(self, progress: Progress, crew, *, read_ahead: int):
-        self.progress, self.crew, self.read_ahead = progress, crew, read_ahead
+        self.progress, self.crew = progress, crew
         self.phases = [(0.0, 1), (3.0, 1 + read_ahead), (10.0, 3)]  # seconds and steps that each takes at least
-        self.steps, self.finite, self.damaged = 0, True, []
+        self.steps, self.finite = 0, True
         self.steps_left = progress.plan.length.total_steps - progress.clock_step
         progress.restart_clock(0)
 
-    def completed(self, loss: torch.Tensor, damaged: list[tuple[int, str]]) -> bool:
+    def completed(self, loss: torch.Tensor) -> bool:
         """Note a step; after the last one, report and return True.
 
         Raises:
             RunError: if a loss was not finite.
         """
         self.finite &= math.isfinite(loss.item())  # waits for the device
-        self.damaged += damaged
         self.steps += 1
         seconds, at_least = self.phases[0]
         spent, steps = time.perf_counter() - self.progress.clock_time, self.steps - self.progress.clock_step
@@ -184,7 +180,7 @@ class Rehearsal:
         if not self.crew.any(enough or self.crew.signal_name is not None):
             return False
         if len(self.phases) > 1:
-            self.in_stock = self.phases.pop(0)[1] > 1 and steps <= self.read_ahead
+            self.phases.pop(0)
             self.progress.restart_clock(self.steps)
             return False
         self.report(spent / steps, steps)
@@ -199,18 +195,13 @@ class Rehearsal:
             peak = torch.cuda.max_memory_reserved(device)
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        stock = ", too few to measure the data wait" if self.in_stock else ""
         self.progress.say(
-            f"dry run    {steps} steps timed after {self.steps - steps}{stock}: {seconds:.3g} s a step, "
+            f"dry run    {steps} steps timed after {self.steps - steps}: {seconds:.3g} s a step, "
             f"{self.progress.plan.batch.global_size / seconds:.4g} images/s, data wait "
             f"{self.progress.waited / seconds / steps:.0%}, peak memory {in_bytes(peak)}\n"
             f"           {self.steps_left} steps take {in_time(seconds * self.steps_left)}, without validation and "
             "saving; nothing was written"
         )
-        if self.damaged:
-            index, reason = self.damaged[0]
-            damaged = several(len(self.damaged), "damaged image")
-            self.progress.say(f"           {damaged}, the first is number {index}: {reason}")
 
 
 def truncate_log(folder: Path, step: int) -> dict[str, float]:
