@@ -33,14 +33,12 @@ LOG_IN = "run `hf auth login`, or set HF_TOKEN to a token with write access (htt
 
 def check_repo_id(repo_id: str) -> list[str]:
     """Return the error in the name of a repository, if any."""
+    reason = "" if "/" in repo_id else "the owner is missing"
     try:
         validate_repo_id(repo_id)
-        if repo_id.count("/") == 1 and all(repo_id.split("/")):
-            return []
-        reason = "the owner is missing"
     except HFValidationError as error:
-        reason = str(error).partition(f": '{repo_id}'")[0].rstrip(".")
-    return [f"{repo_id!r} is not a valid repository name ({reason}); expected OWNER/NAME"]
+        reason = in_one_line(error)
+    return [f"{repo_id!r} is not a valid repository name ({reason}); expected OWNER/NAME"] if reason else []
 
 
 def check_token() -> list[str]:
@@ -135,7 +133,7 @@ def _commit(folder: Path, repo_id: str, private: bool, revision: str | None, mes
 
 def _explain(error: Exception, repo_id: str) -> str:
     """Return one line on why the Hub could not be used and what to do, from the error or its causes."""
-    causes, text = [error], in_one_line(error)
+    causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
         causes.append(cause)
     for cause in causes:
@@ -144,14 +142,11 @@ def _explain(error: Exception, repo_id: str) -> str:
             return f"the token is invalid or has expired; {LOG_IN}"
         if status == 403:
             return f"the token has no write access to {repo_id}; {LOG_IN}, or give a --repo_id of another owner"
-        if status is not None:
-            text += "" if cause is error else f": {in_one_line(cause)}"
-            break
         if isinstance(cause, OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE is set; unset it"
-        if isinstance(cause, HTTPError | ConnectionError | TimeoutError):
+        if status is None and isinstance(cause, HTTPError | ConnectionError | TimeoutError):
             return f"{constants.ENDPOINT} cannot be reached ({in_one_line(cause)}); check the network and HF_ENDPOINT"
-    return f"the Hub failed ({text})"
+    return f"the Hub failed ({': '.join(map(in_one_line, causes))})"
 
 
 class Uploader:
