@@ -35,11 +35,11 @@ def reconstruction_grid(
     `uses_true_patch_statistics` says in the title that predictions use each patch's true mean and variance.
     """
     if channels is not None:
-        images, prediction = images[:, channels], prediction[:, channels]
-        low, high = map(torch.stack, zip(*map(_contrast_limits, images.float()), strict=True))
+        pairs = list(zip(images[:, channels], prediction[:, channels], strict=True))
+        images = torch.stack([_stretch_contrast(image, like=image) for image, _ in pairs])
+        prediction = torch.stack([_stretch_contrast(guess, like=image) for image, guess in pairs])
         numbers = f"channel{'s' * (len(channels) > 1)} {' '.join(map(str, channels))}"
         title += f" - {numbers}, contrast of each image stretched"
-        images, prediction = (((x - low) / (high - low).clamp(min=1e-6)).clamp(0, 1) for x in (images, prediction))
     prediction = prediction.clamp(0, 1)
     visible = torch.where(mask.bool(), torch.full_like(images, 0.5), images)
     pasted = torch.where(mask.bool(), prediction, images)
@@ -61,9 +61,8 @@ def displayable(image: torch.Tensor) -> torch.Tensor:
     """
     if image.dtype == torch.uint8 and len(image) in (1, 3):
         return image
-    image = image[: 3 if len(image) >= 3 else 1].float()
-    low, high = _contrast_limits(image)
-    return ((image - low) / (high - low).clamp(min=1e-6) * 255).round().clamp(0, 255).to(torch.uint8)
+    image = image[: 3 if len(image) >= 3 else 1]
+    return (_stretch_contrast(image, like=image) * 255).round().to(torch.uint8)
 
 
 def confusion_matrix(
@@ -80,10 +79,9 @@ def confusion_matrix(
     np.add.at(counts, (np.asarray(labels), np.asarray(predictions)), 1)
     images = counts.sum(axis=1)
     percent = 100 * counts / np.maximum(1, images)[:, None]
-    cell = 0.4 if len(classes) <= 12 else 0.3 if len(classes) <= 25 else 0.24  # inches
     names = [_short_name(name) for name in classes]
     rows = [f"{name} ({count})" for name, count in zip(names, images, strict=True)]
-    side = cell * len(classes) + 3
+    side = 0.3 * len(classes) + 3  # inches
     figure, axes = _figure(path, (max(side, 6), side), "predicted class, in percent of the images", "class (images)")
     figure.suptitle(title)
     axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
@@ -91,7 +89,7 @@ def confusion_matrix(
     axes.set_yticks(range(len(classes)), rows, parse_math=False)
     for row, column in np.argwhere(percent >= 0.5):
         share = percent[row, column]
-        options = dict(size=25 * cell, ha="center", va="center", in_layout=False)  # or the layout would be slow
+        options = dict(size=7.5, ha="center", va="center", in_layout=False)  # or the layout would be slow
         axes.text(column, row, f"{share:.0f}", color="white" if share > 50 else "black", **options)
     figure.savefig(path, format="png")
     return True
@@ -196,12 +194,12 @@ def _figure(path: Path, size: tuple[float, float], xlabel: str, ylabel: str):
     return figure, figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
 
 
-def _contrast_limits(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the 2nd and the 98th percentile of each channel, (C, 1, 1) each, of an image (C, H, W)."""
-    values = image.flatten(1)
+def _stretch_contrast(image: torch.Tensor, *, like: torch.Tensor) -> torch.Tensor:
+    """Scale channels (C, H, W) so that the 2nd and 98th percentiles of those of `like` become 0 and 1, and clip."""
+    values = like.float().flatten(1)
     ranks = (1 + round(share * (values.shape[1] - 1)) for share in (0.02, 0.98))
     low, high = (values.kthvalue(rank, dim=1).values[:, None, None] for rank in ranks)
-    return low, high
+    return ((image - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
 
 
 def _as_colour(image: np.ndarray) -> np.ndarray:
