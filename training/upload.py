@@ -116,9 +116,8 @@ def _model_type(path: str | Path) -> str:
 def _commit(folder: Path, repo_id: str, private: bool, revision: str | None, message: str) -> str:
     """Create the repository and the branch if they are missing, and upload."""
     api = HfApi()
-    if not api.repo_exists(repo_id):
-        api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: the owner's default
-    if revision is not None and not api.revision_exists(repo_id, revision):
+    api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: the owner's default
+    if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     paths = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
@@ -164,6 +163,7 @@ class Uploader:
         self.every, self.repository, self.log = every, repository, folder / "hub.log"
         flags = ["--repo_id", str(repository), *(["--private"] if private else [])]
         self.command = [sys.executable, str(SCRIPT), str(folder), *flags]
+        self.repeat = f"repeat with: {shlex.join(['python', *self.command[1:]])}"
         self.process, self.subject = None, ""
 
     def after(self, step: int) -> None:
@@ -209,7 +209,7 @@ class Uploader:
                 self.process = subprocess.Popen(self.command, stdout=log, **options)
             tqdm.write(f"uploading {subject} in the background; see {self.log}")
         except OSError as error:
-            tqdm.write(f"warning: {subject} is not uploaded: {in_one_line(error)}; repeat with: {self._repeat()}")
+            tqdm.write(f"warning: {subject} is not uploaded: {in_one_line(error)}; {self.repeat}")
 
     def _report(self) -> None:
         """Print how an upload ended."""
@@ -221,8 +221,5 @@ class Uploader:
         if code == 0:
             tqdm.write(f"uploaded {self.subject}: {last.removeprefix('uploaded: ')}")
         else:
-            command = "" if "repeat with" in last else f"; repeat with: {self._repeat()}"
-            tqdm.write(f"warning: {self.subject} is not uploaded: {last}; see {self.log}{command}")
-
-    def _repeat(self) -> str:
-        return shlex.join(["python", *self.command[1:]])
+            repeat = "" if "repeat with" in last else f"; {self.repeat}"
+            tqdm.write(f"warning: {self.subject} is not uploaded: {last}; see {self.log}{repeat}")
