@@ -201,8 +201,6 @@ def main(argv=None):
                 errors.append(f"--{name} has {len(values)} values for {channels} channels; give one per channel")
     except (RunError, WeightsError) as error:
         errors.append(str(error))
-    except FileNotFoundError as error:
-        errors.append(f"{error.filename} was just removed by the running training; repeat the same command")
     if errors:
         fail(errors)
     print(f"{trained.path}: {describe_model(trained)}" + ("" if record else f"; read as {trained.layout}"))
@@ -214,9 +212,9 @@ def main(argv=None):
     # Folder and upload
     with alone_at(output):
         origin = f"{args.path} ({trained.layout})"
-        write = partial(write_folder, trained=trained, record=record, step=step, origin=origin, location=output)
         card = dict(repo_id=args.repo_id, revision=args.revision, license=args.license, datasets=args.datasets)
-        replace_folder(output, partial(write, **card))
+        write = partial(write_folder, trained=trained, record=record, step=step, origin=origin, location=output, **card)
+        replace_folder(output, write)
         print(f"written: {output}", flush=True)
         if args.license is None:
             print("the card says that the license is unknown; name it with --license")

@@ -147,7 +147,7 @@ def write_card(
     metrics = record.metrics_at(model.step) if record else {}
     scores = {name: metrics[name] for name in METRICS if math.isfinite(metrics.get(name, math.nan))}
     title = repo_id.partition("/")[2] if repo_id else (record.folder if record else Path(location)).resolve().name
-    at, address = f"@{revision}" if repo_id and revision else "", repo_id or str(location)
+    at, address = f"@{revision}" if revision else "", repo_id or str(location)
     if record:
         loss_curve(folder / "loss.png", record.curve("loss"), validation=record.curve("val_loss"))
     card = ModelCard.from_template(
