@@ -4,8 +4,8 @@
 
 Theirs opens with PIL and does RandomResizedCrop (bicubic), flip, conversion to float and normalisation. Ours reads
 uint8 batches with their masks: from the files, without and with --fast_decoding, and from what prepare_data.py makes of
-them at a short side of 256, as JPEG and as arrays; decoding alone is the limit. Both run on one thread. Then one and two
-loader workers are compared with none on all cores.
+them at a short side of 256, as JPEG and as arrays; decoding alone is the limit. Both run on one thread. Then one and
+two loader workers are compared with none on all cores.
 """
 
 import json

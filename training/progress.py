@@ -27,9 +27,7 @@ BAR = dict(dynamic_ncols=True, leave=False, mininterval=0.5 if sys.stderr.isatty
 class Progress:
     """One bar and one log, on the main process. Steps are counted as completed optimizer steps.
 
-    A line of log.jsonl has `step`, `epoch`, and either the metrics of a validation: `val_loss` and those of
-    `training.metrics` (pre-training) or `training.scores` (fine-tuning); or `knn_top1` and `linear_top1`; or those of
-    one training step:
+    A line of log.jsonl has `step`, `epoch`, and either the metrics of a validation or those of one training step:
         loss: mean over that step's global batch, all micro-batches and processes
         learning_rate: of the step; that of the head if layers have different ones
         grad_norm: of all gradients together, before clipping
