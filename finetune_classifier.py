@@ -54,6 +54,7 @@ from training.resolve import (
 )
 from training.run import Run
 from training.schedule import learning_rate_at
+from training.scores import score_classification
 from training.wording import several
 
 # Default flags by what trains, for ViT-B (He et al. 2021, tables 9 to 11). Partial fine-tuning uses the first ones.
@@ -211,8 +212,6 @@ def evaluate(run, model, dataset, classes, normalize, *, read, export=None):
     if not rows:
         raise RunError(f"none of the {len(dataset)} held-out images can be read; damaged.jsonl says why: repair them")
     if run.is_main_process:
-        from training.scores import score_classification  # importing evaluate takes seconds
-
         scores = [score_classification(rows, classes)]
         draw_confusion(run, scores[0]["top1"], rows, classes)
     (scores,) = run.crew.gather(scores)

@@ -65,6 +65,7 @@ from training.resolve import (
 )
 from training.run import Run
 from training.schedule import learning_rate_at
+from training.scores import score_segmentation
 from training.wording import several
 
 STEPS, WARMUP_STEPS, SAVE_STEPS, BATCH_SIZE, CROP_SIZE = 160_000, 1_500, 1_000, 16, 512
@@ -207,8 +208,6 @@ def evaluate(run, model, dataset, normalize, *, read, predict, num_previews, exp
         raise RunError("no pixel of the held-out annotations has a class; give annotations that are not all void")
     scores = []
     if run.is_main_process:
-        from training.scores import score_segmentation  # importing evaluate takes seconds
-
         scores = [score_segmentation(rows, classes)]
     (scores,) = run.crew.gather(scores)
     if export and run.is_best("mean_iou", scores):

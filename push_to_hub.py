@@ -31,6 +31,7 @@ from training.arguments import integer, number
 from training.card import ModelSummary, is_card, read_record, write_card
 from training.files import alone_at, replace_folder
 from training.launch import RunError, fail
+from training.progress import best_of
 from training.run_folder import RunFolder, read_state
 from training.upload import check_repo_id, upload
 from training.wording import in_one_line, several
@@ -44,15 +45,13 @@ def parse_args(argv=None):
     """Return the flags and a list of errors in them."""
     parser = arguments.Parser(__doc__)
     flag = parser.add_argument
-    flag("path", nargs="?", metavar="RUN_FOLDER", help="run, or weights: a file, a folder, hf:OWNER/NAME[@revision]")
+    flag("path", metavar="RUN_FOLDER", help="run, or weights: a file, a folder, hf:OWNER/NAME[@revision]")
     flag("--checkpoint", default="last", help="last, best (fine-tuning only) or a checkpoint's name (default last)")
     flag("--output", help="folder to write (default RUN_FOLDER/hub)")
     flag = parser.add_argument_group("upload").add_argument
-    pair = partial(flag, action=argparse.BooleanOptionalAction, default=False)
     flag("--repo_id", metavar="OWNER/NAME", help="repository on the Hub, created if missing (left out: no upload)")
-    pair("--private", help="make a new repository private (off)")
+    flag("--private", action=argparse.BooleanOptionalAction, default=False, help="make a new repository private (off)")
     flag("--revision", help="branch to upload to, created if missing (default main)")
-    pair("--create_pr", help="open a pull request instead (off)")
     flag = parser.add_argument_group("model card").add_argument
     flag("--license", help="license as the Hub spells it, such as apache-2.0 (default unknown)")
     flag("--datasets", nargs="+", default=[], metavar="NAME", help="names on the Hub of the training data")
@@ -61,21 +60,13 @@ def parse_args(argv=None):
     flag("--decoder_num_heads", type=integer(1), help="attention heads (default 16)")
     flag("--mean", type=number(), nargs="+", help="channel means of images in [0, 1] (default ImageNet's)")
     flag("--std", type=number(1e-6), nargs="+", help="channel standard deviations (default ImageNet's)")
-    flag(
-        "--norm_pix_loss",
-        action=argparse.BooleanOptionalAction,
-        help="targets are normalised per patch (default on)",
-    )
+    flag("--norm_pix_loss", action=argparse.BooleanOptionalAction, help="targets are normalised per patch (on)")
     args, errors = parser.read(argv)
-    if args.path is None:
-        errors.append("RUN_FOLDER is missing; give a run, a folder or file of weights, or hf:OWNER/NAME")
     if args.repo_id is None:
-        given = [name for name in ("private", "revision", "create_pr") if getattr(args, name)]
+        given = [name for name in ("private", "revision") if getattr(args, name)]
         errors += [f"--{name} needs an upload; add --repo_id OWNER/NAME" for name in given]
     else:
         errors += [f"--repo_id {error}" for error in check_repo_id(args.repo_id)]
-        if args.create_pr and args.revision not in (None, "main"):
-            errors.append(f"--create_pr opens a pull request to main, not to --revision {args.revision}; leave one out")
     return args, errors
 
 
@@ -92,13 +83,12 @@ def select_weights(path, checkpoint):
     if record.flags.get("eval_only"):
         raise RunError(f"{path} is an --eval_only run without weights of its own; give the run that it evaluated")
     if checkpoint == "best":
-        metric = "mean_iou" if "crop_size" in record.flags else "top1"
-        scores = [(line[metric], -line["step"]) for line in record.log if metric in line]
-        if not scores or not (record.folder / "best" / "config.json").is_file():
+        _, step = best_of(record.folder, "mean_iou" if "crop_size" in record.flags else "top1")
+        if step is None or not (record.folder / "best" / "config.json").is_file():
             raise RunError(f"--checkpoint best: {path} has no best/; expected a validated fine-tuning run; give last")
-        return record.folder / "best", record, -max(scores)[1]  # the first of equal scores
+        return record.folder / "best", record, step
     if checkpoint == "last" and record.metrics is not None:
-        return record.folder, record, record.metrics.get("step")
+        return record.folder, record, record.metrics["step"]
     checkpoints = {folder.name: folder for folder in RunFolder(record.folder).whole_checkpoints()}
     if checkpoint == "last":
         if not checkpoints:
@@ -199,8 +189,6 @@ def main(argv=None):
     """Run the script; see the module's docstring."""
     # Flags and weights
     args, errors = parse_args(argv)
-    if args.path is None:
-        fail(errors)
     try:
         weights, record, step = select_weights(args.path, args.checkpoint)
         output = resolve_output(args.output, args.path, record)
@@ -213,8 +201,6 @@ def main(argv=None):
                 errors.append(f"--{name} has {len(values)} values for {channels} channels; give one per channel")
     except (RunError, WeightsError) as error:
         errors.append(str(error))
-    except FileNotFoundError as error:
-        errors.append(f"{error.filename} was just removed by the running training; repeat the same command")
     if errors:
         fail(errors)
     print(f"{trained.path}: {describe_model(trained)}" + ("" if record else f"; read as {trained.layout}"))
@@ -226,15 +212,15 @@ def main(argv=None):
     # Folder and upload
     with alone_at(output):
         origin = f"{args.path} ({trained.layout})"
-        write = partial(write_folder, trained=trained, record=record, step=step, origin=origin, location=output)
         card = dict(repo_id=args.repo_id, revision=args.revision, license=args.license, datasets=args.datasets)
-        replace_folder(output, partial(write, **card))
+        write = partial(write_folder, trained=trained, record=record, step=step, origin=origin, location=output, **card)
+        replace_folder(output, write)
         print(f"written: {output}", flush=True)
         if args.license is None:
             print("the card says that the license is unknown; name it with --license")
         if args.repo_id:
             message = f"Weights of step {step}" if step is not None else "Weights"
-            options = dict(private=args.private, revision=args.revision, create_pr=args.create_pr, message=message)
+            options = dict(private=args.private, revision=args.revision, message=message)
             print(f"uploaded: {upload(output, args.repo_id, **options)}")
 
 

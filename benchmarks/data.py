@@ -4,8 +4,8 @@
 
 Theirs opens with PIL and does RandomResizedCrop (bicubic), flip, conversion to float and normalisation. Ours reads
 uint8 batches with their masks: from the files, without and with --fast_decoding, and from what prepare_data.py makes of
-them at a short side of 256, as JPEG and as arrays; decoding alone is the limit. Both run on one thread. Further figures
-are the PSNR of the crops against Pillow's, and one and two loader workers against none on all cores.
+them at a short side of 256, as JPEG and as arrays; decoding alone is the limit. Both run on one thread. Then one and
+two loader workers are compared with none on all cores.
 """
 
 import json
@@ -18,9 +18,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from statistics import mean
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import BatchSampler
@@ -34,7 +32,7 @@ from data.decode import PixelFormat, decode
 from data.files import FileSource, FolderSource
 from data.index import DataError
 from data.sources import Source, open_sources
-from data.transforms import RandomCrop, random_crop_box, resized_crop
+from data.transforms import RandomCrop
 from training.arguments import integer
 from training.launch import fail, run_script
 
@@ -96,23 +94,6 @@ def prepare(source: FileSource, count: int, folder: Path, form: str) -> Source:
     return open_sources(str(output), PixelFormat(3))[0]
 
 
-def similarity(dataset: PretrainingDataset, count: int, img_size: int) -> list[float]:
-    """Return the PSNR in dB of a crop of each image against Pillow's bicubic resize of the same pixels."""
-    values = []
-    for index in range(count):
-        (data,) = dataset.source.fetch([index])
-        whole = Image.fromarray(decode(data, 3).permute(1, 2, 0).numpy())
-        decoded = decode(data, 3, min_sides=dataset.crop.min_sides)
-        box = random_crop_box(np.random.default_rng(index), *decoded.shape[1:])
-        ours = resized_crop(decoded, box, (img_size, img_size)).permute(1, 2, 0).numpy().astype(float)
-        scale = 2 ** round(math.log2(whole.height / decoded.shape[1]))  # --fast_decoding halves sides
-        top, left, height, width = (side * scale for side in box)
-        theirs = whole.crop((left, top, left + width, top + height)).resize((img_size, img_size), Image.BICUBIC)
-        error = np.mean((ours - np.asarray(theirs)) ** 2)
-        values.append(10 * math.log10(255**2 / max(error, 1e-3)))
-    return values
-
-
 def loader_rate(dataset: PretrainingDataset, count: int, num_workers: int) -> float:
     """Return images/s after the first batch, over 8 epochs or at least 1,600 images."""
     epochs = range(max(8, math.ceil(1600 / count)))
@@ -125,7 +106,7 @@ def loader_rate(dataset: PretrainingDataset, count: int, num_workers: int) -> fl
 
 
 def measure(source: FileSource, *, img_size: int, num_images: int, rounds: int) -> Iterator[dict]:
-    """Yield the figures of reading, of the crops' similarity and of loader workers."""
+    """Yield the figures of reading and of loader workers."""
     count = min(num_images, len(source))
     exact, fast = (pretraining_data(source, img_size, fast=fast) for fast in (False, True))
     works = {
@@ -142,11 +123,6 @@ def measure(source: FileSource, *, img_size: int, num_images: int, rounds: int) 
         seconds = time_in_turns(works | theirs, rounds=rounds)
         for name in works:
             yield figure(f"data: {name}", rates(count, seconds[name]), "images/s", rates(count, seconds["theirs"]))
-        for name, dataset in (("exact", exact), ("--fast_decoding", fast)):
-            values = similarity(dataset, count, img_size)
-            of_mean_error = -10 * math.log10(mean(10 ** (-value / 10) for value in values))
-            yield figure(f"data: PSNR to Pillow, {name}, all crops", [of_mean_error], "dB")
-            yield figure(f"data: PSNR to Pillow, {name}, least", [min(values)], "dB")
 
     speeds = {num_workers: [] for num_workers in (0, 1, 2)}
     for _ in range(rounds):

@@ -28,7 +28,7 @@ from data.pairs import IGNORED
 from training.arguments import integer
 from training.launch import RunError, fail, run_script
 from training.metrics import segmentation_areas
-from training.scores import SegmentationScores
+from training.scores import score_segmentation
 
 
 def parse_args(argv=None):
@@ -77,23 +77,21 @@ class PublishedMeanIou(evaluate.Metric):
 
 def score(side: str, num_images: int, size: int, num_classes: int) -> tuple[float, float, float]:
     """Return the mean IoU (%) by "ours" or "theirs", the seconds of scoring, and this process's peak memory (GB)."""
-    metric = SegmentationScores() if side == "ours" else PublishedMeanIou()
-    seconds = 0.0
+    rows, published, seconds = [], PublishedMeanIou(), 0.0
     torch.set_num_threads(1)
     for prediction, annotation in random_masks(num_images, size, num_classes):
         start = time.perf_counter()
         if side == "ours":
             masks = torch.from_numpy(prediction), torch.from_numpy(annotation)
-            areas = segmentation_areas(*masks, num_classes)[:, None]
-            metric.add_batch(intersections=areas[0], prediction_areas=areas[1], label_areas=areas[2])
+            rows.append((len(rows), segmentation_areas(*masks, num_classes).tolist()))
         else:
-            metric.add_batch(predictions=prediction[None], references=annotation[None])
+            published.add_batch(predictions=prediction[None], references=annotation[None])
         seconds += time.perf_counter() - start
-    start = time.perf_counter()
-    mean_iou = metric.compute(classes=[str(number) for number in range(num_classes)])["mean_iou"]
+    start, classes = time.perf_counter(), [str(number) for number in range(num_classes)]
+    scores = score_segmentation(rows, classes) if side == "ours" else published.compute(classes=classes)
     seconds += time.perf_counter() - start
     unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    return mean_iou, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return scores["mean_iou"], seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def measure(num_images: int, size: int, num_classes: int, *, rounds: int) -> Iterator[dict]:

@@ -53,7 +53,7 @@ class File(NamedTuple):
 
 
 class Repository:
-    """Commits by hash, and the branches and pull requests that name them."""
+    """Commits by hash, and the branches that name them."""
 
     def __init__(self, private: bool = False, gated: bool = False):
         self.private, self.gated, self.commits, self.names, self.messages = private, gated, {}, {}, {}
@@ -66,7 +66,7 @@ class Repository:
         return commit
 
     def find(self, revision: str) -> str | None:
-        """Return the commit of a branch, a pull request (refs/pr/1) or a hash."""
+        """Return the commit of a branch or a hash."""
         return self.names.get(revision, revision if revision in self.commits else None)
 
 
@@ -347,8 +347,6 @@ class Handler(BaseHTTPRequestHandler):
     def branch(self, repo_id: str, name: str) -> None:
         self.may_write(repo_id)
         repository, commit = self.find(repo_id, json.loads(self.body or b"{}").get("startingPoint") or "main")
-        if name.startswith("refs/"):
-            raise Answer(400, {"error": f"Invalid reference for a branch: {name}"})
         if name in repository.names:
             raise Answer(409, {"error": f"Reference already exists: refs/heads/{name}"})
         repository.names[name] = commit
@@ -359,9 +357,7 @@ class Handler(BaseHTTPRequestHandler):
         raise Answer(400 if errors else 200, {"errors": [{"message": text} for text in errors], "warnings": []})
 
     def preupload(self, repo_id: str, revision: str) -> None:
-        pull_request = self.query.get("create_pr") == "1"
-        if not pull_request:
-            self.may_write(repo_id)
+        self.may_write(repo_id)
         repository, commit = self.find(repo_id, revision)
         files, answers = repository.commits[commit], []
         for file in json.loads(self.body)["files"]:
@@ -397,11 +393,7 @@ class Handler(BaseHTTPRequestHandler):
         raise Answer(200 if sha256 in self.hub.large else 404, {})
 
     def commit(self, repo_id: str, revision: str) -> None:
-        pull_request = self.query.get("create_pr") == "1"
-        if not pull_request:
-            self.may_write(repo_id)
-        elif self.token is None:
-            raise Answer(401, {"error": "Invalid username or password."})
+        self.may_write(repo_id)
         repository, parent = self.find(repo_id, revision)
         files, message = dict(repository.commits[parent]), ""
         for line in self.body.splitlines():
@@ -416,11 +408,9 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = File(self.hub.large[value["oid"]], True)
             elif key == "deletedFile":
                 files.pop(value["path"])
-        number = 1 + sum(name.startswith("refs/pr/") for name in repository.names)
-        commit = repository.commit(f"refs/pr/{number}" if pull_request else revision, files, message)
-        place = f"{self.hub.endpoint}/{repo_id}"
-        content = {"success": True, "commitOid": commit, "commitUrl": f"{place}/commit/{commit}", "hookOutput": ""}
-        raise Answer(200, content | ({"pullRequestUrl": f"{place}/discussions/{number}"} if pull_request else {}))
+        commit = repository.commit(revision, files, message)
+        address = f"{self.hub.endpoint}/{repo_id}/commit/{commit}"
+        raise Answer(200, {"success": True, "commitOid": commit, "commitUrl": address, "hookOutput": ""})
 
 
 NAME = r"((?:datasets/)?[^/]+/[^/]+)"

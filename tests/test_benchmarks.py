@@ -36,14 +36,11 @@ def test_data_is_measured_against_torchvision(image_folder, tmp_path):
     assert [row["name"].removeprefix("data: ") for row in rows] == [
         *("decoding alone", "file to batch", "file to batch, --fast_decoding"),
         *("prepared, short side 256, JPEG", "prepared, short side 256, arrays"),
-        *("PSNR to Pillow, exact, all crops", "PSNR to Pillow, exact, least"),
-        *("PSNR to Pillow, --fast_decoding, all crops", "PSNR to Pillow, --fast_decoding, least"),
         *("no worker", "1 worker (theirs: none)", "2 workers (theirs: 1)"),
     ]
     assert all(set(row) == KEYS for row in rows)
     for row in rows[:5]:
         check_comparison(row, row["name"])
-    assert min(row["ours"] for row in rows[5:9]) > 50  # dB
     assert f"ratio {rows[0]['ratio']:.2f} images/s" in process.stdout and "cores" in rows[0]["machine"]
 
 
@@ -57,7 +54,7 @@ def test_a_training_step_is_measured_against_transformers(tmp_path):
     process = run("benchmarks/step.py", *SMALL, "--json", "out.json", cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
     (row,) = json.loads((tmp_path / "out.json").read_text())
     assert set(row) == KEYS
-    check_comparison(row, "train: mae tiny eager")
+    check_comparison(row, "train: mae tiny eager, theirs eager")
     assert "theirs: transformers" in process.stdout and f"ratio {row['ratio']:.2f} images/s" in process.stdout
 
 
@@ -65,7 +62,7 @@ def test_the_encoder_is_measured_against_timm(tmp_path, capsys, on_cpu):
     flags = [*SMALL, "--task", "encoder", "--mixed_precision", "bf16"]
     step.main([*flags, "--json", str(tmp_path / "out.json")])
     (row,) = json.loads((tmp_path / "out.json").read_text())
-    check_comparison(row, "train: encoder tiny eager")
+    check_comparison(row, "train: encoder tiny eager, theirs eager")
     assert "bf16" in capsys.readouterr().out
 
 
@@ -75,12 +72,13 @@ def test_compiled_is_compared_with_the_faster_of_theirs(task, monkeypatch, on_cp
     monkeypatch.setattr(torch, "compile", lambda forward, **options: compiled.append(options) or forward)
     sides = step.new_sides(task, SHALLOW, batch_size=2, precision="bf16", compiled=True)
     step.check_equal_work(sides)
-    eager, both, best = step.measure("step", sides, rounds=1)
-    check_comparison(eager, "step eager")
-    check_comparison(both, "step compiled")
-    theirs = "eager" if eager["theirs"] > both["theirs"] else "compiled"
-    check_comparison(best, f"step compiled, theirs {theirs} (their best)")
-    assert best["ours"] == both["ours"] and best["theirs"] == max(eager["theirs"], both["theirs"])
+    eager, best = step.measure("step", sides, rounds=1)
+    check_comparison(eager, "step eager, theirs eager")
+    check_comparison(best, best["name"])
+    if best["name"] == "step compiled, theirs eager":
+        assert best["theirs"] == eager["theirs"]
+    else:
+        assert best["name"] == "step compiled, theirs compiled" and best["theirs"] >= eager["theirs"]
     assert compiled == [dict(fullgraph=True, dynamic=False), dict(fullgraph=False, dynamic=False)]
 
 
@@ -89,8 +87,8 @@ def test_compiled_is_compared_with_the_faster_of_theirs(task, monkeypatch, on_cp
 def test_both_sides_compile(task, on_cpu):
     sides = step.new_sides(task, SHALLOW, batch_size=2, precision="no", compiled=True)
     step.check_equal_work(sides)
-    rows = list(step.measure("step", sides, rounds=1))
-    check_comparison(rows[1], "step compiled")
+    _, best = step.measure("step", sides, rounds=1)
+    check_comparison(best, best["name"])
 
 
 @pytest.mark.parametrize("task", ["mae", "encoder", "classifier"])
@@ -158,7 +156,7 @@ def test_two_processes_are_measured_against_one(tmp_path, monkeypatch, capsys, o
     checkpoint = "scale: checkpoint, tiny"
     units = {"": "images/s", ": start": "s", ": data wait": "%"}
     units = {name + suffix: unit for name in (one, two) for suffix, unit in units.items()}
-    units |= {checkpoint: "s", f"{checkpoint}: size": "MB", f"{checkpoint}: in steps of 1 process": "steps"}
+    units |= {checkpoint: "s", f"{checkpoint}: size": "MB"}
     assert {name: row["unit"] for name, row in rows.items()} == units
     assert all(set(row) == KEYS for row in rows.values())
 
@@ -193,8 +191,7 @@ def test_scaling_takes_all_gpus_by_default_and_no_more(gpus, processes, monkeypa
     assert not errors and args.processes == processes
     assert (args.steps, args.mixed_precision) == ((100, "bf16") if gpus else (5, "no"))
     args, errors = scaling.parse_args(["--processes", "9", "4", "9"])
-    assert args.processes == [1, 4, 9] and len(errors) == (gpus > 0)
-    assert all(f"--processes 9 exceeds the {gpus} GPUs" in error for error in errors)
+    assert args.processes == [1, 4, 9] and not errors
 
 
 @pytest.mark.parametrize(

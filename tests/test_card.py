@@ -1,4 +1,4 @@
-"""Test the model card: its code runs unchanged, its numbers are the run's, and unknown values leave no line."""
+"""Test the model card: its code runs unchanged, and its numbers are the run's."""
 
 import ast
 import json
@@ -142,7 +142,7 @@ def check_outputs(code: str, variables: dict, model: torch.nn.Module, stdout: st
 def write_run(folder: Path, script: str = "pretrain_mae.py", *, finished: bool = True, **more_flags) -> Path:
     """Write the files of a run of 40 steps, validated after steps 20 and 40, whose last line of log is cut short."""
     folder.mkdir(parents=True)
-    flags = dict(experiment_name="x", path_to_data="/data/beans", epochs=4, max_steps=None, global_batch_size=16)
+    flags = dict(experiment_name="x", path_to_data="/data/beans", epochs=4, max_steps=40, global_batch_size=16)
     flags |= {
         "pretrain_mae.py": dict(mask_ratio=0.75, mask_strategy="random", norm_pix_loss=True, init_from=None),
         "finetune_classifier.py": dict(path_to_pretrained_mae_weights=None, linear_probe=False, trainable_blocks=None),
@@ -156,11 +156,12 @@ def write_run(folder: Path, script: str = "pretrain_mae.py", *, finished: bool =
         "versions": {"python": "3.12.1", "torch": "2.9.0"},
         "git_revision": "abc1234",
         "machine": {"system": "Linux", "cores": 8, "gpus": ["NVIDIA H200", "NVIDIA H200"]},
+        "resumed": [{"step": 30, "command": "again", "processes": 1, "machine": {"cores": 8, "gpus": []}}],
     }
     (folder / "args.json").write_text(json.dumps(args))
     metrics_at = {
         "pretrain_mae.py": lambda step: {"val_loss": 1 / step, "masked_psnr": 10 + step, "masked_ssim": float("nan")},
-        "finetune_classifier.py": lambda step: {"top1": step, "per_class_accuracy": {"cat": step, "a|b": None}},
+        "finetune_classifier.py": lambda step: {"top1": step, "per_class_accuracy": {"cat": step, "dog": None}},
         "finetune_segmentation.py": lambda step: {"mean_iou": step, "per_class_iou": {"cat": 1.0}},
     }[script]
     lines = []
@@ -206,6 +207,7 @@ def test_scores_and_settings_of_the_run(kind, script, tmp_path):
         "| data | `/data/beans`: 160 images, about 2 MB, 30 held out |",
         "| optimizer steps | 40 (4 epochs) |",
         "| hardware | 2 x NVIDIA H200, processes: 2 |",
+        "| resumed after step 30 | `again`, no GPU, 8 CPU cores, processes: 1 |",
         "| time | 2 hours, 12.5 images/s including validation and saving |",
         "| versions | python 3.12.1, torch 2.9.0, revision abc1234 |",
         "| global_batch_size | 16 |",
@@ -213,12 +215,11 @@ def test_scores_and_settings_of_the_run(kind, script, tmp_path):
         "- A note.",
     ):
         assert text in card.text
-    assert "not finished" not in card.text and "max_steps" not in card.text
+    assert "not finished" not in card.text and "trainable_blocks" not in card.text
     picture = {"autoencoder": "reconstructions.png", "classifier": "confusion.png"}.get(kind, "predictions.png")
     assert re.findall(r"!\[.*?\]\((.*?)\)", card.text) == [picture, "loss.png"]
     assert Image.open(folder / picture).size == (40, 40) and Image.open(folder / "loss.png").size == (800, 400)
     assert ("true mean and standard deviation" in card.text) == (kind == "autoencoder")
-    assert ("| a\\|b | none |" in card.text) == (kind == "classifier")
     assert ("sliding windows" in card.text) == (kind == "segmenter")
 
 
@@ -237,32 +238,18 @@ def test_scores_and_pictures_are_those_of_the_step(tmp_path):
 
 def test_unfinished_run(tmp_path):
     run = write_run(tmp_path / "run", finished=False)
-    state = run / "checkpoints" / "step_00000030" / "state.json"
-    state.parent.mkdir(parents=True)
-    state.write_text('{"step": 30, "seconds": 90.0}')
     _, card = card_of(run, step=30)
     assert "**The run is not finished:** the weights are those after step 30 of 40." in card.text
-    assert "| time | 1.5 minutes |" in card.text
-    assert "images/s" not in card.text and card.data.eval_results is None
+    assert "| time |" not in card.text and "resumed" not in card.text and card.data.eval_results is None
 
 
-def test_unknown_values_leave_no_line(tmp_path):
-    """A run of an older version that left only its flags, and weights that belong to no run."""
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "args.json").write_text(json.dumps({"flags": dict(mask_ratio=0.75, epochs=4, path_to_data="/data/beans")}))
-    folder, card = card_of(run, step=3)
-    assert "after step 3." in card.text and "| data | `/data/beans` |" in card.text
-    for word in ("hardware", "time", "versions", "images per step", "loss.png", "## Results", " None", "launch"):
-        assert word not in card.text
-    assert card.data.license == "unknown" and card.data.datasets is None and not (folder / "loss.png").exists()
-
+def test_card_of_weights_that_belong_to_no_run(tmp_path):
     folder = tmp_path / "encoder"
-    summary = export(build_model("encoder"), folder)._replace(differences={}, notes=[], origin="hf:some/model@main (x)")
+    summary = export(build_model("encoder"), folder)._replace(notes=[], origin="hf:some/model@main (x)")
     write_card(folder, summary, None, location=folder)
     text = (folder / "README.md").read_text()
     assert "A Vision Transformer, converted from hf:some/model@main (x)." in text and "# encoder\n" in text
-    for word in ("## Training", "## Checks", "## Limits", "masked autoencoder", " None"):
+    for word in ("## Training", "## Results", "## Limits", "masked autoencoder", " None"):
         assert word not in text
     assert not metadata_errors(text) and ModelCard(text).data.base_model == "some/model"
 
@@ -279,7 +266,6 @@ def test_names_that_are_no_text(tmp_path):
         ("classifier", dict(path_to_pretrained_mae_weights="mae.pth"), "fine-tuned.\nTraining started from"),
         ("classifier", dict(path_to_pretrained_mae_weights="x", linear_probe=True), ": a linear head on a frozen"),
         ("classifier", dict(path_to_pretrained_mae_weights="x", trainable_blocks=4.0), "and the last 4 blocks"),
-        ("classifier", dict(path_to_pretrained_mae_weights="x", trainable_blocks=0.5), "the MLP of the last block"),
         ("segmenter", dict(path_to_backbone_checkpoint="hf:a/b@v1"), "Training started from the weights `hf:a/b@v1`."),
         ("autoencoder", dict(mask_ratio=0.6), "60% of the patches of each image were removed"),
     ],
@@ -292,36 +278,21 @@ def test_introduction(kind, flags, words, tmp_path):
     assert ("masked-autoencoder" in card.data.tags) is not scratch
 
 
-@pytest.mark.parametrize(("held_out", "words"), [(0, "on some of the training images"), (None, "on images, each")])
-def test_images_of_the_scores(held_out, words, tmp_path):
-    run = write_run(tmp_path / "run")
-    args = json.loads((run / "args.json").read_text())
-    args["data"]["held_out"] = held_out
-    (run / "args.json").write_text(json.dumps(args))
-    assert words in card_of(run)[1].text
-
-
 def test_read_record(tmp_path):
-    run = write_run(tmp_path / "run", "finetune_segmentation.py", max_steps=35)
+    run = write_run(tmp_path / "run", "finetune_segmentation.py")
     record = read_record(run)
-    assert (record.script, record.total_steps, len(record.log)) == ("finetune_segmentation.py", 35, 42)
+    assert (record.script, len(record.log)) == ("finetune_segmentation.py", 42)
     assert record.metrics_at(20)["mean_iou"] == 20 and record.metrics_at(21) == {}
-    assert record.seconds(record.metrics["step"]) == 7200 and record.seconds(20) is None
     for path in (tmp_path, tmp_path / "none", run / "args.json"):
         assert read_record(path) is None
-    with open(run / "log.jsonl", "a") as file:  # lines that are no part of a log
-        file.write('1\n[2]\n{"loss": 1.0}\n{"step": null}\n{"step": 9}\n{"step": 1')
-    assert read_record(run).log == [*record.log, {"step": 9}]
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [
         ("args.json", b"{"),
-        ("args.json", b"[]"),
         ("args.json", b'{"flag": {}}'),
-        ("metrics.json", b"3"),
-        ("log.jsonl", b"\xff\xfe"),
+        ("metrics.json", b"3."),
     ],
 )
 def test_damaged_files_are_errors(name, content, tmp_path):
@@ -336,5 +307,3 @@ def test_is_card(tmp_path):
     for text in ("---\ntags:\n- vit\n---\n", "no metadata\n- mae-accelerate\n", "---\na: 1\n---\n- mae-accelerate\n"):
         path.write_text(text)
         assert not is_card(path), text
-    path.write_bytes(b"\xff")
-    assert not is_card(path)

@@ -6,7 +6,6 @@ from PIL import Image
 
 from training.pictures import (
     MOST_CLASSES,
-    MOST_NAMES,
     confusion_matrix,
     label_picture,
     loss_curve,
@@ -125,11 +124,10 @@ def test_legend_has_the_largest_classes_first(tmp_path):
         below = np.arange(len(pixels))[:, None] > 60  # the masks
         swatches = np.argwhere((pixels[..., 2] == 7) & (pixels[..., 0] != 7) & below)
         shown = {tuple(pixels[y, x].tolist()) for y, x in swatches}
-        assert shown == set(colours[40 - MOST_NAMES : 40])
+        assert shown == set(colours[:40])
         assert pixels[swatches[0, 0] + 5, 8 + 5].tolist() == list(colours[39])
         assert (pixels[:, -4:] == 255).all() and (pixels[-4:] == 255).all()
         heights.append(pixels.shape)
-        assert pixels[-26:, :270].min() < 100  # "and 10 more", on a line of its own
     assert heights[0] == heights[1]
 
 
@@ -146,12 +144,6 @@ def test_loss_curve(tmp_path):
         assert (blue[:60, 600:].any() and orange[:60, 600:].any()) == bool(validation)  # the legend
 
 
-def test_loss_curve_of_one_step_is_a_dot(tmp_path):
-    loss_curve(tmp_path / "loss.png", [(1, 2.0)])
-    pixels = np.asarray(Image.open(tmp_path / "loss.png").convert("RGB")).astype(int)
-    assert 10 < (abs(pixels - (8, 48, 107)) < 10).all(axis=-1).sum() < 100
-
-
 def test_label_picture(tmp_path):
     labels = np.arange(12, dtype=np.uint8).reshape(3, 4) % 4
     label_picture(tmp_path / "deep" / "labels.png", labels, [(200, 0, 0), (0, 0, 200), (0, 200, 0)])
@@ -159,9 +151,6 @@ def test_label_picture(tmp_path):
         assert picture.mode == "P" and np.array_equal(np.asarray(picture), labels)
         colours = np.asarray(picture.convert("RGB"))
     assert colours[0].tolist() == [[0, 0, 0], [200, 0, 0], [0, 0, 200], [0, 200, 0]]
-    most = np.full((1, 1), 254, np.uint8)
-    label_picture(tmp_path / "most.png", most, [(0, 0, 0)] * 253 + [(9, 8, 7)])
-    assert Image.open(tmp_path / "most.png").convert("RGB").getpixel((0, 0)) == (9, 8, 7)
 
 
 @pytest.mark.parametrize(("width", "height", "channels"), [(600, 400, 3), (40, 60, 1), (1, 700, 3), (5, 5, 3)])

@@ -70,7 +70,7 @@ def test_speed_counts_neither_validation_nor_saving(tmp_path, clock):
     "step_seconds, steps, report",
     [
         (1, 17, "dry run    11 steps timed after 6: 1 s a step, 8 images/s, data wait 50%, peak memory "),
-        (30, 5, "dry run    3 steps timed after 2, too few to measure the data wait: 30 s a step, 0.2667 images/s, "),
+        (30, 5, "dry run    3 steps timed after 2: 30 s a step, 0.2667 images/s, "),
     ],
 )
 def test_a_rehearsal_times_what_is_not_in_stock(tmp_path, clock, capsys, step_seconds, steps, report):
@@ -80,15 +80,15 @@ def test_a_rehearsal_times_what_is_not_in_stock(tmp_path, clock, capsys, step_se
     for step in range(1, steps + 1):
         clock.now += step_seconds
         progress.waited += step_seconds / 2
-        assert rehearsal.completed(torch.tensor(1.0), [(7, "cut")] * (step == 2)) == (step == steps)
+        assert rehearsal.completed(torch.tensor(1.0)) == (step == steps)
     lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()]
     assert lines[0].startswith(report) and lines[1].startswith(f"60 steps take {step_seconds}")
-    assert lines[2] == "1 damaged image, the first is number 7: cut" and not (tmp_path / "log.jsonl").exists()
+    assert not (tmp_path / "log.jsonl").exists()
     crew.signal_name, rehearsal = "SIGTERM", Rehearsal(progress, crew, read_ahead=4)
-    assert not rehearsal.completed(torch.tensor(float("nan")), []) and not rehearsal.completed(torch.tensor(1.0), [])
+    assert not rehearsal.completed(torch.tensor(float("nan"))) and not rehearsal.completed(torch.tensor(1.0))
     clock.now += 1
     with pytest.raises(RunError, match="a loss of the dry run is not finite"):
-        rehearsal.completed(torch.tensor(1.0), [])
+        rehearsal.completed(torch.tensor(1.0))
 
 
 def test_the_log_is_cut_at_the_checkpoint(tmp_path):
@@ -112,7 +112,7 @@ def test_damaged_images_are_named_once_and_limited(tmp_path, capsys):
     lines = damaged.path.read_text().splitlines()
     assert [json.loads(line)["path"] for line in (*lines[:2], lines[3])] == ["a.jpg", "b.jpg", "c.jpg"]
     again.add([(f"{i}.jpg", "empty") for i in range(7)])
-    with pytest.raises(RunError, match="11 of 50 images are damaged, more than the 10 allowed, 10 of them: empty"):
+    with pytest.raises(RunError, match="11 of 50 images are damaged, more than the 10 allowed; "):
         again.add([("x.jpg", "empty")])
 
 
@@ -139,7 +139,7 @@ go(progress, 1, 13)
 go(progress, 11, 12)  # wandb knows of steps beyond the checkpoint
 run = progress.accelerator.get_tracker("wandb", unwrap=True)
 assert run.summary["step"] == 12 and run.summary["loss"] == 12 and "note" not in run.summary.keys()
-assert run.config["img_size"] == "32 48" and run.config["seed"] == 3 and run.config["pin_memory"] is False
+assert run.config["img_size"] == [32, 48] and run.config["seed"] == 3 and run.config["pin_memory"] is False
 finish_trackers(progress.accelerator)
 progress = begin(Path.cwd(), ["wandb"], start_step=10)
 assert progress.accelerator.get_tracker("wandb", unwrap=True).id == run.id

@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 
-import hub as server
 import pytest
 import timm
 import torch
@@ -272,8 +271,8 @@ def test_bad_input_is_an_error_before_anything_is_written(runs, tmp_path, capsys
         ([tmp_path / "cut.safetensors", "--output", out], "not readable"),
         ([mae, "--repo_id", "no owner"], "--repo_id 'no owner' is not a valid repository name"),
         ([mae, "--repo_id", "mae"], "expected OWNER/NAME"),
-        ([mae, "--private", "--create_pr"], "--create_pr needs an upload; add --repo_id OWNER/NAME"),
-        ([mae, "--repo_id", "owner/x", "--create_pr", "--revision", "y"], "--create_pr opens a pull request to main"),
+        ([mae, "--private", "--revision", "y"], "--revision needs an upload; add --repo_id OWNER/NAME"),
+        (["--repo_id", "owner/x"], "the following arguments are required: RUN_FOLDER"),
         ([mae, "--mean", 0.5, 0.5], "its mean is [0.485, 0.456, 0.406], not [0.5, 0.5] as given"),
         ([mae, "--encoder_num_heads", 4], "its num_heads is 2, not 4 as given; leave that out"),
         (
@@ -283,10 +282,8 @@ def test_bad_input_is_an_error_before_anything_is_written(runs, tmp_path, capsys
         ([mae, "--licence", "mit"], "--licence is not a flag of"),
     ):
         assert expected in errors_of(*words, capsys=capsys), words
-    errors = errors_of("--repo_id", "a b", "--bogus", capsys=capsys)
-    assert errors.count("error: ") == 3 and "RUN_FOLDER is missing; give a run, a folder or file of weights" in errors
-    errors = errors_of(mae, "--repo_id", "a b", "--checkpoint", "nothing", capsys=capsys)
-    assert errors.count("error: ") == 2
+    errors = errors_of(mae, "--repo_id", "a b", "--bogus", "--checkpoint", "nothing", capsys=capsys)
+    assert errors.count("error: ") == 3
     assert not out.exists() and not (mae / "hub").exists() and (tmp_path / "taken" / "mine.txt").exists()
 
 
@@ -359,44 +356,6 @@ def test_weights_with_nan_and_folders_that_cannot_be_written(runs, tmp_path, cap
     with alone_at(tmp_path / "taken"):
         run("push_to_hub.py", runs / "pretrain_mae", "--output", tmp_path / "taken", cwd=tmp_path, code=1)
     assert not (tmp_path / "out").exists() and not (tmp_path / "taken").exists()
-
-
-def test_card_of_a_resumed_run(image_folder, tmp_path):
-    flags = [*TINY, "--path_to_data", image_folder, "--save_checkpoint_steps", 2, "--max_steps", 4]
-    run("pretrain_mae.py", *flags, cwd=tmp_path)
-    folder = tmp_path / "work_dir" / "pretrain_mae"
-    first = json.loads((folder / "args.json").read_text())
-    shutil.rmtree(folder / "checkpoints" / "step_00000004")
-    (folder / "metrics.json").unlink()
-    flags += ["--resume_from_checkpoint", "latest", "--log_every", 2]
-    run("pretrain_mae.py", *flags, cwd=tmp_path)
-    args = json.loads((folder / "args.json").read_text())
-    (resumed,) = args.pop("resumed")
-    assert args == first and resumed["step"] == 2 and "--resume_from_checkpoint latest" in resumed["command"]
-    push(folder)
-    text = (folder / "hub" / "README.md").read_text()
-    assert f"| resumed after step 2 | `{resumed['command']}`, no GPU, " in text and first["command"] in text
-
-
-def test_failed_uploads_leave_the_folder(runs, hub, tmp_path, monkeypatch, capsys):
-    bert = tmp_path / "bert"
-    bert.mkdir()
-    (bert / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
-    hub.add("owner/bert", bert)
-    for token, repo_id, expected in (
-        (None, "owner/mae", "no token for the Hugging Face Hub"),
-        (server.EXPIRED, "owner/mae", "the token is invalid or has expired"),
-        (server.READ_ONLY, "owner/mae", "the token has no write access to owner/mae"),
-        (server.VALID, "owner/bert", "holds another type of model (bert BertModel, expected vit ViTModel)"),
-    ):
-        out = tmp_path / f"out_{token}"
-        hub.enter(monkeypatch, tmp_path, token=token)
-        with pytest.raises(RunError) as failure:
-            push(runs / "pretrain_mae", "--output", out, "--repo_id", repo_id)
-        text = str(failure.value)
-        assert expected in text and f"{out} is ready, repeat with: python " in text and "\n" not in text
-        assert isinstance(AutoModel.from_pretrained(out), torch.nn.Module) and (out / "README.md").is_file()
-    assert "owner/mae" not in hub.repositories and list(hub.files("owner/bert")) == ["config.json"]
 
 
 def test_training_continues_without_the_hub(image_folder, hub, tmp_path):

@@ -1,10 +1,8 @@
 """Write the model card of an exported folder: what the model is, how to use it, its scores, how it was trained.
 
-The text is the template `card.md.jinja`; this file collects its values from the files of a run. A value that is not
-known leaves its line out.
+The text is the template `card.md.jinja`; this file collects its values from the files of a run.
 """
 
-import contextlib
 import json
 import math
 import shlex
@@ -16,6 +14,7 @@ from typing import NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from training.files import read_lines
 from training.launch import RunError
 from training.pictures import loss_curve
 from training.wording import in_bytes, in_time
@@ -54,7 +53,7 @@ class RunRecord(NamedTuple):
     """The files of a run folder."""
 
     folder: Path
-    args: dict  # args.json: flags, command, data, machine, ...; an older run may lack all but flags
+    args: dict  # args.json: flags, command, data, machine, ...
     log: list[dict]  # log.jsonl
     metrics: dict | None  # metrics.json of a finished run
 
@@ -75,51 +74,30 @@ class RunRecord(NamedTuple):
         """Return the weights that the run started from."""
         return next((self.flags[name] for name in INITIAL_WEIGHTS if self.flags.get(name)), None)
 
-    @property
-    def total_steps(self) -> int | None:
-        """Return the planned number of optimizer steps."""
-        progress = [(step, epoch) for step, epoch in self.curve("epoch") if epoch]
-        if self.flags.get("max_steps") or not self.flags.get("epochs") or not progress:
-            return self.flags.get("max_steps")
-        step, epoch = progress[-1]
-        return round(self.flags["epochs"] * step / epoch)
-
     def curve(self, name: str) -> list[tuple[int, float]]:
         """Return (step, value) for each value in the log."""
-        return [(line["step"], line[name]) for line in self.log if _is_number(line.get(name))]
+        return [(line["step"], line[name]) for line in self.log if name in line]
 
-    def metrics_at(self, step: int | None) -> dict:
+    def metrics_at(self, step: int) -> dict:
         """Return the metrics measured after a step, with the keys of metrics.json."""
         lines = [*(line for line in self.log if "loss" not in line), self.metrics or {}]
         return {name: value for line in lines if line.get("step") == step for name, value in line.items()}
 
-    def seconds(self, step: int | None) -> float | None:
-        """Return the training time until `step`, known for the end of the run and for its checkpoints."""
-        if self.metrics is not None and self.metrics.get("step") == step:
-            return self.metrics.get("seconds")
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            return json.loads((self.folder / f"checkpoints/step_{step:08d}/state.json").read_text()).get("seconds")
-
 
 def read_record(folder: str | Path) -> RunRecord | None:
     """Read the files of a run folder; None if it has no args.json. Raises RunError for damaged files."""
-    folder, metrics, log = Path(folder), None, []
+    folder = Path(folder)
     path = folder / "args.json"
+    if not path.is_file():
+        return None
     try:
-        if not path.is_file():
-            return None
         args = json.loads(path.read_text())
         args["flags"] = dict(args["flags"])
-        if (path := folder / "metrics.json").is_file():
-            metrics = dict(json.loads(path.read_text()))
-        if (path := folder / "log.jsonl").is_file():
-            for text in path.read_text().splitlines():
-                with contextlib.suppress(ValueError, TypeError):  # a killed run may leave half a line
-                    line = dict(json.loads(text))
-                    log += [line] if _is_number(line.get("step")) else []
+        path = folder / "metrics.json"
+        metrics = json.loads(path.read_text()) if path.is_file() else None
     except (OSError, ValueError, KeyError, TypeError):
         raise RunError(f"{path} is damaged; expected the file that a run writes; give another run") from None
-    return RunRecord(folder, args, log, metrics)
+    return RunRecord(folder, args, read_lines(folder / "log.jsonl"), metrics)
 
 
 class ModelSummary(NamedTuple):
@@ -136,7 +114,7 @@ class ModelSummary(NamedTuple):
     differences: dict[str, float]  # library -> largest difference from our own module's outputs
     notes: list[str]  # limits and assumptions, one sentence each
     origin: str  # the source of weights that belong to no run
-    step: int | None  # of the run
+    step: int | None  # of the run; None without one
 
     @property
     def is_colour(self) -> bool:
@@ -144,12 +122,9 @@ class ModelSummary(NamedTuple):
         return self.channels == 3 and self.value_range is None
 
 
-def is_card(path: str | Path) -> bool:
+def is_card(path: Path) -> bool:
     """Check whether a file is a model card that `write_card` wrote."""
-    try:
-        text = Path(path).read_text()
-    except (OSError, ValueError):
-        return False
+    text = path.read_text(errors="replace") if path.is_file() else ""
     return text.startswith("---\n") and f"\n- {TAG}\n" in text.partition("\n---\n")[0]
 
 
@@ -170,13 +145,11 @@ def write_card(
     `record` is None for weights of no run. `license` and `datasets`, the training data, have names of the Hub.
     """
     metrics = record.metrics_at(model.step) if record else {}
-    scores = {name: metrics[name] for name in METRICS if _is_number(metrics.get(name))}
-    by_class = {"IoU (%)": metrics.get("per_class_iou"), "accuracy (%)": metrics.get("per_class_accuracy")}
+    scores = {name: metrics[name] for name in METRICS if math.isfinite(metrics.get(name, math.nan))}
     title = repo_id.partition("/")[2] if repo_id else (record.folder if record else Path(location)).resolve().name
-    at, address = f"@{revision}" if repo_id and revision else "", repo_id or str(location)
-    losses = record.curve("loss") if record else []
-    if losses:
-        loss_curve(folder / "loss.png", losses, validation=record.curve("val_loss"))
+    at, address = f"@{revision}" if revision else "", repo_id or str(location)
+    if record:
+        loss_curve(folder / "loss.png", record.curve("loss"), validation=record.curve("val_loss"))
     card = ModelCard.from_template(
         _metadata(model, record, scores, title=title, license=license, datasets=datasets),
         template_path=str(Path(__file__).with_name("card.md.jinja")),
@@ -187,21 +160,13 @@ def write_card(
         timm_name=_quoted(f"hf-hub:{repo_id}{at}" if repo_id else f"local-dir:{location}"),
         weights=shlex.quote(f"hf:{repo_id}{at}" if repo_id else address),
         picture=_copy_picture(folder, model.step, record) if record else None,
+        metrics=metrics,
         scores={METRICS[name][1]: value for name, value in scores.items()},
-        by_class={label: values for label, values in by_class.items() if values},
-        has_curve=bool(losses),
-        epochs=dict(record.curve("epoch")).get(model.step) if record else None,
-        seconds=record.seconds(model.step) if record else None,
-        speed=metrics.get("images_per_second"),
         hardware=_describe_hardware,
         in_bytes=in_bytes,
         in_time=in_time,
     )
     (folder / "README.md").write_bytes(str(card).encode(errors="backslashreplace"))  # file names may be invalid Unicode
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _quoted(text: str) -> str:
@@ -210,15 +175,12 @@ def _quoted(text: str) -> str:
 
 def _metadata(model: ModelSummary, record: RunRecord | None, scores: dict, *, title, license, datasets):
     """Return the card's front matter."""
-    data = str(record.flags.get("path_to_data")) if record else ""
-    kind = name = datasets[0] if datasets else data
-    if not datasets and not data.startswith("builtin:"):
-        kind, name = "imagefolder", Path(data).name or "images"
+    folder = Path(record.flags["path_to_data"]).name if record else ""
     results = [
         EvalResult(
             task_type=model.task,
-            dataset_type=kind,
-            dataset_name=name,
+            dataset_type=datasets[0] if datasets else "imagefolder",
+            dataset_name=datasets[0] if datasets else folder or "images",
             metric_type=METRICS[key][0],
             metric_name=METRICS[key][1],
             metric_value=round(value, 4),
@@ -240,20 +202,20 @@ def _metadata(model: ModelSummary, record: RunRecord | None, scores: dict, *, ti
     )
 
 
-def _copy_picture(folder: Path, step: int | None, record: RunRecord) -> dict[str, str] | None:
+def _copy_picture(folder: Path, step: int, record: RunRecord) -> dict[str, str] | None:
     """Copy the newest picture until `step` into `folder`; return its file name and caption."""
     source, file, caption = PICTURES[record.script]
-    paths = sorted((record.folder / source).glob("step_*.png"))
-    paths = [path for path in paths if step is None or path.stem <= f"step_{step:08d}"]
+    paths = [path for path in (record.folder / source).glob("step_*.png") if path.stem <= f"step_{step:08d}"]
     if not paths:
         return None
-    shutil.copyfile(paths[-1], folder / file)
-    return {"file": file, "caption": f"After step {int(paths[-1].stem.removeprefix('step_')):,}: {caption}"}
+    newest = max(paths)
+    shutil.copyfile(newest, folder / file)
+    return {"file": file, "caption": f"After step {int(newest.stem.removeprefix('step_')):,}: {caption}"}
 
 
 def _describe_hardware(environment: dict) -> str:
     """Return one line on the machine and the number of processes."""
-    machine, processes = environment.get("machine", {}), environment.get("processes")
-    words = [f"{count} x {name}" for name, count in Counter(machine.get("gpus")).items()]
-    words = words or ([f"no GPU, {machine['cores']} CPU cores"] if machine.get("cores") else [])
-    return ", ".join(words + ([f"processes: {processes}"] if processes else []))
+    machine = environment["machine"]
+    gpus = [f"{count} x {name}" for name, count in Counter(machine["gpus"]).items()]
+    devices = gpus or [f"no GPU, {machine['cores']} CPU cores"]
+    return ", ".join([*devices, f"processes: {environment['processes']}"])

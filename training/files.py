@@ -23,6 +23,15 @@ def write_json(path: Path, content: dict) -> None:
     temporary.replace(path)
 
 
+def read_lines(path: Path) -> list[dict]:
+    """Return the objects of a JSON Lines file, none if it is missing. A line that a kill cut short is left out."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
+
+
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Replace the folder atomically: readers see the old or the new one, or none for a moment, never a mixture.
 

@@ -5,6 +5,8 @@ Images are (B, C, H, W) in [0, 1], masks of removed patches (B, 1, H, W) with 1 
 
 import torch
 
+IGNORED = 255  # the label of void pixels in an annotation, which count nowhere
+
 
 def psnr(error: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     """Return the peak signal-to-noise ratio of each image in dB, (B,).
@@ -50,24 +52,17 @@ def reconstruction_metrics(
     }
 
 
-def segmentation_areas(
-    prediction: torch.Tensor, annotation: torch.Tensor, num_classes: int, *, ignore: int = 255
-) -> torch.Tensor:
+def segmentation_areas(prediction: torch.Tensor, annotation: torch.Tensor, num_classes: int) -> torch.Tensor:
     """Return the pixels of each class in the intersection, the prediction and the annotation: (3, num_classes), int64.
 
-    Args:
-        prediction, annotation: class numbers, of one shape.
-        ignore: the number of annotated pixels that count nowhere.
-
-    Raises:
-        ValueError: for a number beyond the classes at any other pixel.
+    Raises ValueError for a class number of `prediction` or `annotation`, of one shape, that is beyond the classes.
     """
-    agreed = torch.where(prediction == annotation, annotation, ignore)  # selecting the pixels by a mask is far slower
-    predicted = torch.where(annotation == ignore, ignore, prediction)
-    areas = [torch.bincount(numbers.flatten(), minlength=ignore + 1) for numbers in (agreed, predicted, annotation)]
-    void = areas[2][ignore].clone()
+    agreed = torch.where(prediction == annotation, annotation, IGNORED)  # selecting the pixels by a mask is far slower
+    predicted = torch.where(annotation == IGNORED, IGNORED, prediction)
+    areas = [torch.bincount(numbers.flatten(), minlength=IGNORED + 1) for numbers in (agreed, predicted, annotation)]
+    void = areas[2][IGNORED].clone()
     for area, name in zip(areas[1:], ("a prediction", "an annotation"), strict=True):
-        area[ignore] -= void
+        area[IGNORED] -= void
         if area[num_classes:].any():
             largest = int(area.nonzero().max())
             raise ValueError(f"class number {largest} in {name}; expected 0 to {num_classes - 1}")

@@ -78,15 +78,13 @@ def nearest(
     return torch.cat([part.values for part in results]), bank_labels[torch.cat([part.indices for part in results])]
 
 
-def knn_vote(
-    similarity: torch.Tensor, labels: torch.Tensor, num_classes: int, *, temperature: float = 0.07
-) -> torch.Tensor:
-    """Return the class of each query (M,) by a vote of its neighbours (M, k) with exp(similarity / temperature).
+def knn_vote(similarity: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Return the class of each query (M,) by a vote of its neighbours (M, k) with exp(similarity / 0.07).
 
     Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", section 3.4.
     """
     votes = torch.zeros(len(similarity), num_classes, device=similarity.device)
-    return votes.scatter_add_(1, labels, (similarity / temperature).exp()).argmax(dim=1)
+    return votes.scatter_add_(1, labels, (similarity / 0.07).exp()).argmax(dim=1)
 
 
 def linear_sums(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:

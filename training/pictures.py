@@ -1,7 +1,6 @@
 """Draw pictures of what a model does."""
 
 import unicodedata
-from bisect import bisect
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,14 +8,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from training.metrics import IGNORED
+
 MOST_CLASSES = 50  # of a readable confusion matrix
-MOST_NAMES = 30  # of a legend
-IGNORED = 255  # the label of void pixels in an annotation
 GAP, LINE, HEADER = 8, 20, 48  # pixels between tiles, per line of text, for title and captions
 GREY = "#444444"
 
 Colours = Sequence[tuple[int, int, int]]  # RGB of each class
-Legend = Sequence[tuple[str, Image.Image | None]]  # names and swatches
+Legend = Sequence[tuple[str, Image.Image]]  # names and swatches
 
 
 def reconstruction_grid(
@@ -36,11 +35,11 @@ def reconstruction_grid(
     `uses_true_patch_statistics` says in the title that predictions use each patch's true mean and variance.
     """
     if channels is not None:
-        images, prediction = images[:, channels], prediction[:, channels]
-        low, high = map(torch.stack, zip(*map(_contrast_limits, images.float()), strict=True))
+        pairs = list(zip(images[:, channels], prediction[:, channels], strict=True))
+        images = torch.stack([_stretch_contrast(image, like=image) for image, _ in pairs])
+        prediction = torch.stack([_stretch_contrast(guess, like=image) for image, guess in pairs])
         numbers = f"channel{'s' * (len(channels) > 1)} {' '.join(map(str, channels))}"
         title += f" - {numbers}, contrast of each image stretched"
-        images, prediction = (((x - low) / (high - low).clamp(min=1e-6)).clamp(0, 1) for x in (images, prediction))
     prediction = prediction.clamp(0, 1)
     visible = torch.where(mask.bool(), torch.full_like(images, 0.5), images)
     pasted = torch.where(mask.bool(), prediction, images)
@@ -62,9 +61,8 @@ def displayable(image: torch.Tensor) -> torch.Tensor:
     """
     if image.dtype == torch.uint8 and len(image) in (1, 3):
         return image
-    image = image[: 3 if len(image) >= 3 else 1].float()
-    low, high = _contrast_limits(image)
-    return ((image - low) / (high - low).clamp(min=1e-6) * 255).round().clamp(0, 255).to(torch.uint8)
+    image = image[: 3 if len(image) >= 3 else 1]
+    return (_stretch_contrast(image, like=image) * 255).round().to(torch.uint8)
 
 
 def confusion_matrix(
@@ -81,10 +79,9 @@ def confusion_matrix(
     np.add.at(counts, (np.asarray(labels), np.asarray(predictions)), 1)
     images = counts.sum(axis=1)
     percent = 100 * counts / np.maximum(1, images)[:, None]
-    cell = 0.4 if len(classes) <= 12 else 0.3 if len(classes) <= 25 else 0.24  # inches
-    names = [name if len(name) <= 24 else name[:21] + "..." for name in map(_in_ascii, classes)]
+    names = [_short_name(name) for name in classes]
     rows = [f"{name} ({count})" for name, count in zip(names, images, strict=True)]
-    side = cell * len(classes) + 3
+    side = 0.3 * len(classes) + 3  # inches
     figure, axes = _figure(path, (max(side, 6), side), "predicted class, in percent of the images", "class (images)")
     figure.suptitle(title)
     axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
@@ -92,7 +89,7 @@ def confusion_matrix(
     axes.set_yticks(range(len(classes)), rows, parse_math=False)
     for row, column in np.argwhere(percent >= 0.5):
         share = percent[row, column]
-        options = dict(size=25 * cell, ha="center", va="center", in_layout=False)  # or the layout would be slow
+        options = dict(size=7.5, ha="center", va="center", in_layout=False)  # or the layout would be slow
         axes.text(column, row, f"{share:.0f}", color="white" if share > 50 else "black", **options)
     figure.savefig(path, format="png")
     return True
@@ -162,8 +159,8 @@ def segmentation_overlay(
 
     counts = sum(np.bincount(row, minlength=256) for row in labels)  # bincount of all rows would copy them as int64
     legend = _legend(counts, classes, (0.3 * 128 + 45 + 0.525 * palette + 0.5).astype(np.uint8))
-    columns = min(len(legend), max(1, picture.width // 160))
-    column = max(picture.width // columns, 160)
+    columns = min(len(legend), max(1, picture.width // 240))
+    column = max(picture.width // columns, 240)
     top = GAP + picture.height + GAP
     shape = GAP + max(picture.width, column) + GAP, top - (-len(legend) // columns) * LINE + GAP
     canvas = Image.new("RGB", shape, "white")
@@ -177,8 +174,7 @@ def loss_curve(
 ) -> None:
     """Write a PNG of the training loss, and the validation loss if there is one; both are (step, loss) in order."""
     figure, axes = _figure(path, (8, 4), "optimizer step", "loss")
-    marker = "o" if len(losses) < 20 else ""
-    axes.plot(*zip(*losses, strict=True), color="#08306b", linewidth=1, marker=marker, markersize=4, label="training")
+    axes.plot(*zip(*losses, strict=True), color="#08306b", linewidth=1, label="training")
     if validation:
         points = zip(*validation, strict=True)
         axes.plot(*points, color="#d94801", linewidth=1, marker="o", markersize=4, label="validation")
@@ -198,12 +194,12 @@ def _figure(path: Path, size: tuple[float, float], xlabel: str, ylabel: str):
     return figure, figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
 
 
-def _contrast_limits(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the 2nd and the 98th percentile of each channel, (C, 1, 1) each, of an image (C, H, W)."""
-    values = image.flatten(1)
+def _stretch_contrast(image: torch.Tensor, *, like: torch.Tensor) -> torch.Tensor:
+    """Scale channels (C, H, W) so that the 2nd and 98th percentiles of those of `like` become 0 and 1, and clip."""
+    values = like.float().flatten(1)
     ranks = (1 + round(share * (values.shape[1] - 1)) for share in (0.02, 0.98))
     low, high = (values.kthvalue(rank, dim=1).values[:, None, None] for rank in ranks)
-    return low, high
+    return ((image - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
 
 
 def _as_colour(image: np.ndarray) -> np.ndarray:
@@ -241,9 +237,8 @@ def _legend(counts: np.ndarray, classes: Sequence[str], palette: np.ndarray) -> 
     """Return names and swatches of the classes, by their pixel `counts` (256,), the largest first."""
     numbers = [number for number in np.argsort(-counts, kind="stable") if counts[number] and number != IGNORED]
     names = [(classes[number], Image.new("RGB", (14, 14), tuple(palette[number].tolist()))) for number in numbers]
-    more = [(f"and {len(names) - MOST_NAMES} more", None)] if len(names) > MOST_NAMES else []
     void = [("void: not labelled", Image.fromarray(_hatching((14, 14))))] if counts[IGNORED] else []
-    return names[:MOST_NAMES] + more + void
+    return names + void
 
 
 def _draw_legend(canvas: Image.Image, legend: Legend, *, top: int, columns: int, column: int) -> None:
@@ -251,10 +246,9 @@ def _draw_legend(canvas: Image.Image, legend: Legend, *, top: int, columns: int,
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=13)
     for i, (name, swatch) in enumerate(legend):
         x, y = GAP + i % columns * column, top + i // columns * LINE
-        if swatch:
-            canvas.paste(swatch, (x, y))
-            draw.rectangle((x, y, x + 14, y + 14), outline="#888888")
-        draw.text((x + 20, y + 7), _shorten(name, font, width=column - 20 - GAP), "black", font, "lm")
+        canvas.paste(swatch, (x, y))
+        draw.rectangle((x, y, x + 14, y + 14), outline="#888888")
+        draw.text((x + 20, y + 7), _short_name(name), "black", font, "lm")
 
 
 def _hatching(size: tuple[int, int]) -> np.ndarray:
@@ -264,16 +258,8 @@ def _hatching(size: tuple[int, int]) -> np.ndarray:
     return np.repeat(stripes[..., None], 3, axis=2)
 
 
-def _in_ascii(text: str) -> str:
-    """Return a name in one line of the letters that all fonts have."""
+def _short_name(text: str) -> str:
+    """Return a name in one line of at most 24 letters that all fonts have."""
     text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode() or "?" * len(text)
-    return " ".join(text.split())
-
-
-def _shorten(text: str, font: ImageFont.FreeTypeFont, *, width: int) -> str:
-    """Return a name in one line of at most `width` pixels."""
-    text = _in_ascii(text)
-    if font.getlength(text) <= width:
-        return text
-    length = bisect(range(len(text)), width, key=lambda count: font.getlength(text[:count] + "...")) - 1
-    return text[:length] + "..."
+    text = " ".join(text.split())
+    return text if len(text) <= 24 else text[:21] + "..."

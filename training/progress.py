@@ -6,7 +6,6 @@ import math
 import resource
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,11 +14,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from training.files import read_lines
 from training.launch import RunError
 from training.plan import Plan
 from training.sharding import whole
 from training.trackers import track
-from training.wording import in_bytes, in_time, several
+from training.wording import in_bytes, in_time
 
 BAR = dict(dynamic_ncols=True, leave=False, mininterval=0.5 if sys.stderr.isatty() else 30)
 
@@ -27,9 +27,7 @@ BAR = dict(dynamic_ncols=True, leave=False, mininterval=0.5 if sys.stderr.isatty
 class Progress:
     """One bar and one log, on the main process. Steps are counted as completed optimizer steps.
 
-    A line of log.jsonl has `step`, `epoch`, and either the metrics of a validation: `val_loss` and those of
-    `training.metrics` (pre-training) or `training.scores` (fine-tuning); or `knn_top1` and `linear_top1`; or those of
-    one training step:
+    A line of log.jsonl has `step`, `epoch`, and either the metrics of a validation or those of one training step:
         loss: mean over that step's global batch, all micro-batches and processes
         learning_rate: of the step; that of the head if layers have different ones
         grad_norm: of all gradients together, before clipping
@@ -64,14 +62,11 @@ class Progress:
 
     def timed(self, batches: Iterator) -> Iterator:
         """Yield from the loader, and count the time until it answers as waiting for data."""
-        end = object()
-        while True:
-            start = time.perf_counter()
-            item = next(batches, end)
+        start = time.perf_counter()
+        for item in batches:
             self.waited += time.perf_counter() - start
-            if item is end:
-                return
             yield item
+            start = time.perf_counter()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -163,20 +158,19 @@ class Rehearsal:
     """
 
     def __init__(self, progress: Progress, crew, *, read_ahead: int):
-        self.progress, self.crew, self.read_ahead = progress, crew, read_ahead
+        self.progress, self.crew = progress, crew
         self.phases = [(0.0, 1), (3.0, 1 + read_ahead), (10.0, 3)]  # seconds and steps that each takes at least
-        self.steps, self.finite, self.damaged = 0, True, []
+        self.steps, self.finite = 0, True
         self.steps_left = progress.plan.length.total_steps - progress.clock_step
         progress.restart_clock(0)
 
-    def completed(self, loss: torch.Tensor, damaged: list[tuple[int, str]]) -> bool:
+    def completed(self, loss: torch.Tensor) -> bool:
         """Note a step; after the last one, report and return True.
 
         Raises:
             RunError: if a loss was not finite.
         """
         self.finite &= math.isfinite(loss.item())  # waits for the device
-        self.damaged += damaged
         self.steps += 1
         seconds, at_least = self.phases[0]
         spent, steps = time.perf_counter() - self.progress.clock_time, self.steps - self.progress.clock_step
@@ -184,7 +178,7 @@ class Rehearsal:
         if not self.crew.any(enough or self.crew.signal_name is not None):
             return False
         if len(self.phases) > 1:
-            self.in_stock = self.phases.pop(0)[1] > 1 and steps <= self.read_ahead
+            self.phases.pop(0)
             self.progress.restart_clock(self.steps)
             return False
         self.report(spent / steps, steps)
@@ -199,18 +193,13 @@ class Rehearsal:
             peak = torch.cuda.max_memory_reserved(device)
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        stock = ", too few to measure the data wait" if self.in_stock else ""
         self.progress.say(
-            f"dry run    {steps} steps timed after {self.steps - steps}{stock}: {seconds:.3g} s a step, "
+            f"dry run    {steps} steps timed after {self.steps - steps}: {seconds:.3g} s a step, "
             f"{self.progress.plan.batch.global_size / seconds:.4g} images/s, data wait "
             f"{self.progress.waited / seconds / steps:.0%}, peak memory {in_bytes(peak)}\n"
             f"           {self.steps_left} steps take {in_time(seconds * self.steps_left)}, without validation and "
             "saving; nothing was written"
         )
-        if self.damaged:
-            index, reason = self.damaged[0]
-            damaged = several(len(self.damaged), "damaged image")
-            self.progress.say(f"           {damaged}, the first is number {index}: {reason}")
 
 
 def truncate_log(folder: Path, step: int) -> dict[str, float]:
@@ -219,19 +208,15 @@ def truncate_log(folder: Path, step: int) -> dict[str, float]:
     Returns:
         The metrics of the validation after that very step.
     """
-    path = folder / "log.jsonl"
-    lines, metrics = [], {}
+    path, metrics = folder / "log.jsonl", {}
     if not path.exists():
         return metrics
-    for text in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # a line that a kill cut short
-            line = json.loads(text)
-            if line["step"] <= step:
-                lines.append(text + "\n")
-            if line["step"] == step and "loss" not in line:
-                metrics.update({name: value for name, value in line.items() if name not in ("step", "epoch", "advice")})
+    lines = [line for line in read_lines(path) if line["step"] <= step]
+    for line in lines:
+        if line["step"] == step and "loss" not in line:
+            metrics |= {name: value for name, value in line.items() if name not in ("step", "epoch", "advice")}
     temporary = path.with_name(".log.jsonl.tmp")
-    temporary.write_text("".join(lines))
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
     temporary.replace(path)
     return metrics
 
@@ -239,9 +224,7 @@ def truncate_log(folder: Path, step: int) -> dict[str, float]:
 def best_of(folder: Path, metric: str) -> tuple[float, int | None]:
     """Return the highest value of a metric in log.jsonl and the step that reached it first; -1 and None without one."""
     best, best_step = -1.0, None
-    path = folder / "log.jsonl"
-    for text in path.read_text().splitlines() if path.exists() else []:
-        line = json.loads(text)
+    for line in read_lines(folder / "log.jsonl"):
         if line.get(metric, -1.0) > best:
             best, best_step = line[metric], line["step"]
     return best, best_step
@@ -260,15 +243,9 @@ class DamagedImages:
         self.path, self.is_main_process, self.replace = folder / "damaged.jsonl", is_main_process, replace
         self.limit = min(max(10, num_samples // 100), num_samples - 1)
         self.num_samples = num_samples
-        self.names, self.reasons = set(), Counter()
-        text = self.path.read_text() if self.path.exists() else ""
-        for line in text.splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut short
-                image = json.loads(line)
-                self.names.add(image["path"])
-                self.reasons[image["reason"]] += 1
-        if is_main_process and text and not text.endswith("\n"):
-            self._append("\n")
+        self.names = {image["path"] for image in read_lines(self.path)}
+        if is_main_process and self.path.exists() and not self.path.read_text().endswith("\n"):
+            self._append("\n")  # behind a line that a kill cut short
 
     def _append(self, text: str) -> None:
         with open(self.path, "a") as file:
@@ -289,7 +266,6 @@ class DamagedImages:
                     sys.stderr,
                 )
             self.names.add(path)
-            self.reasons[reason] += 1
             if self.is_main_process:
                 self._append(json.dumps({"path": path, "reason": reason}) + "\n")
         if images and not self.replace:
@@ -299,8 +275,7 @@ class DamagedImages:
                 "flag out"
             )
         if len(self.names) > self.limit:
-            ((reason, count),) = self.reasons.most_common(1)
             raise RunError(
-                f"{len(self.names)} of {self.num_samples} images are damaged, more than the {self.limit} allowed, "
-                f"{count} of them: {reason}; {self.path} names them: repair or remove them"
+                f"{len(self.names)} of {self.num_samples} images are damaged, more than the {self.limit} allowed; "
+                f"{self.path} names them and says why: repair or remove them"
             )

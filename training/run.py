@@ -332,7 +332,7 @@ class Run:
             RunError: for losses that are not finite, too many damaged images, a checkpoint that cannot be written.
         """
         if self.rehearsal:
-            if self.rehearsal.completed(loss, damaged):
+            if self.rehearsal.completed(loss):
                 self._leave()
                 raise Stopped
             return

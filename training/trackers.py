@@ -20,12 +20,10 @@ def start_trackers(
     """Start the trackers `names` ("wandb", "tensorboard") on the main process, for Progress to write to.
 
     A tracker that is missing, not logged in or fails prints a warning; training goes on. `flags` become its
-    configuration, without None values; `start_step` is the step of the checkpoint that the run resumes from, or 0.
+    configuration; `start_step` is the step of the checkpoint that the run resumes from, or 0.
     """
     if not accelerator.is_main_process:
         return
-    lists = {name: " ".join(map(str, value)) for name, value in flags.items() if isinstance(value, list | tuple)}
-    config = {name: value for name, value in (flags | lists).items() if value is not None}
     for name in names:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:  # no origin: a plain folder of that name, which wandb creates
@@ -34,7 +32,7 @@ def start_trackers(
         try:
             tracker = WandB(folder, project, run_name) if name == "wandb" else TensorBoard(folder, start_step)
             tracker.start()
-            tracker.store_init_configuration(config)
+            tracker.store_init_configuration(flags)
         except Exception as error:  # no failure of a tracker may stop the training
             _warn(f"not logging to {name}: {in_one_line(error)}; {REMEDIES[name]}")
         else:
@@ -89,11 +87,9 @@ class TensorBoard(TensorBoardTracker):
         """Add a table as text; Accelerate's hyperparameters would add a run at each start."""
         rows = [f"| {name} | `{value}` |" for name, value in values.items()]
         self.writer.add_text("flags", "\n".join(["| flag | value |", "|---|---|", *rows]), self.start_step)
-        self.writer.flush()
 
     def log_images(self, values: dict, step: int | None = None, **kwargs) -> None:
         super().log_images(values, step, dataformats="NHWC", **kwargs)
-        self.writer.flush()
 
 
 def track(accelerator, act: Callable) -> None:

@@ -33,14 +33,12 @@ LOG_IN = "run `hf auth login`, or set HF_TOKEN to a token with write access (htt
 
 def check_repo_id(repo_id: str) -> list[str]:
     """Return the error in the name of a repository, if any."""
+    reason = "" if "/" in repo_id else "the owner is missing"
     try:
         validate_repo_id(repo_id)
-        if repo_id.count("/") == 1 and all(repo_id.split("/")):
-            return []
-        reason = "the owner is missing"
     except HFValidationError as error:
-        reason = str(error).partition(f": '{repo_id}'")[0].rstrip(".")
-    return [f"{repo_id!r} is not a valid repository name ({reason}); expected OWNER/NAME"]
+        reason = in_one_line(error)
+    return [f"{repo_id!r} is not a valid repository name ({reason}); expected OWNER/NAME"] if reason else []
 
 
 def check_token() -> list[str]:
@@ -58,7 +56,7 @@ def check_hub(push_to_hub: bool, *, repository: str | None, every: int, private:
     return [f"--{name} needs --push_to_hub; add it, or leave --{name} out" for name in flags if flags[name]]
 
 
-def upload(folder: Path, repo_id: str, *, private: bool, revision: str | None, create_pr: bool, message: str) -> str:
+def upload(folder: Path, repo_id: str, *, private: bool, revision: str | None, message: str) -> str:
     """Upload a folder in one commit. Large files that arrived before an interruption are not sent again.
 
     Args:
@@ -66,11 +64,10 @@ def upload(folder: Path, repo_id: str, *, private: bool, revision: str | None, c
         repo_id: OWNER/NAME; created if missing.
         private: Create a private repository, and refuse an existing public one.
         revision: Branch, created if missing; None for main.
-        create_pr: Open a pull request instead of committing.
         message: Commit message.
 
     Returns:
-        The address of the commit or the pull request.
+        The address of the commit.
 
     Raises:
         RunError: The upload failed, or was refused because the repository holds another type of model.
@@ -78,7 +75,7 @@ def upload(folder: Path, repo_id: str, *, private: bool, revision: str | None, c
     try:
         errors = check_repo_id(repo_id) or check_token() or _check_repository(folder, repo_id, private, revision)
         if not errors:
-            return _commit(folder, repo_id, private, revision, create_pr, message)
+            return _commit(folder, repo_id, private, revision, message)
         reason, cause = errors[0], None
     except Exception as error:  # huggingface_hub, its HTTP client and Xet raise many types
         reason, cause = _explain(error, repo_id), error
@@ -101,24 +98,26 @@ def _check_repository(folder: Path, repo_id: str, private: bool, revision: str |
         return [f"{repo_id} exists and is public; make it private in its settings, or leave out --private"]
     if all(file.rfilename != "config.json" for file in info.siblings or []):
         return []
-    ours = json.loads((folder / "config.json").read_text())
-    try:
-        theirs = json.loads(Path(hf_hub_download(repo_id, "config.json", revision=info.sha)).read_text())
-        types = [(config.get("model_type"), *(config.get("architectures") or [])) for config in (theirs, ours)]
-    except (ValueError, AttributeError):
-        types = [("unreadable config.json",), (ours["model_type"], *ours["architectures"])]
-    if types[0] == types[1]:
+    theirs, ours = (
+        _model_type(path)
+        for path in (hf_hub_download(repo_id, "config.json", revision=info.sha), folder / "config.json")
+    )
+    if theirs == ours:
         return []
-    theirs, ours = (" ".join(filter(None, names)) or "unknown type" for names in types)
     return [f"{repo_id} holds another type of model ({theirs}, expected {ours}); give another --repo_id"]
 
 
-def _commit(folder: Path, repo_id: str, private: bool, revision: str | None, create_pr: bool, message: str) -> str:
+def _model_type(path: str | Path) -> str:
+    """Return the type and the class of the model that a config.json of transformers describes."""
+    config = json.loads(Path(path).read_text())
+    return " ".join([config.get("model_type", "unknown type"), *config.get("architectures", [])])
+
+
+def _commit(folder: Path, repo_id: str, private: bool, revision: str | None, message: str) -> str:
     """Create the repository and the branch if they are missing, and upload."""
     api = HfApi()
-    if not api.repo_exists(repo_id):
-        api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: the owner's default
-    if revision is not None and not api.revision_exists(repo_id, revision):
+    api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: the owner's default
+    if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     paths = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
@@ -128,13 +127,12 @@ def _commit(folder: Path, repo_id: str, private: bool, revision: str | None, cre
     stale = [path for path in sorted(stale) if path in OWN_FILES or path.startswith("pretraining/")]
     files += [CommitOperationDelete(path) for path in stale]
     # upload_folder may split a folder into several commits: the card of one model beside the weights of another
-    commit = api.create_commit(repo_id, files, commit_message=message, revision=revision, create_pr=create_pr)
-    return commit.pr_url or commit.commit_url
+    return api.create_commit(repo_id, files, commit_message=message, revision=revision).commit_url
 
 
 def _explain(error: Exception, repo_id: str) -> str:
     """Return one line on why the Hub could not be used and what to do, from the error or its causes."""
-    causes, text = [error], in_one_line(error)
+    causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
         causes.append(cause)
     for cause in causes:
@@ -143,14 +141,11 @@ def _explain(error: Exception, repo_id: str) -> str:
             return f"the token is invalid or has expired; {LOG_IN}"
         if status == 403:
             return f"the token has no write access to {repo_id}; {LOG_IN}, or give a --repo_id of another owner"
-        if status is not None:
-            text += "" if cause is error else f": {in_one_line(cause)}"
-            break
         if isinstance(cause, OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE is set; unset it"
-        if isinstance(cause, HTTPError | ConnectionError | TimeoutError):
+        if status is None and isinstance(cause, HTTPError | ConnectionError | TimeoutError):
             return f"{constants.ENDPOINT} cannot be reached ({in_one_line(cause)}); check the network and HF_ENDPOINT"
-    return f"the Hub failed ({text})"
+    return f"the Hub failed ({': '.join(map(in_one_line, causes))})"
 
 
 class Uploader:
@@ -168,7 +163,8 @@ class Uploader:
         self.every, self.repository, self.log = every, repository, folder / "hub.log"
         flags = ["--repo_id", str(repository), *(["--private"] if private else [])]
         self.command = [sys.executable, str(SCRIPT), str(folder), *flags]
-        self.process, self.subject, self.skipping = None, "", False
+        self.repeat = f"repeat with: {shlex.join(['python', *self.command[1:]])}"
+        self.process, self.subject = None, ""
 
     def after(self, step: int) -> None:
         """Report a finished upload; start one if it is due and none is running."""
@@ -177,8 +173,7 @@ class Uploader:
             return
         if not self.process:
             self._start(f"step {step}")
-        elif not self.skipping:
-            self.skipping = True
+        else:
             tqdm.write(f"step {step} is not uploaded: the upload of {self.subject} is still running")
 
     def finish(self, stop: Callable[[], bool] = lambda: False) -> None:
@@ -208,28 +203,23 @@ class Uploader:
         env = {n: v for n, v in os.environ.items() if not n.startswith(prefixes) and n not in names}
         env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}  # `_report` reads the last line of the log
         options = dict(env=env, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True)
-        self.subject, self.skipping = subject, False
+        self.subject = subject
         try:
             with open(self.log, "w") as log:
                 self.process = subprocess.Popen(self.command, stdout=log, **options)
             tqdm.write(f"uploading {subject} in the background; see {self.log}")
         except OSError as error:
-            tqdm.write(f"warning: {subject} is not uploaded: {in_one_line(error)}; repeat with: {self._repeat()}")
+            tqdm.write(f"warning: {subject} is not uploaded: {in_one_line(error)}; {self.repeat}")
 
     def _report(self) -> None:
         """Print how an upload ended."""
         if self.process is None or self.process.poll() is None:
             return
         code, self.process = self.process.returncode, None
-        lines = []
-        with contextlib.suppress(OSError):
-            lines = self.log.read_text(errors="replace").strip().splitlines()
+        lines = self.log.read_text(errors="replace").strip().splitlines()
         last = lines[-1].strip() if lines else f"exit code {code}"
         if code == 0:
             tqdm.write(f"uploaded {self.subject}: {last.removeprefix('uploaded: ')}")
         else:
-            command = "" if "repeat with" in last else f"; repeat with: {self._repeat()}"
-            tqdm.write(f"warning: {self.subject} is not uploaded: {last}; see {self.log}{command}")
-
-    def _repeat(self) -> str:
-        return shlex.join(["python", *self.command[1:]])
+            repeat = "" if "repeat with" in last else f"; {self.repeat}"
+            tqdm.write(f"warning: {self.subject} is not uploaded: {last}; see {self.log}{repeat}")
