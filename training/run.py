@@ -38,7 +38,7 @@ from training.progress import BAR, DamagedImages, Progress, Rehearsal, best_of, 
 from training.resolve import ImageFormat
 from training.run_folder import RunFolder
 from training.schedule import is_due
-from training.sharding import configure_sharding, take_activation_checkpointing, wrap
+from training.sharding import configure_sharding, wrap
 from training.trackers import finish_trackers, start_trackers
 from training.upload import Uploader, check_token
 from training.wording import as_flags
@@ -64,12 +64,12 @@ class Run:
         self.errors += problems
         self.device, self.is_main_process = self.accelerator.device, self.accelerator.is_main_process
         self.process_index, self.num_processes = self.accelerator.process_index, self.accelerator.num_processes
-        self.gradient_checkpointing = take_activation_checkpointing(self.accelerator) or flags.gradient_checkpointing
         self.pin_memory = self.device.type == "cuda" if flags.pin_memory is None else flags.pin_memory
         trains = not getattr(flags, "eval_only", False)
         automatic = trains and flags.micro_batch_size == "auto"
-        self.errors += configure_sharding(self.accelerator, compiled=flags.compile, auto_micro_batch=automatic)
-        self.errors += check_device(self.device) if automatic else []
+        sharding = configure_sharding(self.accelerator, compiled=flags.compile, auto_micro_batch=automatic)
+        self.gradient_checkpointing = flags.gradient_checkpointing or sharding[0]
+        self.errors += sharding[1] + (check_device(self.device) if automatic else [])
         self.crew = Crew(flags.time_limit)
         self.claim = RunFolder(Path(flags.working_directory) / flags.experiment_name)
         self.folder = self.claim.path
