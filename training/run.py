@@ -95,7 +95,7 @@ class Run:
         """
         try:
             yield
-        except UnboundLocalError:  # the block uses a variable that a refused block did not assign
+        except UnboundLocalError:  # a refused block did not assign the variable; a misspelt one is a plain NameError
             if not self.errors:
                 raise
         except kinds as error:
