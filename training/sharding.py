@@ -16,8 +16,6 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-BLOCK = "Block"  # class name of the modules that FSDP wraps
-
 
 def configure_sharding(accelerator, *, compiled: bool, auto_micro_batch: bool) -> tuple[bool, list[str]]:
     """Make FSDP2, if Accelerate runs it, compute what DDP would.
@@ -27,8 +25,9 @@ def configure_sharding(accelerator, *, compiled: bool, auto_micro_batch: bool) -
         auto_micro_batch: --micro_batch_size auto.
 
     Returns:
-        Whether Accelerate is configured to checkpoint activations, and error messages, one per problem. The blocks' own
-        gradient checkpointing has to take its place, because it would draw other random numbers when it recomputes.
+        Whether it is configured to checkpoint activations, and error messages, one per problem. Accelerate's
+        checkpointing is turned off, because it would draw other random numbers when it recomputes; the blocks' own has
+        to take its place.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return False, []
@@ -42,7 +41,7 @@ def configure_sharding(accelerator, *, compiled: bool, auto_micro_batch: bool) -
     checkpointing, plugin.activation_checkpointing = bool(plugin.activation_checkpointing), False
     plugin.mixed_precision_policy = None  # the loop autocasts: weights and residuals stay in float32
     plugin.cpu_ram_efficient_loading = False  # every process has the weights already
-    plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = transformer_auto_wrap_policy, [BLOCK]
+    plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = transformer_auto_wrap_policy, ["Block"]
 
     options = {
         "Accelerate's fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
