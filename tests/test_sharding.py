@@ -4,19 +4,28 @@ The processes have the variables that `accelerate launch` makes of accelerate_co
 """
 
 import functools
-import json
 import os
 import shutil
 import signal
 import socket
-import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Start, finish, log_of, losses_of, run
+from conftest import (
+    ROOT,
+    TINY,
+    Start,
+    assert_equal_runs,
+    finish,
+    log_of,
+    losses_of,
+    metrics_of,
+    run,
+    wait_for,
+    weights_of,
+)
 from safetensors.torch import load_file
 from test_finetune_segmentation import ENCODER, HEAD
-from test_scripts import assert_equal_runs, losses_of_partial, weights
 
 PRETRAIN, CLASSIFIER, SEGMENTATION = "pretrain_mae.py", "finetune_classifier.py", "finetune_segmentation.py"
 # Accelerate shards on no CPU, so it is told of GPUs that talk as CPUs do
@@ -97,7 +106,7 @@ def assert_close_runs(one, other, step):
     assert len(losses_of(one)) == step and losses_of(one) == pytest.approx(losses_of(other), rel=1e-5)
     norms = [[line["grad_norm"] for line in log_of(folder) if "loss" in line] for folder in (one, other)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
-    a, b = weights(one, step), weights(other, step)
+    a, b = weights_of(one, step), weights_of(other, step)
     assert a.keys() == b.keys()
     for name in a:
         if "running" in name or "num_batches" in name:  # of the main process's micro-batches
@@ -147,7 +156,7 @@ def test_two_processes_with_a_share_each_train_as_one_does(whole, sharded):
 
 
 def test_whole_weights_are_exported(sharded):
-    saved, exported = weights(sharded, 12), load_file(sharded / "encoder" / "model.safetensors")
+    saved, exported = weights_of(sharded, 12), load_file(sharded / "encoder" / "model.safetensors")
     shared = [name for name in exported if f"encoder.{name}" in saved]
     assert len(shared) > 20 and all(torch.equal(exported[name], saved[f"encoder.{name}"]) for name in shared)
 
@@ -155,11 +164,9 @@ def test_whole_weights_are_exported(sharded):
 def test_killed_and_stopped_it_continues_to_the_last_bit(flags, sharded, tmp_path):
     """One process is killed, which ends the other; then one is asked to stop, and both do."""
     folder = tmp_path / "work_dir" / "pretrain_mae"
-    log = folder / "log.jsonl"
     for number, steps in ((signal.SIGKILL, 6), (signal.SIGTERM, 9)):
         main, other = start_sharded(PRETRAIN, *flags, "--resume_from_checkpoint", "auto", cwd=tmp_path)
-        while main.poll() is None and (not log.exists() or len(losses_of_partial(folder)) < steps):
-            time.sleep(0.005)
+        wait_for(steps, folder, main, other)
         other.send_signal(number)
         said = "".join(main.communicate(timeout=60))
         other.communicate(timeout=60)
@@ -209,7 +216,7 @@ def fine_tune_both(script, flags, cwd, step):
     else:
         words += ["--path_to_pretrained_mae_weights"]
     run(script, *words, two / "model", "--experiment_name", "again", cwd=cwd)
-    expected, again = (json.loads((folder / "metrics.json").read_text()) for folder in (two, two.parent / "again"))
+    expected, again = (metrics_of(folder) for folder in (two, two.parent / "again"))
     for score in again.keys() & {"val_loss", "top1", "mean_iou", "mean_accuracy"}:
         assert again[score] == pytest.approx(expected[score], rel=3e-4), score
     assert sorted(os.listdir(two / "best")) == sorted(os.listdir(two / "model"))
@@ -224,7 +231,7 @@ def test_a_linear_probe_and_its_average(image_folder, sharded, tmp_path):
     one, two = fine_tune_both(CLASSIFIER, flags, tmp_path, 6)
     a, b = (load_file(folder / "checkpoints/step_00000006/ema.safetensors") for folder in (one, two))
     torch.testing.assert_close(a["head.weight"], b["head.weight"], rtol=1e-4, atol=1e-7)
-    assert not torch.equal(b["head.weight"], weights(two, 6)["head.weight"])
+    assert not torch.equal(b["head.weight"], weights_of(two, 6)["head.weight"])
 
 
 def test_segmentation(scenes, tmp_path):
