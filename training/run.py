@@ -362,13 +362,13 @@ class Run:
         """The options of `own_batches` for this process."""
         return dict(process_index=self.process_index, num_processes=self.num_processes, watch=self.watch)
 
-    def watch(self, batches: range, what: str = "validation") -> Iterator[int]:
+    def watch(self, batches: range) -> Iterator[int]:
         """Yield the numbers of the batches of a validation under a bar, until the run is asked to stop.
 
         Raises:
             Stopped: at the end, on all processes, after a checkpoint was saved.
         """
-        for batch in tqdm(batches, desc=what, unit="batch", disable=not self.is_main_process, **BAR):
+        for batch in tqdm(batches, desc="validation", unit="batch", disable=not self.is_main_process, **BAR):
             if self.crew.stop_requested():
                 break
             yield batch
