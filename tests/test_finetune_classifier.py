@@ -412,7 +412,7 @@ def test_class_folders_that_do_not_fit(undisturbed, tmp_path):
         [data, tmp_path / "differ", *batch],
         [data, tmp_path / "one", *batch],
         [data, tmp_path / "none", *batch],
-        [data, tmp_path / "differ", WEIGHTS, undisturbed / "model", "--eval_only"],
+        [data, tmp_path / "differ", WEIGHTS, undisturbed / "checkpoints" / "step_00000012", "--eval_only"],
         cwd=tmp_path,
     )
     assert any("has classes in train that val lacks (class_1, class_2)" in error for error in differ)
