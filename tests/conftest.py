@@ -16,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hub import Hub
 from PIL import Image
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 CACHE = tempfile.TemporaryDirectory()
@@ -354,3 +356,52 @@ def log_of(folder: Path) -> list[dict]:
 def losses_of(folder: Path) -> dict[int, float]:
     """Every logged training loss by step."""
     return {line["step"]: line["loss"] for line in log_of(folder) if "loss" in line}
+
+
+def steps_in(folder: Path) -> int:
+    """The steps in the log of a run, which may be writing it or not have begun it."""
+    path = folder / "log.jsonl"
+    return path.read_text().count("grad_norm") if path.exists() else 0
+
+
+def wait_for(steps: int, folder: Path, *processes: Start | subprocess.Popen) -> None:
+    """Waits until the log of a run has so many steps."""
+    while steps_in(folder) < steps:
+        assert all(process.poll() is None for process in processes), "ended before"
+        time.sleep(0.005)
+
+
+def metrics_of(folder: Path) -> dict:
+    """The metrics.json of a run."""
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def flags_of(folder: Path) -> dict:
+    """The flags in the args.json of a run."""
+    return json.loads((folder / "args.json").read_text())["flags"]
+
+
+def weights_of(folder: Path, step: int, name: str = "model.safetensors") -> dict:
+    """The weights in a checkpoint of a run."""
+    return load_file(folder / "checkpoints" / f"step_{step:08d}" / name)
+
+
+def validations_of(folder: Path) -> list[dict]:
+    """The lines of a run's log that have the metrics of a validation."""
+    return [line for line in log_of(folder) if {"val_loss", "mean_iou"} & line.keys()]
+
+
+def assert_equal_runs(one: Path, other: Path, step: int, *names: str) -> None:
+    """Every logged loss, every validation and the weights are equal to the last bit, and so are those in `names`."""
+    assert losses_of(one) == losses_of(other)
+    assert validations_of(one) == validations_of(other) != []
+    for name in ("model.safetensors", *names):
+        ours, theirs = (weights_of(folder, step, name) for folder in (one, other))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def refusals(script: str, *starts: list, cwd: Path) -> list[list[str]]:
+    """The lines that starts with bad flags or data say, each before its first step."""
+    ends = run_each(script, starts, cwd=cwd, code=2)
+    assert not any("Traceback" in said for said in ends) and not list(cwd.glob("work_dir/*/checkpoints/step_*"))
+    return [[line for line in said.splitlines() if line.startswith("error: ")] for said in ends]

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -11,17 +10,19 @@ import torch
 from conftest import (
     ROOT,
     SCENES,
+    assert_equal_runs,
     log_of,
-    losses_of,
+    metrics_of,
+    refusals,
     run,
     run_code,
     run_cold,
     run_each,
-    run_two,
     start,
+    wait_for,
+    weights_of,
 )
 from PIL import Image
-from safetensors.torch import load_file
 
 import finetune_segmentation
 from data.pairs import class_weights
@@ -65,21 +66,6 @@ def undisturbed(tmp_path_factory, flags):
     done = run_cold(ROOT / SCRIPT, *flags, cwd=cwd)
     assert "UperNet of width 16 after blocks 0, 1, 2, 3" in done.stdout and "relative position bias" in done.stdout
     return cwd / "work_dir" / "finetune_segmentation"
-
-
-def checkpoint(run_folder, step):
-    return load_file(run_folder / "checkpoints" / f"step_{step:08d}" / "model.safetensors")
-
-
-def metrics_of(folder):
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def refusals(*starts, cwd):
-    """The lines that starts with bad flags or data say, each before its first step."""
-    found = run_each(SCRIPT, starts, cwd=cwd, code=2)
-    assert not any("Traceback" in errors for errors in found) and not list(cwd.glob("work_dir/*/checkpoints/step_*"))
-    return [[line for line in errors.splitlines() if line.startswith("error: ")] for errors in found]
 
 
 def annotation(path):
@@ -144,33 +130,14 @@ def test_kill_and_resume_in_the_middle_of_an_epoch(undisturbed, flags, tmp_path)
     """Drop path, dropout, BatchNorm, random resizing and colours."""
     folder = tmp_path / "work_dir" / "finetune_segmentation"
     process = start(SCRIPT, *flags, "--num_workers", 1, cwd=tmp_path)
-    log = folder / "log.jsonl"
-    while process.poll() is None and (not log.exists() or log.read_text().count('"loss"') < 5):
-        time.sleep(0.005)
+    wait_for(5, folder, process)
     process.kill()
     process.communicate()
     assert not (folder / "metrics.json").exists() and (folder / "checkpoints" / "step_00000003").exists()
     run(SCRIPT, *flags, "--resume_from_checkpoint", "auto", cwd=tmp_path)
-    assert losses_of(undisturbed) == losses_of(folder)
-    scores = [{k: v for k, v in metrics_of(run).items() if "second" not in k} for run in (undisturbed, folder)]
-    assert scores[0] == scores[1]
-    one, other = checkpoint(undisturbed, 7), checkpoint(folder, 7)
-    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    for name in ("model", "best"):
-        one, other = read_state_dict(undisturbed / name), read_state_dict(folder / name)
-        assert all(torch.equal(one[key], other[key]) for key in one)
-
-
-def test_a_signal_saves_the_step(flags, tmp_path):
-    process = start(SCRIPT, *flags, "--max_steps", 10_000, "--evaluate_every", 0, cwd=tmp_path)
-    log = tmp_path / "work_dir" / "finetune_segmentation" / "log.jsonl"
-    while process.poll() is None and not log.exists():
-        time.sleep(0.02)
-    process.terminate()
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "which is saved; continue with --resume_from_checkpoint auto" in out, err
-    steps = [int(path.name[5:]) for path in (log.parent / "checkpoints").glob("step_*")]
-    assert max(steps) == max(losses_of(log.parent))
+    assert_equal_runs(undisturbed, folder, 7)
+    one, other = (read_state_dict(run / "best") for run in (undisturbed, folder))
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_what_only_evaluates_agrees_with_the_run(undisturbed, scenes, tmp_path):
@@ -187,25 +154,6 @@ def test_what_only_evaluates_agrees_with_the_run(undisturbed, scenes, tmp_path):
         assert found["per_class_iou"] == expected["per_class_iou"] and found["mean_iou"] == expected["mean_iou"], name
         assert found["overall_accuracy"] == expected["overall_accuracy"]
         assert (tmp_path / "work_dir" / name / "predictions" / "step_00000000.png").exists()
-
-
-def test_two_processes_train_and_evaluate_as_one(scenes, encoder, tmp_path):
-    """In the same micro-batches, which BatchNorm, drop path and dropout follow. Five held-out images, which two does
-    not divide."""
-    training = ["--path_to_data", scenes, *SMALL, *HEAD, WEIGHTS, encoder, "--max_steps", 2]
-    run_two(SCRIPT, *training, "--experiment_name", "two", cwd=tmp_path)
-    folders = {name: tmp_path / "work_dir" / name for name in ("one", "two", "again")}
-    again = ["--path_to_data", scenes, WEIGHTS, folders["two"] / "checkpoints" / "step_00000002", "--eval_only"]
-    starts = [[*training, "--experiment_name", "one"], [*again, "--num_workers", 0, "--experiment_name", "again"]]
-    run_each(SCRIPT, starts, cwd=tmp_path)
-    one, two = losses_of(folders["one"]), losses_of(folders["two"])
-    assert one.keys() == two.keys() == {1, 2}
-    assert all(two[step] == pytest.approx(one[step], abs=1e-5) for step in one)
-    a, b = checkpoint(folders["one"], 2), checkpoint(folders["two"], 2)
-    trained = [name for name in a if "running" not in name and "num_batches" not in name]
-    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in trained)
-    # One process finds what two found with the same weights and statistics
-    assert metrics_of(folders["again"])["per_class_iou"] == metrics_of(folders["two"])["per_class_iou"]
 
 
 def test_other_ways_to_train_and_to_evaluate(scenes, tmp_path):
@@ -230,7 +178,7 @@ def test_other_ways_to_train_and_to_evaluate(scenes, tmp_path):
     folder = tmp_path / "work_dir" / "scratch"
     assert "linear head after block 3:" in said and "length     2 steps" in said
     assert metrics_of(tmp_path / "work_dir" / "again")["per_class_iou"] == metrics_of(folder)["per_class_iou"]
-    assert not any("bias_table" in name or "gamma" in name for name in checkpoint(folder, 2))
+    assert not any("bias_table" in name or "gamma" in name for name in weights_of(folder, 2))
     damaged = [json.loads(line)["path"] for line in (folder / "damaged.jsonl").read_text().splitlines()]
     assert sorted(os.path.basename(path) for path in damaged) == ["scene_01.jpg", "scene_05.jpg"]
     assert "dry run" in dry and not (tmp_path / "work_dir" / "dry").exists()
@@ -331,7 +279,9 @@ def test_flags_that_do_not_fit_are_refused_together(scenes, encoder, flags, undi
     unsaved = shutil.copytree(undisturbed, tmp_path / "work_dir" / "finetune_segmentation")
     shutil.rmtree(unsaved / "checkpoints")
     (unsaved / "metrics.json").unlink()
-    found = refusals(wrong, order, linear, shallow, no_head, inside, one_patch, of_upernet, resize, cwd=tmp_path)
+    found = refusals(
+        SCRIPT, wrong, order, linear, shallow, no_head, inside, one_patch, of_upernet, resize, cwd=tmp_path
+    )
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(undisturbed, elsewhere / "work_dir" / "finetune_segmentation")
     changed = ["--layer_decay", 0.5, "--evaluate", "slide", "--resume_from_checkpoint", "step_00000003"]
@@ -383,7 +333,7 @@ def test_data_that_do_not_fit_are_refused_with_their_names(scenes, undisturbed, 
     starts += [[void], [one_class]]
     shared = [*ENCODER, *SMALL]
     starts = [["--path_to_data", *words, *([] if "--eval_only" in words else shared)] for words in starts]
-    found = refusals(*starts, cwd=tmp_path)
+    found = refusals(SCRIPT, *starts, cwd=tmp_path)
     text = "\n".join(found[0])
     assert len(found[0]) == 3 and all(f"scene_0{i}.png" in text for i in (0, 1, 2)) and "9" in text
     assert any("scene_04" in error for error in found[1]) and any("scene_01" in error for error in found[1])

@@ -30,6 +30,7 @@ run_script(main, remedy={!r})
         ("raise KeyboardInterrupt", "start it again", 130, "\nerror: interrupted; start it again\n"),
         ("raise OSError(errno.ENOSPC, 'full', 'a.bin')", None, 1, "\nerror: a.bin could not be written (the disk is"),
         ("raise torch.OutOfMemoryError('CUDA is\\nfull')", None, 1, "\nerror: out of memory (CUDA is full); give"),
+        ("torch.empty(2**50)", None, 1, "\nerror: out of memory ("),
         ("raise MemoryError", "close programs", 1, "\nerror: out of memory (MemoryError); close programs\n"),
         ("raise RuntimeError('Connection closed by peer')", None, 1, "\nTraceback (most recent call last):"),
     ],

@@ -19,8 +19,10 @@ SCALES = [
 ]
 
 
-def names(groups):
-    return {group["weight_decay"]: set(group["names"]) for group in groups}
+def names_of(model, groups):
+    """Return the names of the parameters of each group, by its weight decay and its scale of the learning rate."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {(group["weight_decay"], group["lr_scale"]): {names[id(p)] for p in group["params"]} for group in groups}
 
 
 def base_mae():
@@ -28,28 +30,28 @@ def base_mae():
         return MaskedAutoencoder(VisionTransformer(**SIZES["base"]))
 
 
-def base_classifier(pooling, **options):
+def base_classifier(pooling):
     with torch.device("meta"):
-        return Classifier(VisionTransformer(**SIZES["base"]), 1000, pooling=pooling, **options)
+        return Classifier(VisionTransformer(**SIZES["base"]), 1000, pooling=pooling)
 
 
 def test_groups_of_vit_base_against_the_official_rule():
     """Check that what has more than one dimension decays, the cls and mask tokens too."""
-    trained = {name: parameter for name, parameter in base_mae().named_parameters() if parameter.requires_grad}
-    groups = parameter_groups(base_mae(), 0.05)
-    assert [(group["weight_decay"], group["lr_scale"]) for group in groups] == [(0.05, 1.0), (0.0, 1.0)]
-    assert [{*group["names"]} for group in groups] == [
-        {name for name, parameter in trained.items() if (parameter.ndim > 1) == decays} for decays in (True, False)
-    ]
-    (group,) = parameter_groups(base_mae(), 0.0)
-    assert sorted(group["names"]) == sorted(trained) and "encoder.pos_embed" not in trained and "mask_token" in trained
+    model = base_mae()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    decayed = {name for name, parameter in trained.items() if parameter.ndim > 1}
+    groups = names_of(model, parameter_groups(model, 0.05))
+    assert groups == {(0.05, 1.0): decayed, (0.0, 1.0): trained.keys() - decayed}
+    assert names_of(model, parameter_groups(model, 0.0)) == {(0.0, 1.0): trained.keys()}
+    assert "encoder.pos_embed" not in trained and "mask_token" in trained
 
 
 def test_biases_and_norms_decay_if_asked():
+    model, on, off = base_mae(), (0.05, 1.0), (0.0, 1.0)
     bias, norm = "encoder.blocks.0.mlp.fc1.bias", {"encoder.norm.bias", "encoder.blocks.3.norm1.weight"}
-    biases = names(parameter_groups(base_mae(), 0.05, bias_weight_decay=True))
-    norms = names(parameter_groups(base_mae(), 0.05, norm_weight_decay=True))
-    assert bias in biases[0.05] & norms[0.0] and norm <= biases[0.0] & norms[0.05]
+    biases = names_of(model, parameter_groups(model, 0.05, bias_weight_decay=True))
+    norms = names_of(model, parameter_groups(model, 0.05, norm_weight_decay=True))
+    assert bias in biases[on] & norms[off] and norm <= biases[off] & norms[on]
 
 
 @pytest.mark.parametrize(("pooling", "theirs"), [("mean", "avg"), ("cls", "token")])
@@ -68,11 +70,11 @@ def test_layer_decay_of_vit_base_against_the_official_rule(pooling, theirs):
         decays = len(parameter.shape) > 1 and not name.endswith(".bias") and name not in ("cls_token", "pos_embed")
         ours = name if name.startswith(("head", "fc_norm")) else f"encoder.{name}"
         table[ours] = (0.05 if decays else 0.0, SCALES[layer])
-    groups = parameter_groups(base_classifier(pooling), 0.05, layer_decay=0.65)
-    actual = {name: (group["weight_decay"], group["lr_scale"]) for group in groups for name in group["names"]}
+    model = base_classifier(pooling)
+    groups = names_of(model, parameter_groups(model, 0.05, layer_decay=0.65))
+    actual = {name: settings for settings, names in groups.items() for name in names}
     assert actual == {name: (decay, pytest.approx(scale, rel=1e-9)) for name, (decay, scale) in table.items()}
-    assert sum(len(group["names"]) for group in groups) == len(table) == 152
-    assert len({(group["weight_decay"], group["lr_scale"]) for group in groups}) == len(groups) == 28
+    assert len(table) == 152 and len(groups) == 28
 
 
 @pytest.mark.parametrize("build", [partial(adamw, betas=(0.9, 0.95)), lars])
@@ -92,7 +94,6 @@ def test_scales_survive_accelerate_and_a_checkpoint(build):
         set_learning_rate(prepared, 2.0)
         rates = {id(p): group["lr"] for group in prepared.param_groups for p in group["params"]}
         assert {name: rates[id(model.get_parameter(name))] for name in expected} == expected
-        assert all("names" not in group for group in prepared.param_groups)
         assert [group["weight_decay"] for group in prepared.param_groups][-2:] == [0.05, 0.0]
     assert loaded.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys() != set()
 

@@ -138,6 +138,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(tmp_path, capsys, m
     assert all(map(torch.equal, whole.model.parameters(), resumed.model.parameters()))
 
 
+def test_damage_since_the_last_line_of_the_log_is_noted_by_a_stopped_run(tmp_path):
+    run = begin(tmp_path, "--log_every", "100")
+    with pytest.raises(Stopped):
+        go(run, terminate_at=4)
+    assert content_of(run, "damaged.jsonl") == dict(path="3.jpg", reason="cut")
+
+
 def test_metrics_in_the_log_are_not_due_again(tmp_path):
     go(begin(tmp_path))
     run = begin(tmp_path, "--resume_from_checkpoint", "latest")

@@ -5,11 +5,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, environment, finish, log_of
+from conftest import ROOT, TINY, environment, finish, log_of, wait_for
 
 BATCH_FILES = sorted((ROOT / "recipes" / "slurm").glob("*.sbatch"))
 # Starts the tasks, passes signals on to all of their processes as Slurm does, ends with the highest exit code
@@ -73,8 +72,7 @@ def test_a_job_stops_is_queued_again_and_finishes(submit, image_folder, tmp_path
     flags = ["--path_to_data", image_folder, *TINY, "--max_steps", 120, "--save_checkpoint_interval", 0]
     folder, requeued = tmp_path / "work_dir/run", tmp_path / "requeued"
     job = submit(ROOT / "pretrain_mae.py", *flags)
-    while job.poll() is None and not (folder / "log.jsonl").exists():
-        time.sleep(0.02)
+    wait_for(1, folder, job)
     job.send_signal(signal.SIGTERM)  # to the shell alone
     said = finish(job, 0).stdout
     assert "stopped and saved" in said and len(requeued.read_text().splitlines()) == 1

@@ -2,7 +2,7 @@
 
 model.safetensors   weights and buffers
 ema.safetensors     their moving average, if the run keeps one
-optimizer.pt        the optimizer's state, and the loss scaler's under fp16; under FSDP2 the folder optimizer/
+optimizer.pt        the optimizer's state, and the loss scaler's under fp16
 state.json          step, epoch, global and micro-batch size, data fingerprint, seconds; written last, with the size of
                     every file
 """
@@ -21,15 +21,14 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from training.arguments import FREE_FLAGS
 from training.files import write_json
 from training.launch import InputError, RunError
-from training.run_folder import EMA, MODEL, OPTIMIZER, SHARDS, RunFolder, is_whole, read_state
-from training.sharding import is_sharded, read_moments, share_of, whole_tensors, write_moments
+from training.run_folder import EMA, MODEL, OPTIMIZER, RunFolder, is_whole, read_state
+from training.sharding import gather_state, share_of
 
 
 def claim_run_folder(
@@ -67,26 +66,18 @@ def claim_run_folder(
 def save_training(
     folder: RunFolder, accelerator, crew, model, optimizer, state: dict, *, keep: int, ema: nn.Module | None = None
 ) -> None:
-    """Save what `load_training` loads; every process must call it.
-
-    The main process writes it; under FSDP2 each process writes its share of the optimizer's state.
+    """Save what `load_training` loads; every process must call it, and the main process writes.
 
     Raises:
-        RunError: on all processes, if one of them cannot write.
+        RunError: on all processes, if it cannot write.
     """
     failures, is_main = [], accelerator.is_main_process
-    model = accelerator.unwrap_model(model)
-    if is_sharded(model):
-        if crew.any(is_main and is_whole(folder.place_of(state["step"]))):
-            return
-        states, weights = _write_shards(folder, crew, model, optimizer, state["step"], is_main=is_main), {}
-        for name, tensor in whole_tensors(model):
-            if is_main:
-                weights[name] = tensor.cpu()
-    elif is_main:
-        states, weights = {"optimizer": optimizer.state_dict()}, model.state_dict()
-        if accelerator.scaler is not None:
-            states["scaler"] = accelerator.scaler.state_dict()
+    weights = gather_state(accelerator.unwrap_model(model).state_dict(), keep=is_main)
+    moments = optimizer.state_dict()
+    moments["state"] = gather_state(moments["state"], keep=is_main)
+    states = {"optimizer": moments}
+    if accelerator.scaler is not None:
+        states["scaler"] = accelerator.scaler.state_dict()
     if is_main:
         try:
             folder.save(weights, states, state, keep=keep, ema=None if ema is None else ema.state_dict())
@@ -95,28 +86,6 @@ def save_training(
     failures = crew.gather(failures)
     if failures:
         raise RunError(failures[0])
-
-
-def _write_shards(folder: RunFolder, crew, model, optimizer, step: int, *, is_main: bool) -> Path:
-    """Write the optimizer's state into a folder beside the checkpoints, and return it.
-
-    Raises:
-        RunError: on all processes, if one fails, or the main process does not see what the others wrote.
-    """
-    shards, failures = folder.checkpoints / f".saving_{SHARDS}_{step:08d}", []
-    try:
-        write_moments(shards, model, optimizer, crew.group)
-        written = {path.name for path in shards.glob("*")}
-        unseen = {*crew.gather([*written])} - written
-        if is_main and unseen:
-            raise OSError(f"{', '.join(sorted(unseen))} of another machine cannot be seen from here")
-    except Exception as error:
-        if is_main:
-            failures.append(str(folder.failure(step, error, remove=[shards])))
-    failures = crew.gather(failures)
-    if failures:
-        raise RunError(failures[0])
-    return shards
 
 
 def load_training(checkpoint: Path, accelerator, model, optimizer, *, ema: nn.Module | None = None) -> None:
@@ -133,22 +102,16 @@ def load_training(checkpoint: Path, accelerator, model, optimizer, *, ema: nn.Mo
     model.load_state_dict({name: share_of(tensor, present.get(name)) for name, tensor in weights.items()})
     if ema is not None:
         ema.load_state_dict(load_file(checkpoint / EMA))
-    sharded = (checkpoint / SHARDS).is_dir()
     try:
-        if sharded:
-            moments = read_moments(checkpoint / SHARDS, model, optimizer)
-            states = {"optimizer": {**optimizer.state_dict(), "state": moments}}
-        else:
-            states = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError) as error:
+        states = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
         raise RunError(
-            f"{checkpoint / (SHARDS if sharded else OPTIMIZER)} is damaged, or holds objects that run code when they "
-            "are read; resume from another checkpoint of the run"
+            f"{checkpoint / OPTIMIZER} is damaged, or holds objects that run code when they are read; resume from "
+            "another checkpoint of the run"
         ) from error
-    if is_sharded(model) and not sharded:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for index, moments in states["optimizer"]["state"].items():
-            moments.update({key: share_of(value, parameters[index]) for key, value in moments.items()})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, moments in states["optimizer"]["state"].items():
+        moments.update({key: share_of(value, parameters[index]) for key, value in moments.items()})
     optimizer.load_state_dict(states["optimizer"])
     if accelerator.scaler is not None and "scaler" in states:
         accelerator.scaler.load_state_dict(states["scaler"])

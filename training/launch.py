@@ -115,11 +115,11 @@ def resolve_precision(mixed_precision: str | None) -> str:
 
 def set_speed(device: torch.device, *, tf32: bool) -> None:
     """Set torch's process-wide options: threads on a CPU, TF32 on a GPU."""
-    if device.type == "cpu":
-        use_all_cores()
-    else:
+    if device.type != "cpu":
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32  # convolutions; torch's default is True
+    elif "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(cores_per_process())  # `accelerate launch` sets one thread if the user sets no number
 
 
 def prepare_compiler(device: torch.device) -> list[str]:
@@ -143,9 +143,3 @@ def cores_per_process() -> int:
     """Return the number of CPU cores of this machine that each of its processes may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
-def use_all_cores() -> None:
-    """Undo the single thread that `accelerate launch` gives a CPU process if the user set no number."""
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(cores_per_process())

@@ -15,7 +15,7 @@ def parameter_groups(
     norm_weight_decay: bool = False,
     layer_decay: float = 1.0,
 ) -> list[dict]:
-    """Return the parameters that train in groups of one `weight_decay` and one `lr_scale`, with their `names`.
+    """Return the parameters that train in groups of one `weight_decay` and one `lr_scale`.
 
     Biases and norms are not decayed unless asked for (a norm's bias counts as the norm's), nor are the parameters in
     `model.no_weight_decay()`. With `layer_decay` below 1, lower layers learn slower (Clark et al. 2020, "ELECTRA",
@@ -36,16 +36,13 @@ def parameter_groups(
                 decays = name not in excluded
             decay = weight_decay if decays else 0.0
             scale = 1.0 if layer_decay == 1 else layer_decay ** (model.num_layers - model.layer_index(name))
-            new = {"params": [], "names": [], "weight_decay": decay, "lr_scale": scale}
-            group = groups.setdefault((scale, -decay), new)
-            group["params"].append(parameter)
-            group["names"].append(name)
+            new = {"params": [], "weight_decay": decay, "lr_scale": scale}
+            groups.setdefault((scale, -decay), new)["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]  # the lowest layer first, and decayed parameters first
 
 
 def adamw(groups: list[dict], *, betas: tuple[float, float]) -> torch.optim.AdamW:
     """Return AdamW (Loshchilov & Hutter 2017) with the fused kernel; the schedule sets its learning rate every step."""
-    groups = [{key: value for key, value in group.items() if key != "names"} for group in groups]
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 

@@ -82,25 +82,24 @@ def plan_batch(
     errors = []
     micro = None if micro_batch_size == "auto" else micro_batch_size
     accumulation, per_process = gradient_accumulation_steps, per_gpu_batch_size
-    global_size = global_batch_size or (per_process and per_process * num_processes)
-    global_size = global_size or checkpoint_size or default or 256 * num_processes
-    if global_size % num_processes and global_size != checkpoint_size:
+    given = global_batch_size or (per_process or 0) * num_processes
+    global_size = checkpoint_size or given or default or 256 * num_processes
+    if global_batch_size and per_process and global_batch_size != per_process * num_processes:
         errors.append(
-            f"--global_batch_size {global_size} is not divisible by {num_processes} processes; "
-            f"take a multiple of {num_processes}"
+            f"--global_batch_size {global_batch_size} and --per_gpu_batch_size {per_process} x {num_processes} "
+            f"processes = {per_process * num_processes} do not agree; give one of them"
         )
-    elif global_batch_size and per_process and global_size != per_process * num_processes:
-        errors.append(
-            f"--global_batch_size {global_size} and --per_gpu_batch_size {per_process} x {num_processes} processes "
-            f"= {per_process * num_processes} do not agree; give one of them"
-        )
-    if checkpoint_size and checkpoint_size % num_processes:
+    elif checkpoint_size and checkpoint_size % num_processes:
         fewer = max(n for n in range(1, num_processes) if checkpoint_size % n == 0)
         errors.append(
             f"the checkpoint's global batch of {checkpoint_size} images is not divisible by {num_processes} processes; "
             f"start {fewer} of them, or another number that divides it"
         )
-    global_size = checkpoint_size or global_size
+    elif global_size % num_processes:
+        errors.append(
+            f"--global_batch_size {global_size} is not divisible by {num_processes} processes; "
+            f"take a multiple of {num_processes}"
+        )
     per_process = max(1, global_size // num_processes)
     if micro and accumulation and micro * accumulation != per_process:
         errors.append(

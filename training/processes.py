@@ -41,12 +41,8 @@ def start_accelerator(mixed_precision: str | None, *, tf32: bool, compiled: bool
     try:
         accelerator = Accelerator(mixed_precision=resolve_precision(mixed_precision), kwargs_handlers=[views])
     except ValueError as error:  # such as a WORLD_SIZE without the variables that belong to it
-        fail(
-            [
-                f"the environment names processes that cannot be started ({error}); use accelerate launch with one of "
-                "accelerate_configs/"
-            ]
-        )
+        remedy = "use accelerate launch with one of accelerate_configs/"
+        fail([f"the environment names processes that cannot be started ({error}); {remedy}"])
     finally:
         waiting.cancel()
     errors = check_processes(accelerator.num_processes, accelerator.device)
@@ -58,10 +54,9 @@ def start_accelerator(mixed_precision: str | None, *, tf32: bool, compiled: bool
 
 def report_waiting() -> None:
     """Print that this process waits for the others of the run."""
-    variables = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    if int(variables["WORLD_SIZE"] or 1) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         text = "process {RANK} of {WORLD_SIZE} waits for the others at {MASTER_ADDR}:{MASTER_PORT}"
-        print(text.format(**variables), file=sys.stderr, flush=True)
+        print(text.format(**os.environ), file=sys.stderr, flush=True)
 
 
 def check_processes(num_processes: int, device: torch.device) -> list[str]:
@@ -102,9 +97,8 @@ class Crew:
 
     def __init__(self, time_limit: str | None = None):
         self.signal_name: str | None = None
-        for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self._note)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._note)
         several = dist.is_initialized() and dist.get_world_size() > 1
         self.group = dist.new_group(backend="gloo") if several else None
         self.rank = dist.get_rank() if several else 0
@@ -195,8 +189,7 @@ class Crew:
         errors = []
         for other_flags, other_data, other_place in others:
             errors += [
-                f"--{name} is {value} on {place} and {other_flags.get(name)} on {other_place}; give all processes the "
-                "same"
+                f"--{name} is {value} on {place} and {other_flags.get(name)} on {other_place}; give all the same value"
                 for name, value in flags.items()
                 if other_flags.get(name) != value
             ]

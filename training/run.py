@@ -38,7 +38,7 @@ from training.progress import BAR, DamagedImages, Progress, Rehearsal, best_of, 
 from training.resolve import ImageFormat
 from training.run_folder import RunFolder
 from training.schedule import is_due
-from training.sharding import configure_sharding, take_activation_checkpointing, wrap
+from training.sharding import configure_sharding, wrap
 from training.trackers import finish_trackers, start_trackers
 from training.upload import Uploader, check_token
 from training.wording import as_flags
@@ -64,12 +64,12 @@ class Run:
         self.errors += problems
         self.device, self.is_main_process = self.accelerator.device, self.accelerator.is_main_process
         self.process_index, self.num_processes = self.accelerator.process_index, self.accelerator.num_processes
-        self.gradient_checkpointing = take_activation_checkpointing(self.accelerator) or flags.gradient_checkpointing
         self.pin_memory = self.device.type == "cuda" if flags.pin_memory is None else flags.pin_memory
         trains = not getattr(flags, "eval_only", False)
         automatic = trains and flags.micro_batch_size == "auto"
-        self.errors += configure_sharding(self.accelerator, compiled=flags.compile, auto_micro_batch=automatic)
-        self.errors += check_device(self.device) if automatic else []
+        sharding = configure_sharding(self.accelerator, compiled=flags.compile, auto_micro_batch=automatic)
+        self.gradient_checkpointing = flags.gradient_checkpointing or sharding[0]
+        self.errors += sharding[1] + (check_device(self.device) if automatic else [])
         self.crew = Crew(flags.time_limit)
         self.claim = RunFolder(Path(flags.working_directory) / flags.experiment_name)
         self.folder = self.claim.path
@@ -95,7 +95,7 @@ class Run:
         """
         try:
             yield
-        except UnboundLocalError:  # the block uses a variable that a refused block did not assign
+        except UnboundLocalError:  # a refused block did not assign the variable; a misspelt one is a plain NameError
             if not self.errors:
                 raise
         except kinds as error:
@@ -362,13 +362,13 @@ class Run:
         """The options of `own_batches` for this process."""
         return dict(process_index=self.process_index, num_processes=self.num_processes, watch=self.watch)
 
-    def watch(self, batches: range, what: str = "validation") -> Iterator[int]:
+    def watch(self, batches: range) -> Iterator[int]:
         """Yield the numbers of the batches of a validation under a bar, until the run is asked to stop.
 
         Raises:
             Stopped: at the end, on all processes, after a checkpoint was saved.
         """
-        for batch in tqdm(batches, desc=what, unit="batch", disable=not self.is_main_process, **BAR):
+        for batch in tqdm(batches, desc="validation", unit="batch", disable=not self.is_main_process, **BAR):
             if self.crew.stop_requested():
                 break
             yield batch

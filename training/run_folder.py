@@ -18,7 +18,6 @@ from training.launch import InputError, RunError
 from training.wording import in_one_line
 
 MODEL, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.pt", "state.json"
-SHARDS = "optimizer"  # a folder that replaces OPTIMIZER if the optimizer's state is split over processes
 # What may stand in the folder of a run that starts for the first time: the logs of the job that starts it
 JOB_LOGS, JOB_SUFFIXES = {"slurm"}, {".log", ".out", ".err"}
 
@@ -152,7 +151,7 @@ class RunFolder:
     def save(
         self,
         model: dict[str, torch.Tensor],
-        optimizer: dict | Path,
+        optimizer: dict,
         state: dict,
         *,
         keep: int,
@@ -162,7 +161,7 @@ class RunFolder:
 
         Args:
             model: a state dict.
-            optimizer: what torch.load(weights_only=True) can read, or a folder of shards, which is moved.
+            optimizer: what torch.load(weights_only=True) can read.
             state: the content of state.json.
             keep: the number of checkpoints to keep.
             ema: the state dict of the model's moving average.
@@ -181,39 +180,29 @@ class RunFolder:
             for name, tensors in weights.items():
                 tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
                 save_file(tensors, temporary / name, metadata={"format": "pt"})
-            if isinstance(optimizer, Path):
-                optimizer.rename(temporary / SHARDS)
-            else:
-                torch.save(optimizer, temporary / OPTIMIZER)
-            files = [path for path in temporary.rglob("*") if path.is_file()]
-            sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in files}
+            torch.save(optimizer, temporary / OPTIMIZER)
+            sizes = {path.name: path.stat().st_size for path in temporary.iterdir()}
             write_json(temporary / STATE, {**state, "files": sizes})
             for name in weights:  # safetensors makes its files readable by the owner alone
                 shutil.copymode(temporary / STATE, temporary / name)
-            for path in (*temporary.rglob("*"), temporary):
+            for path in (*temporary.iterdir(), temporary):
                 sync(path)
             shutil.rmtree(target, ignore_errors=True)  # an incomplete folder of that name
             temporary.rename(target)
             sync(self.checkpoints)
         except Exception as error:  # safetensors and torch wrap a full disk in errors of their own
-            rest = [temporary, optimizer] if isinstance(optimizer, Path) else [temporary]
-            raise self.failure(state["step"], error, remove=rest) from error
+            full = shutil.disk_usage(self.path).free < 2**16 or getattr(error, "errno", None) == errno.ENOSPC
+            shutil.rmtree(temporary, ignore_errors=True)
+            whole = self.whole_checkpoints()
+            raise RunError(
+                f"the checkpoint of step {state['step']} could not be written to {self.checkpoints} "
+                f"({'the disk is full' if full else in_one_line(error)}); "
+                f"{'make room' if full else 'make it writable'} and give --resume_from_checkpoint auto: "
+                f"{whole[-1].name + ' is whole' if whole else 'no earlier checkpoint exists'}"
+            ) from error
         for path in self.whole_checkpoints()[:-keep]:
             remove_checkpoint(path)
         return target
-
-    def failure(self, step: int, error: Exception, *, remove: list[Path]) -> RunError:
-        """Return the error to raise for a checkpoint that could not be written, and remove its partial folders."""
-        full = shutil.disk_usage(self.path).free < 2**16 or getattr(error, "errno", None) == errno.ENOSPC
-        reason = "the disk is full" if full else in_one_line(error)
-        for path in remove:
-            shutil.rmtree(path, ignore_errors=True)
-        whole = self.whole_checkpoints()
-        return RunError(
-            f"the checkpoint of step {step} could not be written to {self.checkpoints} ({reason}); "
-            f"{'make room' if full else 'make it writable'} and give --resume_from_checkpoint auto: "
-            f"{whole[-1].name + ' is whole' if whole else 'no earlier checkpoint exists'}"
-        )
 
 
 def remove_checkpoint(path: Path) -> None:
