@@ -104,10 +104,10 @@ def load_training(checkpoint: Path, accelerator, model, optimizer, *, ema: nn.Mo
         ema.load_state_dict(load_file(checkpoint / EMA))
     try:
         states = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, FileNotFoundError) as error:
         raise RunError(
-            f"{checkpoint / OPTIMIZER} is damaged, or holds objects that run code when they are read; resume from "
-            "another checkpoint of the run"
+            f"{checkpoint / OPTIMIZER} is missing, damaged, or holds objects that run code when they are read; resume "
+            "from another checkpoint of the run"
         ) from error
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, moments in states["optimizer"]["state"].items():
