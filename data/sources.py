@@ -167,7 +167,7 @@ def _open_parts(path_to_data: str, pixels: PixelFormat, cache: Path | None) -> d
 
         return {"train": TarSource(path_to_data, cache=cache)}
     if kind == "list":
-        return {"train": ListSource(path_to_data, cache=cache)}
+        return {"train": ListSource(path_to_data)}
     if kind == "prepared":
         return open_prepared(root, pixels)
     if (root / "annotations").is_dir() and (root / "images" / "training").is_dir():  # ADE20K's layout
