@@ -1,17 +1,15 @@
 """Read samples that are files: all images below a folder, the images of a list, or files named on a command line."""
 
 import contextlib
-import errno
 import glob
 import os
 import re
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -27,7 +25,7 @@ CHECKED = 100_000  # paths of a list at most: on a slow file system, millions wo
 THREADS = 8  # that scan folders and files: on a network they wait, on a local disk more would slow each other down
 CLOCK = 2 * 10**9  # nanoseconds: the coarsest clock of a file system (FAT); those of NFS and ext4 are finer
 PAUSES = (0.1, 1.0)  # seconds before reading a file is retried
-PERMANENT = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 class FileSource(StoredSource):
@@ -73,8 +71,6 @@ class FolderSource(FileSource):
         if os.path.isfile(root):
             expected = "expected a folder of images, a list (.csv, .jsonl), shards (.tar) or .parquet files"
             raise DataError(f"{root} is a file; {expected}")
-        if os.path.exists(root) and not os.path.isdir(root):
-            raise DataError(f"{root} is neither a file nor a folder; give one of these")
         if not os.path.isdir(root):
             hint = f"; did you mean hf:{root}?" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(root)) else ""
             raise DataError(f"{root} is no folder; expected one of images, or other data that --help lists{hint}")
@@ -112,29 +108,20 @@ class ListSource(FileSource):
         return with_labels(super().fingerprint(), self.labels, self.classes, masks)
 
 
-def retry(read: Callable[[], bytes | OSError]) -> bytes | OSError:
+def retry(read: Callable[[], bytes]) -> bytes | OSError:
     """Return the result or the error of `read`, which is called again after errors that may be temporary."""
     for pause in (*PAUSES, None):
         try:
             return read()
         except OSError as error:
-            if pause is None or error.errno in PERMANENT:
+            if pause is None or isinstance(error, PERMANENT):
                 return error
         time.sleep(pause)
 
 
 def read_file(path: str) -> bytes | OSError:
     """Return a file's content, or the error in reading it."""
-
-    def read() -> bytes:
-        with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
-            return file.read() or b""  # an empty pipe gives None
-
-    return retry(read)
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # otherwise a named pipe would wait for a writer
+    return retry(Path(path).read_bytes)
 
 
 def stamp(path: str | bytes) -> list[int]:
@@ -162,97 +149,61 @@ def _is_fresh(meta: dict) -> bool:
     return meta["count"] >= CACHED_FROM and is_unchanged(meta)
 
 
-class _Images(NamedTuple):
-    """Hold images that follow each other in one folder."""
-
-    folder: bytes  # relative to the root, as are the paths
-    paths: bytes  # one after the other
-    lengths: np.ndarray  # (n,), int64
-
-
 def _index_folder(root: bytes, suffixes: tuple[str, ...]) -> tuple[dict, dict[str, np.ndarray]]:
-    """Return the index of all images below `root`, for `cached`. Raises DataError."""
+    """Build the index of all images below `root` for `cached`. Raises DataError."""
     start, base = time.time_ns(), os.path.abspath(root)
-    contents, folders, seen = {}, [b""], {}  # contents: the ordered entries of each folder
-    endings = frozenset(map(str.encode, suffixes))
+    paths, folders, seen = [], [b""], {}
     with ThreadPool(THREADS) as pool:
         while folders:  # of one depth
             try:
-                scanned = pool.map(partial(_scan, root, endings), folders)
+                scanned = pool.map(partial(_scan, root, suffixes), folders)
             except OSError as error:
                 path = os.fsdecode(error.filename)
                 raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
-            for folder, (time_and_size, entries) in zip(folders, scanned, strict=True):
-                seen[os.fsdecode(os.path.join(base, folder))], contents[folder] = time_and_size, entries
-            folders = [entry for _, entries in scanned for entry in entries if isinstance(entry, bytes)]
-    groups, stack = [], [b""]
-    while stack:
-        entry = stack.pop()
-        if isinstance(entry, bytes):
-            stack += reversed(contents.pop(entry))
-        else:
-            groups.append(entry)
-    if not groups:
-        expected = f"expected files named {', '.join(suffixes)}{_suggest_other_data(root)}"
-        raise DataError(f"{os.fsdecode(root)} holds no image; {expected}")
-    lengths = np.concatenate([group.lengths for group in groups])
-    arrays = {"names": np.frombuffer(b"".join(group.paths for group in groups), np.uint8), "ends": np.cumsum(lengths)}
-    classes = []
-    if all(group.folder for group in groups):
-        tops = [group.folder.partition(b"/")[0] for group in groups]
+            stamps, subfolders, images = zip(*scanned, strict=True)
+            seen |= {
+                os.fsdecode(os.path.join(base, folder)): stamp for folder, stamp in zip(folders, stamps, strict=True)
+            }
+            paths += chain.from_iterable(images)
+            folders = [*chain.from_iterable(subfolders)]
+    if not paths:
+        raise DataError(
+            f"{os.fsdecode(root)} holds no image; expected files named {', '.join(suffixes)}; for tar shards or "
+            "Parquet files give a pattern, such as 'FOLDER/*.tar'"
+        )
+    paths.sort()
+    names, classes = Names.from_list(paths), []
+    arrays = {"names": names.buffer, "ends": names.ends}
+    if all(b"/" in path for path in paths):
+        tops = [path.partition(b"/")[0] for path in paths]
         classes = sorted(set(tops))
         numbers = {name: number for number, name in enumerate(classes)}
-        labels = np.array([numbers[top] for top in tops], dtype=np.int32)
-        arrays["labels"] = np.repeat(labels, [len(group.lengths) for group in groups])
-    meta = {"seen": seen, "start": start, "count": len(lengths), "classes": [os.fsdecode(name) for name in classes]}
+        arrays["labels"] = np.array([numbers[top] for top in tops], np.int32)
+    meta = {"seen": seen, "start": start, "count": len(paths), "classes": [os.fsdecode(name) for name in classes]}
     return meta, arrays
 
 
-def _suggest_other_data(root: bytes) -> str:
-    """Return what to give instead of a folder of tar shards or Parquet files; "" for others."""
-    if glob.glob(os.path.join(glob.escape(root), b"*.tar")):
-        return "; for a folder of tar shards give a pattern, 'FOLDER/*.tar'"
-    if tables := glob.glob(os.path.join(glob.escape(root), b"*", b"*.parquet")):
-        return f"; for a folder of Parquet files give '{os.fsdecode(os.path.dirname(min(tables)))}'"
-    return ""
-
-
-def _scan(root: bytes, endings: frozenset[bytes], folder: bytes) -> tuple[list[int], list[bytes | _Images]]:
-    """Return the stamp of a folder and its entries in the order of bytes: folders, and the images between them.
-
-    Hidden files and folders are ignored. A folder sorts by its name with "/", as the paths below it do.
-    """
-    path, names = os.path.join(root, folder), []
-    time_and_size = stamp(path)
+def _scan(root: bytes, suffixes: tuple[str, ...], folder: bytes) -> tuple[list[int], list[bytes], list[bytes]]:
+    """Return the stamp of a folder, and its folders and images, relative to `root`; hidden ones are ignored."""
+    path, endings = os.path.join(root, folder), tuple(map(str.encode, suffixes))
+    before, folders, images = stamp(path), [], []
     with os.scandir(path) as entries:
         for entry in entries:
-            name = entry.name
-            if name.startswith(b"."):
+            if entry.name.startswith(b"."):
                 continue
             if entry.is_dir():
-                if not (entry.is_symlink() and _is_loop(root, folder, entry.path)):
-                    names.append(name + b"/")
-            elif name[name.rfind(b".") :].lower() in endings:
-                names.append(name)
-    names.sort()
-    prefix, parts = os.path.join(folder, b""), []
-    for are_folders, group in groupby(names, key=lambda name: name.endswith(b"/")):
-        paths = [prefix + name for name in group]
-        if are_folders:
-            parts += [path[:-1] for path in paths]
-        else:
-            lengths = np.array([len(path) for path in paths], dtype=np.int64)
-            parts.append(_Images(folder, b"".join(paths), lengths))
-    return time_and_size, parts
+                if not (entry.is_symlink() and _is_loop(entry.path)):
+                    folders.append(os.path.join(folder, entry.name))
+            elif entry.name.lower().endswith(endings):
+                images.append(os.path.join(folder, entry.name))
+    return before, folders, images
 
 
-def _is_loop(root: bytes, folder: bytes, link: bytes) -> bool:
-    """Return True if a link in `folder` leads to a folder that contains one on the way from `root` to the link."""
-    target = os.path.join(os.path.realpath(link), b"")
-    way = [root]
-    for name in folder.split(b"/"):
-        way.append(os.path.join(way[-1], name))
-    return any(os.path.join(os.path.realpath(path), b"").startswith(target) for path in way)
+def _is_loop(link: bytes) -> bool:
+    """Return True if a link leads to a folder that contains one on the way to it."""
+    link = Path(os.fsdecode(link))
+    target = link.resolve()
+    return any(folder.resolve().is_relative_to(target) for folder in link.parents)
 
 
 def _read_list(path: str):
