@@ -1,5 +1,4 @@
 import io
-import itertools
 import json
 import os
 import pickle
@@ -70,23 +69,12 @@ def test_what_lies_beside_the_images_in_a_tar(tmp_path):
 
 
 def test_the_members_of_a_sample(tmp_path):
-    files = {"a/1.json": b"{}", "a/1.seg.png": b"mask", "a/1.right.jpg": b"right", "a/1.left.jpg": b"left"}
+    files = {"a/1.json": b"{}", "a/1.seg.png": b"mask", "a/1.depth.png": b"depth", "a/1.jpg": b"one", "a/1.png": b"two"}
     files |= {"b/1.jpg": b"other", "b/1.mask": b"its mask", "b/2.cls": b"0"}  # the last of which is no image's
     source = TarSource(str(write_tar(tmp_path / "0.tar", files)))
-    assert fetched(source) == [b"right", b"other"]  # the first image of each, in different folders
+    assert fetched(source) == [b"one", b"other"]  # the first image of each, in different folders
     assert source.has_masks and source.fetch_masks([1, 0]) == [b"its mask", b"mask"]
     assert source.mask_name(0) == f"{tmp_path}/0.tar/a/1.seg.png"
-
-
-@pytest.mark.parametrize("endings", [*itertools.permutations(["jpg", "depth.png", "small.jpg"])])
-def test_the_image_is_what_is_named_so_alone(endings, tmp_path):
-    files = {f"1.{ending}": ending.encode() for ending in (*endings, "png")}
-    assert fetched(TarSource(str(write_tar(tmp_path / "0.tar", files)))) == [b"jpg"]
-
-
-def test_a_system_that_does_not_tell_its_cores(tmp_path, monkeypatch):
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert len(TarSource(str(write_tar(tmp_path / "0.tar", samples(range(3)))))) == 3
 
 
 @pytest.mark.parametrize(
@@ -213,8 +201,8 @@ def test_missing_shards(tmp_path):
     assert text.startswith(
         f"9 of 10 shards are missing: {', '.join(f'{tmp_path}/{n}.tar' for n in range(3))} and 6 more"
     )
-    assert refusal(tmp_path / "*.tars").startswith(f"{tmp_path}/*.tars matches no shard; expected tar shards")
-    assert len(refusal(f"{tmp_path}/x.tar::{tmp_path}/y*.tar").splitlines()) == 2
+    words = f"2 of 2 shards are missing: {tmp_path}/x.tar, {tmp_path}/y*.tar; expected tar shards"
+    assert refusal(f"{tmp_path}/x.tar::{tmp_path}/y*.tar").startswith(words)
 
 
 def test_a_shard_that_is_cut_anywhere(tmp_path):
@@ -224,7 +212,7 @@ def test_a_shard_that_is_cut_anywhere(tmp_path):
         end = shard.getmembers()[-1].offset + 1024  # of the last sample; the mark follows
     for length in [*range(0, end, 100), end, end + 511]:
         path.write_bytes(content[:length])
-        assert refusal(path).startswith(f"{path} is truncated or damaged (")
+        assert refusal(path).startswith(f"{path} is compressed, truncated or damaged (")
 
 
 def test_shards_that_cannot_be_used(tmp_path):
@@ -234,22 +222,20 @@ def test_shards_that_cannot_be_used(tmp_path):
     members = {
         "labels": (samples([1, 2], cls=lambda n: b"1.5"), "labels that are no class numbers"),
         "some": (samples([1, 2]) | {"0002.cls": b"1"}, "has empty labels"),
-        "bytes": (samples([1], cls=lambda n: b"\xff"), "labels that are no text"),
         "mask": (samples([1, 2]) | {"0002.seg.png": b"1"}, "mask.tar/0001.jpg; expected a mask for all images or none"),
     }
     cases = [(name, write_tar(tmp_path / "x.tar", files).read_bytes(), word) for name, (files, word) in members.items()]
     for name, content, word in [
         ("broken", bytes(broken), "no tar header at byte 512"),
-        ("text", b"text" * 1000, "is truncated or damaged (invalid header); download it again"),
+        ("text", b"text" * 1000, "truncated or damaged (invalid header); decompress it, or download it again"),
         ("empty", bytes(1024), "holds no image; expected members named .jpg"),
         *cases,
     ]:
         (tmp_path / f"{name}.tar").write_bytes(content)
         text = refusal(tmp_path / f"{name}.tar")
         assert word in text and text.startswith(str(tmp_path / f"{name}.tar")), text
-    for mode, packing in [("w:gz", "gzip"), ("w:bz2", "bzip2"), ("w:xz", "xz")]:
-        path = write_tar(tmp_path / "packed.tar", samples([1]), mode=mode)
-        assert refusal(path) == f"{path} is compressed by {packing}; expected a plain tar: decompress it"
+    path = write_tar(tmp_path / "packed.tar", samples([1]), mode="w:gz")
+    assert refusal(path).startswith(f"{path} is compressed, ")
     for number in range(5):
         (tmp_path / f"many-{number}.tar").write_bytes(b"text" * 1000)
     lines = refusal(tmp_path / "many-*.tar").splitlines()
