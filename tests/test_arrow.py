@@ -8,7 +8,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import run_code
 
 from data.arrow import ArrowSource, Columns, choose_columns, open_datasets
 from data.index import DataError
@@ -175,30 +174,6 @@ def test_the_fingerprint_follows_names_and_sizes_not_chunks_or_places(tmp_path):
     assert open_datasets(tmp_path / "other")["train"].fingerprint() != open_datasets(paths[0])["train"].fingerprint()
 
 
-def test_the_fingerprint_follows_labels_classes_and_masks():
-    def fingerprint(label=None, classes=(), mask=None) -> str:
-        columns = {"image": [encoded(1), encoded(2)], "label": label, "mask": mask}
-        rows = pa.table({name: values for name, values in columns.items() if values})
-        columns = Columns("image", "label" if label else None, "mask" if mask else None, classes)
-        return ArrowSource(rows, "rows", columns).fingerprint()
-
-    def file(name: str, content: bytes = b"mask") -> dict:
-        return {"bytes": content, "path": f"elsewhere/{name}"}
-
-    differing = [
-        fingerprint(),
-        fingerprint([0, 1]),
-        fingerprint([1, 0]),
-        fingerprint([0, 1], ["cat", "dog"]),
-        fingerprint([0, 1], ["dog", "cat"]),
-        fingerprint(mask=[file("1.png"), file("2.png")]),
-        fingerprint(mask=[file("1.png"), file("3.png")]),
-        fingerprint(mask=[file("1.png"), file("2.png", b"larger")]),
-        fingerprint([0, 1], mask=[file("1.png"), file("2.png")]),
-    ]
-    assert len(set(differing)) == len(differing) and fingerprint([0, -1]) == fingerprint()  # hidden labels
-
-
 @pytest.mark.parametrize(
     ("files", "sizes"),
     [
@@ -346,9 +321,3 @@ def test_names_that_lead_nowhere(name, token, word, hub, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=word) as refusal:
         open_datasets(name)
     assert str(refusal.value).startswith(f"{name}: ") and "\n" not in str(refusal.value)
-
-
-def test_in_a_process_that_has_never_seen_the_hub(on_hub, tmp_path):
-    code = "from data.arrow import open_datasets; print(len(open_datasets('hf:owner/pets')['train']))"
-    done = run_code(code, cwd=tmp_path, **on_hub.variables(tmp_path))
-    assert done.stdout == "5\n"

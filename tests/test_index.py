@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from data import index
-from data.index import DataError, Names, cached, check_cache, default_cache, first_few, number_labels
+from data.index import DataError, Names, cached, check_cache, default_cache, first_few, number_labels, with_labels
 
 WORDS = [b"a", b"", "ü/1.jpg".encode(), b"\xff", b"a" * 300]
 
@@ -47,6 +47,16 @@ def test_the_digest_of_names_stays_what_it_is_and_tells_where_they_end():
     assert Names.from_list(WORDS).digest() == hashlib.sha256(b"".join(WORDS) + ends.tobytes()).hexdigest()[:16]
     assert Names.from_list([b"ab", b"c"]).digest() == "93aaab13f6a2dcd4"
     assert Names.from_list([b"ab", b"c"]).digest() != Names.from_list([b"a", b"bc"]).digest()
+
+
+def test_a_fingerprint_follows_labels_classes_and_masks():
+    cats, dogs = np.array([0, 0], np.int32), np.array([1, 1], np.int32)
+    differing = [
+        *(with_labels("images", labels, ["cat", "dog"], None) for labels in (None, cats, dogs)),
+        with_labels("images", cats, ["dog", "cat"], None),
+        *(with_labels("images", labels, ["cat", "dog"], masks) for labels in (None, cats) for masks in ("one", "two")),
+    ]
+    assert len(set(differing)) == len(differing) and differing[0] == "images"
 
 
 def test_the_first_few():

@@ -1,5 +1,4 @@
 import os
-import pickle
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,17 +23,6 @@ from data.sources import (
 )
 
 
-def test_a_folder_in_the_order_of_its_bytes(tmp_path):
-    for name in ("b/x.jpg", "a/2.PNG", "a/10.jpeg", "B/ü.webp", "a/notes.txt", ".hidden/x.jpg", "a/.x.jpg"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(name.encode())
-    source = FolderSource(tmp_path)
-    names = [os.path.relpath(source.name(i), tmp_path) for i in range(len(source))]
-    assert names == ["B/ü.webp", "a/10.jpeg", "a/2.PNG", "b/x.jpg"]
-    assert source.classes == ["B", "a", "b"] and source.labels.tolist() == [0, 1, 1, 2]
-    assert source.fetch([3, 0]) == [b"b/x.jpg", "B/ü.webp".encode()]
-
-
 def test_a_tree_without_classes(tmp_path):
     write_images(tmp_path / "deep", 3)
     (tmp_path / "top.jpg").write_bytes(b"x")
@@ -57,13 +45,6 @@ def test_the_fingerprint_follows_names_not_places(tmp_path):
     assert one.fingerprint() == two.fingerprint()
     os.rename(two.name(0), two.name(0) + ".png")
     assert FolderSource(tmp_path / "two").fingerprint() != one.fingerprint()
-
-
-def test_a_source_travels_to_workers(tmp_path):
-    source = FolderSource(write_images(tmp_path, 4))
-    listed, _ = find_images([source.name(3), str(tmp_path / "class_0")])
-    assert pickle.loads(pickle.dumps(source)).fetch([2]) == source.fetch([2])
-    assert pickle.loads(pickle.dumps(listed)).fetch([0]) == source.fetch([3])
 
 
 @pytest.mark.parametrize(
