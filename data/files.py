@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -160,12 +159,10 @@ def _index_folder(root: bytes, suffixes: tuple[str, ...]) -> tuple[dict, dict[st
             except OSError as error:
                 path = os.fsdecode(error.filename)
                 raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
-            stamps, subfolders, images = zip(*scanned, strict=True)
-            seen |= {
-                os.fsdecode(os.path.join(base, folder)): stamp for folder, stamp in zip(folders, stamps, strict=True)
-            }
-            paths += chain.from_iterable(images)
-            folders = [*chain.from_iterable(subfolders)]
+            for folder, (time_and_size, _, images) in zip(folders, scanned, strict=True):
+                seen[os.fsdecode(os.path.join(base, folder))] = time_and_size
+                paths += images
+            folders = [folder for _, subfolders, _ in scanned for folder in subfolders]
     if not paths:
         raise DataError(
             f"{os.fsdecode(root)} holds no image; expected files named {', '.join(suffixes)}; for tar shards or "
@@ -186,7 +183,7 @@ def _index_folder(root: bytes, suffixes: tuple[str, ...]) -> tuple[dict, dict[st
 def _scan(root: bytes, suffixes: tuple[str, ...], folder: bytes) -> tuple[list[int], list[bytes], list[bytes]]:
     """Return the stamp of a folder, and its folders and images, relative to `root`; hidden ones are ignored."""
     path, endings = os.path.join(root, folder), tuple(map(str.encode, suffixes))
-    before, folders, images = stamp(path), [], []
+    time_and_size, folders, images = stamp(path), [], []
     with os.scandir(path) as entries:
         for entry in entries:
             if entry.name.startswith(b"."):
@@ -196,7 +193,7 @@ def _scan(root: bytes, suffixes: tuple[str, ...], folder: bytes) -> tuple[list[i
                     folders.append(os.path.join(folder, entry.name))
             elif entry.name.lower().endswith(endings):
                 images.append(os.path.join(folder, entry.name))
-    return before, folders, images
+    return time_and_size, folders, images
 
 
 def _is_loop(link: bytes) -> bool:

@@ -162,7 +162,9 @@ def test_files_from_names_or_a_list(tmp_path):
     listed = FileSource([b"b.jpg", b"a.jpg"], tmp_path)
     named = FileSource(Names.from_list([b"b.jpg", b"a.jpg"]), str(tmp_path))
     assert listed.fetch(np.array([1, 0])) == named.fetch(range(1, -1, -1)) == [b"a.jpg", b"b.jpg"]
-    assert listed.fingerprint() == named.fingerprint() == "39bf40fb2f52b744" and named.size_in_bytes() == 10
+    assert (
+        listed.fingerprint() == named.fingerprint() == "39bf40fb2f52b744" and named.size_in_bytes() == 10
+    )  # wherever they are
 
 
 def write_list(path, rows: list[dict]) -> str:

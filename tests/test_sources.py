@@ -1,5 +1,4 @@
 import os
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,14 +36,6 @@ def test_training_and_validation_folders(tmp_path, name):
     write_images(tmp_path / name, 3)
     train, validation = open_sources(str(tmp_path), PixelFormat(3))
     assert (len(train), len(validation)) == (5, 3)
-
-
-def test_the_fingerprint_follows_names_not_places(tmp_path):
-    one = FolderSource(write_images(tmp_path / "one", 4))
-    two = FolderSource(shutil.copytree(tmp_path / "one", tmp_path / "two"))
-    assert one.fingerprint() == two.fingerprint()
-    os.rename(two.name(0), two.name(0) + ".png")
-    assert FolderSource(tmp_path / "two").fingerprint() != one.fingerprint()
 
 
 @pytest.mark.parametrize(
