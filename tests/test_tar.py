@@ -2,6 +2,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tarfile
 from pathlib import Path
 
@@ -203,24 +204,21 @@ def test_a_shard_that_is_cut_anywhere(tmp_path):
 
 
 def test_shards_that_cannot_be_used(tmp_path):
-    good = write_tar(tmp_path / "good.tar", samples(range(3))).read_bytes()
-    broken = bytearray(good)
+    broken = bytearray(write_tar(tmp_path / "good.tar", samples(range(3))).read_bytes())
     broken[520] ^= 1  # in the second header's name
-    members = {
-        "labels": (samples([1, 2], cls=lambda n: b"1.5"), "labels that are no class numbers"),
-        "some": (samples([1, 2]) | {"0002.cls": b"1"}, "has empty labels"),
-        "mask": (samples([1, 2]) | {"0002.seg.png": b"1"}, "mask.tar/0001.jpg; expected a mask for all images or none"),
-    }
-    cases = [(name, write_tar(tmp_path / "x.tar", files).read_bytes(), word) for name, (files, word) in members.items()]
-    for name, content, word in [
-        ("broken", bytes(broken), "no tar header at byte 512"),
-        ("text", b"text" * 1000, "truncated or damaged (invalid header); decompress it, or download it again"),
-        ("empty", bytes(1024), "holds no image; expected members named .jpg"),
-        *cases,
+    (tmp_path / "broken.tar").write_bytes(broken)
+    (tmp_path / "empty.tar").write_bytes(bytes(1024))
+    write_tar(tmp_path / "labels.tar", samples([1, 2], cls=lambda n: b"1.5"))
+    write_tar(tmp_path / "some.tar", samples([1, 2]) | {"0002.cls": b"1"})
+    write_tar(tmp_path / "mask.tar", samples([1, 2]) | {"0002.seg.png": b"1"})
+    for name, word in [
+        ("broken", "no tar header at byte 512"),
+        ("empty", "holds no image; expected members named .jpg"),
+        ("labels", "labels that are no class numbers"),
+        ("some", "has empty labels"),
+        ("mask", "mask.tar/0001.jpg; expected a mask for all images or none"),
     ]:
-        (tmp_path / f"{name}.tar").write_bytes(content)
-        text = refusal(tmp_path / f"{name}.tar")
-        assert word in text and text.startswith(str(tmp_path / f"{name}.tar")), text
+        assert re.match(rf"{tmp_path}/{name}.tar .*{word}", refusal(tmp_path / f"{name}.tar"))
     path = write_tar(tmp_path / "packed.tar", samples([1]), mode="w:gz")
     assert refusal(path).startswith(f"{path} is compressed, ")
     for number in range(5):
