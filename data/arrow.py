@@ -6,25 +6,23 @@ never run.
 
 import contextlib
 import errno
-import glob
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from data.files import read_file
-from data.index import DataError, Names, StoredSource, default_cache, first_few, number_labels, with_labels
+from data.index import DataError, Names, StoredSource, default_cache, number_labels, with_labels
 
 PREFIX = "hf:"
-EXPECTED = f"expected {PREFIX}OWNER/NAME[:CONFIG][@REVISION]"
+NAME = re.compile(r"hf:([^/:@]+/[^/:@]+)(?::([^@]+))?(?:@(.+))?")
 # Names of columns, the most likely first
 IMAGES = ("image", "img", "pixel_values", "jpg", "png")
 LABELS = ("label", "labels", "fine_label", "class", "cls")
@@ -42,10 +40,6 @@ class EncodedColumn:
             self.files = pc.struct_field(column, "bytes")
             if "path" in [field.name for field in column.type]:
                 self.paths = pc.struct_field(column, "path")
-        try:
-            self.files.validate(full=True)  # otherwise wrong offsets would crash the process
-        except pa.ArrowInvalid as error:
-            raise DataError(f"damaged Arrow data ({_first_line(error)}); write or download it again") from None
         self.sizes = pc.binary_length(self.files).cast(pa.int64()).fill_null(-1).to_numpy()  # -1: not in the table
 
     def path(self, index: int) -> str | None:
@@ -153,8 +147,6 @@ def _read_labels(table: pa.Table, columns: Columns, name: str) -> tuple[np.ndarr
 
 def map_files(files: Sequence[str | Path]) -> pa.Table:
     """Map Arrow files (streams) into memory as one table. Raises DataError for a missing or truncated file."""
-    if missing := [str(file) for file in files if not os.path.isfile(file)]:
-        raise DataError(f"{first_few(missing, len(missing))}: no such file; expected {len(files)}; write them again")
     tables = []
     for file in files:
         try:
@@ -163,7 +155,7 @@ def map_files(files: Sequence[str | Path]) -> pa.Table:
                 raise ValueError("it is truncated, or no Arrow stream")
             tables.append(pa.ipc.open_stream(mapped).read_all())
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise DataError(f"{file} cannot be read ({_first_line(error)}); write or download it again") from None
+            raise DataError(f"{file} cannot be read ({_one_line(error)}); write or download it again") from None
     return pa.concat_tables(tables)
 
 
@@ -212,13 +204,14 @@ def open_datasets(path: str | Path, *, cache: Path | None = None) -> dict[str, A
     Raises DataError.
     """
     path = str(path)
-    if path.startswith(PREFIX):
-        splits = _from_hub(path, cache)
-    elif any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json")):
-        splits = _from_disk(Path(path))
-    else:
-        splits = _from_parquet(path, cache)
-    splits = {name: files for name, files in splits.items() if files}
+    try:
+        loaded = _load(path, str(cache / "datasets") if cache and cache != default_cache() else None)
+    except DataError:
+        raise
+    except Exception as error:  # of nearly any type
+        reason = _one_line(error.__cause__ or error)
+        raise DataError(f"{path}: could not be loaded ({reason}); correct the path, or get its files again") from error
+    splits = {name: [file["filename"] for file in split.cache_files] for name, split in loaded.items() if len(split)}
     train = "train" if "train" in splits else _single([*splits])
     if train is None:
         names = ", ".join(splits) or "no splits"
@@ -231,111 +224,47 @@ def open_datasets(path: str | Path, *, cache: Path | None = None) -> dict[str, A
     }
 
 
-def _from_disk(folder: Path) -> dict[str, list[str]]:
-    """Return the Arrow files of each split that save_to_disk wrote."""
-    splits = {}
-    try:
-        folders = {"train": folder}
-        if (folder / "dataset_dict.json").is_file():
-            names = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-            folders = {name: folder / name for name in names}
-        for name, split in folders.items():
-            files = json.loads((split / "state.json").read_text())["_data_files"]
-            splits[name] = [str(split / file["filename"]) for file in files]
-        return splits
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-        raise DataError(f"{folder} is not as save_to_disk writes it ({reason}); write it again") from None
+def _load(path: str, cache: str | None) -> dict:
+    """Return the splits of a data set, `datasets.Dataset` by name. Raises DataError and the errors of `datasets`."""
+    import datasets
+
+    if path.startswith(PREFIX):
+        return _load_from_hub(path, cache)
+    if any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json")):
+        saved = datasets.load_from_disk(path)
+        return saved if isinstance(saved, dict) else {"train": saved}
+    place = {"data_dir": path} if os.path.isdir(path) else {"data_files": os.path.abspath(path)}
+    return datasets.load_dataset("parquet", cache_dir=cache, keep_in_memory=False, **place)
 
 
-def _from_parquet(path: str, cache: Path | None) -> dict[str, list[str]]:
-    """Convert Parquet files. The names of those in a folder, and of its subfolders, name their splits."""
-    if os.path.isfile(path):
-        files = [path]
-    else:
-        files = glob.glob(f"{glob.escape(path)}/**/*.parquet" if os.path.isdir(path) else path, recursive=True)
-    if not files:
-        raise DataError(f"{path} holds no Parquet file; expected files named .parquet, or what save_to_disk writes")
-    for file in files:
-        with _clear_errors(file):
-            pq.read_schema(file)
-    with _clear_errors(path):
-        if os.path.isdir(path):
-            return _convert("parquet", cache, data_dir=path)
-        names = [glob.escape(os.path.abspath(file)) for file in sorted(files, key=os.fsencode)]
-        return _convert("parquet", cache, data_files=names)
-
-
-def _from_hub(path: str, cache: Path | None) -> dict[str, list[str]]:
+def _load_from_hub(path: str, cache: str | None) -> dict:
     """Download and convert a data set; without a network, use the cache."""
+    import datasets
     from huggingface_hub import HfApi, errors
 
-    name, _, revision = path.removeprefix(PREFIX).partition("@")
-    repository, _, config = name.partition(":")
-    if repository.count("/") != 1:
-        raise DataError(f"{path}: no name of a data set; {EXPECTED}; correct it")
+    match = NAME.fullmatch(path)
+    if not match:
+        raise DataError(f"{path}: no name of a data set; expected {PREFIX}OWNER/NAME[:CONFIG][@REVISION]; correct it")
+    repository, config, revision = match.groups()
     try:
         HfApi().auth_check(repository, repo_type="dataset")
-        commit = HfApi().dataset_info(repository, revision=revision or None).sha
-    except errors.HfHubHTTPError as error:
-        raise DataError(f"{path}: {_explain_refusal(error, revision)}") from error
+        commit = HfApi().dataset_info(repository, revision=revision).sha
+    except errors.HfHubHTTPError as error:  # no such data set or revision, or no access
+        remedy = "correct the name, or log in with hf auth login; for a gated data set request access on its page"
+        raise DataError(f"{path}: the Hub refuses it ({_one_line(error)}); {remedy}") from error
     except (errors.HTTPError, OSError):
         commit = None  # no network
-    with _clear_errors(path, offline=commit is None):
-        splits = _convert(repository, cache, offline=commit is None, name=config or None, revision=commit)
-    files = [file for files in splits.values() for file in files]
-    if commit is None and revision and not all(revision in Path(file).parts for file in files):
-        cached = Path(files[0]).parent.name
-        raise DataError(f"{path}: the Hub cannot be reached, and the cache holds {cached}; connect, or give that one")
+    was_offline = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = was_offline or commit is None  # otherwise `datasets` would retry for a minute
+    try:
+        splits = datasets.load_dataset(repository, config, revision=commit, cache_dir=cache, keep_in_memory=False)
+    finally:
+        datasets.config.HF_HUB_OFFLINE = was_offline
+    folders = {Path(file["filename"]).parent for split in splits.values() for file in split.cache_files}
+    if commit is None and revision and not all(revision in folder.parts for folder in folders):
+        raise DataError(f"{path}: the Hub cannot be reached, and the cache holds {folders.pop().name}; connect")
     return splits
 
 
-def _explain_refusal(error: Exception, revision: str) -> str:
-    """Return why the Hub does not give a data set, and what to do."""
-    from huggingface_hub import errors
-
-    messages = {
-        errors.GatedRepoError: "its owner must grant access; request it on its page, then log in with hf auth login",
-        errors.RevisionNotFoundError: f"has no revision {revision}; expected a branch, tag or commit; correct it",
-        errors.RepositoryNotFoundError: "no such data set, or a private one; correct the name, or log in with "
-        "hf auth login (and check that your token has not expired)",
-        Exception: f"the Hub refuses it ({_first_line(error)}); try again, or log in with hf auth login",
-    }
-    return next(message for kind, message in messages.items() if isinstance(error, kind))
-
-
-@contextlib.contextmanager
-def _clear_errors(path: str, *, offline: bool = False) -> Iterator[None]:
-    """Turn errors of `datasets`, of nearly any type, into DataError."""
-    try:
-        yield
-    except ImportError as error:
-        raise DataError(f"{path} needs the library datasets, which is missing; pip install datasets") from error
-    except Exception as error:
-        text = str(error)
-        if "Config name is missing" in text or text.startswith("BuilderConfig"):
-            choices = ", ".join(re.findall(r"'([^']*)'", text[text.find("[") : text.find("]")]))
-            message = f"name one of its configurations, {choices}; {EXPECTED}"
-        elif offline:
-            message = "the Hub cannot be reached, and it is not in the cache; connect, or give a local path"
-        else:
-            message = f"could not be loaded ({_first_line(error.__cause__ or error)}); try again, or check its files"
-        raise DataError(f"{path}: {message}") from error
-
-
-def _convert(kind: str, cache: Path | None, *, offline: bool = False, **options) -> dict[str, list[str]]:
-    """Return the Arrow files of each split, as `datasets` converts them."""
-    import datasets
-
-    place = str(cache / "datasets") if cache and cache != default_cache() else None
-    was_offline = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = was_offline or offline  # otherwise `datasets` would retry for a minute
-    try:
-        splits = datasets.load_dataset(kind, cache_dir=place, keep_in_memory=False, **options)
-    finally:
-        datasets.config.HF_HUB_OFFLINE = was_offline
-    return {name: [file["filename"] for file in split.cache_files] for name, split in splits.items() if len(split)}
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

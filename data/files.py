@@ -1,22 +1,16 @@
 """Read samples that are files: all images below a folder, the images of a list, or files named on a command line."""
 
 import contextlib
-import csv
-import errno
 import glob
-import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import groupby, islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from data.index import DataError, Names, StoredSource, cached, first_few, number_labels, with_labels
 
@@ -24,14 +18,13 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".jp2"),
     *(".npy", ".jpe", ".pbm", ".pnm"),
 )
-COLUMNS = {"path": "a path", "label": "a whole number from 0, or a name", "mask": "a path"}
-ROWS = 2**13  # of a list that are converted at a time
-CACHED_FROM = 20_000  # samples; fewer are indexed quickly
+LONGEST_LINE = 2**25  # bytes of a line of JSON
+CACHED_FROM = 20_000  # images of a folder; fewer are found quickly
 CHECKED = 100_000  # paths of a list at most: on a slow file system, millions would take minutes
 THREADS = 8  # that scan folders and files: on a network they wait, on a local disk more would slow each other down
 CLOCK = 2 * 10**9  # nanoseconds: the coarsest clock of a file system (FAT); those of NFS and ext4 are finer
 PAUSES = (0.1, 1.0)  # seconds before reading a file is retried
-PERMANENT = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
+PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 class FileSource(StoredSource):
@@ -77,8 +70,6 @@ class FolderSource(FileSource):
         if os.path.isfile(root):
             expected = "expected a folder of images, a list (.csv, .jsonl), shards (.tar) or .parquet files"
             raise DataError(f"{root} is a file; {expected}")
-        if os.path.exists(root) and not os.path.isdir(root):
-            raise DataError(f"{root} is neither a file nor a folder; give one of these")
         if not os.path.isdir(root):
             hint = f"; did you mean hf:{root}?" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(root)) else ""
             raise DataError(f"{root} is no folder; expected one of images, or other data that --help lists{hint}")
@@ -92,56 +83,44 @@ class ListSource(FileSource):
     """Read the images of a list, in its order: a CSV file with a column `path`, or JSON lines with that key.
 
     Paths are absolute, or relative to the list's folder. The list may have a `label` for every image (whole numbers
-    from 0, or names) and a `mask`, a path; other columns are ignored. The index is cached in the folder `cache` until
-    the list changes. Raises DataError for a list that cannot be read or is empty, and for missing files.
+    from 0, or names) and a `mask`, a path; other columns are ignored. Raises DataError for a list that cannot be read
+    or is empty, and for missing files.
     """
 
-    def __init__(self, path: str | Path, *, cache: Path | None = None):
+    def __init__(self, path: str | Path):
         path = os.fspath(path)
-        build = partial(_index_list, path)
-        meta, arrays = cached(cache, f"list {os.path.abspath(path)}", fresh=_is_fresh, build=build)
-        super().__init__(Names(arrays["names"], arrays["ends"]), os.path.dirname(path))
-        self.classes, self.labels = meta["classes"], arrays.get("labels")
-        self.has_masks = "masks" in arrays
-        self._masks = Names(arrays["masks"], arrays["mask_ends"]) if self.has_masks else Names.from_list([])
-        _check_files(path, "path", self.name, len(self))
-        _check_files(path, "mask", self.mask_name, len(self._masks))
-
-    def mask_name(self, index: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self._masks[index]))
-
-    def fetch_masks(self, indices: Sequence[int]) -> list[bytes | OSError]:
-        return [read_file(self.mask_name(index)) for index in indices]
+        table = _read_list(path)
+        if table["path"].null_count == len(table):
+            raise DataError(f"{path} lists no image; expected a column (key) `path`, and perhaps `label` and `mask`")
+        super().__init__(Names.from_arrow(table["path"]), os.path.dirname(path))
+        if table["label"].null_count < len(table):
+            self.labels, self.classes = number_labels(table["label"], lambda row: f"row {row + 1}", path)
+        self.has_masks = table["mask"].null_count < len(table)
+        self._masks = FileSource(Names.from_arrow(table["mask"]) if self.has_masks else [], self.root)
+        self.mask_name, self.fetch_masks = self._masks.name, self._masks.fetch
+        _check_files(path, "path", self)
+        _check_files(path, "mask", self._masks)
 
     def fingerprint(self) -> str:
         """Return digits equal for equal paths, masks and labels; with paths alone, equal to a folder's."""
-        masks = self._masks.digest() if self.has_masks else None
+        masks = self._masks.fingerprint() if self.has_masks else None
         return with_labels(super().fingerprint(), self.labels, self.classes, masks)
 
 
-def retry(read: Callable[[], bytes | OSError]) -> bytes | OSError:
+def retry(read: Callable[[], bytes]) -> bytes | OSError:
     """Return the result or the error of `read`, which is called again after errors that may be temporary."""
     for pause in (*PAUSES, None):
         try:
             return read()
         except OSError as error:
-            if pause is None or error.errno in PERMANENT:
+            if pause is None or isinstance(error, PERMANENT):
                 return error
         time.sleep(pause)
 
 
 def read_file(path: str) -> bytes | OSError:
     """Return a file's content, or the error in reading it."""
-
-    def read() -> bytes:
-        with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
-            return file.read() or b""  # an empty pipe gives None
-
-    return retry(read)
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # otherwise a named pipe would wait for a writer
+    return retry(Path(path).read_bytes)
 
 
 def stamp(path: str | bytes) -> list[int]:
@@ -169,199 +148,98 @@ def _is_fresh(meta: dict) -> bool:
     return meta["count"] >= CACHED_FROM and is_unchanged(meta)
 
 
-class _Images(NamedTuple):
-    """Hold images that follow each other in one folder."""
-
-    folder: bytes  # relative to the root, as are the paths
-    paths: bytes  # one after the other
-    lengths: np.ndarray  # (n,), int64
-
-
 def _index_folder(root: bytes, suffixes: tuple[str, ...]) -> tuple[dict, dict[str, np.ndarray]]:
     """Build the index of all images below `root` for `cached`. Raises DataError."""
     start, base = time.time_ns(), os.path.abspath(root)
-    contents, folders, seen = {}, [b""], {}  # contents: the ordered entries of each folder
-    endings = frozenset(map(str.encode, suffixes))
+    paths, folders, seen = [], [b""], {}
     with ThreadPool(THREADS) as pool:
         while folders:  # of one depth
             try:
-                scanned = pool.map(partial(_scan, root, endings), folders)
+                scanned = pool.map(partial(_scan, root, suffixes), folders)
             except OSError as error:
                 path = os.fsdecode(error.filename)
                 raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
-            for folder, (time_and_size, entries) in zip(folders, scanned, strict=True):
-                seen[os.fsdecode(os.path.join(base, folder))], contents[folder] = time_and_size, entries
-            folders = [entry for _, entries in scanned for entry in entries if isinstance(entry, bytes)]
-    groups, stack = [], [b""]
-    while stack:
-        entry = stack.pop()
-        if isinstance(entry, bytes):
-            stack += reversed(contents.pop(entry))
-        else:
-            groups.append(entry)
-    if not groups:
-        expected = f"expected files named {', '.join(suffixes)}{_suggest_other_data(root)}"
-        raise DataError(f"{os.fsdecode(root)} holds no image; {expected}")
-    lengths = np.concatenate([group.lengths for group in groups])
-    arrays = {"names": np.frombuffer(b"".join(group.paths for group in groups), np.uint8), "ends": np.cumsum(lengths)}
-    classes = []
-    if all(group.folder for group in groups):
-        tops = [group.folder.partition(b"/")[0] for group in groups]
+            for folder, (time_and_size, _, images) in zip(folders, scanned, strict=True):
+                seen[os.fsdecode(os.path.join(base, folder))] = time_and_size
+                paths += images
+            folders = [folder for _, subfolders, _ in scanned for folder in subfolders]
+    if not paths:
+        raise DataError(
+            f"{os.fsdecode(root)} holds no image; expected files named {', '.join(suffixes)}; for tar shards or "
+            "Parquet files give a pattern, such as 'FOLDER/*.tar'"
+        )
+    paths.sort()
+    names, classes = Names.from_list(paths), []
+    arrays = {"names": names.buffer, "ends": names.ends}
+    if all(b"/" in path for path in paths):
+        tops = [path.partition(b"/")[0] for path in paths]
         classes = sorted(set(tops))
         numbers = {name: number for number, name in enumerate(classes)}
-        labels = np.array([numbers[top] for top in tops], dtype=np.int32)
-        arrays["labels"] = np.repeat(labels, [len(group.lengths) for group in groups])
-    meta = {"seen": seen, "start": start, "count": len(lengths), "classes": [os.fsdecode(name) for name in classes]}
+        arrays["labels"] = np.array([numbers[top] for top in tops], np.int32)
+    meta = {"seen": seen, "start": start, "count": len(paths), "classes": [os.fsdecode(name) for name in classes]}
     return meta, arrays
 
 
-def _suggest_other_data(root: bytes) -> str:
-    """Return what to give instead of a folder of tar shards or Parquet files; "" for others."""
-    if glob.glob(os.path.join(glob.escape(root), b"*.tar")):
-        return "; for a folder of tar shards give a pattern, 'FOLDER/*.tar'"
-    if tables := glob.glob(os.path.join(glob.escape(root), b"*", b"*.parquet")):
-        return f"; for a folder of Parquet files give '{os.fsdecode(os.path.dirname(min(tables)))}'"
-    return ""
-
-
-def _scan(root: bytes, endings: frozenset[bytes], folder: bytes) -> tuple[list[int], list[bytes | _Images]]:
-    """Return the stamp of a folder and its entries in the order of bytes: folders, and the images between them.
-
-    Hidden files and folders are ignored. A folder sorts by its name with "/", as the paths below it do.
-    """
-    path, names = os.path.join(root, folder), []
-    time_and_size = stamp(path)
+def _scan(root: bytes, suffixes: tuple[str, ...], folder: bytes) -> tuple[list[int], list[bytes], list[bytes]]:
+    """Return the stamp of a folder, and its folders and images, relative to `root`; hidden ones are ignored."""
+    path, endings = os.path.join(root, folder), tuple(map(str.encode, suffixes))
+    time_and_size, folders, images = stamp(path), [], []
     with os.scandir(path) as entries:
         for entry in entries:
-            name = entry.name
-            if name.startswith(b"."):
+            if entry.name.startswith(b"."):
                 continue
             if entry.is_dir():
-                if not (entry.is_symlink() and _is_loop(root, folder, entry.path)):
-                    names.append(name + b"/")
-            elif name[name.rfind(b".") :].lower() in endings:
-                names.append(name)
-    names.sort()
-    prefix, parts = os.path.join(folder, b""), []
-    for are_folders, group in groupby(names, key=lambda name: name.endswith(b"/")):
-        paths = [prefix + name for name in group]
-        if are_folders:
-            parts += [path[:-1] for path in paths]
-        else:
-            lengths = np.array([len(path) for path in paths], dtype=np.int64)
-            parts.append(_Images(folder, b"".join(paths), lengths))
-    return time_and_size, parts
+                if not (entry.is_symlink() and _is_loop(entry.path)):
+                    folders.append(os.path.join(folder, entry.name))
+            elif entry.name.lower().endswith(endings):
+                images.append(os.path.join(folder, entry.name))
+    return time_and_size, folders, images
 
 
-def _is_loop(root: bytes, folder: bytes, link: bytes) -> bool:
-    """Return True if a link in `folder` leads to a folder that contains one on the way from `root` to the link."""
-    target = os.path.join(os.path.realpath(link), b"")
-    way = [root]
-    for name in folder.split(b"/"):
-        way.append(os.path.join(way[-1], name))
-    return any(os.path.join(os.path.realpath(path), b"").startswith(target) for path in way)
+def _is_loop(link: bytes) -> bool:
+    """Return True if a link leads to a folder that contains one on the way to it."""
+    link = Path(os.fsdecode(link))
+    target = link.resolve()
+    return any(folder.resolve().is_relative_to(target) for folder in link.parents)
 
 
-def _index_list(path: str) -> tuple[dict, dict[str, np.ndarray]]:
-    """Build the index of a list for `cached`. Raises DataError."""
-    import pyarrow as pa
+def _read_list(path: str):
+    """Return the columns path, label and mask of a list as a pyarrow Table, null where absent. Raises DataError."""
+    import pyarrow as pa  # here, because it takes long to import
+    from pyarrow import csv, json
 
-    start, chunks = time.time_ns(), {name: [] for name in COLUMNS}
+    text = pa.large_string()
     try:
-        seen = {os.path.abspath(path): stamp(path)}
-        rows = iter(tqdm(_read_rows(path), f"reading {path}", unit="row", delay=2, leave=False))
-        while part := [row for _, row in islice(rows, ROWS)]:
-            for name, chunk in chunks.items():
-                chunk.append(pa.array([row.get(name) for row in part], pa.large_string()))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error}); expected a list of images") from None
-    columns = {name: pa.chunked_array(chunk, pa.large_string()) for name, chunk in chunks.items()}
-    count = len(columns["path"])
-    if not count:
-        raise DataError(f"{path} lists no image; expected a path in every line, below a header in CSV")
-    if columns["path"].null_count == count:
-        names = ", ".join(next(_read_rows(path))[1]) or "nothing"
-        raise DataError(f"{path} has no `path`, but {names}; expected path, and perhaps label and mask")
-
-    def where(row: int) -> str:
-        number, _ = next(islice(_read_rows(path), row, None))
-        return f"line {number}"
-
-    arrays, classes = {}, []
-    for column, buffer, ends in (("path", "names", "ends"), ("mask", "masks", "mask_ends")):
-        if columns[column].null_count < count:
-            _check_paths(path, column, columns[column], where)
-            names = Names.from_arrow(columns[column])
-            arrays |= {buffer: names.buffer, ends: names.ends}
-    if columns["label"].null_count < count:
-        arrays["labels"], classes = number_labels(columns["label"], where, path)
-    return {"seen": seen, "start": start, "count": count, "classes": classes}, arrays
+        if path.lower().endswith(".csv"):
+            columns = {name: text for name in ("path", "label", "mask")}
+            convert = csv.ConvertOptions(
+                column_types=columns, include_columns=list(columns), include_missing_columns=True
+            )
+            return csv.read_csv(path, None, csv.ParseOptions(newlines_in_values=True), convert)
+        for label in (pa.int64(), text):
+            schema = pa.schema({"path": text, "label": label, "mask": text})
+            parse = json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+            try:
+                return json.read_json(path, json.ReadOptions(block_size=LONGEST_LINE), parse)
+            except pa.ArrowInvalid as error:
+                reason = error
+        raise reason
+    except (OSError, ValueError) as error:
+        expected = "expected CSV with a header, or a JSON object in every line, in UTF-8; correct the list"
+        raise DataError(f"{path} cannot be read ({error}); {expected}") from None
 
 
-def _read_rows(path: str) -> Iterator[tuple[int, dict]]:
-    """Yield the rows of a list with their line numbers. Raises DataError at the first bad row."""
-    is_csv, number = path.lower().endswith(".csv"), 0
-
-    def lines() -> Iterator[str]:
-        nonlocal number
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-
-    try:
-        if is_csv:
-            rows = filter(None, csv.reader(lines(), strict=True))
-            header = [name.strip() for name in next(rows, [])]
-            for row in rows:
-                if len(row) != len(header):
-                    raise ValueError(f"{len(row)} fields below a header of {len(header)}")
-                yield number, dict(zip(header, row, strict=True))
-        else:
-            for line in filter(str.strip, lines()):
-                yield number, _check_row(json.loads(line))
-    except (ValueError, csv.Error, RecursionError) as error:
-        form = "CSV with a header" if is_csv else "a JSON object in every line"
-        expected = "" if isinstance(error, DataError) else f"; expected {form}, in UTF-8"
-        raise DataError(f"{path}, line {number}: {error}{expected}; correct the line") from None
-
-
-def _check_row(row: object) -> dict:
-    """Return a row of JSON with its label as text. Raises ValueError."""
-    if not isinstance(row, dict):
-        raise ValueError("no object")
-    if type(row.get("label")) is int:
-        row["label"] = str(row["label"])
-    for column, expected in COLUMNS.items():
-        text = row.get(column)
-        if text is not None and not isinstance(text, str):
-            raise DataError(f"{column} is {json.dumps(text)}; expected {expected}")
-        (text or "").encode()  # fails for half a surrogate pair
-    return row
-
-
-def _check_paths(path: str, column: str, texts, where: Callable[[int], str]) -> None:
-    """Raise DataError if some rows of a column hold no path."""
-    import pyarrow.compute as pc
-
-    texts = texts.fill_null("")
-    rows = np.flatnonzero(pc.or_(pc.equal(pc.binary_length(texts), 0), pc.match_substring(texts, "\0")).to_numpy())
-    if len(rows):
-        lines = first_few((where(int(row)) for row in rows), len(rows))
-        raise DataError(f"{path} has no {column} in {lines}; expected one in every row; correct or remove these")
-
-
-def _check_files(path: str, column: str, name: Callable[[int], str], count: int) -> None:
+def _check_files(path: str, column: str, source: FileSource) -> None:
     """Raise DataError if files of a list, of which at most CHECKED are looked at, do not exist."""
-    rows = range(count) if count <= CHECKED else np.linspace(0, count - 1, CHECKED).astype(int)
+    rows = np.linspace(0, len(source) - 1, min(len(source), CHECKED)).astype(int)
     with ThreadPool(THREADS) as pool:
-        exist = pool.map(lambda row: os.path.isfile(name(row)), rows)
+        exist = pool.map(lambda row: os.path.isfile(source.name(row)), rows)
     missing = [row for row, exists in zip(rows, exist, strict=True) if not exists]
     if missing:
-        checked = f"{count:,}" if count <= CHECKED else f"{CHECKED:,} checked files, of {count:,},"
-        files = first_few(map(name, missing), len(missing))
+        files = first_few(map(source.name, missing), len(missing))
         raise DataError(
-            f"{path}: {len(missing):,} of {checked} are no files, column {column}: {files}; expected paths that are "
-            "absolute, or relative to the list's folder; correct the list"
+            f"{path}: {len(missing):,} of {len(rows):,} checked files in the column {column} do not exist: {files}; "
+            "expected paths that are absolute, or relative to the list's folder; correct the list"
         )
 
 

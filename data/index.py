@@ -4,21 +4,17 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import mmap
 import os
 import re
-import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 FORMAT = 1  # of cache entries; entries of other formats are ignored
-UNUSED_DAYS = 90  # after which a cache entry is removed
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 CLASS_NUMBER = re.compile("0*[0-9]{1,6}")
 
@@ -67,7 +63,6 @@ class Names:
         return len(self.ends)
 
     def __getitem__(self, index: int) -> bytes:
-        index = range(len(self))[index]
         start = self.ends[index - 1] if index else 0
         return self.buffer[start : self.ends[index]].tobytes()
 
@@ -102,15 +97,13 @@ def number_labels(texts, where: Callable[[int], str], source: str) -> tuple[np.n
     If all labels are whole numbers from 0, these are the classes, named by the numbers from 0 to the largest. If none
     is a number, classes are numbered in the order of the bytes of their names.
 
-    `texts` is a list, or a pyarrow Array or ChunkedArray, of strings or integers. For messages, `where` returns the
+    `texts` is a pyarrow Array or ChunkedArray of strings or integers. For messages, `where` returns the
     place of a sample, such as "line 7", and `source` is the name of the data set. Raises DataError for labels that
     are empty, other numbers, or numbers mixed with names.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if not isinstance(texts, pa.Array | pa.ChunkedArray):
-        texts = pa.array(texts, pa.large_string())
     texts = pc.utf8_trim_whitespace(texts.cast(pa.large_string()).fill_null(""))
     texts = texts.combine_chunks() if isinstance(texts, pa.ChunkedArray) else texts
     encoded = texts.dictionary_encode()
@@ -145,10 +138,7 @@ def number_labels(texts, where: Callable[[int], str], source: str) -> tuple[np.n
 
 def default_cache() -> Path:
     """Return the default folder for indices."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "masked-autoencoders")
-    except RuntimeError:  # the user has no home, as in containers
-        return Path(tempfile.gettempdir(), f"masked-autoencoders-{os.getuid()}")
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "masked-autoencoders")
 
 
 def check_cache(cache: str | Path) -> None:
@@ -183,7 +173,8 @@ def cached(
             check_cache(cache)
             if result := _load(entry, fresh):
                 return result
-            stack.enter_context(_locked(entry.with_suffix(".lock")))
+            lock = stack.enter_context(open(cache / "index.lock", "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
         except (DataError, OSError) as error:  # also a file system without locks
             print(f"note: {cache}: nothing is cached ({error})", file=sys.stderr)
             return build()
@@ -193,7 +184,6 @@ def cached(
         if fresh(meta):
             try:
                 _store(entry, meta, arrays)
-                return _load(entry, lambda meta: True) or (meta, arrays)
             except OSError as error:
                 print(f"note: {cache}: nothing is cached ({error})", file=sys.stderr)
         return meta, arrays
@@ -203,22 +193,16 @@ def _load(entry: Path, fresh: Callable[[dict], bool]) -> tuple[dict, dict[str, n
     """Load an entry; return None if it is absent, damaged or not fresh."""
     try:
         stored = json.loads((entry / "meta.json").read_text())
-        meta, names = stored["meta"], stored["arrays"]
-        if not fresh(meta):
-            return None
-        arrays = {name: np.asarray(np.load(entry / f"{name}.npy", mmap_mode="r")) for name in names}
-        os.utime(entry / "meta.json")
+        if fresh(stored["meta"]):
+            return stored["meta"], {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in stored["arrays"]}
     except (OSError, EOFError, ValueError, KeyError, TypeError):
-        return None
-    # Workers share the pages that this process has mapped; other pages would be private to each worker.
-    for array in arrays.values():
-        array.reshape(-1).view(np.uint8)[:: mmap.PAGESIZE].max(initial=0)
-    return meta, arrays
+        pass
+    return None
 
 
 def _store(entry: Path, meta: dict, arrays: dict[str, np.ndarray]) -> None:
-    """Write an entry atomically, and remove entries that were not used for long."""
-    with tempfile.TemporaryDirectory(prefix=f"{entry.name}.", dir=entry.parent, ignore_cleanup_errors=True) as folder:
+    """Replace an entry atomically."""
+    with tempfile.TemporaryDirectory(prefix=f"{entry.name}.", dir=entry.parent) as folder:
         new, old = Path(folder, "new"), Path(folder, "old")
         new.mkdir()
         for name, array in arrays.items():
@@ -227,11 +211,6 @@ def _store(entry: Path, meta: dict, arrays: dict[str, np.ndarray]) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.rename(entry, old)
         os.rename(new, entry)
-    for other in entry.parent.glob("index-*"):
-        used = other / "meta.json" if (other / "meta.json").exists() else other
-        with contextlib.suppress(OSError):
-            if used.stat().st_mtime < time.time() - UNUSED_DAYS * 86_400:
-                shutil.rmtree(other)
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
@@ -240,20 +219,3 @@ def write_array(path: Path, array: np.ndarray) -> None:
         np.save(file, array)
         file.flush()
         os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`, which exists only meanwhile."""
-    while True:
-        file = open(path, "w")  # noqa: SIM115
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                break
-        file.close()  # the previous holder has removed this file, so another process may lock a new one
-    try:
-        yield
-    finally:
-        os.unlink(path)
-        file.close()

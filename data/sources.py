@@ -21,7 +21,6 @@ from data.prepared import is_prepared, open_prepared
 NUM_CHECKED = 8  # images of a source that are decoded before a run starts
 DARK = 8  # of 255: 16-bit values of at most 11 bits are below it at 8 bits
 LISTS = (".csv", ".jsonl", ".ndjson")
-TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")  # compressed ones are refused, with a reason
 LABELS = "a column `label` (.cls in shards)"
 
 Fetched = bytes | memoryview | np.ndarray | OSError  # an encoded file, pixels (H, W, C), or why it could not be read
@@ -109,7 +108,7 @@ def kind_of_data(path_to_data: str) -> str:
     for kind, prefix in (("builtin", "builtin:"), ("hub", "hf:")):
         if path_to_data.startswith(prefix):
             return kind
-    for kind, suffixes in (("tar", TARS), ("list", LISTS), ("parquet", ".parquet")):
+    for kind, suffixes in (("tar", ".tar"), ("list", LISTS), ("parquet", ".parquet")):
         if path_to_data.endswith(suffixes):
             return kind
     if is_prepared(root):
@@ -167,7 +166,7 @@ def _open_parts(path_to_data: str, pixels: PixelFormat, cache: Path | None) -> d
 
         return {"train": TarSource(path_to_data, cache=cache)}
     if kind == "list":
-        return {"train": ListSource(path_to_data, cache=cache)}
+        return {"train": ListSource(path_to_data)}
     if kind == "prepared":
         return open_prepared(root, pixels)
     if (root / "annotations").is_dir() and (root / "images" / "training").is_dir():  # ADE20K's layout

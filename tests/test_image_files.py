@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import random
-import re
 import time
 
 import numpy as np
@@ -52,6 +51,7 @@ def test_any_folder_is_in_the_order_of_the_bytes_of_whole_paths(tmp_path, seed):
 
 def test_classes_are_in_the_order_of_their_own_bytes(tmp_path):
     write(tmp_path, "a/x.jpg", "a/deep/1/y.jpg", "a-b/x.jpg", "a.b/x.jpg", "a0/x.jpg", "void/notes.txt")
+    write(tmp_path, ".hidden/x.jpg", "a/.x.jpg")
     source = FolderSource(tmp_path)
     assert names_of(source, tmp_path) == ["a-b/x.jpg", "a.b/x.jpg", "a/deep/1/y.jpg", "a/x.jpg", "a0/x.jpg"]
     assert source.classes == ["a", "a-b", "a.b", "a0"]
@@ -129,51 +129,29 @@ def test_a_folder_that_is_small_or_has_just_changed_is_not_cached(kept, monkeypa
         ago(tmp_path / "data" / "b", 0.5)
     for _ in range(2):
         FolderSource(tmp_path / "data", cache=tmp_path / "cache")
-    assert len(scans) == 2 and os.listdir(tmp_path / "cache") == []
-
-
-def test_data_of_another_kind_is_named(tmp_path):
-    write(tmp_path, "pq/plain_text/0.parquet", "pq/test/0.parquet", "pq/deep/er/0.parquet", "tar/0.tar", "no/0.txt")
-    for name, hint in [
-        ("pq", f"; for a folder of Parquet files give '{tmp_path}/pq/plain_text'"),
-        ("tar", "; for a folder of tar shards give a pattern, 'FOLDER/*.tar'"),
-        ("no", ""),
-    ]:
-        with pytest.raises(DataError, match=rf"{tmp_path}/{name} holds no image; .*\.pnm{re.escape(hint)}$"):
-            FolderSource(tmp_path / name)
+    assert len(scans) == 2 and os.listdir(tmp_path / "cache") == ["index.lock"]
 
 
 @pytest.mark.parametrize(
-    ("code", "failures", "tries"),
-    [(errno.EIO, 2, 3), (errno.ESTALE, 3, 3), (errno.ENOENT, 1, 1), (errno.EACCES, 1, 1), (errno.ELOOP, 1, 1)],
+    ("code", "failures", "tries"), [(errno.EIO, 2, 3), (errno.ESTALE, 3, 3), (errno.ENOENT, 1, 1), (errno.EACCES, 1, 1)]
 )
-def test_a_file_system_that_fails_is_tried_again(tmp_path, monkeypatch, code, failures, tries):
-    write(tmp_path, "1.jpg")
-    real, tried, slept = os.open, [], []
+def test_a_file_system_that_fails_is_tried_again(monkeypatch, code, failures, tries):
+    results, slept = [OSError(code, os.strerror(code))] * failures + [b"1.jpg"], []
+    calls = iter(results)
 
-    def fail(path, flags):
-        tried.append(path)
-        if len(tried) <= failures:
-            raise OSError(code, os.strerror(code), path)
-        return real(path, flags)
+    def read():
+        if isinstance(result := next(calls), OSError):
+            raise result
+        return result
 
-    monkeypatch.setattr(files.os, "open", fail)
     monkeypatch.setattr(files.time, "sleep", slept.append)
-    (read,) = FileSource([b"1.jpg"], tmp_path).fetch([0])
-    assert len(tried) == tries and slept == [0.1, 1.0][: tries - 1]
-    if failures < tries:
-        assert read == b"1.jpg"
-    else:
-        assert isinstance(read, OSError) and read.errno == code
+    assert files.retry(read) == results[tries - 1] and slept == [0.1, 1.0][: tries - 1]
 
 
 def test_what_is_no_file_is_told_at_once(tmp_path):
-    os.mkfifo(tmp_path / "pipe.jpg")
     write(tmp_path, "whole.jpg")
-    (tmp_path / "folder.jpg").mkdir()
-    assert read_file(str(tmp_path / "pipe.jpg")) == b""  # as an empty file
     start = time.monotonic()
-    codes = dict(EISDIR="folder.jpg", ENOTDIR="whole.jpg/1.jpg", ENOENT="no", ENAMETOOLONG="n" * 300)
+    codes = dict(EISDIR="", ENOTDIR="whole.jpg/1.jpg", ENOENT="no")
     for code, name in codes.items():
         assert read_file(str(tmp_path / name)).errno == getattr(errno, code)
     assert time.monotonic() - start < files.PAUSES[0]  # none of these was tried again
@@ -184,7 +162,9 @@ def test_files_from_names_or_a_list(tmp_path):
     listed = FileSource([b"b.jpg", b"a.jpg"], tmp_path)
     named = FileSource(Names.from_list([b"b.jpg", b"a.jpg"]), str(tmp_path))
     assert listed.fetch(np.array([1, 0])) == named.fetch(range(1, -1, -1)) == [b"a.jpg", b"b.jpg"]
-    assert listed.fingerprint() == named.fingerprint() == "39bf40fb2f52b744" and named.size_in_bytes() == 10
+    assert (
+        listed.fingerprint() == named.fingerprint() == "39bf40fb2f52b744" and named.size_in_bytes() == 10
+    )  # wherever they are
 
 
 def write_list(path, rows: list[dict]) -> str:
@@ -224,14 +204,10 @@ TEXTS = {
     "numbers.csv": "label,path\n3,a.jpg\n 1,a.jpg\n",
     "numbers.jsonl": '{"label": 3, "path": "a.jpg"}\n{"label": 1, "path": "a.jpg"}',
     "texts.jsonl": '{"label": "3", "path": "a.jpg"}\n{"label": "1", "path": "a.jpg"}',
-    "both.jsonl": '{"label": "3", "path": "a.jpg"}\n{"label": 1, "path": "a.jpg"}',
     "others.jsonl": '{"o": 1, "label": 3, "path": "a.jpg"}\n\n{"o": {"x": []}, "path": "\\u0061.jpg", "label": 1}\n',
     "bom.csv": '\ufeffpath,label\r\n"a.jpg","3"\r\n\r\na.jpg,1',
     "bom.jsonl": '\ufeff{"path": "a.jpg", "label": 3}\r\n{"path": "a.jpg", "label": 1}\r\n',
-    "twice.jsonl": '{"path": "b", "path": "a.jpg", "label": 3}\n{"path": "a.jpg", "label": 1}\n',
     "long.jsonl": '{"path": "a.jpg", "label": 3, "notes": "' + "x" * 2**24 + '"}\n{"path": "a.jpg", "label": 1}\n',
-    "spaces.csv": "\n o, path ,\tlabel\nx,a.jpg, 3\ny,a.jpg,1\n",
-    "spaces and lines.csv": 'path, label, notes\na.jpg, 3,"one\ntwo"\na.jpg,1,three\n',
     "lines.csv": 'path,notes,label\na.jpg,"one\ntwo\n",3\na.jpg,three,1\n',
 }
 
@@ -245,53 +221,34 @@ def test_lists_that_say_the_same_in_other_words(tmp_path, name):
     assert source.labels.tolist() == [3, 1] and source.labels.dtype == np.int32 and source.classes == list("0123")
 
 
-WHOLE = "expected a whole number from 0, or a name; correct the line$"
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.csv", b"", "lists no image"),
+        ("x.csv", b"", "cannot be read .Empty CSV file.; expected CSV with a header"),
         ("x.csv", b"path,label\n", "lists no image"),
-        ("x.jsonl", b"", "lists no image"),
-        ("x.csv", b"file,label\n1.jpg,0\n", "has no `path`, but file, label; expected path"),
-        ("x.jsonl", b"{}\n", "has no `path`, but nothing; expected path"),
-        ("x.jsonl", b'{"file": "1.jpg"}\n', "has no `path`, but file; expected path"),
-        ("x.csv", b"path,label\na,0\nb\n", "line 3: 1 fields below a header of 2"),
-        ("x.csv", b'path,label\na,0\n"b,0\n', "line 3: unexpected end of data"),
-        ("x.csv", b"path\na\n\n\xff\n", "line 4: 'utf-8' codec can't decode byte 0xff"),
-        ("x.jsonl", b'{"path": "\xff"}\n', "line 1: 'utf-8' codec can't decode byte 0xff"),
-        ("x.jsonl", b'{"path": "a"}\n\n{"path": "b"\n', "line 3: Expecting ',' delimiter"),
-        ("x.jsonl", b'[{"path": "a"},\n{"path": "b"}]', "line 1: Expecting value"),
-        ("x.jsonl", b'["a", "b"]\n', "line 1: no object"),
-        ("x.jsonl", b'{"path": "a"}\n{"path": 5}\n', "line 2: path is 5; expected a path; correct"),
-        ("x.jsonl", b'{"path": "a", "label": false}\n', f"line 1: label is false; {WHOLE}"),
-        ("x.jsonl", b'{"path": "a", "label": NaN}\n{"path": "b", "label": 1}\n', f"line 1: label is NaN; {WHOLE}"),
-        ("x.jsonl", b'{"path": "a", "label": 0.5}\n', f"line 1: label is 0.5; {WHOLE}"),
-        ("x.jsonl", b'{"path": "a", "label": [1]}\n', r"line 1: label is \[1\]; expected"),
-        ("x.jsonl", b'{"path": "\\ud800"}\n', "line 1: 'utf-8' codec can't encode"),
-        ("x.csv", b"path,label\na,0\n,1\nb,1\n,1\n\n,1\n,1\n", "no path in line 3, line 5, line 7 and 1 more"),
-        ("x.jsonl", b'{"path": "a"}\n{"path": null}\n{}\n', "no path in line 2, line 3; expected one in every row"),
-        ("x.csv", b"path\na\nb\0c\n", "no path in line 3;"),
-        ("x.csv", b"path,mask\na,b\na,\n", "no mask in line 3;"),
-        ("x.csv", b"path,label\n\na,-1\nb,0\nc,1.5\n", r"no class numbers \(line 3: '-1', line 5: '1.5'\)"),
-        ("x.jsonl", b'{"path": "a", "label": -1}\n', r"no class numbers \(line 1: '-1'\)"),
-        ("x.csv", b"path,label\na,cat\nb,0\n", r"numbers \(line 3: '0'\) and labels that are names \(line 2: 'cat'\)"),
-        ("x.jsonl", b'{"path": "a", "label": 1}\n{"path": "b"}\n', r"empty labels \(line 2: ''\)"),
-        ("x.csv", b"path,label\na,\nb,\n", r"empty labels \(line 2: '', line 3: ''\)"),
+        ("x.csv", b"file,label\n1.jpg,0\n", "lists no image; expected a column .key. `path`"),
+        ("x.jsonl", b'{"file": "1.jpg"}\n', "lists no image; expected a column .key. `path`"),
+        ("x.csv", b"path,label\na,0\nb\n", "Expected 2 columns, got 1: b"),
+        ("x.csv", b"path\na\n\n\xff\n", "invalid UTF8 data"),
+        ("x.jsonl", b'{"path": "a"}\n\n{"path": "b"\n', "Missing a comma or '}' after an object member. in row 1"),
+        ("x.jsonl", b'[{"path": "a"},\n{"path": "b"}]', "changed from object to array in row 0"),
+        ("x.jsonl", b'{"path": "a"}\n{"path": 5}\n', r"Column\(/path\) changed from string to number in row 1"),
+        ("x.jsonl", b'{"path": "a", "label": 0.5}\n', r"Column\(/label\) changed from string to number"),
+        ("x.csv", b"path,label\na,0\n,1\n", "2 of 2 checked files in the column path do not exist"),
+        ("x.csv", b"path,label\n\na,-1\nb,0\nc,1.5\n", r"no class numbers \(row 1: '-1', row 3: '1.5'\)"),
+        ("x.jsonl", b'{"path": "a", "label": 1}\n{"path": "b"}\n', r"empty labels \(row 2: ''\)"),
     ],
 )
 def test_lists_that_cannot_be_used(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as error:
         ListSource(tmp_path / name)
-    assert all(line.startswith(str(tmp_path / name)) for line in str(error.value).splitlines())
+    assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
 
 
 def test_a_list_that_is_not_there(tmp_path):
-    for path, reason in ((tmp_path / "x.csv", "No such file"), (tmp_path, "Is a directory")):
-        with pytest.raises(DataError, match=f"{path} cannot be read \\({reason}"):
-            ListSource(path)
+    with pytest.raises(DataError, match=r"x.csv cannot be read .*No such file"):
+        ListSource(tmp_path / "x.csv")
 
 
 def test_paths_of_a_list_that_are_not_there(tmp_path, monkeypatch):
@@ -299,40 +256,17 @@ def test_paths_of_a_list_that_are_not_there(tmp_path, monkeypatch):
     rows = [{"path": f"{i}.jpg"} for i in range(7)]
     path = write_list(tmp_path / "list.csv", rows)
     missing = ", ".join(str(tmp_path / f"{i}.jpg") for i in (0, 1, 3))
-    with pytest.raises(DataError, match=f"5 of 7 are no files, column path: {missing} and 2 more; expected paths"):
+    with pytest.raises(DataError, match=f"5 of 7 checked files in the column path do not exist: {missing} and 2 more"):
         ListSource(path)
 
     path = write_list(tmp_path / "masks.csv", [{"path": "2.jpg", "mask": mask} for mask in ("mask.png", "folder")])
-    with pytest.raises(DataError, match=f"1 of 2 are no files, column mask: {tmp_path / 'folder'};"):
+    with pytest.raises(DataError, match=f"1 of 2 checked files in the column mask .*: {tmp_path / 'folder'};"):
         ListSource(path)
 
     monkeypatch.setattr(files, "CHECKED", 50)
     path = write_list(tmp_path / "long.csv", [{"path": "2.jpg" if i < 999 else f"{i}.jpg"} for i in range(1000)])
-    with pytest.raises(DataError, match=r"1 of 50 checked files, of 1,000, are no files, column path: .*/999"):
+    with pytest.raises(DataError, match=r"1 of 50 checked files in the column path do not exist: .*/999"):
         ListSource(path)
-
-
-def test_a_list_is_read_once_until_it_changes(tmp_path, monkeypatch):
-    write(tmp_path, "1.jpg", "2.jpg")
-    monkeypatch.setattr(files, "CACHED_FROM", 2)
-    reads, read = [], files._index_list
-    monkeypatch.setattr(files, "_index_list", lambda path: (reads.append(path), read(path))[1])
-    rows = [{"path": f"{1 + i % 2}.jpg", "label": "ab"[i % 2], "mask": "2.jpg"} for i in range(4)]
-    path = write_list(tmp_path / "list.jsonl", rows)
-    ListSource(path, cache=tmp_path / "cache")
-    assert os.listdir(tmp_path / "cache") == []  # the list has just been written
-    ago(path, 60)
-    one, two = (ListSource(path, cache=tmp_path / "cache") for _ in range(2))
-    assert len(reads) == 2 and two.fetch([1, 0]) == [b"2.jpg", b"1.jpg"] and two.fetch_masks([0]) == [b"2.jpg"]
-    assert two.classes == ["a", "b"] and two.labels.tolist() == [0, 1, 0, 1]
-    assert one.fingerprint() == two.fingerprint()
-    os.unlink(tmp_path / "1.jpg")
-    with pytest.raises(DataError, match="2 of 4 are no files"):  # whether files are there is looked at each time
-        ListSource(path, cache=tmp_path / "cache")
-    assert len(reads) == 2
-    write_list(tmp_path / "list.jsonl", rows[1::2])
-    ago(path, 30)
-    assert len(ListSource(path, cache=tmp_path / "cache")) == 2 and len(reads) == 3
 
 
 def test_the_fingerprint_of_a_list(tmp_path):
@@ -346,14 +280,7 @@ def test_the_fingerprint_of_a_list(tmp_path):
 
     assert fingerprint("csv", "path") == FolderSource(tmp_path).fingerprint()
     every = ("path", "label", "mask")
-    differing = [
-        fingerprint("csv", "path"),
-        fingerprint("csv", *every),
-        fingerprint("csv", "path", "label"),
-        fingerprint("csv", "path", "mask"),
-        fingerprint("csv", *every, label="b"),
-        fingerprint("csv", *every, label="c"),
-        fingerprint("csv", *every, mask="a/1.jpg"),
-        fingerprint("csv", *every, path="b/2.jpg"),
+    differing = [fingerprint("csv", *every[:count]) for count in (1, 2, 3)] + [
+        fingerprint("csv", *every, **{name: "b/2.jpg" if name == "path" else "a/1.jpg"}) for name in every
     ]
-    assert len(set(differing)) == len(differing) and fingerprint("jsonl", *every) == differing[1]
+    assert len(set(differing)) == len(differing) and fingerprint("jsonl", *every) == differing[2]
