@@ -101,8 +101,8 @@ def similarity(dataset: PretrainingDataset, count: int, img_size: int) -> list[f
     values = []
     for index in range(count):
         (data,) = dataset.source.fetch([index])
-        whole = Image.fromarray(decode(data, 3).permute(1, 2, 0).numpy())
-        decoded = decode(data, 3, min_sides=dataset.crop.min_sides)
+        whole = Image.fromarray(decode(data, PixelFormat(3)).permute(1, 2, 0).numpy())
+        decoded = decode(data, PixelFormat(3), dataset.crop.min_sides)
         box = random_crop_box(np.random.default_rng(index), *decoded.shape[1:])
         ours = resized_crop(decoded, box, (img_size, img_size)).permute(1, 2, 0).numpy().astype(float)
         scale = 2 ** round(math.log2(whole.height / decoded.shape[1]))  # --fast_decoding halves sides
@@ -129,7 +129,7 @@ def measure(source: FileSource, *, img_size: int, num_images: int, rounds: int) 
     count = min(num_images, len(source))
     exact, fast = (pretraining_data(source, img_size, fast=fast) for fast in (False, True))
     works = {
-        "decoding alone": lambda: [decode(*source.fetch([index]), 3) for index in range(count)],
+        "decoding alone": lambda: [decode(*source.fetch([index]), PixelFormat(3)) for index in range(count)],
         "file to batch": partial(read_ours, exact, count),
         "file to batch, --fast_decoding": partial(read_ours, fast, count),
     }

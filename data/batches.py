@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data.decode import DamagedImage, PixelFormat
+from data.decode import DamagedImage, PixelFormat, decode
 from data.masking import mask_noise
 from data.sampling import StepSampler, sample_generator
-from data.sources import Source, image_of
+from data.sources import Source
 from data.transforms import CentreCrop, RandomCrop, augment_image, empty_images
 
 FIXED_EPOCH = 2**32 - 1  # the "epoch" of validation: its noise is the same in every epoch and run
@@ -51,7 +51,7 @@ class SourceDataset(Dataset):
 
     def read(self, index: int):
         """Return the decoded sample. Raises DamagedImage."""
-        return image_of(*self.source.fetch([index]), self.pixels, self.min_sides)
+        return decode(*self.source.fetch([index]), self.pixels, self.min_sides)
 
     def first_readable(self, index: int, damaged: list[tuple[int, str]]) -> tuple:
         """Return the sample `index`, or the next one that can be read, and its index; append to `damaged`.

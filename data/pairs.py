@@ -20,11 +20,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import shapes
-from data.decode import MAX_PIXELS, DamagedImage, PixelFormat, decode_stored
+from data.decode import MAX_PIXELS, DamagedImage, PixelFormat, decode, decode_stored
 from data.files import FolderSource
 from data.index import DataError, first_few
 from data.pool import mapping
-from data.sources import Fetched, ShapesSource, Source, check_pixels, image_of, kind_of_data, open_cache, open_sources
+from data.sources import Fetched, ShapesSource, Source, check_pixels, kind_of_data, open_cache, open_sources
 
 IGNORED = 255
 ADE20K = Path("ade20k")  # instead of a file with the names of classes
@@ -293,7 +293,7 @@ def _image_size(data: Fetched, pixels: PixelFormat) -> tuple[int, ...]:
         with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(io.BytesIO(data)) as image:
             if image.format in ("JPEG", "PNG") and "exif" not in image.info:
                 return image.size[::-1]
-    return tuple(image_of(data, pixels).shape[1:])
+    return tuple(decode(data, pixels).shape[1:])
 
 
 def mask_of(data: Fetched, num_classes: int, *, name: str, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
@@ -301,7 +301,7 @@ def mask_of(data: Fetched, num_classes: int, *, name: str, max_pixels: int = MAX
 
     Raises DamagedImage, and DataError, whose message has `name`, for colour and for labels beyond the classes.
     """
-    labels = data if isinstance(data, np.ndarray) else decode_stored(data, max_pixels=max_pixels)
+    labels = decode_stored(data, max_pixels)
     if labels.ndim != 2 or labels.dtype.kind not in "bui":
         raise DataError(f"{name} has colour or transparency; expected one label a pixel, of a palette or grey")
     low, high = int(labels.min()), int(labels.max())

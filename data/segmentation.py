@@ -12,11 +12,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from data.batches import SourceDataset
-from data.decode import DamagedImage, PixelFormat
+from data.decode import DamagedImage, PixelFormat, decode
 from data.index import DataError
 from data.pairs import IGNORED, WRONG_SIZE, PairSource, ade20k_classes, mask_of
 from data.sampling import sample_generator
-from data.sources import image_of
 from data.transforms import empty_images
 
 
@@ -189,7 +188,7 @@ def read_pair(source: PairSource, index: int, pixels: PixelFormat) -> tuple[torc
 
     Raises DamagedImage, and DataError for the errors that `check_annotations` finds.
     """
-    image, name = image_of(*source.fetch([index]), pixels), source.mask_name(index)
+    image, name = decode(*source.fetch([index]), pixels), source.mask_name(index)
     try:
         (data,) = source.fetch_masks([index])
         mask = mask_of(data, len(source.classes), name=name, max_pixels=pixels.max_pixels)

@@ -52,18 +52,12 @@ def check_channels(channels: int, expected: int) -> None:
         raise WrongChannels(channels, expected)
 
 
-def first_image(array: np.ndarray) -> np.ndarray:
-    """Return the first image of an array as (H, W) or with three dimensions. Raises DamagedImage."""
+def channels_last(array: np.ndarray, channels: int, max_pixels: int) -> np.ndarray:
+    """Return (H, W), (H, W, channels), (channels, H, W), or the first of several of these, as (H, W, channels)."""
     if array.ndim < 2 or not array.size:
         raise DamagedImage(f"an array of shape {array.shape}, expected (H, W), (H, W, C) or (C, H, W)")
     while array.ndim > 3:
         array = array[0]
-    return array
-
-
-def channels_last(array: np.ndarray, channels: int, max_pixels: int) -> np.ndarray:
-    """Return (H, W), (H, W, channels), (channels, H, W), or the first of several of these, as (H, W, channels)."""
-    array = first_image(array)
     if array.ndim == 2:
         array = array[:, :, None]
     elif array.shape[2] != channels and array.shape[0] == channels:

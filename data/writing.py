@@ -17,11 +17,11 @@ from torch.nn.functional import interpolate
 from torch.utils.data import Dataset, get_worker_info
 
 from data.arrow import END
-from data.decode import PixelFormat, decode_stored, own_values
+from data.decode import PixelFormat, decode, decode_stored, own_values
 from data.index import Names
 from data.pool import watch_parent
 from data.prepared import keeps_files
-from data.sources import Fetched, Source, image_of
+from data.sources import Fetched, Source
 from data.statistics import moments_of
 from data.values import DamagedImage, WrongPixels
 
@@ -105,7 +105,7 @@ class FileEncoder(Encoder):
             raise DamagedImage("decoded pixels cannot be kept as a file; give --quality or --format array")
         # Decoding at twice the size leaves enough detail for an antialiased resize
         min_sides = None if short_side is None else (2 * short_side, 2 * short_side)
-        pixels = image_of(data, self.pixels, min_sides).permute(1, 2, 0).numpy()
+        pixels = decode(data, self.pixels, min_sides).permute(1, 2, 0).numpy()
         small = shrink(pixels, short_side)
         if keeps or (small is pixels and quality is None and bytes(data[:2]) == b"\xff\xd8"):
             return bytes(data)
@@ -177,11 +177,7 @@ def is_eight_bit(source: Source, indices: Sequence[int], pixels: PixelFormat) ->
 
 def read_values(data: Fetched, pixels: PixelFormat, *, stored: bool) -> np.ndarray:
     """Return 8-bit pixels (H, W, C) or, if `stored`, the stored numbers, missing ones NaN. Raises DamagedImage."""
-    if not stored:
-        return image_of(data, pixels).permute(1, 2, 0).numpy()
-    if isinstance(data, np.ndarray):
-        return data if pixels.nodata is None else np.where(data == pixels.nodata, np.float32(np.nan), data)
-    return own_values(data, pixels.channels, nodata=pixels.nodata, max_pixels=pixels.max_pixels)
+    return own_values(data, pixels) if stored else decode(data, pixels).permute(1, 2, 0).numpy()
 
 
 def check_mask(mask: Fetched) -> None:

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from data.decode import decode, decode_stored, from_own_values, own_values
+from data.decode import PixelFormat, decode, decode_stored, own_values
 from data.values import DamagedImage, WrongPixels
 
 MAX_PIXELS = 5_000_000  # what damage makes of a size is refused early: the test does not wait for it
@@ -194,7 +194,7 @@ def check(file: Written, damaged: tuple, channels: int, value_range, nodata, min
     channels = channels or bands(file)
     options = dict(nodata=nodata, max_pixels=MAX_PIXELS)
     try:
-        image = decode(content, channels, value_range=value_range, min_sides=min_sides, **options)
+        image = decode(content, PixelFormat(channels, value_range, **options), min_sides=min_sides)
     except DamagedImage as error:
         image, reason = None, str(error)
         assert 0 < len(reason) < 200 and "\n" not in reason
@@ -213,14 +213,14 @@ def check(file: Written, damaged: tuple, channels: int, value_range, nodata, min
         if certain and channels == bands(file) and file.format in ("tiff", "deep png", "npy"):
             check_pixels(image, file, value_range, nodata)
     try:
-        values = own_values(content, channels, **options)
+        values = own_values(content, PixelFormat(channels, **options))
     except DamagedImage:
         assert value_range is None or image is None
     else:
         assert values.ndim == 3 and values.shape[2] == channels and values.size > 0
         assert values.dtype in (np.uint8, np.uint16, np.float32)
         if image is not None and value_range is not None and (min_sides is None or "jpeg" not in file.format):
-            assert torch.equal(from_own_values(values, channels, value_range=value_range, nodata=nodata), image)
+            assert torch.equal(decode(values, PixelFormat(channels, value_range, nodata)), image)
     try:
         mask = decode_stored(content, max_pixels=MAX_PIXELS)
     except DamagedImage as error:

@@ -19,10 +19,10 @@ from PIL import Image
 
 import prepare_data
 from data import writing
-from data.decode import PixelFormat
+from data.decode import PixelFormat, decode
 from data.pairs import open_pairs
 from data.prepared import open_prepared
-from data.sources import image_of, open_sources
+from data.sources import open_sources
 from training.files import alone_at
 from training.launch import RunError
 
@@ -96,13 +96,13 @@ def test_images_are_shrunk_upright_and_the_damaged_left_out(mixed, tmp_path):
     names = [found.name(index).partition("(")[2].rstrip(")") for index in range(9)]
     assert names[3] == "class_0/large_1.jpg" and not {*names} & {*DAMAGED}
     for name, data in zip(names, found.fetch(range(9)), strict=True):
-        image, file = image_of(data, PIXELS), mixed / name
+        image, file = decode(data, PIXELS), mixed / name
         assert bytes(data[:2]) == b"\xff\xd8"
         if file.stat().st_size == len(data):  # as the small ones
             assert file.read_bytes() == bytes(data) and image.shape[1:] == (30, 30)
             continue
         assert image.shape[1:] == ((60, 45) if name == "class_0/large_1.jpg" else (45, 60))
-        whole = Image.fromarray(image_of(file.read_bytes(), PIXELS).permute(1, 2, 0).numpy())
+        whole = Image.fromarray(decode(file.read_bytes(), PIXELS).permute(1, 2, 0).numpy())
         wanted = np.array(whole.resize(image.shape[:0:-1], Image.Resampling.BICUBIC), dtype=float)
         assert -10 * math.log10(((image.permute(1, 2, 0).numpy() - wanted) ** 2).mean() / 255**2) > 35
 
@@ -132,7 +132,7 @@ def test_the_library_datasets_loads_it(image_folder, tmp_path, capsys):
     assert found["train"].features["label"].names == ["class_0", "class_1"]
     assert found["train"]["label"] == source.labels.tolist()
     for index in (0, 39):
-        pixels = image_of(*source.fetch([index]), PIXELS).permute(1, 2, 0).numpy()
+        pixels = decode(*source.fetch([index]), PIXELS).permute(1, 2, 0).numpy()
         assert np.array_equal(np.array(found["train"][index]["image"]), pixels)
     raw = found["train"].cast_column("image", datasets.Image(decode=False))[3]["image"]
     assert raw["path"] == "class_0/0006.jpg" and raw["bytes"] == source.fetch([3])[0]
@@ -357,7 +357,7 @@ def test_arrays_with_a_range_hold_numbers_of_all_types_and_none_for_nodata(tmp_p
         np.testing.assert_array_equal(image[..., 0], values)
     source = open_sources(str(folder), pixels)[0]
     for ours, theirs in zip(found.fetch(range(4)), source.fetch(range(4)), strict=True):
-        assert torch.equal(image_of(ours, pixels), image_of(theirs, pixels))
+        assert torch.equal(decode(ours, pixels), decode(theirs, pixels))
 
 
 def test_deep_numbers_are_shrunk_and_nodata_stay(tmp_path):

@@ -15,7 +15,7 @@ from timm.data.auto_augment import RandAugment
 from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import Resize
 
-from data.decode import decode
+from data.decode import PixelFormat, decode
 from data.sampling import seeded
 from data.transforms import (
     CentreCrop,
@@ -283,7 +283,7 @@ def test_photographs_are_resized_within_60_db_of_pillow():
     paths = sorted(Path(os.environ["MAE_TEST_DATA"], "imagenet_sample", "train").glob("*/*"))[:30]
     assert paths
     for number, path in enumerate(paths):
-        image = decode(path.read_bytes(), 3)
+        image = decode(path.read_bytes(), PixelFormat(3))
         box = random_crop_box(np.random.default_rng(number), *image.shape[1:])
         result = resized_crop(image, box, (224, 224)).numpy()
         assert psnr(result, pillow_resized_crop(image, box, (224, 224))) >= 60, path
