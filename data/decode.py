@@ -85,7 +85,22 @@ def decode(data, pixels: PixelFormat, min_sides: tuple[int, int] | None = None) 
         WrongPixels: for other channels than requested, and for numbers that need a value range.
     """
     values, own_nodata = _read(data, pixels, exact=pixels.value_range is not None, min_sides=min_sides)
-    return _to_tensor(values, pixels.value_range, pixels.nodata, own_nodata)
+    if pixels.value_range is None and values.dtype not in (np.uint8, np.uint16):
+        raise WrongPixels(f"has {values.dtype} numbers, whose range no file states; give --value_range MIN MAX")
+    values, missing = find_missing(values, pixels.nodata, own_nodata)
+    if pixels.value_range is not None:
+        values = values.astype(np.float32, order="C")
+    if missing is not None:
+        values = fill_missing(values, missing)
+    if pixels.value_range is not None:
+        low, high = pixels.value_range
+        with np.errstate(all="ignore"):
+            values -= low
+            values /= high - low
+        np.clip(values, 0, 1, out=values)
+    elif values.dtype == np.uint16:
+        values = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return torch.from_numpy(values).permute(2, 0, 1)
 
 
 def own_values(data, pixels: PixelFormat) -> np.ndarray:
@@ -99,6 +114,11 @@ def own_values(data, pixels: PixelFormat) -> np.ndarray:
         values = values.astype(np.float32)
         values[missing] = np.nan
     return values
+
+
+def stores_bytes(data, pixels: PixelFormat) -> bool:
+    """Return True if a file stores 8-bit numbers, some of which may be nodata. Raises the errors of `decode`."""
+    return _read(data, pixels, exact=True)[0].dtype == np.uint8
 
 
 def decode_stored(data, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -286,27 +306,3 @@ def _open_image(data: bytes | memoryview, max_pixels: int) -> Iterator[Image.Ima
         raise _UnknownFormat(reason) from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit
-
-
-def _to_tensor(values: np.ndarray, value_range: tuple[float, float] | None, *nodata: float | None) -> torch.Tensor:
-    """Convert (H, W, C) as stored to (C, H, W), uint8 or float32: fill missing values, then scale all."""
-    if value_range is None and values.dtype == np.uint8 and all(number is None for number in nodata):  # usually
-        return torch.from_numpy(values).permute(2, 0, 1)
-    if value_range is None and values.dtype not in (np.uint8, np.uint16):
-        raise WrongPixels(f"has {values.dtype} numbers, whose range no file states; give --value_range MIN MAX")
-    values, missing = find_missing(values, *nodata)
-    if value_range is not None:
-        values = values.astype(np.float32, order="C")
-    elif missing is not None:
-        values = values.copy()
-    if missing is not None:
-        fill_missing(values, missing)
-    if value_range is not None:
-        low, high = value_range
-        with np.errstate(all="ignore"):
-            values -= low
-            values /= high - low
-        np.clip(values, 0, 1, out=values)
-    elif values.dtype == np.uint16:
-        values = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    return torch.from_numpy(values).permute(2, 0, 1)
