@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.decode import DamagedImage, PixelFormat, decode
 from data.masking import mask_noise
+from data.pool import watch_parent
 from data.sampling import StepSampler, sample_generator
 from data.sources import Source
 from data.transforms import CentreCrop, RandomCrop, augment_image, empty_images
@@ -208,6 +209,7 @@ class Normalization:
 
 def _begin_work(worker_id: int) -> None:
     """Let a worker outlive the signals that ask the run to stop: the step in progress still needs its batches."""
+    watch_parent()  # the loader's own check does not run while a batch waits to be taken
     gc.freeze()  # the collector would write into the memory that the worker shares with its parent, and so copy it
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
