@@ -1,6 +1,7 @@
 """Pairs of image and mask -> batches for semantic segmentation: sizes, augmentation, data sets, and colours of classes.
 
 Masks are uint8 (H, W) with 0 .. N-1 for the classes and 255 (IGNORED) for void. Sizes are (height, width), in pixels.
+Images are resized by an antialiased bilinear filter.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,11 +72,6 @@ def view_sizes(
     return [(fit(height), fit(width)) for height, width in sizes]
 
 
-def evaluation_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resize (C, H, W) -> (C, *size), of its type, by an antialiased bilinear filter."""
-    return F.resize(image, list(size), InterpolationMode.BILINEAR, antialias=True)
-
-
 def training_pair(
     image: torch.Tensor,
     mask: torch.Tensor,
@@ -97,9 +93,9 @@ def training_pair(
     factor = rng.uniform(*ratio)
     size = keep_ratio(*mask.shape, int(resize[0] * factor), int(resize[1] * factor))
     # Nearest-exact takes the centres of pixels, as the image's filter does; plain nearest is off by up to half a pixel.
-    mask = F.resize(mask[None], list(size), InterpolationMode.NEAREST_EXACT)[0]
+    mask = F.resize(mask[None], size, InterpolationMode.NEAREST_EXACT)[0]
     top, left, h, w = _crop_box(mask, rng, crop_size, max_share)
-    image, mask = (each[..., top : top + h, left : left + w] for each in (evaluation_image(image, size), mask))
+    image, mask = (each[..., top : top + h, left : left + w] for each in (F.resize(image, size), mask))
     if rng.random() < 0.5:
         image, mask = image.flip(-1), mask.flip(-1)
     padding = [0, 0, crop_size - w, crop_size - h]  # at the right and the bottom
@@ -160,8 +156,8 @@ def view_and_preview(
     height, width = image.shape[1:]
     (view,) = sizes(height, width)
     small = max(height, width) <= longest
-    preview = image if small else evaluation_image(image, keep_ratio(height, width, longest, longest))
-    return evaluation_image(image, view), preview, torch.tensor([height, width])
+    preview = image if small else F.resize(image, keep_ratio(height, width, longest, longest))
+    return F.resize(image, view), preview, torch.tensor([height, width])
 
 
 class SegmentationBatch(NamedTuple):
@@ -248,5 +244,5 @@ class EvaluationPairs(SourceDataset):
         except DamagedImage as error:
             image = torch.zeros(self.pixels.channels, 1, 1, dtype=self.pixels.dtype)
             return EvaluationPair(index, image, [], torch.full((1, 1), IGNORED, dtype=torch.uint8), str(error))
-        views = [evaluation_image(image, size) for size in self.sizes(*mask.shape)]
+        views = [F.resize(image, size) for size in self.sizes(*mask.shape)]
         return EvaluationPair(index, image, views, mask, None)

@@ -13,7 +13,6 @@ from data.pairs import IGNORED, SegmentationFolder, ade20k_classes, check_masks,
 from data.segmentation import (
     EvaluationPairs,
     SegmentationDataset,
-    evaluation_image,
     keep_ratio,
     palette,
     photometric_distortion,
@@ -211,16 +210,6 @@ def test_distortion_draws_each_half_the_time_and_spares_the_colours_of_grey():
     for i in range(20):
         grey = photometric_distortion(image[:1], np.random.default_rng(i))
         assert grey.shape == (1, 4, 4) and grey.unique().numel() == 1
-
-
-def test_evaluation_images_are_those_of_transformers_processor():
-    from transformers import SegformerImageProcessor
-
-    processor = SegformerImageProcessor(size={"height": 96, "width": 61}, do_normalize=False, do_rescale=False)
-    pixels = np.random.default_rng(0).integers(0, 256, (50, 80, 3), dtype=np.uint8)
-    theirs = processor(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0]
-    ours = evaluation_image(torch.from_numpy(pixels).permute(2, 0, 1), (96, 61))
-    np.testing.assert_array_equal(ours, theirs)
 
 
 # Data sets
