@@ -153,8 +153,6 @@ def _read(
         check_channels(data.shape[2], pixels.channels)
         return data, None
     data = _as_bytes(data)
-    if not data:
-        raise DamagedImage("empty file")
     if data[:2] == b"\xff\xd8":
         values = _decode_jpeg(data, pixels, exact=exact, min_sides=min_sides)
         if values is not None:
@@ -285,6 +283,8 @@ def _read_tiff(data: bytes, pixels: PixelFormat) -> tuple[np.ndarray, float | No
 def _as_bytes(data) -> bytes | memoryview:
     if isinstance(data, OSError):
         raise DamagedImage(data.strerror or str(data))
+    if not len(data):
+        raise DamagedImage("empty file")
     return data if isinstance(data, bytes) else memoryview(data).cast("B")
 
 
@@ -302,7 +302,6 @@ def _open_image(data: bytes | memoryview, max_pixels: int) -> Iterator[Image.Ima
                 raise _UnknownFormat("a TIFF of planes that Pillow does not read")
             yield image
     except UnidentifiedImageError:  # its own message contains a memory address
-        reason = f"not an image: begins with {bytes(data[:8])!r}" if data else "empty file"
-        raise _UnknownFormat(reason) from None
+        raise _UnknownFormat(f"not an image: begins with {bytes(data[:8])!r}") from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit
