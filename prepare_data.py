@@ -19,7 +19,6 @@ import math
 import os
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +54,6 @@ def parse_args(argv=None):
     flag("--quality", type=integer(1, 100), metavar="Q", help=f"JPEG quality of all (default: {QUALITY}, if shrunk)")
     flag("--shard_size", type=number(1e-3), default=512, metavar="MB", help="approximate size of a file (default 512)")
     flag("--statistics", action="store_true", help=f"measure the channels of the training images ({STATISTICS})")
-    flag("--verify", action="store_true", help="compare the shards of OUT, or of SOURCE, with their checksums")
     flag("--num_workers", type=integer(0), help="worker processes (default min(32, cores))")
     flag("--cache_dir", help="folder for indices of large data sets (default ~/.cache/masked-autoencoders)")
     flag, real = parser.add_argument_group("images").add_argument, number(-math.inf)
@@ -70,8 +68,8 @@ def parse_args(argv=None):
         names = ("format", "short_side", "quality", "shard_size")
         unused = [name for name in names if getattr(args, name) != parser.get_default(name)]
         errors += [f"--{name} needs a folder to write; give OUT" for name in unused]
-        if not (args.statistics or args.verify):
-            errors.append("OUT is missing; give a folder to write, or --statistics or --verify")
+        if not args.statistics:
+            errors.append("OUT is missing; give a folder to write, or --statistics")
     elif Path(args.source).is_dir() and Path(args.out).resolve().is_relative_to(Path(args.source).resolve()):
         errors.append(f"OUT {args.out} is inside SOURCE, whose images would change; give another folder")
     if args.value_range and not args.value_range[0] < args.value_range[1]:
@@ -179,12 +177,6 @@ def start_or_resume(output, encoders, settings):
     return plan
 
 
-def checksum(path):
-    """Return the SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def shard_names(plan, split):
     """Return the shards of a split, as paths below the folder."""
     count, suffix = len(plan["bounds"][split]) - 1, {"jpeg": "arrow", "array": "bin"}[plan["format"]]
@@ -227,8 +219,10 @@ def write_split(output, plan, split, encoder, num_workers, bar):
             file.write(encoder.footer)
             file.flush()
             os.fsync(file.fileno())
+        with open(part, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         part.replace(path)  # so that a shard is complete or absent
-        record = dict(file=name, samples=samples, bytes=path.stat().st_size, sha256=checksum(path))
+        record = dict(file=name, samples=samples, bytes=path.stat().st_size, sha256=digest)
         if plan["format"] == "array":
             write_array(record_path(output, name).with_suffix(".npy"), np.concatenate(shapes))
         write_json(record_path(output, name), {"shard": record, "damaged": damaged})
@@ -272,7 +266,7 @@ def prepare(output, encoders, settings, num_workers):
         if (output / PREPARED).is_file():
             check_same(output, read_prepared(output), encoders, settings)
             shutil.rmtree(output / PREPARING, ignore_errors=True)
-            print(f"already finished: {output}; --verify compares it with its checksums")
+            print(f"already finished: {output}")
             return
         plan = start_or_resume(output, encoders, settings)
         with tqdm(total=sum(len(encoder.source) for encoder in encoders.values()), unit="image") as bar:
@@ -284,21 +278,6 @@ def prepare(output, encoders, settings, num_workers):
         if prepared["damaged"]:
             state = "kept unchanged" if keeps_files(settings) else "left out"
             print(f"damaged    {state}, and listed in {output / 'damaged.jsonl'}")
-
-
-def verify(folder, num_workers):
-    """Compare all shards with their checksums. Raises DataError and RunError."""
-    if kind_of_data(str(folder)) != "prepared":
-        raise DataError(f"--verify: {folder} was not written by this script; give a prepared folder")
-    shards = read_prepared(folder)["shards"]
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        sums = pool.map(checksum, [folder / shard["file"] for shard in shards])
-        progress = tqdm(zip(shards, sums, strict=True), total=len(shards), unit="shard")
-        damaged = [shard["file"] for shard, digest in progress if digest != shard["sha256"]]
-    if damaged:
-        changed = f"{len(damaged)} of {len(shards)} shards have changed ({first_few(damaged, len(damaged))})"
-        raise launch.RunError(f"{folder}: {changed}; remove the folder and prepare it again")
-    print(f"verified   {folder}: {len(shards)} shards are as they were written")
 
 
 def measure(source, pixels, num_workers):
@@ -362,18 +341,15 @@ def main(argv=None):
 
     try:
         # Source
-        if args.out or args.statistics:
-            sources = open_all(args.source, pixels, cache=args.cache_dir, any_range=not args.out)
-            for source in sources.values():
-                source.prepare(processes=max(1, num_workers), progress=True)
+        sources = open_all(args.source, pixels, cache=args.cache_dir, any_range=not args.out)
+        for source in sources.values():
+            source.prepare(processes=max(1, num_workers), progress=True)
 
         # Shards
         if args.out:
             encoder = FileEncoder if args.format == "jpeg" else ArrayEncoder
             encoders = {split: encoder(source, settings, pixels) for split, source in sources.items()}
             prepare(folder, encoders, settings, num_workers)
-        if args.verify:
-            verify(folder, num_workers)
 
         # Statistics
         if args.statistics:

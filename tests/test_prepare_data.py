@@ -24,7 +24,6 @@ from data.pairs import open_pairs
 from data.prepared import open_prepared
 from data.sources import open_sources
 from training.files import alone_at
-from training.launch import RunError
 
 PIXELS = PixelFormat()
 
@@ -272,7 +271,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     assert "is inside SOURCE" in refused(capsys, photos, photos / "out")
     (tmp_path / "killed" / "preparing").mkdir(parents=True)
     (tmp_path / "killed" / "preparing" / ".plan.json.tmp").touch()  # killed while it wrote the plan
-    prepare(photos, tmp_path / "killed", "--verify")
+    prepare(photos, tmp_path / "killed")
 
 
 def test_too_little_room_is_told_before_anything_is_written(mixed, tmp_path, capsys, monkeypatch):
@@ -280,19 +279,6 @@ def test_too_little_room_is_told_before_anything_is_written(mixed, tmp_path, cap
     errors = refused(capsys, mixed, tmp_path / "out", "--format", "array")
     assert re.search(r"needs about .* kB, and 5 kB are free", errors)
     assert not (tmp_path / "out").exists()
-
-
-def test_checksums_are_compared(tmp_path, capsys):
-    photos, out = write_images(tmp_path / "photos", 4), tmp_path / "out"
-    prepare(photos, out, "--verify")
-    assert "verified" in capsys.readouterr().out
-    (shard,) = out.rglob("*.arrow")
-    data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 1
-    shard.write_bytes(data)
-    with pytest.raises(RunError, match="1 of 1 shards have changed"):
-        prepare(out, "--verify")
-    assert "was not written by this script" in refused(capsys, photos, "--verify")
 
 
 def test_one_process_writes_at_a_time(tmp_path):
