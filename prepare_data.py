@@ -114,6 +114,7 @@ def mean_size(encoder):
 def identify(encoders):
     """Return what identifies the images of each split: fingerprints, and roughly the bytes of all files."""
     return {
+        "version": VERSION,
         "fingerprint": {split: encoder.source.fingerprint() for split, encoder in encoders.items()},
         "source_bytes": {split: round(encoder.source.size_in_bytes()) for split, encoder in encoders.items()},
     }
@@ -124,7 +125,7 @@ def make_plan(encoders, settings):
     has_masks = any(getattr(encoder.source, "has_masks", False) for encoder in encoders.values())
     if has_masks and (settings["short_side"] is not None or settings["format"] == "array"):
         raise DataError("the images have masks, which need their own size and --format jpeg; leave out --short_side")
-    plan = {"version": VERSION, **settings, **identify(encoders), "bounds": {}, "bytes": {}, "chunk": {}}
+    plan = {**settings, **identify(encoders), "bounds": {}, "bytes": {}, "chunk": {}}
     plan["dtype"] = "uint8" if settings["format"] == "jpeg" or settings["value_range"] is None else "float32"
     for split, encoder in encoders.items():
         size, samples = mean_size(encoder), len(encoder.source)
@@ -137,16 +138,14 @@ def make_plan(encoders, settings):
 
 def check_same(output, plan, encoders, settings):
     """Raise DataError if the folder was started with other settings or images."""
-    if plan["version"] != VERSION:
-        raise DataError(f"{output} was started by another version; remove it, or give another OUT")
     errors = [
-        f"{output} was started with --{FLAGS.get(name, name)} {format_flag(plan[name])}, not {format_flag(value)}; "
+        f"{output} was started with --{FLAGS.get(name, name)} {format_flag(plan.get(name))}, not {format_flag(value)}; "
         "repeat that command, or give another OUT"
         for name, value in settings.items()
-        if plan[name] != value
+        if plan.get(name) != value
     ]
     if any(plan.get(name) != value for name, value in identify(encoders).items()):
-        errors.append(f"{output} was started with other images (number, names, sizes or labels); give another OUT")
+        errors.append(f"{output} was started with other images or by another version of this script; give another OUT")
     if errors:
         raise DataError("\n".join(errors))
 
