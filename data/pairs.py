@@ -51,9 +51,8 @@ def ade20k_classes() -> tuple[list[str], np.ndarray]:
 class SegmentationFolder(FolderSource):
     """Find the pairs of a split, "training" or "validation", of a folder laid out like ADEChallengeData2016 of ADE20K.
 
-    Each image below images/SPLIT has a mask of the same relative name below annotations/SPLIT, as a PNG.
-    `classes_file` names the classes, or is "ade20k"; by default it is classes.txt in `root`, and if there is none and
-    the images are ADE20K's, they are those of ADE20K. Raises DataError with a line for each problem.
+    Each image below images/SPLIT has a mask of the same relative name below annotations/SPLIT, as a PNG. Without a
+    `classes_file` (see `open_pairs`) and classes.txt, images of ADE20K have its classes. Raises DataError.
     """
 
     has_masks = True
@@ -137,10 +136,7 @@ def _read_classes(path: Path) -> tuple[list[str], list[str]]:
 
 
 class Pairs:
-    """Wrap a source that has masks, such as a list, with the names of its classes.
-
-    `classes_file` names the classes, or is "ade20k". Raises DataError with a line for each problem.
-    """
+    """Wrap a source that has masks, such as a list, with the names of its classes. Raises DataError."""
 
     def __init__(self, source: Source, path: str, classes_file: str | Path | None):
         if not getattr(source, "has_masks", False):
@@ -170,8 +166,7 @@ def open_pairs(
     classes_file: str | None = None,
     cache: str | None = None,
 ) -> tuple[PairSource, PairSource]:
-    """Open the training and the validation pairs: of a folder laid out like ADE20K's, of `builtin:shapes`, or of a
-    source with masks, see `open_sources`.
+    """Open the training and the validation pairs of a folder laid out like ADE20K's, or of a source with masks.
 
     `classes_file` names the classes, or is "ade20k"; by default it is classes.txt beside the data. Raises DataError
     with a line for each problem.
