@@ -19,6 +19,9 @@ from data.pairs import IGNORED, WRONG_SIZE, PairSource, ade20k_classes, mask_of
 from data.sampling import sample_generator
 from data.transforms import empty_images
 
+SCALES = (0.5, 2.0)  # bounds of the random resizing in training
+MAX_SHARE = 0.75  # of a class in a crop, above which another crop is drawn
+
 
 def palette(num_classes: int) -> np.ndarray:
     """Return a colour for each class, uint8 (N, 3).
@@ -80,21 +83,19 @@ def training_pair(
     crop_size: int,
     resize: tuple[int, int],
     fill: list[float],
-    ratio: tuple[float, float] = (0.5, 2.0),
-    max_share: float = 0.75,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Augment a pair for training as mmsegmentation's recipes for ADE20K do: (C, H, W) and (H, W), to squares of
     `crop_size`.
 
-    The pair is resized to fit `resize` (long side, short side) times a factor drawn from `ratio`. A crop is drawn up to
-    ten times, until no class fills `max_share` of what is not void, then mirrored half the time and distorted. What is
+    The pair is resized to fit `resize` (long side, short side) times a factor drawn from SCALES. A crop is drawn up to
+    ten times, until no class fills MAX_SHARE of what is not void, then mirrored half the time and distorted. What is
     too small is padded with `fill`, one value a channel (0 .. 255, or in [0, 1] for float32), and void.
     """
-    factor = rng.uniform(*ratio)
+    factor = rng.uniform(*SCALES)
     size = keep_ratio(*mask.shape, int(resize[0] * factor), int(resize[1] * factor))
     # Nearest-exact takes the centres of pixels, as the image's filter does; plain nearest is off by up to half a pixel.
     mask = F.resize(mask[None], size, InterpolationMode.NEAREST_EXACT)[0]
-    top, left, h, w = _crop_box(mask, rng, crop_size, max_share)
+    top, left, h, w = _crop_box(mask, rng, crop_size)
     image, mask = (each[..., top : top + h, left : left + w] for each in (F.resize(image, size), mask))
     if rng.random() < 0.5:
         image, mask = image.flip(-1), mask.flip(-1)
@@ -103,15 +104,13 @@ def training_pair(
     return image, F.pad(mask[None], padding, fill=IGNORED)[0]
 
 
-def _crop_box(
-    mask: torch.Tensor, rng: np.random.Generator, crop_size: int, max_share: float
-) -> tuple[int, int, int, int]:
+def _crop_box(mask: torch.Tensor, rng: np.random.Generator, crop_size: int) -> tuple[int, int, int, int]:
     height, width = (min(side, crop_size) for side in mask.shape)
     for _ in range(10):
         top, left = (int(rng.integers(side - min(side, crop_size) + 1)) for side in mask.shape)
         part = mask.numpy()[top : top + height, left : left + width]
         pixels = np.bincount(part.ravel(), minlength=IGNORED + 1)[:IGNORED]
-        if pixels.max() < max_share * pixels.sum() or mask.shape == (height, width):
+        if pixels.max() < MAX_SHARE * pixels.sum() or mask.shape == (height, width):
             break
     return top, left, height, width
 
@@ -235,10 +234,9 @@ class EvaluationPairs(SourceDataset):
         self.sizes = sizes
 
     def __getitems__(self, items: list[tuple[int, int]]) -> list[EvaluationPair]:
-        return [self.pair(index) for _, index in items]
+        return [self._pair(index) for _, index in items]
 
-    def pair(self, index: int) -> EvaluationPair:
-        """Read a sample."""
+    def _pair(self, index: int) -> EvaluationPair:
         try:
             image, mask = read_pair(self.source, index, self.pixels)
         except DamagedImage as error:
