@@ -10,6 +10,8 @@ import pyarrow as pa
 import pytest
 import tifffile
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from imagecodecs import png_encode
 from PIL import Image, ImageOps, features
 from torch.nn.functional import interpolate
@@ -119,11 +121,12 @@ def test_compressions_whose_size_only_their_own_header_knows_are_refused():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF"])
 def test_exif_turns_the_image_upright(format, orientation):
     content = encode(RGB, format, exif=exif(orientation))
     upright = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
     assert np.array_equal(decode(content, PixelFormat(3)).permute(1, 2, 0).numpy(), upright)
+    assert np.array_equal(own_values(content, PixelFormat(3)), upright)  # tifffile's of a TIFF
     assert decode(content, PixelFormat(1)).shape[1:] == upright.shape[:2]
 
 
@@ -593,21 +596,6 @@ def test_neither_warnings_nor_log_messages_escape(caplog, capfd):
     assert not caplog.records and not capfd.readouterr().err
 
 
-def test_elevation_models_and_satellite_scenes_are_read(real_images):
-    raw = real_images / "dem" / "raw"
-    scenes = np.load(raw / "eolearn_sentinel2_5x101x100x13_float32.npy")
-    content = (raw / "eolearn_sentinel2_5x101x100x13_float32.npy").read_bytes()
-    assert np.array_equal(own_values(content, PixelFormat(13)), scenes[0])
-    for name in ("pysheds_dem_90m_int16.tif", "pysheds_roi_30m_float32.tif"):
-        values = own_values((raw / name).read_bytes(), PixelFormat(1))
-        image = decode((raw / name).read_bytes(), PixelFormat(1, (0, 3000)))
-        assert values.dtype == np.float32 and image.shape == (1, *values.shape[:2])
-        assert 0 < np.isnan(values).mean() < 1 or np.isfinite(values).all()
-        assert image.isfinite().all() and image.std() > 0
-    tiles = sorted((real_images / "dem" / "tiles16").rglob("*.png"))
-    assert own_values(tiles[0].read_bytes(), PixelFormat(1)).dtype == np.uint16
-
-
 def test_photographs_decode_to_pillows_pixels(real_images):
     paths = sorted((real_images / "imagenet_sample" / "train").glob("*/*"))[:20]
     assert paths
@@ -629,3 +617,54 @@ def test_lzw_with_a_code_that_means_nothing_yet_is_damaged():
         broken[place + 1] |= 0x68  # the first code after the one that clears the table
         with pytest.raises(DamagedImage, match="LZW"):
             own_values(bytes(broken), PixelFormat(5))
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 3000), (3000, 1), (16, 17)])
+def test_images_of_any_size_are_read(height, width):
+    small = RGB.resize((width, height))
+    contents = [encode(small, format) for format in ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF")]
+    contents += [tiff(numbers(np.uint16, height, width, 3), photometric="rgb", compression="lzw", tile=(16, 16))]
+    contents += [npy(numbers(np.uint8, height, width, 3)), encode(small, "TIFF", compression="tiff_lzw")]
+    for content in contents:
+        assert decode(content, PixelFormat(3)).shape == (3, height, width)
+        values = own_values(content, PixelFormat(3))
+        assert torch.equal(decode(values, PixelFormat(3, (10, 200))), decode(content, PixelFormat(3, (10, 200))))
+
+
+def damage(content: bytes, kind: str, place: int, value: int) -> bytes:
+    """Damage a file at `place`, 0 to 9,999."""
+    # Most of what bytes can break is in the head
+    at = place % min(400, len(content)) if kind == "head" else place * len(content) // 10_000
+    changed = {
+        "cut": b"",
+        "head": bytes([value]) + content[at + 1 :],
+        "byte": bytes([value]) + content[at + 1 :],
+        "bytes": struct.pack("<I", value * 0x01020408 % 2**32) + content[at + 4 :],
+        "zeros": bytes(min(512, len(content) - at)) + content[at + 512 :],
+        "more": content,
+    }
+    return content[:at] + changed[kind]
+
+
+@settings(derandomize=True, database=None, deadline=None, max_examples=1000)
+@given(
+    content=st.sampled_from([*FILES.values(), *NUMBER_FILES.values()]),
+    damaged=st.tuples(
+        st.sampled_from(["cut", "head", "byte", "bytes", "zeros", "more"]), st.integers(0, 9_999), st.integers(0, 255)
+    ),
+    channels=st.sampled_from([1, 3, 4]),
+    value_range=st.sampled_from([None, (0, 255), (20.5, 60.25)]),
+    nodata=st.sampled_from([None, 0, 7.5]),
+    min_sides=st.sampled_from([None, (1, 1), (16, 30)]),
+)
+def test_any_bytes_give_an_image_or_are_damaged(content, damaged, channels, value_range, nodata, min_sides):
+    content, pixels = damage(content, *damaged), PixelFormat(channels, value_range, nodata, max_pixels=5_000_000)
+    try:
+        image = decode(content, pixels, min_sides)
+    except DamagedImage as error:
+        assert 0 < len(str(error)) < 200 and "\n" not in str(error)
+    else:
+        assert image.dtype == pixels.dtype and image.ndim == 3 and len(image) == channels and image.numel() > 0
+        assert value_range is None or (image.min() >= 0 and image.max() <= 1)  # which NaN is not
+    with contextlib.suppress(DamagedImage):
+        assert decode_stored(content, pixels.max_pixels).size > 0
