@@ -1,5 +1,4 @@
 import gc
-import pickle
 import random
 from functools import partial
 
@@ -196,12 +195,6 @@ def test_arrays_are_classified_like_files():
     whole = labelled(scenes, pixels=PixelFormat(1), crop=CentreCrop((64, 64))).__getitems__([(0, 1)])
     assert torch.equal(whole.images[0, 0], torch.from_numpy(before[1, :, :, 0]))
     assert np.array_equal(scenes.images, before)
-
-
-def test_a_data_set_with_rand_augment_can_be_sent_to_another_process(source):
-    data, items = labelled(source), [(epoch, 1) for epoch in range(12)]
-    images = pickle.loads(pickle.dumps(data)).__getitems__(items).images
-    assert torch.equal(images, data.__getitems__(items).images)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

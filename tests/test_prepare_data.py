@@ -359,16 +359,6 @@ def test_deep_numbers_are_shrunk_and_nodata_stay(tmp_path):
     assert found.shape == (20, 20, 1) and np.isnan(found[:4]).all() and np.allclose(found[8:], 1)
 
 
-@pytest.mark.parametrize("bands", [1, 2, 3, 4, 13])
-def test_any_number_of_bands_is_shrunk_alike(bands):
-    image = np.random.default_rng(0).integers(0, 256, (31, 47, bands), dtype=np.uint8)
-    small = writing.shrink(image, 16)
-    assert small.shape == (16, 24, bands) and small.flags.c_contiguous
-    for band in range(bands):
-        one = Image.fromarray(image[..., band]).resize((24, 16), Image.Resampling.BICUBIC)
-        assert np.abs(small[..., band].astype(int) - np.array(one)).max() <= 2
-
-
 def test_a_side_that_jpeg_does_not_hold_is_listed(tmp_path):
     (tmp_path / "photos").mkdir()
     Image.new("L", (70000, 1)).save(tmp_path / "photos" / "long.png")
