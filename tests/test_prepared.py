@@ -115,8 +115,8 @@ def test_a_fingerprint_follows_from_the_source_and_the_settings(photos, kept, ar
     ("folder", "pixels", "expected"),
     [
         ("deep", PixelFormat(channels=3, value_range=(0.0, 1.0)), "give --input_channels 5"),
-        ("deep", PixelFormat(channels=5), r"holds float32 pixels; give --value_range 0\.0 60000\.0$"),
-        ("arrays", PixelFormat(value_range=(0.0, 255.0)), "without --value_range"),
+        ("deep", PixelFormat(channels=5), r"holds float32 pixels; give --value_range 0\.0 60000\.0,"),
+        ("arrays", PixelFormat(value_range=(0.0, 255.0)), "holds uint8 pixels; leave out --value_range"),
         ("arrays", PixelFormat(channels=1), "give --input_channels 3"),
     ],
 )
