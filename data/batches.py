@@ -208,7 +208,7 @@ class Normalization:
 
 
 def _begin_work(worker_id: int) -> None:
-    """Let a worker outlive the signals that ask the run to stop: the step in progress still needs its batches."""
+    """Let a worker end with the run, and outlive the signals that ask it to stop: a step still needs its batches."""
     watch_parent()  # the loader's own check does not run while a batch waits to be taken
     gc.freeze()  # the collector would write into the memory that the worker shares with its parent, and so copy it
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
