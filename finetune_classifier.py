@@ -23,11 +23,10 @@ from accelerate.utils import broadcast
 from data.batches import ClassificationBatch, ClassificationDataset, Normalization, own_batches, training_batches
 from data.decode import PixelFormat
 from data.index import DataError
-from data.mixing import build_mixing
 from data.sampling import StepSampler, seed_everything
 from data.sources import check_classes, check_num_classes, describe_data, labels_in, match_classes, open_sources
 from data.statistics import read_statistics
-from data.transforms import CentreCrop, RandomCrop, empty_images, evaluation_crop_ratio, rand_augment
+from data.transforms import CentreCrop, RandomCrop, build_mixing, empty_images, evaluation_crop_ratio, rand_augment
 from modeling.classifier import Classifier
 from modeling.export import export_classifier
 from modeling.files import Stored, WeightsError

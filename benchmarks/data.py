@@ -110,7 +110,7 @@ def measure(source: FileSource, *, img_size: int, num_images: int, rounds: int) 
     count = min(num_images, len(source))
     exact, fast = (pretraining_data(source, img_size, fast=fast) for fast in (False, True))
     works = {
-        "decoding alone": lambda: [decode(*source.fetch([index]), 3) for index in range(count)],
+        "decoding alone": lambda: [decode(*source.fetch([index]), PixelFormat(3)) for index in range(count)],
         "file to batch": partial(read_ours, exact, count),
         "file to batch, --fast_decoding": partial(read_ours, fast, count),
     }

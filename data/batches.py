@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data.decode import DamagedImage, PixelFormat
+from data.decode import DamagedImage, PixelFormat, decode
 from data.masking import mask_noise
+from data.pool import watch_parent
 from data.sampling import StepSampler, sample_generator
-from data.sources import Source, image_of
+from data.sources import Source
 from data.transforms import CentreCrop, RandomCrop, augment_image, empty_images
 
 FIXED_EPOCH = 2**32 - 1  # the "epoch" of validation: its noise is the same in every epoch and run
@@ -51,7 +52,7 @@ class SourceDataset(Dataset):
 
     def read(self, index: int):
         """Return the decoded sample. Raises DamagedImage."""
-        return image_of(*self.source.fetch([index]), self.pixels, self.min_sides)
+        return decode(*self.source.fetch([index]), self.pixels, self.min_sides)
 
     def first_readable(self, index: int, damaged: list[tuple[int, str]]) -> tuple:
         """Return the sample `index`, or the next one that can be read, and its index; append to `damaged`.
@@ -207,7 +208,8 @@ class Normalization:
 
 
 def _begin_work(worker_id: int) -> None:
-    """Let a worker outlive the signals that ask the run to stop: the step in progress still needs its batches."""
+    """Let a worker end with the run, and outlive the signals that ask it to stop: a step still needs its batches."""
+    watch_parent()  # the loader's own check does not run while a batch waits to be taken
     gc.freeze()  # the collector would write into the memory that the worker shares with its parent, and so copy it
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -28,7 +28,6 @@ from data.values import (
     drop_alpha,
     fill_missing,
     find_missing,
-    first_image,
     turn_upright,
 )
 
@@ -45,10 +44,10 @@ class _UnknownFormat(DamagedImage):
 
 
 class PixelFormat(NamedTuple):
-    """Say how the images of a run are read: arguments of `decode`."""
+    """Say how the images of a run are read."""
 
-    channels: int = 3
-    value_range: tuple[float, float] | None = None  # the numbers that become 0 and 1; None: 8-bit pixels
+    channels: int = 3  # 1 (grey), 3 (RGB) or the number of an image's bands
+    value_range: tuple[float, float] | None = None  # numbers that become 0 and 1, others are clipped; None: 8 bits
     nodata: float | None = None  # the number that marks pixels without data
     max_pixels: int = MAX_PIXELS
 
@@ -64,124 +63,122 @@ def preview_channels(pixels: PixelFormat) -> list[int] | None:
     return [0, 1, 2] if pixels.channels >= 3 else [0]
 
 
-def decode(
-    data,
-    channels: int,
-    *,
-    value_range: tuple[float, float] | None = None,
-    nodata: float | None = None,
-    max_pixels: int = MAX_PIXELS,
-    min_sides: tuple[int, int] | None = None,
-) -> torch.Tensor:
+def decode(data, pixels: PixelFormat, min_sides: tuple[int, int] | None = None) -> torch.Tensor:
     """Decode an image and turn it upright by its orientation tag.
 
-    Without `value_range` the pixels have 8 bits, scaled from 16 if needed. For 3 or 1 `channels`, colour and grey are
+    Without a value range the pixels have 8 bits, scaled from 16 if needed. For 3 or 1 channels, colour and grey are
     converted to each other, palettes are resolved and transparency is dropped; any other number, and the channels of
-    arrays and of TIFFs that Pillow does not read, must be the file's own. With `value_range`, channels must be the
+    arrays and of TIFFs that Pillow does not read, must be the file's own. With a value range, channels must be the
     file's own, but transparency is dropped where the others then match. Missing values become the mean of the others
-    in their channel: those equal to `nodata` or to the nodata number that the file declares, and those not finite.
+    in their channel: those equal to `pixels.nodata` or to the number that the file declares, and those not finite.
 
     Args:
-        data: any buffer, or the OSError in reading it. The first image of an animation, of pages or of an array
-            (T, H, W, C) is decoded.
-        channels: 1 (grey), 3 (RGB) or the number of an image's bands.
-        value_range: (low, high): the stored numbers x become (x - low) / (high - low), clipped to [0, 1].
+        data: what a source fetched: an encoded file in any buffer, of which the first image of an animation, of pages
+            or of an array (T, H, W, C) is decoded; numbers (H, W, C) of `own_values`; or the OSError in reading it.
         min_sides: (height, width): decode a JPEG at 1/2, 1/4 or 1/8 of its size if both sides stay at least so long.
 
     Returns:
-        (channels, H, W), uint8 or with `value_range` float32, in memory (H, W, channels): crops resize fastest from it.
+        (channels, H, W) of `pixels.dtype`, in memory (H, W, channels): crops resize fastest from it.
 
     Raises:
-        DamagedImage: for empty, truncated or unknown data, more than `max_pixels`, and a channel without data.
-        WrongPixels: for other channels than `channels`, and for numbers that need a `value_range`.
+        DamagedImage: for empty, truncated or unknown data, too many pixels, and a channel without data.
+        WrongPixels: for other channels than requested, and for numbers that need a value range.
     """
-    exact = value_range is not None
-    values, own_nodata = _read(data, channels, exact=exact, max_pixels=max_pixels, min_sides=min_sides)
-    return _to_tensor(values, value_range, nodata, own_nodata)
+    values, own_nodata = _read(data, pixels, exact=pixels.value_range is not None, min_sides=min_sides)
+    if pixels.value_range is None and values.dtype not in (np.uint8, np.uint16):
+        raise WrongPixels(f"has {values.dtype} numbers, whose range no file states; give --value_range MIN MAX")
+    values, missing = find_missing(values, pixels.nodata, own_nodata)
+    if pixels.value_range is not None:
+        values = values.astype(np.float32, order="C")
+    if missing is not None:
+        values = fill_missing(values, missing)
+    if pixels.value_range is not None:
+        low, high = pixels.value_range
+        with np.errstate(all="ignore"):
+            values -= low
+            values /= high - low
+        np.clip(values, 0, 1, out=values)
+    elif values.dtype == np.uint16:
+        values = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return torch.from_numpy(values).permute(2, 0, 1)
 
 
-def own_values(data, channels: int, *, nodata: float | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def own_values(data, pixels: PixelFormat) -> np.ndarray:
     """Return the numbers that a file stores, upright: (H, W, channels) uint8 or uint16, else float32.
 
     If some are missing (see `decode`), the result is float32 with NaN in their places. Raises the errors of `decode`.
     """
-    values, own_nodata = _read(data, channels, exact=True, max_pixels=max_pixels)
-    values, missing = find_missing(values, nodata, own_nodata)
+    values, own_nodata = _read(data, pixels, exact=True)
+    values, missing = find_missing(values, pixels.nodata, own_nodata)
     if missing is not None:
         values = values.astype(np.float32)
         values[missing] = np.nan
     return values
 
 
-def from_own_values(
-    values: np.ndarray, channels: int, *, value_range: tuple[float, float] | None = None, nodata: float | None = None
-) -> torch.Tensor:
-    """Convert numbers (H, W, C) of `own_values` to the image of `decode`, if possible a view. Raises DamagedImage."""
-    check_channels(values.shape[2], channels)
-    return _to_tensor(values, value_range, nodata)
+def stores_bytes(data, pixels: PixelFormat) -> bool:
+    """Return True if a file stores 8-bit numbers, some of which may be nodata. Raises the errors of `decode`."""
+    return _read(data, pixels, exact=True)[0].dtype == np.uint8
 
 
-def decode_stored(data, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode_stored(data, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Return the pixels of a mask as the file stores them, upright: (H, W), or (H, W, n) if they are in colour.
 
     Palettes give their indices, 1-bit files 0 and 1, 16-bit grey its full range; `.npy` files, and TIFFs that Pillow
     does not read, keep their number type. Raises DamagedImage.
     """
+    if isinstance(data, np.ndarray):
+        return data
     data = _as_bytes(data)
     with warnings.catch_warnings(action="ignore"), np.errstate(all="ignore"):
         if data[:6] == b"\x93NUMPY":
-            array = first_image(_read_npy(data))
-            if array.ndim == 3 and 1 in (array.shape[0], array.shape[2]):
-                array = channels_last(array, 1, max_pixels)[:, :, 0]
-            check_size(*array.shape[:2], max_pixels)
-            return array
+            return channels_last(_read_npy(data), 1, max_pixels)[:, :, 0]
         try:
             with _open_image(data, max_pixels) as image:
-                values = np.array(image)
-                return turn_upright(values, _orientation_of(image))
+                return turn_upright(np.array(image), _orientation_of(image))
         except DamagedImage:
             if data[:4] not in TIFF_STARTS:
                 raise
-            values, _ = _read_tiff(data, 1, max_pixels)
-            return values[:, :, 0]
+            return _read_tiff(data, PixelFormat(1, max_pixels=max_pixels))[0][:, :, 0]
 
 
 def _read(
-    data, channels: int, *, exact: bool, max_pixels: int, min_sides: tuple[int, int] | None = None
+    data, pixels: PixelFormat, *, exact: bool, min_sides: tuple[int, int] | None = None
 ) -> tuple[np.ndarray, float | None]:
     """Return upright numbers (H, W, channels) of any type and the nodata number that the file declares.
 
     If `exact`, they are the file's own at full depth; otherwise Pillow converts them to 1 or 3 channels.
     """
+    if isinstance(data, np.ndarray):
+        check_channels(data.shape[2], pixels.channels)
+        return data, None
     data = _as_bytes(data)
-    if not data:
-        raise DamagedImage("empty file")
     if data[:2] == b"\xff\xd8":
-        pixels = _decode_jpeg(data, channels, exact=exact, max_pixels=max_pixels, min_sides=min_sides)
-        if pixels is not None:
-            return pixels, None
+        values = _decode_jpeg(data, pixels, exact=exact, min_sides=min_sides)
+        if values is not None:
+            return values, None
     with warnings.catch_warnings(action="ignore"), np.errstate(all="ignore"):
         if data[:6] == b"\x93NUMPY":
-            return channels_last(_read_npy(data), channels, max_pixels), None
+            return channels_last(_read_npy(data), pixels.channels, pixels.max_pixels), None
         is_tiff = data[:4] in TIFF_STARTS
-        if is_tiff and (exact or channels not in (1, 3)):
-            return _read_tiff(data, channels, max_pixels)
+        if is_tiff and (exact or pixels.channels not in (1, 3)):
+            return _read_tiff(data, pixels)
         # PNGs with several channels of 16 bits, which Pillow shortens to 8 (IHDR is always the first chunk)
         if exact and data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 25 and data[24] == 16 and data[25] in (2, 4, 6):
-            return _read_deep_png(data, channels, max_pixels), None
+            return _read_deep_png(data, pixels), None
         try:
-            return _read_with_pillow(data, channels, exact=exact, max_pixels=max_pixels)
+            return _read_with_pillow(data, pixels, exact=exact)
         except DamagedImage as pillow_error:
             if not is_tiff:
                 raise
             try:  # tifffile reads more: separate bands, five bands of 8 bits, ...
-                return _read_tiff(data, channels, max_pixels)
+                return _read_tiff(data, pixels)
             except DamagedImage as tiff_error:
                 raise tiff_error if isinstance(pillow_error, _UnknownFormat) else pillow_error from None
 
 
 def _decode_jpeg(
-    data: bytes | memoryview, channels: int, *, exact: bool, max_pixels: int, min_sides: tuple[int, int] | None
+    data: bytes | memoryview, pixels: PixelFormat, *, exact: bool, min_sides: tuple[int, int] | None
 ) -> np.ndarray | None:
     """Return upright pixels (H, W, channels) uint8 of a JPEG, None if Pillow must decode it.
 
@@ -193,10 +190,10 @@ def _decode_jpeg(
         return None
     if space not in ("Gray", "YCbCr", "RGB"):
         return None
-    check_size(height, width, max_pixels)  # libjpeg-turbo would allocate what the header claims
-    if exact or channels not in (1, 3):
-        check_channels(1 if space == "Gray" else 3, channels)
-    orientation, scale = _jpeg_orientation(data, max_pixels), {}
+    check_size(height, width, pixels.max_pixels)  # libjpeg-turbo would allocate what the header claims
+    if exact or pixels.channels not in (1, 3):
+        check_channels(1 if space == "Gray" else 3, pixels.channels)
+    orientation, scale = _jpeg_orientation(data, pixels.max_pixels), {}
     if min_sides is not None:
         least = min_sides if orientation < 5 else min_sides[::-1]
         for factor in (8, 4, 2):
@@ -205,10 +202,9 @@ def _decode_jpeg(
                 scale = dict(min_height=sides[0], min_width=sides[1], min_factor=factor)
                 break
     try:
-        pixels = decode_jpeg(data, "RGB" if channels == 3 else "GRAY", **scale)
+        return turn_upright(decode_jpeg(data, "RGB" if pixels.channels == 3 else "GRAY", **scale), orientation)
     except ValueError:
         return None
-    return turn_upright(pixels, orientation)
 
 
 def _jpeg_orientation(data: bytes | memoryview, max_pixels: int) -> int:
@@ -229,9 +225,10 @@ def _orientation_of(image: Image.Image) -> int:
     return 1
 
 
-def _read_with_pillow(data: bytes, channels: int, *, exact: bool, max_pixels: int) -> tuple[np.ndarray, float | None]:
+def _read_with_pillow(data: bytes, pixels: PixelFormat, *, exact: bool) -> tuple[np.ndarray, float | None]:
+    channels = pixels.channels
     converts = not exact and channels in (1, 3)
-    with _open_image(data, max_pixels) as image:
+    with _open_image(data, pixels.max_pixels) as image:
         image.load()
         orientation = _orientation_of(image)
         nodata = parse_nodata(image.tag_v2.get(GDAL_NODATA)) if hasattr(image, "tag_v2") else None
@@ -259,15 +256,15 @@ def _read_with_pillow(data: bytes, channels: int, *, exact: bool, max_pixels: in
     return values, nodata
 
 
-def _read_deep_png(data: bytes, channels: int, max_pixels: int) -> np.ndarray:
+def _read_deep_png(data: bytes, pixels: PixelFormat) -> np.ndarray:
     """Return the pixels (H, W, channels) uint16 of a PNG with several channels of 16 bits."""
     from imagecodecs import png_decode
 
-    with _open_image(data, max_pixels) as image:
+    with _open_image(data, pixels.max_pixels) as image:
         image.load()  # first, because imagecodecs leaks the memory of an image that it fails to read
         values = png_decode(bytes(data)).reshape(image.height, image.width, -1)
         values = turn_upright(values, _orientation_of(image))
-    return drop_alpha(values, channels, values.shape[2] in (2, 4))
+    return drop_alpha(values, pixels.channels, values.shape[2] in (2, 4))
 
 
 def _read_npy(data: bytes | memoryview) -> np.ndarray:
@@ -278,14 +275,16 @@ def _read_npy(data: bytes | memoryview) -> np.ndarray:
     return array.view(np.uint8) if array.dtype.kind == "b" else array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
-def _read_tiff(data: bytes, channels: int, max_pixels: int) -> tuple[np.ndarray, float | None]:
-    image = read_tiff(data, channels, max_pixels)
-    return _read_with_pillow(data, channels, exact=True, max_pixels=max_pixels) if image is None else image
+def _read_tiff(data: bytes, pixels: PixelFormat) -> tuple[np.ndarray, float | None]:
+    image = read_tiff(data, pixels.channels, pixels.max_pixels)
+    return _read_with_pillow(data, pixels, exact=True) if image is None else image
 
 
 def _as_bytes(data) -> bytes | memoryview:
     if isinstance(data, OSError):
         raise DamagedImage(data.strerror or str(data))
+    if not len(data):
+        raise DamagedImage("empty file")
     return data if isinstance(data, bytes) else memoryview(data).cast("B")
 
 
@@ -303,31 +302,6 @@ def _open_image(data: bytes | memoryview, max_pixels: int) -> Iterator[Image.Ima
                 raise _UnknownFormat("a TIFF of planes that Pillow does not read")
             yield image
     except UnidentifiedImageError:  # its own message contains a memory address
-        reason = f"not an image: begins with {bytes(data[:8])!r}" if data else "empty file"
-        raise _UnknownFormat(reason) from None
+        raise _UnknownFormat(f"not an image: begins with {bytes(data[:8])!r}") from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit
-
-
-def _to_tensor(values: np.ndarray, value_range: tuple[float, float] | None, *nodata: float | None) -> torch.Tensor:
-    """Convert (H, W, C) as stored to (C, H, W), uint8 or float32: fill missing values, then scale all."""
-    if value_range is None and values.dtype == np.uint8 and all(number is None for number in nodata):  # usually
-        return torch.from_numpy(values).permute(2, 0, 1)
-    if value_range is None and values.dtype not in (np.uint8, np.uint16):
-        raise WrongPixels(f"has {values.dtype} numbers, whose range no file states; give --value_range MIN MAX")
-    values, missing = find_missing(values, *nodata)
-    if value_range is not None:
-        values = values.astype(np.float32, order="C")
-    elif missing is not None:
-        values = values.copy()
-    if missing is not None:
-        fill_missing(values, missing)
-    if value_range is not None:
-        low, high = value_range
-        with np.errstate(all="ignore"):
-            values -= low
-            values /= high - low
-        np.clip(values, 0, 1, out=values)
-    elif values.dtype == np.uint16:
-        values = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    return torch.from_numpy(values).permute(2, 0, 1)

@@ -20,11 +20,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import shapes
-from data.decode import MAX_PIXELS, DamagedImage, PixelFormat, decode_stored
+from data.decode import MAX_PIXELS, DamagedImage, PixelFormat, decode, decode_stored
 from data.files import FolderSource
 from data.index import DataError, first_few
 from data.pool import mapping
-from data.sources import Fetched, ShapesSource, Source, check_pixels, image_of, kind_of_data, open_cache, open_sources
+from data.sources import Fetched, ShapesSource, Source, check_pixels, kind_of_data, open_cache, open_sources
 
 IGNORED = 255
 ADE20K = Path("ade20k")  # instead of a file with the names of classes
@@ -51,9 +51,8 @@ def ade20k_classes() -> tuple[list[str], np.ndarray]:
 class SegmentationFolder(FolderSource):
     """Find the pairs of a split, "training" or "validation", of a folder laid out like ADEChallengeData2016 of ADE20K.
 
-    Each image below images/SPLIT has a mask of the same relative name below annotations/SPLIT, as a PNG.
-    `classes_file` names the classes, or is "ade20k"; by default it is classes.txt in `root`, and if there is none and
-    the images are ADE20K's, they are those of ADE20K. Raises DataError with a line for each problem.
+    Each image below images/SPLIT has a mask of the same relative name below annotations/SPLIT, as a PNG. Without a
+    `classes_file` (see `open_pairs`) and classes.txt, images of ADE20K have its classes. Raises DataError.
     """
 
     has_masks = True
@@ -137,10 +136,7 @@ def _read_classes(path: Path) -> tuple[list[str], list[str]]:
 
 
 class Pairs:
-    """Wrap a source that has masks, such as a list, with the names of its classes.
-
-    `classes_file` names the classes, or is "ade20k". Raises DataError with a line for each problem.
-    """
+    """Wrap a source that has masks, such as a list, with the names of its classes. Raises DataError."""
 
     def __init__(self, source: Source, path: str, classes_file: str | Path | None):
         if not getattr(source, "has_masks", False):
@@ -170,8 +166,7 @@ def open_pairs(
     classes_file: str | None = None,
     cache: str | None = None,
 ) -> tuple[PairSource, PairSource]:
-    """Open the training and the validation pairs: of a folder laid out like ADE20K's, of `builtin:shapes`, or of a
-    source with masks, see `open_sources`.
+    """Open the training and the validation pairs of a folder laid out like ADE20K's, or of a source with masks.
 
     `classes_file` names the classes, or is "ade20k"; by default it is classes.txt beside the data. Raises DataError
     with a line for each problem.
@@ -293,7 +288,7 @@ def _image_size(data: Fetched, pixels: PixelFormat) -> tuple[int, ...]:
         with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(io.BytesIO(data)) as image:
             if image.format in ("JPEG", "PNG") and "exif" not in image.info:
                 return image.size[::-1]
-    return tuple(image_of(data, pixels).shape[1:])
+    return tuple(decode(data, pixels).shape[1:])
 
 
 def mask_of(data: Fetched, num_classes: int, *, name: str, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
@@ -301,7 +296,7 @@ def mask_of(data: Fetched, num_classes: int, *, name: str, max_pixels: int = MAX
 
     Raises DamagedImage, and DataError, whose message has `name`, for colour and for labels beyond the classes.
     """
-    labels = data if isinstance(data, np.ndarray) else decode_stored(data, max_pixels=max_pixels)
+    labels = decode_stored(data, max_pixels)
     if labels.ndim != 2 or labels.dtype.kind not in "bui":
         raise DataError(f"{name} has colour or transparency; expected one label a pixel, of a palette or grey")
     low, high = int(labels.min()), int(labels.max())

@@ -95,10 +95,9 @@ def _check_pixels(prepared: dict, pixels: PixelFormat) -> list[str]:
         errors.append(
             f"has images of {channels} channels, expected {pixels.channels}; give --input_channels {channels}"
         )
-    if is_array and stored_range is None and pixels.value_range is not None:
-        errors.append("was prepared without --value_range, as 8-bit pixels; leave it out, or prepare again with it")
-    if is_array and stored_range is not None and pixels.value_range is None:
-        errors.append("holds {} pixels; give --value_range {!r} {!r}".format(prepared["dtype"], *stored_range))
+    if is_array and (stored_range is None) != (pixels.value_range is None):
+        remedy = "give --value_range {!r} {!r}".format(*stored_range) if stored_range else "leave out --value_range"
+        errors.append(f"holds {prepared['dtype']} pixels; {remedy}, or prepare again")
     return errors
 
 

@@ -1,6 +1,7 @@
 """Pairs of image and mask -> batches for semantic segmentation: sizes, augmentation, data sets, and colours of classes.
 
 Masks are uint8 (H, W) with 0 .. N-1 for the classes and 255 (IGNORED) for void. Sizes are (height, width), in pixels.
+Images are resized by an antialiased bilinear filter.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,12 +13,14 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from data.batches import SourceDataset
-from data.decode import DamagedImage, PixelFormat
+from data.decode import DamagedImage, PixelFormat, decode
 from data.index import DataError
 from data.pairs import IGNORED, WRONG_SIZE, PairSource, ade20k_classes, mask_of
 from data.sampling import sample_generator
-from data.sources import image_of
 from data.transforms import empty_images
+
+SCALES = (0.5, 2.0)  # bounds of the random resizing in training
+MAX_SHARE = 0.75  # of a class in a crop, above which another crop is drawn
 
 
 def palette(num_classes: int) -> np.ndarray:
@@ -72,11 +75,6 @@ def view_sizes(
     return [(fit(height), fit(width)) for height, width in sizes]
 
 
-def evaluation_image(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resize (C, H, W) -> (C, *size), of its type, by an antialiased bilinear filter."""
-    return F.resize(image, list(size), InterpolationMode.BILINEAR, antialias=True)
-
-
 def training_pair(
     image: torch.Tensor,
     mask: torch.Tensor,
@@ -85,22 +83,20 @@ def training_pair(
     crop_size: int,
     resize: tuple[int, int],
     fill: list[float],
-    ratio: tuple[float, float] = (0.5, 2.0),
-    max_share: float = 0.75,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Augment a pair for training as mmsegmentation's recipes for ADE20K do: (C, H, W) and (H, W), to squares of
     `crop_size`.
 
-    The pair is resized to fit `resize` (long side, short side) times a factor drawn from `ratio`. A crop is drawn up to
-    ten times, until no class fills `max_share` of what is not void, then mirrored half the time and distorted. What is
+    The pair is resized to fit `resize` (long side, short side) times a factor drawn from SCALES. A crop is drawn up to
+    ten times, until no class fills MAX_SHARE of what is not void, then mirrored half the time and distorted. What is
     too small is padded with `fill`, one value a channel (0 .. 255, or in [0, 1] for float32), and void.
     """
-    factor = rng.uniform(*ratio)
+    factor = rng.uniform(*SCALES)
     size = keep_ratio(*mask.shape, int(resize[0] * factor), int(resize[1] * factor))
     # Nearest-exact takes the centres of pixels, as the image's filter does; plain nearest is off by up to half a pixel.
-    mask = F.resize(mask[None], list(size), InterpolationMode.NEAREST_EXACT)[0]
-    top, left, h, w = _crop_box(mask, rng, crop_size, max_share)
-    image, mask = (each[..., top : top + h, left : left + w] for each in (evaluation_image(image, size), mask))
+    mask = F.resize(mask[None], size, InterpolationMode.NEAREST_EXACT)[0]
+    top, left, h, w = _crop_box(mask, rng, crop_size)
+    image, mask = (each[..., top : top + h, left : left + w] for each in (F.resize(image, size), mask))
     if rng.random() < 0.5:
         image, mask = image.flip(-1), mask.flip(-1)
     padding = [0, 0, crop_size - w, crop_size - h]  # at the right and the bottom
@@ -108,15 +104,13 @@ def training_pair(
     return image, F.pad(mask[None], padding, fill=IGNORED)[0]
 
 
-def _crop_box(
-    mask: torch.Tensor, rng: np.random.Generator, crop_size: int, max_share: float
-) -> tuple[int, int, int, int]:
+def _crop_box(mask: torch.Tensor, rng: np.random.Generator, crop_size: int) -> tuple[int, int, int, int]:
     height, width = (min(side, crop_size) for side in mask.shape)
     for _ in range(10):
         top, left = (int(rng.integers(side - min(side, crop_size) + 1)) for side in mask.shape)
         part = mask.numpy()[top : top + height, left : left + width]
         pixels = np.bincount(part.ravel(), minlength=IGNORED + 1)[:IGNORED]
-        if pixels.max() < max_share * pixels.sum() or mask.shape == (height, width):
+        if pixels.max() < MAX_SHARE * pixels.sum() or mask.shape == (height, width):
             break
     return top, left, height, width
 
@@ -161,8 +155,8 @@ def view_and_preview(
     height, width = image.shape[1:]
     (view,) = sizes(height, width)
     small = max(height, width) <= longest
-    preview = image if small else evaluation_image(image, keep_ratio(height, width, longest, longest))
-    return evaluation_image(image, view), preview, torch.tensor([height, width])
+    preview = image if small else F.resize(image, keep_ratio(height, width, longest, longest))
+    return F.resize(image, view), preview, torch.tensor([height, width])
 
 
 class SegmentationBatch(NamedTuple):
@@ -189,7 +183,7 @@ def read_pair(source: PairSource, index: int, pixels: PixelFormat) -> tuple[torc
 
     Raises DamagedImage, and DataError for the errors that `check_annotations` finds.
     """
-    image, name = image_of(*source.fetch([index]), pixels), source.mask_name(index)
+    image, name = decode(*source.fetch([index]), pixels), source.mask_name(index)
     try:
         (data,) = source.fetch_masks([index])
         mask = mask_of(data, len(source.classes), name=name, max_pixels=pixels.max_pixels)
@@ -240,14 +234,13 @@ class EvaluationPairs(SourceDataset):
         self.sizes = sizes
 
     def __getitems__(self, items: list[tuple[int, int]]) -> list[EvaluationPair]:
-        return [self.pair(index) for _, index in items]
+        return [self._pair(index) for _, index in items]
 
-    def pair(self, index: int) -> EvaluationPair:
-        """Read a sample."""
+    def _pair(self, index: int) -> EvaluationPair:
         try:
             image, mask = read_pair(self.source, index, self.pixels)
         except DamagedImage as error:
             image = torch.zeros(self.pixels.channels, 1, 1, dtype=self.pixels.dtype)
             return EvaluationPair(index, image, [], torch.full((1, 1), IGNORED, dtype=torch.uint8), str(error))
-        views = [evaluation_image(image, size) for size in self.sizes(*mask.shape)]
+        views = [F.resize(image, size) for size in self.sizes(*mask.shape)]
         return EvaluationPair(index, image, views, mask, None)

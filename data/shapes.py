@@ -163,25 +163,20 @@ def _paint(rng, image: Image.Image, mask: Image.Image, label: int, scale: float,
     mask.paste(label + 1, (left, top, right, bottom), coverage.convert("1", dither=Image.Dither.NONE))
 
 
-def draw_range(indices: range, *, processes: int = 1, progress: str | None = None) -> tuple[np.ndarray, ...]:
-    """Draw the N scenes of `indices`: images uint8 (N, 64, 64, 3), labels (N,), masks uint8 (N, 64, 64).
+def draw_split(split: str, *, processes: int = 1, progress: bool = False) -> tuple[np.ndarray, ...]:
+    """Draw the "train" split (scenes 0..9999) or "validation" (10000..10999), whatever the number of processes.
 
-    The result does not depend on the number of worker processes. `progress` is the text of a bar.
+    Return images uint8 (N, 64, 64, 3), labels (N,) and masks uint8 (N, 64, 64).
     """
-    chunks = [indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK)]
-    bar = dict(desc=progress, total=len(chunks), unit="image", unit_scale=CHUNK, disable=progress is None)
+    first, count = (0, TRAIN_IMAGES) if split == "train" else (TRAIN_IMAGES, VALIDATION_IMAGES)
+    chunks = [range(first, first + count)[start : start + CHUNK] for start in range(0, count, CHUNK)]
+    bar = dict(desc=f"drawing builtin:shapes ({split})", unit="image", unit_scale=CHUNK, disable=not progress)
     with mapping(processes) as in_order:
-        parts = list(tqdm(in_order(_draw_chunk, chunks), **bar))
+        parts = list(tqdm(in_order(draw_range, chunks), total=len(chunks), **bar))
     return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
 
-def _draw_chunk(indices: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draw_range(indices: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw the scenes of `indices`, as `draw_split` does."""
     images, labels, masks = zip(*map(draw, indices), strict=True)
     return np.stack(images), np.array(labels, np.int64), np.stack(masks)
-
-
-def draw_split(split: str, *, processes: int = 1, progress: bool = False) -> tuple[np.ndarray, ...]:
-    """Draw the "train" split (scenes 0..9999) or "validation" (10000..10999); see `draw_range`."""
-    first, count = (0, TRAIN_IMAGES) if split == "train" else (TRAIN_IMAGES, VALIDATION_IMAGES)
-    bar = f"drawing builtin:shapes ({split})" if progress else None
-    return draw_range(range(first, first + count), processes=processes, progress=bar)

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from data import shapes
-from data.decode import DamagedImage, PixelFormat, WrongPixels, decode, from_own_values, own_values
+from data.decode import DamagedImage, PixelFormat, WrongPixels, decode, own_values
 from data.files import FolderSource, ListSource
 from data.index import DataError, check_cache, default_cache, first_few
 from data.prepared import is_prepared, open_prepared
@@ -87,13 +86,6 @@ class ShapesSource:
 
     def fingerprint(self) -> str:
         return f"builtin:shapes/{self.split}/{len(self)}"
-
-
-def image_of(data: Fetched, pixels: PixelFormat, min_sides: tuple[int, int] | None = None) -> torch.Tensor:
-    """Decode what a source fetched: an image (C, H, W), uint8 or float32, see `decode`. Raises DamagedImage."""
-    if isinstance(data, np.ndarray):
-        return from_own_values(data, pixels.channels, value_range=pixels.value_range, nodata=pixels.nodata)
-    return decode(data, **pixels._asdict(), min_sides=min_sides)
 
 
 def describe_data(train: Source, validation: Source | None) -> dict[str, int]:
@@ -192,7 +184,7 @@ def check_pixels(source: Source, pixels: PixelFormat) -> None:
     maxima = {}
     for index in sorted({position * len(source) // NUM_CHECKED for position in range(NUM_CHECKED)}):
         try:
-            maxima[index] = image_of(*source.fetch([index]), pixels).max()
+            maxima[index] = decode(*source.fetch([index]), pixels).max()
         except WrongPixels as error:
             raise DataError(f"{source.name(index)} {error}") from None
         except DamagedImage:
@@ -200,7 +192,7 @@ def check_pixels(source: Source, pixels: PixelFormat) -> None:
     if pixels.value_range is None and maxima and max(maxima.values()) < DARK:
         index = min(maxima)
         with contextlib.suppress(DamagedImage):
-            values = own_values(*source.fetch([index]), pixels.channels)
+            values = own_values(*source.fetch([index]), PixelFormat(pixels.channels))
             if values.dtype == np.uint16:
                 raise DataError(
                     f"{source.name(index)} has 16-bit numbers up to {values.max()}, which are black at 8 bits; give "

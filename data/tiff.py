@@ -34,8 +34,7 @@ def read_tiff(data: bytes | memoryview, channels: int, max_pixels: int) -> tuple
             return None
         if page.dtype is None or page.dtype.kind not in "uif":
             raise DamagedImage(f"a TIFF of {page.dtype} numbers, expected integers or floats")
-        nodata, orientation = page.tags.get(GDAL_NODATA), page.tags.get(ExifTags.Base.Orientation)
-        nodata = parse_nodata(nodata.value) if nodata is not None else None
+        nodata = parse_nodata(page.tags.valueof(GDAL_NODATA))
 
         bands, has_alpha = page.samplesperpixel, bool(page.extrasamples) and page.extrasamples[-1] in (1, 2)
         if bands == channels or (has_alpha and bands == channels + 1):
@@ -43,7 +42,7 @@ def read_tiff(data: bytes | memoryview, channels: int, max_pixels: int) -> tuple
             buffer = np.zeros(page.shaped, page.dtype)  # tifffile leaves parts of truncated files as they are in here
             values = page.asarray(squeeze=False, maxworkers=1, out=buffer)[:, 0]  # (separate bands, H, W, bands)
             values = np.moveaxis(values, 0, 2).reshape(*values.shape[1:3], bands)
-            values = turn_upright(values, 1 if orientation is None else orientation.value)
+            values = turn_upright(values, page.tags.valueof(ExifTags.Base.Orientation))
             return drop_alpha(values, channels, has_alpha), nodata
 
         # Libraries that do not know which axis of an array is the channel write each band as a page

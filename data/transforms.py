@@ -1,4 +1,4 @@
-"""Image to network input: random crops for training, RandAugment, and the centre crop of evaluation.
+"""Image to network input: crops of training and evaluation, RandAugment, and the mixing of micro-batches.
 
 Everything random comes from the generator that is passed in. Images are (C, H, W), uint8 or float32 in [0, 1], and keep
 their type; sizes are (height, width) and boxes (top, left, height, width), all in pixels.
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import nn
 
 from data.sampling import seeded
 
@@ -166,3 +167,20 @@ def rand_augment(magnitude: int, size: tuple[int, int], mean: Sequence[float]) -
 def _posterize(image: Image.Image, bits: int, **_) -> Image.Image:
     """Posterize as timm does, but without an error where magnitude 10 keeps 0 bits, which Pillow 13 refuses."""
     return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
+
+
+def build_mixing(random_erase: float, *, device: torch.device, **options) -> tuple[Callable, Callable | None]:
+    """Return what is done to normalized images of a micro-batch.
+
+    Args:
+        random_erase: the probability of erasing a part of an image.
+        options: those of timm's Mixup; an alpha of 0 turns mixup or CutMix off.
+
+    Returns:
+        Erasing, images -> images; and mixing, images, labels (B,) -> images, soft labels (B, num_classes), or None.
+    """
+    from timm.data.mixup import Mixup
+    from timm.data.random_erasing import RandomErasing
+
+    erase = RandomErasing(random_erase, mode="pixel", device=device) if random_erase else nn.Identity()
+    return erase, Mixup(**options) if options["mixup_alpha"] or options["cutmix_alpha"] else None

@@ -10,9 +10,6 @@ from PIL import UnidentifiedImageError
 class DamagedImage(ValueError):
     """Report bytes that hold no complete image; `str(error)` is the reason, without the file's name."""
 
-    def __init__(self, reason: str):
-        super().__init__(reason[:200])  # some libraries quote the bytes that they do not understand
-
 
 class WrongPixels(DamagedImage):
     """Report an intact image with other channels or another number type than requested."""
@@ -37,7 +34,7 @@ def damage_errors() -> Iterator[None]:
         if not reason or not isinstance(error, OSError | ValueError | SyntaxError | RuntimeError):
             # Others, such as a KeyError in a broken structure, say nothing without their type
             reason = f"broken ({type(error).__name__} {reason})"
-        raise DamagedImage(reason[:120]) from error
+        raise DamagedImage(reason[:120]) from error  # some quote the bytes that they do not understand
 
 
 def check_size(height: int, width: int, max_pixels: int) -> None:
@@ -52,18 +49,12 @@ def check_channels(channels: int, expected: int) -> None:
         raise WrongChannels(channels, expected)
 
 
-def first_image(array: np.ndarray) -> np.ndarray:
-    """Return the first image of an array as (H, W) or with three dimensions. Raises DamagedImage."""
+def channels_last(array: np.ndarray, channels: int, max_pixels: int) -> np.ndarray:
+    """Return (H, W), (H, W, channels), (channels, H, W), or the first of several of these, as (H, W, channels)."""
     if array.ndim < 2 or not array.size:
         raise DamagedImage(f"an array of shape {array.shape}, expected (H, W), (H, W, C) or (C, H, W)")
     while array.ndim > 3:
         array = array[0]
-    return array
-
-
-def channels_last(array: np.ndarray, channels: int, max_pixels: int) -> np.ndarray:
-    """Return (H, W), (H, W, channels), (channels, H, W), or the first of several of these, as (H, W, channels)."""
-    array = first_image(array)
     if array.ndim == 2:
         array = array[:, :, None]
     elif array.shape[2] != channels and array.shape[0] == channels:
@@ -82,7 +73,7 @@ def drop_alpha(values: np.ndarray, channels: int, has_alpha: bool) -> np.ndarray
     return values
 
 
-def turn_upright(values: np.ndarray, orientation: int) -> np.ndarray:
+def turn_upright(values: np.ndarray, orientation: int | None) -> np.ndarray:
     """Return (H, W, ...) rotated and mirrored as EXIF orientations 2 to 8 say, in row-major order."""
     if orientation not in range(2, 9):
         return np.ascontiguousarray(values)
@@ -111,11 +102,13 @@ def find_missing(values: np.ndarray, *nodata: float | None) -> tuple[np.ndarray,
     return values, missing if np.any(missing) else None
 
 
-def fill_missing(values: np.ndarray, missing: np.ndarray) -> None:
-    """Replace missing values (H, W, C) by the mean of the others in their channel. Raises DamagedImage."""
+def fill_missing(values: np.ndarray, missing: np.ndarray) -> np.ndarray:
+    """Copy (H, W, C) with missing values replaced by the mean of the others in their channel. Raises DamagedImage."""
+    values = values.copy()
     for channel in np.flatnonzero(missing.any(axis=(0, 1))):
         band, hole = values[:, :, channel], missing[:, :, channel]
         if hole.all():
             raise DamagedImage("no pixel with data")
         mean = band[~hole].mean(dtype=np.float64)
         band[hole] = mean if values.dtype.kind == "f" else round(mean)
+    return values

@@ -3,6 +3,7 @@
 The data sets here run in loader workers: each takes a list of sample indices and keeps one image in memory at a time.
 """
 
+import contextlib
 import hashlib
 import io
 import os
@@ -14,16 +15,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn.functional import interpolate
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from data.arrow import END
-from data.decode import PixelFormat, decode_stored, own_values
+from data.decode import PixelFormat, decode, decode_stored, own_values, stores_bytes
 from data.index import Names
-from data.pool import watch_parent
 from data.prepared import keeps_files
-from data.sources import Fetched, Source, image_of
+from data.sources import Fetched, Source
 from data.statistics import moments_of
-from data.values import DamagedImage, WrongPixels
+from data.values import DamagedImage
 
 QUALITY = 90  # of JPEG if only --short_side is given
 LONGEST = 65500  # pixels: the longest side that libjpeg writes
@@ -46,15 +46,11 @@ class Encoder(Dataset):
     """
 
     header = footer = b""
-    watches_parent = False
 
     def __init__(self, source: Source, settings: dict, pixels: PixelFormat):
         self.source, self.settings, self.pixels = source, settings, pixels
 
     def __getitems__(self, indices: Sequence[int]) -> Chunk:
-        if get_worker_info() is not None and not self.watches_parent:
-            self.watches_parent = True
-            watch_parent()  # the loader's own check does not run while a chunk waits to be taken
         damaged = []
         images = {index: image for index in indices if (image := self.encode(index, damaged))}
         return self.pack(images, damaged)
@@ -64,10 +60,13 @@ class ArrayEncoder(Encoder):
     """Encode decoded pixels (H, W, C): uint8, or with a value range the stored numbers as float32, missing ones NaN."""
 
     def encode(self, index: int, damaged: list[tuple[int, str]]) -> tuple[np.ndarray] | None:
-        (data,), stored = self.source.fetch([index]), self.pixels.value_range is not None
+        (data,) = self.source.fetch([index])
         try:
-            values = read_values(data, self.pixels, stored=stored)
-            return (shrink(values.astype(np.float32 if stored else np.uint8, copy=False), self.settings["short_side"]),)
+            if self.pixels.value_range is None:
+                values = decode(data, self.pixels).permute(1, 2, 0).numpy()
+            else:
+                values = own_values(data, self.pixels).astype(np.float32, copy=False)
+            return (shrink(values, self.settings["short_side"]),)
         except DamagedImage as error:
             damaged.append((index, str(error)))
 
@@ -105,7 +104,7 @@ class FileEncoder(Encoder):
             raise DamagedImage("decoded pixels cannot be kept as a file; give --quality or --format array")
         # Decoding at twice the size leaves enough detail for an antialiased resize
         min_sides = None if short_side is None else (2 * short_side, 2 * short_side)
-        pixels = image_of(data, self.pixels, min_sides).permute(1, 2, 0).numpy()
+        pixels = decode(data, self.pixels, min_sides).permute(1, 2, 0).numpy()
         small = shrink(pixels, short_side)
         if keeps or (small is pixels and quality is None and bytes(data[:2]) == b"\xff\xd8"):
             return bytes(data)
@@ -148,40 +147,20 @@ class Measure(Dataset):
             (data,) = self.source.fetch([index])
             try:
                 if self.eight_bit:  # a run compares --nodata with the converted pixels
-                    data = read_values(data, self.pixels._replace(nodata=None), stored=False)
-                moments.append(moments_of(read_values(data, self.pixels, stored=True), self.pixels.value_range))
+                    data = decode(data, self.pixels._replace(nodata=None)).permute(1, 2, 0).numpy()
+                moments.append(moments_of(own_values(data, self.pixels), self.pixels.value_range))
             except DamagedImage as error:
                 damaged.append((index, str(error)))
         return moments, damaged
 
 
 def is_eight_bit(source: Source, indices: Sequence[int], pixels: PixelFormat) -> bool:
-    """Return True if a run without value range sees the stored numbers of all readable images among `indices`.
-
-    Their type does not tell: a file with pixels that it declares to be nodata is read as float32.
-    """
-    pixels = pixels._replace(nodata=None)
+    """Return True if all readable images among `indices` store 8-bit numbers."""
     for index in indices:
-        (data,) = source.fetch([index])
-        try:
-            stored = read_values(data, pixels, stored=True)
-            seen = stored if stored.dtype == np.uint8 else read_values(data, pixels, stored=False)
-        except DamagedImage as error:
-            if type(error) is WrongPixels:  # numbers without a known range
+        with contextlib.suppress(DamagedImage):
+            if not stores_bytes(*source.fetch([index]), pixels):
                 return False
-            continue
-        if (seen != stored)[np.isfinite(stored)].any():
-            return False
     return True
-
-
-def read_values(data: Fetched, pixels: PixelFormat, *, stored: bool) -> np.ndarray:
-    """Return 8-bit pixels (H, W, C) or, if `stored`, the stored numbers, missing ones NaN. Raises DamagedImage."""
-    if not stored:
-        return image_of(data, pixels).permute(1, 2, 0).numpy()
-    if isinstance(data, np.ndarray):
-        return data if pixels.nodata is None else np.where(data == pixels.nodata, np.float32(np.nan), data)
-    return own_values(data, pixels.channels, nodata=pixels.nodata, max_pixels=pixels.max_pixels)
 
 
 def check_mask(mask: Fetched) -> None:

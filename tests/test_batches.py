@@ -1,5 +1,4 @@
 import gc
-import pickle
 import random
 from functools import partial
 
@@ -164,7 +163,7 @@ def test_the_evaluation_of_classification_is_the_centre(source):
     assert torch.equal(batch.images[0], batch.images[1])
     for row, index in ((0, 2), (2, 7)):
         (encoded,) = source.fetch([index])
-        assert torch.equal(batch.images[row], CentreCrop(SIZE, 0.75)(decode(encoded, 3)))
+        assert torch.equal(batch.images[row], CentreCrop(SIZE, 0.75)(decode(encoded, PixelFormat(3))))
     assert not torch.equal(batch.images, labelled(source, crop=CENTRE).__getitems__([(0, 2), (0, 2), (0, 7)]).images)
 
 
@@ -198,12 +197,6 @@ def test_arrays_are_classified_like_files():
     assert np.array_equal(scenes.images, before)
 
 
-def test_a_data_set_with_rand_augment_can_be_sent_to_another_process(source):
-    data, items = labelled(source), [(epoch, 1) for epoch in range(12)]
-    images = pickle.loads(pickle.dumps(data)).__getitems__(items).images
-    assert torch.equal(images, data.__getitems__(items).images)
-
-
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_listed_images_are_prepared_or_told(source, num_workers):
     """One after the other, so that one image is in memory at its own size, and in the order of the indices."""
@@ -221,7 +214,7 @@ def test_listed_images_are_prepared_or_told(source, num_workers):
     images, noise = batches[1].inputs
     assert torch.equal(images, validation.images) and torch.equal(noise, validation.noise)
     assert not torch.equal(*noise) and batches[2].inputs == ()
-    pixels = decode(source.fetch([4])[0], 3)
+    pixels = decode(source.fetch([4])[0], PixelFormat(3))
     (cropped,) = centre_crop(pixels, 4, size=SIZE, crop_ratio=0.5)
     assert torch.equal(cropped, CentreCrop(SIZE, 0.5)(pixels))
 

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 
 import finetune_classifier
 from data.batches import ClassificationBatch
-from data.mixing import build_mixing
+from data.transforms import build_mixing
 from modeling.files import read_state_dict
 
 SCRIPT = "finetune_classifier.py"

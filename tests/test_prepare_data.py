@@ -19,12 +19,11 @@ from PIL import Image
 
 import prepare_data
 from data import writing
-from data.decode import PixelFormat
+from data.decode import PixelFormat, decode
 from data.pairs import open_pairs
 from data.prepared import open_prepared
-from data.sources import image_of, open_sources
+from data.sources import open_sources
 from training.files import alone_at
-from training.launch import RunError
 
 PIXELS = PixelFormat()
 
@@ -96,13 +95,13 @@ def test_images_are_shrunk_upright_and_the_damaged_left_out(mixed, tmp_path):
     names = [found.name(index).partition("(")[2].rstrip(")") for index in range(9)]
     assert names[3] == "class_0/large_1.jpg" and not {*names} & {*DAMAGED}
     for name, data in zip(names, found.fetch(range(9)), strict=True):
-        image, file = image_of(data, PIXELS), mixed / name
+        image, file = decode(data, PIXELS), mixed / name
         assert bytes(data[:2]) == b"\xff\xd8"
         if file.stat().st_size == len(data):  # as the small ones
             assert file.read_bytes() == bytes(data) and image.shape[1:] == (30, 30)
             continue
         assert image.shape[1:] == ((60, 45) if name == "class_0/large_1.jpg" else (45, 60))
-        whole = Image.fromarray(image_of(file.read_bytes(), PIXELS).permute(1, 2, 0).numpy())
+        whole = Image.fromarray(decode(file.read_bytes(), PIXELS).permute(1, 2, 0).numpy())
         wanted = np.array(whole.resize(image.shape[:0:-1], Image.Resampling.BICUBIC), dtype=float)
         assert -10 * math.log10(((image.permute(1, 2, 0).numpy() - wanted) ** 2).mean() / 255**2) > 35
 
@@ -132,7 +131,7 @@ def test_the_library_datasets_loads_it(image_folder, tmp_path, capsys):
     assert found["train"].features["label"].names == ["class_0", "class_1"]
     assert found["train"]["label"] == source.labels.tolist()
     for index in (0, 39):
-        pixels = image_of(*source.fetch([index]), PIXELS).permute(1, 2, 0).numpy()
+        pixels = decode(*source.fetch([index]), PIXELS).permute(1, 2, 0).numpy()
         assert np.array_equal(np.array(found["train"][index]["image"]), pixels)
     raw = found["train"].cast_column("image", datasets.Image(decode=False))[3]["image"]
     assert raw["path"] == "class_0/0006.jpg" and raw["bytes"] == source.fetch([3])[0]
@@ -272,7 +271,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     assert "is inside SOURCE" in refused(capsys, photos, photos / "out")
     (tmp_path / "killed" / "preparing").mkdir(parents=True)
     (tmp_path / "killed" / "preparing" / ".plan.json.tmp").touch()  # killed while it wrote the plan
-    prepare(photos, tmp_path / "killed", "--verify")
+    prepare(photos, tmp_path / "killed")
 
 
 def test_too_little_room_is_told_before_anything_is_written(mixed, tmp_path, capsys, monkeypatch):
@@ -280,19 +279,6 @@ def test_too_little_room_is_told_before_anything_is_written(mixed, tmp_path, cap
     errors = refused(capsys, mixed, tmp_path / "out", "--format", "array")
     assert re.search(r"needs about .* kB, and 5 kB are free", errors)
     assert not (tmp_path / "out").exists()
-
-
-def test_checksums_are_compared(tmp_path, capsys):
-    photos, out = write_images(tmp_path / "photos", 4), tmp_path / "out"
-    prepare(photos, out, "--verify")
-    assert "verified" in capsys.readouterr().out
-    (shard,) = out.rglob("*.arrow")
-    data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 1
-    shard.write_bytes(data)
-    with pytest.raises(RunError, match="1 of 1 shards have changed"):
-        prepare(out, "--verify")
-    assert "was not written by this script" in refused(capsys, photos, "--verify")
 
 
 def test_one_process_writes_at_a_time(tmp_path):
@@ -307,7 +293,6 @@ def test_one_process_writes_at_a_time(tmp_path):
     [
         ([], ["SOURCE is missing"]),
         (["photos"], ["OUT is missing"]),
-        (["photos", "--short_side", "3", "--statistics"], ["--short_side needs a folder to write"]),
         (["photos", "out", "--quality", "9", "--format", "array"], ["--quality needs --format jpeg"]),
         (["photos", "out", "--value_range", "2", "1"], ["--value_range 2 1 is not increasing"]),
         (["photos", "out", "--short_side", "9", "--input_channels", "4"], ["give --format array"]),
@@ -357,7 +342,7 @@ def test_arrays_with_a_range_hold_numbers_of_all_types_and_none_for_nodata(tmp_p
         np.testing.assert_array_equal(image[..., 0], values)
     source = open_sources(str(folder), pixels)[0]
     for ours, theirs in zip(found.fetch(range(4)), source.fetch(range(4)), strict=True):
-        assert torch.equal(image_of(ours, pixels), image_of(theirs, pixels))
+        assert torch.equal(decode(ours, pixels), decode(theirs, pixels))
 
 
 def test_deep_numbers_are_shrunk_and_nodata_stay(tmp_path):
@@ -371,16 +356,6 @@ def test_deep_numbers_are_shrunk_and_nodata_stay(tmp_path):
     prepare(folder, tmp_path / "out", *flags)
     (found,) = open_prepared(tmp_path / "out", PixelFormat(1, (0.0, 2.0), -9999.0))["train"].fetch([0])
     assert found.shape == (20, 20, 1) and np.isnan(found[:4]).all() and np.allclose(found[8:], 1)
-
-
-@pytest.mark.parametrize("bands", [1, 2, 3, 4, 13])
-def test_any_number_of_bands_is_shrunk_alike(bands):
-    image = np.random.default_rng(0).integers(0, 256, (31, 47, bands), dtype=np.uint8)
-    small = writing.shrink(image, 16)
-    assert small.shape == (16, 24, bands) and small.flags.c_contiguous
-    for band in range(bands):
-        one = Image.fromarray(image[..., band]).resize((24, 16), Image.Resampling.BICUBIC)
-        assert np.abs(small[..., band].astype(int) - np.array(one)).max() <= 2
 
 
 def test_a_side_that_jpeg_does_not_hold_is_listed(tmp_path):

@@ -11,10 +11,10 @@ import torch
 from conftest import write_images
 
 import prepare_data
-from data.decode import PixelFormat
+from data.decode import PixelFormat, decode
 from data.index import DataError
 from data.prepared import is_prepared, open_prepared
-from data.sources import image_of, open_sources
+from data.sources import open_sources
 from data.transforms import CentreCrop
 
 PIXELS = PixelFormat()
@@ -57,7 +57,7 @@ def deep(tmp_path_factory):
 
 
 def pixels_of(source):
-    return [image_of(data, PIXELS) for data in source.fetch(range(len(source)))]
+    return [decode(data, PIXELS) for data in source.fetch(range(len(source)))]
 
 
 def test_kept_files_are_the_source(photos, kept):
@@ -115,8 +115,8 @@ def test_a_fingerprint_follows_from_the_source_and_the_settings(photos, kept, ar
     ("folder", "pixels", "expected"),
     [
         ("deep", PixelFormat(channels=3, value_range=(0.0, 1.0)), "give --input_channels 5"),
-        ("deep", PixelFormat(channels=5), r"holds float32 pixels; give --value_range 0\.0 60000\.0$"),
-        ("arrays", PixelFormat(value_range=(0.0, 255.0)), "without --value_range"),
+        ("deep", PixelFormat(channels=5), r"holds float32 pixels; give --value_range 0\.0 60000\.0,"),
+        ("arrays", PixelFormat(value_range=(0.0, 255.0)), "holds uint8 pixels; leave out --value_range"),
         ("arrays", PixelFormat(channels=1), "give --input_channels 3"),
     ],
 )
@@ -127,7 +127,7 @@ def test_other_pixels_than_requested_name_the_flag(folder, pixels, expected, dee
 
 def test_kept_files_are_read_as_they_are_asked_for(kept):
     (image,) = open_prepared(kept, PixelFormat(channels=1))["train"].fetch([0])
-    assert image_of(image, PixelFormat(channels=1)).shape == (1, 60, 60)
+    assert decode(image, PixelFormat(channels=1)).shape == (1, 60, 60)
 
 
 def edit(folder, **changes):

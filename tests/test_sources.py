@@ -8,14 +8,13 @@ from conftest import write_images
 from PIL import Image
 
 from data import shapes
-from data.decode import PixelFormat
+from data.decode import PixelFormat, decode
 from data.files import FolderSource, find_images
 from data.index import DataError
 from data.sources import (
     ShapesSource,
     check_classes,
     check_labels,
-    image_of,
     labels_in,
     match_classes,
     open_sources,
@@ -125,7 +124,7 @@ def test_images_of_other_channels_or_values_are_refused_at_the_start(tmp_path):
     with pytest.raises(DataError, match=r"a.npy has float32 numbers, whose range no file states; give --value_range"):
         open_sources(str(tmp_path), PixelFormat(5))
     source, _ = open_sources(str(tmp_path), PixelFormat(5, (0, 1)))
-    assert image_of(*source.fetch([0]), PixelFormat(5, (0, 1))).shape == (5, 9, 8)
+    assert decode(*source.fetch([0]), PixelFormat(5, (0, 1))).shape == (5, 9, 8)
     with pytest.raises(DataError, match="builtin:shapes has 8-bit images in colour or grey"):
         open_sources("builtin:shapes", PixelFormat(5))
 
