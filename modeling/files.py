@@ -49,7 +49,6 @@ class Stored(NamedTuple):
     mask_ratio: float | None = None  # of an autoencoder
     norm_pix_loss: bool | None = None
     value_range: list[float] | None = None  # pixels that become 0 and 1; None: 0 and 255
-    norm_eps: float | None = None  # of LayerNorm, unless it is 1e-6 as here
     unsupported: list[str] | None = None  # features of the weights that no model here has, in words
 
 
@@ -110,7 +109,7 @@ def _read_config(config: dict, folder: Path) -> Stored:
     pool_scales = config.get("pool_scales", POOL_SCALES)
     if sizes.get("add_fpn") and tuple(pool_scales) != POOL_SCALES:
         unsupported.append(f"the pyramid pooling {' '.join(map(str, pool_scales))}")
-    norm_eps = float(sizes.get("layer_norm_eps", 1e-12))  # transformers does not write its default
+    norm_eps = float(sizes.get("layer_norm_eps", 0))  # 1e-6 here, other small ones change features by 1e-4
     if norm_eps > 1e-5:
         unsupported.append(f"the epsilon {norm_eps:g} in norms")
     mean, value_range = processor.get("image_mean"), config.get("value_range")
@@ -126,23 +125,13 @@ def _read_config(config: dict, folder: Path) -> Stored:
         classes=classes,
         pooling=pooling,
         layers=[int(stage.removeprefix("stage")) - 1 for stage in stages] or None,
-        crop_ratio=config.get("pretrained_cfg", {}).get("crop_pct") or _crop_ratio(processor),
+        crop_ratio=config.get("pretrained_cfg", {}).get("crop_pct"),
         resize=config.get("evaluation", {}).get("resize"),
         mask_ratio=config.get("mask_ratio"),
         norm_pix_loss=config.get("norm_pix_loss"),
         value_range=value_range,
-        norm_eps=None if norm_eps == 1e-6 else norm_eps,
         unsupported=unsupported or None,
     )
-
-
-def _crop_ratio(processor: dict) -> float | None:
-    """Return the crop ratio of a preprocessor_config.json that resizes and crops as evaluation here does."""
-    if not processor.get("do_center_crop") or processor.get("resample") != 3:
-        return None
-    sides = processor.get("crop_size"), processor.get("size")
-    crop, size = (side.get("shortest_edge", side.get("height")) if isinstance(side, dict) else side for side in sides)
-    return crop / size if crop and size and crop <= size else None
 
 
 def _read_timm_config(config: dict) -> Stored:

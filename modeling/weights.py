@@ -58,14 +58,24 @@ class Weights(NamedTuple):
     grid: Grid | None  # h and w of its positions: the stored one, otherwise a square; None if it is no square
 
 
-def open_weights(path: str | Path, *, whole: bool = False) -> Weights:
+def open_weights(
+    path: str | Path,
+    *,
+    whole: bool = False,
+    given: Stored = Stored(),  # noqa: B008 - immutable
+) -> Weights:
     """Read the weights of an encoder, alone or in a larger model; see `find_weights` for `path` and `whole`.
 
     Raises:
-        WeightsError: with a message that begins with the path.
+        WeightsError: with a message that begins with the path; also for facts in `given` that contradict the files.
     """
     path = find_weights(path, whole=whole)
     state, stored = read_state_dict(path), read_stored(path)
+    for name, value in given._asdict().items():
+        known = getattr(stored, name)
+        if None not in (known, value) and known != value:
+            raise WeightsError(f"{path}: its {name} is {known}, not {value} as given; leave that out")
+        stored = stored._replace(**{name: known if value is None else value})
     try:
         layout, shapes = to_ours({name: value.to("meta") for name, value in state.items()})
     except WeightsError as error:
