@@ -141,9 +141,8 @@ def _build(
         return MaskedAutoencoder(encoder, **options)
     if "pooling" in settings:
         if stored.pooling is None:
-            assumed.append(
-                f"a head on the {'cls token' if settings['pooling'] == 'cls' else 'mean of the patch tokens'}"
-            )
+            pooled = "the cls token" if settings["pooling"] == "cls" else "the mean of the patch tokens"
+            assumed.append(f"a head on {pooled}")
         kind = dict(pooling=settings["pooling"], linear_probe=settings["linear_probe"])
         return Classifier(encoder, settings["num_classes"], **kind)
     return encoder
