@@ -142,15 +142,29 @@ def export_segmenter(
     Raises:
         ValueError: if there are more or fewer names than classes, and for an encoder whose images are not square.
     """
-    encoder, upernet, state = model.encoder, model.head == "upernet", model.state_dict()
-    names, (height, width) = _class_names(classes, model.num_classes), encoder.img_size
+    height, width = model.encoder.img_size
     if height != width:
         raise ValueError(f"an encoder for {height} x {width} images; the positions of transformers' BEiT are square")
-    theirs = state
-    if not upernet:
+    names = _class_names(classes, model.num_classes)
+    config = _upernet_config(model) | {"evaluation": {"resize": list(resize)}, **names}  # others ignore `evaluation`
+    preprocessor = {
+        "image_processor_type": "SegformerImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 2,  # bilinear
+    }
+    state = theirs = model.state_dict()
+    if model.head == "linear":
         theirs = {name: value for name, value in state.items() if name.startswith("encoder.")}
         theirs |= _linear_as_upernet(model.decode_head)
     theirs = _to_beit(to_transformers(theirs), "backbone.")
+    weights = {"model.safetensors": state, "transformers_model.safetensors": theirs}
+    _write(folder, weights, config, preprocessor, (mean, std, value_range))
+
+
+def _upernet_config(model: Segmenter) -> dict:
+    """Return the configuration of transformers' UperNet with a BEiT."""
+    encoder, upernet = model.encoder, model.head == "upernet"
     backbone = {
         **_vit_config(encoder),
         **BEIT,
@@ -160,7 +174,7 @@ def export_segmenter(
         "out_features": [f"stage{layer + 1}" for layer in model.layers],
         "add_fpn": upernet,
     }
-    config = {
+    return {
         "model_type": "upernet",
         "architectures": ["UperNetForSemanticSegmentation"],
         "backbone_config": backbone,
@@ -170,17 +184,7 @@ def export_segmenter(
         "auxiliary_in_channels": encoder.embed_dim,
         "auxiliary_channels": model.auxiliary_head.classifier.in_channels if model.auxiliary else 256,
         "transformers_weights": "transformers_model.safetensors",
-        "evaluation": {"resize": list(resize)},  # other libraries ignore it
-        **names,
     }
-    preprocessor = {
-        "image_processor_type": "SegformerImageProcessor",
-        "do_resize": True,
-        "size": {"height": height, "width": width},
-        "resample": 2,  # bilinear
-    }
-    weights = {"model.safetensors": state, "transformers_model.safetensors": theirs}
-    _write(folder, weights, config, preprocessor, (mean, std, value_range))
 
 
 def _linear_as_upernet(head: LinearHead) -> State:
