@@ -299,8 +299,7 @@ def main(argv=None):
         sides = dict(resize=trained.resize, crop_size=crop_size, patch_size=encoder.patch_size)
         sizes = partial(view_sizes, mode=mode, scales=[1.0], **sides)
         transform = partial(view_and_preview, sizes=sizes, longest=PREVIEW_SIZE)
-        window, stride = crop_size if mode == "slide" else None, max(1, 2 * crop_size // 3)
-        segment = partial(predict, model, flip=False, window=window, stride=stride)
+        segment = partial(predict, model, flip=False, window=crop_size if mode == "slide" else None)
         predict_batch = partial(predict_labels, segment=segment, classes=classes, **pictures, **shared)
         batch_size = 1  # sizes differ, and neither rounding nor memory depends on other images
     else:
