@@ -34,7 +34,7 @@ def default_crop_ratio(img_size: tuple[int, int]) -> float:
 
 
 def to_transformers(state: State) -> State:
-    """Rename our parameters to those in files of transformers 4 and 5; the inverse of `layouts.to_ours`."""
+    """Rename our parameters to those in files of transformers 4 and 5; `layouts.to_ours` renames a ViT's back."""
     theirs = {}
     for name, value in state.items():
         parts = [(name, value)]

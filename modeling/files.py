@@ -11,8 +11,6 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from modeling.upernet import POOL_SCALES
-
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")  # of DistributedDataParallel and torch.compile
 WEIGHT_FILES = ("ema.safetensors", "model.safetensors", "pytorch_model.bin")  # the first in a folder is read
 
@@ -103,12 +101,9 @@ def _read_config(config: dict, folder: Path) -> Stored:
         classes = None  # transformers' own names
     pooling = None
     if any("ForImageClassification" in name for name in config.get("architectures") or []):
-        pooling = "mean" if config["model_type"] == "beit" and config.get("use_mean_pooling", True) else "cls"
+        pooling = "mean" if config["model_type"] == "beit" else "cls"
     activation = sizes.get("hidden_act", "gelu")
     unsupported = [] if activation == "gelu" else [f"the activation {activation}"]
-    pool_scales = config.get("pool_scales", POOL_SCALES)
-    if sizes.get("add_fpn") and tuple(pool_scales) != POOL_SCALES:
-        unsupported.append(f"the pyramid pooling {' '.join(map(str, pool_scales))}")
     norm_eps = float(sizes.get("layer_norm_eps", 0))  # 1e-6 here, other small ones change features by 1e-4
     if norm_eps > 1e-5:
         unsupported.append(f"the epsilon {norm_eps:g} in norms")
