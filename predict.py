@@ -16,7 +16,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -38,6 +37,7 @@ from modeling.mae import MaskedAutoencoder
 from modeling.sliding_window import predict
 from modeling.trained import open_trained
 from modeling.upernet import Segmenter
+from modeling.vit import VisionTransformer
 from training import arguments, launch
 from training.arguments import integer, number
 from training.files import write_json
@@ -55,6 +55,7 @@ KINDS = {  # model -> name, flags for this model alone
     Classifier: ("a classifier", ["top_k"]),
     Segmenter: ("a segmentation model", ["evaluate"]),
     MaskedAutoencoder: ("a masked autoencoder", ["mask_ratio", "mask_strategy", "seed", "preview_channels"]),
+    VisionTransformer: ("an encoder without a head", []),
 }
 
 
@@ -84,56 +85,57 @@ def parse_args(argv=None):
         errors.append("MODEL is missing; give a run, a folder or file of weights, or hf:OWNER/NAME")
     elif not args.images:
         errors.append("IMAGE is missing; give files, folders or patterns after the model")
-    if args.features is not None:
-        if Path(args.features).suffix != ".npy":
-            errors.append(f"--features {args.features} does not end in .npy; give FILE.npy")
-        names = ["output", *(name for _, flags in KINDS.values() for name in flags)]
-        given = [name for name in names if getattr(args, name) is not None]
-        errors += [f"--{name} does not go with --features, which writes features alone; leave it out" for name in given]
+    if args.features is not None and Path(args.features).suffix != ".npy":
+        errors.append(f"--features {args.features} does not end in .npy; give FILE.npy")
+    if args.features is not None and args.output is not None:
+        errors.append("--features writes features instead of --output; give one of them")
     return args, errors
 
 
-def check_model(args, trained):
-    """Return the errors in flags that do not fit the model."""
-    kind = next((kind for kind in KINDS if isinstance(trained.model, kind)), None)
-    name = KINDS[kind][0] if kind else "an encoder without a head"
-    if args.features is not None:
-        error = f"--features: {args.model} is {name}, whose encoder has no norm; give the weights that it started from"
-        return [error] if kind is Segmenter else []
-    errors = []
-    if kind is None:
-        errors.append(f"{args.model} is {name}, which computes features alone; give --features FILE.npy")
-    if kind is Segmenter and trained.model.num_classes > MAX_CLASSES:
-        errors.append(f"{args.model} has {trained.model.num_classes} classes; label files hold at most {MAX_CLASSES}")
-    for other, (other_name, flags) in KINDS.items():
-        given = [flag for flag in flags if other is not kind and getattr(args, flag) is not None]
-        errors += [f"--{flag} is for {other_name}, but {args.model} is {name}; leave it out" for flag in given]
-    errors += check_preview(args.preview_channels, trained.encoder.in_channels)
-    if kind is MaskedAutoencoder and args.mask_ratio is not None:
-        patches = math.prod(trained.encoder.grid)
-        num_kept = int(patches * (1 - args.mask_ratio))
+def check_model(trained, given, *, features):
+    """Return the errors in flags that do not fit the model.
+
+    Args:
+        trained: the model.
+        given: name -> value of those flags in KINDS that are given.
+        features: compute features alone.
+    """
+    model, encoder, errors = trained.model, trained.encoder, []
+    name, flags = KINDS[type(model)]
+    if features and isinstance(model, Segmenter):
+        errors.append(f"--features: {trained.path} is {name}, whose encoder has no norm; give what it started from")
+    if not features and isinstance(model, VisionTransformer):
+        errors.append(f"{trained.path} is {name}, which computes features alone; give --features FILE.npy")
+    if isinstance(model, Segmenter) and model.num_classes > MAX_CLASSES:
+        errors.append(f"{trained.path} has {model.num_classes} classes; label files hold at most {MAX_CLASSES}")
+    unused = [flag for flag in given if features or flag not in flags]
+    use = "features" if features else f"the predictions of {name}"
+    errors += [f"--{flag} has no effect on {use}; leave it out" for flag in unused]
+    errors += check_preview(given.get("preview_channels"), encoder.in_channels)
+    if isinstance(model, MaskedAutoencoder) and "mask_ratio" in given:
+        patches = math.prod(encoder.grid)
+        num_kept = int(patches * (1 - given["mask_ratio"]))
         words = f"keeps {num_kept} of {patches} patches; expected a ratio that keeps and removes at least one"
-        errors += [] if 0 < num_kept < patches else [f"--mask_ratio {args.mask_ratio:g} {words}"]
+        errors += [] if 0 < num_kept < patches else [f"--mask_ratio {given['mask_ratio']:g} {words}"]
     return errors
 
 
 def check_output(features, folder):
     """Return the errors for files and folders that would be overwritten."""
     if features is not None:
-        paths = [Path(features), Path(features.removesuffix(".npy") + ".json")]
+        paths = [Path(features), Path(features).with_suffix(".json")]
         return [f"--features {features}: {path} exists; give another name" for path in paths if path.exists()]
     taken = [name for name in (LINES, *PICTURES) if (folder / name).exists()]
     return [f"--output {folder} already holds {', '.join(taken)}; give another folder"] if taken else []
 
 
 def picture_names(source):
-    """Return a file name for the picture of each image: its own, with a number if another image has it."""
-    names, taken, numbers = [], set(), {}
+    """Return a file name for the picture of each image: its own, with its index if another image has it."""
+    names, taken = [], set()
     for index in range(len(source)):
-        stem = name = os.fsdecode(os.fsencode(Path(source.name(index)).stem)[:200])  # leaves room for a number
+        name = os.fsdecode(os.fsencode(Path(source.name(index)).stem)[:200])  # leaves room for the index
         while name.casefold() in taken:  # some file systems ignore case
-            numbers[stem] = numbers.get(stem, 1) + 1
-            name = f"{stem}_{numbers[stem]}"
+            name += f"_{index}"
         taken.add(name.casefold())
         names.append(f"{name}.png")
     return names
@@ -232,20 +234,17 @@ def describe_result(result):
 
 
 def write_features(path, results, width):
-    """Write the features (N, D) of the readable images row by row, and the list of their names; return N."""
-    part, names = path.with_name(f".{path.name}.part"), []
-    header = {"descr": "<f4", "fortran_order": False, "shape": (0, width)}
-    with open(part, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)  # padded, so that any number of rows fits
-        for name, row, _ in results:
-            if row is not None:
-                if not np.isfinite(row).all():
-                    raise RunError(f"{name}: {NOT_FINITE}")
-                file.write(row.astype("<f4").tobytes())
-                names.append(name)
-        file.seek(0)
-        np.lib.format.write_array_header_1_0(file, header | {"shape": (len(names), width)})
+    """Write the features (N, D) of the readable images, and the list of their names; return N."""
+    names, rows = [], []
+    for name, row, _ in results:
+        if row is not None:
+            if not np.isfinite(row).all():
+                raise RunError(f"{name}: {NOT_FINITE}")
+            names.append(name)
+            rows.append(row)
     write_json(path.with_suffix(".json"), names)
+    part = path.with_name(f".{path.name}")
+    np.save(part, np.array(rows, np.float32).reshape(-1, width))
     part.replace(path)
     return len(names)
 
@@ -262,7 +261,9 @@ def main(argv=None):
     try:
         if args.model is not None:
             trained = open_trained(args.model, whole=args.features is None)
-            errors += check_model(args, trained)
+            names = [name for _, flags in KINDS.values() for name in flags]
+            given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+            errors += check_model(trained, given, features=args.features is not None)
     except WeightsError as error:
         errors.append(str(error))
     folder = Path(args.output or "predictions")
@@ -273,7 +274,6 @@ def main(argv=None):
     output = Path(args.features or folder / LINES)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output.parent).close()
     except OSError as error:
         fail([f"the folder {output.parent} cannot be written ({error.strerror}); give another one"])
 
@@ -320,8 +320,8 @@ def main(argv=None):
     # Loop
     batches = [range(len(source))[start : start + batch_size] for start in range(0, len(source), batch_size)]
     num_workers = args.num_workers
-    if num_workers is None:  # a single batch is read sooner than a process starts
-        num_workers = min(32, launch.cores_per_process(), len(batches)) if len(batches) > 1 else 0
+    if num_workers is None:  # none for a single batch, which is read sooner than a process starts
+        num_workers = min(32, launch.cores_per_process(), len(batches) - 1)
     dataset = ListedDataset(source, pixels=pixels, prepare=transform)
     start_time = time.monotonic()
     results = predict_all(make_loader(dataset, batches, num_workers=num_workers), predict_batch, source)
