@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from modeling.classifier import Classifier
-from modeling.export import default_crop_ratio
+from modeling.export import CROP_RATIO
 from modeling.files import Stored, WeightsError
 from modeling.mae import MaskedAutoencoder
 from modeling.upernet import Segmenter, default_layers
@@ -91,7 +91,7 @@ def open_trained(
         std=std,
         class_names=class_names,
         classes=class_names or [f"LABEL_{i}" for i in range(num_classes)],
-        crop_ratio=crop_ratio or default_crop_ratio(encoder.img_size),
+        crop_ratio=crop_ratio or (CROP_RATIO if max(encoder.img_size) <= 224 else 1.0),
         resize=resize and tuple(resize),
         value_range=stored.value_range and tuple(stored.value_range),
         assumed=tuple(assumed),
