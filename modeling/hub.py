@@ -49,14 +49,11 @@ def find_weights(path: str | Path, *, whole: bool) -> Path:
 
 
 def download(name: str, *, whole: bool) -> Path:
-    """Download weights and the configurations beside them; offline, the cache is used.
+    """Download weights and the configurations beside them, and return their folder; offline, the cache is used.
 
     Args:
         name: hf:OWNER/NAME[@revision].
         whole: prefer the autoencoder in `pretraining/`.
-
-    Returns:
-        The local folder of the weights.
 
     Raises:
         WeightsError: if there is no such repository or revision, no weights in it, or no access.

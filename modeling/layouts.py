@@ -126,23 +126,23 @@ def model_settings(state: State) -> dict[str, object]:
     They have `encoder_embed_dim` if they show an encoder, `decoder_embed_dim` if they show a decoder, `pooling` if they
     have a classification head, and `head` if they have a segmentation head.
     """
-    settings, projection = {option: bool(extra_names(state, option)) for option in EXTRAS}, state.get(PROJECTION)
-    if projection is not None and projection.ndim == 4:
-        for part, blocks in BLOCKS.items():
-            fc1 = state.get(f"{blocks}0.mlp.fc1.weight")
-            if fc1 is not None and fc1.ndim == 2:
-                indices = [name.removeprefix(blocks).partition(".")[0] for name in state if name.startswith(blocks)]
-                depth = 1 + max(int(index) for index in indices if index.isdecimal())
-                # Rounded up, because a model rounds width * mlp_ratio down.
-                ratio = math.ceil(round(fc1.shape[0] / fc1.shape[1] * 1e4, 3)) / 1e4
-                settings |= {f"{part}_embed_dim": fc1.shape[1], f"{part}_depth": depth, f"{part}_mlp_ratio": ratio}
-        settings |= dict(patch_size=projection.shape[-1], input_channels=projection.shape[1])
-    head = state.get("head.weight")
-    if head is not None and head.ndim == 2:
-        settings |= dict(num_classes=len(head), pooling="mean" if "fc_norm.weight" in state else "cls")
+    settings = {option: bool(extra_names(state, option)) for option in EXTRAS}
+    for part, blocks in BLOCKS.items():
+        fc1 = state.get(f"{blocks}0.mlp.fc1.weight")
+        if fc1 is not None and PROJECTION in state:
+            indices = [name.removeprefix(blocks).partition(".")[0] for name in state if name.startswith(blocks)]
+            depth = 1 + max(int(index) for index in indices if index.isdecimal())
+            # Rounded up, because a model rounds width * mlp_ratio down.
+            ratio = math.ceil(round(fc1.shape[0] / fc1.shape[1] * 1e4, 3)) / 1e4
+            settings |= {f"{part}_embed_dim": fc1.shape[1], f"{part}_depth": depth, f"{part}_mlp_ratio": ratio}
+    if PROJECTION in state:
+        settings |= dict(patch_size=state[PROJECTION].shape[-1], input_channels=state[PROJECTION].shape[1])
+    if "head.weight" in state:
+        pooling = "mean" if "fc_norm.weight" in state else "cls"
+        settings |= dict(num_classes=len(state["head.weight"]), pooling=pooling)
         settings["linear_probe"] = "head_norm.running_mean" in state  # not in an export, whose head includes the norm
     head, linear = state.get("decode_head.classifier.weight"), "decode_head.batch_norm.running_var" in state
-    if head is not None and head.ndim == 4 and (linear or "fpn.fpn2.weight" in state):
+    if head is not None and (linear or "fpn.fpn2.weight" in state):
         settings |= dict(num_classes=len(head), head="linear" if linear else "upernet")
         settings["head_width"] = None if linear else head.shape[1]
         settings["auxiliary"] = "auxiliary_head.classifier.weight" in state

@@ -35,16 +35,15 @@ class LoadReport(NamedTuple):
 
     def __str__(self) -> str:
         parts = sorted({re.match(r"(?:vit\.)?((?:encoder\.)?[^.]+)", name)[1] for name in self.ignored})
-        ignored = f" ({', '.join(parts)})" if parts else ""
+        new = [option.replace("_", " ") for option in EXTRAS if extra_names(self.missing, option)]
+        new += ["decoder"] * any(name.startswith(DECODER) for name in self.missing)
         line = (
             f"weights of {self.layout}: {self.loaded} loaded, {len(self.missing)} missing, {len(self.ignored)} ignored"
         )
-        line += f"{ignored}, resized: {', '.join(self.resized) or 'none'}"
-        if self.adapted:
-            line += f", adapted: {', '.join(self.adapted)}"
-        new = [option.replace("_", " ") for option in EXTRAS if extra_names(self.missing, option)]
-        new += ["decoder"] * any(name.startswith(DECODER) for name in self.missing)
-        return f"{line}, newly initialised: {', '.join(new)}" if new else line
+        line += f" ({', '.join(parts)})" if parts else ""
+        for change, names in (("resized", self.resized), ("adapted", self.adapted), ("newly initialised", new)):
+            line += f", {change}: {', '.join(names)}" if names else ""
+        return line
 
 
 class Weights(NamedTuple):

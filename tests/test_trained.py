@@ -94,12 +94,6 @@ def test_files_of_timm_and_of_the_official_code(tmp_path):
     assert torch.equal(open_trained(tmp_path / "mae.pth", whole=False).model(images), encoder(images))
 
 
-def test_another_epsilon_of_norms_is_an_error(tmp_path):
-    config = ViTConfig(**SIZE | dict(layer_norm_eps=1e-3))
-    with pytest.raises(WeightsError, match=r"were trained with the epsilon 0\.001 in norms"):
-        open_trained(written(ViTForImageClassification(config), tmp_path))
-
-
 def test_the_size_of_evaluation_is_that_of_the_run(tmp_path):
     encoder = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
     model, names = Segmenter(encoder, 2, head_width=8), ["ant", "bee"]

@@ -135,9 +135,6 @@ def test_every_wrong_shape_is_named():
     message = refused(new_encoder(), state | {"cls_token": torch.ones(1, 1, 64), "norm.weight": torch.ones(7)})
     assert "encoder.cls_token is (1, 1, 64) instead of (1, 1, 32)" in message
     assert "encoder.norm.weight is (7,) instead of (32,)" in message and message.count("instead of") == 2
-    assert "(32, 192) instead of (32, 3, 8, 8)" in refused(  # a projection that is flat
-        new_encoder(), state | {"patch_embed.proj.weight": state["patch_embed.proj.weight"].flatten(1)}
-    )
 
 
 @pytest.mark.parametrize(
@@ -316,7 +313,7 @@ def test_biases_and_scales_of_an_encoder_may_be_new():
         if name not in state:
             assert torch.equal(value, torch.full_like(value, 0.5 if "gamma" in name else 0.0))
     assert len(report.missing) == 4 * 3 and report.loaded == len(ours.encoder.state_dict()) - 12
-    assert str(report).endswith("resized: none, newly initialised: relative position bias, layer scale")
+    assert str(report).endswith("newly initialised: relative position bias, layer scale")
     biased = trained(new_segmenter(relative_position_bias=True)).state_dict()
     report = load_weights(ours.encoder, biased)
     assert str(report).endswith(", newly initialised: layer scale") and len(report.missing) == 8
@@ -334,7 +331,7 @@ def test_the_encoder_of_a_segmenter():
     ours = new_classifier("mean", depth=4).encoder
     report = load_weights(ours, source.state_dict())
     assert torch.equal(ours(IMAGES), source.encoder(IMAGES))
-    assert "ignored (auxiliary_head, decode_head, fpn), resized: none" in str(report)
+    assert "ignored (auxiliary_head, decode_head, fpn)" in str(report)
     whole, state = new_autoencoder(depth=4), source.state_dict()
     words = "weights of this project lost their final norm in fine-tuning; "
     assert refused(new_classifier("cls", depth=4).encoder, state) == f"{words}set pooling=mean"
