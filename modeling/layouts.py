@@ -50,8 +50,6 @@ TRANSFORMERS_5_NAMES = [
     (".attention.o_proj.", ".attention.output.dense."),
 ]
 
-OFFICIAL_LINEAR_PROBE_NAMES = [("head.0.", "head_norm."), ("head.1.", "head.")]
-
 SEGMENTATION_HEADS = ("decode_head.", "auxiliary_head.")  # the same names here and in transformers
 HEADS = ("head.", "head_norm.", "fc_norm.", "vit.pooler.", "fpn.", *SEGMENTATION_HEADS)  # all that follows an encoder
 DECODER = ("mask_token", "decoder_")
@@ -84,8 +82,6 @@ def to_ours(state: State) -> tuple[str, State]:
     if any(name.startswith("encoder.blocks.") for name in state):
         return "this project", state
     if {"blocks.0.attn.qkv.weight", "patch_embed.proj.weight"} <= state.keys():
-        if "head.1.weight" in state:
-            state = {rename(name, OFFICIAL_LINEAR_PROBE_NAMES): value for name, value in state.items()}
         layout = f"a timm or MAE {'classifier' if 'head.weight' in state else 'encoder'}"
         layout = "the official MAE" if any(name.startswith(DECODER) for name in state) else layout
         return layout, {n if n.startswith(DECODER + HEADS) else f"encoder.{n}": t for n, t in state.items()}
