@@ -47,7 +47,7 @@ class Stored(NamedTuple):
     mask_ratio: float | None = None  # of an autoencoder
     norm_pix_loss: bool | None = None
     value_range: list[float] | None = None  # pixels that become 0 and 1; None: 0 and 255
-    unsupported: list[str] | None = None  # features of the weights that no model here has, in words
+    unsupported: str | None = None  # a feature of the weights that no model here has, in words
 
 
 def read_stored(path: str | Path) -> Stored:
@@ -71,13 +71,11 @@ def read_stored(path: str | Path) -> Stored:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         run = json.loads((folder.resolve().parent.parent / "args.json").read_text())
         flags = run["flags"]
-        names = ("mean", "std", "decoder_num_heads", "pooling", "layers", "resize")
-        names += ("mask_ratio", "norm_pix_loss", "value_range")
-        return Stored(
+        facts = {name: flags[name] for name in Stored._fields if name in flags}
+        return Stored(**facts)._replace(
             grid=_grid(flags.get("img_size") or flags["crop_size"], flags["patch_size"]),
             num_heads=flags["encoder_num_heads"],
             classes=run.get("classes"),
-            **{name: flags.get(name) for name in names},
         )
     return Stored()
 
@@ -121,7 +119,7 @@ def _read_config(config: dict, folder: Path) -> Stored:
         mask_ratio=config.get("mask_ratio"),
         norm_pix_loss=config.get("norm_pix_loss"),
         value_range=value_range,
-        unsupported=None if activation == "gelu" else [f"the activation {activation}"],
+        unsupported=None if activation == "gelu" else f"the activation {activation}",
     )
 
 
@@ -141,7 +139,7 @@ def _read_timm_config(config: dict) -> Stored:
         classes=[str(name) for name in names] or None,
         pooling={"avg": "mean", "token": "cls"}.get(pooling, pooling),
         crop_ratio=pretrained.get("crop_pct"),
-        unsupported=None if activation == "gelu" else [f"the activation {activation}"],
+        unsupported=None if activation == "gelu" else f"the activation {activation}",
     )
 
 

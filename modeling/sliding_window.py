@@ -30,10 +30,7 @@ def windows(size: tuple[int, int], window: int) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def sliding_window(model: Callable, images: torch.Tensor, *, window: int) -> torch.Tensor:
-    """Return the logits (B, N, H, W), float32, of images (B, C, H, W): for each pixel, the mean over its windows.
-
-    `window` is their side in pixels.
-    """
+    """Return the logits (B, N, H, W), float32, of images (B, C, H, W): for each pixel, the mean over its windows."""
     size = images.shape[-2:]
     height, width = (min(window, side) for side in size)
     parts = [(..., slice(top, top + height), slice(left, left + width)) for top, left in windows(size, window)]

@@ -7,7 +7,7 @@ from modeling.classifier import Classifier
 from modeling.export import CROP_RATIO
 from modeling.files import Stored, WeightsError
 from modeling.mae import MaskedAutoencoder
-from modeling.upernet import Segmenter, default_layers
+from modeling.upernet import Segmenter
 from modeling.vit import Grid, VisionTransformer
 from modeling.weights import Model, Weights, load_weights, open_weights
 
@@ -125,12 +125,11 @@ def _build(
         sizes |= dict(layer_scale=1.0 if settings["layer_scale"] else None)
     encoder = VisionTransformer(img_size=img_size, **sizes)
     if head:
-        layers = stored.layers
-        if layers is None:
-            layers = default_layers(encoder.depth) if head == "upernet" else [encoder.depth - 1]
-            assumed.append(f"the head sees the blocks {' '.join(map(str, layers))}")
         options = dict(head_width=settings["head_width"] or 512, auxiliary=settings["auxiliary"])
-        return Segmenter(encoder, settings["num_classes"], head=head, layers=layers, **options)
+        segmenter = Segmenter(encoder, settings["num_classes"], head=head, layers=stored.layers, **options)
+        if stored.layers is None:
+            assumed.append(f"the head sees the blocks {' '.join(map(str, segmenter.layers))}")
+        return segmenter
     if whole and "decoder_embed_dim" in settings:
         options = {name: settings[name] for name in ("decoder_embed_dim", "decoder_depth", "decoder_mlp_ratio")}
         for name, value in PAPER.items():

@@ -158,8 +158,8 @@ def load_weights(
 def _check_head(layout: str, model: Model, theirs: dict, stored: Stored, *, needs_norm: bool) -> None:
     """Raise WeightsError for features that no model here has, and for a final norm that was lost in fine-tuning."""
     if stored.unsupported:
-        features = " and ".join(stored.unsupported)
-        raise WeightsError(f"weights of {layout} were trained with {features}, which no model here has; give others")
+        reason = f"were trained with {stored.unsupported}, which no model here has"
+        raise WeightsError(f"weights of {layout} {reason}; give others")
     if isinstance(model, Classifier) and stored.pooling not in (None, theirs.get("pooling")):
         raise WeightsError(
             f"weights of {layout} have a head on the {stored.pooling} of normed tokens; expected one on the cls token, "
@@ -175,7 +175,7 @@ def _check_head(layout: str, model: Model, theirs: dict, stored: Stored, *, need
 def _check_settings(
     layout: str, model: Model, theirs: dict, ours: dict, stored: Stored, *, adapt_channels: bool
 ) -> None:
-    """Raise WeightsError with all settings of the model that are not those of the weights."""
+    """Raise WeightsError with all settings of the model that are not those of the weights, and those that fit."""
     theirs |= dict(encoder_num_heads=stored.num_heads, decoder_num_heads=stored.decoder_num_heads)
     ours |= dict(encoder_num_heads=getattr(model, "encoder", model).num_heads)
     if isinstance(model, MaskedAutoencoder):
@@ -189,22 +189,16 @@ def _check_settings(
         words = ", ".join(f"{name} is {value} instead of {ours[name]}" for name, value in settings.items())
         if {*EXTRAS} & settings.keys():
             words += "; only an encoder of a segmenter can have this, others need weights of a plain ViT or MAE"
-        raise WeightsError(f"weights of {layout} do not fit the model: {words}", _find_remedy(settings, theirs))
-
-
-def _find_remedy(settings: dict[str, object], theirs: dict[str, object]) -> dict[str, object]:
-    """Return the arguments that fit: the settings that differ, and the number of heads for another width."""
-    settings = dict(settings)
-    if settings.pop("input_channels", None):
-        settings["adapt_channels"] = True
-    if "layer_scale" in settings:
-        settings["layer_scale"] = 1.0
-    if "encoder_embed_dim" in settings:
-        known = NUM_HEADS.get((theirs["encoder_embed_dim"], theirs["encoder_depth"]))
-        settings.setdefault("encoder_num_heads", theirs["encoder_num_heads"] or known or "N")
-    if "decoder_embed_dim" in settings:
-        settings.setdefault("decoder_num_heads", theirs["decoder_num_heads"] or "N")
-    return settings
+        if settings.pop("input_channels", None):
+            settings["adapt_channels"] = True
+        if "layer_scale" in settings:
+            settings["layer_scale"] = 1.0
+        if "encoder_embed_dim" in settings:
+            known = NUM_HEADS.get((theirs["encoder_embed_dim"], theirs["encoder_depth"]))
+            settings.setdefault("encoder_num_heads", stored.num_heads or known or "N")
+        if "decoder_embed_dim" in settings:
+            settings.setdefault("decoder_num_heads", stored.decoder_num_heads or "N")
+        raise WeightsError(f"weights of {layout} do not fit the model: {words}", settings)
 
 
 def _list_misfits(state: State, target: State, expected: set[str]) -> list[str]:

@@ -309,7 +309,7 @@ def test_what_timm_writes(tmp_path):
     [
         (Stored(pooling="max"), "have a head on the max of normed tokens"),
         (Stored(pooling="mean"), "have a head on the mean of normed tokens"),
-        (Stored(unsupported=["the activation relu"]), "were trained with the activation relu, which no model here has"),
+        (Stored(unsupported="the activation relu"), "were trained with the activation relu, which no model here has"),
     ],
 )
 def test_what_parameters_do_not_show_is_refused(stored, said):
@@ -320,7 +320,7 @@ def test_what_parameters_do_not_show_is_refused(stored, said):
 
 def test_other_activations_and_poolings_are_seen(tmp_path):
     for model, unsupported in (
-        (ViTModel(ViTConfig(**THEIRS, hidden_act="relu")), ["the activation relu"]),
+        (ViTModel(ViTConfig(**THEIRS, hidden_act="relu")), "the activation relu"),
         (ViTModel(ViTConfig(**THEIRS)), None),
     ):
         model.save_pretrained(tmp_path)
@@ -328,7 +328,7 @@ def test_other_activations_and_poolings_are_seen(tmp_path):
     for change, pooling, unsupported in (
         (dict(global_pool="avgmax"), "avgmax", None),
         (dict(global_pool="avg"), "mean", None),
-        (dict(global_pool="token", act_layer="relu"), "cls", ["the activation relu"]),
+        (dict(global_pool="token", act_layer="relu"), "cls", "the activation relu"),
     ):
         config = dict(architecture="vit_base_patch16_224", model_args=SMALL | change, pretrained_cfg={})
         (tmp_path / "config.json").write_text(json.dumps(config))
