@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import UperNetForSemanticSegmentation
+from transformers import BeitConfig, UperNetConfig, UperNetForSemanticSegmentation
 
-from modeling.export import export_segmenter
 from modeling.upernet import Segmenter, default_layers, segmentation_loss
 from modeling.vit import SIZES, VisionTransformer
+from modeling.weights import load_weights
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=5, num_heads=2)
 BEIT = dict(relative_position_bias=True, layer_scale=0.1)
@@ -37,13 +37,30 @@ def randomised(module: nn.Module, std: float = 0.1) -> nn.Module:
 # Parity
 
 
-def both(folder, size: dict, num_classes: int, *, layers: list[int], head_width: int, bias: bool, std: float = 0.1):
-    """Our segmenter, and transformers' as it reads the exported folder."""
-    encoder = VisionTransformer(**size, relative_position_bias=bias, layer_scale=0.5 if bias else None)
-    ours = randomised(Segmenter(encoder, num_classes, layers=layers, head_width=head_width), std)
-    classes, statistics = [str(i) for i in range(num_classes)], dict(mean=[0.5] * 3, std=[0.5] * 3)
-    export_segmenter(ours, folder, classes=classes, resize=(64, 32), **statistics)
-    return ours, UperNetForSemanticSegmentation.from_pretrained(folder)
+def both(size: dict, num_classes: int, *, layers: list[int], head_width: int, bias: bool, std: float = 0.1):
+    """Our segmenter and transformers' with the same random weights."""
+    backbone = BeitConfig(
+        image_size=size["img_size"],
+        patch_size=size["patch_size"],
+        hidden_size=size["embed_dim"],
+        num_hidden_layers=size["depth"],
+        num_attention_heads=size["num_heads"],
+        intermediate_size=4 * size["embed_dim"],
+        layer_norm_eps=1e-6,
+        use_absolute_position_embeddings=True,
+        use_relative_position_bias=bias,
+        layer_scale_init_value=0.5 if bias else 0.0,
+        drop_path_rate=0.0,
+        add_fpn=True,
+        batch_norm_eps=1e-5,
+        out_features=[f"stage{layer + 1}" for layer in layers],
+    )
+    config = UperNetConfig(backbone_config=backbone, hidden_size=head_width, num_labels=num_classes)
+    theirs = randomised(UperNetForSemanticSegmentation(config), std)
+    encoder = VisionTransformer(**size, relative_position_bias=bias, layer_scale=1.0 if bias else None)
+    ours = Segmenter(encoder, num_classes, layers=layers, head_width=head_width).eval()
+    load_weights(ours, theirs.state_dict())
+    return ours, theirs
 
 
 def assert_equal_outputs(ours: Segmenter, theirs: nn.Module, images: torch.Tensor) -> None:
@@ -60,8 +77,8 @@ def assert_equal_outputs(ours: Segmenter, theirs: nn.Module, images: torch.Tenso
 
 @torch.inference_mode()
 @pytest.mark.parametrize("bias", [False, True])
-def test_pyramid_and_logits_equal_transformers(bias, tmp_path):
-    ours, theirs = both(tmp_path, SMALL, 7, layers=[0, 2, 3, 4], head_width=24, bias=bias)
+def test_pyramid_and_logits_equal_transformers(bias):
+    ours, theirs = both(SMALL, 7, layers=[0, 2, 3, 4], head_width=24, bias=bias)
     for height, width in ((32, 32), (72, 64), (48, 32), (16, 64), (45, 61)):  # the fourth has as many patches
         assert_equal_outputs(ours, theirs, torch.randn(2, 3, height, width))
 
@@ -69,9 +86,9 @@ def test_pyramid_and_logits_equal_transformers(bias, tmp_path):
 @pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize(("bias", "shape"), [(False, (512, 512)), (True, (512, 683))])
-def test_pyramid_and_logits_of_a_base_model_equal_transformers(bias, shape, tmp_path):
+def test_pyramid_and_logits_of_a_base_model_equal_transformers(bias, shape):
     size = SIZES["base"] | dict(img_size=512)
-    ours, theirs = both(tmp_path, size, 150, layers=default_layers(12), head_width=512, bias=bias, std=0.02)
+    ours, theirs = both(size, 150, layers=default_layers(12), head_width=512, bias=bias, std=0.02)
     assert_equal_outputs(ours, theirs, torch.randn(1, 3, *shape))
 
 
