@@ -28,7 +28,7 @@ BEIT = {  # computes what a ViT without a final norm does
 
 
 def to_transformers(state: State) -> State:
-    """Rename our parameters to those in files of transformers 4 and 5; `layouts.to_ours` renames a ViT's back."""
+    """Rename our parameters to those in files of transformers 4 and 5; the inverse of `layouts.to_ours`."""
     theirs = {}
     for name, value in state.items():
         parts = [(name, value)]

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 
+from modeling.upernet import POOL_SCALES
+
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")  # of DistributedDataParallel and torch.compile
 WEIGHT_FILES = ("ema.safetensors", "model.safetensors", "pytorch_model.bin")  # the first in a folder is read
 
@@ -99,8 +101,12 @@ def _read_config(config: dict, folder: Path) -> Stored:
         classes = None  # transformers' own names
     pooling = None
     if any("ForImageClassification" in name for name in config.get("architectures") or []):
-        pooling = "mean" if config["model_type"] == "beit" else "cls"
+        pooling = "mean" if config["model_type"] == "beit" and config.get("use_mean_pooling", True) else "cls"
     activation = sizes.get("hidden_act", "gelu")
+    unsupported = None if activation == "gelu" else f"the activation {activation}"
+    pool_scales = config.get("pool_scales", POOL_SCALES)
+    if sizes.get("add_fpn") and tuple(pool_scales) != POOL_SCALES:
+        unsupported = f"the pyramid pooling {' '.join(map(str, pool_scales))}"
     mean, value_range = processor.get("image_mean"), config.get("value_range")
     if mean and value_range:  # other libraries can only multiply pixels, so theirs end in a range of length 1
         low, high = value_range
@@ -119,7 +125,7 @@ def _read_config(config: dict, folder: Path) -> Stored:
         mask_ratio=config.get("mask_ratio"),
         norm_pix_loss=config.get("norm_pix_loss"),
         value_range=value_range,
-        unsupported=None if activation == "gelu" else f"the activation {activation}",
+        unsupported=unsupported,
     )
 
 

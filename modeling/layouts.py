@@ -4,6 +4,7 @@ Legend: as in mae.py.
 """
 
 import math
+import re
 
 import torch
 
@@ -11,8 +12,8 @@ from modeling.files import WeightsError
 
 State = dict[str, torch.Tensor]  # parameters by name
 
-# Names of MaskedAutoencoder, Classifier and Segmenter -> names in transformers' files: those of `vit` (ViT and ViTMAE),
-# used in both directions, and those that only an exported BEiT or UperNet has.
+# Names of MaskedAutoencoder, Classifier and Segmenter -> names in transformers' files: those of `vit` (ViT and ViTMAE)
+# and, with other prefixes, of BEiT. Used in both directions.
 TRANSFORMERS_NAMES = [
     ("encoder.cls_token", "vit.embeddings.cls_token"),
     ("encoder.pos_embed", "vit.embeddings.position_embeddings"),
@@ -48,6 +49,12 @@ TRANSFORMERS_5_NAMES = [
     (".attention.k_proj.", TRANSFORMERS_QKV[1]),
     (".attention.v_proj.", TRANSFORMERS_QKV[2]),
     (".attention.o_proj.", ".attention.output.dense."),
+    (".attention.attention.relative_position_bias.", ".relative_position_bias."),  # files have the prefix that follows
+    (".relative_position_bias.", ".attention.attention.relative_position_bias."),
+    ("backbone.fpn.fpn1.conv_transpose1.", "backbone.fpn1.0."),
+    ("backbone.fpn.fpn1.normalization.", "backbone.fpn1.1."),
+    ("backbone.fpn.fpn1.conv_transpose2.", "backbone.fpn1.3."),
+    ("backbone.fpn.fpn2.", "backbone.fpn2.0."),
 ]
 
 SEGMENTATION_HEADS = ("decode_head.", "auxiliary_head.")  # the same names here and in transformers
@@ -79,33 +86,42 @@ def to_ours(state: State) -> tuple[str, State]:
     Raises:
         WeightsError: for an unknown layout, and without an encoder.
     """
+    # Older versions of transformers and of BEiT store these indices, which follow from the grid.
+    state = {name: value for name, value in state.items() if not name.endswith(".relative_position_index")}
     if any(name.startswith("encoder.blocks.") for name in state):
         return "this project", state
     if {"blocks.0.attn.qkv.weight", "patch_embed.proj.weight"} <= state.keys():
         layout = f"a timm or MAE {'classifier' if 'head.weight' in state else 'encoder'}"
         layout = "the official MAE" if any(name.startswith(DECODER) for name in state) else layout
         return layout, {n if n.startswith(DECODER + HEADS) else f"encoder.{n}": t for n, t in state.items()}
-    if "vit.embeddings.cls_token" not in state and "embeddings.cls_token" not in state:
+    if any(f"backbone.{part}embeddings.cls_token" in state for part in ("", "beit.")):
+        layout, prefix = "transformers' UperNet", r"^backbone\.(beit\.)?(?!fpn)"
+    elif "beit.embeddings.cls_token" in state:
+        layout, prefix = "transformers' BEiT", r"^beit\."
+    elif "vit.embeddings.cls_token" in state or "embeddings.cls_token" in state:
+        layout = "transformers' ViTMAE" if "decoder.mask_token" in state else "transformers' ViT"
+        prefix = "^" if "embeddings.cls_token" in state else r"^vit\."  # ViTModel and ViTMAEModel have no prefix
+    else:
         raise WeightsError(
             f"weights without an encoder, or of an unknown layout ({', '.join(list(state)[:4])}, ...); expected those "
-            "of this project, facebookresearch/mae, timm's ViT or transformers' ViT and ViTMAE; give or rename them to "
-            "one of these"
+            "of this project, facebookresearch/mae, timm's ViT or transformers' ViT, ViTMAE, BEiT and UperNet with a "
+            "BEiT; give or rename them to one of these"
         )
-    layout = "transformers' ViTMAE" if "decoder.mask_token" in state else "transformers' ViT"
-    if "embeddings.cls_token" in state:  # ViTModel and ViTMAEModel have no prefix
-        state = {f"vit.{name}": value for name, value in state.items()}
+    state = {re.sub(prefix, "vit.", name): value for name, value in state.items()}
     return layout, _from_transformers({rename(name, TRANSFORMERS_5_NAMES): value for name, value in state.items()})
 
 
 def _from_transformers(state: State) -> State:
-    """Rename the parameters in files of transformers' `vit` to ours; the inverse of `export.to_transformers`."""
+    """Rename the parameters in transformers' files to ours; the inverse of `export.to_transformers`."""
     pairs = [(theirs, ours) for ours, theirs in TRANSFORMERS_NAMES]
     query, others = TRANSFORMERS_QKV[0], TRANSFORMERS_QKV[1:]
     ours = {}
     for name, value in state.items():
         if query in name:  # a missing part shows as a wrong shape
-            parts = [state[part] for part in (name.replace(query, each) for each in TRANSFORMERS_QKV) if part in state]
-            ours[rename(name.replace(query, QKV), pairs)] = torch.cat(parts)
+            parts = [state.get(name.replace(query, part)) for part in TRANSFORMERS_QKV]
+            if name.endswith(".bias") and parts[1] is None:  # BEiT has none, because the softmax cancels it
+                parts[1] = torch.zeros_like(value)
+            ours[rename(name.replace(query, QKV), pairs)] = torch.cat([part for part in parts if part is not None])
         elif not any(part in name for part in others):
             ours[rename(name, pairs)] = value
     return ours

@@ -24,10 +24,11 @@ from test_weights import (
     new_encoder,
     new_segmenter,
     official,
+    stock_segmenter,
     trained,
     trained_classifier,
 )
-from transformers import ViTConfig, ViTModel
+from transformers import UperNetConfig, UperNetForSemanticSegmentation, ViTConfig, ViTModel
 
 from modeling.classifier import Classifier
 from modeling.export import export_autoencoder, export_classifier, export_encoder, export_segmenter
@@ -319,9 +320,14 @@ def test_what_parameters_do_not_show_is_refused(stored, said):
 
 
 def test_other_activations_and_poolings_are_seen(tmp_path):
+    segmenter = stock_segmenter()
+    backbone = segmenter.config.backbone_config
+    other = UperNetConfig(backbone_config=backbone, hidden_size=12, num_labels=5, pool_scales=[2, 3, 4, 6])
     for model, unsupported in (
         (ViTModel(ViTConfig(**THEIRS, hidden_act="relu")), "the activation relu"),
         (ViTModel(ViTConfig(**THEIRS)), None),
+        (UperNetForSemanticSegmentation(other), ["the pyramid pooling 2 3 4 6"]),
+        (segmenter, None),
     ):
         model.save_pretrained(tmp_path)
         assert read_stored(tmp_path).unsupported == unsupported

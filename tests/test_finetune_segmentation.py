@@ -174,8 +174,11 @@ def test_a_signal_saves_the_step(flags, tmp_path):
 
 
 def test_what_only_evaluates_agrees_with_the_run(undisturbed, scenes, tmp_path):
+    """From any of its folders; one without this project's own file too."""
+    stock = shutil.copytree(undisturbed / "model", tmp_path / "stock")
+    (stock / "transformers_model.safetensors").replace(stock / "model.safetensors")
     words = ["--path_to_data", scenes, "--eval_only", "--num_workers", 0, "--evaluate", "whole"]
-    sources = {"run": undisturbed, "checkpoint": undisturbed / "checkpoints" / "step_00000007"}
+    sources = {"run": undisturbed, "checkpoint": undisturbed / "checkpoints" / "step_00000007", "stock": stock}
     starts = [[*words, WEIGHTS, path, "--experiment_name", name] for name, path in sources.items()]
     run_each(SCRIPT, starts, cwd=tmp_path)
     expected = metrics_of(undisturbed)

@@ -1,5 +1,6 @@
 """Layouts of weights, against the library that writes each; and what parameters show of their model."""
 
+import re
 from functools import partial
 
 import pytest
@@ -7,6 +8,8 @@ import timm
 import torch
 from random_modules import randomise
 from test_weights import (
+    BEIT,
+    EXTRAS,
     IMAGES,
     LINEAR,
     NOISE,
@@ -18,10 +21,14 @@ from test_weights import (
     new_encoder,
     new_segmenter,
     official,
+    stock_segmenter,
+    trained,
     trained_classifier,
     written_by,
 )
 from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
     ViTConfig,
     ViTForImageClassification,
     ViTMAEConfig,
@@ -29,7 +36,9 @@ from transformers import (
     ViTModel,
 )
 
-from modeling.files import WeightsError
+from modeling.classifier import Classifier
+from modeling.export import to_transformers
+from modeling.files import Stored, WeightsError, read_stored
 from modeling.layouts import model_settings, to_ours
 from modeling.mae import MaskedAutoencoder
 from modeling.vit import SIZES, VisionTransformer
@@ -80,17 +89,24 @@ def test_vit_of_transformers(state_of, pooler, tmp_path):
 
 
 @pytest.mark.parametrize("state_of", [modules_of_5, files_of_5])
-def test_classifier_of_transformers(state_of, tmp_path):
-    theirs = randomise(ViTForImageClassification(ViTConfig(**THEIRS, num_labels=5)))
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_classifier_of_transformers(pooling, state_of, tmp_path):
+    vit, beit = (ViTForImageClassification, ViTConfig), (BeitForImageClassification, BeitConfig)
+    theirs, config = beit if pooling == "mean" else vit
+    theirs = randomise(theirs(config(**THEIRS, **(BEIT if pooling == "mean" else {}), num_labels=5)))
     state = state_of(theirs, tmp_path)
-    ours, encoder = new_classifier("cls"), new_encoder()
+    ours, encoder = new_classifier(pooling), new_classifier(pooling).encoder
     report = load_weights(ours, state)
-    torch.testing.assert_close(ours(IMAGES), theirs(IMAGES).logits, rtol=0, atol=1e-5)
-    assert (report.layout, report.loaded, report.ignored) == ("transformers' ViT", len(ours.state_dict()), ())
+    expected = theirs(IMAGES, output_hidden_states=True)
+    torch.testing.assert_close(ours(IMAGES), expected.logits, rtol=0, atol=1e-5)
+    assert report.layout == ("transformers' BEiT" if pooling == "mean" else "transformers' ViT")
+    assert (report.loaded, report.ignored) == (len(ours.state_dict()), ())
     report = load_weights(encoder, state)  # the encoder alone
-    assert torch.equal(encoder(IMAGES), ours.encoder(IMAGES)) and report.ignored == ("head.bias", "head.weight")
+    assert torch.equal(encoder(IMAGES), ours.encoder(IMAGES))
+    head = {name for name in ours.state_dict() if not name.startswith("encoder.")}
+    assert set(report.ignored) == head and len(head) == (4 if pooling == "mean" else 2)
     settings = model_settings(to_ours(state)[1])
-    assert [settings[name] for name in ("num_classes", "pooling", "linear_probe")] == [5, "cls", False]
+    assert [settings[name] for name in ("num_classes", "pooling", "linear_probe")] == [5, pooling, False]
     if state_of is files_of_5:
         weights = open_weights(tmp_path)
         assert weights.stored.classes is None and weights.stored.num_heads == 2  # nobody named the classes
@@ -136,6 +152,37 @@ def segmenter_settings(state: dict) -> tuple:
     return tuple(model_settings(state)[name] for name in names)
 
 
+STOCK_EXTRAS = dict(use_relative_position_bias=True, layer_scale_init_value=0.5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("state_of", [modules_of_5, files_of_5])
+@pytest.mark.parametrize("there, here", [(STOCK_EXTRAS, EXTRAS), ({}, {}), (dict(use_mean_pooling=False), {})])
+def test_segmenter_of_transformers(there, here, state_of, tmp_path):
+    theirs, ours = stock_segmenter(**there), new_segmenter(**here)
+    state = state_of(theirs, tmp_path)
+    report = load_weights(ours, state)
+    torch.testing.assert_close(ours(IMAGES), theirs(IMAGES).logits, rtol=0, atol=1e-4)
+    assert (report.layout, report.loaded) == ("transformers' UperNet", len(ours.state_dict()))
+    unused = any(re.match(r"backbone\.(beit\.)?layernorm\.", name) for name in state)  # of some versions and settings
+    norm = ("encoder.norm.bias", "encoder.norm.weight") if unused else ()
+    assert report.ignored == norm and report.missing == report.resized == ()
+    assert segmenter_settings(to_ours(state)[1]) == (5, "upernet", 12, True, bool(here), bool(here))
+    if state_of is files_of_5:
+        assert read_stored(tmp_path) == Stored((4, 4), 2, layers=[0, 1, 2, 3])
+
+    for img_size, name in (((48, 48), "6x6"), ((24, 64), "3x8")):  # the encoder alone, for other images
+        segmenter = new_segmenter(img_size=img_size, **here)
+        report = load_weights(segmenter.encoder, state)
+        images = torch.randn(2, 3, *img_size)
+        maps = theirs.backbone(images).feature_maps[2]
+        torch.testing.assert_close(segmenter.encoder.forward_layers(images, [2])[0], maps, rtol=0, atol=1e-5)
+        biases = (f"4 relative position biases 4x4 -> {name}",) if here else ()
+        assert report.resized == (f"encoder.pos_embed 4x4 -> {name}", *biases)
+        heads = {name for name in ours.state_dict() if not name.startswith("encoder.")}
+        assert set(report.ignored) == heads | set(norm)
+
+
 # Inspection
 
 
@@ -152,6 +199,19 @@ def test_the_kind_of_a_segmenter():
             assert "pooling" not in model_settings(state) and model_settings(state)["encoder_depth"] == 4
     for model in (new_encoder(), new_classifier(), new_autoencoder()):
         assert "head" not in model_settings(to_ours(model.state_dict())[1])
+
+
+def test_numbers_that_follow_from_the_grid_are_left_out():
+    """Older files of BEiT hold them, as buffers of every block."""
+    model = trained(new_segmenter(relative_position_bias=True))
+    state = {f"encoder.blocks.{i}.attn.relative_position_index": torch.zeros(17, 17).long() for i in range(4)}
+    theirs = to_transformers(model.state_dict())
+    theirs = {name.replace("vit.", "backbone.", 1): value for name, value in theirs.items()}
+    index = "backbone.encoder.layer.{}.attention.attention.relative_position_bias.relative_position_index"
+    for more in (state | model.state_dict(), theirs | {index.format(i): torch.zeros(17, 17).long() for i in range(4)}):
+        again = new_segmenter(relative_position_bias=True)
+        load_weights(again, more)
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
 
 
 def test_weights_without_an_encoder():

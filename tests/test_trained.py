@@ -9,6 +9,10 @@ import torch
 from random_modules import randomise
 from safetensors.torch import save_file
 from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
     ViTConfig,
     ViTForImageClassification,
     ViTMAEConfig,
@@ -28,6 +32,7 @@ from modeling.weights import load_weights
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SIZE = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=96)
 SIZE |= dict(image_size=32, patch_size=8, layer_norm_eps=1e-6)
+BEIT = dict(use_absolute_position_embeddings=True, layer_scale_init_value=0.0, use_mean_pooling=True, drop_path_rate=0)
 DECODER = dict(decoder_hidden_size=16, decoder_num_hidden_layers=2, decoder_num_attention_heads=2)
 DECODER |= dict(decoder_intermediate_size=64)
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -57,16 +62,35 @@ def test_an_autoencoder_of_transformers(tmp_path):
 
 
 @torch.inference_mode()
-def test_a_classifier_of_transformers(tmp_path):
+def test_classifiers_of_transformers(tmp_path):
     processor = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     names = {"id2label": {0: "ant", 1: "bee", 2: "cat"}, "label2id": {"ant": 0, "bee": 1, "cat": 2}}
-    theirs = randomise(ViTForImageClassification(ViTConfig(**SIZE, **names)))
-    ours = open_trained(written(theirs, tmp_path, processor))
-    assert isinstance(ours.model, Classifier) and ours.model.pooling == "cls"
-    torch.testing.assert_close(ours.model(IMAGES), theirs(IMAGES).logits, rtol=0, atol=1e-5)
-    assert (ours.classes, ours.crop_ratio) == (["ant", "bee", "cat"], 0.875)
-    assert ours.assumed == ("images resized bicubically, proportions kept, and cut to their centre",)
-    assert (ours.mean, ours.std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    for model, config, pooling in (
+        (ViTForImageClassification, ViTConfig(**SIZE, **names), "cls"),
+        (BeitForImageClassification, BeitConfig(**SIZE, **BEIT, **names), "mean"),
+    ):
+        theirs = randomise(model(config))
+        ours = open_trained(written(theirs, tmp_path / pooling, processor))
+        assert isinstance(ours.model, Classifier) and ours.model.pooling == pooling
+        torch.testing.assert_close(ours.model(IMAGES), theirs(IMAGES).logits, rtol=0, atol=1e-5)
+        assert (ours.classes, ours.crop_ratio) == (["ant", "bee", "cat"], 0.875)
+        assert ours.assumed == ("images resized bicubically, proportions kept, and cut to their centre",)
+        assert (ours.mean, ours.std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+
+
+@torch.inference_mode()
+def test_a_segmenter_of_transformers(tmp_path):
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    for bias, scale in ((True, 0.5), (False, 0.0)):
+        extras = dict(use_relative_position_bias=bias, layer_scale_init_value=scale)
+        backbone = BeitConfig(**SIZE, **BEIT | extras, batch_norm_eps=1e-5, out_features=stages, add_fpn=True)
+        config = UperNetConfig(backbone_config=backbone, hidden_size=12, num_labels=5, auxiliary_in_channels=32)
+        theirs = randomise(UperNetForSemanticSegmentation(config))
+        ours = open_trained(written(theirs, tmp_path / str(bias)))
+        assert isinstance(ours.model, Segmenter) and ours.model.layers == [0, 1, 2, 3]
+        torch.testing.assert_close(ours.model(IMAGES), theirs(IMAGES).logits, rtol=0, atol=1e-4)
+        assert ours.resize == (128, 32) and len(ours.classes) == 5
+        assert "images that fit 128 x 32 pixels in evaluation" in ours.assumed
 
 
 @torch.inference_mode()

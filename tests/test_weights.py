@@ -11,6 +11,10 @@ import torch
 from random_modules import randomise
 from safetensors.torch import save_file
 from transformers import (
+    BeitConfig,
+    BeitModel,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
     ViTConfig,
     ViTMAEConfig,
     ViTMAEForPreTraining,
@@ -18,8 +22,9 @@ from transformers import (
 )
 
 from modeling.classifier import Classifier
-from modeling.export import export_autoencoder, export_encoder, to_transformers
+from modeling.export import export_autoencoder, export_encoder, export_segmenter, to_transformers
 from modeling.files import Stored, WeightsError, read_state_dict
+from modeling.layouts import model_settings, to_ours
 from modeling.mae import MaskedAutoencoder
 from modeling.upernet import Segmenter
 from modeling.vit import SIZES, VisionTransformer
@@ -200,6 +205,11 @@ def test_near_relatives_are_refused():
     assert "encoder.blocks.1.attn.qkv.bias is missing" in refused(new_encoder(), unbiased.state_dict())
     scaled = timm.create_model("vit_base_patch16_224", **SMALL, init_values=1.0)
     assert "encoder.blocks.0.ls1.gamma is unexpected" in refused(new_encoder(), scaled.state_dict())
+    for change, name in ((dict(layer_scale_init_value=0.1), "layer_scale"), ({}, "relative_position_bias")):
+        config = BeitConfig(**THEIRS, **BEIT | dict(use_relative_position_bias=not change) | change)
+        error = refusal(new_classifier().encoder, BeitModel(config).state_dict())
+        assert f"{name} is True instead of False; only an encoder of a segmenter can have this" in error.message
+        assert error.settings == {name: True} and isinstance(error.settings[name], float if change else bool)
     files = to_transformers({f"encoder.{name}": value for name, value in new_encoder().state_dict().items()})
     del files["vit.encoder.layer.0.attention.attention.value.bias"]
     assert "blocks.0.attn.qkv.bias is (64,) instead of (96,)" in refused(new_encoder(), files)
@@ -290,6 +300,14 @@ def trained(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def stock_segmenter(**change) -> UperNetForSemanticSegmentation:
+    """transformers' UperNet with a BEiT, of the sizes of `new_segmenter`."""
+    backbone = THEIRS | BEIT | dict(num_hidden_layers=4, add_fpn=True, batch_norm_eps=1e-5)
+    backbone["out_features"] = [f"stage{i}" for i in (1, 2, 3, 4)]
+    config = UperNetConfig(backbone_config=BeitConfig(**backbone | change), hidden_size=12, num_labels=5)
+    return trained(UperNetForSemanticSegmentation(config))
+
+
 @torch.inference_mode()
 def test_biases_are_resized_as_the_model_does_it_for_other_images():
     source, ours = trained(new_segmenter(**EXTRAS)), new_segmenter(img_size=64, **EXTRAS)
@@ -341,6 +359,14 @@ def test_the_encoder_of_a_segmenter():
         error = refusal(holder, extras)
         assert error.settings == dict(relative_position_bias=True, layer_scale=1.0)
         assert error.message.endswith("others need weights of a plain ViT or MAE")
+
+
+def test_the_linear_head_as_an_upernet_is_for_transformers_alone(tmp_path):
+    statistics = dict(mean=[0.5] * 3, std=[0.5] * 3)
+    export_segmenter(trained(new_segmenter(head=LINEAR)), tmp_path, classes=NAMES, resize=(128, 32), **statistics)
+    state = read_state_dict(tmp_path / "transformers_model.safetensors")
+    assert "head" not in model_settings(to_ours(state)[1])
+    load_weights(new_segmenter().encoder, state)
 
 
 # A new decoder
