@@ -326,7 +326,7 @@ def test_other_activations_and_poolings_are_seen(tmp_path):
     for model, unsupported in (
         (ViTModel(ViTConfig(**THEIRS, hidden_act="relu")), "the activation relu"),
         (ViTModel(ViTConfig(**THEIRS)), None),
-        (UperNetForSemanticSegmentation(other), ["the pyramid pooling 2 3 4 6"]),
+        (UperNetForSemanticSegmentation(other), "the pyramid pooling 2 3 4 6"),
         (segmenter, None),
     ):
         model.save_pretrained(tmp_path)

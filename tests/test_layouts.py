@@ -36,7 +36,6 @@ from transformers import (
     ViTModel,
 )
 
-from modeling.classifier import Classifier
 from modeling.export import to_transformers
 from modeling.files import Stored, WeightsError, read_stored
 from modeling.layouts import model_settings, to_ours
