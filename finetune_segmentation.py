@@ -232,8 +232,8 @@ def build_evaluation(flags, source, pixels, *, crop_size, resize, patch_size):
     """Build the evaluation dataset and the predict function from the flags."""
     mode, sides = flags["evaluate"], dict(resize=tuple(resize), crop_size=crop_size, patch_size=patch_size)
     sizes = partial(view_sizes, mode=mode, scales=flags["evaluate_scales"], **sides)
-    window = dict(window=crop_size if mode == "slide" else None, stride=max(1, 2 * crop_size // 3))
-    return EvaluationPairs(source, pixels=pixels, sizes=sizes), partial(predict, flip=flags["evaluate_flip"], **window)
+    predict_views = partial(predict, window=crop_size if mode == "slide" else None, flip=flags["evaluate_flip"])
+    return EvaluationPairs(source, pixels=pixels, sizes=sizes), predict_views
 
 
 def evaluate_trained(run):

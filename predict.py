@@ -16,7 +16,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,6 @@ from data.batches import ListedDataset, Normalization, centre_crop, make_loader,
 from data.decode import MAX_PIXELS, PixelFormat, preview_channels
 from data.files import find_images
 from data.masking import MASK_STRATEGIES
-from data.pairs import MAX_CLASSES
 from data.segmentation import palette, view_and_preview, view_sizes
 from modeling.classifier import Classifier
 from modeling.files import WeightsError
@@ -38,6 +36,7 @@ from modeling.mae import MaskedAutoencoder
 from modeling.sliding_window import predict
 from modeling.trained import open_trained
 from modeling.upernet import Segmenter
+from modeling.vit import VisionTransformer
 from training import arguments, launch
 from training.arguments import integer, number
 from training.files import write_json
@@ -49,12 +48,13 @@ from training.wording import several
 
 LINES, PICTURES = "predictions.jsonl", ("labels", "overlays", "reconstructions")  # in the output folder
 PREVIEW_SIZE = 1024  # longer side of an overlay, in pixels, at most
-NUM_PRINTED = 10  # images whose result is printed
+NUM_PRINTED = 10  # images whose line is printed
 NOT_FINITE = "the outputs are not finite: training diverged or the weights are damaged; give other weights"
 KINDS = {  # model -> name, flags for this model alone
     Classifier: ("a classifier", ["top_k"]),
     Segmenter: ("a segmentation model", ["evaluate"]),
     MaskedAutoencoder: ("a masked autoencoder", ["mask_ratio", "mask_strategy", "seed", "preview_channels"]),
+    VisionTransformer: ("an encoder without a head", []),
 }
 
 
@@ -62,10 +62,11 @@ def parse_args(argv=None):
     """Return the flags and a list of errors in them. Flags for one kind of model have None as their default."""
     parser = arguments.Parser(__doc__)
     flag = parser.add_argument
-    flag("model", nargs="?", metavar="MODEL", help="run, checkpoint or weights: file, folder, hf:OWNER/NAME[@revision]")
-    flag("images", nargs="*", metavar="IMAGE", help="files, folders, or patterns (* ? [...] **) in quotes")
-    flag("--output", metavar="FOLDER", help="folder to write (default predictions)")
-    flag("--features", metavar="FILE.npy", help="write the encoder's features there instead, float32 (images, width)")
+    flag("model", metavar="MODEL", help="run, checkpoint or weights: file, folder, hf:OWNER/NAME[@revision]")
+    flag("images", nargs="+", metavar="IMAGE", help="files, folders, or patterns (* ? [...] **) in quotes")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--output", metavar="FOLDER", help="folder to write (default predictions)")
+    either("--features", metavar="FILE.npy", help="write the encoder's features there instead, float32 (images, width)")
     flag("--batch_size", type=integer(1), default=16, help="images per batch, 1 for segmentation (default 16)")
     flag("--num_workers", type=integer(0), help="loader workers (default min(32, cores))")
     flag("--nodata", type=number(-math.inf), help="pixel value without data, besides a GeoTIFF's own and NaN")
@@ -80,60 +81,48 @@ def parse_args(argv=None):
     flag("--seed", type=integer(0, 2**32 - 1), help="seed of the masks (default 0)")
     arguments.add_preview_flag(flag)
     args, errors = parser.read(argv)
-    if args.model is None:
-        errors.append("MODEL is missing; give a run, a folder or file of weights, or hf:OWNER/NAME")
-    elif not args.images:
-        errors.append("IMAGE is missing; give files, folders or patterns after the model")
-    if args.features is not None:
-        if Path(args.features).suffix != ".npy":
-            errors.append(f"--features {args.features} does not end in .npy; give FILE.npy")
-        names = ["output", *(name for _, flags in KINDS.values() for name in flags)]
-        given = [name for name in names if getattr(args, name) is not None]
-        errors += [f"--{name} does not go with --features, which writes features alone; leave it out" for name in given]
+    if args.features is not None and Path(args.features).suffix != ".npy":
+        errors.append(f"--features {args.features} does not end in .npy; give FILE.npy")
     return args, errors
 
 
-def check_model(args, trained):
-    """Return the errors in flags that do not fit the model."""
-    kind = next((kind for kind in KINDS if isinstance(trained.model, kind)), None)
-    name = KINDS[kind][0] if kind else "an encoder without a head"
-    if args.features is not None:
-        error = f"--features: {args.model} is {name}, whose encoder has no norm; give the weights that it started from"
-        return [error] if kind is Segmenter else []
-    errors = []
-    if kind is None:
-        errors.append(f"{args.model} is {name}, which computes features alone; give --features FILE.npy")
-    if kind is Segmenter and trained.model.num_classes > MAX_CLASSES:
-        errors.append(f"{args.model} has {trained.model.num_classes} classes; label files hold at most {MAX_CLASSES}")
-    for other, (other_name, flags) in KINDS.items():
-        given = [flag for flag in flags if other is not kind and getattr(args, flag) is not None]
-        errors += [f"--{flag} is for {other_name}, but {args.model} is {name}; leave it out" for flag in given]
-    errors += check_preview(args.preview_channels, trained.encoder.in_channels)
-    if kind is MaskedAutoencoder and args.mask_ratio is not None:
-        patches = math.prod(trained.encoder.grid)
-        num_kept = int(patches * (1 - args.mask_ratio))
+def check_model(trained, given, *, features):
+    """Return the errors in flags that do not fit the model; `given` maps flags in KINDS to their values."""
+    model, encoder, errors = trained.model, trained.encoder, []
+    name, flags = KINDS[type(model)]
+    if features and isinstance(model, Segmenter):
+        errors.append(f"--features: {trained.path} is {name}, whose encoder has no norm; give what it started from")
+    if not features and isinstance(model, VisionTransformer):
+        errors.append(f"{trained.path} is {name}, which computes features alone; give --features FILE.npy")
+    unused = [flag for flag in given if features or flag not in flags]
+    use = "features" if features else f"the predictions of {name}"
+    errors += [f"--{flag} has no effect on {use}; leave it out" for flag in unused]
+    errors += check_preview(given.get("preview_channels"), encoder.in_channels)
+    if isinstance(model, MaskedAutoencoder) and "mask_ratio" in given:
+        patches = math.prod(encoder.grid)
+        num_kept = int(patches * (1 - given["mask_ratio"]))
         words = f"keeps {num_kept} of {patches} patches; expected a ratio that keeps and removes at least one"
-        errors += [] if 0 < num_kept < patches else [f"--mask_ratio {args.mask_ratio:g} {words}"]
+        errors += [] if 0 < num_kept < patches else [f"--mask_ratio {given['mask_ratio']:g} {words}"]
     return errors
 
 
 def check_output(features, folder):
-    """Return the errors for files and folders that would be overwritten."""
-    if features is not None:
-        paths = [Path(features), Path(features.removesuffix(".npy") + ".json")]
-        return [f"--features {features}: {path} exists; give another name" for path in paths if path.exists()]
-    taken = [name for name in (LINES, *PICTURES) if (folder / name).exists()]
-    return [f"--output {folder} already holds {', '.join(taken)}; give another folder"] if taken else []
+    """Return an error for files and folders that would be overwritten."""
+    if features is None:
+        flag, paths = f"--output {folder}", [folder / name for name in (LINES, *PICTURES)]
+    else:
+        flag, paths = f"--features {features}", [Path(features), Path(features).with_suffix(".json")]
+    taken = [str(path) for path in paths if path.exists()]
+    return [f"{flag} would overwrite {', '.join(taken)}; give another name"] if taken else []
 
 
 def picture_names(source):
-    """Return a file name for the picture of each image: its own, with a number if another image has it."""
-    names, taken, numbers = [], set(), {}
+    """Return a file name for the picture of each image: its own, with its index if another image has it."""
+    names, taken = [], set()
     for index in range(len(source)):
-        stem = name = os.fsdecode(os.fsencode(Path(source.name(index)).stem)[:200])  # leaves room for a number
+        name = os.fsdecode(os.fsencode(Path(source.name(index)).stem)[:200])  # leaves room for the index
         while name.casefold() in taken:  # some file systems ignore case
-            numbers[stem] = numbers.get(stem, 1) + 1
-            name = f"{stem}_{numbers[stem]}"
+            name += f"_{index}"
         taken.add(name.casefold())
         names.append(f"{name}.png")
     return names
@@ -159,14 +148,14 @@ def predict_labels(batch, *, segment, normalize, device, classes, folder, names)
     labels, colours, name = labels.cpu().numpy(), palette(len(classes)), names[batch.indices[0]]
     label_picture(folder / "labels" / name, labels + np.uint8(1), colours)
     segmentation_overlay(folder / "overlays" / name, displayable(preview).numpy(), labels, classes, colours)
-    order = sorted((i for i, count in enumerate(pixels) if count), key=lambda i: -pixels[i])
-    areas = [{"class": classes[i], "label": i + 1, "pixels": pixels[i]} for i in order]
+    order = sorted(range(len(classes)), key=lambda i: -pixels[i])
+    areas = [{"class": classes[i], "label": i + 1, "pixels": pixels[i]} for i in order if pixels[i]]
     return [{"labels": f"labels/{name}", "overlay": f"overlays/{name}", "classes": areas}]
 
 
 @torch.no_grad()
-def predict_patches(batch, *, model, normalize, device, mask, channels, folder, names):
-    """Write the reconstruction of each image and return its metrics. `mask` describes the masks in the title."""
+def predict_patches(batch, *, model, normalize, device, channels, folder, names):
+    """Write the reconstruction of each image and return its metrics."""
     images, noise = (part.to(device) for part in batch.inputs)
     images = normalize(images)
     _, prediction, removed = model(images, noise)
@@ -176,7 +165,7 @@ def predict_patches(batch, *, model, normalize, device, mask, channels, folder, 
     results, statistics = [], dict(uses_true_patch_statistics=model.norm_pix_loss)
     for row, index in enumerate(batch.indices):
         values = {name: column[row] for name, column in metrics.items()}
-        title = f"removed patches: {values['masked_psnr']:.2f} dB, SSIM {values['masked_ssim']:.3f} ({mask})"
+        title = f"removed patches: {values['masked_psnr']:.2f} dB, SSIM {values['masked_ssim']:.3f}"
         path, own = f"reconstructions/{names[index]}", (each[row : row + 1] for each in (images, prediction, removed))
         reconstruction_grid(folder / path, *own, title=title, channels=channels, **statistics)
         results.append({"reconstruction": path, **values, **statistics})
@@ -210,42 +199,29 @@ def write_lines(path, results):
     with open(path, "x") as file:
         for number, (name, result, error) in enumerate(results):
             try:
-                file.write(json.dumps({"image": name, **(result or {"error": error})}, allow_nan=False) + "\n")
+                line = json.dumps({"image": name, **(result or {"error": error})}, allow_nan=False)
             except ValueError:
                 raise RunError(f"{name}: {NOT_FINITE}") from None
+            file.write(f"{line}\n")
             file.flush()
             count += result is not None
             if result and number < NUM_PRINTED:
-                tqdm.write(f"{name}: {describe_result(result)}".encode(errors="replace").decode())
+                tqdm.write(line)
     return count
 
 
-def describe_result(result):
-    """Return one line on a result: the first classes, or the PSNR of the reconstruction."""
-    if "classes" not in result:
-        psnr, baseline = result["masked_psnr"], result["masked_psnr_visible_mean"]
-        return f"removed patches {psnr:.2f} dB (visible mean: {baseline:.2f} dB)"
-    total = sum(entry.get("pixels", 0) for entry in result["classes"])
-    shares = [entry["pixels"] / total if total else entry["probability"] for entry in result["classes"][:5]]
-    words = zip(result["classes"], shares, strict=False)
-    return ", ".join(f"{entry['class']} {100 * share:.1f} %" for entry, share in words)
-
-
 def write_features(path, results, width):
-    """Write the features (N, D) of the readable images row by row, and the list of their names; return N."""
-    part, names = path.with_name(f".{path.name}.part"), []
-    header = {"descr": "<f4", "fortran_order": False, "shape": (0, width)}
-    with open(part, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)  # padded, so that any number of rows fits
-        for name, row, _ in results:
-            if row is not None:
-                if not np.isfinite(row).all():
-                    raise RunError(f"{name}: {NOT_FINITE}")
-                file.write(row.astype("<f4").tobytes())
-                names.append(name)
-        file.seek(0)
-        np.lib.format.write_array_header_1_0(file, header | {"shape": (len(names), width)})
+    """Write the features (N, D) of the readable images, and the list of their names; return N."""
+    names, rows = [], []
+    for name, row, _ in results:
+        if row is not None:
+            if not np.isfinite(row).all():
+                raise RunError(f"{name}: {NOT_FINITE}")
+            names.append(name)
+            rows.append(row)
     write_json(path.with_suffix(".json"), names)
+    part = path.with_name(f".{path.name}")
+    np.save(part, np.array(rows, np.float32).reshape(-1, width))
     part.replace(path)
     return len(names)
 
@@ -260,20 +236,19 @@ def main(argv=None):
     source, image_errors = find_images(args.images)
     errors += image_errors
     try:
-        if args.model is not None:
-            trained = open_trained(args.model, whole=args.features is None)
-            errors += check_model(args, trained)
+        trained = open_trained(args.model, whole=args.features is None)
+        names = [name for _, flags in KINDS.values() for name in flags]
+        given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        errors += check_model(trained, given, features=args.features is not None)
     except WeightsError as error:
         errors.append(str(error))
     folder = Path(args.output or "predictions")
-    if not errors or args.output or args.features:  # after a first call the default folder is always taken
-        errors += check_output(args.features, folder)
+    errors += check_output(args.features, folder)
     if errors:
         fail(errors)
     output = Path(args.features or folder / LINES)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output.parent).close()
     except OSError as error:
         fail([f"the folder {output.parent} cannot be written ({error.strerror}); give another one"])
 
@@ -299,19 +274,18 @@ def main(argv=None):
         sides = dict(resize=trained.resize, crop_size=crop_size, patch_size=encoder.patch_size)
         sizes = partial(view_sizes, mode=mode, scales=[1.0], **sides)
         transform = partial(view_and_preview, sizes=sizes, longest=PREVIEW_SIZE)
-        window, stride = crop_size if mode == "slide" else None, max(1, 2 * crop_size // 3)
-        segment = partial(predict, model, flip=False, window=window, stride=stride)
+        segment = partial(predict, model, flip=False, window=crop_size if mode == "slide" else None)
         predict_batch = partial(predict_labels, segment=segment, classes=classes, **pictures, **shared)
         batch_size = 1  # sizes differ, and neither rounding nor memory depends on other images
     else:
         ratio = model.mask_ratio if args.mask_ratio is None else args.mask_ratio
-        strategy, patches = args.mask_strategy or "random", math.prod(encoder.grid)
+        patches = math.prod(encoder.grid)
         model.num_kept = int(patches * (1 - ratio))
         task = f"{model.num_kept} of {patches} patches seen, the others predicted"
-        mask = dict(grid=encoder.grid, num_kept=model.num_kept, mask_strategy=strategy, seed=args.seed or 0)
-        transform = partial(masked_crop, size=encoder.img_size, **mask)
-        title, channels = f"{strategy} mask of {100 * ratio:g} %", args.preview_channels or preview_channels(pixels)
-        predict_batch = partial(predict_patches, model=model, mask=title, channels=channels, **pictures, **shared)
+        mask = dict(mask_strategy=args.mask_strategy or "random", seed=args.seed or 0)
+        transform = partial(masked_crop, size=encoder.img_size, grid=encoder.grid, num_kept=model.num_kept, **mask)
+        channels = args.preview_channels or preview_channels(pixels)
+        predict_batch = partial(predict_patches, model=model, channels=channels, **pictures, **shared)
     size = f"{encoder.img_size[0]} x {encoder.img_size[1]} pixels, {several(encoder.in_channels, 'channel')}"
     print(f"model      {trained.path} ({trained.layout}): {encoder.embed_dim} x {encoder.depth} encoder, {size}")
     for assumption in trained.assumed:
@@ -321,8 +295,8 @@ def main(argv=None):
     # Loop
     batches = [range(len(source))[start : start + batch_size] for start in range(0, len(source), batch_size)]
     num_workers = args.num_workers
-    if num_workers is None:  # a single batch is read sooner than a process starts
-        num_workers = min(32, launch.cores_per_process(), len(batches)) if len(batches) > 1 else 0
+    if num_workers is None:  # none for a single batch, which is read sooner than a process starts
+        num_workers = min(32, launch.cores_per_process(), len(batches) - 1)
     dataset = ListedDataset(source, pixels=pixels, prepare=transform)
     start_time = time.monotonic()
     results = predict_all(make_loader(dataset, batches, num_workers=num_workers), predict_batch, source)

@@ -326,7 +326,7 @@ def main(argv=None):
             check_outside(args.init_from, run.folder)
             weights = open_weights(args.init_from, whole=True)
             channels = dict(adapt_channels=args.adapt_channels, mean=images.mean, std=images.std)
-            report = start_from(weights, model, new_decoder=True, **channels)
+            report = start_from(weights, model, **channels)
             run.accelerator.print(f"--init_from {weights.path}: {report}")
     run.gate()
     resolved = dict(images._asdict(), preview_channels=shown_channels)

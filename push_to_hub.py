@@ -161,10 +161,7 @@ def compare_libraries(trained, folder):
 
 def write_folder(folder, *, trained, record, step, origin, **card):
     """Write and check the exported model, and write its card; `card` goes to `write_card`."""
-    try:
-        export_model(trained, folder)
-    except ValueError as error:
-        raise RunError(f"{trained.path} has no counterpart in transformers: {error}") from error
+    export_model(trained, folder)
     distances, notes = compare_libraries(trained, folder)
     summary = ModelSummary(
         task=TASKS.get(type(trained.model), "image-feature-extraction"),

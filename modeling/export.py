@@ -17,7 +17,6 @@ from modeling.upernet import POOL_SCALES, LinearHead, Segmenter
 from modeling.vit import SIZES, VisionTransformer
 
 CROP_RATIO = 0.875  # side of the centre crop / side of the resized image, in evaluation at 224 pixels
-KEY_BIAS = TRANSFORMERS_QKV[1] + "bias"
 Floats = Sequence[float]
 BEIT = {  # computes what a ViT without a final norm does
     "model_type": "beit",
@@ -26,11 +25,6 @@ BEIT = {  # computes what a ViT without a final norm does
     "layer_scale_init_value": 0.0,
     "drop_path_rate": 0.0,
 }
-
-
-def default_crop_ratio(img_size: tuple[int, int]) -> float:
-    """Return the crop ratio of evaluation: small images are cut from larger ones, others are seen whole."""
-    return CROP_RATIO if max(img_size) <= 224 else 1.0
 
 
 def to_transformers(state: State) -> State:
@@ -92,12 +86,12 @@ def export_classifier(
     RGB, so it serves models of three channels only.
 
     Args:
-        classes: names, in the order of the logits; ValueError if there are more or fewer than the model has.
+        classes: names, in the order of the logits.
         crop_ratio: side of the centre crop / side of the resized image, in evaluation.
         mean, std, value_range: as in `export_encoder`.
     """
     encoder, mean_pooled = model.encoder, model.pooling == "mean"
-    state, names = _fold_batch_norm(model), _class_names(classes, model.num_classes)
+    state = _fold_batch_norm(model)
     weights = {"model.safetensors": to_official(state)}
     if encoder.img_size[0] != encoder.img_size[1]:
         library = {"model_type": "timm_wrapper", "architectures": ["TimmWrapperForImageClassification"]}
@@ -108,7 +102,7 @@ def export_classifier(
             theirs = _to_beit(theirs, "beit.")
             library |= {"architectures": ["BeitForImageClassification"], **BEIT}
         weights["transformers_model.safetensors"] = theirs
-        library |= {"transformers_weights": "transformers_model.safetensors", **names}
+        library |= {"transformers_weights": "transformers_model.safetensors"} | _class_names(classes)
     pooling = "avg" if mean_pooled else "token"
     config = library | _timm_config(encoder, mean, std, crop_ratio, classes=classes, global_pool=pooling)
     _write(folder, weights, config, _preprocessor(encoder, crop_ratio), (mean, std, value_range))
@@ -116,7 +110,8 @@ def export_classifier(
 
 def _to_beit(theirs: State, prefix: str) -> State:
     """Rename the parameters of `vit` to those of a BEiT, without key biases, which cancel in the softmax."""
-    return {re.sub(r"^vit\.", prefix, name): t for name, t in theirs.items() if not name.endswith(KEY_BIAS)}
+    key_bias = TRANSFORMERS_QKV[1] + "bias"
+    return {re.sub(r"^vit\.", prefix, name): t for name, t in theirs.items() if not name.endswith(key_bias)}
 
 
 def export_segmenter(
@@ -138,19 +133,28 @@ def export_segmenter(
         classes: names, in the order of the logits.
         resize: LONG and SHORT side that images fit in this project's evaluation.
         mean, std, value_range: as in `export_encoder`.
-
-    Raises:
-        ValueError: if there are more or fewer names than classes, and for an encoder whose images are not square.
     """
-    encoder, upernet, state = model.encoder, model.head == "upernet", model.state_dict()
-    names, (height, width) = _class_names(classes, model.num_classes), encoder.img_size
-    if height != width:
-        raise ValueError(f"an encoder for {height} x {width} images; the positions of transformers' BEiT are square")
-    theirs = state
-    if not upernet:
+    evaluation = {"evaluation": {"resize": list(resize)}}  # other libraries ignore it
+    config = _upernet_config(model) | evaluation | _class_names(classes)
+    height, width = model.encoder.img_size
+    preprocessor = {
+        "image_processor_type": "SegformerImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 2,  # bilinear
+    }
+    state = theirs = model.state_dict()
+    if model.head == "linear":
         theirs = {name: value for name, value in state.items() if name.startswith("encoder.")}
         theirs |= _linear_as_upernet(model.decode_head)
     theirs = _to_beit(to_transformers(theirs), "backbone.")
+    weights = {"model.safetensors": state, "transformers_model.safetensors": theirs}
+    _write(folder, weights, config, preprocessor, (mean, std, value_range))
+
+
+def _upernet_config(model: Segmenter) -> dict:
+    """Return the configuration of transformers' UperNet with a BEiT."""
+    encoder, upernet = model.encoder, model.head == "upernet"
     backbone = {
         **_vit_config(encoder),
         **BEIT,
@@ -160,7 +164,7 @@ def export_segmenter(
         "out_features": [f"stage{layer + 1}" for layer in model.layers],
         "add_fpn": upernet,
     }
-    config = {
+    return {
         "model_type": "upernet",
         "architectures": ["UperNetForSemanticSegmentation"],
         "backbone_config": backbone,
@@ -170,17 +174,7 @@ def export_segmenter(
         "auxiliary_in_channels": encoder.embed_dim,
         "auxiliary_channels": model.auxiliary_head.classifier.in_channels if model.auxiliary else 256,
         "transformers_weights": "transformers_model.safetensors",
-        "evaluation": {"resize": list(resize)},  # other libraries ignore it
-        **names,
     }
-    preprocessor = {
-        "image_processor_type": "SegformerImageProcessor",
-        "do_resize": True,
-        "size": {"height": height, "width": width},
-        "resample": 2,  # bilinear
-    }
-    weights = {"model.safetensors": state, "transformers_model.safetensors": theirs}
-    _write(folder, weights, config, preprocessor, (mean, std, value_range))
 
 
 def _linear_as_upernet(head: LinearHead) -> State:
@@ -211,9 +205,7 @@ def _linear_as_upernet(head: LinearHead) -> State:
     return {f"decode_head.{name}": value for name, value in state.items()}
 
 
-def _class_names(classes: Sequence[str], num_classes: int) -> dict:
-    if len(classes) != num_classes:
-        raise ValueError(f"{len(classes)} names for {num_classes} classes")
+def _class_names(classes: Sequence[str]) -> dict:
     return {
         "id2label": {str(index): name for index, name in enumerate(classes)},
         "label2id": {name: index for index, name in enumerate(classes)},
@@ -271,8 +263,11 @@ def _timm_config(
     encoder: VisionTransformer, mean: Floats, std: Floats, crop_ratio=CROP_RATIO, *, classes=(), global_pool="token"
 ) -> dict:
     sizes = {key: getattr(encoder, key) for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
+    known = [
+        f"vit_{name}_patch{size['patch_size']}_224" for name, size in SIZES.items() if size.items() <= sizes.items()
+    ]
     config = {
-        "architecture": _architecture(encoder),
+        "architecture": known[0] if known else "vit_base_patch16_224",  # any, because `model_args` has every size
         "num_classes": len(classes),
         "num_features": encoder.embed_dim,
         "model_args": {"img_size": list(encoder.img_size), "in_chans": encoder.in_channels, **sizes},
@@ -307,12 +302,6 @@ def _preprocessor(encoder: VisionTransformer, crop_ratio: float = CROP_RATIO) ->
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
     }
-
-
-def _architecture(encoder: VisionTransformer) -> str:
-    """Return timm's name for this size, or any ViT's, because `model_args` states every size anyway."""
-    names = [name for name, size in SIZES.items() if size.items() <= vars(encoder).items()]
-    return f"vit_{names[0]}_patch{encoder.patch_size}_224" if names else "vit_base_patch16_224"
 
 
 def _write(folder: str | Path, weights: dict[str, State], config: dict, preprocessor: dict, statistics: tuple) -> None:

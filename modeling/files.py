@@ -49,8 +49,7 @@ class Stored(NamedTuple):
     mask_ratio: float | None = None  # of an autoencoder
     norm_pix_loss: bool | None = None
     value_range: list[float] | None = None  # pixels that become 0 and 1; None: 0 and 255
-    norm_eps: float | None = None  # of LayerNorm, unless it is 1e-6 as here
-    unsupported: list[str] | None = None  # features of the weights that no model here has, in words
+    unsupported: str | None = None  # a feature of the weights that no model here has, in words
 
 
 def read_stored(path: str | Path) -> Stored:
@@ -74,13 +73,11 @@ def read_stored(path: str | Path) -> Stored:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         run = json.loads((folder.resolve().parent.parent / "args.json").read_text())
         flags = run["flags"]
-        names = ("mean", "std", "decoder_num_heads", "pooling", "layers", "resize")
-        names += ("mask_ratio", "norm_pix_loss", "value_range")
-        return Stored(
+        facts = {name: flags[name] for name in Stored._fields if name in flags}
+        return Stored(**facts)._replace(
             grid=_grid(flags.get("img_size") or flags["crop_size"], flags["patch_size"]),
             num_heads=flags["encoder_num_heads"],
             classes=run.get("classes"),
-            **{name: flags.get(name) for name in names},
         )
     return Stored()
 
@@ -106,13 +103,10 @@ def _read_config(config: dict, folder: Path) -> Stored:
     if any("ForImageClassification" in name for name in config.get("architectures") or []):
         pooling = "mean" if config["model_type"] == "beit" and config.get("use_mean_pooling", True) else "cls"
     activation = sizes.get("hidden_act", "gelu")
-    unsupported = [] if activation == "gelu" else [f"the activation {activation}"]
+    unsupported = None if activation == "gelu" else f"the activation {activation}"
     pool_scales = config.get("pool_scales", POOL_SCALES)
     if sizes.get("add_fpn") and tuple(pool_scales) != POOL_SCALES:
-        unsupported.append(f"the pyramid pooling {' '.join(map(str, pool_scales))}")
-    norm_eps = float(sizes.get("layer_norm_eps", 1e-12))  # transformers does not write its default
-    if norm_eps > 1e-5:
-        unsupported.append(f"the epsilon {norm_eps:g} in norms")
+        unsupported = f"the pyramid pooling {' '.join(map(str, pool_scales))}"
     mean, value_range = processor.get("image_mean"), config.get("value_range")
     if mean and value_range:  # other libraries can only multiply pixels, so theirs end in a range of length 1
         low, high = value_range
@@ -126,23 +120,13 @@ def _read_config(config: dict, folder: Path) -> Stored:
         classes=classes,
         pooling=pooling,
         layers=[int(stage.removeprefix("stage")) - 1 for stage in stages] or None,
-        crop_ratio=config.get("pretrained_cfg", {}).get("crop_pct") or _crop_ratio(processor),
+        crop_ratio=config.get("pretrained_cfg", {}).get("crop_pct"),
         resize=config.get("evaluation", {}).get("resize"),
         mask_ratio=config.get("mask_ratio"),
         norm_pix_loss=config.get("norm_pix_loss"),
         value_range=value_range,
-        norm_eps=None if norm_eps == 1e-6 else norm_eps,
-        unsupported=unsupported or None,
+        unsupported=unsupported,
     )
-
-
-def _crop_ratio(processor: dict) -> float | None:
-    """Return the crop ratio of a preprocessor_config.json that resizes and crops as evaluation here does."""
-    if not processor.get("do_center_crop") or processor.get("resample") != 3:
-        return None
-    sides = processor.get("crop_size"), processor.get("size")
-    crop, size = (side.get("shortest_edge", side.get("height")) if isinstance(side, dict) else side for side in sides)
-    return crop / size if crop and size and crop <= size else None
 
 
 def _read_timm_config(config: dict) -> Stored:
@@ -161,7 +145,7 @@ def _read_timm_config(config: dict) -> Stored:
         classes=[str(name) for name in names] or None,
         pooling={"avg": "mean", "token": "cls"}.get(pooling, pooling),
         crop_ratio=pretrained.get("crop_pct"),
-        unsupported=None if activation == "gelu" else [f"the activation {activation}"],
+        unsupported=None if activation == "gelu" else f"the activation {activation}",
     )
 
 

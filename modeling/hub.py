@@ -1,12 +1,11 @@
 """Find weights: a file, a folder, a run, or a repository on the Hugging Face Hub, which is downloaded."""
 
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from modeling.files import WEIGHT_FILES, WeightsError
 
 PREFIX = "hf:"
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
 
 def is_on_hub(path: str | Path) -> bool:
@@ -50,61 +49,37 @@ def find_weights(path: str | Path, *, whole: bool) -> Path:
 
 
 def download(name: str, *, whole: bool) -> Path:
-    """Download weights and the configurations beside them; offline, the cache is used.
+    """Download weights and the configurations beside them, and return their folder; offline, the cache is used.
 
     Args:
         name: hf:OWNER/NAME[@revision].
         whole: prefer the autoencoder in `pretraining/`.
 
-    Returns:
-        The local folder of the weights, or the file if it is the only one with weights and has another name.
-
     Raises:
         WeightsError: if there is no such repository or revision, no weights in it, or no access.
     """
-    from huggingface_hub import HfApi, errors, snapshot_download, try_to_load_from_cache
+    from huggingface_hub import errors, snapshot_download
 
     repository, _, revision = name.removeprefix(PREFIX).partition("@")
-    options = dict(repo_id=repository, revision=revision or None)
-    folders = ["pretraining", ""] if whole else [""]
-    choices = [PurePosixPath(folder, file) for folder in folders for file in WEIGHT_FILES]
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
-        raise WeightsError(f"{name}: no name of a repository; expected {PREFIX}OWNER/NAME[@revision]; correct it")
     try:
-        try:
-            paths = [PurePosixPath(file.rfilename) for file in HfApi().model_info(**options).siblings]
-        except errors.HfHubHTTPError:  # an answer of the Hub, such as an unknown name
-            raise
-        except (errors.HTTPError, OSError) as error:
-            for weights in choices:
-                file = try_to_load_from_cache(filename=str(weights), **options)
-                if isinstance(file, str):
-                    return Path(file).parents[len(weights.parts) - 1]
-            raise WeightsError(
-                f"{name}: the Hub cannot be reached, and no weights of it are in the cache; connect, or give a path"
-            ) from error
-        candidates = [path for path in choices if path in paths]
-        others = [path for path in paths if path.suffix in SUFFIXES]
-        if not candidates and len(others) != 1:
-            raise WeightsError(
-                f"{name}: a repository without weights that can be read here; expected {' or '.join(WEIGHT_FILES)}; "
-                "give another one, or download the file and give its path"
-            )
-        weights = (candidates or others)[0]
-        configurations = [path for path in paths if path.parent == weights.parent and path.suffix == ".json"]
-        folder = Path(snapshot_download(**options, allow_patterns=[str(weights), *map(str, configurations)]))
-        return folder if candidates else folder / weights
-    except errors.GatedRepoError as error:
-        raise WeightsError(f"{name}: a gated repository; ask for access on its page, then run hf auth login") from error
+        for part in ("pretraining/", "") if whole else ("",):
+            for file in WEIGHT_FILES:
+                patterns = [f"{part}{each}" for each in (file, "config.json", "preprocessor_config.json")]
+                folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns), part)
+                if (folder / file).is_file():
+                    return folder
     except errors.RevisionNotFoundError as error:
-        raise WeightsError(
-            f"{name}: has no revision {revision}; expected a branch, tag or commit; correct it"
-        ) from error
+        message = f"{name}: has no revision {revision}; expected a branch, tag or commit; correct it"
+        raise WeightsError(message) from error
     except errors.RepositoryNotFoundError as error:
         raise WeightsError(
-            f"{name}: no such model repository, or a private one; correct the name, or log in with hf auth login (and "
-            "make sure that your token has not expired)"
+            f"{name}: no such model repository, or a private or gated one; correct the name, or ask for access on its "
+            "page and log in with hf auth login (make sure that your token has not expired)"
         ) from error
     except (errors.HTTPError, errors.HFValidationError, OSError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise WeightsError(f"{name}: could not be downloaded ({reason}); try again, or give a local path") from error
+    raise WeightsError(
+        f"{name}: a repository without weights that can be read here; expected {' or '.join(WEIGHT_FILES)}; give "
+        "another one, or download the file and give its path"
+    )

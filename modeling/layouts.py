@@ -58,8 +58,6 @@ TRANSFORMERS_5_NAMES = [
     ("backbone.fpn.fpn2.", "backbone.fpn2.0."),
 ]
 
-OFFICIAL_LINEAR_PROBE_NAMES = [("head.0.", "head_norm."), ("head.1.", "head.")]
-
 SEGMENTATION_HEADS = ("decode_head.", "auxiliary_head.")  # the same names here and in transformers
 HEADS = ("head.", "head_norm.", "fc_norm.", "vit.pooler.", "fpn.", *SEGMENTATION_HEADS)  # all that follows an encoder
 DECODER = ("mask_token", "decoder_")
@@ -94,8 +92,6 @@ def to_ours(state: State) -> tuple[str, State]:
     if any(name.startswith("encoder.blocks.") for name in state):
         return "this project", state
     if {"blocks.0.attn.qkv.weight", "patch_embed.proj.weight"} <= state.keys():
-        if "head.1.weight" in state:
-            state = {rename(name, OFFICIAL_LINEAR_PROBE_NAMES): value for name, value in state.items()}
         layout = f"a timm or MAE {'classifier' if 'head.weight' in state else 'encoder'}"
         layout = "the official MAE" if any(name.startswith(DECODER) for name in state) else layout
         return layout, {n if n.startswith(DECODER + HEADS) else f"encoder.{n}": t for n, t in state.items()}
@@ -143,24 +139,24 @@ def model_settings(state: State) -> dict[str, object]:
     They have `encoder_embed_dim` if they show an encoder, `decoder_embed_dim` if they show a decoder, `pooling` if they
     have a classification head, and `head` if they have a segmentation head.
     """
-    settings, projection = {option: bool(extra_names(state, option)) for option in EXTRAS}, state.get(PROJECTION)
-    if projection is not None and projection.ndim == 4:
-        for part, blocks in BLOCKS.items():
-            fc1 = state.get(f"{blocks}0.mlp.fc1.weight")
-            if fc1 is not None and fc1.ndim == 2:
-                indices = [name.removeprefix(blocks).partition(".")[0] for name in state if name.startswith(blocks)]
-                depth = 1 + max(int(index) for index in indices if index.isdecimal())
-                # Rounded up, because a model rounds width * mlp_ratio down.
-                ratio = math.ceil(round(fc1.shape[0] / fc1.shape[1] * 1e4, 3)) / 1e4
-                settings |= {f"{part}_embed_dim": fc1.shape[1], f"{part}_depth": depth, f"{part}_mlp_ratio": ratio}
-        settings |= dict(patch_size=projection.shape[-1], input_channels=projection.shape[1])
-    head = state.get("head.weight")
-    if head is not None and head.ndim == 2:
-        settings |= dict(num_classes=len(head), pooling="mean" if "fc_norm.weight" in state else "cls")
+    settings = {option: bool(extra_names(state, option)) for option in EXTRAS}
+    for part, blocks in BLOCKS.items():
+        fc1 = state.get(f"{blocks}0.mlp.fc1.weight")
+        if fc1 is not None and PROJECTION in state:
+            indices = [name.removeprefix(blocks).partition(".")[0] for name in state if name.startswith(blocks)]
+            depth = 1 + max(int(index) for index in indices if index.isdecimal())
+            # Rounded up, because a model rounds width * mlp_ratio down.
+            ratio = math.ceil(round(fc1.shape[0] / fc1.shape[1] * 1e4, 3)) / 1e4
+            settings |= {f"{part}_embed_dim": fc1.shape[1], f"{part}_depth": depth, f"{part}_mlp_ratio": ratio}
+    if PROJECTION in state:
+        settings |= dict(patch_size=state[PROJECTION].shape[-1], input_channels=state[PROJECTION].shape[1])
+    if "head.weight" in state:
+        pooling = "mean" if "fc_norm.weight" in state else "cls"
+        settings |= dict(num_classes=len(state["head.weight"]), pooling=pooling)
         settings["linear_probe"] = "head_norm.running_mean" in state  # not in an export, whose head includes the norm
     head = state.get("decode_head.classifier.weight")
     name = next((name for name, facts in SEGMENTERS.items() if facts.parameter in state), None)
-    if head is not None and head.ndim == 4 and name:
+    if head is not None and name:
         settings |= dict(num_classes=len(head), head=name, head_width=head.shape[1] if SEGMENTERS[name].width else None)
         settings["auxiliary"] = "auxiliary_head.classifier.weight" in state
     return settings

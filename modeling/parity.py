@@ -8,7 +8,6 @@ from modeling.classifier import Classifier
 from modeling.mae import MaskedAutoencoder
 from modeling.trained import open_trained
 from modeling.upernet import Segmenter
-from modeling.vit import VisionTransformer
 from modeling.weights import Model
 
 
@@ -23,38 +22,34 @@ def differences(folder: str | Path, model: Model) -> tuple[dict[str, float], lis
     import timm
     import transformers
 
-    folder, distances, notes = Path(folder), {}, []
-    encoder = model if isinstance(model, VisionTransformer) else model.encoder
+    folder, encoder = Path(folder), getattr(model, "encoder", model)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, encoder.in_channels, *encoder.img_size, generator=generator)
-
-    def compare(library: str, theirs: torch.Tensor, ours: torch.Tensor) -> None:
-        distance = (theirs - ours).abs().max() / ours.abs().max().clamp(min=1)
-        distances[library] = distance.nan_to_num(torch.inf).item()
-
-    def load(name: str, path: Path = folder) -> torch.nn.Module:
-        return getattr(transformers, name).from_pretrained(path).eval()
-
+    has_head = isinstance(model, Classifier | Segmenter)
+    expected = model(images) if has_head else encoder(images)
+    outputs, notes = {}, []  # library -> its outputs and those expected
     if isinstance(model, Segmenter):
-        name, logits = "UperNetForSemanticSegmentation", model(images)
-        compare(f"transformers {name}", load(name)(images).logits, logits)
-        compare("this project", open_trained(folder).model(images), logits)
-        return distances, ["timm has no UperNet, so the folder is for transformers and this project."]
-    if isinstance(model, Classifier):
-        name, expected = "AutoModelForImageClassification", model(images)
-        compare(f"transformers {name}", load(name)(images).logits, expected)
+        theirs = transformers.UperNetForSemanticSegmentation.from_pretrained(folder)
+        outputs["transformers UperNetForSemanticSegmentation"] = theirs(images).logits, expected
+        notes.append("timm has no UperNet, so the folder is for transformers and this project.")
     else:
-        expected = encoder(images)
-        compare("transformers AutoModel", load("AutoModel")(images).last_hidden_state, expected)
-    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    compare("timm", theirs(images) if isinstance(model, Classifier) else theirs.forward_features(images), expected)
-    compare("this project", open_trained(folder, whole=False).model(images), expected)
+        name = "AutoModelForImageClassification" if has_head else "AutoModel"
+        theirs = getattr(transformers, name).from_pretrained(folder)(images)
+        outputs[f"transformers {name}"] = theirs.logits if has_head else theirs.last_hidden_state, expected
+        theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        outputs["timm"] = theirs(images) if has_head else theirs.forward_features(images), expected
+    outputs["this project"] = open_trained(folder, whole=False).model(images), expected
     if isinstance(model, MaskedAutoencoder):
         noise = torch.rand(2, encoder.grid[0] * encoder.grid[1], generator=generator)
-        loss, name = model(images, noise).loss, "ViTMAEForPreTraining"
+        loss = model(images, noise).loss
         if encoder.img_size[0] == encoder.img_size[1]:
-            compare(f"transformers {name}", load(name, folder / "pretraining")(images, noise=noise).loss, loss)
+            theirs = transformers.ViTMAEForPreTraining.from_pretrained(folder / "pretraining")
+            outputs["transformers ViTMAEForPreTraining"] = theirs(images, noise=noise).loss, loss
         else:
-            notes.append(f"transformers' {name} takes square images only, so pretraining/ is for this project alone.")
-        compare("this project, pretraining/", open_trained(folder).model(images, noise).loss, loss)
+            notes.append("transformers' ViTMAE takes square images only, so pretraining/ is for this project alone.")
+        outputs["this project, pretraining/"] = open_trained(folder).model(images, noise).loss, loss
+    distances = {
+        library: ((theirs - ours).abs().max() / ours.abs().max().clamp(min=1)).nan_to_num(torch.inf).item()
+        for library, (theirs, ours) in outputs.items()
+    }
     return distances, notes

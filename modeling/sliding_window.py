@@ -12,38 +12,30 @@ import torch
 
 from modeling.upernet import resize
 
+BATCH_SIZE = 8  # windows that a model sees at a time, at least one of each image
 MAP_VALUES = 2**25  # numbers in the class maps that `labels_at` has in memory at a time: 128 MB
 
 
-def windows(size: tuple[int, int], window: int, stride: int) -> list[tuple[int, int]]:
-    """Return (top, left) of the windows that cover an image of `size` (H, W), row by row.
+def windows(size: tuple[int, int], window: int) -> list[tuple[int, int]]:
+    """Return (top, left) of the windows that cover an image of `size` (H, W), row by row, two thirds of a side apart.
 
     All have min(window, H) x min(window, W) pixels: the last ones of a row or column end at the edge, as in
     mmsegmentation.
     """
-    if not 1 <= stride <= window:
-        raise ValueError(f"stride {stride} with windows of {window} pixels; expected 1 to {window}, or it leaves gaps")
+    stride = max(1, 2 * window // 3)
     ends = [max(0, side - window) for side in size]
     tops, lefts = ([min(at, end) for at in range(0, end + stride, stride)] for end in ends)
     return [(top, left) for top in tops for left in lefts]
 
 
 @torch.no_grad()
-def sliding_window(
-    model: Callable, images: torch.Tensor, *, window: int, stride: int, batch_size: int = 8
-) -> torch.Tensor:
-    """Return the logits (B, N, H, W), float32, of images (B, C, H, W): for each pixel, the mean over its windows.
-
-    Args:
-        window: side of the windows in pixels.
-        stride: distance of the windows in pixels, at most `window`.
-        batch_size: number of windows that the model sees at a time, at least one of each image.
-    """
+def sliding_window(model: Callable, images: torch.Tensor, *, window: int) -> torch.Tensor:
+    """Return the logits (B, N, H, W), float32, of images (B, C, H, W): for each pixel, the mean over its windows."""
     size = images.shape[-2:]
     height, width = (min(window, side) for side in size)
-    parts = [(..., slice(top, top + height), slice(left, left + width)) for top, left in windows(size, window, stride)]
+    parts = [(..., slice(top, top + height), slice(left, left + width)) for top, left in windows(size, window)]
     total, counts = None, images.new_zeros(size, dtype=torch.float32)
-    positions = max(1, batch_size // len(images))
+    positions = max(1, BATCH_SIZE // len(images))
     for start in range(0, len(parts), positions):
         group = parts[start : start + positions]
         logits = model(torch.cat([images[part] for part in group]))
@@ -75,13 +67,7 @@ def labels_at(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 @torch.no_grad()
 def predict(
-    model: Callable,
-    views: list[torch.Tensor],
-    size: tuple[int, int],
-    *,
-    window: int | None,
-    stride: int | None,
-    flip: bool,
+    model: Callable, views: list[torch.Tensor], size: tuple[int, int], *, window: int | None, flip: bool
 ) -> torch.Tensor:
     """Return the best class of each pixel (B, H, W), uint8, from the same images at one or several sizes.
 
@@ -93,11 +79,9 @@ def predict(
         views: normalised images (B, C, h_i, w_i).
         size: H and W of the result.
         window: side of sliding windows in pixels; None: the model sees whole views.
-        stride: distance of the windows in pixels.
         flip: average over mirrored views, too.
     """
-
-    logits_of = model if window is None else partial(sliding_window, model, window=window, stride=stride)
+    logits_of = model if window is None else partial(sliding_window, model, window=window)
     if len(views) == 1 and not flip:
         scores = logits_of(views[0])
     else:

@@ -4,14 +4,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from modeling.classifier import Classifier
-from modeling.export import default_crop_ratio
+from modeling.export import CROP_RATIO
 from modeling.files import Stored, WeightsError
 from modeling.mae import MaskedAutoencoder
-from modeling.upernet import HEADS, Segmenter, default_layers
+from modeling.upernet import Segmenter
 from modeling.vit import Grid, VisionTransformer
-from modeling.weights import LoadReport, Model, Weights, load_weights, open_weights
+from modeling.weights import Model, Weights, load_weights, open_weights
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+PAPER = dict(decoder_num_heads=16, mask_ratio=0.75, norm_pix_loss=True)
 
 
 class Trained(NamedTuple):
@@ -22,7 +23,7 @@ class Trained(NamedTuple):
 
     model: Model  # on the CPU, in evaluation mode
     path: Path  # file or folder that was read
-    report: LoadReport
+    layout: str  # of the weights: "this project", "the official MAE", "transformers' ViT", ...
     mean: list[float]  # of the channels, for the normalisation of images in [0, 1]
     std: list[float]
     class_names: list[str] | None  # None if no file states them
@@ -31,11 +32,6 @@ class Trained(NamedTuple):
     resize: tuple[int, int] | None  # of a segmenter: LONG and SHORT side that images fit
     value_range: tuple[float, float] | None  # pixels that become 0 and 1; None: 0 and 255
     assumed: tuple[str, ...]  # assumptions about facts that no file states, in words
-
-    @property
-    def layout(self) -> str:
-        """Return the layout of the weights: "this project", "the official MAE", "transformers' ViT", ..."""
-        return self.report.layout
 
     @property
     def encoder(self) -> VisionTransformer:
@@ -65,37 +61,23 @@ def open_trained(
         WeightsError: with a message that begins with the path, for weights that cannot be read or make no module here,
             and for facts in `given` that contradict the files.
     """
-    weights = open_weights(path, whole=whole)
-    facts = {name: value for name, value in given._asdict().items() if value is not None}
-    for name, value in facts.items():
-        known = getattr(weights.stored, name)
-        if known not in (None, value):
-            raise WeightsError(f"{weights.path}: its {name} is {known}, not {value} as given; leave that out")
-    weights = weights._replace(stored=weights.stored._replace(**facts))
+    weights = open_weights(path, whole=whole, given=given)
+    stored, assumed = weights.stored, []
     try:
-        model, assumed = _build(weights, whole, img_size, in_channels)
-        options = dict(stored=weights.stored, adapt_channels=in_channels is not None)
-        report = load_weights(model, weights.state, **options)
+        model = _build(weights, assumed, whole=whole, img_size=img_size, in_channels=in_channels)
+        report = load_weights(model, weights.state, stored=stored, adapt_channels=in_channels is not None)
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             raise WeightsError("weights that are not finite; give an earlier checkpoint, before they diverged")
     except ValueError as error:  # a WeightsError, or sizes that do not go together
         message = getattr(error, "message", str(error))
         raise WeightsError(f"{weights.path}: {message}", getattr(error, "settings", None)) from error
 
-    stored, encoder = weights.stored, getattr(model, "encoder", model)
-    crop_ratio, resize = (None, None) if img_size else (stored.crop_ratio, stored.resize)
-    num_classes = getattr(model, "num_classes", 0)
+    encoder, num_classes = getattr(model, "encoder", model), getattr(model, "num_classes", 0)
     class_names = stored.classes if len(stored.classes or []) == num_classes else None
     if num_classes and not class_names:
         assumed.append("no names of classes")
-    mean, std = stored.mean or [], stored.std or []
-    if not len(mean) == len(std) == encoder.in_channels:
-        colour = encoder.in_channels == 3
-        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if colour else ([0.5] * encoder.in_channels,) * 2
-        statistics = "the mean and standard deviation of ImageNet" if colour else "0.5 and 0.5"
-        assumed.append(f"images normalised by {statistics}")
-    if stored.norm_eps is not None:
-        assumed.append(f"norms with an epsilon of 1e-6, where these weights had {stored.norm_eps:g}")
+    mean, std = _statistics(stored, encoder.in_channels, assumed)
+    crop_ratio, resize = (None, None) if img_size else (stored.crop_ratio, stored.resize)
     if isinstance(model, Segmenter) and resize is None:
         resize = 4 * encoder.img_size[0], encoder.img_size[0]
         assumed.append(f"images that fit {resize[0]} x {resize[1]} pixels in evaluation")
@@ -104,55 +86,61 @@ def open_trained(
     return Trained(
         model=model.eval(),
         path=weights.path,
-        report=report,
-        mean=list(mean),
-        std=list(std),
+        layout=report.layout,
+        mean=mean,
+        std=std,
         class_names=class_names,
         classes=class_names or [f"LABEL_{i}" for i in range(num_classes)],
-        crop_ratio=crop_ratio or default_crop_ratio(encoder.img_size),
-        resize=tuple(resize) if isinstance(model, Segmenter) else None,
-        value_range=tuple(stored.value_range) if stored.value_range else None,
+        crop_ratio=crop_ratio or (CROP_RATIO if max(encoder.img_size) <= 224 else 1.0),
+        resize=resize and tuple(resize),
+        value_range=stored.value_range and tuple(stored.value_range),
         assumed=tuple(assumed),
     )
 
 
-def _build(weights: Weights, whole: bool, img_size: Grid | None, in_channels: int | None) -> tuple[Model, list[str]]:
-    """Return the module that fits the weights, newly initialised, and what was assumed about it."""
-    settings, stored, assumed = weights.settings, weights.stored, []
-    num_heads, grid = stored.num_heads or weights.sizes["num_heads"], stored.grid or weights.grid
-    if num_heads is None:
+def _statistics(stored: Stored, channels: int, assumed: list[str]) -> tuple[list[float], list[float]]:
+    """Return the mean and standard deviation of the channels, and append what was assumed."""
+    mean, std = list(stored.mean or []), list(stored.std or [])
+    if not len(mean) == len(std) == channels:
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ([0.5] * channels, [0.5] * channels)
+        assumed.append(f"images normalised by the mean {mean} and the standard deviation {std}")
+    return mean, std
+
+
+def _build(
+    weights: Weights, assumed: list[str], *, whole: bool, img_size: Grid | None, in_channels: int | None
+) -> Model:
+    """Return the module that fits the weights, newly initialised, and append what was assumed about it."""
+    settings, stored, sizes = weights.settings, weights.stored, dict(weights.sizes)
+    if sizes["num_heads"] is None:
         message = "no file states the number of attention heads; convert the weights with push_to_hub.py"
         raise WeightsError(message, dict(encoder_num_heads="N"))
-    if grid is None and img_size is None:
+    if weights.grid is None and img_size is None:
         raise WeightsError("positions that are no square, of unknown height and width; give a folder with config.json")
-    img_size = img_size or tuple(side * weights.sizes["patch_size"] for side in grid)
-    sizes = weights.sizes | dict(num_heads=num_heads, in_channels=in_channels or weights.sizes["in_channels"])
+    img_size = img_size or tuple(side * sizes["patch_size"] for side in weights.grid)
+    sizes["in_channels"] = in_channels or sizes["in_channels"]
     head = settings.get("head")
     encoder = VisionTransformer(img_size=img_size, **sizes)
     if head:
         scale = 1.0 if settings["layer_scale"] else None
         encoder.add_extras(relative_position_bias=settings["relative_position_bias"], layer_scale=scale)
-        layers = stored.layers
-        if layers is None:
-            layers = default_layers(encoder.depth, HEADS[head].num_layers)
-            assumed.append(f"the head sees the blocks {' '.join(map(str, layers))}")
         options = dict(head_width=settings["head_width"] or 512, auxiliary=settings["auxiliary"])
-        return Segmenter(encoder, settings["num_classes"], head=head, layers=layers, **options), assumed
+        segmenter = Segmenter(encoder, settings["num_classes"], head=head, layers=stored.layers, **options)
+        if stored.layers is None:
+            assumed.append(f"the head sees the blocks {' '.join(map(str, segmenter.layers))}")
+        return segmenter
     if whole and "decoder_embed_dim" in settings:
-        names = ("decoder_embed_dim", "decoder_depth", "decoder_mlp_ratio")
-        decoder = {name: settings[name] for name in names} | dict(decoder_num_heads=stored.decoder_num_heads or 16)
-        if stored.decoder_num_heads is None:
-            assumed.append("16 heads in the decoder, as in the paper")
-        if stored.mask_ratio is None:
-            assumed.append("a mask ratio of 0.75")
-        if stored.norm_pix_loss is None:
-            assumed.append("a target of pixels normalised per patch")
-        target = dict(mask_ratio=stored.mask_ratio or 0.75, norm_pix_loss=stored.norm_pix_loss is not False)
-        return MaskedAutoencoder(encoder, **decoder, **target), assumed
+        options = {name: settings[name] for name in ("decoder_embed_dim", "decoder_depth", "decoder_mlp_ratio")}
+        for name, value in PAPER.items():
+            options[name] = getattr(stored, name)
+            if options[name] is None:
+                options[name] = value
+                assumed.append(f"{name} {value}, as in the paper")
+        return MaskedAutoencoder(encoder, **options)
     if "pooling" in settings:
         if stored.pooling is None:
             pooled = "the cls token" if settings["pooling"] == "cls" else "the mean of the patch tokens"
             assumed.append(f"a head on {pooled}")
         kind = dict(pooling=settings["pooling"], linear_probe=settings["linear_probe"])
-        return Classifier(encoder, settings["num_classes"], **kind), assumed
-    return encoder, assumed
+        return Classifier(encoder, settings["num_classes"], **kind)
+    return encoder

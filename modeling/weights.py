@@ -19,7 +19,7 @@ from modeling.position import resize_biases, resize_positions
 from modeling.upernet import Segmenter
 from modeling.vit import SIZES, Grid, VisionTransformer
 
-MODEL_NAMES = {(size["embed_dim"], size["depth"]): name for name, size in SIZES.items()}
+NUM_HEADS = {(size["embed_dim"], size["depth"]): size["num_heads"] for size in SIZES.values()}
 Model = MaskedAutoencoder | Classifier | Segmenter | VisionTransformer
 
 
@@ -35,16 +35,15 @@ class LoadReport(NamedTuple):
 
     def __str__(self) -> str:
         parts = sorted({re.match(r"(?:vit\.)?((?:encoder\.)?[^.]+)", name)[1] for name in self.ignored})
-        ignored = f" ({', '.join(parts)})" if parts else ""
+        new = [option.replace("_", " ") for option in EXTRAS if extra_names(self.missing, option)]
+        new += ["decoder"] * any(name.startswith(DECODER) for name in self.missing)
         line = (
             f"weights of {self.layout}: {self.loaded} loaded, {len(self.missing)} missing, {len(self.ignored)} ignored"
         )
-        line += f"{ignored}, resized: {', '.join(self.resized) or 'none'}"
-        if self.adapted:
-            line += f", adapted: {', '.join(self.adapted)}"
-        new = [option.replace("_", " ") for option in EXTRAS if extra_names(self.missing, option)]
-        new += ["decoder"] * any(name.startswith(DECODER) for name in self.missing)
-        return f"{line}, newly initialised: {', '.join(new)}" if new else line
+        line += f" ({', '.join(parts)})" if parts else ""
+        for change, names in (("resized", self.resized), ("adapted", self.adapted), ("newly initialised", new)):
+            line += f", {change}: {', '.join(names)}" if names else ""
+        return line
 
 
 class Weights(NamedTuple):
@@ -58,14 +57,24 @@ class Weights(NamedTuple):
     grid: Grid | None  # h and w of its positions: the stored one, otherwise a square; None if it is no square
 
 
-def open_weights(path: str | Path, *, whole: bool = False) -> Weights:
+def open_weights(
+    path: str | Path,
+    *,
+    whole: bool = False,
+    given: Stored = Stored(),  # noqa: B008 - immutable
+) -> Weights:
     """Read the weights of an encoder, alone or in a larger model; see `find_weights` for `path` and `whole`.
 
     Raises:
-        WeightsError: with a message that begins with the path.
+        WeightsError: with a message that begins with the path; also for facts in `given` that contradict the files.
     """
     path = find_weights(path, whole=whole)
     state, stored = read_state_dict(path), read_stored(path)
+    for name, value in given._asdict().items():
+        known = getattr(stored, name)
+        if None not in (known, value) and known != value:
+            raise WeightsError(f"{path}: its {name} is {known}, not {value} as given; leave that out")
+        stored = stored._replace(**{name: known if value is None else value})
     try:
         layout, shapes = to_ours({name: value.to("meta") for name, value in state.items()})
     except WeightsError as error:
@@ -77,8 +86,7 @@ def open_weights(path: str | Path, *, whole: bool = False) -> Weights:
         )
     sizes = {name: settings[f"encoder_{name}"] for name in ("embed_dim", "depth", "mlp_ratio")}
     sizes |= dict(patch_size=settings["patch_size"], in_channels=settings["input_channels"])
-    known = SIZES.get(MODEL_NAMES.get((sizes["embed_dim"], sizes["depth"])), {})
-    sizes["num_heads"] = stored.num_heads or known.get("num_heads")
+    sizes["num_heads"] = stored.num_heads or NUM_HEADS.get((sizes["embed_dim"], sizes["depth"]))
     grid, positions = stored.grid, shapes.get("encoder.pos_embed")
     if grid is None and positions is not None and positions.ndim == 3:
         side = math.isqrt(positions.shape[1] - 1)
@@ -108,19 +116,17 @@ def load_weights(
     *,
     stored: Stored = Stored(),  # noqa: B008 - immutable
     adapt_channels: bool = False,
-    new_decoder: bool = False,
 ) -> LoadReport:
     """Copy the parameters of any known layout into `model`, and report what became of each.
 
     A VisionTransformer ignores heads, decoder and, if mean pooling or segmentation removed its own, the final norm. An
-    encoder's relative position bias and LayerScale may be missing, and are then left as initialised. Positions and
-    relative position biases are resized to the model's grid.
+    encoder's relative position bias and LayerScale may be missing, and an autoencoder's whole decoder, and are then
+    left as initialised. Positions and relative position biases are resized to the model's grid.
 
     Args:
         stored: facts from files beside the weights. Without their grid, it is the model's if the number of patches
             agrees, otherwise a square; a number of heads is checked only if it is stated.
         adapt_channels: convert weights for images with another number of channels.
-        new_decoder: accept weights without a decoder, and leave that of a MaskedAutoencoder as initialised.
 
     Raises:
         WeightsError: before anything is copied, with all settings or all parameters that do not fit.
@@ -134,8 +140,8 @@ def load_weights(
     adapted = _adapt_channels(state, target)
     resized, problems = _resize_tables(state, target, getattr(model, "encoder", model).grid, stored.grid)
 
-    no_decoder = isinstance(model, MaskedAutoencoder) and not any(name.startswith(DECODER) for name in state)
-    new = [name for name in target if name.startswith(DECODER)] if no_decoder and new_decoder else []
+    has_decoder = any(name.startswith(DECODER) for name in state)
+    new = [] if has_decoder else [name for name in target if name.startswith(DECODER)]
     if not isinstance(model, Segmenter):
         new += [name for option in EXTRAS if not extra_names(state, option) for name in extra_names(target, option)]
     planned = (*HEADS, *DECODER) if prefix else HEADS
@@ -143,31 +149,18 @@ def load_weights(
     ignored = sorted(name for name in state.keys() - target.keys() if name.startswith(planned))
     problems += _list_misfits(state, target, expected={*new, *ignored})
     if problems:
-        remedy = "give those of a plain ViT or MAE"
-        if no_decoder and not new_decoder:
-            remedy = "they have no decoder: give those of a whole autoencoder"
-        raise WeightsError(f"weights of {layout} do not fit: {'; '.join(problems)}; {remedy}")
+        raise WeightsError(f"weights of {layout} do not fit: {'; '.join(problems)}; give those of a plain ViT or MAE")
     values = {name: state.get(name, value) for name, value in target.items()}
     model.load_state_dict({name.removeprefix(prefix): value for name, value in values.items()})
     return LoadReport(layout, len(target) - len(new), tuple(new), tuple(ignored), tuple(resized), tuple(adapted))
 
 
 def _check_head(layout: str, model: Model, theirs: dict, stored: Stored, *, needs_norm: bool) -> None:
-    """Raise WeightsError for features that no model here has, and for weights without the head that `model` needs.
-
-    With `needs_norm`, also for those of an encoder that lost its final norm in fine-tuning.
-    """
+    """Raise WeightsError for features that no model here has, and for a final norm that was lost in fine-tuning."""
     if stored.unsupported:
-        features = " and ".join(stored.unsupported)
-        raise WeightsError(f"weights of {layout} were trained with {features}, which no model here has; give others")
-    if isinstance(model, Segmenter) and "head" not in theirs:
-        raise WeightsError(
-            f"weights of {layout} have no segmentation head (upernet or linear); give those of a trained segmentation "
-            "model, as in its model.safetensors"
-        )
-    if isinstance(model, Classifier) and "pooling" not in theirs:
-        raise WeightsError(f"weights of {layout} have no classification head; give those of a trained classifier")
-    if isinstance(model, Classifier) and stored.pooling not in (None, theirs["pooling"]):
+        reason = f"were trained with {stored.unsupported}, which no model here has"
+        raise WeightsError(f"weights of {layout} {reason}; give others")
+    if isinstance(model, Classifier) and stored.pooling not in (None, theirs.get("pooling")):
         raise WeightsError(
             f"weights of {layout} have a head on the {stored.pooling} of normed tokens; expected one on the cls token, "
             "or on the mean followed by a norm (fc_norm); give such a classifier"
@@ -182,42 +175,30 @@ def _check_head(layout: str, model: Model, theirs: dict, stored: Stored, *, need
 def _check_settings(
     layout: str, model: Model, theirs: dict, ours: dict, stored: Stored, *, adapt_channels: bool
 ) -> None:
-    """Raise WeightsError with all settings of the model that are not those of the weights."""
-    theirs |= dict(encoder_num_heads=stored.num_heads, decoder_num_heads=stored.decoder_num_heads, layers=stored.layers)
+    """Raise WeightsError with all settings of the model that are not those of the weights, and those that fit."""
+    theirs |= dict(encoder_num_heads=stored.num_heads, decoder_num_heads=stored.decoder_num_heads)
     ours |= dict(encoder_num_heads=getattr(model, "encoder", model).num_heads)
     if isinstance(model, MaskedAutoencoder):
         ours["decoder_num_heads"] = model.decoder_blocks[0].attn.num_heads
-    if isinstance(model, Segmenter):
-        ours["layers"] = model.layers
-    else:  # other models initialise the extras that weights lack
+    if not isinstance(model, Segmenter):  # other models initialise the extras that weights lack
         theirs |= {option: theirs[option] or ours[option] for option in EXTRAS}
     if adapt_channels:
         theirs.pop("input_channels", None)
     settings = {name: value for name, value in theirs.items() if name in ours and value not in (None, ours[name])}
     if settings:
         words = ", ".join(f"{name} is {value} instead of {ours[name]}" for name, value in settings.items())
-        if {*EXTRAS} & settings.keys() and not isinstance(model, Segmenter):
+        if {*EXTRAS} & settings.keys():
             words += "; only an encoder of a segmenter can have this, others need weights of a plain ViT or MAE"
-        raise WeightsError(f"weights of {layout} do not fit the model: {words}", _find_remedy(settings, theirs))
-
-
-def _find_remedy(settings: dict[str, object], theirs: dict[str, object]) -> dict[str, object]:
-    """Return the arguments that fit: the settings that differ, with a known model's name instead of its sizes."""
-    settings = dict(settings)
-    if settings.pop("input_channels", None):
-        settings["adapt_channels"] = True
-    if "layer_scale" in settings:
-        settings["layer_scale"] = 1.0 if settings["layer_scale"] else None
-    name = MODEL_NAMES.get((theirs.get("encoder_embed_dim"), theirs.get("encoder_depth")))
-    if "encoder_embed_dim" in settings and name:
-        named = {"patch_size": SIZES[name]["patch_size"], "encoder_num_heads": SIZES[name]["num_heads"]}
-        others = {key: theirs[key] for key in named if theirs[key] not in (None, named[key])}
-        named |= {"encoder_embed_dim": None, "encoder_depth": None}
-        settings = {"model": name} | others | {key: value for key, value in settings.items() if key not in named}
-    for part in ("encoder", "decoder"):
-        if f"{part}_embed_dim" in settings:
-            settings.setdefault(f"{part}_num_heads", theirs[f"{part}_num_heads"] or "N")
-    return settings
+        if settings.pop("input_channels", None):
+            settings["adapt_channels"] = True
+        if "layer_scale" in settings:
+            settings["layer_scale"] = 1.0
+        if "encoder_embed_dim" in settings:
+            known = NUM_HEADS.get((theirs["encoder_embed_dim"], theirs["encoder_depth"]))
+            settings.setdefault("encoder_num_heads", stored.num_heads or known or "N")
+        if "decoder_embed_dim" in settings:
+            settings.setdefault("decoder_num_heads", stored.decoder_num_heads or "N")
+        raise WeightsError(f"weights of {layout} do not fit the model: {words}", settings)
 
 
 def _list_misfits(state: State, target: State, expected: set[str]) -> list[str]:

@@ -65,9 +65,7 @@ def test_weights_optimizer_and_moving_average_are_loaded_as_they_were_saved(run)
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"cut"), lambda path: torch.save({"a": print}, path)])
 def test_a_file_that_is_damaged_or_runs_code_is_refused(run, damage):
     damage(run.checkpoint / "optimizer.pt")
-    with pytest.raises(
-        RunError, match=r"optimizer.pt is missing, damaged, or holds objects that run code"
-    ):
+    with pytest.raises(RunError, match=r"optimizer.pt is missing, damaged, or holds objects that run code"):
         load_training(run.checkpoint, Accelerator(cpu=True), *build())
 
 

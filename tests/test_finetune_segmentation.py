@@ -244,7 +244,7 @@ script.main(sys.argv[1:])
         **dict(resize=[90, 33], crop_size=24, fill=[26, 51, 76], channels=3, seed=7, pin=False, drop_path=0.3),
         **dict(checkpointing=True, bias=True, scale=0.25, head=["upernet", 12, [0, 1, 2, 3], 4, True]),
         **dict(weights=[1.5, 2.5, 3.5, 4.5], auxiliary=0.35, betas=[0.6, 0.7], decays=[0.0, 0.03], clipping=2.5),
-        "predict": dict(flip=True, window=24, stride=16),
+        "predict": dict(flip=True, window=24),
         "view_sizes": dict(mode="slide", scales=[0.75, 1.25], resize=[90, 33], crop_size=24, patch_size=8),
         "scales": [0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0],
         "rates": [0.015625, 0.03125, 0.0625, 0.125, 0.25, 0.5],

@@ -72,44 +72,29 @@ def test_without_a_network_the_cache_is_read(hub, folder, tmp_path, monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:9")
     assert find_weights("hf:owner/mae", whole=True) == before
-    with pytest.raises(WeightsError, match="hf:owner/other: the Hub cannot be reached, and no weights of it are"):
+    with pytest.raises(WeightsError, match=r"hf:owner/other: could not be downloaded \(.*ConnectError"):
         find_weights("hf:owner/other", whole=True)
-
-
-def test_a_single_file_of_another_name(hub, encoder, tmp_path, monkeypatch):
-    hub.enter(monkeypatch, tmp_path)
-    folder = tmp_path / "official"
-    folder.mkdir()
-    torch.save({"model": encoder.state_dict()}, folder / "mae_pretrain.pth")
-    (folder / "README.md").write_text("a model")
-    hub.add("owner/official", folder)
-    found = find_weights("hf:owner/official", whole=True)
-    assert found.name == "mae_pretrain.pth" and found.is_file()
-    torch.save({"model": encoder.state_dict()}, folder / "mae_finetuned.pth")
-    hub.add("owner/official", folder)
-    with pytest.raises(WeightsError, match="hf:owner/official: a repository without weights that can be read"):
-        find_weights("hf:owner/official", whole=True)
 
 
 @pytest.mark.parametrize(
     "name, token, said",
     [
-        ("hf:mae", server.VALID, "no name of a repository; expected hf:OWNER/NAME"),
-        ("hf:", server.VALID, "no name of a repository; expected hf:OWNER/NAME"),
-        ("hf:owner/mae/model", server.VALID, "no name of a repository; expected hf:OWNER/NAME"),
-        ("hf:owner/-mae", server.VALID, "no name of a repository; expected hf:OWNER/NAME"),
-        ("hf:owner/mae--b", server.VALID, "could not be downloaded"),
-        ("hf:owner/nothing", server.VALID, "no such model repository, or a private one"),
+        ("hf:owner/mae/model", server.VALID, "could not be downloaded (Repo id must be in the form"),
         ("hf:owner/mae@nothing", server.VALID, "has no revision nothing; expected a branch, tag or commit"),
-        ("hf:owner/hidden", None, "no such model repository, or a private one; correct the name, or log in"),
+        ("hf:owner/nothing", server.VALID, "no such model repository"),
+        ("hf:owner/hidden", None, "a private or gated one; correct the name, or ask for access"),
         ("hf:owner/mae", server.EXPIRED, "token has not expired"),
         ("hf:owner/mae", server.UNKNOWN, "could not be downloaded"),
+        ("hf:owner/empty", server.VALID, "a repository without weights that can be read here"),
     ],
 )
 def test_names_that_lead_nowhere(name, token, said, hub, folder, tmp_path, monkeypatch):
     hub.enter(monkeypatch, tmp_path, token=token)
     hub.add("owner/mae", folder)
     hub.add("owner/hidden", folder, private=True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "mae.pth").write_bytes(b"of another name")
+    hub.add("owner/empty", tmp_path / "empty")
     with pytest.raises(WeightsError) as refusal:
         find_weights(name, whole=False)
     text = str(refusal.value)

@@ -19,7 +19,7 @@ from transformers import UperNetForSemanticSegmentation, ViTMAEForPreTraining, p
 import predict
 from data.files import FileSource
 from data.masking import mask_noise
-from data.pairs import SegmentationFolder, mask_of
+from data.pairs import mask_of
 from data.sampling import sample_generator
 from data.segmentation import palette
 from modeling.classifier import Classifier
@@ -165,28 +165,23 @@ def same_crop(path: Path, side: int, cover: int) -> bool:
     return all(margin % 4 != 3 for margin in margins)
 
 
-def check_against_the_pipeline(folder, lines, side, cover):
-    """Compare lines with transformers' pipeline; return how many were compared."""
-    theirs, compared = pipeline("image-classification", model=str(folder), top_k=100, device="cpu"), 0
+@pytest.mark.parametrize(("name", "cover"), [("mean", 36), ("cls", 32)])
+def test_classes_agree_with_transformers_pipeline(name, cover, models, photos, predictions):
+    lines, _, done = predictions(name, "--top_k", 100)
+    assert [line["image"] for line in lines] == [str(path) for path in photos]
+    theirs, compared = pipeline("image-classification", model=str(models[name]), top_k=100, device="cpu"), 0
     for line in lines:
         expected = {entry["label"]: entry["score"] for entry in theirs(line["image"])}
         ours = probabilities_of(line)
         assert ours.keys() == expected.keys() and sum(ours.values()) == pytest.approx(1, abs=1e-5)
         assert [*ours.values()] == sorted(ours.values(), reverse=True)
-        if same_crop(line["image"], side, cover):
+        if same_crop(line["image"], 32, cover):
             assert ours == pytest.approx(expected, abs=1e-4)
             compared += 1
-    return compared
-
-
-@pytest.mark.parametrize(("name", "cover"), [("mean", 36), ("cls", 32)])
-def test_classes_agree_with_transformers_pipeline(name, cover, models, photos, predictions):
-    lines, _, done = predictions(name, "--top_k", 100)
-    assert [line["image"] for line in lines] == [str(path) for path in photos]
-    assert check_against_the_pipeline(models[name], lines, 32, cover) >= 6
+    assert compared >= 6
     values = [[probabilities_of(line)[name] for name in CLASSES] for line in lines]
     assert np.ptp(values, axis=0).max() > 0.05  # the images differ
-    assert all(f"{path}: {lines[i]['classes'][0]['class']} " in done.stdout for i, path in enumerate(photos))
+    assert all(json.dumps(line) in done.stdout for line in lines)
 
 
 @pytest.mark.parametrize("name", ["mean", "cls", "flat classifier"])
@@ -196,14 +191,6 @@ def test_classes_agree_with_timm(name, models, predictions):
         with torch.no_grad():
             expected = theirs(as_timm_sees(name, line["image"])).softmax(dim=1)[0].tolist()
         assert probabilities_of(line) == pytest.approx(dict(zip(CLASSES, expected, strict=True)), abs=1e-4)
-
-
-def test_classes_of_real_photographs(models, real_images, predictions):
-    folders = [real_images / name for name in ("imagenet_sample/val", "pets/images", "caltech101/val/Faces")]
-    lines, _, _ = predictions("mean", "--top_k", 100, images=tuple(folders))
-    names = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    assert {line["image"] for line in lines} == {str(path) for path in names} and len(lines) == len(names) > 150
-    assert check_against_the_pipeline(models["mean"], lines, 32, 36) > 120
 
 
 def test_top_k(predictions):
@@ -282,28 +269,16 @@ def scores_by_hand(lines, folder, annotations, num_classes):
     return 100 * (agreed[union > 0] / union[union > 0]).mean(), 100 * agreed.sum() / joint.sum()
 
 
-def check_against_evaluation(data, model, predictions, tmp_path, mode, num_classes):
-    flags = ["--path_to_data", data, "--path_to_backbone_checkpoint", model, "--eval_only", "--evaluate", mode]
-    flags += ["--resize", LONG, SHORT, "--num_workers", 0, "--mixed_precision", "no"]
-    run("finetune_segmentation.py", *flags, cwd=tmp_path)
-    metrics = json.loads((tmp_path / "work_dir" / "finetune_segmentation" / "metrics.json").read_text())
-    lines, folder, _ = predictions(model, "--evaluate", mode, images=(data / "images" / "validation",))
-    scores = scores_by_hand(lines, folder, data / "annotations" / "validation", num_classes)
-    # Evaluation uses larger batches, which may round a pixel between two classes differently
-    assert scores == pytest.approx((metrics["mean_iou"], metrics["overall_accuracy"]), abs=5e-3)
-
-
 @pytest.mark.parametrize("mode", ["slide", "whole"])
 def test_labels_have_the_scores_of_evaluation(mode, models, scenes, predictions, tmp_path):
-    check_against_evaluation(scenes, models["segmenter"], predictions, tmp_path, mode, len(SCENES))
-
-
-def test_labels_of_real_photographs(real_images, predictions, tmp_path):
-    classes = SegmentationFolder(real_images / "camvid", "validation").classes
-    model = Segmenter(VisionTransformer(**SIZE), len(classes), head="linear")
-    randomised(model, model.decode_head.classifier)
-    export_segmenter(model, tmp_path / "model", classes=classes, resize=[LONG, SHORT], **COLOUR)
-    check_against_evaluation(real_images / "camvid", tmp_path / "model", predictions, tmp_path, "slide", len(classes))
+    flags = ["--path_to_data", scenes, "--path_to_backbone_checkpoint", models["segmenter"], "--eval_only"]
+    flags += ["--evaluate", mode, "--resize", LONG, SHORT, "--num_workers", 0, "--mixed_precision", "no"]
+    run("finetune_segmentation.py", *flags, cwd=tmp_path)
+    metrics = json.loads((tmp_path / "work_dir" / "finetune_segmentation" / "metrics.json").read_text())
+    lines, folder, _ = predictions("segmenter", "--evaluate", mode, images=(scenes / "images" / "validation",))
+    scores = scores_by_hand(lines, folder, scenes / "annotations" / "validation", len(SCENES))
+    # Evaluation uses larger batches, which may round a pixel between two classes differently
+    assert scores == pytest.approx((metrics["mean_iou"], metrics["overall_accuracy"]), abs=5e-3)
 
 
 def test_pictures_of_a_segmentation(predictions):
@@ -334,10 +309,8 @@ def pretrained(image_folder, tmp_path_factory) -> Path:
 
 def test_reconstructions_have_the_scores_of_validation(pretrained, image_folder, predictions):
     expected = json.loads((pretrained / "metrics.json").read_text())
-    lines, folder, end = predictions(pretrained, "--mask_strategy", "block", images=(image_folder / "val",))
+    lines, folder, _ = predictions(pretrained, "--mask_strategy", "block", images=(image_folder / "val",))
     assert len(lines) == 11
-    psnr, baseline = lines[0]["masked_psnr"], lines[0]["masked_psnr_visible_mean"]
-    assert f"{lines[0]['image']}: removed patches {psnr:.2f} dB (visible mean: {baseline:.2f} dB)" in end.stdout
     names = [name for name in expected if name.endswith(("_psnr", "_ssim", "_mean"))]
     assert len(names) == 7
     for name in names:
@@ -435,28 +408,6 @@ def test_batches_and_workers_change_nothing(models, photos, predictions, tmp_pat
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
-def test_exif_turns_images_upright(models, tmp_path):
-    """An image, and lossless files of the same pixels under other EXIF orientations."""
-    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((45, 30))
-    turns = {3: [Image.Transpose.ROTATE_180], 6: [Image.Transpose.ROTATE_90], 8: [Image.Transpose.ROTATE_270]}
-    turns |= {2: [Image.Transpose.FLIP_LEFT_RIGHT], 5: [Image.Transpose.TRANSPOSE], 1: []}
-    for orientation, operations in turns.items():
-        stored, exif = image, Image.Exif()
-        for operation in operations:
-            stored = stored.transpose(operation)
-        exif[ORIENTATION] = orientation
-        stored.save(tmp_path / f"{orientation}.png", exif=exif)
-    run("predict.py", models["segmenter"], tmp_path, "--output", tmp_path / "out", cwd=tmp_path)
-    lines = lines_of(tmp_path / "out")
-    assert len(lines) == len(turns)
-    for line in lines:
-        with Image.open(tmp_path / "out" / line["labels"]) as labels:
-            assert labels.size == (45, 30)
-        assert line["classes"] == lines[0]["classes"]
-    pictures = {(tmp_path / "out" / line[kind]).read_bytes() for line in lines for kind in ("labels", "overlay")}
-    assert len(pictures) == 2
-
-
 @pytest.fixture
 def damaged(tmp_path) -> list[Path]:
     """Return a text, a truncated picture and an empty file."""
@@ -509,7 +460,7 @@ def test_files_folders_and_patterns(models, photos, tmp_path):
     lines = lines_of(tmp_path / "predictions")
     names = ["c/[1].jpg", "a/x.jpg", "b/deep/X.png", "b/x.jpg", "c/scan", strange, "a/x.jpg"]
     assert [line["image"] for line in lines] == names
-    pictures = [f"{stem}.png" for stem in ("[1]", "x", "X_2", "x_3", "scan", strange.removesuffix(".jpg"), "x_4")]
+    pictures = [f"{stem}.png" for stem in ("[1]", "x", "X_2", "x_3", "scan", strange.removesuffix(".jpg"), "x_6")]
     assert [line["labels"] for line in lines] == [f"labels/{name}" for name in pictures]
     assert sorted(os.listdir(tmp_path / "predictions" / "labels")) == sorted(pictures)
 
@@ -517,7 +468,7 @@ def test_files_folders_and_patterns(models, photos, tmp_path):
 def test_picture_names_are_unique():
     paths = [b"a/x.jpg", b"x_2.jpg", b"b/x.png", b"X.jpg", b"c/x", b"y.jpg", b"n" * 250 + b".jpg", b"n" * 251 + b".jpg"]
     names = predict.picture_names(FileSource(paths))
-    assert names[:6] == ["x.png", "x_2.png", "x_3.png", "X_4.png", "x_5.png", "y.png"]
+    assert names[:6] == ["x.png", "x_2.png", "x_2_2.png", "X_3.png", "x_4.png", "y.png"]
     assert len({name.lower() for name in names}) == len(names) and max(map(len, names)) < 255
     many = predict.picture_names(FileSource([f"{i}/image.jpg".encode() for i in range(20_000)]))
     assert len({*many}) == 20_000
@@ -544,8 +495,8 @@ def test_all_errors_at_once(models, photos, tmp_path):
         "'nowhere.jpg'",
         "no/*.jpg matches no image",
         "hollow holds no image",
-        f"--mask_ratio is for a masked autoencoder, but {models['mean']} is a classifier; leave it out",
-        "--output old already holds predictions.jsonl; give another folder",
+        "--mask_ratio has no effect on the predictions of a classifier; leave it out",
+        "--output old would overwrite old/predictions.jsonl; give another name",
     ):
         assert any(words in error for error in errors), (words, errors)
     assert len(errors) == 6 and sorted(os.listdir(tmp_path)) == ["hollow", "old"]
@@ -554,12 +505,22 @@ def test_all_errors_at_once(models, photos, tmp_path):
 @pytest.mark.parametrize(
     ("name", "flags", "expected"),
     [
-        ("segmenter", ["--top_k", 3], ["--top_k is for a classifier, but {} is a segmentation model; leave it out"]),
+        (
+            "segmenter",
+            ["--top_k", 3],
+            ["--top_k has no effect on the predictions of a segmentation model"],
+        ),
         ("segmenter", ["--features", "x.npy"], ["--features: {} is a segmentation model, whose encoder has no norm"]),
-        ("autoencoder", ["--evaluate", "slide"], ["--evaluate is for a segmentation model, but {} is a masked auto"]),
+        (
+            "autoencoder",
+            ["--evaluate", "slide"],
+            ["--evaluate has no effect on the predictions of a masked"],
+        ),
         ("autoencoder", ["--mask_ratio", 0.99], ["--mask_ratio 0.99 keeps 0 of 16 patches; expected a ratio"]),
         ("encoder", [], ["{} is an encoder without a head, which computes features alone; give --features FILE.npy"]),
-        ("encoder", ["--features", "x.txt", "--output", "out"], ["x.txt does not end in", "--output does not go"]),
+        ("encoder", ["--features", "x.txt"], ["x.txt does not end in"]),
+        ("encoder", ["--features", "x.npy", "--output", "out"], ["--output: not allowed with argument --features"]),
+        ("encoder", ["--features", "x.npy", "--seed", 1], ["--seed has no effect on features; leave it out"]),
         ("nothing", [], ["no such file or folder"]),
     ],
 )
@@ -576,8 +537,8 @@ def test_nothing_is_overwritten(models, photos, tmp_path):
     for name in ("x.npy", "y.json", "file"):
         (tmp_path / name).touch()
     for flags, expected in (
-        (["--features", "x.npy"], "x.npy exists; give another name"),
-        (["--features", "y.npy"], "y.json exists; give another name"),
+        (["--features", "x.npy"], "would overwrite x.npy; give another name"),
+        (["--features", "y.npy"], "would overwrite y.json; give another name"),
         (["--output", "file"], "the folder file cannot be written (File exists)"),
         (["--output", "file/deeper"], "the folder file/deeper cannot be written (Not a directory)"),
     ):
@@ -586,8 +547,7 @@ def test_nothing_is_overwritten(models, photos, tmp_path):
     for name in ("labels", "reconstructions"):  # they may hold annotations of the user's
         (tmp_path / "predictions" / name).mkdir(parents=True)
     (error,) = errors_of(*words, cwd=tmp_path)
-    assert "--output predictions already holds labels, reconstructions; give another folder" in error
-    assert len(errors_of("nothing", photos[0], cwd=tmp_path)) == 1  # the default folder is no error beside others
+    assert "--output predictions would overwrite predictions/labels, predictions/reconstructions; give" in error
     assert sorted(os.listdir(tmp_path)) == ["file", "predictions", "x.npy", "y.json"]
 
 
@@ -602,9 +562,9 @@ def test_flags_may_stand_between_images():
     args, errors = predict.parse_args(["model", "--top_k", "3", "a.jpg", "b.jpg", "--batch_size", "2", "c.jpg"])
     assert not errors and (args.model, args.images) == ("model", ["a.jpg", "b.jpg", "c.jpg"])
     assert (args.top_k, args.batch_size) == (3, 2)
-    for words, expected in (([], "MODEL is missing"), (["model"], "IMAGE is missing")):
-        (error,) = predict.parse_args(words)[1]
-        assert error.startswith(expected)
+    for words in ([], ["model"]):
+        with pytest.raises(SystemExit):
+            predict.parse_args(words)
 
 
 def test_outputs_that_are_not_finite(photos, tmp_path):

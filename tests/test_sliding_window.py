@@ -11,30 +11,25 @@ def random(*shape, seed=0):
 
 
 def test_windows_by_hand():
-    assert windows((512, 1024), 512, 341) == [(0, 0), (0, 341), (0, 512)]
-    assert windows((853, 300), 512, 341) == [(0, 0), (341, 0)]  # ends at the edge by itself
-    assert windows((10, 7), 8, 8) == [(0, 0), (2, 0)]
-    assert windows((5, 5), 2, 2) == [(i, j) for i in (0, 2, 3) for j in (0, 2, 3)]
+    assert windows((512, 1024), 512) == [(0, 0), (0, 341), (0, 512)]
+    assert windows((853, 300), 512) == [(0, 0), (341, 0)]  # ends at the edge by itself
+    assert windows((10, 7), 8) == [(0, 0), (2, 0)]
+    assert windows((6, 6), 3) == [(i, j) for i in (0, 2, 3) for j in (0, 2, 3)]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 30), (31, 8), (64, 65)])
-@pytest.mark.parametrize(("window", "stride"), [(8, 8), (8, 5), (9, 1), (100, 3)])
-def test_windows_cover_the_image_and_no_more(size, window, stride):
-    """With as few a side as its length allows, each the stride apart, but for the last."""
+@pytest.mark.parametrize("window", [1, 8, 9, 100])
+def test_windows_cover_the_image_and_no_more(size, window):
+    """With as few a side as its length allows, each two thirds of a window apart, but for the last."""
+    stride, positions = max(1, 2 * window // 3), windows(size, window)
     height, width = (min(window, side) for side in size)
     covered = torch.zeros(size)
-    for top, left in windows(size, window, stride):
+    for top, left in positions:
         assert 0 <= top <= size[0] - height and 0 <= left <= size[1] - width
         covered[top : top + height, left : left + width] += 1
     assert covered.min() >= 1
     steps = [max(0, side - window) / stride for side in size]
-    assert len(windows(size, window, stride)) == (-int(-steps[0] // 1) + 1) * (-int(-steps[1] // 1) + 1)
-
-
-@pytest.mark.parametrize("stride", [0, -1, 9])
-def test_a_stride_that_leaves_gaps_is_refused(stride):
-    with pytest.raises(ValueError, match=rf"stride {stride} .* expected 1 to 8"):
-        windows((20, 20), 8, stride)
+    assert len(positions) == (-int(-steps[0] // 1) + 1) * (-int(-steps[1] // 1) + 1)
 
 
 def context(images):
@@ -45,19 +40,20 @@ def context(images):
 @pytest.mark.parametrize("window", [20, 21, 1000])
 def test_a_window_that_covers_the_image_equals_the_plain_forward(window):
     images = random(2, 3, 20, 13)
-    assert torch.equal(sliding_window(context, images, window=window, stride=7), context(images))
+    assert torch.equal(sliding_window(context, images, window=window), context(images))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
-def test_overlaps_are_averaged(batch_size):
+def test_overlaps_are_averaged(batch_size, monkeypatch):
     """Against a loop over pixels: the mean of what each window that holds it says."""
+    monkeypatch.setattr(module, "BATCH_SIZE", batch_size)
     images, seen = random(2, 3, 11, 6), []
 
     def model(crops):
         seen.append(len(crops))
         return context(crops)
 
-    got = sliding_window(model, images, window=5, stride=3, batch_size=batch_size)
+    got = sliding_window(model, images, window=5)
     crops = [(top, left, context(images[..., top : top + 5, left : left + 5])) for top in (0, 3, 6) for left in (0, 1)]
     for y in range(11):
         for x in range(6):
@@ -68,7 +64,7 @@ def test_overlaps_are_averaged(batch_size):
 
 def test_half_precision_is_summed_in_full_and_gradients_are_not_kept():
     weight = torch.tensor(1.0, requires_grad=True)
-    got = sliding_window(lambda crops: (crops * weight).bfloat16(), random(1, 1, 9, 9), window=3, stride=1)
+    got = sliding_window(lambda crops: (crops * weight).bfloat16(), random(1, 1, 9, 9), window=3)
     assert got.dtype == torch.float32 and not got.requires_grad
     logits = random(9, 20, 20).bfloat16()
     assert torch.equal(labels_at(logits, (70, 80)), labels_at(logits.float(), (70, 80)))
@@ -102,16 +98,16 @@ def test_never_more_than_some_maps_of_the_full_size(monkeypatch):
 
 def test_one_view_is_its_argmax():
     images = random(2, 3, 12, 10)
-    plain = predict(context, [images], (30, 25), window=None, stride=None, flip=False)
+    plain = predict(context, [images], (30, 25), window=None, flip=False)
     expected = F.interpolate(context(images), size=(30, 25), mode="bilinear").argmax(dim=1)
     assert torch.equal(plain.long(), expected) and plain.shape == (2, 30, 25)
-    slid = predict(context, [images], (12, 10), window=5, stride=3, flip=False)
-    expected = sliding_window(context, images, window=5, stride=3).argmax(dim=1)
+    slid = predict(context, [images], (12, 10), window=5, flip=False)
+    expected = sliding_window(context, images, window=5).argmax(dim=1)
     assert torch.equal(slid.long(), expected) and not torch.equal(slid, predict_plain(images))
 
 
 def predict_plain(images):
-    return predict(context, [images], images.shape[-2:], window=None, stride=None, flip=False)
+    return predict(context, [images], images.shape[-2:], window=None, flip=False)
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -129,13 +125,13 @@ def test_several_views_have_the_mean_of_their_probabilities(size, window):
     for view in views:
         for mirrored in (False, True):
             images = view.flip(3) if mirrored else view
-            logits = model(images) if window is None else sliding_window(model, images, window=6, stride=4)
+            logits = model(images) if window is None else sliding_window(model, images, window=6)
             logits = F.interpolate(logits.flip(3) if mirrored else logits, size=common, mode="bilinear")
             probabilities.append(logits.softmax(dim=1))
     mean = F.interpolate(torch.stack(probabilities).mean(dim=0), size=size, mode="bilinear")
-    got = predict(model, views, size, window=window, stride=4, flip=True)
+    got = predict(model, views, size, window=window, flip=True)
     assert torch.equal(got.long(), mean.argmax(dim=1))
-    without = predict(model, views, size, window=window, stride=4, flip=False)
+    without = predict(model, views, size, window=window, flip=False)
     mean = F.interpolate((probabilities[0] + probabilities[2]) / 2, size=size, mode="bilinear")
     assert torch.equal(without.long(), mean.argmax(dim=1)) and not torch.equal(without, got)
 
@@ -148,6 +144,6 @@ def test_a_mirrored_view_alone_is_mirrored_back():
         right = F.pad(crops, (0, 1))[..., 1:]
         return torch.cat([crops, right], dim=1)
 
-    got = predict(model, [images], (6, 8), window=None, stride=None, flip=True)
-    mirrored = predict(model, [images.flip(-1)], (6, 8), window=None, stride=None, flip=True)
+    got = predict(model, [images], (6, 8), window=None, flip=True)
+    mirrored = predict(model, [images.flip(-1)], (6, 8), window=None, flip=True)
     assert torch.equal(got.flip(-1), mirrored) and len(got.unique()) == 2
