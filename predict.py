@@ -48,7 +48,7 @@ from training.wording import several
 
 LINES, PICTURES = "predictions.jsonl", ("labels", "overlays", "reconstructions")  # in the output folder
 PREVIEW_SIZE = 1024  # longer side of an overlay, in pixels, at most
-NUM_PRINTED = 10  # images whose line is printed
+NUM_PRINTED = 10  # images whose result is printed
 NOT_FINITE = "the outputs are not finite: training diverged or the weights are damaged; give other weights"
 KINDS = {  # model -> name, flags for this model alone
     Classifier: ("a classifier", ["top_k"]),
@@ -194,7 +194,7 @@ def predict_all(loader, predict_batch, source):
 
 
 def write_lines(path, results):
-    """Write one line of JSON per image, print the first ones, and return the number of readable images."""
+    """Write one line of JSON per image, print the first results, and return the number of readable images."""
     count = 0
     with open(path, "x") as file:
         for number, (name, result, error) in enumerate(results):
@@ -206,8 +206,17 @@ def write_lines(path, results):
             file.flush()
             count += result is not None
             if result and number < NUM_PRINTED:
-                tqdm.write(line)
+                tqdm.write(f"{name}: {describe_result(result)}".encode(errors="replace").decode())
     return count
+
+
+def describe_result(result):
+    """Return one line on a result: the first classes, or the PSNR of the reconstruction."""
+    if "classes" not in result:
+        return f"removed patches {result['masked_psnr']:.2f} dB"
+    key = "pixels" if "pixels" in result["classes"][0] else "probability"
+    scale = 100 / sum(entry[key] for entry in result["classes"]) if key == "pixels" else 100
+    return ", ".join(f"{entry['class']} {scale * entry[key]:.1f} %" for entry in result["classes"][:5])
 
 
 def write_features(path, results, width):

@@ -1,19 +1,17 @@
 """Export modules to folders that transformers, timm and this project load, without using these libraries."""
 
-import copy
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save
 
 from modeling.classifier import Classifier
 from modeling.layouts import QKV, TRANSFORMERS_NAMES, TRANSFORMERS_QKV, State, rename
 from modeling.mae import MaskedAutoencoder
-from modeling.upernet import POOL_SCALES, LinearHead, Segmenter
+from modeling.upernet import POOL_SCALES, FeaturePyramid, Segmenter
 from modeling.vit import SIZES, VisionTransformer
 
 CROP_RATIO = 0.875  # side of the centre crop / side of the resized image, in evaluation at 224 pixels
@@ -126,16 +124,17 @@ def export_segmenter(
 ) -> None:
     """Write a folder for transformers' `UperNetForSemanticSegmentation` and this project.
 
-    A linear head becomes an UperNet of one level for transformers, with the same results; this project reads the head
-    itself, and the auxiliary head. transformers' pipeline serves models of three channels only.
+    For transformers, another head becomes an UperNet with the same results, see its `to_upernet`; this project reads
+    the head itself, and the auxiliary head. transformers' pipeline serves models of three channels only.
 
     Args:
         classes: names, in the order of the logits.
         resize: LONG and SHORT side that images fit in this project's evaluation.
         mean, std, value_range: as in `export_encoder`.
     """
+    state, upernet = model.state_dict(), model.decode_head.to_upernet()
     evaluation = {"evaluation": {"resize": list(resize)}}  # other libraries ignore it
-    config = _upernet_config(model) | evaluation | _class_names(classes)
+    config = _upernet_config(model, len(upernet["bottleneck.conv.weight"])) | evaluation | _class_names(classes)
     height, width = model.encoder.img_size
     preprocessor = {
         "image_processor_type": "SegformerImageProcessor",
@@ -143,18 +142,16 @@ def export_segmenter(
         "size": {"height": height, "width": width},
         "resample": 2,  # bilinear
     }
-    state = theirs = model.state_dict()
-    if model.head == "linear":
-        theirs = {name: value for name, value in state.items() if name.startswith("encoder.")}
-        theirs |= _linear_as_upernet(model.decode_head)
+    theirs = {name: value for name, value in state.items() if not name.startswith("decode_head.")}
+    theirs |= {f"decode_head.{name}": value for name, value in upernet.items()}
     theirs = _to_beit(to_transformers(theirs), "backbone.")
     weights = {"model.safetensors": state, "transformers_model.safetensors": theirs}
     _write(folder, weights, config, preprocessor, (mean, std, value_range))
 
 
-def _upernet_config(model: Segmenter) -> dict:
-    """Return the configuration of transformers' UperNet with a BEiT."""
-    encoder, upernet = model.encoder, model.head == "upernet"
+def _upernet_config(model: Segmenter, width: int) -> dict:
+    """Return the configuration of transformers' UperNet, of `width` channels, with a BEiT."""
+    encoder, has_pyramid = model.encoder, isinstance(model.fpn, FeaturePyramid)
     backbone = {
         **_vit_config(encoder),
         **BEIT,
@@ -162,47 +159,19 @@ def _upernet_config(model: Segmenter) -> dict:
         "layer_scale_init_value": 0.0 if encoder.layer_scale is None else encoder.layer_scale or 1.0,  # 0 means none
         "batch_norm_eps": 1e-5,  # transformers 5.5 fails without it
         "out_features": [f"stage{layer + 1}" for layer in model.layers],
-        "add_fpn": upernet,
+        "add_fpn": has_pyramid,
     }
     return {
         "model_type": "upernet",
         "architectures": ["UperNetForSemanticSegmentation"],
         "backbone_config": backbone,
-        "hidden_size": model.head_width if upernet else 2 * model.num_classes,
-        "pool_scales": list(POOL_SCALES) if upernet else [],
+        "hidden_size": width,
+        "pool_scales": list(POOL_SCALES) if has_pyramid else [],
         "use_auxiliary_head": model.auxiliary,
         "auxiliary_in_channels": encoder.embed_dim,
         "auxiliary_channels": model.auxiliary_head.classifier.in_channels if model.auxiliary else 256,
         "transformers_weights": "transformers_model.safetensors",
     }
-
-
-def _linear_as_upernet(head: LinearHead) -> State:
-    """Return the parameters of an UperNet head of one level that computes what a linear head does.
-
-    BatchNorm is folded into the classifier, z = W x + b. The bottleneck, twice as wide as there are classes, returns
-    relu(z) and relu(-z), the next convolution keeps them, and their difference is z. All 3x3 weights are zero except
-    those in the middle.
-    """
-    norm, classifier = copy.deepcopy(head.batch_norm).cpu().double(), copy.deepcopy(head.classifier).cpu().double()
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    weight = classifier.weight.flatten(1)  # (N, D)
-    bias = classifier.bias + weight @ (norm.bias - norm.running_mean * scale)
-    weight, eye = weight * scale, torch.eye(len(bias))
-    state = {"classifier.weight": torch.cat([eye, -eye], dim=1)[:, :, None, None], "classifier.bias": 0 * bias}
-    for name, middle, shift in (
-        ("bottleneck", torch.cat([weight, -weight]), torch.cat([bias, -bias])),
-        ("fpn_bottleneck", torch.eye(2 * len(bias)), torch.zeros(2 * len(bias))),
-    ):
-        state |= {
-            f"{name}.conv.weight": F.pad(middle[:, :, None, None], (1, 1, 1, 1)),
-            f"{name}.batch_norm.weight": torch.ones_like(shift),
-            f"{name}.batch_norm.bias": shift,
-            f"{name}.batch_norm.running_mean": torch.zeros_like(shift),
-            f"{name}.batch_norm.running_var": torch.ones_like(shift) - 1e-5,  # BatchNorm adds it again
-            f"{name}.batch_norm.num_batches_tracked": torch.tensor(0),
-        }
-    return {f"decode_head.{name}": value for name, value in state.items()}
 
 
 def _class_names(classes: Sequence[str]) -> dict:

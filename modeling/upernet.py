@@ -5,6 +5,7 @@ The heads have the parameter names of transformers' `UperNetForSemanticSegmentat
 Legend: B batch, C channels, H W pixels, h w patches, D width of the encoder, N classes.
 """
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -122,6 +123,10 @@ class UperNetHead(nn.Module):
         joined = torch.cat([resize(level, maps[0].shape[2:]) for level in reversed(levels)], dim=1)
         return self.classifier(self.dropout(self.fpn_bottleneck(joined)))
 
+    def to_upernet(self) -> dict[str, torch.Tensor]:
+        """Return the parameters of the UperNet head that computes the same, which other libraries load: its own."""
+        return self.state_dict()
+
 
 class AuxiliaryHead(nn.Module):
     """Predict logits (B, N, h, w) from the pyramid's third map, for an auxiliary loss (FCN, Long et al. 2014)."""
@@ -146,6 +151,33 @@ class LinearHead(nn.Module):
 
     def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
         return self.classifier(self.batch_norm(maps[-1]))
+
+    def to_upernet(self) -> dict[str, torch.Tensor]:
+        """Return the parameters of an UperNet head of one level that computes the same.
+
+        BatchNorm is folded into the classifier, z = W x + b. The bottleneck, twice as wide as there are classes,
+        returns relu(z) and relu(-z), the next convolution keeps them, and their difference is z. All 3x3 weights are
+        zero except those in the middle.
+        """
+        norm, classifier = copy.deepcopy(self.batch_norm).cpu().double(), copy.deepcopy(self.classifier).cpu().double()
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        weight = classifier.weight.flatten(1)  # (N, D)
+        bias = classifier.bias + weight @ (norm.bias - norm.running_mean * scale)
+        weight, eye = weight * scale, torch.eye(len(bias))
+        state = {"classifier.weight": torch.cat([eye, -eye], dim=1)[:, :, None, None], "classifier.bias": 0 * bias}
+        for name, middle, shift in (
+            ("bottleneck", torch.cat([weight, -weight]), torch.cat([bias, -bias])),
+            ("fpn_bottleneck", torch.eye(2 * len(bias)), torch.zeros(2 * len(bias))),
+        ):
+            state |= {
+                f"{name}.conv.weight": F.pad(middle[:, :, None, None], (1, 1, 1, 1)),
+                f"{name}.batch_norm.weight": torch.ones_like(shift),
+                f"{name}.batch_norm.bias": shift,
+                f"{name}.batch_norm.running_mean": torch.zeros_like(shift),
+                f"{name}.batch_norm.running_var": torch.ones_like(shift) - 1e-5,  # BatchNorm adds it again
+                f"{name}.batch_norm.num_batches_tracked": torch.tensor(0),
+            }
+        return state
 
 
 def initialize_head(module: nn.Module) -> None:

@@ -7,7 +7,6 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,6 +27,7 @@ FREE_FLAGS = {
 }
 TRACKERS = ("wandb", "tensorboard")
 Pair = argparse.BooleanOptionalAction  # --x and --no-x
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
 
 
 def integer(minimum: int, maximum: int = 2**63 - 1) -> Callable[[str], int]:
@@ -46,17 +46,13 @@ def number(minimum: float = 0.0, maximum: float = math.inf) -> Callable[[str], f
     """Return an argparse type: a finite number in [minimum, maximum]."""
     bounds = f" of at least {minimum:g}" if maximum == math.inf else f" from {minimum:g} to {maximum:g}"
     expected = f"expected a number{'' if minimum == -math.inf else bounds}"
-    return partial(_read_number, minimum=minimum, maximum=maximum, expected=expected)
 
+    def read(text: str) -> float:
+        if NUMBER.fullmatch(text) and math.isfinite(float(text)) and minimum <= float(text) <= maximum:
+            return float(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid; {expected}")
 
-def _read_number(text: str, *, minimum: float, maximum: float, expected: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if minimum <= value <= maximum and math.isfinite(value):
-        return value
-    raise argparse.ArgumentTypeError(f"{text!r} is not valid; {expected}")
+    return read
 
 
 def number_or(word: str, read: Callable) -> Callable[[str], float | str]:
@@ -87,8 +83,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog="@FILE inserts the flags of a recipe file (# starts a comment); later flags win.",
         )
-        # Python 3.11 takes -3.4e38, the no-data value of many GeoTIFFs, for a flag
-        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
+        self._negative_number_matcher = NUMBER  # Python 3.11 takes -3.4e38, the no-data value of GeoTIFFs, for a flag
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line."""
