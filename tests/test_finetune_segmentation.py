@@ -300,7 +300,7 @@ def test_flags_that_do_not_fit_are_refused_together(scenes, encoder, flags, undi
     assert "at least 4 blocks, not 3; give --head linear" in found[3][0]
     assert "holds no segmenter" in found[4][0] and len(found[4]) == 1
     assert "which this run would write to" in found[5][0]
-    assert "--crop_size 8 is less than 2 patches of 8 a side" in found[6][0] and len(found[6]) == 1
+    assert "--crop_size 8 is too small for the head; give at least 16" in found[6][0] and len(found[6]) == 1
     assert "--head_width 7 --auxiliary_weight 3 does not go with --head linear" in found[7][0] and len(found[7]) == 1
     assert "mixes balanced and numbers" in parse("--class_weights", "balanced", "2")
     assert "are all 0" in parse("--class_weights", "0", "0")

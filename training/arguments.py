@@ -234,9 +234,7 @@ def add_image_flags(parser: Parser) -> None:
     source = "that of statistics.json in the data's folder, otherwise"
     flag("--input_channels", type=integer(1), help=f"3 (colour), 1 (grey), or bands of TIFF, .npy (default {source} 3)")
     flag("--mean", type=number(), nargs="+", help=f"channel means of images in [0, 1] (default {source} ImageNet's)")
-    flag(
-        "--std", type=number(1e-6), nargs="+", help="channel standard deviations of images in [0, 1] (default likewise)"
-    )
+    flag("--std", type=number(1e-6), nargs="+", help="channel standard deviations, likewise")
     help_text = f"read 16-bit and float pixels at full depth, LO as 0 and HI as 1 (default {source} 8 bits)"
     flag("--value_range", type=number(-math.inf), nargs=2, metavar=("LO", "HI"), help=help_text)
     flag("--nodata", type=number(-math.inf), help="value of pixels without data, besides a GeoTIFF's own and NaN")
@@ -269,10 +267,8 @@ def add_encoder_flags(parser: Parser, *, sizes: Iterable[str], drop_path: float 
 def add_finetuning_flags(parser: Parser, *, weights: str, betas: list[float] | None, layer_decay: float | None) -> None:
     """Add what fine-tuning scripts share; `weights` is the flag that gives the pre-trained weights."""
     flag = parser.add_argument_group("fine-tuning").add_argument
-    help_text = (
-        "weights: a run of pretrain_mae.py, its encoder/, a .pth of the official MAE, or a folder or file of timm "
-    )
-    help_text += "or transformers; their sizes, --mean and --std become the defaults (left out: train from scratch)"
+    help_text = "weights: a run of pretrain_mae.py, its encoder/, the official MAE's .pth, a folder or file of timm or "
+    help_text += "transformers; their sizes, --mean and --std become the defaults (left out: train from scratch)"
     flag(weights, metavar="PATH", help=help_text)
     help_text = "sum or repeat the channels of the weights to fit --input_channels (off)"
     flag("--adapt_channels", action=Pair, default=False, help=help_text)

@@ -191,10 +191,7 @@ def resolve_crop(crop_size: int, patch_size: int, *, smallest: int) -> tuple[int
     """
     check(check_size("crop_size", [crop_size], patch_size))
     if crop_size < smallest * patch_size:
-        raise InputError(
-            f"--crop_size {crop_size} is less than {smallest} patches of {patch_size} a side, which the head needs; "
-            f"give at least {smallest * patch_size}"
-        )
+        raise InputError(f"--crop_size {crop_size} is too small for the head; give at least {smallest * patch_size}")
     return crop_size, crop_size
 
 
