@@ -1,4 +1,4 @@
-"""Rewrite images once so that every epoch reads them faster, and measure their channels for the normalisation.
+"""Rewrite images once so that every epoch reads them faster, and measure their channels for the normalization.
 
     python prepare_data.py photos/ prepared/ --short_side 256 --statistics
 

@@ -60,7 +60,7 @@ def parse_args(argv=None):
     flag("--decoder_num_heads", type=integer(1), help="attention heads (default 16)")
     flag("--mean", type=number(), nargs="+", help="channel means of images in [0, 1] (default ImageNet's)")
     flag("--std", type=number(1e-6), nargs="+", help="channel standard deviations (default ImageNet's)")
-    flag("--norm_pix_loss", action=argparse.BooleanOptionalAction, help="targets are normalised per patch (on)")
+    flag("--norm_pix_loss", action=argparse.BooleanOptionalAction, help="targets are normalized per patch (on)")
     args, errors = parser.read(argv)
     if args.repo_id is None:
         given = [name for name in ("private", "revision") if getattr(args, name)]

@@ -2,7 +2,7 @@
 
     python benchmarks/data.py --path_to_data IMAGES
 
-Theirs opens with PIL and does RandomResizedCrop (bicubic), flip, conversion to float and normalisation. Ours reads
+Theirs opens with PIL and does RandomResizedCrop (bicubic), flip, conversion to float and normalization. Ours reads
 uint8 batches with their masks: from the files, without and with --fast_decoding, and from what prepare_data.py makes of
 them at a short side of 256, as JPEG and as arrays; decoding alone is the limit. Both run on one thread. Then one and
 two loader workers are compared with none on all cores.

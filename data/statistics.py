@@ -61,7 +61,7 @@ def statistics_of(moments: Moments, pixels: PixelFormat, *, eight_bit: bool) -> 
             raise DataError(f"{problem}; expected images that vary; check --nodata and --input_channels")
         mean, std = (mean - low) / (high - low), std / (high - low)
         value_range = None if eight_bit else (low, high)
-    std = np.where(std < 1e-6, 1.0, std)  # so that normalisation does not amplify a constant channel
+    std = np.where(std < 1e-6, 1.0, std)  # so that normalization does not amplify a constant channel
     return {
         "version": VERSION,
         "images": int(moments.images),

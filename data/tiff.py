@@ -9,7 +9,7 @@ from PIL import ExifTags
 from data.values import DamagedImage, WrongChannels, channels_last, check_size, damage_errors, drop_alpha, turn_upright
 
 # None, LZW, deflate (two numbers), PackBits, ZSTD: these cannot give more bytes than the page has pixels. (From
-# truncated LZMA, imagecodecs returns uninitialised memory.)
+# truncated LZMA, imagecodecs returns uninitialized memory.)
 TIFF_COMPRESSIONS = (1, 5, 8, 32946, 32773, 50000)
 GDAL_NODATA = 42113  # the TIFF tag of the number that marks pixels without data
 LZW, LZW_CLEAR = 5, 256  # TIFF's number for this compression, and the code that clears the table

@@ -20,7 +20,7 @@ class Classifier(EncoderWithHead):
         pooling: "mean" of the patch tokens, with the norm (`fc_norm`) after it, or the "cls" token after the norm.
         linear_probe: train the head alone, behind a BatchNorm without parameters (appendix A.1, "Linear probing").
         custom_weight_init: draw the head's weight from N(0, 2e-5), for a linear probe from N(0, 0.01), as the official
-            code does, instead of PyTorch's initialisation.
+            code does, instead of PyTorch's initialization.
     """
 
     def __init__(

@@ -47,7 +47,7 @@ def export_encoder(
     """Write a folder for transformers' `AutoModel`, timm's `local-dir:FOLDER` and this project.
 
     It needs transformers 4.52, whose `transformers_weights` lets one config.json name a file for each library. Images
-    in [0, 1] were normalised by `mean` and `std`, one number a channel; `value_range` are the pixels that became 0 and
+    in [0, 1] were normalized by `mean` and `std`, one number a channel; `value_range` are the pixels that became 0 and
     1, by default 0 and 255.
     """
     theirs = to_transformers({f"encoder.{name}": value for name, value in encoder.state_dict().items()})

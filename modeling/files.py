@@ -39,7 +39,7 @@ class Stored(NamedTuple):
     grid: tuple[int, int] | None = None  # h and w patches of the position tables
     num_heads: int | None = None
     decoder_num_heads: int | None = None
-    mean: list[float] | None = None  # of the channels, for the normalisation of images in [0, 1]
+    mean: list[float] | None = None  # of the channels, for the normalization of images in [0, 1]
     std: list[float] | None = None
     classes: list[str] | None = None  # in the order of the head's outputs
     pooling: str | None = None  # "mean" or "cls"; timm has others

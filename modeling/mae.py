@@ -35,8 +35,8 @@ class MaskedAutoencoder(nn.Module):
     Args:
         encoder: becomes a part of the model; the decoder uses gradient checkpointing if the encoder does.
         mask_ratio: share of patches that is removed.
-        norm_pix_loss: normalise each patch of the target by its own mean and standard deviation.
-        custom_weight_init: initialise the decoder as the paper does instead of as PyTorch does.
+        norm_pix_loss: normalize each patch of the target by its own mean and standard deviation.
+        custom_weight_init: initialize the decoder as the paper does instead of as PyTorch does.
 
     Raises:
         ValueError: if `mask_ratio` keeps or removes no patch, `decoder_depth` is 0, or `decoder_num_heads` does not
@@ -77,11 +77,11 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_pred = nn.Linear(decoder_embed_dim, encoder.patch_size**2 * encoder.in_channels)
         if custom_weight_init:
             for name, module in self.named_children():
-                if name != "encoder":  # which is initialised already
+                if name != "encoder":  # which is initialized already
                     module.apply(initialize_like_paper)
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor, *, removed_only: bool = False) -> MAEOutput:
-        """Reconstruct normalised images (B, C, H, W); the K smallest values of `noise` (B, L) mark the kept patches.
+        """Reconstruct normalized images (B, C, H, W); the K smallest values of `noise` (B, L) mark the kept patches.
 
         With `removed_only`, which is all that the loss needs, the prediction is (B, L - K, P*P*C): only the removed
         patches, in the order of their noise.
@@ -130,7 +130,7 @@ class MaskedAutoencoder(nn.Module):
     def reconstruct(self, images: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
         """Turn a prediction (B, L, P*P*C) into images (B, C, H, W) in the space of `images`.
 
-        If the target is normalised, this uses the true mean and standard deviation of each patch, which shows detail
+        If the target is normalized, this uses the true mean and standard deviation of each patch, which shows detail
         but leaks information of removed patches.
         """
         prediction = prediction.float()

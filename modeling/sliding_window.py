@@ -76,7 +76,7 @@ def predict(
     smaller, so that memory does not depend on the annotation's size.
 
     Args:
-        views: normalised images (B, C, h_i, w_i).
+        views: normalized images (B, C, h_i, w_i).
         size: H and W of the result.
         window: side of sliding windows in pixels; None: the model sees whole views.
         flip: average over mirrored views, too.

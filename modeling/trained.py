@@ -24,7 +24,7 @@ class Trained(NamedTuple):
     model: Model  # on the CPU, in evaluation mode
     path: Path  # file or folder that was read
     layout: str  # of the weights: "this project", "the official MAE", "transformers' ViT", ...
-    mean: list[float]  # of the channels, for the normalisation of images in [0, 1]
+    mean: list[float]  # of the channels, for the normalization of images in [0, 1]
     std: list[float]
     class_names: list[str] | None  # None if no file states them
     classes: list[str]  # the same or LABEL_0, ... of a classifier or segmenter, otherwise []
@@ -103,14 +103,14 @@ def _statistics(stored: Stored, channels: int, assumed: list[str]) -> tuple[list
     mean, std = list(stored.mean or []), list(stored.std or [])
     if not len(mean) == len(std) == channels:
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ([0.5] * channels, [0.5] * channels)
-        assumed.append(f"images normalised by the mean {mean} and the standard deviation {std}")
+        assumed.append(f"images normalized by the mean {mean} and the standard deviation {std}")
     return mean, std
 
 
 def _build(
     weights: Weights, assumed: list[str], *, whole: bool, img_size: Grid | None, in_channels: int | None
 ) -> Model:
-    """Return the module that fits the weights, newly initialised, and append what was assumed about it."""
+    """Return the module that fits the weights, newly initialized, and append what was assumed about it."""
     settings, stored, sizes = weights.settings, weights.stored, dict(weights.sizes)
     if sizes["num_heads"] is None:
         message = "no file states the number of attention heads; convert the weights with push_to_hub.py"

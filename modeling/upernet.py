@@ -181,7 +181,7 @@ class LinearHead(nn.Module):
 
 
 def initialize_head(module: nn.Module) -> None:
-    """Initialise a head as mmsegmentation does; for `model.apply`.
+    """Initialize a head as mmsegmentation does; for `model.apply`.
 
     Convolutions before a ReLU are drawn from He's normal distribution (fan out), classifiers from N(0, 0.01).
     """
@@ -203,7 +203,7 @@ class Segmenter(EncoderWithHead):
         layers: these blocks, from 0, in rising order; by default `default_layers`.
         head_width: channels of UperNet's layers.
         auxiliary: add UperNet's auxiliary head, for training.
-        custom_weight_init: initialise the heads as mmsegmentation does instead of as PyTorch does.
+        custom_weight_init: initialize the heads as mmsegmentation does instead of as PyTorch does.
 
     Raises:
         ValueError: for layers that do not fit head and encoder.

@@ -209,7 +209,7 @@ class VisionTransformer(nn.Module):
 
     Args:
         img_size: H and W, or the side of square images, in pixels.
-        custom_weight_init: initialise as the paper does (appendix A.1) instead of as PyTorch does.
+        custom_weight_init: initialize as the paper does (appendix A.1) instead of as PyTorch does.
 
     Raises:
         ValueError: if `patch_size` does not divide `img_size`, or `num_heads` does not divide `embed_dim`.

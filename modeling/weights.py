@@ -28,7 +28,7 @@ class LoadReport(NamedTuple):
 
     layout: str
     loaded: int  # number of parameters, resized and adapted ones included
-    missing: tuple[str, ...]  # only in the model, left as they were initialised: a new decoder, EXTRAS
+    missing: tuple[str, ...]  # only in the model, left as they were initialized: a new decoder, EXTRAS
     ignored: tuple[str, ...]  # only in the checkpoint
     resized: tuple[str, ...]  # "name 14x14 -> 32x32"
     adapted: tuple[str, ...]  # "name 3 -> 1 channels"
@@ -41,7 +41,7 @@ class LoadReport(NamedTuple):
             f"weights of {self.layout}: {self.loaded} loaded, {len(self.missing)} missing, {len(self.ignored)} ignored"
         )
         line += f" ({', '.join(parts)})" if parts else ""
-        for change, names in (("resized", self.resized), ("adapted", self.adapted), ("newly initialised", new)):
+        for change, names in (("resized", self.resized), ("adapted", self.adapted), ("newly initialized", new)):
             line += f", {change}: {', '.join(names)}" if names else ""
         return line
 
@@ -97,7 +97,7 @@ def open_weights(
 def start_from(weights: Weights, module: Model, *, mean: list[float], std: list[float], **options) -> str:
     """Load `weights` into `module` as `load_weights` does, and return a line of report.
 
-    The module is to see images that are normalised by `mean` and `std`.
+    The module is to see images that are normalized by `mean` and `std`.
     """
     stored = weights.stored
     try:
@@ -121,7 +121,7 @@ def load_weights(
 
     A VisionTransformer ignores heads, decoder and, if mean pooling or segmentation removed its own, the final norm. An
     encoder's relative position bias and LayerScale may be missing, and an autoencoder's whole decoder, and are then
-    left as initialised. Positions and relative position biases are resized to the model's grid.
+    left as initialized. Positions and relative position biases are resized to the model's grid.
 
     Args:
         stored: facts from files beside the weights. Without their grid, it is the model's if the number of patches
@@ -180,7 +180,7 @@ def _check_settings(
     ours |= dict(encoder_num_heads=getattr(model, "encoder", model).num_heads)
     if isinstance(model, MaskedAutoencoder):
         ours["decoder_num_heads"] = model.decoder_blocks[0].attn.num_heads
-    if not isinstance(model, Segmenter):  # other models initialise the extras that weights lack
+    if not isinstance(model, Segmenter):  # other models initialize the extras that weights lack
         theirs |= {option: theirs[option] or ours[option] for option in EXTRAS}
     if adapt_channels:
         theirs.pop("input_channels", None)

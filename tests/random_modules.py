@@ -8,7 +8,7 @@ from modeling.vit import VisionTransformer
 EXTRAS = ("drop_path", "relative_position_bias", "layer_scale")
 
 
-def randomise(module: nn.Module, std: float = 0.1) -> nn.Module:
+def randomize(module: nn.Module, std: float = 0.1) -> nn.Module:
     """Move every parameter of `module`, so that no two could be swapped unnoticed; in evaluation mode."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -253,13 +253,13 @@ def test_training_batches_come_with_the_seeds_of_the_model(source, num_workers):
         assert torch.equal(batch.images, expected.images) and torch.equal(batch.noise, expected.noise)
 
 
-def test_normalisation_and_its_inverse():
+def test_normalization_and_its_inverse():
     normalize = Normalization([0.5, 0.25], [0.5, 0.125], torch.device("cpu"))
     images = torch.tensor([[0, 255], [51, 102]], dtype=torch.uint8).view(1, 2, 1, 2)
-    normalised = normalize(images)
-    assert normalised.dtype == torch.float32
-    assert normalised.flatten().tolist() == pytest.approx([-1, 1, (0.2 - 0.25) / 0.125, (0.4 - 0.25) / 0.125])
-    torch.testing.assert_close(normalize.undo(normalised), images / 255)
+    normalized = normalize(images)
+    assert normalized.dtype == torch.float32
+    assert normalized.flatten().tolist() == pytest.approx([-1, 1, (0.2 - 0.25) / 0.125, (0.4 - 0.25) / 0.125])
+    torch.testing.assert_close(normalize.undo(normalized), images / 255)
 
 
 @pytest.mark.parametrize("size", [(24, 24), (16, 48)])
@@ -278,7 +278,7 @@ def test_fast_decoding_reads_large_photographs_at_a_smaller_scale(tmp_path, size
     assert torch.equal(*images(dataset, source=FolderSource(write_images(tmp_path / "small", 2, size=40))))
 
 
-def test_deep_pixels_travel_as_floats_and_are_normalised_as_they_are(tmp_path):
+def test_deep_pixels_travel_as_floats_and_are_normalized_as_they_are(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(3):
         np.save(tmp_path / f"{i}.npy", rng.uniform(-5, 5, (30, 40, 4)).astype(np.float32))

@@ -5,7 +5,7 @@ import math
 import pytest
 import timm
 import torch
-from random_modules import new_encoder, randomise
+from random_modules import new_encoder, randomize
 from timm.models._manipulate import group_parameters
 from torch import nn
 
@@ -44,7 +44,7 @@ def test_logits_equal_timms(pooling, size):
     ours = new_classifier(pooling, encoder=size).eval()
     named = {"in_chans" if key == "in_channels" else key: value for key, value in (SMALL | size).items()}
     args = dict(num_classes=5, global_pool=POOLINGS[pooling], **named)
-    theirs = randomise(timm.create_model("vit_base_patch16_224", **args))
+    theirs = randomize(timm.create_model("vit_base_patch16_224", **args))
     report = load_weights(ours, theirs.state_dict())
     assert report.loaded == len(theirs.state_dict()) and report.ignored == report.missing == ()
     images = torch.randn(3, ours.encoder.in_channels, *ours.encoder.img_size)
@@ -58,9 +58,9 @@ def test_logits_equal_timms(pooling, size):
 def test_logits_of_an_official_pretraining_equal_timms(pooling):
     """Its encoder below a new head: what timm computes with the same encoder and head."""
     decoder = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
-    source = randomise(MaskedAutoencoder(VisionTransformer(**SMALL), **decoder))
+    source = randomize(MaskedAutoencoder(VisionTransformer(**SMALL), **decoder))
     official = {name.removeprefix("encoder."): value for name, value in source.state_dict().items()}
-    ours = randomise(new_classifier(pooling))
+    ours = randomize(new_classifier(pooling))
     report = load_weights(ours.encoder, official)
     assert {"encoder.norm.weight", "encoder.norm.bias"} <= set(report.ignored) or pooling == "cls"
     assert report.loaded == len(source.encoder.state_dict()) - (2 if pooling == "mean" else 0)
@@ -75,7 +75,7 @@ def test_logits_of_an_official_pretraining_equal_timms(pooling):
 
 
 def test_mean_pooling_leaves_the_cls_token_out():
-    model = randomise(new_classifier())
+    model = randomize(new_classifier())
     tokens = torch.randn(2, 17, 32)
     model.encoder.forward = lambda images: tokens
     before = model(torch.empty(0))
@@ -84,7 +84,7 @@ def test_mean_pooling_leaves_the_cls_token_out():
 
 
 def test_the_batch_norm_of_a_linear_probe():
-    model = randomise(new_classifier("cls", linear_probe=True)).train()
+    model = randomize(new_classifier("cls", linear_probe=True)).train()
     images = torch.randn(64, 3, 32, 32)
     with torch.inference_mode():
         features = model.encoder(images)[:, 0].double()
@@ -139,7 +139,7 @@ def test_what_trains_in_every_mode(pooling, mode, expected):
 
 @pytest.mark.parametrize("mode", ["everything", "linear probe", 0, 0.5, 1, 2])
 def test_gradients_reach_what_trains_and_nothing_else(mode):
-    model = randomise(new_classifier(linear_probe=mode == "linear probe")).train()
+    model = randomize(new_classifier(linear_probe=mode == "linear probe")).train()
     if not isinstance(mode, str):
         model.train_last_blocks(mode)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -180,11 +180,11 @@ def test_what_weight_decay_leaves_alone():
     assert names < {name for name, _ in base().named_parameters()}
 
 
-# Initialisation and errors
+# Initialization and errors
 
 
 @pytest.mark.parametrize(("linear_probe", "std"), [(False, 2e-5), (True, 0.01)])
-def test_initialisation_of_the_head(linear_probe, std):
+def test_initialization_of_the_head(linear_probe, std):
     torch.manual_seed(0)
     model = new_classifier("cls", num_classes=1000, linear_probe=linear_probe)
     assert model.head.weight.std().item() == pytest.approx(std, rel=0.02) and not model.head.bias.any()

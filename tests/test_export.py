@@ -14,7 +14,7 @@ import timm.data
 import torch
 from PIL import Image
 from random_modules import new_encoder as build_encoder
-from random_modules import randomise as randomise_by
+from random_modules import randomize as randomize_by
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
@@ -48,7 +48,7 @@ from modeling.upernet import Segmenter
 from modeling.vit import SIZES, VisionTransformer
 from modeling.weights import load_weights
 
-randomise = partial(randomise_by, std=0.02)
+randomize = partial(randomize_by, std=0.02)
 MEAN, STD = [0.485, 0.456, 0.406, 0.5], [0.229, 0.224, 0.225, 0.25]
 ENCODERS = {
     "tiny, 2 blocks": SIZES["tiny"] | dict(depth=2),
@@ -60,7 +60,7 @@ ENCODERS = {
 
 def new_encoder(size: dict) -> VisionTransformer:
     """An encoder whose every parameter is random."""
-    return randomise(VisionTransformer(**size))
+    return randomize(VisionTransformer(**size))
 
 
 def assert_equal(state: dict, expected: dict) -> None:
@@ -104,7 +104,7 @@ def test_three_libraries_load_the_encoder_and_agree(exported):
 def test_timm_reads_the_file_and_knows_the_input(exported):
     encoder, folder = exported
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    assert_equal(model.state_dict(), encoder.state_dict())  # not its own initialisation
+    assert_equal(model.state_dict(), encoder.state_dict())  # not its own initialization
     config = timm.data.resolve_data_config(model=model)
     assert config["input_size"] == (encoder.in_channels, *encoder.img_size)
     assert (config["interpolation"], config["crop_pct"]) == ("bicubic", 0.875)
@@ -158,7 +158,7 @@ def test_transformers_loads_the_autoencoder_and_agrees(size, norm_pix_loss, mask
     encoder = VisionTransformer(**ENCODERS[size])
     settings = dict(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4, decoder_mlp_ratio=3.0)
     model = MaskedAutoencoder(encoder, **settings, norm_pix_loss=norm_pix_loss, mask_ratio=mask_ratio)
-    randomise(model)
+    randomize(model)
     export_encoder(encoder, tmp_path, **statistics(encoder))
     export_autoencoder(model, tmp_path / "pretraining", **statistics(encoder))
     images = torch.randn(2, encoder.in_channels, *encoder.img_size, generator=torch.Generator().manual_seed(1))
@@ -196,13 +196,13 @@ def test_the_mask_ratio_keeps_as_many_patches(grid, tmp_path):
 
 def test_an_autoencoder_that_is_not_square_is_for_this_project_alone(tmp_path):
     size, decoder = ENCODERS["32 x 64, 4 channels"], dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
-    model = randomise(MaskedAutoencoder(VisionTransformer(**size), **decoder))
+    model = randomize(MaskedAutoencoder(VisionTransformer(**size), **decoder))
     export_autoencoder(model, tmp_path, **statistics(model.encoder))
     assert_equal(open_trained(tmp_path).model.state_dict(), model.state_dict())
 
 
 def test_renaming_and_back_is_bit_equal():
-    model = randomise(MaskedAutoencoder(VisionTransformer(**ENCODERS["32 x 64, 4 channels"]), decoder_depth=2))
+    model = randomize(MaskedAutoencoder(VisionTransformer(**ENCODERS["32 x 64, 4 channels"]), decoder_depth=2))
     state = model.state_dict()
     theirs = to_transformers(state)
     assert len(theirs) == len(state) + 2 * 2 * (4 + 2)  # q, k, v of two parameters a block
@@ -222,7 +222,7 @@ def test_renaming_and_back_is_bit_equal():
 def test_files_of_the_official_code_and_of_timm_come_back_bit_equal(tmp_path):
     """Ours -> theirs -> ours, and theirs -> ours -> theirs."""
     for size in ("128 x 4, 64 pixels", "32 x 64, 4 channels"):
-        model = randomise(MaskedAutoencoder(VisionTransformer(**ENCODERS[size]), decoder_depth=2))
+        model = randomize(MaskedAutoencoder(VisionTransformer(**ENCODERS[size]), decoder_depth=2))
         official = to_official(model.state_dict())
         assert {"pos_embed", "blocks.0.attn.qkv.weight", "decoder_blocks.1.mlp.fc2.bias"} <= official.keys()
         torch.save({"model": official}, tmp_path / "mae.pth")
@@ -237,7 +237,7 @@ def test_files_of_the_official_code_and_of_timm_come_back_bit_equal(tmp_path):
         )
         encoder = VisionTransformer(**SIZES["tiny"] | dict(depth=2))
         ours = Classifier(encoder, 7, pooling=kind)
-        load_weights(ours, randomise(theirs).state_dict())
+        load_weights(ours, randomize(theirs).state_dict())
         assert_equal(to_official(ours.state_dict()), theirs.state_dict())
 
 
@@ -266,7 +266,7 @@ KINDS = {
 
 def new_classifier(size: dict, kind: dict) -> Classifier:
     """A classifier whose every number is random, the statistics of its BatchNorm too."""
-    model = randomise(Classifier(VisionTransformer(**size), len(NAMES), **kind, custom_weight_init=False))
+    model = randomize(Classifier(VisionTransformer(**size), len(NAMES), **kind, custom_weight_init=False))
     if model.linear_probe:
         torch.manual_seed(3)
         model.head_norm.running_mean.normal_(std=2)
@@ -408,7 +408,7 @@ def new_segmenter(kind: str, **change) -> Segmenter:
     options, extras = SEGMENTERS[kind]
     size = dict(img_size=48, patch_size=8, embed_dim=32, depth=5, num_heads=2, mlp_ratio=3.0)
     torch.manual_seed(4)
-    model = randomise(Segmenter(build_encoder(**size | extras | change), len(NAMES), **options))
+    model = randomize(Segmenter(build_encoder(**size | extras | change), len(NAMES), **options))
     for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
             buffer.normal_(std=0.5)

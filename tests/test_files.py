@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from random_modules import randomise
+from random_modules import randomize
 from safetensors.torch import load_file, save_file
 from test_weights import (
     EXTRAS,
@@ -112,7 +112,7 @@ def test_a_file_without_a_state_dict_is_refused(content, tmp_path):
 
 
 def test_half_precision_files_load_into_float32(tmp_path):
-    source, ours = randomise(new_encoder()), new_encoder()
+    source, ours = randomize(new_encoder()), new_encoder()
     save_file({name: value.bfloat16() for name, value in source.state_dict().items()}, tmp_path / "a.safetensors")
     load_weights(ours, load_file(tmp_path / "a.safetensors"))
     assert ours.cls_token.dtype == torch.float32
@@ -133,7 +133,7 @@ def write_checkpoint(folder: Path, model: MaskedAutoencoder) -> Path:
 @pytest.fixture
 def run_folder(tmp_path) -> tuple[Path, MaskedAutoencoder]:
     """A finished run and its model; its checkpoints hold another one."""
-    run, model = tmp_path / "run", randomise(new_autoencoder())
+    run, model = tmp_path / "run", randomize(new_autoencoder())
     statistics = dict(mean=[0.5] * 3, std=[0.5] * 3)
     export_encoder(model.encoder, run / "encoder", **statistics)
     export_autoencoder(model, run / "encoder" / "pretraining", **statistics)
@@ -166,7 +166,7 @@ def test_the_weights_of_a_run(run_folder):
 
 def test_heads_and_grid_stand_beside_the_weights(tmp_path):
     """In the configuration of an export, and in the flags of a checkpoint's run; they are held against the model."""
-    wide = randomise(new_autoencoder(img_size=(16, 64), patch_size=8))
+    wide = randomize(new_autoencoder(img_size=(16, 64), patch_size=8))
     heads, decoder_heads = wide.encoder.num_heads, wide.decoder_blocks[0].attn.num_heads
     run, statistics = tmp_path / "run", dict(mean=[0.5] * 3, std=[0.5] * 3)
     export_encoder(wide.encoder, run / "encoder", **statistics)

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from random_modules import randomise
+from random_modules import randomize
 from test_weights import (
     BEIT,
     EXTRAS,
@@ -59,7 +59,7 @@ def files_of_4(model, folder):
 
 @pytest.mark.parametrize("state_of", [modules_of_5, files_of_5, files_of_4])
 def test_autoencoder_of_transformers(state_of, tmp_path):
-    theirs = randomise(ViTMAEForPreTraining(ViTMAEConfig(**THEIRS, **THEIR_DECODER)))
+    theirs = randomize(ViTMAEForPreTraining(ViTMAEConfig(**THEIRS, **THEIR_DECODER)))
     ours, encoder = new_autoencoder(), new_encoder()
     state = state_of(theirs, tmp_path)
     report = load_weights(ours, state)
@@ -79,7 +79,7 @@ def test_autoencoder_of_transformers(state_of, tmp_path):
 @pytest.mark.parametrize("state_of", [modules_of_5, files_of_5])
 @pytest.mark.parametrize("pooler", [True, False])
 def test_vit_of_transformers(state_of, pooler, tmp_path):
-    theirs = randomise(ViTModel(ViTConfig(**THEIRS), add_pooling_layer=pooler))
+    theirs = randomize(ViTModel(ViTConfig(**THEIRS), add_pooling_layer=pooler))
     ours = new_encoder()
     report = load_weights(ours, state_of(theirs, tmp_path))
     torch.testing.assert_close(ours(IMAGES), theirs(IMAGES).last_hidden_state, rtol=0, atol=1e-5)
@@ -92,7 +92,7 @@ def test_vit_of_transformers(state_of, pooler, tmp_path):
 def test_classifier_of_transformers(pooling, state_of, tmp_path):
     vit, beit = (ViTForImageClassification, ViTConfig), (BeitForImageClassification, BeitConfig)
     theirs, config = beit if pooling == "mean" else vit
-    theirs = randomise(theirs(config(**THEIRS, **(BEIT if pooling == "mean" else {}), num_labels=5)))
+    theirs = randomize(theirs(config(**THEIRS, **(BEIT if pooling == "mean" else {}), num_labels=5)))
     state = state_of(theirs, tmp_path)
     ours, encoder = new_classifier(pooling), new_classifier(pooling).encoder
     report = load_weights(ours, state)
@@ -113,7 +113,7 @@ def test_classifier_of_transformers(pooling, state_of, tmp_path):
 
 
 def test_official_autoencoder_and_ours():
-    source, ours, encoder = randomise(new_autoencoder()), new_autoencoder(), new_encoder()
+    source, ours, encoder = randomize(new_autoencoder()), new_autoencoder(), new_encoder()
     for layout, state in (("the official MAE", official(source)), ("this project", source.state_dict())):
         report = load_weights(ours, state)
         assert report.layout == layout and report.ignored == ()
@@ -125,7 +125,7 @@ def test_official_autoencoder_and_ours():
 
 
 def test_renaming_loses_nothing_and_leaves_its_argument_alone():
-    state = official(randomise(new_autoencoder())) | {"head.weight": torch.ones(1), "something": torch.ones(1)}
+    state = official(randomize(new_autoencoder())) | {"head.weight": torch.ones(1), "something": torch.ones(1)}
     before = dict(state)
     _, renamed = to_ours(state)
     assert sorted(map(id, renamed.values())) == sorted(map(id, state.values()))

@@ -17,7 +17,7 @@ DECODER = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
 
 
 def transformers_model(size: dict, *, mask_ratio: float = 0.75) -> ViTMAEForPreTraining:
-    """A randomly initialised model whose tables, tokens, biases and norms are random too."""
+    """A randomly initialized model whose tables, tokens, biases and norms are random too."""
     config = ViTMAEConfig(
         hidden_size=size["embed_dim"],
         num_hidden_layers=size["depth"],
@@ -213,7 +213,7 @@ def test_loss_stays_in_float32_under_bfloat16(small):
     output.loss.backward()
 
 
-def test_initialisation_of_the_decoder_is_the_papers():
+def test_initialization_of_the_decoder_is_the_papers():
     torch.manual_seed(0)
     model = MaskedAutoencoder(VisionTransformer(**SMALL), decoder_embed_dim=256, decoder_depth=1)
     for name, module in model.named_modules():

@@ -170,7 +170,7 @@ def test_other_files_beside_the_masks_are_skipped(pair_folder):
 @pytest.mark.parametrize(
     "sign", ["index_ade20k.mat", "index_ade20k.pkl", "images/ADE/x", "images/training/a/b_seg.png"]
 )
-def test_the_full_ade20k_is_recognised(tmp_path, sign):
+def test_the_full_ade20k_is_recognized(tmp_path, sign):
     for name in (sign, "images/training/a/b.jpg", "images/validation/a/b.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()

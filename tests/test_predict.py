@@ -40,7 +40,7 @@ LONG, SHORT = 96, 48  # sides of images for segmentation, larger than a window o
 
 
 @torch.no_grad()
-def randomised(module: torch.nn.Module, last: torch.nn.Module | None = None) -> torch.nn.Module:
+def randomized(module: torch.nn.Module, last: torch.nn.Module | None = None) -> torch.nn.Module:
     """Fill a module with random parameters; with `last`, its layer of logits, classes are about equally frequent."""
     generator = torch.Generator().manual_seed(3)
     for name, value in module.state_dict().items():
@@ -68,20 +68,20 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
     def classifier(name, statistics, crop_ratio=0.875, pooling="mean", **size):
         model = Classifier(VisionTransformer(**size), len(CLASSES), pooling=pooling)
-        randomised(model, model.head)
+        randomized(model, model.head)
         export_classifier(model, root / name, classes=CLASSES, crop_ratio=crop_ratio, **statistics)
 
     classifier("mean", COLOUR, **SIZE)
     classifier("cls", COLOUR, pooling="cls", crop_ratio=1.0, **SIZE)
     classifier("flat classifier", GREY, **flat)
     for name, size, statistics in (("autoencoder", SIZE, COLOUR), ("flat autoencoder", flat, GREY)):
-        model = randomised(MaskedAutoencoder(VisionTransformer(**size), **DECODER, norm_pix_loss=size is SIZE))
+        model = randomized(MaskedAutoencoder(VisionTransformer(**size), **DECODER, norm_pix_loss=size is SIZE))
         export_encoder(model.encoder, root / name, **statistics)
         export_autoencoder(model, root / name / "pretraining", **statistics)
     shutil.copytree(root / "autoencoder", root / "encoder", ignore=lambda *_: ["pretraining"])
     for name, size, statistics in (("segmenter", SIZE, COLOUR), ("grey segmenter", grey, GREY)):
         model = Segmenter(VisionTransformer(**size), len(SCENES), head_width=16)
-        randomised(model, model.decode_head.classifier)
+        randomized(model, model.decode_head.classifier)
         export_segmenter(model, root / name, classes=SCENES, resize=[LONG, SHORT], **statistics)
     return {path.name: path for path in root.iterdir()}
 
@@ -132,7 +132,7 @@ def pixels_of(path: Path, mode: str = "RGB") -> torch.Tensor:
     return v2.functional.pil_to_tensor(upright(path, mode))
 
 
-def normalised(pixels: torch.Tensor, statistics: dict) -> torch.Tensor:
+def normalized(pixels: torch.Tensor, statistics: dict) -> torch.Tensor:
     return v2.functional.normalize(v2.functional.to_dtype(pixels, torch.float32, scale=True), **statistics)[None]
 
 
@@ -148,7 +148,7 @@ def covering(path: Path, size: tuple[int, int], crop_ratio: float, mode: str = "
 def as_timm_sees(name: str, path: Path) -> torch.Tensor:
     """Return the input (1, C, H, W) of a model of `models`, by torchvision's transforms."""
     size, mode, statistics = ((16, 32), "L", GREY) if name.startswith("flat") else ((32, 32), "RGB", COLOUR)
-    return normalised(covering(path, size, 1.0 if name == "cls" else 0.875, mode), statistics)
+    return normalized(covering(path, size, 1.0 if name == "cls" else 0.875, mode), statistics)
 
 
 def probabilities_of(line: dict) -> dict[str, float]:
@@ -209,7 +209,7 @@ def windows_by_hand(net, path, mode, statistics):
     scale = min(LONG / max(height, width), SHORT / min(height, width))
     sides = [max(1, int(side * scale + 0.5)) for side in (height, width)]
     sides = [side if side > 32 else max(2, round(side / 8)) * 8 for side in sides]
-    image = normalised(v2.functional.resize(pixels, sides, antialias=True), statistics)
+    image = normalized(v2.functional.resize(pixels, sides, antialias=True), statistics)
     total, count = 0, 0
     for top in range(0, sides[0] - 1, 21):
         for left in range(0, sides[1] - 1, 21):
@@ -321,7 +321,7 @@ def test_reconstructions_have_the_scores_of_validation(pretrained, image_folder,
 
 def masked_psnr(theirs, path, noise, mask):
     """Return the PSNR in dB of the removed patches of 8 x 8 pixels, by transformers."""
-    images = normalised(covering(path, (32, 32), 1.0), COLOUR)
+    images = normalized(covering(path, (32, 32), 1.0), COLOUR)
     patches = theirs.patchify(images)[0]
     with torch.no_grad():
         prediction = theirs(images, noise=torch.from_numpy(noise)[None]).logits[0]

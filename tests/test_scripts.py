@@ -495,7 +495,7 @@ def test_init_from_every_layout(undisturbed, flags, tmp_path):
         assert "trained with" not in said[name]
     at_once = {losses_of(tmp_path / "work_dir" / name)[1] for name in ("run", "checkpoint", "whole")}
     assert len(at_once) == 1 and at_once.pop() < 0.98 * losses_of(undisturbed)[1]
-    assert "newly initialised" in said["encoder"]
+    assert "newly initialized" in said["encoder"]
     assert "4x4 -> 6x6" in said["grey"] and "3 -> 1 channels" in said["grey"]
     assert "trained with mean [0.485, 0.456, 0.406]" in said["grey"] and "this run has mean [0.5]" in said["grey"]
 

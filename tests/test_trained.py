@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from random_modules import randomise
+from random_modules import randomize
 from safetensors.torch import save_file
 from transformers import (
     BeitConfig,
@@ -49,13 +49,13 @@ def written(model, folder, processor: dict | None = None):
 @torch.inference_mode()
 def test_an_autoencoder_of_transformers(tmp_path):
     config = ViTMAEConfig(**SIZE, **DECODER, mask_ratio=0.5, norm_pix_loss=False)
-    theirs = randomise(ViTMAEForPreTraining(config))
+    theirs = randomize(ViTMAEForPreTraining(config))
     ours = open_trained(written(theirs, tmp_path))
     assert isinstance(ours.model, MaskedAutoencoder) and not ours.model.training
     assert (ours.model.mask_ratio, ours.model.norm_pix_loss) == (0.5, False)
     assert ours.model.encoder.num_heads == 4 and ours.model.decoder_blocks[0].attn.num_heads == 2
     torch.testing.assert_close(ours.model(IMAGES, NOISE).loss, theirs(IMAGES, noise=NOISE).loss, rtol=0, atol=1e-5)
-    assert ours.assumed == (f"images normalised by the mean {MEAN} and the standard deviation {STD}",)
+    assert ours.assumed == (f"images normalized by the mean {MEAN} and the standard deviation {STD}",)
     assert (ours.mean, ours.std) == (MEAN, STD)
     encoder = open_trained(tmp_path, whole=False)
     assert isinstance(encoder.model, VisionTransformer) and encoder.classes == [] and encoder.resize is None
@@ -69,7 +69,7 @@ def test_classifiers_of_transformers(tmp_path):
         (ViTForImageClassification, ViTConfig(**SIZE, **names), "cls"),
         (BeitForImageClassification, BeitConfig(**SIZE, **BEIT, **names), "mean"),
     ):
-        theirs = randomise(model(config))
+        theirs = randomize(model(config))
         ours = open_trained(written(theirs, tmp_path / pooling, processor))
         assert isinstance(ours.model, Classifier) and ours.model.pooling == pooling
         torch.testing.assert_close(ours.model(IMAGES), theirs(IMAGES).logits, rtol=0, atol=1e-5)
@@ -85,7 +85,7 @@ def test_a_segmenter_of_transformers(tmp_path):
         extras = dict(use_relative_position_bias=bias, layer_scale_init_value=scale)
         backbone = BeitConfig(**SIZE, **BEIT | extras, batch_norm_eps=1e-5, out_features=stages, add_fpn=True)
         config = UperNetConfig(backbone_config=backbone, hidden_size=12, num_labels=5, auxiliary_in_channels=32)
-        theirs = randomise(UperNetForSemanticSegmentation(config))
+        theirs = randomize(UperNetForSemanticSegmentation(config))
         ours = open_trained(written(theirs, tmp_path / str(bias)))
         assert isinstance(ours.model, Segmenter) and ours.model.layers == [0, 1, 2, 3]
         torch.testing.assert_close(ours.model(IMAGES), theirs(IMAGES).logits, rtol=0, atol=1e-4)
@@ -96,7 +96,7 @@ def test_a_segmenter_of_transformers(tmp_path):
 @torch.inference_mode()
 def test_files_of_timm_and_of_the_official_code(tmp_path):
     for pool, pooling in (("avg", "mean"), ("token", "cls")):
-        theirs = randomise(timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=3, global_pool=pool))
+        theirs = randomize(timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=3, global_pool=pool))
         torch.save({"model": theirs.state_dict()}, tmp_path / "finetuned.pth")
         ours = open_trained(tmp_path / "finetuned.pth", given=Stored(num_heads=3))
         images = torch.randn(1, 3, 224, 224)
@@ -108,7 +108,7 @@ def test_files_of_timm_and_of_the_official_code(tmp_path):
         assert "images resized bicubically, proportions kept, and cut to their centre" in ours.assumed
 
     encoder = VisionTransformer(**SIZES["tiny"] | dict(depth=12), img_size=32)
-    model = randomise(MaskedAutoencoder(encoder, decoder_depth=2, norm_pix_loss=False))
+    model = randomize(MaskedAutoencoder(encoder, decoder_depth=2, norm_pix_loss=False))
     torch.save({"model": to_official(model.state_dict())}, tmp_path / "mae.pth")
     for given, same in ((Stored(norm_pix_loss=False), True), (Stored(), False)):
         ours = open_trained(tmp_path / "mae.pth", given=given)
@@ -140,7 +140,7 @@ def test_what_is_given_fills_gaps_and_contradicts_nothing(tmp_path):
 
 def test_the_autoencoder_beside_an_encoder_comes_first(tmp_path):
     encoder = VisionTransformer(img_size=(16, 32), patch_size=8, in_channels=4, embed_dim=32, depth=2, num_heads=2)
-    model = randomise(MaskedAutoencoder(encoder, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2))
+    model = randomize(MaskedAutoencoder(encoder, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2))
     statistics = dict(mean=[0.1, 0.2, 0.3, 0.4], std=[0.5, 0.6, 0.7, 0.8])
     export_encoder(encoder, tmp_path, **statistics)
     assert isinstance(open_trained(tmp_path).model, VisionTransformer)
@@ -160,7 +160,7 @@ def test_another_image_size_and_other_channels(tmp_path):
         (partial(Classifier, num_classes=2), export_classifier, tmp_path / "classifier"),
         (partial(Segmenter, num_classes=2, head_width=8), export_segmenter, tmp_path / "segmenter"),
     ):
-        write(randomise(new(VisionTransformer(img_size=32, **size))), folder, mean=MEAN, std=STD)
+        write(randomize(new(VisionTransformer(img_size=32, **size))), folder, mean=MEAN, std=STD)
         for img_size, channels in (((48, 48), None), ((16, 64), None), ((384, 384), 1)):
             ours = open_trained(folder, img_size=img_size, in_channels=channels)
             expected = new(VisionTransformer(img_size=img_size, in_channels=channels or 3, **size)).eval()

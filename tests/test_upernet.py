@@ -23,7 +23,7 @@ def new_segmenter(num_classes: int = 7, *, encoder: dict | None = None, **change
     return Segmenter(new_encoder(**SMALL | (encoder or {})), num_classes, **dict(head_width=24) | change)
 
 
-def randomised(module: nn.Module, std: float = 0.1) -> nn.Module:
+def randomized(module: nn.Module, std: float = 0.1) -> nn.Module:
     """`module` in evaluation mode, every parameter and statistic moved, so that no two could be swapped unnoticed."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def both(size: dict, num_classes: int, *, layers: list[int], head_width: int, bi
         out_features=[f"stage{layer + 1}" for layer in layers],
     )
     config = UperNetConfig(backbone_config=backbone, hidden_size=head_width, num_labels=num_classes)
-    theirs = randomised(UperNetForSemanticSegmentation(config), std)
+    theirs = randomized(UperNetForSemanticSegmentation(config), std)
     encoder = new_encoder(**size, relative_position_bias=bias, layer_scale=1.0 if bias else None)
     ours = Segmenter(encoder, num_classes, layers=layers, head_width=head_width).eval()
     load_weights(ours, theirs.state_dict())
@@ -95,7 +95,7 @@ def test_pyramid_and_logits_of_a_base_model_equal_transformers(bias, shape):
 
 @torch.inference_mode()
 def test_the_linear_head_by_hand():
-    model = randomised(new_segmenter(head="linear"))
+    model = randomized(new_segmenter(head="linear"))
     images = torch.randn(2, 3, 32, 48)
     (features,) = model.encoder.forward_layers(images, [4])
     norm, classifier = model.decode_head.batch_norm, model.decode_head.classifier
@@ -114,7 +114,7 @@ def test_the_linear_head_by_hand():
 
 
 def test_outputs_and_dropout_in_training():
-    model = randomised(new_segmenter()).train()
+    model = randomized(new_segmenter()).train()
     images = torch.randn(2, 3, 32, 48)
     logits, auxiliary = model(images)
     assert logits.shape == auxiliary.shape == (2, 7, 32, 48)
@@ -134,7 +134,7 @@ def test_blocks_above_the_highest_layer_are_frozen():
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == {f"encoder.blocks.5.{name}" for name, _ in model.encoder.blocks[5].named_parameters()}
     for head in ("upernet", "linear"):
-        model = randomised(new_segmenter(head=head, encoder=BEIT | dict(depth=5))).train()
+        model = randomized(new_segmenter(head=head, encoder=BEIT | dict(depth=5))).train()
         outputs = model(torch.randn(2, 3, 32, 32))
         sum(one.square().sum() for one in (outputs if head == "upernet" else [outputs])).backward()
         for name, parameter in model.named_parameters():
@@ -173,7 +173,7 @@ def test_masks_without_a_valid_pixel_contribute_nothing():
 
 
 def test_gradients_do_not_depend_on_micro_batches():
-    model = randomised(new_segmenter(encoder=BEIT))
+    model = randomized(new_segmenter(encoder=BEIT))
     images, masks = torch.randn(16, 3, 32, 32), random_masks(16)
     gradients = []
     for count in (1, 4):
@@ -191,7 +191,7 @@ def test_gradients_do_not_depend_on_micro_batches():
 
 def test_gradient_checkpointing_changes_memory_and_nothing_else():
     plain, saving = (new_segmenter(encoder=dict(gradient_checkpointing=on, drop_path=0.3)) for on in (False, True))
-    saving.load_state_dict(randomised(plain).state_dict())
+    saving.load_state_dict(randomized(plain).state_dict())
     images, masks = torch.randn(2, 3, 32, 32), random_masks(2)
     for model in (plain, saving):
         torch.manual_seed(0)
@@ -201,7 +201,7 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else():
 
 
 def test_sync_batch_norm_keeps_all_names():
-    model = randomised(new_segmenter())
+    model = randomized(new_segmenter())
     state = copy.deepcopy(model.state_dict())
     synced = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert list(synced.state_dict()) == list(state)
@@ -258,7 +258,7 @@ def test_default_layers_increase_for_every_depth():
         default_layers(3, 4)
 
 
-def test_initialisation_of_the_heads():
+def test_initialization_of_the_heads():
     torch.manual_seed(0)
     for head in ("upernet", "linear"):
         encoder = VisionTransformer(**SMALL)

@@ -1,4 +1,4 @@
-"""The encoder, against timm: names, features, taps, drop path; and its initialisation against the formula."""
+"""The encoder, against timm: names, features, taps, drop path; and its initialization against the formula."""
 
 import math
 from functools import partial
@@ -8,13 +8,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from random_modules import new_encoder
-from random_modules import randomise as randomise_by
+from random_modules import randomize as randomize_by
 from torch import nn
 
 from modeling.vit import SIZES, Attention, VisionTransformer, patchify, unpatchify
 from modeling.weights import load_weights
 
-randomise = partial(randomise_by, std=0.02)
+randomize = partial(randomize_by, std=0.02)
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
 
 
@@ -41,7 +41,7 @@ def test_parameters_are_those_of_timm(name):
 
 
 def test_features_equal_timm_base():
-    theirs = randomise(timm.create_model("vit_base_patch16_224", num_classes=0))
+    theirs = randomize(timm.create_model("vit_base_patch16_224", num_classes=0))
     ours = VisionTransformer(**SIZES["base"]).eval()
     load_weights(ours, theirs.state_dict())
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
@@ -53,7 +53,7 @@ def test_features_equal_timm_base():
 @pytest.mark.parametrize("img_size, channels", [(64, 3), ((32, 96), 4)])
 def test_taps_equal_timm(img_size, channels):
     args = dict(img_size=img_size, patch_size=16)
-    theirs = randomise(timm.create_model("vit_tiny_patch16_224", num_classes=0, in_chans=channels, **args))
+    theirs = randomize(timm.create_model("vit_tiny_patch16_224", num_classes=0, in_chans=channels, **args))
     ours = VisionTransformer(**SIZES["tiny"] | args, in_channels=channels).eval()
     load_weights(ours, theirs.state_dict())
     images = torch.randn(2, channels, *ours.img_size, generator=torch.Generator().manual_seed(1))
@@ -75,7 +75,7 @@ def test_patch_embedding_is_the_convolution_it_stores():
 
 
 def test_embedding_some_patches_is_taking_some_tokens():
-    model = randomise(VisionTransformer(**SMALL))
+    model = randomize(VisionTransformer(**SMALL))
     patches = patchify(torch.randn(2, 3, 32, 32), 8)
     kept = torch.tensor([[5, 0, 11], [15, 3, 2]])
     every, some = model.embed(patches), model.embed(patches, kept)
@@ -85,7 +85,7 @@ def test_embedding_some_patches_is_taking_some_tokens():
         torch.testing.assert_close(some[image, 1:], every[image, 1:][kept[image]])
 
 
-def test_initialisation_is_the_papers():
+def test_initialization_is_the_papers():
     torch.manual_seed(0)
     model = VisionTransformer(**SIZES["tiny"] | dict(depth=2))
     weights = {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -106,7 +106,7 @@ def test_initialisation_is_the_papers():
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["pos_embed"]
 
 
-def test_without_the_papers_initialisation_layers_keep_pytorchs():
+def test_without_the_papers_initialization_layers_keep_pytorchs():
     model = VisionTransformer(**SIZES["tiny"] | dict(depth=1), custom_weight_init=False)
     fc1, proj = model.blocks[0].mlp.fc1, model.patch_embed.proj
     for layer, fan_in in ((fc1, 192), (proj, 768)):  # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), weights and biases alike
@@ -124,7 +124,7 @@ def test_drop_path_grows_linearly_as_in_timm():
 
 def test_drop_path_drops_whole_branches_of_a_sample_in_training_only():
     torch.manual_seed(0)
-    model = randomise(new_encoder(**SMALL | dict(depth=2), drop_path=0.5))
+    model = randomize(new_encoder(**SMALL | dict(depth=2), drop_path=0.5))
     plain = VisionTransformer(**SMALL | dict(depth=2)).eval()
     plain.load_state_dict(model.state_dict())
     images = torch.randn(1, 3, 32, 32)
@@ -168,7 +168,7 @@ def test_what_bias_and_scale_add():
 def test_features_with_bias_and_scale_equal_timms_beit(img_size):
     args = SMALL | dict(img_size=img_size)
     beit = dict(use_abs_pos_emb=True, use_rel_pos_bias=True, init_values=0.1, global_pool="token")
-    theirs = randomise(timm.create_model("beit_base_patch16_224", **args, **beit), std=0.3)
+    theirs = randomize(timm.create_model("beit_base_patch16_224", **args, **beit), std=0.3)
     ours = new_encoder(**args, **BEIT).eval()
     state = {name: value for name, value in theirs.state_dict().items() if not name.startswith("head.")}
     for k in range(4):
@@ -206,7 +206,7 @@ def test_the_bias_of_two_patches_is_that_of_their_offset():
 @pytest.mark.parametrize("change", [dict(), BEIT])
 def test_layers_of_images_of_other_sizes(change):
     """Check that a remainder beyond whole patches is cut off."""
-    model = randomise(new_encoder(**SMALL, **change))
+    model = randomize(new_encoder(**SMALL, **change))
     images = torch.randn(2, 3, 43, 70)
     maps = model.forward_layers(images, [3, 0, 2])
     assert [tuple(one.shape) for one in maps] == 3 * [(2, 32, 5, 8)]

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from random_modules import new_encoder as build_encoder
-from random_modules import randomise
+from random_modules import randomize
 from safetensors.torch import save_file
 from transformers import (
     BeitConfig,
@@ -71,7 +71,7 @@ NOISE = torch.rand(2, 16, generator=torch.Generator().manual_seed(2))
 
 
 def test_positions_are_resized_as_transformers_does():
-    theirs = randomise(ViTModel(ViTConfig(**THEIRS)))
+    theirs = randomize(ViTModel(ViTConfig(**THEIRS)))
     for img_size, name in (((48, 48), "6x6"), ((24, 64), "3x8"), ((16, 64), "2x8")):
         ours = new_encoder(img_size=img_size)
         images = torch.randn(2, 3, *img_size)
@@ -84,7 +84,7 @@ def test_positions_are_resized_as_transformers_does():
 
 @pytest.mark.parametrize(("img_size", "name"), [((64, 64), "8x8"), ((24, 64), "3x8")])
 def test_both_tables_of_an_autoencoder_are_resized_as_transformers_does(img_size, name, tmp_path):
-    theirs = randomise(ViTMAEForPreTraining(ViTMAEConfig(**THEIRS, **THEIR_DECODER)))
+    theirs = randomize(ViTMAEForPreTraining(ViTMAEConfig(**THEIRS, **THEIR_DECODER)))
     ours = new_autoencoder(img_size=img_size)
     report = load_weights(ours, written_by(theirs, tmp_path))
     assert report.resized == (f"encoder.pos_embed 4x4 -> {name}", f"decoder_pos_embed 4x4 -> {name}")
@@ -127,7 +127,7 @@ def refused(model, state, **options) -> str:
 
 
 def test_every_missing_and_unexpected_parameter_is_named():
-    state = randomise(new_encoder()).state_dict()
+    state = randomize(new_encoder()).state_dict()
     block = [name for name in state if name.startswith("blocks.1.") and "fc1" not in name]
     holed = {name: value for name, value in state.items() if name not in block}
     message = refused(new_encoder(), holed)
@@ -137,7 +137,7 @@ def test_every_missing_and_unexpected_parameter_is_named():
 
 
 def test_every_wrong_shape_is_named():
-    state = randomise(new_encoder()).state_dict()
+    state = randomize(new_encoder()).state_dict()
     message = refused(new_encoder(), state | {"cls_token": torch.ones(1, 1, 64), "norm.weight": torch.ones(7)})
     assert "encoder.cls_token is (1, 1, 64) instead of (1, 1, 32)" in message
     assert "encoder.norm.weight is (7,) instead of (32,)" in message and message.count("instead of") == 2
@@ -158,7 +158,7 @@ def test_every_wrong_shape_is_named():
     ],
 )
 def test_other_sizes_are_refused_with_those_that_fit(there, here, settings):
-    state = official(randomise(new_autoencoder(**there)))
+    state = official(randomize(new_autoencoder(**there)))
     error = refusal(new_autoencoder(**here), state)
     assert error.settings == settings
     names = {*settings} - {"encoder_num_heads", "decoder_num_heads", "adapt_channels"}
@@ -167,7 +167,7 @@ def test_other_sizes_are_refused_with_those_that_fit(there, here, settings):
 
 
 def test_an_error_shows_its_message_and_settings():
-    state = official(randomise(new_autoencoder(in_channels=1, embed_dim=64, num_heads=4)))
+    state = official(randomize(new_autoencoder(in_channels=1, embed_dim=64, num_heads=4)))
     assert refused(new_autoencoder(), state, stored=Stored(num_heads=4)) == (
         "weights of the official MAE do not fit the model: encoder_embed_dim is 64 instead of 32, input_channels is 1 "
         "instead of 3, encoder_num_heads is 4 instead of 2; set encoder_embed_dim=64, encoder_num_heads=4, "
@@ -195,7 +195,7 @@ def test_no_message_of_the_package_names_a_flag():
 
 
 def test_a_hole_is_not_taken_for_another_depth():
-    state = official(randomise(new_autoencoder()))
+    state = official(randomize(new_autoencoder()))
     holed = {name: value for name, value in state.items() if not name.startswith("decoder_blocks.1.")}
     message = refused(new_autoencoder(), holed)
     assert "decoder_blocks.1.norm1.weight is missing" in message and message.count("is missing") == 12
@@ -230,7 +230,7 @@ def test_report_is_one_line():
 
 def trained_classifier(pooling: str = "mean", **change) -> Classifier:
     """A classifier whose every number is random, the statistics of a linear probe too."""
-    model = randomise(new_classifier(pooling, **change))
+    model = randomize(new_classifier(pooling, **change))
     if model.linear_probe:
         model.head_norm.running_mean.normal_(std=3)
         model.head_norm.running_var.uniform_(0.1, 3)
@@ -251,7 +251,7 @@ def test_the_encoder_of_a_classifier(source_pooling):
 
 
 def test_mean_pooling_leaves_the_norm_of_an_encoder_out():
-    state, ours = randomise(new_encoder()).state_dict(), new_classifier().encoder
+    state, ours = randomize(new_encoder()).state_dict(), new_classifier().encoder
     report = load_weights(ours, state)
     assert report.ignored == ("encoder.norm.bias", "encoder.norm.weight") and report.loaded == len(state) - 2
 
@@ -294,7 +294,7 @@ def new_segmenter(num_classes: int = 5, *, head: dict | None = None, **change) -
 
 def trained(model: torch.nn.Module) -> torch.nn.Module:
     """`model` with every number random, the statistics of its BatchNorms too."""
-    randomise(model)
+    randomize(model)
     for name, buffer in model.named_buffers():
         if not name.endswith("num_batches_tracked"):
             torch.nn.init.uniform_(buffer, 0.3, 2)
@@ -325,17 +325,17 @@ def test_biases_are_resized_as_the_model_does_it_for_other_images():
 
 
 def test_biases_and_scales_of_an_encoder_may_be_new():
-    state = official(randomise(new_autoencoder(depth=4)))
+    state = official(randomize(new_autoencoder(depth=4)))
     ours = new_segmenter(**EXTRAS)
     report = load_weights(ours.encoder, state)
     for name, value in ours.encoder.state_dict().items():
         if name not in state:
             assert torch.equal(value, torch.full_like(value, 0.5 if "gamma" in name else 0.0))
     assert len(report.missing) == 4 * 3 and report.loaded == len(ours.encoder.state_dict()) - 12
-    assert str(report).endswith("newly initialised: relative position bias, layer scale")
+    assert str(report).endswith("newly initialized: relative position bias, layer scale")
     biased = trained(new_segmenter(relative_position_bias=True)).state_dict()
     report = load_weights(ours.encoder, biased)
-    assert str(report).endswith(", newly initialised: layer scale") and len(report.missing) == 8
+    assert str(report).endswith(", newly initialized: layer scale") and len(report.missing) == 8
     assert torch.equal(
         ours.encoder.blocks[1].attn.relative_position_bias_table,
         biased["encoder.blocks.1.attn.relative_position_bias_table"],
@@ -374,15 +374,15 @@ def test_the_linear_head_as_an_upernet_is_for_transformers_alone(tmp_path):
 
 
 def encoders_of_several_layouts() -> list[dict[str, torch.Tensor]]:
-    source = randomise(new_encoder())
+    source = randomize(new_encoder())
     named = {f"encoder.{name}": value for name, value in source.state_dict().items()}
     head = {"head.weight": torch.ones(1)}
-    return [source.state_dict() | head, named, randomise(ViTModel(ViTConfig(**THEIRS))).state_dict()]
+    return [source.state_dict() | head, named, randomize(ViTModel(ViTConfig(**THEIRS))).state_dict()]
 
 
 @pytest.mark.parametrize("state", encoders_of_several_layouts())
 def test_a_new_decoder(state):
-    expected, ours = new_encoder(), randomise(new_autoencoder())
+    expected, ours = new_encoder(), randomize(new_autoencoder())
     load_weights(expected, state)
     before = {name: value.clone() for name, value in ours.state_dict().items()}
     report = load_weights(ours, state)
@@ -392,11 +392,11 @@ def test_a_new_decoder(state):
     assert all(torch.equal(ours.state_dict()[name], before[name]) for name in decoder)
     line = str(report)
     assert "30 loaded, 44 missing" in line and "\n" not in line
-    assert line.endswith(", newly initialised: decoder")
+    assert line.endswith(", newly initialized: decoder")
 
 
 def test_a_new_decoder_is_not_for_weights_that_hold_one_or_a_part_of_one():
-    source, ours = randomise(new_autoencoder()), new_autoencoder()
+    source, ours = randomize(new_autoencoder()), new_autoencoder()
     assert load_weights(ours, official(source)).missing == ()
     assert torch.equal(ours(IMAGES, NOISE).prediction, source(IMAGES, NOISE).prediction)
     for kept in ("mask_token", "decoder_pred.bias", "decoder_blocks.2."):
@@ -430,7 +430,7 @@ def predicted(pixels: torch.Tensor, old: int, new: int) -> torch.Tensor:
 @torch.inference_mode()
 @pytest.mark.parametrize(("old", "new"), [(3, 1), (1, 3), (3, 4), (4, 3), (4, 2), (2, 5)])
 def test_other_channels(old, new):
-    source = randomise(new_autoencoder(in_channels=old))
+    source = randomize(new_autoencoder(in_channels=old))
     ours, encoder = new_autoencoder(in_channels=new), new_encoder(in_channels=new)
     report = load_weights(ours, source.state_dict(), adapt_channels=True)
     names = ("encoder.patch_embed.proj.weight", "decoder_pred.weight", "decoder_pred.bias")
@@ -452,7 +452,7 @@ def test_other_channels(old, new):
 
 
 def test_other_channels_are_refused_unless_asked_for():
-    state = official(randomise(new_autoencoder()))
+    state = official(randomize(new_autoencoder()))
     for model in (new_autoencoder(in_channels=1), new_encoder(in_channels=1)):
         assert refused(model, state).endswith("input_channels is 3 instead of 1; set adapt_channels=True")
     assert load_weights(new_autoencoder(), state, adapt_channels=True).adapted == ()  # nothing to adapt
@@ -461,21 +461,21 @@ def test_other_channels_are_refused_unless_asked_for():
 
 
 def test_channels_size_and_decoder_change_at_once():
-    source, ours = randomise(new_encoder()), new_autoencoder(in_channels=1, img_size=64)
+    source, ours = randomize(new_encoder()), new_autoencoder(in_channels=1, img_size=64)
     report = load_weights(ours, source.state_dict(), adapt_channels=True)
     assert (len(report.adapted), len(report.resized), len(report.missing)) == (1, 1, 44)
     assert str(report) == (
         "weights of a timm or MAE encoder: 30 loaded, 44 missing, 0 ignored, resized: encoder.pos_embed 4x4 -> 8x8, "
-        "adapted: encoder.patch_embed.proj.weight 3 -> 1 channels, newly initialised: decoder"
+        "adapted: encoder.patch_embed.proj.weight 3 -> 1 channels, newly initialized: decoder"
     )
 
 
 def test_starting_from_weights_reports_other_statistics(tmp_path):
-    source, ours = randomise(new_autoencoder()), new_autoencoder()
+    source, ours = randomize(new_autoencoder()), new_autoencoder()
     export_encoder(source.encoder, tmp_path / "encoder", mean=[0.1] * 3, std=[0.2] * 3)
     weights = open_weights(tmp_path, whole=False)
     line = start_from(weights, ours, mean=[0.1] * 3, std=[0.2] * 3)
-    assert line.endswith(", newly initialised: decoder")
+    assert line.endswith(", newly initialized: decoder")
     line = start_from(weights, ours, mean=[0.5] * 3, std=[0.2] * 3)
     assert line.endswith(
         "; they were trained with mean [0.1, 0.1, 0.1] and std [0.2, 0.2, 0.2], this run has mean [0.5, 0.5, 0.5] and "

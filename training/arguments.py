@@ -260,7 +260,7 @@ def add_encoder_flags(parser: Parser, *, sizes: Iterable[str], drop_path: float 
     flag("--encoder_mlp_ratio", type=number(0.1), help="hidden width of the MLPs / width (default 4)")
     help_text = f"stochastic depth rate of the last block (default {drop_path:g})"
     flag("--drop_path", type=number(0, 0.99), default=drop_path, help=help_text)
-    help_text = "initialise as the paper does (default) or as PyTorch does"
+    help_text = "initialize as the paper does (default) or as PyTorch does"
     flag("--custom_weight_init", action=Pair, default=True, help=help_text)
 
 

@@ -108,7 +108,7 @@ class ModelSummary(NamedTuple):
     has_decoder: bool  # the folder has pretraining/
     img_size: tuple[int, int]  # height and width in pixels
     channels: int
-    mean: list[float]  # normalisation of images in [0, 1]
+    mean: list[float]  # normalization of images in [0, 1]
     std: list[float]
     value_range: tuple[float, float] | None  # the pixel values that become 0 and 1; None: 0 and 255
     differences: dict[str, float]  # library -> largest difference from our own module's outputs
