@@ -38,7 +38,15 @@ from training.arguments import Pair, integer, number
 from training.checkpoint import check_outside
 from training.files import replace_folder
 from training.launch import InputError, RunError, run_script
-from training.optimizer import DECAY_FLAGS, adamw, build_average, lars, parameter_groups, set_learning_rate
+from training.optimizer import (
+    DECAY_FLAGS,
+    adamw,
+    build_average,
+    clip_gradients,
+    lars,
+    parameter_groups,
+    set_learning_rate,
+)
 from training.pictures import confusion_matrix
 from training.resolve import (
     ImageFormat,
@@ -168,7 +176,7 @@ def optimizer_step(accelerator, model, optimizer, batches, normalize, *, mixing,
             accelerator.backward(micro_loss)
             loss += micro_loss.detach() / accelerator.gradient_accumulation_steps
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
+                grad_norm = clip_gradients(accelerator, model, max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         damaged += batch.damaged
@@ -212,20 +220,15 @@ def evaluate(run, model, dataset, classes, normalize, *, read, export=None):
         raise RunError(f"none of the {len(dataset)} held-out images can be read; damaged.jsonl says why: repair them")
     if run.is_main_process:
         scores = [score_classification(rows, classes)]
-        draw_confusion(run, scores[0]["top1"], rows, classes)
+        path = run.folder / "predictions" / f"step_{run.step:08d}.png"
+        title = f"step {run.step}, epoch {run.epoch:.4g}: top-1 {scores[0]['top1']:.2f} %"
+        labels, predictions = [row[1] for row in rows], [row[2][0] for row in rows]
+        if confusion_matrix(path, labels, predictions, classes, title=title):  # not for too many classes to read
+            run.picture(path, "confusion")
     (scores,) = run.crew.gather(scores)
     if export and run.is_best("top1", scores):
         replace_folder(run.folder / "best", partial(export, model))
     run.record(scores, f"epoch {run.epoch:.4g}: {describe_scores(scores)}, validation loss {scores['val_loss']:.4f}")
-
-
-def draw_confusion(run, top1, rows, classes):
-    """Plot the confusion matrix, unless there are too many classes to read it."""
-    path = run.folder / "predictions" / f"step_{run.step:08d}.png"
-    title = f"step {run.step}, epoch {run.epoch:.4g}: top-1 {top1:.2f} %"
-    labels, predictions = [row[1] for row in rows], [row[2][0] for row in rows]
-    if confusion_matrix(path, labels, predictions, classes, title=title):
-        run.picture(path, "confusion")
 
 
 def describe_scores(scores):
@@ -363,9 +366,8 @@ def main(argv=None):
     train_data = ClassificationDataset(train_source, train_source.labels, crop=train_crop, augment=augment, **samples)
     sampler = StepSampler(len(train_source), **run.sampling)
     batches = run.timed(training_batches(train_data, sampler, pin_memory=run.pin_memory, **loader))
-    crop = CentreCrop(img_size, evaluation_crop_ratio(img_size))
-    validation_labels = labels_in(validation_source, classes)
-    validation_data = ClassificationDataset(validation_source, validation_labels, crop=crop, **samples)
+    crop, labels = CentreCrop(img_size, evaluation_crop_ratio(img_size)), labels_in(validation_source, classes)
+    validation_data = ClassificationDataset(validation_source, labels, crop=crop, **samples)
     read = partial(own_batches, batch_size=min(run.batch.micro, 256), **loader, **run.reading)
     normalization = dict(mean=images.mean, std=images.std, value_range=images.value_range)
     export = partial(export_classifier, classes=classes, crop_ratio=crop.ratio, **normalization)

@@ -51,7 +51,7 @@ from training.checkpoint import check_outside
 from training.files import replace_folder
 from training.launch import InputError, RunError, run_script
 from training.metrics import segmentation_areas
-from training.optimizer import DECAY_FLAGS, adamw, parameter_groups, set_learning_rate
+from training.optimizer import DECAY_FLAGS, adamw, clip_gradients, parameter_groups, set_learning_rate
 from training.pictures import displayable, segmentation_grid
 from training.resolve import (
     ImageFormat,
@@ -153,7 +153,7 @@ def optimizer_step(accelerator, model, optimizer, batches, normalize, *, weights
             accelerator.backward(micro_loss)
             loss += micro_loss.detach() / accelerator.gradient_accumulation_steps
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
+                grad_norm = clip_gradients(accelerator, model, max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         damaged += batch.damaged

@@ -41,7 +41,7 @@ from training.files import replace_folder
 from training.launch import InputError, check, run_script
 from training.metrics import reconstruction_metrics
 from training.neighbours import own_features, score_features
-from training.optimizer import adamw, parameter_groups, set_learning_rate
+from training.optimizer import adamw, clip_gradients, parameter_groups, set_learning_rate
 from training.pictures import reconstruction_grid
 from training.resolve import (
     ENCODER_FLAGS,
@@ -159,14 +159,14 @@ def optimizer_step(accelerator, model, optimizer, batches, normalize, *, max_gra
         seed, batch = next(batches)
         with accelerator.accumulate(model):
             torch.manual_seed(seed)
-            images = normalize(batch.images.to(accelerator.device, non_blocking=True))  # (B, C, H, W)
+            images = batch.images.to(accelerator.device, non_blocking=True)  # (B, C, H, W)
             noise = batch.noise.to(accelerator.device, non_blocking=True)  # (B, L)
             with accelerator.autocast():
-                micro_loss = model(images, noise, removed_only=True).loss
+                micro_loss = model(images, noise, normalize=normalize.patches, loss_only=True)
             accelerator.backward(micro_loss)
             loss += micro_loss.detach() / accelerator.gradient_accumulation_steps
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
+                grad_norm = clip_gradients(accelerator, model, max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         damaged += batch.damaged

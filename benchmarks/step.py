@@ -112,8 +112,9 @@ def loss_function(task: str, model: nn.Module, *, compiled: bool, fullgraph: boo
     if compiled:
         forward = torch.compile(forward, fullgraph=fullgraph, dynamic=False)
     if task == "mae":  # as in pretrain_mae.py, our model skips the patches that the loss does not need
-        options = dict(removed_only=True) if isinstance(model, MaskedAutoencoder) else {}
-        return lambda images, noise: forward(images, noise=noise, **options).loss
+        if isinstance(model, MaskedAutoencoder):
+            return lambda images, noise: forward(images, noise, loss_only=True)
+        return lambda images, noise: forward(images, noise=noise).loss
     if task == "classifier":
         return lambda images, noise: F.cross_entropy(forward(images).float(), noise.argmax(dim=1) % NUM_CLASSES)
     return lambda images, noise: forward(images).float().square().mean()

@@ -202,6 +202,12 @@ class Normalization:
         scaled = images if images.is_floating_point() else images.float() / 255
         return (scaled - self.mean) / self.std
 
+    def patches(self, patches: torch.Tensor) -> torch.Tensor:
+        """Normalize patches (B, L, P*P*C), pixels as (row, column, channel); equal to the patches of the result."""
+        scaled = patches if patches.is_floating_point() else patches.float() / 255
+        scaled = scaled.unflatten(-1, (-1, len(self.mean)))  # (B, L, P*P, C)
+        return ((scaled - self.mean.flatten()) / self.std.flatten()).flatten(-2)
+
     def undo(self, images: torch.Tensor) -> torch.Tensor:
         """Return normalized images in [0, 1] again."""
         return images * self.std + self.mean

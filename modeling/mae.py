@@ -3,6 +3,7 @@
 Legend: B batch, C channels, H W pixels, L patches, K kept patches, D width, P patch side.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ class MAEOutput(NamedTuple):
     """Hold the results of `MaskedAutoencoder.forward`."""
 
     loss: torch.Tensor  # (), float32
-    prediction: torch.Tensor  # (B, L, P*P*C), in the space of the target; (B, L - K, P*P*C) with `removed_only`
+    prediction: torch.Tensor  # (B, L, P*P*C), in the space of the target
     mask: torch.Tensor  # (B, L), 1 = removed, 0 = kept
 
 
@@ -80,21 +81,32 @@ class MaskedAutoencoder(nn.Module):
                 if name != "encoder":  # which is initialized already
                     module.apply(initialize_like_paper)
 
-    def forward(self, images: torch.Tensor, noise: torch.Tensor, *, removed_only: bool = False) -> MAEOutput:
-        """Reconstruct normalized images (B, C, H, W); the K smallest values of `noise` (B, L) mark the kept patches.
+    def forward(
+        self,
+        images: torch.Tensor,
+        noise: torch.Tensor,
+        *,
+        normalize: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        loss_only: bool = False,
+    ) -> MAEOutput | torch.Tensor:
+        """Reconstruct images (B, C, H, W); the K smallest values of `noise` (B, L) mark the kept patches.
 
-        With `removed_only`, which is all that the loss needs, the prediction is (B, L - K, P*P*C): only the removed
-        patches, in the order of their noise.
+        Args:
+            normalize: normalizes patches (B, N, P*P*C) of images that are not, so that 8-bit pixels are gathered.
+            loss_only: return the loss (), and predict only the removed patches, which is all that it needs.
         """
         patches = patchify(images, self.encoder.patch_size)
         order = noise.argsort(dim=1, stable=True)  # kept patches first
-        tokens = self.encoder.encode(self.encoder.embed(patches, order[:, : self.num_kept]))
-        removed = order[:, self.num_kept :]
-        prediction = self.decode(tokens, order, removed.shape[1] if removed_only else None)
-        loss = self.loss(take(patches, removed), prediction[:, -removed.shape[1] :])
+        kept, removed = (take(patches, part) for part in (order[:, : self.num_kept], order[:, self.num_kept :]))
+        if normalize:
+            kept, removed = normalize(kept), normalize(removed)
+        tokens = self.encoder.encode(self.encoder.embed(kept, order[:, : self.num_kept]))
+        prediction = self.decode(tokens, order, removed.shape[1] if loss_only else None)
+        loss = self.loss(removed, prediction[:, -removed.shape[1] :])
+        if loss_only:
+            return loss
         restore = order.argsort(dim=1)  # position of each patch in `order`
-        mask = (restore >= self.num_kept).float()
-        return MAEOutput(loss, prediction if removed_only else take(prediction, restore), mask)
+        return MAEOutput(loss, take(prediction, restore), mask=(restore >= self.num_kept).float())
 
     def decode(self, tokens: torch.Tensor, order: torch.Tensor, last: int | None = None) -> torch.Tensor:
         """Predict patches from encoded tokens (B, 1 + K, D) and the order of patches (B, L), kept ones first.
@@ -148,7 +160,7 @@ class MaskedAutoencoder(nn.Module):
     def training_flops(self) -> float:
         """Return the floating-point operations of the matrix products of a training step, per image."""
         noise = torch.empty(2, self.encoder.grid[0] * self.encoder.grid[1], device="meta")
-        return training_flops(self, noise, removed_only=True)
+        return training_flops(self, noise, loss_only=True)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters, besides biases and norms, without weight decay: none in the paper."""

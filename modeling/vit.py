@@ -270,14 +270,13 @@ class VisionTransformer(nn.Module):
         return self
 
     def embed(self, patches: torch.Tensor, indices: torch.Tensor | None = None, grid: Grid | None = None):
-        """Embed patches (B, L, P*P*C), or those at `indices` (B, K), as tokens (B, 1 + K, D).
+        """Embed patches (B, K, P*P*C), all of the grid or those at `indices` (B, K), as tokens (B, 1 + K, D).
 
         Positions are resized if the patches form another `grid` than the model's own.
         """
         table = resize_positions(self.pos_embed, self.grid, grid or self.grid)
         positions = table[:, 1:]
         if indices is not None:
-            patches = take(patches, indices)
             positions = positions.squeeze(0)[indices]  # (B, K, D)
         x = self.patch_embed(patches) + positions
         cls_token = (self.cls_token + table[:, :1]).expand(x.shape[0], -1, -1)

@@ -8,6 +8,7 @@ from random_modules import new_encoder
 from torch import nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
+from data.batches import Normalization
 from modeling.mae import MaskedAutoencoder
 from modeling.vit import SIZES, VisionTransformer, patchify
 from modeling.weights import load_weights
@@ -117,24 +118,30 @@ def test_loss_counts_removed_patches_only(small, norm_pix_loss):
 
 
 @pytest.mark.parametrize(("drop_path", "checkpointed"), [(0.0, False), (0.3, False), (0.3, True)])
-def test_predicting_removed_patches_alone_changes_neither_loss_nor_gradient(drop_path, checkpointed):
+def test_the_loss_alone_has_the_same_value_and_gradients(drop_path, checkpointed):
     encoder = new_encoder(**SMALL, drop_path=drop_path, gradient_checkpointing=checkpointed)
     model = MaskedAutoencoder(encoder, **{**DECODER, "decoder_depth": 2})
     images, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 16)
     results = []
-    for removed_only in (False, True):
+    for loss_only in (False, True):
         torch.manual_seed(0)
-        output = model(images, noise, removed_only=removed_only)
+        output = model(images, noise, loss_only=loss_only)
+        loss = output if loss_only else output.loss
         model.zero_grad()
-        output.loss.backward()
-        results.append((output, [p.grad.clone() for p in model.parameters() if p.requires_grad]))
+        loss.backward()
+        results.append((loss, [p.grad.clone() for p in model.parameters() if p.requires_grad]))
     (whole, gradients), (part, own_gradients) = results
-    torch.testing.assert_close(part.loss, whole.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(part, whole, rtol=1e-6, atol=0)
     torch.testing.assert_close(own_gradients, gradients, rtol=1e-5, atol=1e-7)
-    assert part.prediction.shape == (3, 12, 192) and torch.equal(part.mask, whole.mask)
-    for sample in range(3):
-        removed = noise[sample].argsort()[4:]
-        torch.testing.assert_close(part.prediction[sample], whole.prediction[sample, removed])
+
+
+def test_patches_of_8_bit_images_are_normalized_as_the_images_are(small):
+    model, images, noise = small
+    normalize = Normalization([0.1, 0.5, 0.8], [0.2, 0.3, 0.4], torch.device("cpu"))
+    for pixels in (torch.randint(0, 256, images.shape, dtype=torch.uint8), torch.rand_like(images)):
+        expected = model(normalize(pixels), noise)
+        output = model(pixels, noise, normalize=normalize.patches)
+        assert all(torch.equal(one, other) for one, other in zip(output, expected, strict=True))
 
 
 def test_gradient_reaches_no_removed_pixel_through_the_prediction(small):

@@ -11,7 +11,7 @@ from random_modules import new_encoder
 from random_modules import randomize as randomize_by
 from torch import nn
 
-from modeling.vit import SIZES, Attention, VisionTransformer, patchify, unpatchify
+from modeling.vit import SIZES, Attention, VisionTransformer, patchify, take, unpatchify
 from modeling.weights import load_weights
 
 randomize = partial(randomize_by, std=0.02)
@@ -78,7 +78,7 @@ def test_embedding_some_patches_is_taking_some_tokens():
     model = randomize(VisionTransformer(**SMALL))
     patches = patchify(torch.randn(2, 3, 32, 32), 8)
     kept = torch.tensor([[5, 0, 11], [15, 3, 2]])
-    every, some = model.embed(patches), model.embed(patches, kept)
+    every, some = model.embed(patches), model.embed(take(patches, kept), kept)
     assert some.shape == (2, 4, 32)
     torch.testing.assert_close(some[:, 0], every[:, 0])
     for image in range(2):

@@ -2,6 +2,9 @@
 
 import torch
 from torch import nn
+from torch.nn.utils import get_total_norm
+
+from training.sharding import whole
 
 DECAY_FLAGS = ("weight_decay", "bias_weight_decay", "norm_weight_decay", "layer_decay")
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -63,6 +66,14 @@ def lars(groups: list[dict]) -> torch.optim.Optimizer:
             new = {"params": own, "weight_decay": decay, "lr_scale": group["lr_scale"], "always_adapt": adapted}
             split += [new] if own else []
     return Lars(split, lr=0.0, momentum=0.9, trust_coeff=0.001)
+
+
+def clip_gradients(accelerator, model: nn.Module, max_norm: float) -> torch.Tensor:
+    """Clip the global norm of the gradients, unless `max_norm` is 0; return the norm before, (), on the device."""
+    if max_norm:
+        return accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    accelerator.unscale_gradients()  # of fp16's loss scaler
+    return whole(get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
