@@ -206,8 +206,8 @@ def evaluate(run, model, dataset, classes, normalize, *, read, export=None):
         broadcast(buffer)
     rows, damaged = [], []
     for batch in read(dataset, range(len(dataset))):
-        with run.accelerator.autocast():
-            logits = model.forward(normalize(batch.images.to(run.device))).float()  # not compiled: sizes vary
+        with run.accelerator.autocast():  # the forward method is not compiled, as sizes vary
+            logits = model.forward(normalize(batch.images.to(run.device, non_blocking=True))).float()
         losses = F.cross_entropy(logits, batch.labels.to(run.device), reduction="none").tolist()
         rankings = logits.topk(min(5, len(classes))).indices.tolist()
         scored = zip(batch.indices, batch.labels.tolist(), rankings, losses, strict=True)

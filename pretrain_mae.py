@@ -184,7 +184,8 @@ def empty_step(accelerator, model, optimizer, size, *, normalize, pixels):
 @torch.no_grad()
 def reconstruct(accelerator, model, batch, normalize):
     """Return a batch's loss, its images and predictions (B, C, H, W) in [0, 1], and its masks (B, 1, H, W)."""
-    images, noise = normalize(batch.images.to(accelerator.device)), batch.noise.to(accelerator.device)
+    images, noise = (part.to(accelerator.device, non_blocking=True) for part in batch[:2])
+    images = normalize(images)
     with accelerator.autocast():
         loss, prediction, mask = model.forward(images, noise)  # not compiled: sizes vary
     prediction = normalize.undo(model.reconstruct(images, prediction))
@@ -239,7 +240,7 @@ def evaluate(run, model, dataset, indices, normalize, *, read, preview):
 def features_of(accelerator, model, images, normalize):
     """Return the mean-pooled patch tokens of the unmasked encoder: (B, C, H, W) -> (B, D)."""
     with accelerator.autocast():
-        tokens = model.encoder.forward_features(normalize(images.to(accelerator.device)))
+        tokens = model.encoder.forward_features(normalize(images.to(accelerator.device, non_blocking=True)))
     return tokens[:, 1:].float().mean(dim=1)
 
 

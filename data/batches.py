@@ -258,6 +258,7 @@ def own_batches(
     process_index: int,
     num_processes: int,
     watch: Callable[[range], Iterable[int]],
+    pin_memory: bool = False,
 ) -> Iterator:
     """Yield this process's share of the samples `indices` in batches, in the epoch of validation.
 
@@ -265,7 +266,7 @@ def own_batches(
     """
     own = [(FIXED_EPOCH, int(index)) for index in indices[process_index::num_processes]]
     batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
-    loader = iter(make_loader(dataset, batches, num_workers=num_workers))
+    loader = iter(make_loader(dataset, batches, num_workers=num_workers, pin_memory=pin_memory))
     for _ in watch(range(math.ceil(len(indices) / num_processes / batch_size))):
         batch = next(loader, None)
         if batch is not None:

@@ -61,7 +61,10 @@ def segmentation_loss(
     the whole batch, and a mask without a valid pixel gives 0. `class_weights` (N,) multiply the losses of their class
     and do not change the divisor.
     """
-    total = F.cross_entropy(logits.float(), masks.long(), weight=class_weights, ignore_index=IGNORED, reduction="sum")
+    logits, masks = logits.float(), masks.long()
+    if torch.are_deterministic_algorithms_enabled():  # the GPU's kernel for maps is not
+        logits, masks = logits.movedim(1, -1).flatten(0, 2), masks.flatten()
+    total = F.cross_entropy(logits, masks, weight=class_weights, ignore_index=IGNORED, reduction="sum")
     return total / masks.numel()
 
 
@@ -93,6 +96,19 @@ class ConvModule(nn.Sequential):
         self.activation = nn.ReLU()
 
 
+class AveragePool(nn.AdaptiveAvgPool2d):
+    """Average maps (B, D, h, w) over bins (B, D, *output_size); with deterministic algorithms by matrix products."""
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        if not torch.are_deterministic_algorithms_enabled():
+            return super().forward(maps)
+        rows, columns = (  # (side, bins): the share of each pixel in each bin
+            F.adaptive_avg_pool1d(torch.eye(side, device=maps.device)[None], self.output_size)[0].to(maps.dtype)
+            for side in maps.shape[2:]
+        )
+        return rows.T @ maps @ columns
+
+
 class UperNetHead(nn.Module):
     """Predict logits (B, N, h, w) from the four maps of a feature pyramid, at the size of the first, the largest.
 
@@ -103,7 +119,7 @@ class UperNetHead(nn.Module):
     def __init__(self, dim: int, num_classes: int, width: int):
         super().__init__()
         self.psp_modules = nn.ModuleList(
-            [nn.Sequential(nn.AdaptiveAvgPool2d(bins), ConvModule(dim, width, 1)) for bins in POOL_SCALES]
+            [nn.Sequential(AveragePool(bins), ConvModule(dim, width, 1)) for bins in POOL_SCALES]
         )
         self.bottleneck = ConvModule(dim + len(POOL_SCALES) * width, width, 3)
         self.lateral_convs = nn.ModuleList([ConvModule(dim, width, 1) for _ in range(3)])

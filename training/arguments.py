@@ -323,6 +323,8 @@ def add_speed_flags(parser: Parser) -> None:
     flag("--compile", action=Pair, default=False, help="compile the training step with torch.compile (off)")
     help_text = "recompute activations in the backward pass: less memory, one more forward pass (off)"
     flag("--gradient_checkpointing", action=Pair, default=False, help=help_text)
+    help_text = "make resumed runs bit-exact on a GPU, too, in slower steps (off; on a CPU they always are)"
+    flag("--deterministic", action=Pair, default=False, help=help_text)
     flag("--tf32", action=Pair, default=True, help="TF32 for matrix products and convolutions of float32 on a GPU (on)")
 
 

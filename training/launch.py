@@ -67,6 +67,8 @@ def run_script(main: Callable[[], None], *, remedy: str | None = None) -> None:
             message = " ".join(str(error).split())[:200] or type(error).__name__
             report = f"out of memory ({message}); "
             report += remedy or f"give a smaller --micro_batch_size, or --gradient_checkpointing, and {resume}"
+        elif "does not have a deterministic implementation" in str(error):
+            report = f"--deterministic: {str(error).partition(',')[0]}; leave the flag out"
         elif is_lost_process(error):
             report = (
                 f"process {os.environ.get('RANK', 0)} stops because another process of the run is gone: it failed (see "
@@ -113,8 +115,13 @@ def resolve_precision(mixed_precision: str | None) -> str:
     return "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
-def set_speed(device: torch.device, *, tf32: bool) -> None:
-    """Set torch's process-wide options: threads on a CPU, TF32 on a GPU."""
+def set_speed(device: torch.device, *, tf32: bool, deterministic: bool = False) -> None:
+    """Set torch's process-wide options: threads on a CPU, TF32 on a GPU, deterministic algorithms."""
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass sums in any order, which torch does not know
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # of use in debugging alone
     if device.type != "cpu":
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32  # convolutions; torch's default is True
@@ -128,6 +135,7 @@ def prepare_compiler(device: torch.device) -> list[str]:
     import torchmetrics.functional.image  # noqa: F401 - validation's; importing it later recompiles, in torch 2.8
 
     torch._inductor.config.fallback_random = True
+    torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()  # newer versions do it alone
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # its type depends on what is missing: a C++ compiler, Triton, a driver

@@ -23,13 +23,15 @@ from training.launch import RunError, fail, is_main_process, prepare_compiler, r
 MACHINE_FLAGS = {"num_workers", "cache_dir", "path_to_data", "path_to_validation_data", "path_to_classes"}
 
 
-def start_accelerator(mixed_precision: str | None, *, tf32: bool, compiled: bool) -> tuple[Accelerator, list[str]]:
+def start_accelerator(
+    mixed_precision: str | None, *, tf32: bool, compiled: bool, deterministic: bool
+) -> tuple[Accelerator, list[str]]:
     """Join this process with the others of the run, and set torch's process-wide options.
 
     DDP keeps gradients as views of the buckets that it exchanges, which saves a copy of them.
 
     Args:
-        mixed_precision, tf32, compiled: the flags.
+        mixed_precision, tf32, compiled, deterministic: the flags.
 
     Returns:
         The accelerator, and error messages, one per problem.
@@ -48,7 +50,7 @@ def start_accelerator(mixed_precision: str | None, *, tf32: bool, compiled: bool
     errors = check_processes(accelerator.num_processes, accelerator.device)
     if errors:  # each of them would go on as a run of its own
         fail(errors, show=is_main_process())
-    set_speed(accelerator.device, tf32=tf32)
+    set_speed(accelerator.device, tf32=tf32, deterministic=deterministic)
     return accelerator, prepare_compiler(accelerator.device) if compiled else []
 
 

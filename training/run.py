@@ -60,7 +60,8 @@ class Run:
 
     def __init__(self, flags: argparse.Namespace, errors: list[str], *, default_batch_size: int | None = None):
         self.given, self.errors = flags, list(errors)
-        self.accelerator, problems = start_accelerator(flags.mixed_precision, tf32=flags.tf32, compiled=flags.compile)
+        speed = dict(tf32=flags.tf32, compiled=flags.compile, deterministic=flags.deterministic)
+        self.accelerator, problems = start_accelerator(flags.mixed_precision, **speed)
         self.errors += problems
         self.device, self.is_main_process = self.accelerator.device, self.accelerator.is_main_process
         self.process_index, self.num_processes = self.accelerator.process_index, self.accelerator.num_processes
@@ -125,11 +126,9 @@ class Run:
         if self.learning_rate is None:
             # The linear scaling rule (Goyal et al. 2017)
             self.learning_rate = flags.base_learning_rate * self.batch.global_size / 256
-        if flags.min_learning_rate > self.learning_rate:
-            raise InputError(
-                f"--min_learning_rate {flags.min_learning_rate:g} is above the peak of {self.learning_rate:g}; take a "
-                "lower one"
-            )
+        low, peak = flags.min_learning_rate, self.learning_rate
+        if low > peak:
+            raise InputError(f"--min_learning_rate {low:g} is above the peak of {peak:g}; take a lower one")
 
     def plan_steps(self, num_samples: int, check_micro_batch: Callable[[int], list[str]], **defaults) -> None:
         """Plan the number of steps from the samples of an epoch, all views counted.
@@ -210,7 +209,7 @@ class Run:
             data: options of `describe_images`.
         """
         tf32 = self.given.tf32 and self.accelerator.mixed_precision == "no" and self.device.type != "cpu"
-        speed = ["TF32"] * tf32 + ["compile"] * self.given.compile
+        speed = ["TF32"] * tf32 + ["deterministic"] * self.given.deterministic + ["compile"] * self.given.compile
         speed += ["gradient checkpointing"] * self.gradient_checkpointing + ["FSDP2"] * self.accelerator.is_fsdp2
         lines = [describe_images(self.given.path_to_data, *self.sources, **data), *model]
         lines += describe_run(self.plan, images, self.accelerator, speed, decay=decay)
@@ -360,7 +359,8 @@ class Run:
     @property
     def reading(self) -> dict:
         """The options of `own_batches` for this process."""
-        return dict(process_index=self.process_index, num_processes=self.num_processes, watch=self.watch)
+        processes = dict(process_index=self.process_index, num_processes=self.num_processes)
+        return dict(watch=self.watch, pin_memory=self.pin_memory, **processes)
 
     def watch(self, batches: range) -> Iterator[int]:
         """Yield the numbers of the batches of a validation under a bar, until the run is asked to stop.
