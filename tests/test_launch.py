@@ -31,6 +31,10 @@ run_script(main, remedy={!r})
         ("raise OSError(errno.ENOSPC, 'full', 'a.bin')", None, 1, "\nerror: a.bin could not be written (the disk is"),
         ("raise torch.OutOfMemoryError('CUDA is\\nfull')", None, 1, "\nerror: out of memory (CUDA is full); give"),
         ("torch.empty(2**50)", None, 1, "\nerror: out of memory ("),
+        (
+            "raise RuntimeError('x_cuda does not have a deterministic implementation, but you set')",
+            *(None, 1, "\nerror: --deterministic: x_cuda does not have a deterministic implementation; leave"),
+        ),
         ("raise MemoryError", "close programs", 1, "\nerror: out of memory (MemoryError); close programs\n"),
         ("raise RuntimeError('Connection closed by peer')", None, 1, "\nTraceback (most recent call last):"),
     ],
@@ -63,6 +67,17 @@ def test_the_single_thread_of_the_launcher_is_undone(monkeypatch):
         monkeypatch.setattr("os.environ", variables)
         launch.set_speed(torch.device("cpu"), tf32=True)
     assert numbers == [3]
+
+
+def test_deterministic_algorithms(tmp_path):
+    code = """
+import os, torch
+from training.launch import set_speed
+set_speed(torch.device("cpu"), tf32=True, deterministic=True)
+assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cuda.cudnn_sdp_enabled()
+assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+"""
+    run_code(code, cwd=tmp_path)
 
 
 def test_words():

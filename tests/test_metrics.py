@@ -96,3 +96,19 @@ def test_numbers_of_void_and_beyond_the_classes():
     for number in (3, 255, 300):
         with pytest.raises(ValueError, match=rf"class number {number} in a prediction; expected 0 to 2"):
             segmentation_areas(torch.tensor([0, number, 2]), few, 3)
+
+
+def test_ssim_is_computed_without_tf32(case, monkeypatch):
+    import torchmetrics.functional.image as peer
+
+    name, seen = "structural_similarity_index_measure", []
+    ssim = getattr(peer, name)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+
+    def watch(*args, **options):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return ssim(*args, **options)
+
+    monkeypatch.setattr(peer, name, watch)
+    reconstruction_metrics(*case)
+    assert seen == [False, False] and torch.backends.cudnn.allow_tf32

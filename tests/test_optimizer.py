@@ -10,7 +10,7 @@ from torch import nn
 from modeling.classifier import Classifier
 from modeling.mae import MaskedAutoencoder
 from modeling.vit import SIZES, VisionTransformer
-from training.optimizer import adamw, lars, parameter_groups, set_learning_rate
+from training.optimizer import adamw, clip_gradients, lars, parameter_groups, set_learning_rate
 
 # 0.65 to the power 13 - i, for layer i of ViT-B: 0 the embeddings, 1 to 12 the blocks, 13 the head
 SCALES = [
@@ -140,3 +140,14 @@ def test_steps_of_lars_against_the_equations_of_the_paper(decay):
     assert (expected - weight).abs().max() > 1e-3
     expected = lars_of_the_paper(bias, [g[:, 5] for g in gradients], rate=6.4, decay=0.0, adapted=False)
     torch.testing.assert_close(model.bias.detach(), expected)
+
+
+def test_gradients_are_clipped_or_left_as_they_are():
+    accelerator, model = Accelerator(cpu=True), nn.Linear(3, 2)
+    model(torch.ones(4, 3)).square().sum().backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    for max_norm, factor in ((0, 1.0), (norm / 2, 0.5)):
+        torch.testing.assert_close(clip_gradients(accelerator, model, max_norm), norm)
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, factor * gradient)

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BeitConfig, UperNetConfig, UperNetForSemanticSegmentation
 
-from modeling.upernet import Segmenter, default_layers, segmentation_loss
+from modeling.upernet import POOL_SCALES, AveragePool, Segmenter, default_layers, segmentation_loss
 from modeling.vit import SIZES, VisionTransformer
 from modeling.weights import load_weights
 
@@ -313,3 +313,25 @@ def test_flops_of_a_step_are_those_that_torch_counts(head, extras):
         outputs = model.train()(images)
         sum(segmentation_loss(one, masks) for one in (outputs if model.auxiliary else [outputs])).backward()
     assert flops == counter.get_total_flops() / 4
+
+
+@pytest.mark.parametrize("bins", POOL_SCALES)
+def test_deterministic_pooling_averages_the_same_pixels(bins):
+    maps, pool = torch.randn(2, 3, 7, 10, requires_grad=True), AveragePool(bins)
+    results = []
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        pooled = pool(maps)
+        results.append((pooled, *torch.autograd.grad(pooled.square().sum(), maps)))
+    torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_the_deterministic_loss_is_the_same():
+    logits, masks, losses = torch.randn(2, 4, 6, 5), torch.randint(0, 4, (2, 6, 5), dtype=torch.uint8), []
+    masks[0, :2] = 255
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        losses.append(segmentation_loss(logits, masks, class_weights=torch.tensor([1.0, 2.0, 0.5, 0.0])))
+    torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(*losses)

@@ -1,0 +1,133 @@
+"""Steps and evaluations on fake CUDA tensors, which have devices and types but no values.
+
+Code that mixes devices, or waits for a value on the device, raises.
+"""
+
+from contextlib import nullcontext
+from itertools import repeat
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+import finetune_classifier
+import finetune_segmentation
+import pretrain_mae
+from data.batches import ClassificationBatch, Normalization, PretrainingBatch
+from data.segmentation import SegmentationBatch
+from data.transforms import build_mixing
+from modeling.classifier import Classifier
+from modeling.mae import MaskedAutoencoder
+from modeling.sliding_window import predict
+from modeling.upernet import Segmenter
+from modeling.vit import VisionTransformer
+from training.metrics import reconstruction_metrics
+from training.neighbours import knn_vote, nearest
+from training.optimizer import adamw, parameter_groups
+
+CUDA = torch.device("cuda:0")
+SIZE = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
+MIXING = dict(mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5, label_smoothing=0.1)
+
+
+@pytest.fixture(params=[False, True], ids=["default", "deterministic"])
+def fake(request, monkeypatch):
+    """Enter the mode of fake tensors; autocast is possible, though there is no GPU."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    torch.use_deterministic_algorithms(request.param)
+    with FakeTensorMode():
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Accelerator(SimpleNamespace):
+    """What the scripts use of Accelerate, on the fake device."""
+
+    device, gradient_accumulation_steps, sync_gradients = CUDA, 2, True
+
+    def accumulate(self, model):
+        return nullcontext()
+
+    def autocast(self):
+        return torch.autocast("cuda", torch.bfloat16)
+
+    def backward(self, loss):
+        """Give every parameter a gradient; autograd itself needs a real device."""
+        assert loss.requires_grad
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+
+    def unscale_gradients(self):
+        pass
+
+    def clip_grad_norm_(self, parameters, max_norm):
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+def on_gpu(model):
+    """Return the model with its parameters and buffers on the fake device; `to` cannot swap fake ones."""
+    for module in model.modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                copy = torch.empty(tensor.shape, device=CUDA)
+                module._parameters[name] = torch.nn.Parameter(copy, requires_grad=tensor.requires_grad)
+        for name, tensor in module._buffers.items():
+            module._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA)
+    return model
+
+
+def encoder(**extras):
+    return VisionTransformer(**SIZE).add_extras(drop_path=0.2, **extras)
+
+
+def pretraining():
+    model = MaskedAutoencoder(encoder(), decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    batch = PretrainingBatch(torch.empty(4, 3, 32, 32, dtype=torch.uint8), torch.empty(4, 16), [])
+    return pretrain_mae, model, batch, {}
+
+
+def classification():
+    batch = ClassificationBatch(torch.empty(4, 3, 32, 32, dtype=torch.uint8), torch.empty(4, dtype=torch.long), [], [])
+    mixing = build_mixing(0.25, device=CUDA, num_classes=5, **MIXING)
+    return finetune_classifier, Classifier(encoder(), 5), batch, dict(mixing=mixing, label_smoothing=0.1)
+
+
+def segmentation():
+    model = Segmenter(encoder(relative_position_bias=True, layer_scale=1.0), 5, head_width=16)
+    masks = torch.empty(4, 32, 32, dtype=torch.uint8)
+    batch = SegmentationBatch(torch.empty(4, 3, 32, 32, dtype=torch.uint8), masks, [], [])
+    return finetune_segmentation, model, batch, dict(weights=torch.empty(5, device=CUDA), auxiliary_weight=0.4)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0, 1.0])
+@pytest.mark.parametrize("task", [pretraining, classification, segmentation])
+def test_a_step_neither_waits_nor_mixes_devices(fake, task, max_grad_norm):
+    script, model, batch, options = task()
+    on_gpu(model).train()
+    optimizer = adamw(parameter_groups(model, 0.05), betas=(0.9, 0.95))
+    normalize = Normalization([0.5] * 3, [0.5] * 3, CUDA)
+    batches = repeat((0, batch))
+    loss, norm, _ = script.optimizer_step(
+        Accelerator(model=model), model, optimizer, batches, normalize, max_grad_norm=max_grad_norm, **options
+    )
+    assert loss.device == norm.device == CUDA and loss.dtype == norm.dtype == torch.float32
+    with pytest.raises(DataDependentOutputException):  # what a wait in the step would have raised
+        loss.item()
+
+
+def test_evaluations_neither_wait_nor_mix_devices(fake):
+    model, images = on_gpu(MaskedAutoencoder(encoder(), decoder_depth=1)).eval(), torch.empty(4, 3, 32, 32)
+    batch = PretrainingBatch(images, torch.empty(4, 16), [])
+    parts = pretrain_mae.reconstruct(Accelerator(), model, batch, Normalization([0.5] * 3, [0.5] * 3, CUDA))
+    metrics = reconstruction_metrics(*parts[1:])
+    assert {value.device for value in metrics.values()} == {CUDA}
+
+    segmenter = on_gpu(Segmenter(encoder(), 5, head="linear")).eval()
+    views = [torch.empty(1, 3, 40, 56, device=CUDA)]
+    assert predict(segmenter, views, (50, 70), window=32, flip=True).device == CUDA
+
+    features, labels = torch.empty(50, 8, device=CUDA), torch.empty(50, dtype=torch.long, device=CUDA)
+    assert knn_vote(*nearest(features, labels, features[:7], 5), 10).device == CUDA
