@@ -111,17 +111,17 @@ def check_flags(args):
     return errors + arguments.check_segmenter(args, HEADS[args.head])
 
 
-def check_segmenter_batch(size, *, smallest):
+def check_segmenter_batch(size, *, min_batch):
     """Return error messages for micro-batches of `size` images, fewer than the head's BatchNorms need."""
-    message = f"the head has BatchNorms that see one value per image; give micro-batches of at least {smallest} images"
-    return [message] if size < smallest else []
+    message = f"the head has BatchNorms that see one value per image; give micro-batches of at least {min_batch} images"
+    return [message] if size < min_batch else []
 
 
 def build_model(encoder, extras, num_classes, head, *, custom_weight_init):
     """Build the segmenter from arguments of VisionTransformer and add_extras, and the values of `resolve_head`."""
     encoder = VisionTransformer(**encoder, custom_weight_init=custom_weight_init).add_extras(**extras)
-    width, auxiliary = head["head_width"] or 512, bool(head["auxiliary_weight"])
-    options = dict(head=head["head"], layers=head["layers"], head_width=width, auxiliary=auxiliary)
+    options = dict(head=head["head"], layers=head["layers"], head_width=head["head_width"])
+    options["auxiliary"] = bool(head["auxiliary_weight"])
     return Segmenter(encoder, num_classes, custom_weight_init=custom_weight_init, **options)
 
 
@@ -251,7 +251,7 @@ def evaluate_trained(run):
     model, encoder = trained.model, trained.encoder
     with run.refusing(InputError, DataError):
         check_trained(vars(flags), SIZES, encoder)
-        resolve_crop(encoder.img_size[0], encoder.patch_size, smallest=HEADS[model.head].smallest)
+        resolve_crop(encoder.img_size[0], encoder.patch_size, min_patches=model.decode_head.min_patches)
         known = ImageFormat(encoder.in_channels, trained.value_range, None, trained.mean, trained.std)
         images = resolve_images(ImageFormat.from_dict(vars(flags)), known=None, trained=known)
         pixels = PixelFormat(images.input_channels, images.value_range, images.nodata, flags.max_pixels)
@@ -276,7 +276,7 @@ def describe_model(model, head, recipe, images):
     """Return the plan's lines about model, recipe and images; the latter two are in words."""
     encoder, layers = model.encoder, head["layers"]
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    name = HEADS[model.head].name + (f" of width {head['head_width']}" if head["head_width"] else "")
+    name = model.decode_head.title + (f" of width {head['head_width']}" if head["head_width"] else "")
     return [
         f"model      {encoder.embed_dim} x {len(encoder.blocks)} encoder, {name} after block{'s' * (len(layers) > 1)} "
         f"{', '.join(map(str, layers))}: {parameters:.3g} M parameters, "
@@ -308,7 +308,7 @@ def main(argv=None):
         encoder = resolve_encoder(vars(args), SIZES, previous=run.previous, weights=weights)
         crop_size = args.crop_size or run.previous.get("crop_size") or CROP_SIZE
         resize = args.resize or run.previous.get("resize") or [4 * crop_size, crop_size]
-        img_size = resolve_crop(crop_size, encoder["patch_size"], smallest=HEADS[args.head].smallest)
+        img_size = resolve_crop(crop_size, encoder["patch_size"], min_patches=HEADS[args.head].min_patches)
     with run.refusing(InputError):
         head = resolve_head(vars(args), encoder["depth"], HEADS[args.head], default_layers)
     with run.refusing(DataError):
@@ -318,7 +318,7 @@ def main(argv=None):
         check_class_weights(args.class_weights, len(classes))
     with run.refusing(InputError):
         alone = not synchronized or args.micro_batch_size == "auto"  # which tries steps without synchronization
-        check_batch = partial(check_segmenter_batch, smallest=HEADS[args.head].smallest if alone else 1)
+        check_batch = partial(check_segmenter_batch, min_batch=HEADS[args.head].min_batch if alone else 1)
         run.plan_steps(len(sources[0]), check_batch, default_warmup_steps=WARMUP_STEPS)
     with run.refusing(WeightsError, flag=WEIGHTS):
         torch.manual_seed(args.seed)

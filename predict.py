@@ -16,6 +16,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -252,12 +253,14 @@ def main(argv=None):
     except WeightsError as error:
         errors.append(str(error))
     folder = Path(args.output or "predictions")
-    errors += check_output(args.features, folder)
+    if not errors or args.output or args.features:  # after a first call the default folder is always taken
+        errors += check_output(args.features, folder)
     if errors:
         fail(errors)
     output = Path(args.features or folder / LINES)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output.parent).close()
     except OSError as error:
         fail([f"the folder {output.parent} cannot be written ({error.strerror}); give another one"])
 

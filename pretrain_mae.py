@@ -58,8 +58,10 @@ from training.schedule import learning_rate_at
 from training.wording import several
 
 DEFAULT_WARMUP_EPOCHS = 40
-DECODER_FLAGS = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "decoder_mlp_ratio")
-DECODER_FLAGS += ("mask_ratio", "norm_pix_loss")
+MODEL_FLAGS = (
+    *("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "decoder_mlp_ratio"),
+    *("mask_ratio", "norm_pix_loss"),
+)
 
 
 def parse_args(argv=None):
@@ -319,7 +321,7 @@ def main(argv=None):
         torch.manual_seed(args.seed)
         encoder_args = {name: getattr(args, flag) for name, flag in ENCODER_FLAGS.items()}
         encoder_args |= dict(img_size=tuple(args.img_size), in_channels=pixels.channels)
-        decoder_args = {name: getattr(args, name) for name in DECODER_FLAGS}
+        decoder_args = {name: getattr(args, name) for name in MODEL_FLAGS}
         options = dict(drop_path=args.drop_path, custom_weight_init=args.custom_weight_init)
         model = build_model(encoder_args, decoder_args, **options)
         model.encoder.gradient_checkpointing = run.gradient_checkpointing

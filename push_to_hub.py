@@ -124,7 +124,7 @@ def describe_model(trained):
         token = "class token" if model.pooling == "cls" else "mean patch token"
         words += f", classifier of {model.num_classes} classes on the {token}"
     elif isinstance(model, Segmenter):
-        words += f", {'UperNet' if model.head == 'upernet' else 'linear'} head for {model.num_classes} classes"
+        words += f", {model.decode_head.title} for {model.num_classes} classes"
     images = "images of {} x {} pixels".format(*encoder.img_size)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     return f"{words}, for {images} with {several(encoder.in_channels, 'channel')}: {millions:.3g} M parameters"

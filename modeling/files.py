@@ -49,6 +49,7 @@ class Stored(NamedTuple):
     mask_ratio: float | None = None  # of an autoencoder
     norm_pix_loss: bool | None = None
     value_range: list[float] | None = None  # pixels that become 0 and 1; None: 0 and 255
+    norm_eps: float | None = None  # of LayerNorm, unless it is 1e-6 as here
     unsupported: str | None = None  # a feature of the weights that no model here has, in words
 
 
@@ -107,6 +108,9 @@ def _read_config(config: dict, folder: Path) -> Stored:
     pool_scales = config.get("pool_scales", POOL_SCALES)
     if sizes.get("add_fpn") and tuple(pool_scales) != POOL_SCALES:
         unsupported = f"the pyramid pooling {' '.join(map(str, pool_scales))}"
+    norm_eps = float(sizes.get("layer_norm_eps", 1e-12))  # transformers does not write its default
+    if norm_eps > 1e-5:
+        unsupported = f"the epsilon {norm_eps:g} in norms"
     mean, value_range = processor.get("image_mean"), config.get("value_range")
     if mean and value_range:  # other libraries can only multiply pixels, so theirs end in a range of length 1
         low, high = value_range
@@ -125,6 +129,7 @@ def _read_config(config: dict, folder: Path) -> Stored:
         mask_ratio=config.get("mask_ratio"),
         norm_pix_loss=config.get("norm_pix_loss"),
         value_range=value_range,
+        norm_eps=None if norm_eps == 1e-6 else norm_eps,
         unsupported=unsupported,
     )
 

@@ -61,6 +61,8 @@ def download(name: str, *, whole: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     repository, _, revision = name.removeprefix(PREFIX).partition("@")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
+        raise WeightsError(f"{name}: no name of a repository; expected {PREFIX}OWNER/NAME[@revision]; correct it")
     try:
         for part in ("pretraining/", "") if whole else ("",):
             for file in WEIGHT_FILES:
@@ -76,7 +78,7 @@ def download(name: str, *, whole: bool) -> Path:
             f"{name}: no such model repository, or a private or gated one; correct the name, or ask for access on its "
             "page and log in with hf auth login (make sure that your token has not expired)"
         ) from error
-    except (errors.HTTPError, errors.HFValidationError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise WeightsError(f"{name}: could not be downloaded ({reason}); try again, or give a local path") from error
     raise WeightsError(

@@ -9,7 +9,7 @@ import re
 import torch
 
 from modeling.files import WeightsError
-from modeling.upernet import HEADS as SEGMENTERS
+from modeling.upernet import HEADS
 
 State = dict[str, torch.Tensor]  # parameters by name
 
@@ -59,7 +59,8 @@ TRANSFORMERS_5_NAMES = [
 ]
 
 SEGMENTATION_HEADS = ("decode_head.", "auxiliary_head.")  # the same names here and in transformers
-HEADS = ("head.", "head_norm.", "fc_norm.", "vit.pooler.", "fpn.", *SEGMENTATION_HEADS)  # all that follows an encoder
+# All that follows an encoder
+HEAD_PREFIXES = ("head.", "head_norm.", "fc_norm.", "vit.pooler.", "fpn.", *SEGMENTATION_HEADS)
 DECODER = ("mask_token", "decoder_")
 BLOCKS = {"encoder": "encoder.blocks.", "decoder": "decoder_blocks."}
 PROJECTION = "encoder.patch_embed.proj.weight"  # (D, C, P, P)
@@ -94,7 +95,7 @@ def to_ours(state: State) -> tuple[str, State]:
     if {"blocks.0.attn.qkv.weight", "patch_embed.proj.weight"} <= state.keys():
         layout = f"a timm or MAE {'classifier' if 'head.weight' in state else 'encoder'}"
         layout = "the official MAE" if any(name.startswith(DECODER) for name in state) else layout
-        return layout, {n if n.startswith(DECODER + HEADS) else f"encoder.{n}": t for n, t in state.items()}
+        return layout, {n if n.startswith(DECODER + HEAD_PREFIXES) else f"encoder.{n}": t for n, t in state.items()}
     if any(f"backbone.{part}embeddings.cls_token" in state for part in ("", "beit.")):
         layout, prefix = "transformers' UperNet", r"^backbone\.(beit\.)?(?!fpn)"
     elif "beit.embeddings.cls_token" in state:
@@ -155,8 +156,9 @@ def model_settings(state: State) -> dict[str, object]:
         settings |= dict(num_classes=len(state["head.weight"]), pooling=pooling)
         settings["linear_probe"] = "head_norm.running_mean" in state  # not in an export, whose head includes the norm
     head = state.get("decode_head.classifier.weight")
-    name = next((name for name, facts in SEGMENTERS.items() if facts.parameter in state), None)
+    name = next((name for name, kind in HEADS.items() if kind.own_parameter in state), None)
     if head is not None and name:
-        settings |= dict(num_classes=len(head), head=name, head_width=head.shape[1] if SEGMENTERS[name].width else None)
+        settings |= dict(num_classes=len(head), head=name)
+        settings["head_width"] = head.shape[1] if HEADS[name].default_width else None
         settings["auxiliary"] = "auxiliary_head.classifier.weight" in state
     return settings

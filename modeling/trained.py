@@ -62,9 +62,9 @@ def open_trained(
             and for facts in `given` that contradict the files.
     """
     weights = open_weights(path, whole=whole, given=given)
-    stored, assumed = weights.stored, []
+    stored = weights.stored
     try:
-        model = _build(weights, assumed, whole=whole, img_size=img_size, in_channels=in_channels)
+        model, assumed = _build(weights, whole=whole, img_size=img_size, in_channels=in_channels)
         report = load_weights(model, weights.state, stored=stored, adapt_channels=in_channels is not None)
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             raise WeightsError("weights that are not finite; give an earlier checkpoint, before they diverged")
@@ -76,7 +76,14 @@ def open_trained(
     class_names = stored.classes if len(stored.classes or []) == num_classes else None
     if num_classes and not class_names:
         assumed.append("no names of classes")
-    mean, std = _statistics(stored, encoder.in_channels, assumed)
+    mean, std = list(stored.mean or []), list(stored.std or [])
+    if not len(mean) == len(std) == encoder.in_channels:
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+        if encoder.in_channels != 3:
+            mean = std = [0.5] * encoder.in_channels
+        assumed.append(f"images normalized by the mean {mean} and the standard deviation {std}")
+    if stored.norm_eps is not None:
+        assumed.append(f"norms with an epsilon of 1e-6, where these weights had {stored.norm_eps:g}")
     crop_ratio, resize = (None, None) if img_size else (stored.crop_ratio, stored.resize)
     if isinstance(model, Segmenter) and resize is None:
         resize = 4 * encoder.img_size[0], encoder.img_size[0]
@@ -98,20 +105,9 @@ def open_trained(
     )
 
 
-def _statistics(stored: Stored, channels: int, assumed: list[str]) -> tuple[list[float], list[float]]:
-    """Return the mean and standard deviation of the channels, and append what was assumed."""
-    mean, std = list(stored.mean or []), list(stored.std or [])
-    if not len(mean) == len(std) == channels:
-        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ([0.5] * channels, [0.5] * channels)
-        assumed.append(f"images normalized by the mean {mean} and the standard deviation {std}")
-    return mean, std
-
-
-def _build(
-    weights: Weights, assumed: list[str], *, whole: bool, img_size: Grid | None, in_channels: int | None
-) -> Model:
-    """Return the module that fits the weights, newly initialized, and append what was assumed about it."""
-    settings, stored, sizes = weights.settings, weights.stored, dict(weights.sizes)
+def _build(weights: Weights, *, whole: bool, img_size: Grid | None, in_channels: int | None) -> tuple[Model, list[str]]:
+    """Return the module that fits the weights, newly initialized, and what was assumed about it."""
+    settings, stored, sizes, assumed = weights.settings, weights.stored, dict(weights.sizes), []
     if sizes["num_heads"] is None:
         message = "no file states the number of attention heads; convert the weights with push_to_hub.py"
         raise WeightsError(message, dict(encoder_num_heads="N"))
@@ -124,11 +120,11 @@ def _build(
     if head:
         scale = 1.0 if settings["layer_scale"] else None
         encoder.add_extras(relative_position_bias=settings["relative_position_bias"], layer_scale=scale)
-        options = dict(head_width=settings["head_width"] or 512, auxiliary=settings["auxiliary"])
+        options = dict(head_width=settings["head_width"], auxiliary=settings["auxiliary"])
         segmenter = Segmenter(encoder, settings["num_classes"], head=head, layers=stored.layers, **options)
         if stored.layers is None:
             assumed.append(f"the head sees the blocks {' '.join(map(str, segmenter.layers))}")
-        return segmenter
+        return segmenter, assumed
     if whole and "decoder_embed_dim" in settings:
         options = {name: settings[name] for name in ("decoder_embed_dim", "decoder_depth", "decoder_mlp_ratio")}
         for name, value in PAPER.items():
@@ -136,11 +132,11 @@ def _build(
             if options[name] is None:
                 options[name] = value
                 assumed.append(f"{name} {value}, as in the paper")
-        return MaskedAutoencoder(encoder, **options)
+        return MaskedAutoencoder(encoder, **options), assumed
     if "pooling" in settings:
         if stored.pooling is None:
             pooled = "the cls token" if settings["pooling"] == "cls" else "the mean of the patch tokens"
             assumed.append(f"a head on {pooled}")
         kind = dict(pooling=settings["pooling"], linear_probe=settings["linear_probe"])
-        return Classifier(encoder, settings["num_classes"], **kind)
-    return encoder
+        return Classifier(encoder, settings["num_classes"], **kind), assumed
+    return encoder, assumed

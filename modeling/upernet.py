@@ -6,7 +6,6 @@ Legend: B batch, C channels, H W pixels, h w patches, D width of the encoder, N 
 """
 
 import copy
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,35 +13,19 @@ from torch import nn
 
 from modeling.vit import EncoderWithHead, VisionTransformer
 
-
-class HeadFacts(NamedTuple):
-    """Say what a segmentation head takes; `Segmenter` builds it."""
-
-    name: str  # in words
-    num_layers: int  # number of blocks whose outputs it sees
-    width: int | None  # default channels; None if there is nothing to choose
-    auxiliary_weight: float | None  # default loss weight of its auxiliary head; None without one
-    smallest: int  # least number of patches a side, and of images per micro-batch for its BatchNorms
-    parameter: str  # one that no other head has, by which files are told apart
-
-
-HEADS = {
-    "upernet": HeadFacts("UperNet", 4, 512, 0.4, 2, "fpn.fpn2.weight"),
-    "linear": HeadFacts("linear head", 1, None, None, 1, "decode_head.batch_norm.running_var"),
-}
 POOL_SCALES = (1, 2, 3, 6)  # bins a side of UperNet's pyramid pooling
 IGNORED = 255  # label of pixels without a class
 
 
 def default_layers(depth: int, count: int) -> list[int]:
-    """Return the `count` (1 or 4) blocks, from 0, that feed a head; ValueError for an encoder of fewer blocks.
+    """Return the `count` blocks, from 0, that feed a head; ValueError for an encoder of fewer blocks.
 
-    One is the last; four stand at a third, half, two thirds and the end of the encoder, as in the published recipes
-    (3, 5, 7, 11 of 12).
+    They are the last; but four stand at a third, half, two thirds and the end of an encoder of six blocks or more, as
+    in the published recipes (3, 5, 7, 11 of 12).
     """
     if depth < count:
         raise ValueError(f"a head on {count} blocks of an encoder of {depth}; expected at least {count}")
-    if depth < 6 or count == 1:  # rounding would give a block twice
+    if count != 4 or depth < 6:
         return list(range(depth - count, depth))
     return [round(depth * share) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1)]
 
@@ -116,6 +99,14 @@ class UperNetHead(nn.Module):
     map is added to the next larger one, and all are concatenated (section 3 of the paper).
     """
 
+    title = "UperNet"
+    num_layers = 4  # blocks of the encoder whose outputs the neck sees
+    neck = FeaturePyramid
+    default_width, default_auxiliary_weight = 512, 0.4  # channels, and loss weight of the auxiliary head
+    min_patches = 2  # a side, which the pyramid halves
+    min_batch = 2  # images, for BatchNorms that see one value of each
+    own_parameter = "fpn.fpn2.weight"  # of files with this head
+
     def __init__(self, dim: int, num_classes: int, width: int):
         super().__init__()
         self.psp_modules = nn.ModuleList(
@@ -158,9 +149,18 @@ class AuxiliaryHead(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """Predict logits (B, N, h, w) from the last map: BatchNorm and one linear layer (Oquab et al. 2023, "DINOv2")."""
+    """Predict logits (B, N, h, w) from the last map: BatchNorm and one linear layer (Oquab et al. 2023, "DINOv2").
 
-    def __init__(self, dim: int, num_classes: int):
+    Class attributes as in UperNetHead; it has no width to choose and no auxiliary head.
+    """
+
+    title = "linear head"
+    num_layers, neck = 1, nn.Identity
+    default_width = default_auxiliary_weight = None
+    min_patches = min_batch = 1
+    own_parameter = "decode_head.batch_norm.running_var"
+
+    def __init__(self, dim: int, num_classes: int, width: None):
         super().__init__()
         self.batch_norm = nn.BatchNorm2d(dim)
         self.classifier = nn.Conv2d(dim, num_classes, kernel_size=1)
@@ -196,6 +196,9 @@ class LinearHead(nn.Module):
         return state
 
 
+HEADS = {"upernet": UperNetHead, "linear": LinearHead}
+
+
 def initialize_head(module: nn.Module) -> None:
     """Initialize a head as mmsegmentation does; for `model.apply`.
 
@@ -203,7 +206,7 @@ def initialize_head(module: nn.Module) -> None:
     """
     if isinstance(module, ConvModule):
         nn.init.kaiming_normal_(module.conv.weight, mode="fan_out", nonlinearity="relu")
-    elif isinstance(module, UperNetHead | AuxiliaryHead | LinearHead):
+    elif isinstance(module, (*HEADS.values(), AuxiliaryHead)):
         nn.init.normal_(module.classifier.weight, std=0.01)
         nn.init.zeros_(module.classifier.bias)
 
@@ -217,8 +220,8 @@ class Segmenter(EncoderWithHead):
         encoder: becomes a part of the segmenter and loses its final norm, so load weights into it afterwards.
         head: one of HEADS: "upernet", on the outputs of four blocks, or "linear", on those of one.
         layers: these blocks, from 0, in rising order; by default `default_layers`.
-        head_width: channels of UperNet's layers.
-        auxiliary: add UperNet's auxiliary head, for training.
+        head_width: channels of the head's layers; None for its default.
+        auxiliary: add an auxiliary head, for training, if the head takes one.
         custom_weight_init: initialize the heads as mmsegmentation does instead of as PyTorch does.
 
     Raises:
@@ -232,30 +235,27 @@ class Segmenter(EncoderWithHead):
         *,
         head: str = "upernet",
         layers: list[int] | None = None,
-        head_width: int = 512,
+        head_width: int | None = None,
         auxiliary: bool = True,
         custom_weight_init: bool = True,
     ):
         super().__init__()
-        count = HEADS[head].num_layers
+        kind = HEADS[head]
+        count, width = kind.num_layers, head_width or kind.default_width
         layers = default_layers(encoder.depth, count) if layers is None else layers
         if len(layers) != count or list(layers) != sorted({*layers} & {*range(encoder.depth)}):
             raise ValueError(
                 f"layers {' '.join(map(str, layers))} for the head {head}; expected {count} from 0 to "
                 f"{encoder.depth - 1}, each above the one before"
             )
-        self.num_classes, self.head, self.layers, self.head_width = num_classes, head, list(layers), head_width
-        self.auxiliary = auxiliary and HEADS[head].auxiliary_weight is not None
+        self.num_classes, self.head, self.layers, self.head_width = num_classes, head, list(layers), width
+        self.auxiliary = auxiliary and kind.default_auxiliary_weight is not None
 
         dim = encoder.embed_dim
         self.encoder = encoder
         encoder.norm = nn.Identity()
-        if head == "upernet":
-            self.fpn = FeaturePyramid(dim)
-            self.decode_head = UperNetHead(dim, num_classes, head_width)
-        else:
-            self.fpn = nn.Identity()
-            self.decode_head = LinearHead(dim, num_classes)
+        self.fpn = kind.neck(dim)
+        self.decode_head = kind(dim, num_classes, width)
         self.auxiliary_head = AuxiliaryHead(dim, num_classes) if self.auxiliary else None
         if custom_weight_init:
             self.apply(initialize_head)

@@ -13,7 +13,7 @@ import torch
 from modeling.classifier import Classifier
 from modeling.files import Stored, WeightsError, read_state_dict, read_stored
 from modeling.hub import find_weights
-from modeling.layouts import DECODER, EXTRAS, HEADS, PROJECTION, State, extra_names, model_settings, to_ours
+from modeling.layouts import DECODER, EXTRAS, HEAD_PREFIXES, PROJECTION, State, extra_names, model_settings, to_ours
 from modeling.mae import MaskedAutoencoder
 from modeling.position import resize_biases, resize_positions
 from modeling.upernet import Segmenter
@@ -144,7 +144,7 @@ def load_weights(
     new = [] if has_decoder else [name for name in target if name.startswith(DECODER)]
     if not isinstance(model, Segmenter):
         new += [name for option in EXTRAS if not extra_names(state, option) for name in extra_names(target, option)]
-    planned = (*HEADS, *DECODER) if prefix else HEADS
+    planned = (*HEAD_PREFIXES, *DECODER) if prefix else HEAD_PREFIXES
     planned += ("encoder.norm.",) if prefix or isinstance(model, Segmenter) else ()
     ignored = sorted(name for name in state.keys() - target.keys() if name.startswith(planned))
     problems += _list_misfits(state, target, expected={*new, *ignored})

@@ -254,3 +254,5 @@ def test_what_does_not_work_is_refused(flags, tmp_path):
     (said,) = run_sharded(PRETRAIN, *flags, cwd=tmp_path, code=2, processes=1, **first)
     (error,) = refused(said)
     assert "FSDP 1; only 2 works" in error
+    (error,) = refused(run(PRETRAIN, *flags, cwd=tmp_path, code=2, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2").stderr)
+    assert "configured for FSDP and runs without it on cpu" in error

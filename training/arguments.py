@@ -298,11 +298,11 @@ def add_segmenter_flags(parser: Parser, *, heads: Iterable[str]) -> None:
     bias = "add a learned relative position bias, from zero, to the attention of each block (on)"
     flag("--relative_position_bias", action=Pair, default=True, help=bias)
     flag("--layer_scale", type=number(), default=1.0, help="initial LayerScale of the blocks (0: off, default 1)")
-    flag("--head", choices=tuple(heads), default="upernet", help="UperNet, or a linear layer on the last block")
-    flag("--head_width", type=integer(1), help="channels of UperNet's layers (default 512)")
-    layers = "blocks, from 0, that feed the head (default of UperNet: after 1/3, 1/2, 2/3 and all of them)"
+    flag("--head", choices=tuple(heads), default="upernet", help="head on the encoder (default upernet)")
+    flag("--head_width", type=integer(1), help="channels of its layers (default 512)")
+    layers = "blocks, from 0, that feed the head (default: after 1/3, 1/2, 2/3 and all of them; linear: the last)"
     flag("--layers", type=integer(0), nargs="+", metavar="I", help=layers)
-    flag("--auxiliary_weight", type=number(), help="loss weight of UperNet's auxiliary head (0: off, default 0.4)")
+    flag("--auxiliary_weight", type=number(), help="loss weight of its auxiliary head (0: off, default 0.4)")
     weights = "loss weight of each class; or balanced, which favours rare classes (default equal)"
     flag("--class_weights", type=number_or("balanced", number()), nargs="+", metavar="W", help=weights)
 
@@ -406,8 +406,8 @@ def check_finetuning(args: argparse.Namespace, weights: str) -> list[str]:
     ]
 
 
-def check_segmenter(args: argparse.Namespace, facts) -> list[str]:
-    """Return error messages for the flags of `add_segmenter_flags`, and --resize; `facts` are those of the head."""
+def check_segmenter(args: argparse.Namespace, kind) -> list[str]:
+    """Return error messages for the flags of `add_segmenter_flags`, and --resize; `kind` is the head's class."""
     errors, weights = [], args.class_weights
     if args.resize and args.resize[0] < args.resize[1]:
         errors.append(f"--resize {args.resize[0]} {args.resize[1]} has its longer side last; give LONG SHORT")
@@ -417,7 +417,7 @@ def check_segmenter(args: argparse.Namespace, facts) -> list[str]:
         errors.append("--class_weights are all 0, so that there is nothing to learn; give at least one above 0")
     given = {name: getattr(args, name) for name in ("head_width", "auxiliary_weight")}
     text = " ".join(f"--{name} {value:g}" for name, value in given.items() if value is not None)
-    if text and facts.width is None:
+    if text and kind.default_width is None:
         errors.append(f"{text} does not go with --head {args.head}; leave it out")
     return errors
 

@@ -104,7 +104,7 @@ def load_training(checkpoint: Path, accelerator, model, optimizer, *, ema: nn.Mo
         ema.load_state_dict(load_file(checkpoint / EMA))
     try:
         states = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, FileNotFoundError) as error:
+    except (pickle.UnpicklingError, FileNotFoundError, RuntimeError) as error:  # the latter of a cut zip file
         raise RunError(
             f"{checkpoint / OPTIMIZER} is missing, damaged, or holds objects that run code when they are read; resume "
             "from another checkpoint of the run"

@@ -183,31 +183,31 @@ def resolve_augmentation(magnitude: int, default: int, images: ImageFormat) -> i
     return 0
 
 
-def resolve_crop(crop_size: int, patch_size: int, *, smallest: int) -> tuple[int, int]:
+def resolve_crop(crop_size: int, patch_size: int, *, min_patches: int) -> tuple[int, int]:
     """Return H and W of square crops, in pixels.
 
     Raises:
-        InputError: for crops that do not fit the patches, or have fewer than the head's `smallest` number a side.
+        InputError: for crops that do not fit the patches, or have fewer than `min_patches` a side.
     """
     check(check_size("crop_size", [crop_size], patch_size))
-    if crop_size < smallest * patch_size:
-        raise InputError(f"--crop_size {crop_size} is too small for the head; give at least {smallest * patch_size}")
+    if crop_size < min_patches * patch_size:
+        raise InputError(f"--crop_size {crop_size} is too small for the head; give at least {min_patches * patch_size}")
     return crop_size, crop_size
 
 
-def resolve_head(flags: dict, depth: int, facts, default_layers: Callable[[int, int], list[int]]) -> dict:
+def resolve_head(flags: dict, depth: int, kind, default_layers: Callable[[int, int], list[int]]) -> dict:
     """Return the flags of a segmenter's head with their values.
 
     Args:
         flags: `head`, `layers`, `head_width`, `auxiliary_weight`; None for those that were left out.
         depth: number of blocks of the encoder.
-        facts: `modeling.upernet.HeadFacts` of the head.
+        kind: the head's class in `modeling.upernet.HEADS`.
         default_layers: returns the indices of the blocks that feed the head, given the depth and their number.
 
     Raises:
         InputError: for layers that the encoder does not have, or not as many as the head takes.
     """
-    layers, count, errors = flags["layers"], facts.num_layers, []
+    layers, count, errors = flags["layers"], kind.num_layers, []
     if depth < count and not layers:
         name = flags["head"]
         raise InputError(f"--head {name} needs an encoder of at least {count} blocks, not {depth}; give --head linear")
@@ -218,8 +218,8 @@ def resolve_head(flags: dict, depth: int, facts, default_layers: Callable[[int, 
     if len(layers) != count or layers != sorted(set(layers)):
         errors.append(f"{text} does not fit --head {flags['head']}; expected {count} different numbers in rising order")
     check(errors)
-    width, weight = flags["head_width"] or facts.width, flags["auxiliary_weight"]
-    weight = facts.auxiliary_weight if weight is None else weight
+    width, weight = flags["head_width"] or kind.default_width, flags["auxiliary_weight"]
+    weight = kind.default_auxiliary_weight if weight is None else weight
     return dict(head=flags["head"], layers=layers, head_width=width, auxiliary_weight=weight)
 
 

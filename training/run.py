@@ -68,9 +68,10 @@ class Run:
         self.pin_memory = self.device.type == "cuda" if flags.pin_memory is None else flags.pin_memory
         trains = not getattr(flags, "eval_only", False)
         automatic = trains and flags.micro_batch_size == "auto"
-        sharding = configure_sharding(self.accelerator, compiled=flags.compile, auto_micro_batch=automatic)
-        self.gradient_checkpointing = flags.gradient_checkpointing or sharding[0]
-        self.errors += sharding[1] + (check_device(self.device) if automatic else [])
+        speed = dict(compiled=flags.compile, auto_micro_batch=automatic)
+        checkpointing, problems = configure_sharding(self.accelerator, **speed)
+        self.gradient_checkpointing = flags.gradient_checkpointing or checkpointing
+        self.errors += problems + (check_device(self.device) if automatic else [])
         self.crew = Crew(flags.time_limit)
         self.claim = RunFolder(Path(flags.working_directory) / flags.experiment_name)
         self.folder = self.claim.path
@@ -352,9 +353,8 @@ class Run:
     @property
     def checking(self) -> dict:
         """The options of `check_annotations` for this process."""
-        share = slice(self.process_index, None, self.num_processes)
         workers = dict(processes=self.given.num_workers or 1, progress=self.is_main_process)
-        return dict(share=share, gather=self.crew.gather, **workers)
+        return dict(share=slice(self.process_index, None, self.num_processes), gather=self.crew.gather, **workers)
 
     @property
     def reading(self) -> dict:

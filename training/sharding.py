@@ -7,6 +7,7 @@ sharded weights needs all of them.
 """
 
 import copy
+import os
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +31,10 @@ def configure_sharding(accelerator, *, compiled: bool, auto_micro_batch: bool) -
         to take its place.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
-        return False, []
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+            return False, []
+        problem = f"Accelerate is configured for FSDP and runs without it on {accelerator.device}"
+        return False, [f"{problem}; start it with `accelerate launch` on GPUs, or take a configuration without FSDP"]
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         return False, [f"Accelerate is configured for FSDP {plugin.fsdp_version}; only 2 works: set fsdp_version: 2"]
@@ -38,13 +42,16 @@ def configure_sharding(accelerator, *, compiled: bool, auto_micro_batch: bool) -
     from torch.distributed.fsdp import CPUOffloadPolicy
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-    checkpointing, plugin.activation_checkpointing = bool(plugin.activation_checkpointing), False
+    checkpointing = bool(plugin.activation_checkpointing)
+    plugin.activation_checkpointing = False
     plugin.mixed_precision_policy = None  # the loop autocasts: weights and residuals stay in float32
     plugin.cpu_ram_efficient_loading = False  # every process has the weights already
-    plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = transformer_auto_wrap_policy, ["Block"]
+    plugin.auto_wrap_policy = transformer_auto_wrap_policy
+    plugin.transformer_cls_names_to_wrap = ["Block"]
 
     options = {
         "Accelerate's fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        "Accelerate's parallelism_config": accelerator.parallelism_config is not None,
         "--compile": compiled,
         "--mixed_precision fp16": accelerator.mixed_precision == "fp16",
         "--micro_batch_size auto": auto_micro_batch,  # which tries steps that are not sharded
