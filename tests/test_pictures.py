@@ -92,7 +92,6 @@ def scene(width, height, *, channels=3):
 def test_segmentation_grid(tmp_path):
     """A small image is enlarged by a whole factor, a large one reduced."""
     rows = [scene(50, 30), scene(512, 384, channels=1)]
-    rows[1] = tuple(torch.from_numpy(array) for array in rows[1])
     colours, path = [(200, 0, 0), (0, 0, 200), (0, 200, 0)], tmp_path / "deep" / "masks.png"
     segmentation_grid(path, rows, ["cat", "dog", "owl"], colours, title="step 1")
     pixels = np.asarray(Image.open(path)).astype(int)
@@ -132,16 +131,16 @@ def test_legend_has_the_largest_classes_first(tmp_path):
 
 
 def test_loss_curve(tmp_path):
-    path, losses = tmp_path / "deep" / "loss.png", [(step, 1 / step) for step in range(1, 41)]
-    for validation in ([], [(20, 0.5), (40, 0.4)]):
-        loss_curve(path, losses, validation=validation)
+    path, log = tmp_path / "deep" / "loss.png", [{"step": step, "loss": 1 / step} for step in range(1, 41)]
+    for validation in ([], [{"step": 20, "val_loss": 0.5}, {"step": 40, "val_loss": 0.4}]):
+        loss_curve(path, log + validation)
         pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
         assert pixels.shape == (400, 800, 3) and (pixels[0] == 255).all() and (pixels[:, 0] == 255).all()
         blue, orange = ((abs(pixels - colour) < 10).all(axis=-1) for colour in ((8, 48, 107), (217, 72, 1)))
         rows, columns = np.nonzero(blue)
         assert rows[columns.argmin()] < 50 and rows[(columns > 600)].max() > 300
         assert orange.any() == bool(validation)
-        assert (blue[:60, 600:].any() and orange[:60, 600:].any()) == bool(validation)  # the legend
+        assert blue[:60, 600:].any() and orange[:60, 600:].any() == bool(validation)  # the legend
 
 
 def test_label_picture(tmp_path):

@@ -74,10 +74,6 @@ class RunRecord(NamedTuple):
         """Return the weights that the run started from."""
         return next((self.flags[name] for name in INITIAL_WEIGHTS if self.flags.get(name)), None)
 
-    def curve(self, name: str) -> list[tuple[int, float]]:
-        """Return (step, value) for each value in the log."""
-        return [(line["step"], line[name]) for line in self.log if name in line]
-
     def metrics_at(self, step: int) -> dict:
         """Return the metrics measured after a step, with the keys of metrics.json."""
         lines = [*(line for line in self.log if "loss" not in line), self.metrics or {}]
@@ -149,7 +145,7 @@ def write_card(
     title = repo_id.partition("/")[2] if repo_id else (record.folder if record else Path(location)).resolve().name
     at, address = f"@{revision}" if revision else "", repo_id or str(location)
     if record:
-        loss_curve(folder / "loss.png", record.curve("loss"), validation=record.curve("val_loss"))
+        loss_curve(folder / "loss.png", record.log)
     card = ModelCard.from_template(
         _metadata(model, record, scores, title=title, license=license, datasets=datasets),
         template_path=str(Path(__file__).with_name("card.md.jinja")),
