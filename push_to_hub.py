@@ -53,7 +53,7 @@ def parse_args(argv=None):
     flag("--private", action=argparse.BooleanOptionalAction, default=False, help="make a new repository private (off)")
     flag("--revision", help="branch to upload to, created if missing (default main)")
     flag = parser.add_argument_group("model card").add_argument
-    flag("--license", help="license as the Hub spells it, such as apache-2.0 (default unknown)")
+    flag("--license", default="unknown", help="license as the Hub spells it, such as apache-2.0 (default unknown)")
     flag("--datasets", nargs="+", default=[], metavar="NAME", help="names on the Hub of the training data")
     flag = parser.add_argument_group("weights of other projects").add_argument
     flag("--encoder_num_heads", type=integer(1), help="attention heads (default those of the known size)")
@@ -90,14 +90,11 @@ def select_weights(path, checkpoint):
     if checkpoint == "last" and record.metrics is not None:
         return record.folder, record, record.metrics["step"]
     checkpoints = {folder.name: folder for folder in RunFolder(record.folder).whole_checkpoints()}
-    if checkpoint == "last":
-        if not checkpoints:
-            raise RunError(f"{path} has no whole checkpoint yet; wait for the first one, or give another run")
-        checkpoint = list(checkpoints)[-1]
-    if checkpoint not in checkpoints:
-        names = ", ".join(["last", "best", *checkpoints])
-        raise RunError(f"--checkpoint {checkpoint} is not a whole checkpoint of {path}; expected one of: {names}")
-    return checkpoints[checkpoint], record, read_state(checkpoints[checkpoint])["step"]
+    name = max(checkpoints, default="") if checkpoint == "last" else checkpoint
+    if name not in checkpoints:
+        names = ", ".join(checkpoints) or "none yet"
+        raise RunError(f"--checkpoint {checkpoint}: {path} has no such whole checkpoint; it has: {names}")
+    return checkpoints[name], record, read_state(checkpoints[name])["step"]
 
 
 def resolve_output(output, path, record):
@@ -213,8 +210,6 @@ def main(argv=None):
         write = partial(write_folder, trained=trained, record=record, step=step, origin=origin, location=output, **card)
         replace_folder(output, write)
         print(f"written: {output}", flush=True)
-        if args.license is None:
-            print("the card says that the license is unknown; name it with --license")
         if args.repo_id:
             message = f"Weights of step {step}" if step is not None else "Weights"
             options = dict(private=args.private, revision=args.revision, message=message)
