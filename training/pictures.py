@@ -16,7 +16,6 @@ MOST_CLASSES = 50  # of a readable confusion matrix
 GAP, LINE, HEADER = 8, 20, 48  # pixels between tiles, per line of text, for title and captions
 LEGEND = 264  # pixels per column of a legend
 
-Colours = Sequence[tuple[int, int, int]]  # RGB of each class
 Legend = Sequence[tuple[str, Image.Image]]  # names and swatches
 
 
@@ -100,17 +99,15 @@ def segmentation_grid(
     path: Path,
     rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
     classes: Sequence[str],
-    colours: Colours,
+    colours: np.ndarray,
     *,
     title: str,
 ) -> None:
     """Write a PNG with a row per image: image, annotation, prediction; below them a legend, largest classes first.
 
     A row is an image (C, H, W), uint8, C 1 or 3, an annotation and a prediction (H, W), of any sizes. IGNORED pixels of
-    the annotation are hatched; the prediction is shown everywhere.
+    the annotation are hatched; the prediction is shown everywhere. `colours` (classes, 3) are uint8.
     """
-    palette = np.zeros((256, 3), np.uint8)
-    palette[: len(colours)] = colours
     counts = np.zeros(256, np.int64)
     tiles = []
     for image, *masks in rows:
@@ -121,44 +118,43 @@ def segmentation_grid(
         labels, prediction = (
             np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)) for mask in masks
         )
-        annotation = np.where((labels == IGNORED)[..., None], _hatching(size), palette[labels])
+        known = colours.take(labels, axis=0, mode="clip")  # IGNORED is beyond the colours
+        annotation = np.where((labels == IGNORED)[..., None], _hatching(size), known)
         resampling = Image.Resampling.BOX if tile_width < width else Image.Resampling.NEAREST
         picture = to_pil_image(torch.as_tensor(image)).resize(size, resampling)
-        tiles.append([picture, Image.fromarray(annotation), Image.fromarray(palette[prediction])])
-    legend = _legend(counts, classes, palette)
+        tiles.append([picture, Image.fromarray(annotation), Image.fromarray(colours[prediction])])
+    legend = _legend(counts, classes, colours)
     _write_grid(path, tiles, title=title, captions=("image", "annotation", "prediction"), legend=legend)
 
 
-def label_picture(path: Path, labels: np.ndarray, colours: Colours) -> None:
-    """Write labels (H, W), uint8, as a PNG with a palette: 0 is black, 1 .. N have the `colours`."""
-    picture = Image.fromarray(np.asarray(labels, dtype=np.uint8))
-    picture.putpalette([0, 0, 0, *np.asarray(colours, dtype=np.uint8).ravel().tolist()])
+def label_picture(path: Path, labels: np.ndarray, colours: np.ndarray) -> None:
+    """Write labels (H, W), uint8, as a PNG with a palette: 0 is black, 1 .. N have the `colours` (N, 3), uint8."""
+    picture = Image.fromarray(labels)
+    picture.putpalette([0, 0, 0, *colours.ravel().tolist()])
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
 
 
 def segmentation_overlay(
-    path: Path, image: np.ndarray, labels: np.ndarray, classes: Sequence[str], colours: Colours
+    path: Path, image: np.ndarray, labels: np.ndarray, classes: Sequence[str], colours: np.ndarray
 ) -> None:
     """Write a PNG of an image in light grey under the colours of its classes, with white borders and a legend.
 
-    The image is uint8 (C, H, W) with C 1 or 3; the class numbers (h, w), uint8, may have any size.
+    All arrays are uint8: the image (C, H, W) with C 1 or 3, class numbers (h, w) of any size, and colours (classes, 3).
     """
-    palette = np.zeros((256, 3), np.float32)
-    palette[: len(colours)] = colours
     height, width = image.shape[1:]
     scale = max(1, 512 // max(height, width))
     size = (width * scale, height * scale)
     numbers = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
     grey = to_pil_image(torch.as_tensor(image)).convert("L")
     grey = np.asarray(grey.resize(size, Image.Resampling.NEAREST))[..., None]
-    pixels = 0.3 * grey + 45 + 0.525 * palette[numbers]  # from 45 to 255
+    pixels = 0.3 * grey + 45 + 0.525 * colours[numbers]  # from 45 to 255
     for axis in (0, 1):
         changes = np.diff(numbers, axis=axis, append=numbers.take([-1], axis)) != 0
         pixels[changes] = 255
     picture = Image.fromarray((pixels + 0.5).astype(np.uint8))
     counts = sum(np.bincount(row, minlength=256) for row in labels)  # bincount of all rows would copy them as int64
-    legend = _legend(counts, classes, (0.3 * 128 + 45 + 0.525 * palette + 0.5).astype(np.uint8))
+    legend = _legend(counts, classes, (0.3 * 128 + 45 + 0.525 * colours + 0.5).astype(np.uint8))
     _write_grid(path, [[picture]], legend=legend)
 
 
@@ -223,10 +219,10 @@ def _write_grid(path: Path, rows: list, *, title: str = "", captions: Sequence[s
     canvas.save(path, compress_level=2)  # four times as fast as 6, and files a tenth larger
 
 
-def _legend(counts: np.ndarray, classes: Sequence[str], palette: np.ndarray) -> Legend:
+def _legend(counts: np.ndarray, classes: Sequence[str], colours: np.ndarray) -> Legend:
     """Return names and swatches of the classes, by their pixel `counts` (256,), the largest first."""
     numbers = [number for number in np.argsort(-counts, kind="stable") if counts[number] and number != IGNORED]
-    names = [(classes[number], Image.new("RGB", (14, 14), tuple(palette[number].tolist()))) for number in numbers]
+    names = [(classes[number], Image.new("RGB", (14, 14), tuple(colours[number].tolist()))) for number in numbers]
     void = [("void: not labelled", Image.fromarray(_hatching((14, 14))))] if counts[IGNORED] else []
     return names + void
 
