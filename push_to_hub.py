@@ -141,7 +141,10 @@ def export_model(trained, folder):
 
 
 def compare_libraries(trained, folder):
-    """Return what `differences` does. Raises RunError if a library does not load the folder or its outputs differ."""
+    """Print the differences of the libraries' outputs from ours, and return notes on libraries that are left out.
+
+    Raises RunError if a library does not load the folder or its outputs differ.
+    """
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -153,13 +156,14 @@ def compare_libraries(trained, folder):
     for library, distance in distances.items():
         if not distance <= MAX_DIFFERENCE:
             raise RunError(f"{library} differs by {distance:.2g}, expected at most {MAX_DIFFERENCE:g}; {REMEDY}")
-    return distances, notes
+    print(f"differences from this model: {', '.join(f'{name} {value:.1g}' for name, value in distances.items())}")
+    return notes
 
 
 def write_folder(folder, *, trained, record, step, origin, **card):
     """Write and check the exported model, and write its card; `card` goes to `write_card`."""
     export_model(trained, folder)
-    distances, notes = compare_libraries(trained, folder)
+    notes = compare_libraries(trained, folder)
     summary = ModelSummary(
         task=TASKS.get(type(trained.model), "image-feature-extraction"),
         description=describe_model(trained),
@@ -169,14 +173,11 @@ def write_folder(folder, *, trained, record, step, origin, **card):
         mean=trained.mean,
         std=trained.std,
         value_range=trained.value_range,
-        differences=distances,
         notes=[*notes, *(f"Assumed: {assumption}." for assumption in trained.assumed)],
         origin=origin,
         step=step,
     )
     write_card(folder, summary, record, **card)
-    module = "the run's own model" if record else "the model as it was read"
-    print(f"differences from {module}: {', '.join(f'{name} {distance:.1g}' for name, distance in distances.items())}")
 
 
 def main(argv=None):

@@ -74,7 +74,6 @@ def export(model: torch.nn.Module, folder: Path) -> ModelSummary:
         channels=encoder.in_channels,
         **statistics,
         value_range=None,
-        differences={"timm": 1.25e-7},
         notes=["A note."],
         origin="weights.pth (the official MAE)",
         step=None,
@@ -211,7 +210,6 @@ def test_scores_and_settings_of_the_run(kind, script, tmp_path):
         "| time | 2 hours, 12.5 images/s including validation and saving |",
         "| versions | python 3.12.1, torch 2.9.0, revision abc1234 |",
         "| global_batch_size | 16 |",
-        "| timm | 1e-07 |",
         "- A note.",
     ):
         assert text in card.text

@@ -91,7 +91,6 @@ class ModelSummary(NamedTuple):
     mean: list[float]  # normalization of images in [0, 1]
     std: list[float]
     value_range: tuple[float, float] | None  # the pixel values that become 0 and 1; None: 0 and 255
-    differences: dict[str, float]  # library -> largest difference from our own module's outputs
     notes: list[str]  # limits and assumptions, one sentence each
     origin: str  # the source of weights that belong to no run
     step: int | None  # of the run; None without one
@@ -108,7 +107,7 @@ def write_card(
     model: ModelSummary,
     record: RunRecord | None,
     *,
-    location: str | Path,
+    location: Path,
     repo_id: str | None = None,
     revision: str | None = None,
     license: str = "unknown",
@@ -121,7 +120,7 @@ def write_card(
     """
     metrics = record.metrics_at(model.step) if record else {}
     scores = {name: metrics[name] for name in METRICS if math.isfinite(metrics.get(name, math.nan))}
-    title = Path(repo_id or (record.folder if record else location)).resolve().name
+    title = Path(repo_id or (record.folder if record else location).resolve()).name
     at, address = f"@{revision}" if revision else "", repo_id or str(location)
     if record:
         loss_curve(folder / "loss.png", record.log)
