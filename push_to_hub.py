@@ -53,7 +53,7 @@ def parse_args(argv=None):
     flag("--private", action=argparse.BooleanOptionalAction, default=False, help="make a new repository private (off)")
     flag("--revision", help="branch to upload to, created if missing (default main)")
     flag = parser.add_argument_group("model card").add_argument
-    flag("--license", help="license as the Hub spells it, such as apache-2.0 (default unknown)")
+    flag("--license", default="unknown", help="license as the Hub spells it, such as apache-2.0 (default unknown)")
     flag("--datasets", nargs="+", default=[], metavar="NAME", help="names on the Hub of the training data")
     flag = parser.add_argument_group("weights of other projects").add_argument
     flag("--encoder_num_heads", type=integer(1), help="attention heads (default those of the known size)")
@@ -90,14 +90,11 @@ def select_weights(path, checkpoint):
     if checkpoint == "last" and record.metrics is not None:
         return record.folder, record, record.metrics["step"]
     checkpoints = {folder.name: folder for folder in RunFolder(record.folder).whole_checkpoints()}
-    if checkpoint == "last":
-        if not checkpoints:
-            raise RunError(f"{path} has no whole checkpoint yet; wait for the first one, or give another run")
-        checkpoint = list(checkpoints)[-1]
-    if checkpoint not in checkpoints:
-        names = ", ".join(["last", "best", *checkpoints])
-        raise RunError(f"--checkpoint {checkpoint} is not a whole checkpoint of {path}; expected one of: {names}")
-    return checkpoints[checkpoint], record, read_state(checkpoints[checkpoint])["step"]
+    name = max(checkpoints, default="") if checkpoint == "last" else checkpoint
+    if name not in checkpoints:
+        names = ", ".join(checkpoints) or "none yet"
+        raise RunError(f"--checkpoint {checkpoint}: {path} has no such whole checkpoint; it has: {names}")
+    return checkpoints[name], record, read_state(checkpoints[name])["step"]
 
 
 def resolve_output(output, path, record):
@@ -144,7 +141,10 @@ def export_model(trained, folder):
 
 
 def compare_libraries(trained, folder):
-    """Return what `differences` does. Raises RunError if a library does not load the folder or its outputs differ."""
+    """Print the differences of the libraries' outputs from ours, and return notes on libraries that are left out.
+
+    Raises RunError if a library does not load the folder or its outputs differ.
+    """
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -156,13 +156,14 @@ def compare_libraries(trained, folder):
     for library, distance in distances.items():
         if not distance <= MAX_DIFFERENCE:
             raise RunError(f"{library} differs by {distance:.2g}, expected at most {MAX_DIFFERENCE:g}; {REMEDY}")
-    return distances, notes
+    print(f"differences from this model: {', '.join(f'{name} {value:.1g}' for name, value in distances.items())}")
+    return notes
 
 
 def write_folder(folder, *, trained, record, step, origin, **card):
     """Write and check the exported model, and write its card; `card` goes to `write_card`."""
     export_model(trained, folder)
-    distances, notes = compare_libraries(trained, folder)
+    notes = compare_libraries(trained, folder)
     summary = ModelSummary(
         task=TASKS.get(type(trained.model), "image-feature-extraction"),
         description=describe_model(trained),
@@ -172,14 +173,11 @@ def write_folder(folder, *, trained, record, step, origin, **card):
         mean=trained.mean,
         std=trained.std,
         value_range=trained.value_range,
-        differences=distances,
         notes=[*notes, *(f"Assumed: {assumption}." for assumption in trained.assumed)],
         origin=origin,
         step=step,
     )
     write_card(folder, summary, record, **card)
-    module = "the run's own model" if record else "the model as it was read"
-    print(f"differences from {module}: {', '.join(f'{name} {distance:.1g}' for name, distance in distances.items())}")
 
 
 def main(argv=None):
@@ -213,8 +211,6 @@ def main(argv=None):
         write = partial(write_folder, trained=trained, record=record, step=step, origin=origin, location=output, **card)
         replace_folder(output, write)
         print(f"written: {output}", flush=True)
-        if args.license is None:
-            print("the card says that the license is unknown; name it with --license")
         if args.repo_id:
             message = f"Weights of step {step}" if step is not None else "Weights"
             options = dict(private=args.private, revision=args.revision, message=message)

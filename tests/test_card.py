@@ -74,7 +74,6 @@ def export(model: torch.nn.Module, folder: Path) -> ModelSummary:
         channels=encoder.in_channels,
         **statistics,
         value_range=None,
-        differences={"timm": 1.25e-7},
         notes=["A note."],
         origin="weights.pth (the official MAE)",
         step=None,
@@ -204,14 +203,13 @@ def test_scores_and_settings_of_the_run(kind, script, tmp_path):
     for text in (
         "step 40 of 40",
         "Measured after step 40 on 30 held-out images",
-        "| data | `/data/beans`: 160 images, about 2 MB, 30 held out |",
+        "| data | `/data/beans`: 160 images, about 2.0 MB, 30 held out |",
         "| optimizer steps | 40 (4 epochs) |",
         "| hardware | 2 x NVIDIA H200, processes: 2 |",
         "| resumed after step 30 | `again`, no GPU, 8 CPU cores, processes: 1 |",
         "| time | 2 hours, 12.5 images/s including validation and saving |",
         "| versions | python 3.12.1, torch 2.9.0, revision abc1234 |",
         "| global_batch_size | 16 |",
-        "| timm | 1e-07 |",
         "- A note.",
     ):
         assert text in card.text
@@ -281,7 +279,7 @@ def test_introduction(kind, flags, words, tmp_path):
 def test_read_record(tmp_path):
     run = write_run(tmp_path / "run", "finetune_segmentation.py")
     record = read_record(run)
-    assert (record.script, len(record.log)) == ("finetune_segmentation.py", 42)
+    assert len(record.log) == 42
     assert record.metrics_at(20)["mean_iou"] == 20 and record.metrics_at(21) == {}
     for path in (tmp_path, tmp_path / "none", run / "args.json"):
         assert read_record(path) is None

@@ -92,12 +92,11 @@ def scene(width, height, *, channels=3):
 def test_segmentation_grid(tmp_path):
     """A small image is enlarged by a whole factor, a large one reduced."""
     rows = [scene(50, 30), scene(512, 384, channels=1)]
-    rows[1] = tuple(torch.from_numpy(array) for array in rows[1])
-    colours, path = [(200, 0, 0), (0, 0, 200), (0, 200, 0)], tmp_path / "deep" / "masks.png"
+    colours, path = np.uint8([(200, 0, 0), (0, 0, 200), (0, 200, 0)]), tmp_path / "deep" / "masks.png"
     segmentation_grid(path, rows, ["cat", "dog", "owl"], colours, title="step 1")
     pixels = np.asarray(Image.open(path)).astype(int)
     assert pixels.shape == (48 + (150 + 8) + (192 + 8) + 20 + 8, 8 + 3 * 264, 3)
-    grey, red, blue = [40] * 3, *map(list, colours[:2])
+    grey, red, blue = [40] * 3, *colours[:2].tolist()
     for top, width, height in ((48, 250, 150), (206, 256, 192)):
         left_and_right = [pixels[top + 5, [8 + i * 264 + 5, 8 + i * 264 + 240]].tolist() for i in range(3)]
         assert left_and_right == [[grey, grey], [red, blue], [red, blue]]
@@ -116,7 +115,7 @@ def test_legend_has_the_largest_classes_first(tmp_path):
     mask = np.repeat(np.arange(40), np.arange(1, 41))
     mask = np.tile(mask.astype(np.uint8), (8, 1))
     image = np.zeros((3, *mask.shape), np.uint8)
-    colours = [(5 * i + 3, 250 - 5 * i, 7) for i in range(50)]
+    colours = np.uint8([(5 * i + 3, 250 - 5 * i, 7) for i in range(50)])
     heights = []
     for names in (["a"] * 50, ["a very long name " * 9] * 50):
         segmentation_grid(tmp_path / "many.png", [(image, mask, mask)], names, colours, title="")
@@ -124,29 +123,29 @@ def test_legend_has_the_largest_classes_first(tmp_path):
         below = np.arange(len(pixels))[:, None] > 60  # the masks
         swatches = np.argwhere((pixels[..., 2] == 7) & (pixels[..., 0] != 7) & below)
         shown = {tuple(pixels[y, x].tolist()) for y, x in swatches}
-        assert shown == set(colours[:40])
-        assert pixels[swatches[0, 0] + 5, 8 + 5].tolist() == list(colours[39])
+        assert shown == set(map(tuple, colours[:40].tolist()))
+        assert pixels[swatches[0, 0] + 5, 8 + 5].tolist() == colours[39].tolist()
         assert (pixels[:, -4:] == 255).all() and (pixels[-4:] == 255).all()
         heights.append(pixels.shape)
     assert heights[0] == heights[1]
 
 
 def test_loss_curve(tmp_path):
-    path, losses = tmp_path / "deep" / "loss.png", [(step, 1 / step) for step in range(1, 41)]
-    for validation in ([], [(20, 0.5), (40, 0.4)]):
-        loss_curve(path, losses, validation=validation)
+    path, log = tmp_path / "deep" / "loss.png", [{"step": step, "loss": 1 / step} for step in range(1, 41)]
+    for validation in ([], [{"step": 20, "val_loss": 0.5}, {"step": 40, "val_loss": 0.4}]):
+        loss_curve(path, log + validation)
         pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
         assert pixels.shape == (400, 800, 3) and (pixels[0] == 255).all() and (pixels[:, 0] == 255).all()
         blue, orange = ((abs(pixels - colour) < 10).all(axis=-1) for colour in ((8, 48, 107), (217, 72, 1)))
         rows, columns = np.nonzero(blue)
         assert rows[columns.argmin()] < 50 and rows[(columns > 600)].max() > 300
         assert orange.any() == bool(validation)
-        assert (blue[:60, 600:].any() and orange[:60, 600:].any()) == bool(validation)  # the legend
+        assert blue[:60, 600:].any() and orange[:60, 600:].any() == bool(validation)  # the legend
 
 
 def test_label_picture(tmp_path):
     labels = np.arange(12, dtype=np.uint8).reshape(3, 4) % 4
-    label_picture(tmp_path / "deep" / "labels.png", labels, [(200, 0, 0), (0, 0, 200), (0, 200, 0)])
+    label_picture(tmp_path / "deep" / "labels.png", labels, np.uint8([(200, 0, 0), (0, 0, 200), (0, 200, 0)]))
     with Image.open(tmp_path / "deep" / "labels.png") as picture:
         assert picture.mode == "P" and np.array_equal(np.asarray(picture), labels)
         colours = np.asarray(picture.convert("RGB"))
@@ -160,7 +159,7 @@ def test_segmentation_overlay(tmp_path, width, height, channels):
     labels[len(labels) // 2 :] = 2
     labels.ravel()[:7] = 3
     image = np.full((channels, height, width), 128, np.uint8)
-    colours = [(200, 0, 0), (200, 200, 0), (0, 0, 200), (0, 200, 0)]
+    colours = np.uint8([(200, 0, 0), (200, 200, 0), (0, 0, 200), (0, 200, 0)])
     segmentation_overlay(tmp_path / "deep" / "x.png", image, labels, ["cat", "dog", "owl", "a long name " * 9], colours)
     pixels = np.asarray(Image.open(tmp_path / "deep" / "x.png")).astype(int)
     scale = max(1, 512 // max(width, height))

@@ -260,9 +260,9 @@ def test_bad_input_is_an_error_before_anything_is_written(runs, tmp_path, capsys
     for words, expected in (
         ([empty, "--output", out], "a folder without weights; expected"),
         ([tmp_path / "nothing", "--output", out], "no such file or folder"),
-        ([started], "has no whole checkpoint yet; wait for the first one"),
+        ([started], "has no such whole checkpoint; it has: none yet"),
         ([mae, "--checkpoint", "best"], "has no best/; expected a validated fine-tuning run; give last"),
-        ([mae, "--checkpoint", "step_1"], "step_1 is not a whole checkpoint"),
+        ([mae, "--checkpoint", "step_1"], "has no such whole checkpoint; it has: step_00000004, step_"),
         ([mae / "encoder"], "--output is missing"),
         ([tmp_path / "typo"], "typo: no such file or folder; expected a run or weights"),
         ([mae / "encoder", "--output", out, "--checkpoint", "best"], "--checkpoint best needs a run, but"),
@@ -371,7 +371,7 @@ def test_training_continues_without_the_hub(image_folder, hub, tmp_path):
     variables = hub.variables(tmp_path, token=None)
     flags += ["--experiment_name", "without"]
     stderr = run("pretrain_mae.py", *flags, cwd=tmp_path, code=2, **variables).stderr
-    assert "error: no token for the Hugging Face Hub" in stderr and stderr.count("error: ") == 1
+    assert "error: no valid token for the Hugging Face Hub" in stderr and stderr.count("error: ") == 1
 
 
 @pytest.mark.parametrize("script", ["pretrain_mae.py", "finetune_classifier.py", "finetune_segmentation.py"])

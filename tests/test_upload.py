@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import socket
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,15 +31,12 @@ def write_folder(folder: Path, *, model_type: str = "vit", architecture: str = "
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != ".hidden")
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    folder = write_folder(tmp_path / "folder")
-    (folder / ".hidden").write_text("not for the Hub")
-    return folder
+    return write_folder(tmp_path / "folder")
 
 
 @pytest.fixture
@@ -116,7 +112,7 @@ def test_interrupted_upload_continues(here, folder):
     here.fail_uploads_after = 1
     with pytest.raises(RunError) as error:
         push(folder)
-    told = rf"not uploaded: the Hub failed \(.*RequestTimeout.*\); {folder} is ready, repeat with: python .*"
+    told = rf"not uploaded: the Hub failed \(.*RequestTimeout.*\); {folder} is ready, repeat the command"
     assert re.fullmatch(told, str(error.value))
     assert len(here.uploads) == 1 and here.files("owner/name") == {}
     here.fail_uploads_after = None
@@ -128,23 +124,18 @@ def test_interrupted_upload_continues(here, folder):
 @pytest.mark.parametrize(
     ("token", "repo_id", "words"),
     [
-        (None, "owner/name", "no token for the Hugging Face Hub; run `hf auth login`"),
-        (EXPIRED, "owner/name", "the token is invalid or has expired; run `hf auth login`"),
-        (UNKNOWN, "owner/name", "the token is invalid or has expired; run `hf auth login`"),
+        *((token, "owner/name", "no valid token for the Hugging Face Hub; run") for token in (None, EXPIRED, UNKNOWN)),
         (READ_ONLY, "owner/name", "the token has no write access to owner/name; run `hf auth login`"),
         (VALID, "others/name", "the token has no write access to others/name; .* give a --repo_id of another owner"),
-        (VALID, "owner", "'owner' is not a valid repository name .the owner is missing.; expected OWNER/NAME"),
     ],
 )
 @pytest.mark.parametrize("exists", [False, True])
 def test_missing_permissions(token, repo_id, words, exists, hub, folder, monkeypatch, tmp_path):
     hub.enter(monkeypatch, tmp_path, token=token)
-    monkeypatch.setattr(sys, "argv", ["push_to_hub.py", "work dir/run", "--repo_id", repo_id])
     if exists:
         hub.add(repo_id, folder)
     before = hub.files(repo_id)
-    again = re.escape(f"python push_to_hub.py 'work dir/run' --repo_id {repo_id}")
-    with pytest.raises(RunError, match=f"^not uploaded: {words}.*; {folder} is ready, repeat with: {again}$"):
+    with pytest.raises(RunError, match=f"^not uploaded: {words}.*; {folder} is ready, repeat the command$"):
         push(folder, repo_id)
     assert hub.files(repo_id) == before and not hub.uploads
 
@@ -312,16 +303,14 @@ def test_finish_waits_for_a_running_upload(tmp_path, capsys):
 def test_failed_uploads_are_reported_and_the_next_one_starts(script, tmp_path, capsys):
     uploader = Uploader(tmp_path, "owner/name", every=10)
     repeat = f"repeat with: python {script} {tmp_path} --repo_id owner/name"
-    for step, error, end in (
-        (10, "error: not uploaded: no network; repeat with: python push_to_hub.py x", ""),
-        (20, "error: another\n", f"; {repeat}"),
-    ):
+    for step, error in ((10, "error: not uploaded: no network"), (20, "error: another\n")):
         (tmp_path / "fail").write_text(error)
         uploader.after(step)
         uploader.process.wait()
         uploader.after(step + 1)
         line = capsys.readouterr().out.splitlines()[-1]
-        assert line == f"warning: step {step} is not uploaded: {error.strip()}; see {tmp_path / 'hub.log'}{end}"
+        log = tmp_path / "hub.log"
+        assert line == f"warning: step {step} is not uploaded: {error.strip()}; see {log}; {repeat}"
     (tmp_path / "fail").unlink()
     uploader.finish()
     assert capsys.readouterr().out.splitlines()[-1] == "uploaded the finished run: ADDRESS"

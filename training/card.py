@@ -7,7 +7,6 @@ import json
 import math
 import shlex
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from training.files import read_lines
 from training.launch import RunError
 from training.pictures import loss_curve
-from training.wording import in_bytes, in_time
+from training.wording import in_time
 
 TAG = "mae-accelerate"  # marks a card as written by this project
 INITIAL_WEIGHTS = ("init_from", "path_to_pretrained_mae_weights", "path_to_backbone_checkpoint")  # flags
@@ -38,14 +37,10 @@ METRICS = {  # key of metrics.json -> the Hub's type, label
     "knn_top1": ("accuracy", "k-NN top-1 accuracy on the encoder's features (%)"),
     "linear_top1": ("accuracy", "top-1 accuracy of a linear fit to the encoder's features (%)"),
 }
-PICTURES = {  # script -> folder of its pictures, file beside the card, caption
-    "pretrain_mae.py": (
-        "reconstructions",
-        "reconstructions.png",
-        "original, encoder input, prediction (trained on removed patches only), prediction with the visible patches",
-    ),
-    "finetune_classifier.py": ("predictions", "confusion.png", "confusion matrix"),
-    "finetune_segmentation.py": ("predictions", "predictions.png", "image, annotation, prediction"),
+PICTURES = {  # task -> folder of a run's pictures, file beside the card
+    "image-feature-extraction": ("reconstructions", "reconstructions.png"),
+    "image-classification": ("predictions", "confusion.png"),
+    "image-segmentation": ("predictions", "predictions.png"),
 }
 
 
@@ -54,29 +49,14 @@ class RunRecord(NamedTuple):
 
     folder: Path
     args: dict  # args.json: flags, command, data, machine, ...
+    flags: dict  # the resolved flags, from args.json
     log: list[dict]  # log.jsonl
     metrics: dict | None  # metrics.json of a finished run
-
-    @property
-    def flags(self) -> dict:
-        """Return the resolved flags."""
-        return self.args["flags"]
-
-    @property
-    def script(self) -> str:
-        """Return the name of the script, "pretrain_mae.py" for example."""
-        if "mask_ratio" in self.flags:
-            return "pretrain_mae.py"
-        return "finetune_segmentation.py" if "crop_size" in self.flags else "finetune_classifier.py"
 
     @property
     def initial_weights(self) -> str | None:
         """Return the weights that the run started from."""
         return next((self.flags[name] for name in INITIAL_WEIGHTS if self.flags.get(name)), None)
-
-    def curve(self, name: str) -> list[tuple[int, float]]:
-        """Return (step, value) for each value in the log."""
-        return [(line["step"], line[name]) for line in self.log if name in line]
 
     def metrics_at(self, step: int) -> dict:
         """Return the metrics measured after a step, with the keys of metrics.json."""
@@ -92,12 +72,12 @@ def read_record(folder: str | Path) -> RunRecord | None:
         return None
     try:
         args = json.loads(path.read_text())
-        args["flags"] = dict(args["flags"])
+        flags = dict(args["flags"])
         path = folder / "metrics.json"
         metrics = json.loads(path.read_text()) if path.is_file() else None
     except (OSError, ValueError, KeyError, TypeError):
         raise RunError(f"{path} is damaged; expected the file that a run writes; give another run") from None
-    return RunRecord(folder, args, read_lines(folder / "log.jsonl"), metrics)
+    return RunRecord(folder, args, flags, read_lines(folder / "log.jsonl"), metrics)
 
 
 class ModelSummary(NamedTuple):
@@ -111,15 +91,9 @@ class ModelSummary(NamedTuple):
     mean: list[float]  # normalization of images in [0, 1]
     std: list[float]
     value_range: tuple[float, float] | None  # the pixel values that become 0 and 1; None: 0 and 255
-    differences: dict[str, float]  # library -> largest difference from our own module's outputs
     notes: list[str]  # limits and assumptions, one sentence each
     origin: str  # the source of weights that belong to no run
     step: int | None  # of the run; None without one
-
-    @property
-    def is_colour(self) -> bool:
-        """Check for 8-bit colour, the only input of transformers' pipelines and processors."""
-        return self.channels == 3 and self.value_range is None
 
 
 def is_card(path: Path) -> bool:
@@ -133,10 +107,10 @@ def write_card(
     model: ModelSummary,
     record: RunRecord | None,
     *,
-    location: str | Path,
+    location: Path,
     repo_id: str | None = None,
     revision: str | None = None,
-    license: str | None = None,
+    license: str = "unknown",
     datasets: Sequence[str] = (),
 ) -> None:
     """Write README.md for the weights in `folder`, and its pictures: the loss curve, and the run's newest picture.
@@ -146,41 +120,34 @@ def write_card(
     """
     metrics = record.metrics_at(model.step) if record else {}
     scores = {name: metrics[name] for name in METRICS if math.isfinite(metrics.get(name, math.nan))}
-    title = repo_id.partition("/")[2] if repo_id else (record.folder if record else Path(location)).resolve().name
+    title = Path(repo_id or (record.folder if record else location).resolve()).name
     at, address = f"@{revision}" if revision else "", repo_id or str(location)
     if record:
-        loss_curve(folder / "loss.png", record.curve("loss"), validation=record.curve("val_loss"))
+        loss_curve(folder / "loss.png", record.log)
     card = ModelCard.from_template(
         _metadata(model, record, scores, title=title, license=license, datasets=datasets),
         template_path=str(Path(__file__).with_name("card.md.jinja")),
         title=title,
         model=model,
         record=record,
-        hub_name=_quoted(address) + (f", revision={_quoted(revision)}" if at else ""),
-        timm_name=_quoted(f"hf-hub:{repo_id}{at}" if repo_id else f"local-dir:{location}"),
+        hub_name=json.dumps(address) + (f", revision={json.dumps(revision)}" if at else ""),
+        timm_name=json.dumps(f"hf-hub:{repo_id}{at}" if repo_id else f"local-dir:{location}"),
         weights=shlex.quote(f"hf:{repo_id}{at}" if repo_id else address),
-        picture=_copy_picture(folder, model.step, record) if record else None,
+        picture=_copy_picture(folder, model, record) if record else None,
         metrics=metrics,
         scores={METRICS[name][1]: value for name, value in scores.items()},
-        hardware=_describe_hardware,
-        in_bytes=in_bytes,
         in_time=in_time,
     )
     (folder / "README.md").write_bytes(str(card).encode(errors="backslashreplace"))  # file names may be invalid Unicode
 
 
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
 def _metadata(model: ModelSummary, record: RunRecord | None, scores: dict, *, title, license, datasets):
     """Return the card's front matter."""
-    folder = Path(record.flags["path_to_data"]).name if record else ""
     results = [
         EvalResult(
             task_type=model.task,
             dataset_type=datasets[0] if datasets else "imagefolder",
-            dataset_name=datasets[0] if datasets else folder or "images",
+            dataset_name=datasets[0] if datasets else str(record.flags["path_to_data"]),
             metric_type=METRICS[key][0],
             metric_name=METRICS[key][1],
             metric_value=round(value, 4),
@@ -193,7 +160,7 @@ def _metadata(model: ModelSummary, record: RunRecord | None, scores: dict, *, ti
     return ModelCardData(
         library_name="transformers",
         pipeline_tag=model.task,
-        license=license or "unknown",
+        license=license,
         datasets=list(datasets) or None,
         base_model=base.removeprefix("hf:").partition("@")[0] if base.startswith("hf:") else None,
         tags=list(filter(None, tags)),
@@ -202,20 +169,12 @@ def _metadata(model: ModelSummary, record: RunRecord | None, scores: dict, *, ti
     )
 
 
-def _copy_picture(folder: Path, step: int, record: RunRecord) -> dict[str, str] | None:
-    """Copy the newest picture until `step` into `folder`; return its file name and caption."""
-    source, file, caption = PICTURES[record.script]
-    paths = [path for path in (record.folder / source).glob("step_*.png") if path.stem <= f"step_{step:08d}"]
-    if not paths:
+def _copy_picture(folder: Path, model: ModelSummary, record: RunRecord) -> dict[str, str | int] | None:
+    """Copy the newest picture of the run until the model's step into `folder`; return its file name and step."""
+    source, file = PICTURES[model.task]
+    paths = (record.folder / source).glob("step_*.png")
+    newest = max((path for path in paths if path.stem <= f"step_{model.step:08d}"), default=None)
+    if newest is None:
         return None
-    newest = max(paths)
     shutil.copyfile(newest, folder / file)
-    return {"file": file, "caption": f"After step {int(newest.stem.removeprefix('step_')):,}: {caption}"}
-
-
-def _describe_hardware(environment: dict) -> str:
-    """Return one line on the machine and the number of processes."""
-    machine = environment["machine"]
-    gpus = [f"{count} x {name}" for name, count in Counter(machine["gpus"]).items()]
-    devices = gpus or [f"no GPU, {machine['cores']} CPU cores"]
-    return ", ".join([*devices, f"processes: {environment['processes']}"])
+    return {"file": file, "step": int(newest.stem.removeprefix("step_"))}

@@ -1,5 +1,6 @@
 """Draw pictures of what a model does."""
 
+import math
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.v2.functional import to_pil_image
 
 from training.metrics import IGNORED
 
 MOST_CLASSES = 50  # of a readable confusion matrix
 GAP, LINE, HEADER = 8, 20, 48  # pixels between tiles, per line of text, for title and captions
-GREY = "#444444"
+LEGEND = 264  # pixels per column of a legend
 
-Colours = Sequence[tuple[int, int, int]]  # RGB of each class
 Legend = Sequence[tuple[str, Image.Image]]  # names and swatches
 
 
@@ -35,9 +36,9 @@ def reconstruction_grid(
     `uses_true_patch_statistics` says in the title that predictions use each patch's true mean and variance.
     """
     if channels is not None:
-        pairs = list(zip(images[:, channels], prediction[:, channels], strict=True))
-        images = torch.stack([_stretch_contrast(image, like=image) for image, _ in pairs])
-        prediction = torch.stack([_stretch_contrast(guess, like=image) for image, guess in pairs])
+        images, prediction = images[:, channels], prediction[:, channels]
+        prediction = _stretch_contrast(prediction, like=images)
+        images = _stretch_contrast(images, like=images)
         numbers = f"channel{'s' * (len(channels) > 1)} {' '.join(map(str, channels))}"
         title += f" - {numbers}, contrast of each image stretched"
     prediction = prediction.clamp(0, 1)
@@ -46,12 +47,11 @@ def reconstruction_grid(
     if uses_true_patch_statistics:
         title += " - predictions use each patch's true mean and variance"
     height, width = (side * max(1, round(144 / images.shape[-1])) for side in images.shape[-2:])
-    rows = []
-    for row in zip(images, visible, prediction, pasted, strict=True):
-        pixels = [(image.float().cpu() * 255).round().to(torch.uint8) for image in row]
-        tiles = [Image.fromarray(np.ascontiguousarray(_as_colour(image.numpy()))) for image in pixels]
-        rows.append([tile.resize((width, height), Image.Resampling.NEAREST) for tile in tiles])
-    _write_grid(path, rows, ("original", "encoder sees", "prediction", "with visible patches"), title=title)
+    tiles = torch.stack([images, visible, prediction, pasted], dim=1).float().cpu()  # (B, 4, C, H, W)
+    tiles = (tiles * 255).round().to(torch.uint8)
+    rows = [[to_pil_image(tile).resize((width, height), Image.Resampling.NEAREST) for tile in row] for row in tiles]
+    captions = ("original", "encoder sees", "prediction", "with visible patches")
+    _write_grid(path, rows, title=title, captions=captions)
 
 
 def displayable(image: torch.Tensor) -> torch.Tensor:
@@ -99,21 +99,18 @@ def segmentation_grid(
     path: Path,
     rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
     classes: Sequence[str],
-    colours: Colours,
+    colours: np.ndarray,
     *,
     title: str,
 ) -> None:
     """Write a PNG with a row per image: image, annotation, prediction; below them a legend, largest classes first.
 
-    A row is an image (C, H, W), uint8, C 1 or 3, an annotation and a prediction (H, W), as arrays or CPU tensors of any
-    sizes. IGNORED pixels of the annotation are hatched; the prediction is shown everywhere.
+    A row is an image (C, H, W), uint8, C 1 or 3, an annotation and a prediction (H, W), of any sizes. IGNORED pixels of
+    the annotation are hatched; the prediction is shown everywhere. `colours` (classes, 3) are uint8.
     """
-    palette = np.zeros((256, 3), np.uint8)
-    palette[: len(colours)] = colours
     counts = np.zeros(256, np.int64)
     tiles = []
     for image, *masks in rows:
-        image, *masks = (np.asarray(array) for array in (image, *masks))
         counts += sum(np.bincount(mask.ravel(), minlength=256) for mask in masks)
         height, width = image.shape[1:]
         tile_width = width * round(256 / width) if width <= 170 else 256  # whole multiples keep pixels square
@@ -121,64 +118,57 @@ def segmentation_grid(
         labels, prediction = (
             np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)) for mask in masks
         )
-        annotation = np.where((labels == IGNORED)[..., None], _hatching(size), palette[labels])
+        known = colours.take(labels, axis=0, mode="clip")  # IGNORED is beyond the colours
+        annotation = np.where((labels == IGNORED)[..., None], _hatching(size), known)
         resampling = Image.Resampling.BOX if tile_width < width else Image.Resampling.NEAREST
-        picture = Image.fromarray(np.ascontiguousarray(_as_colour(image))).resize(size, resampling)
-        tiles.append([picture, Image.fromarray(annotation), Image.fromarray(palette[prediction])])
-    legend = _legend(counts, classes, palette)
-    _write_grid(path, tiles, ("image", "annotation", "prediction"), title=title, legend=legend)
+        picture = to_pil_image(torch.as_tensor(image)).resize(size, resampling)
+        tiles.append([picture, Image.fromarray(annotation), Image.fromarray(colours[prediction])])
+    legend = _legend(counts, classes, colours)
+    _write_grid(path, tiles, title=title, captions=("image", "annotation", "prediction"), legend=legend)
 
 
-def label_picture(path: Path, labels: np.ndarray, colours: Colours) -> None:
-    """Write labels (H, W), uint8, as a PNG with a palette: 0 is black, 1 .. N have the `colours`."""
-    picture = Image.fromarray(np.asarray(labels, dtype=np.uint8))
-    picture.putpalette([0, 0, 0, *np.asarray(colours, dtype=np.uint8).ravel().tolist()])
-    _save(picture, path)
+def label_picture(path: Path, labels: np.ndarray, colours: np.ndarray) -> None:
+    """Write labels (H, W), uint8, as a PNG with a palette: 0 is black, 1 .. N have the `colours` (N, 3), uint8."""
+    picture = Image.fromarray(labels)
+    picture.putpalette([0, 0, 0, *colours.ravel().tolist()])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
 
 
 def segmentation_overlay(
-    path: Path, image: np.ndarray, labels: np.ndarray, classes: Sequence[str], colours: Colours
+    path: Path, image: np.ndarray, labels: np.ndarray, classes: Sequence[str], colours: np.ndarray
 ) -> None:
     """Write a PNG of an image in light grey under the colours of its classes, with white borders and a legend.
 
-    The image is uint8 (C, H, W) with C 1 or 3; the class numbers (h, w), uint8, may have any size.
+    All arrays are uint8: the image (C, H, W) with C 1 or 3, class numbers (h, w) of any size, and colours (classes, 3).
     """
-    palette = np.zeros((256, 3), np.float32)
-    palette[: len(colours)] = colours
     height, width = image.shape[1:]
     scale = max(1, 512 // max(height, width))
     size = (width * scale, height * scale)
     numbers = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
-    grey = Image.fromarray(np.ascontiguousarray(_as_colour(image))).convert("L")
+    grey = to_pil_image(torch.as_tensor(image)).convert("L")
     grey = np.asarray(grey.resize(size, Image.Resampling.NEAREST))[..., None]
-    pixels = 0.3 * grey + 45 + 0.525 * palette[numbers]  # from 45 to 255
+    pixels = 0.3 * grey + 45 + 0.525 * colours[numbers]  # from 45 to 255
     for axis in (0, 1):
         changes = np.diff(numbers, axis=axis, append=numbers.take([-1], axis)) != 0
         pixels[changes] = 255
     picture = Image.fromarray((pixels + 0.5).astype(np.uint8))
-
     counts = sum(np.bincount(row, minlength=256) for row in labels)  # bincount of all rows would copy them as int64
-    legend = _legend(counts, classes, (0.3 * 128 + 45 + 0.525 * palette + 0.5).astype(np.uint8))
-    columns = min(len(legend), max(1, picture.width // 240))
-    column = max(picture.width // columns, 240)
-    top = GAP + picture.height + GAP
-    shape = GAP + max(picture.width, column) + GAP, top - (-len(legend) // columns) * LINE + GAP
-    canvas = Image.new("RGB", shape, "white")
-    canvas.paste(picture, (GAP, GAP))
-    _draw_legend(canvas, legend, top=top, columns=columns, column=column)
-    _save(canvas, path, compress_level=2)  # four times as fast as 6, and files a tenth larger
+    legend = _legend(counts, classes, (0.3 * 128 + 45 + 0.525 * colours + 0.5).astype(np.uint8))
+    _write_grid(path, [[picture]], legend=legend)
 
 
-def loss_curve(
-    path: Path, losses: Sequence[tuple[int, float]], *, validation: Sequence[tuple[int, float]] = ()
-) -> None:
-    """Write a PNG of the training loss, and the validation loss if there is one; both are (step, loss) in order."""
+def loss_curve(path: Path, log: Sequence[dict]) -> None:
+    """Write a PNG of the training loss in the lines of log.jsonl, and of the validation loss if there is one."""
     figure, axes = _figure(path, (8, 4), "optimizer step", "loss")
-    axes.plot(*zip(*losses, strict=True), color="#08306b", linewidth=1, label="training")
-    if validation:
-        points = zip(*validation, strict=True)
-        axes.plot(*points, color="#d94801", linewidth=1, marker="o", markersize=4, label="validation")
-        axes.legend(frameon=False)
+    for name, label, style in (
+        ("loss", "training", dict(color="#08306b")),
+        ("val_loss", "validation", dict(color="#d94801", marker="o", markersize=4)),
+    ):
+        points = [(line["step"], line[name]) for line in log if name in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), linewidth=1, label=label, **style)
+    axes.legend(frameon=False)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(color="#dddddd")
     axes.spines[["top", "right"]].set_visible(False)
@@ -195,66 +185,51 @@ def _figure(path: Path, size: tuple[float, float], xlabel: str, ylabel: str):
 
 
 def _stretch_contrast(image: torch.Tensor, *, like: torch.Tensor) -> torch.Tensor:
-    """Scale channels (C, H, W) so that the 2nd and 98th percentiles of those of `like` become 0 and 1, and clip."""
-    values = like.float().flatten(1)
-    ranks = (1 + round(share * (values.shape[1] - 1)) for share in (0.02, 0.98))
-    low, high = (values.kthvalue(rank, dim=1).values[:, None, None] for rank in ranks)
+    """Scale channels (..., H, W) so that the 2nd and 98th percentiles of those of `like` become 0 and 1, and clip."""
+    values = like.float().flatten(-2)
+    ranks = (1 + round(share * (values.shape[-1] - 1)) for share in (0.02, 0.98))
+    low, high = (values.kthvalue(rank).values[..., None, None] for rank in ranks)
     return ((image - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
 
 
-def _as_colour(image: np.ndarray) -> np.ndarray:
-    """(C, H, W) with C 1 or 3 -> (H, W, 3)."""
-    return np.broadcast_to(image.transpose(1, 2, 0), (*image.shape[1:], 3))
-
-
-def _write_grid(path: Path, rows: list, captions: Sequence[str], *, title: str, legend: Legend = ()) -> None:
+def _write_grid(path: Path, rows: list, *, title: str = "", captions: Sequence[str] = (), legend: Legend = ()) -> None:
     """Write a PNG of rows of equally high tiles, with a title, a caption above each column, and a legend below."""
     font = ImageFont.load_default(size=13)
     column = max(tile.width for row in rows for tile in row) + GAP
-    top = HEADER + sum(row[0].height + GAP for row in rows)
-    height = top - (-len(legend) // len(captions)) * LINE + GAP if legend else top
-    width = max(GAP + len(captions) * column, int(font.getlength(title)) + 2 * GAP)
+    width = max(GAP + len(rows[0]) * column, int(font.getlength(title)) + 2 * GAP, (GAP + LEGEND) * bool(legend))
+    legend_columns = max(1, (width - GAP) // LEGEND)
+    top = HEADER if captions else GAP
+    bottom = top + sum(row[0].height + GAP for row in rows)
+    height = bottom + math.ceil(len(legend) / legend_columns) * LINE + GAP * bool(legend)
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((GAP, 6), title, "black", font)
     for i, caption in enumerate(captions):
-        draw.text((GAP + i * column, 27), caption, GREY, font)
-    y = HEADER
+        draw.text((GAP + i * column, 27), caption, "#444444", font)
     for row in rows:
         for i, tile in enumerate(row):
-            canvas.paste(tile, (GAP + i * column, y))
-        y += row[0].height + GAP
-    _draw_legend(canvas, legend, top=top, columns=len(captions), column=column)
-    _save(canvas, path)
-
-
-def _save(picture: Image.Image, path: Path, **options) -> None:
+            canvas.paste(tile, (GAP + i * column, top))
+        top += row[0].height + GAP
+    for i, (name, swatch) in enumerate(legend):
+        x, y = GAP + i % legend_columns * LEGEND, bottom + i // legend_columns * LINE
+        canvas.paste(swatch, (x, y))
+        draw.rectangle((x, y, x + 14, y + 14), outline="#888888")
+        draw.text((x + 20, y + 7), _short_name(name), "black", font, "lm")
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, **options)
+    canvas.save(path, compress_level=2)  # four times as fast as 6, and files a tenth larger
 
 
-def _legend(counts: np.ndarray, classes: Sequence[str], palette: np.ndarray) -> Legend:
+def _legend(counts: np.ndarray, classes: Sequence[str], colours: np.ndarray) -> Legend:
     """Return names and swatches of the classes, by their pixel `counts` (256,), the largest first."""
     numbers = [number for number in np.argsort(-counts, kind="stable") if counts[number] and number != IGNORED]
-    names = [(classes[number], Image.new("RGB", (14, 14), tuple(palette[number].tolist()))) for number in numbers]
+    names = [(classes[number], Image.new("RGB", (14, 14), tuple(colours[number].tolist()))) for number in numbers]
     void = [("void: not labelled", Image.fromarray(_hatching((14, 14))))] if counts[IGNORED] else []
     return names + void
 
 
-def _draw_legend(canvas: Image.Image, legend: Legend, *, top: int, columns: int, column: int) -> None:
-    """Draw names beside their swatches, in rows of `columns` entries, each `column` pixels wide."""
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=13)
-    for i, (name, swatch) in enumerate(legend):
-        x, y = GAP + i % columns * column, top + i // columns * LINE
-        canvas.paste(swatch, (x, y))
-        draw.rectangle((x, y, x + 14, y + 14), outline="#888888")
-        draw.text((x + 20, y + 7), _short_name(name), "black", font, "lm")
-
-
 def _hatching(size: tuple[int, int]) -> np.ndarray:
     """Return slanted grey stripes (H, W, 3) of `size` (W, H), which no class colour resembles."""
-    x, y = np.meshgrid(*(np.arange(length) for length in size))
-    stripes = np.where((x + y) // 4 % 2, 110, 190).astype(np.uint8)
+    stripes = np.where(np.indices(size[::-1]).sum(axis=0) // 4 % 2, 110, 190).astype(np.uint8)
     return np.repeat(stripes[..., None], 3, axis=2)
 
 

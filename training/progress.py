@@ -43,9 +43,8 @@ class Progress:
         self, accelerator, folder: Path, plan: Plan, *, log_every: int, start_step: int = 0, seconds: float = 0.0
     ):
         self.accelerator, self.path, self.plan, self.log_every = accelerator, folder / "log.jsonl", plan, log_every
-        self.seconds_before, self.start_time = seconds, time.perf_counter()
+        self.start_time = time.perf_counter() - seconds
         self.first_bad_step = torch.full((), -1, device=accelerator.device)
-        # leave=False: what is printed last stays last
         total = plan.length.total_steps
         hidden = not accelerator.is_main_process or not total
         self.bar = tqdm(total=total, initial=start_step, unit="step", disable=hidden, **BAR)
@@ -58,7 +57,7 @@ class Progress:
     @property
     def seconds(self) -> float:
         """The time that the run has taken, over all its resumptions."""
-        return self.seconds_before + time.perf_counter() - self.start_time
+        return time.perf_counter() - self.start_time
 
     def timed(self, batches: Iterator) -> Iterator:
         """Yield from the loader, and count the time until it answers as waiting for data."""
@@ -100,7 +99,7 @@ class Progress:
         images = (step - self.clock_step) * self.plan.batch.global_size
         line = {
             "step": step,
-            "epoch": self.epoch(step),
+            "epoch": step / self.plan.length.steps_per_epoch,
             "loss": loss.item(),
             "learning_rate": learning_rate,
             "grad_norm": grad_norm.item(),
@@ -114,10 +113,6 @@ class Progress:
         )
         self.write(line)
         return True
-
-    def epoch(self, step: int) -> float:
-        """Return the passes over the data after `step` steps."""
-        return step / self.plan.length.steps_per_epoch
 
     def check_finite(self) -> None:
         """Raise RunError if a loss or gradient norm was not finite, on any process; waits for the device."""
@@ -153,81 +148,64 @@ class Progress:
 class Rehearsal:
     """The timing of --dry_run: a step to compile and start workers, some to empty the loader's stock, then 10 seconds.
 
-    Args:
-        read_ahead: steps that the loader workers have in stock, which would hide that they are slow.
+    The stock of `read_ahead` steps, which the loader workers hold, would hide that they are slow.
     """
 
     def __init__(self, progress: Progress, crew, *, read_ahead: int):
-        self.progress, self.crew = progress, crew
+        self.progress, self.crew, self.steps = progress, crew, 0
         self.phases = [(0.0, 1), (3.0, 1 + read_ahead), (10.0, 3)]  # seconds and steps that each takes at least
-        self.steps, self.finite = 0, True
         self.steps_left = progress.plan.length.total_steps - progress.clock_step
         progress.restart_clock(0)
 
     def completed(self, loss: torch.Tensor) -> bool:
-        """Note a step; after the last one, report and return True.
+        """Note a step; after the last one, print the time of a step and of the run, and the memory, and return True.
 
         Raises:
-            RunError: if a loss was not finite.
+            RunError: if the loss is not finite.
         """
-        self.finite &= math.isfinite(loss.item())  # waits for the device
+        if self.crew.any(not math.isfinite(loss.item())):  # waits for the device
+            raise RunError("a loss of the dry run is not finite; look at the data, or take another --mixed_precision")
         self.steps += 1
-        seconds, at_least = self.phases[0]
-        spent, steps = time.perf_counter() - self.progress.clock_time, self.steps - self.progress.clock_step
-        enough = (spent > seconds and steps >= at_least) or spent > 6 * seconds > 0
+        progress, (at_least, min_steps) = self.progress, self.phases[0]
+        spent, steps = time.perf_counter() - progress.clock_time, self.steps - progress.clock_step
+        enough = (spent > at_least and steps >= min_steps) or spent > 6 * at_least > 0
         if not self.crew.any(enough or self.crew.signal_name is not None):
             return False
         if len(self.phases) > 1:
             self.phases.pop(0)
-            self.progress.restart_clock(self.steps)
+            progress.restart_clock(self.steps)
             return False
-        self.report(spent / steps, steps)
-        if self.crew.any(not self.finite):
-            raise RunError("a loss of the dry run is not finite; look at the data, or take another --mixed_precision")
-        return True
-
-    def report(self, seconds: float, steps: int) -> None:
-        """Print the time of a step, the data wait, the peak memory, and the time of the run."""
-        device = self.progress.accelerator.device
+        seconds, device = spent / steps, progress.accelerator.device
         if device.type == "cuda":
             peak = torch.cuda.max_memory_reserved(device)
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        self.progress.say(
+        progress.say(
             f"dry run    {steps} steps timed after {self.steps - steps}: {seconds:.3g} s a step, "
-            f"{self.progress.plan.batch.global_size / seconds:.4g} images/s, data wait "
-            f"{self.progress.waited / seconds / steps:.0%}, peak memory {in_bytes(peak)}\n"
+            f"{progress.plan.batch.global_size / seconds:.4g} images/s, data wait {progress.waited / spent:.0%}, "
+            f"peak memory {in_bytes(peak)}\n"
             f"           {self.steps_left} steps take {in_time(seconds * self.steps_left)}, without validation and "
             "saving; nothing was written"
         )
+        return True
 
 
 def truncate_log(folder: Path, step: int) -> dict[str, float]:
-    """Remove the lines of log.jsonl beyond a step, which a resumed run writes again.
-
-    Returns:
-        The metrics of the validation after that very step.
-    """
-    path, metrics = folder / "log.jsonl", {}
-    if not path.exists():
-        return metrics
+    """Remove the lines of log.jsonl beyond a step, and return the metrics of the validation after that very step."""
+    path = folder / "log.jsonl"
     lines = [line for line in read_lines(path) if line["step"] <= step]
-    for line in lines:
-        if line["step"] == step and "loss" not in line:
-            metrics |= {name: value for name, value in line.items() if name not in ("step", "epoch", "advice")}
     temporary = path.with_name(".log.jsonl.tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
     temporary.replace(path)
-    return metrics
+    measured = [line for line in lines if line["step"] == step and "loss" not in line]
+    return {name: value for line in measured for name, value in line.items() if name not in ("step", "epoch")}
 
 
 def best_of(folder: Path, metric: str) -> tuple[float, int | None]:
     """Return the highest value of a metric in log.jsonl and the step that reached it first; -1 and None without one."""
-    best, best_step = -1.0, None
-    for line in read_lines(folder / "log.jsonl"):
-        if line.get(metric, -1.0) > best:
-            best, best_step = line[metric], line["step"]
-    return best, best_step
+    lines = [line for line in read_lines(folder / "log.jsonl") if metric in line]
+    best = max(lines, key=lambda line: line[metric], default={})
+    return best.get(metric, -1.0), best.get("step")
 
 
 class DamagedImages:
@@ -240,16 +218,12 @@ class DamagedImages:
     """
 
     def __init__(self, folder: Path, num_samples: int, *, is_main_process: bool, replace: bool = True):
-        self.path, self.is_main_process, self.replace = folder / "damaged.jsonl", is_main_process, replace
-        self.limit = min(max(10, num_samples // 100), num_samples - 1)
-        self.num_samples = num_samples
+        self.path, self.num_samples = folder / "damaged.jsonl", num_samples
+        self.is_main_process, self.replace = is_main_process, replace
         self.names = {image["path"] for image in read_lines(self.path)}
         if is_main_process and self.path.exists() and not self.path.read_text().endswith("\n"):
-            self._append("\n")  # behind a line that a kill cut short
-
-    def _append(self, text: str) -> None:
-        with open(self.path, "a") as file:
-            file.write(text)
+            with open(self.path, "a") as file:
+                file.write("\n")  # behind a line that a kill cut short
 
     def add(self, images: list[tuple[str, str]]) -> None:
         """Note (path, reason) pairs, the same on all processes.
@@ -257,25 +231,19 @@ class DamagedImages:
         Raises:
             RunError: beyond the limit.
         """
-        for path, reason in images:
-            if path in self.names:
-                continue
-            if self.is_main_process and self.replace and not self.names:
-                tqdm.write(
-                    f"note: {path} is damaged ({reason}) and was replaced; {self.path} lists all damaged images",
-                    sys.stderr,
-                )
-            self.names.add(path)
-            if self.is_main_process:
-                self._append(json.dumps({"path": path, "reason": reason}) + "\n")
+        new = {path: reason for path, reason in images if path not in self.names}
+        if new and self.is_main_process:
+            with open(self.path, "a") as file:
+                file.writelines(json.dumps({"path": path, "reason": new[path]}) + "\n" for path in new)
+            if self.replace and not self.names:
+                tqdm.write(f"note: damaged images are replaced; {self.path} lists them", sys.stderr)
+        self.names |= new.keys()
         if images and not self.replace:
             path, reason = images[0]
+            raise RunError(f"{path} is damaged ({reason}), and --on_damaged error allows none; repair or remove it")
+        limit = min(max(10, self.num_samples // 100), self.num_samples - 1)
+        if len(self.names) > limit:
             raise RunError(
-                f"{path} is damaged ({reason}), and --on_damaged error allows none; repair or remove it, or leave the "
-                "flag out"
-            )
-        if len(self.names) > self.limit:
-            raise RunError(
-                f"{len(self.names)} of {self.num_samples} images are damaged, more than the {self.limit} allowed; "
+                f"{len(self.names)} of {self.num_samples} images are damaged, more than the {limit} allowed; "
                 f"{self.path} names them and says why: repair or remove them"
             )

@@ -389,7 +389,7 @@ class Run:
     @property
     def epoch(self) -> float:
         """The passes over the data after the current step."""
-        return self.progress.epoch(self.step)
+        return self.step / self.plan.length.steps_per_epoch
 
     def is_best(self, metric: str, metrics: dict) -> bool:
         """Return True on the main process if a metric is better than all in the log."""

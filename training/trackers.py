@@ -1,6 +1,5 @@
 """Log to Weights & Biases and TensorBoard, in addition to log.jsonl."""
 
-import importlib.util
 import secrets
 import sys
 from collections.abc import Callable
@@ -11,7 +10,10 @@ from tqdm import tqdm
 
 from training.wording import in_one_line
 
-REMEDIES = dict(wandb="run `wandb login`, or set WANDB_MODE=offline", tensorboard="pip install --upgrade tensorboard")
+REMEDIES = {
+    "wandb": "pip install wandb and run `wandb login`, or set WANDB_MODE=offline",
+    "tensorboard": "pip install --upgrade tensorboard",
+}
 
 
 def start_trackers(
@@ -25,18 +27,13 @@ def start_trackers(
     if not accelerator.is_main_process:
         return
     for name in names:
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # no origin: a plain folder of that name, which wandb creates
-            _warn(f"not logging to {name}: the package is not installed; pip install {name}")
-            continue
         try:
             tracker = WandB(folder, project, run_name) if name == "wandb" else TensorBoard(folder, start_step)
             tracker.start()
             tracker.store_init_configuration(flags)
+            accelerator.trackers.append(tracker)
         except Exception as error:  # no failure of a tracker may stop the training
             _warn(f"not logging to {name}: {in_one_line(error)}; {REMEDIES[name]}")
-        else:
-            accelerator.trackers.append(tracker)
 
 
 def finish_trackers(accelerator) -> None:

@@ -15,8 +15,6 @@ from huggingface_hub.errors import (
     HFValidationError,
     HTTPError,  # of the library that huggingface_hub uses for requests: httpx or httpx2
     OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
@@ -43,7 +41,7 @@ def check_repo_id(repo_id: str) -> list[str]:
 
 def check_token() -> list[str]:
     """Return an error if nobody is logged in to the Hub. Asks no server."""
-    return [] if get_token() else [f"no token for the Hugging Face Hub; {LOG_IN}"]
+    return [] if get_token() else [f"no valid token for the Hugging Face Hub; {LOG_IN}"]
 
 
 def check_hub(push_to_hub: bool, *, repository: str | None, every: int, private: bool) -> list[str]:
@@ -73,38 +71,28 @@ def upload(folder: Path, repo_id: str, *, private: bool, revision: str | None, m
         RunError: The upload failed, or was refused because the repository holds another type of model.
     """
     try:
-        errors = check_repo_id(repo_id) or check_token() or _check_repository(folder, repo_id, private, revision)
-        if not errors:
-            return _commit(folder, repo_id, private, revision, message)
-        reason, cause = errors[0], None
+        _check_repository(folder, repo_id, private, revision)
+        return _commit(folder, repo_id, private, revision, message)
     except Exception as error:  # huggingface_hub, its HTTP client and Xet raise many types
-        reason, cause = _explain(error, repo_id), error
-    command = shlex.join(["python", *sys.argv])
-    raise RunError(f"not uploaded: {reason}; {folder} is ready, repeat with: {command}") from cause
+        raise RunError(f"not uploaded: {_explain(error, repo_id)}; {folder} is ready, repeat the command") from error
 
 
-def _check_repository(folder: Path, repo_id: str, private: bool, revision: str | None) -> list[str]:
-    """Return the reason not to write to a repository that exists, if any."""
-    try:
-        try:
-            info = HfApi().model_info(repo_id, revision=revision)
-        except RevisionNotFoundError:  # a new branch starts from main
-            info = HfApi().model_info(repo_id)
-    except RepositoryNotFoundError as error:
-        if error.response.status_code == 401:  # the Hub also answers so to an expired token
-            raise
-        return []
+def _check_repository(folder: Path, repo_id: str, private: bool, revision: str | None) -> None:
+    """Raise RunError if a repository that exists must not be written to."""
+    api = HfApi()
+    if not api.repo_exists(repo_id):
+        return
+    if revision and not api.revision_exists(repo_id, revision):
+        revision = None  # a new branch starts from main
+    info = api.model_info(repo_id, revision=revision)
     if private and not info.private:
-        return [f"{repo_id} exists and is public; make it private in its settings, or leave out --private"]
-    if all(file.rfilename != "config.json" for file in info.siblings or []):
-        return []
-    theirs, ours = (
-        _model_type(path)
-        for path in (hf_hub_download(repo_id, "config.json", revision=info.sha), folder / "config.json")
-    )
-    if theirs == ours:
-        return []
-    return [f"{repo_id} holds another type of model ({theirs}, expected {ours}); give another --repo_id"]
+        raise RunError(f"{repo_id} exists and is public; make it private in its settings, or leave out --private")
+    if all(file.rfilename != "config.json" for file in info.siblings):
+        return
+    theirs = _model_type(hf_hub_download(repo_id, "config.json", revision=info.sha))
+    ours = _model_type(folder / "config.json")
+    if theirs != ours:
+        raise RunError(f"{repo_id} holds another type of model ({theirs}, expected {ours}); give another --repo_id")
 
 
 def _model_type(path: str | Path) -> str:
@@ -120,7 +108,6 @@ def _commit(folder: Path, repo_id: str, private: bool, revision: str | None, mes
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    paths = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
     files = [CommitOperationAdd(path.as_posix(), folder / path) for path in paths]
     # Files of an earlier model that this one lacks would be read, or shown, as if they belonged to it
     stale = {*api.list_repo_files(repo_id, revision=revision)} - {path.as_posix() for path in paths}
@@ -132,13 +119,15 @@ def _commit(folder: Path, repo_id: str, private: bool, revision: str | None, mes
 
 def _explain(error: Exception, repo_id: str) -> str:
     """Return one line on why the Hub could not be used and what to do, from the error or its causes."""
+    if isinstance(error, RunError):
+        return str(error)
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
         causes.append(cause)
     for cause in causes:
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if status == 401:
-            return f"the token is invalid or has expired; {LOG_IN}"
+            return f"no valid token for the Hugging Face Hub; {LOG_IN}"
         if status == 403:
             return f"the token has no write access to {repo_id}; {LOG_IN}, or give a --repo_id of another owner"
         if isinstance(cause, OfflineModeIsEnabled):
@@ -198,9 +187,8 @@ class Uploader:
 
     def _start(self, subject: str) -> None:
         # The upload must not join the training's process group, use its GPU, or receive the terminal's signals
-        prefixes = ("ACCELERATE_", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        env = {n: v for n, v in os.environ.items() if not n.startswith(prefixes) and n not in names}
+        prefixes = ("ACCELERATE_", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "RANK", "WORLD_SIZE", "LOCAL_")
+        env = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
         env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}  # `_report` reads the last line of the log
         options = dict(env=env, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True)
         self.subject = subject
@@ -216,10 +204,8 @@ class Uploader:
         if self.process is None or self.process.poll() is None:
             return
         code, self.process = self.process.returncode, None
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        last = lines[-1].strip() if lines else f"exit code {code}"
+        lines = self.log.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
         if code == 0:
-            tqdm.write(f"uploaded {self.subject}: {last.removeprefix('uploaded: ')}")
+            tqdm.write(f"uploaded {self.subject}: {lines[-1].removeprefix('uploaded: ')}")
         else:
-            repeat = "" if "repeat with" in last else f"; {self.repeat}"
-            tqdm.write(f"warning: {self.subject} is not uploaded: {last}; see {self.log}{repeat}")
+            tqdm.write(f"warning: {self.subject} is not uploaded: {lines[-1]}; see {self.log}; {self.repeat}")
