@@ -196,6 +196,8 @@ def main(argv=None):
                 errors.append(f"--{name} has {len(values)} values for {channels} channels; give one per channel")
     except (RunError, WeightsError) as error:
         errors.append(str(error))
+    except FileNotFoundError as error:
+        errors.append(f"{error.filename} was just removed by the running training; repeat the same command")
     if errors:
         fail(errors)
     print(f"{trained.path}: {describe_model(trained)}" + ("" if record else f"; read as {trained.layout}"))

@@ -290,7 +290,9 @@ def test_read_record(tmp_path):
     [
         ("args.json", b"{"),
         ("args.json", b'{"flag": {}}'),
+        ("args.json", b'{"flags": {}}'),
         ("metrics.json", b"3."),
+        ("metrics.json", b"{}"),
     ],
 )
 def test_damaged_files_are_errors(name, content, tmp_path):

@@ -208,7 +208,7 @@ def test_weights_that_make_no_module(tmp_path):
 def test_other_epsilons_of_norms_are_told_or_refused(tmp_path):
     for eps, said in ((1e-6, False), (1e-12, True)):
         config = ViTConfig(**SIZE | dict(layer_norm_eps=eps))
-        ours = open_trained(written(randomise(ViTForImageClassification(config)), tmp_path))
+        ours = open_trained(written(randomize(ViTForImageClassification(config)), tmp_path))
         told = [words for words in ours.assumed if words.startswith("norms with an epsilon of 1e-6, where these")]
         assert bool(told) is said
     config = ViTConfig(**SIZE | dict(layer_norm_eps=1e-3))

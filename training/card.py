@@ -67,17 +67,20 @@ class RunRecord(NamedTuple):
 def read_record(folder: str | Path) -> RunRecord | None:
     """Read the files of a run folder; None if it has no args.json. Raises RunError for damaged files."""
     folder = Path(folder)
-    path = folder / "args.json"
-    if not path.is_file():
+    if not (folder / "args.json").is_file():
         return None
+    args = _read(folder / "args.json", "flags", "command", "data", "machine", "processes", "versions")
+    metrics = _read(folder / "metrics.json", "step") if (folder / "metrics.json").is_file() else None
+    return RunRecord(folder, args, args["flags"], read_lines(folder / "log.jsonl"), metrics)
+
+
+def _read(path: Path, *names: str) -> dict:
+    """Return the object in a JSON file. Raises RunError for a damaged file, and for one that lacks some names."""
     try:
-        args = json.loads(path.read_text())
-        flags = dict(args["flags"])
-        path = folder / "metrics.json"
-        metrics = json.loads(path.read_text()) if path.is_file() else None
+        content = json.loads(path.read_text())
+        return content | {name: content[name] for name in names}
     except (OSError, ValueError, KeyError, TypeError):
         raise RunError(f"{path} is damaged; expected the file that a run writes; give another run") from None
-    return RunRecord(folder, args, flags, read_lines(folder / "log.jsonl"), metrics)
 
 
 class ModelSummary(NamedTuple):
@@ -147,7 +150,7 @@ def _metadata(model: ModelSummary, record: RunRecord | None, scores: dict, *, ti
         EvalResult(
             task_type=model.task,
             dataset_type=datasets[0] if datasets else "imagefolder",
-            dataset_name=datasets[0] if datasets else str(record.flags["path_to_data"]),
+            dataset_name=datasets[0] if datasets else Path(record.flags["path_to_data"]).name or "images",
             metric_type=METRICS[key][0],
             metric_name=METRICS[key][1],
             metric_value=round(value, 4),

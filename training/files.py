@@ -29,7 +29,7 @@ def read_lines(path: Path) -> list[dict]:
     for text in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             lines.append(json.loads(text))
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:

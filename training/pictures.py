@@ -162,7 +162,7 @@ def loss_curve(path: Path, log: Sequence[dict]) -> None:
     """Write a PNG of the training loss in the lines of log.jsonl, and of the validation loss if there is one."""
     figure, axes = _figure(path, (8, 4), "optimizer step", "loss")
     for name, label, style in (
-        ("loss", "training", dict(color="#08306b")),
+        ("loss", "training", dict(color="#08306b", marker=".", markersize=2)),
         ("val_loss", "validation", dict(color="#d94801", marker="o", markersize=4)),
     ):
         points = [(line["step"], line[name]) for line in log if name in line]

@@ -204,7 +204,9 @@ class Uploader:
         if self.process is None or self.process.poll() is None:
             return
         code, self.process = self.process.returncode, None
-        lines = self.log.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
+        lines = [f"exit code {code}"]
+        with contextlib.suppress(OSError):  # nothing about an upload stops the training
+            lines = self.log.read_text(errors="replace").strip().splitlines() or lines
         if code == 0:
             tqdm.write(f"uploaded {self.subject}: {lines[-1].removeprefix('uploaded: ')}")
         else:
