@@ -311,6 +311,11 @@ def test_failed_uploads_are_reported_and_the_next_one_starts(script, tmp_path, c
         line = capsys.readouterr().out.splitlines()[-1]
         log = tmp_path / "hub.log"
         assert line == f"warning: step {step} is not uploaded: {error.strip()}; see {log}; {repeat}"
+    uploader.after(30)
+    uploader.process.wait()
+    log.unlink()
+    uploader.after(31)
+    assert "step 30 is not uploaded: exit code 1" in capsys.readouterr().out
     (tmp_path / "fail").unlink()
     uploader.finish()
     assert capsys.readouterr().out.splitlines()[-1] == "uploaded the finished run: ADDRESS"
