@@ -370,7 +370,7 @@ def statistics_of(folder):
     return json.loads((folder / "statistics.json").read_text())
 
 
-def test_statistics_are_those_of_all_pixels(mixed, tmp_path, capsys, monkeypatch):
+def test_statistics_are_those_of_all_pixels(mixed, tmp_path, capsys):
     prepare(mixed, tmp_path / "out", "--format", "array", "--statistics", workers=2)
     images = open_prepared(tmp_path / "out", PIXELS)["train"]
     pixels = np.concatenate([image.reshape(-1, 3) for image in images.fetch(range(len(images)))]) / 255
