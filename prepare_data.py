@@ -7,8 +7,8 @@ OUT holds shards of JPEG files whose shorter side has at most 256 pixels (datase
 too), or with --format array of decoded pixels (uint8; float32 with --value_range), which take more space and are read
 fastest. Without --short_side and --quality files are kept unchanged, and a run on OUT equals one on SOURCE. A folder
 with images/ and annotations/ becomes pairs for finetune_segmentation.py. damaged.jsonl lists the images that cannot be
-read. After an interruption, repeat the command. --statistics writes statistics.json into OUT, from which the scripts
-take --mean and --std; without OUT it measures SOURCE:
+read. After an interruption, repeat the command. --verify compares the shards with their checksums. --statistics writes
+statistics.json into OUT, from which the scripts take --mean and --std; without OUT it measures SOURCE:
 
     python prepare_data.py elevation/ --statistics --input_channels 1
 """
@@ -54,6 +54,7 @@ def parse_args(argv=None):
     flag("--quality", type=integer(1, 100), metavar="Q", help=f"JPEG quality of all (default: {QUALITY}, if shrunk)")
     flag("--shard_size", type=number(1e-3), default=512, metavar="MB", help="approximate size of a file (default 512)")
     flag("--statistics", action="store_true", help=f"measure the channels of the training images ({STATISTICS})")
+    flag("--verify", action="store_true", help="compare the shards of OUT, or of SOURCE, with their checksums")
     flag("--num_workers", type=integer(0), help="worker processes (default min(32, cores))")
     flag("--cache_dir", help="folder for indices of large data sets (default ~/.cache/masked-autoencoders)")
     flag, real = parser.add_argument_group("images").add_argument, number(-math.inf)
@@ -64,9 +65,13 @@ def parse_args(argv=None):
     args, errors = parser.read(argv)
     if args.source is None:
         errors.append("SOURCE is missing; give what --path_to_data takes, and OUT, a folder to write")
-    elif args.out is None and not args.statistics:
-        errors.append("OUT is missing; give a folder to write, or --statistics")
-    elif args.out and Path(args.out).resolve().is_relative_to(Path(args.source).resolve()):
+    elif args.out is None:
+        for name in ("format", "short_side", "quality", "shard_size"):
+            if getattr(args, name) != parser.get_default(name):
+                errors.append(f"--{name} needs a folder to write; give OUT")
+        if not (args.statistics or args.verify):
+            errors.append("OUT is missing; give a folder to write, or --statistics or --verify")
+    elif Path(args.source).is_dir() and Path(args.out).resolve().is_relative_to(Path(args.source).resolve()):
         errors.append(f"OUT {args.out} is inside SOURCE, whose images would change; give another folder")
     if args.value_range and not args.value_range[0] < args.value_range[1]:
         errors.append(f"--value_range {format_flag(args.value_range)} is not increasing; give the value of black first")
@@ -107,46 +112,46 @@ def mean_size(encoder):
     return sum(sizes) / len(sizes)
 
 
-def make_plan(encoders, settings):
-    """Return the plan for a new folder, which decides every byte that is written. Raises DataError."""
+def make_plan(encoders, content):
+    """Return the plan for a new folder of this content, which decides every byte that is written. Raises DataError."""
     has_masks = any(getattr(encoder.source, "has_masks", False) for encoder in encoders.values())
-    if has_masks and (settings["short_side"] is not None or settings["format"] == "array"):
+    if has_masks and (content["short_side"] is not None or content["format"] == "array"):
         raise DataError("the images have masks, which need their own size and --format jpeg; leave out --short_side")
-    plan = {"version": VERSION, **settings, "bounds": {}, "bytes": {}, "chunk": {}}
-    plan["fingerprint"] = {split: encoder.source.fingerprint() for split, encoder in encoders.items()}
-    plan["source_bytes"] = {split: round(encoder.source.size_in_bytes()) for split, encoder in encoders.items()}
-    plan["dtype"] = "uint8" if settings["format"] == "jpeg" or settings["value_range"] is None else "float32"
+    plan = {**content, "bounds": {}, "bytes": {}, "chunk": {}}
+    plan["dtype"] = "uint8" if content["format"] == "jpeg" or content["value_range"] is None else "float32"
     for split, encoder in encoders.items():
         size, samples = mean_size(encoder), len(encoder.source)
-        shards = min(samples, max(1, math.ceil(samples * size / (settings["shard_size"] * 1e6))))
+        shards = min(samples, max(1, math.ceil(samples * size / (content["shard_size"] * 1e6))))
         plan["bounds"][split] = [number * samples // shards for number in range(shards + 1)]
         plan["bytes"][split] = round(samples * size)
         plan["chunk"][split] = max(1, min(CHUNK_SAMPLES, int(CHUNK_BYTES / max(1, size))))
     return plan
 
 
-def check_same(output, found, plan):
-    """Raise DataError if the folder was started with other settings or images than those of the plan."""
+def check_same(output, found, content):
+    """Raise DataError if the folder was started with other settings or images than those of `content`."""
     errors = [
         f"{output} was started with --{FLAGS.get(name, name)} {format_flag(found.get(name))}, not "
-        f"{format_flag(plan[name])}; repeat that command, or give another OUT"
+        f"{format_flag(content[name])}; repeat that command, or give another OUT"
         for name in (*SETTINGS, "shard_size")
-        if found.get(name) != plan[name]
+        if found.get(name) != content[name]
     ]
-    if any(found.get(name) != plan[name] for name in ("version", "fingerprint", "source_bytes")):
+    if any(found.get(name) != content[name] for name in ("version", "fingerprint", "source_bytes")):
         errors.append(f"{output} was started with other images or by another version of this script; give another OUT")
     if errors:
         raise DataError("\n".join(errors))
 
 
-def start_or_resume(output, encoders, plan):
-    """Return the plan, or that of an unfinished folder. Raises DataError."""
+def start_or_resume(output, encoders, content):
+    """Return the plan of a new or an unfinished folder. Raises DataError."""
     path = output / PLAN
     if path.is_file():
-        new, plan = plan, json.loads(path.read_text())
-        check_same(output, plan, new)
+        plan = json.loads(path.read_text())
+        check_same(output, plan, content)
     elif output.is_file() or any(path.name not in BEGUN for path in output.rglob("*")):
         raise DataError(f"{output} holds something else; give an empty folder or a new one")
+    else:
+        plan = make_plan(encoders, content)
     records = [read_record(output, name) for split in encoders for name in shard_names(plan, split)]
     done = [record for record in records if record is not None]
     missing = sum(plan["bytes"].values()) - sum(record["shard"]["bytes"] for record in done)
@@ -161,6 +166,12 @@ def start_or_resume(output, encoders, plan):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, plan)
     return plan
+
+
+def checksum(path):
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shard_names(plan, split):
@@ -205,10 +216,8 @@ def write_split(output, plan, split, encoder, num_workers, bar):
             file.write(encoder.footer)
             file.flush()
             os.fsync(file.fileno())
-        with open(part, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         part.replace(path)  # so that a shard is complete or absent
-        record = dict(file=name, samples=samples, bytes=path.stat().st_size, sha256=digest)
+        record = dict(file=name, samples=samples, bytes=path.stat().st_size, sha256=checksum(path))
         if plan["format"] == "array":
             write_array(record_path(output, name).with_suffix(".npy"), np.concatenate(shapes))
         write_json(record_path(output, name), {"shard": record, "damaged": damaged})
@@ -249,13 +258,15 @@ def finish(output, plan, encoders):
 def prepare(output, encoders, settings, num_workers):
     """Write the folder, or what is missing of it. Raises DataError and RunError."""
     with alone_at(output):
-        plan = make_plan(encoders, settings)
+        content = {"version": VERSION, **settings}
+        content["fingerprint"] = {split: encoder.source.fingerprint() for split, encoder in encoders.items()}
+        content["source_bytes"] = {split: round(encoder.source.size_in_bytes()) for split, encoder in encoders.items()}
         if (output / PREPARED).is_file():
-            check_same(output, read_prepared(output), plan)
+            check_same(output, read_prepared(output), content)
             shutil.rmtree(output / PREPARING, ignore_errors=True)
-            print(f"already finished: {output}")
+            print(f"already finished: {output}; --verify compares it with its checksums")
             return
-        plan = start_or_resume(output, encoders, plan)
+        plan = start_or_resume(output, encoders, content)
         with tqdm(total=sum(len(encoder.source) for encoder in encoders.values()), unit="image") as bar:
             for split, encoder in encoders.items():
                 write_split(output, plan, split, encoder, num_workers, bar)
@@ -265,6 +276,19 @@ def prepare(output, encoders, settings, num_workers):
         if prepared["damaged"]:
             state = "kept unchanged" if keeps_files(settings) else "left out"
             print(f"damaged    {state}, and listed in {output / 'damaged.jsonl'}")
+
+
+def verify(folder):
+    """Compare all shards with their checksums. Raises DataError and RunError."""
+    if kind_of_data(str(folder)) != "prepared":
+        raise DataError(f"{folder} was not written by this script; give --verify a prepared folder")
+    shards = read_prepared(folder)["shards"]
+    progress = tqdm(shards, unit="shard")
+    changed = [shard["file"] for shard in progress if checksum(folder / shard["file"]) != shard["sha256"]]
+    if changed:
+        files = first_few(changed, len(changed))
+        raise launch.RunError(f"{folder}: shards have changed ({files}); remove the folder and prepare it again")
+    print(f"verified   {folder}: {len(shards)} shards are as they were written")
 
 
 def measure(source, pixels, num_workers):
@@ -328,15 +352,18 @@ def main(argv=None):
 
     try:
         # Source
-        sources = open_all(args.source, pixels, cache=args.cache_dir, any_range=not args.out)
-        for source in sources.values():
-            source.prepare(processes=max(1, num_workers), progress=True)
+        if args.out or args.statistics:
+            sources = open_all(args.source, pixels, cache=args.cache_dir, any_range=not args.out)
+            for source in sources.values():
+                source.prepare(processes=max(1, num_workers), progress=True)
 
         # Shards
         if args.out:
             encoder = FileEncoder if args.format == "jpeg" else ArrayEncoder
             encoders = {split: encoder(source, settings, pixels) for split, source in sources.items()}
             prepare(folder, encoders, settings, num_workers)
+        if args.verify:
+            verify(folder)
 
         # Statistics
         if args.statistics:

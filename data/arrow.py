@@ -6,6 +6,7 @@ never run.
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -91,6 +92,10 @@ class ArrowSource(StoredSource):
     ):
         self._arguments = table, name, columns, fingerprint
         table = map_files(table) if isinstance(table, list | tuple) else table
+        try:  # wrong offsets would crash the process
+            table.select([column for column in columns[:3] if column]).validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{name} has damaged Arrow data ({_one_line(error)}); write or download it again") from None
         self._name, self._fingerprint, self.has_masks = name, fingerprint, columns.mask is not None
         self._images = EncodedColumn(table[columns.image])
         self._masks = EncodedColumn(table[columns.mask]) if columns.mask else None
@@ -233,7 +238,8 @@ def _load(path: str, cache: str | None) -> dict:
     if any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "state.json")):
         saved = datasets.load_from_disk(path)
         return saved if isinstance(saved, dict) else {"train": saved}
-    place = {"data_dir": path} if os.path.isdir(path) else {"data_files": os.path.abspath(path)}
+    name = glob.escape(os.path.abspath(path)) if os.path.exists(path) else os.path.abspath(path)
+    place = {"data_dir": name} if os.path.isdir(path) else {"data_files": name}
     return datasets.load_dataset("parquet", cache_dir=cache, keep_in_memory=False, **place)
 
 
@@ -258,6 +264,9 @@ def _load_from_hub(path: str, cache: str | None) -> dict:
     datasets.config.HF_HUB_OFFLINE = was_offline or commit is None  # otherwise `datasets` would retry for a minute
     try:
         splits = datasets.load_dataset(repository, config, revision=commit, cache_dir=cache, keep_in_memory=False)
+    except ConnectionError as error:
+        reason = "the Hub cannot be reached, and it is not in the cache; connect, or give a local path"
+        raise DataError(f"{path}: {reason}") from error
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
     folders = {Path(file["filename"]).parent for split in splits.values() for file in split.cache_files}

@@ -1,7 +1,9 @@
 """Read samples that are files: all images below a folder, the images of a list, or files named on a command line."""
 
 import contextlib
+import csv
 import glob
+import json
 import os
 import re
 import time
@@ -18,6 +20,7 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".jp2"),
     *(".npy", ".jpe", ".pbm", ".pnm"),
 )
+COLUMNS = ["path", "label", "mask"]  # of a list
 LONGEST_LINE = 2**25  # bytes of a line of JSON
 CACHED_FROM = 20_000  # images of a folder; fewer are found quickly
 CHECKED = 100_000  # paths of a list at most: on a slow file system, millions would take minutes
@@ -91,7 +94,9 @@ class ListSource(FileSource):
         path = os.fspath(path)
         table = _read_list(path)
         if table["path"].null_count == len(table):
-            raise DataError(f"{path} lists no image; expected a column (key) `path`, and perhaps `label` and `mask`")
+            names = ", ".join(_column_names(path))
+            expected = "expected `path` in every row, and perhaps `label` and `mask`"
+            raise DataError(f"{path} lists no image in its columns {names}; {expected}")
         super().__init__(Names.from_arrow(table["path"]), os.path.dirname(path))
         if table["label"].null_count < len(table):
             self.labels, self.classes = number_labels(table["label"], lambda row: f"row {row + 1}", path)
@@ -120,7 +125,13 @@ def retry(read: Callable[[], bytes]) -> bytes | OSError:
 
 def read_file(path: str) -> bytes | OSError:
     """Return a file's content, or the error in reading it."""
-    return retry(Path(path).read_bytes)
+
+    def read() -> bytes:
+        # O_NONBLOCK, as a named pipe would wait for a writer
+        with open(path, "rb", 0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            return file.read() or b""  # an empty pipe gives None
+
+    return retry(read)
 
 
 def stamp(path: str | bytes) -> list[int]:
@@ -206,31 +217,45 @@ def _is_loop(link: bytes) -> bool:
 def _read_list(path: str):
     """Return the columns path, label and mask of a list as a pyarrow Table, null where absent. Raises DataError."""
     import pyarrow as pa  # here, because it takes long to import
-    from pyarrow import csv, json
+    import pyarrow.csv as arrow_csv
+    import pyarrow.json as arrow_json
 
-    text = pa.large_string()
+    text, errors = pa.large_string(), []
     try:
         if path.lower().endswith(".csv"):
-            columns = {name: text for name in ("path", "label", "mask")}
-            convert = csv.ConvertOptions(
-                column_types=columns, include_columns=list(columns), include_missing_columns=True
+            names = {name.strip(): name for name in _column_names(path)}
+            columns = [names.get(name, name) for name in COLUMNS]
+            convert = arrow_csv.ConvertOptions(
+                column_types=dict.fromkeys(columns, text), include_columns=columns, include_missing_columns=True
             )
-            return csv.read_csv(path, None, csv.ParseOptions(newlines_in_values=True), convert)
+            table = arrow_csv.read_csv(path, None, arrow_csv.ParseOptions(newlines_in_values=True), convert)
+            return table.rename_columns(COLUMNS)
         for label in (pa.int64(), text):
             schema = pa.schema({"path": text, "label": label, "mask": text})
-            parse = json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+            parse = arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
             try:
-                return json.read_json(path, json.ReadOptions(block_size=LONGEST_LINE), parse)
+                return arrow_json.read_json(path, arrow_json.ReadOptions(block_size=LONGEST_LINE), parse)
             except pa.ArrowInvalid as error:
-                reason = error
-        raise reason
-    except (OSError, ValueError) as error:
+                errors.append(error)
+        raise next((error for error in errors if "Column(/label)" not in str(error)), errors[0])
+    except (OSError, ValueError, csv.Error) as error:
         expected = "expected CSV with a header, or a JSON object in every line, in UTF-8; correct the list"
-        raise DataError(f"{path} cannot be read ({error}); {expected}") from None
+        raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}); {expected}") from None
+
+
+def _column_names(path: str) -> list[str]:
+    """Return the names in the header of CSV, or the keys in the first line of JSON."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        if path.lower().endswith(".csv"):
+            return next(filter(None, csv.reader(file)), [])
+        return list(json.loads(next(filter(str.strip, file))))
 
 
 def _check_files(path: str, column: str, source: FileSource) -> None:
-    """Raise DataError if files of a list, of which at most CHECKED are looked at, do not exist."""
+    """Raise DataError if paths of a list are empty, or if files, at most CHECKED of them, do not exist."""
+    if len(empty := np.flatnonzero(np.diff(source._names.ends, prepend=0) == 0)):
+        places = first_few((f"row {row + 1}" for row in empty), len(empty))
+        raise DataError(f"{path} has no {column} in {places}; expected one in every row; correct or remove these")
     rows = np.linspace(0, len(source) - 1, min(len(source), CHECKED)).astype(int)
     with ThreadPool(THREADS) as pool:
         exist = pool.map(lambda row: os.path.isfile(source.name(row)), rows)

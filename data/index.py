@@ -138,7 +138,10 @@ def number_labels(texts, where: Callable[[int], str], source: str) -> tuple[np.n
 
 def default_cache() -> Path:
     """Return the default folder for indices."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "masked-autoencoders")
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "masked-autoencoders")
+    except RuntimeError:  # the user has no home, as in containers
+        return Path(tempfile.gettempdir(), f"masked-autoencoders-{os.getuid()}")
 
 
 def check_cache(cache: str | Path) -> None:
@@ -173,7 +176,7 @@ def cached(
             check_cache(cache)
             if result := _load(entry, fresh):
                 return result
-            lock = stack.enter_context(open(cache / "index.lock", "w"))
+            lock = stack.enter_context(open(entry.with_suffix(".lock"), "w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         except (DataError, OSError) as error:  # also a file system without locks
             print(f"note: {cache}: nothing is cached ({error})", file=sys.stderr)

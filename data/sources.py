@@ -100,7 +100,7 @@ def kind_of_data(path_to_data: str) -> str:
     for kind, prefix in (("builtin", "builtin:"), ("hub", "hf:")):
         if path_to_data.startswith(prefix):
             return kind
-    for kind, suffixes in (("tar", ".tar"), ("list", LISTS), ("parquet", ".parquet")):
+    for kind, suffixes in (("tar", (".tar", ".tar.gz", ".tgz")), ("list", LISTS), ("parquet", ".parquet")):
         if path_to_data.endswith(suffixes):
             return kind
     if is_prepared(root):

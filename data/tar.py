@@ -32,15 +32,16 @@ MASKS = {"seg.png", "mask.png", "seg", "mask"}
 MAX_OPEN = 256  # shards that a process keeps open; the usual limit is 1024 files
 BUFFER = 4096  # bytes read at once: the headers and labels between two images
 WORKERS = 8  # processes that index shards
+EXPECTED = "expected tar shards, such as train-{0000..0146}.tar"
 
 
 class TarSource(StoredSource):
     """Read the samples of tar shards that have an image, in the order of the shards.
 
-    The image is the first member named .jpg, .png, .webp, .npy, ...; the label is .cls, or `label` or `cls` in .json;
-    the mask is .seg.png, .mask.png, .seg or .mask. `pattern` is a path with ranges {0000..0146}, alternatives {a,b} and
-    * ?, or several, joined by ::. The index is cached in the folder `cache` until a shard changes. Raises DataError for
-    shards that are missing, damaged or without images.
+    The image is the first member named .jpg, .png, .webp, .npy, ..., or else the first named like .left.jpg; the label
+    is .cls, or `label` or `cls` in .json; the mask is .seg.png, .mask.png, .seg or .mask. `pattern` is a path with
+    ranges {0000..0146}, alternatives {a,b} and * ?, or several, joined by ::. The index is cached in the folder `cache`
+    until a shard changes. Raises DataError for shards that are missing, damaged or without images.
     """
 
     def __init__(self, pattern: str, *, cache: Path | None = None):
@@ -110,12 +111,14 @@ def expand(patterns: Sequence[str]) -> list[str]:
     shards, missing = [], []
     for path in (path for pattern in patterns for path in _expand_braces(pattern)):
         matches = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True), key=os.fsencode)
+        if not matches and glob.has_magic(path):
+            raise DataError(f"{path} matches no shard; {EXPECTED}; correct the pattern")
         shards += matches
         missing += [] if matches else [path]
     if missing:
         count = f"{len(missing):,} of {len(missing) + len(shards):,} shards are missing"
-        expected = "expected tar shards, such as train-{0000..0146}.tar; correct the pattern, or download them"
-        raise DataError(f"{count}: {first_few(missing, len(missing))}; {expected}")
+        few = first_few(missing, len(missing))
+        raise DataError(f"{count}: {few}; {EXPECTED}; correct the pattern, or download them")
     return shards
 
 
@@ -186,12 +189,17 @@ def index_shard(path: str) -> pa.Table | str:
                     key = folder + slash + stem
                     samples.append({})
                 _add_member(samples[-1], member, ending.lower(), file)
+    except UnicodeDecodeError:
+        return f"{path}/{key}.cls is no text; expected UTF-8 in .cls"
     except (tarfile.TarError, ValueError, OverflowError) as error:  # the latter two from numbers in damaged headers
         return f"{path} is compressed, truncated or damaged ({error}); decompress it, or download it again"
     except OSError as error:
         return f"{path} cannot be read ({error.strerror}); check its permissions"
     place = pa.struct({"name": pa.large_binary(), "offset": pa.int64(), "size": pa.int64()})
     schema = pa.schema({"image": place, "mask": place, "label": pa.large_string()})
+    for sample in samples:
+        if "other" in sample:
+            sample.setdefault("image", sample["other"])
     return pa.Table.from_pylist([sample for sample in samples if "image" in sample], schema)
 
 
@@ -215,14 +223,14 @@ def files_in(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 def _add_member(sample: dict, member: tarfile.TarInfo, ending: str, file: BinaryIO) -> None:
     """Add an image, mask or label to a sample; `ending` is the member's name after the first dot."""
-    kind = "mask" if ending in MASKS else "image" if ending in IMAGES else None
-    if kind:
+    kind = "mask" if ending in MASKS else "image" if ending in IMAGES else "other"  # such as .depth.png
+    if kind != "other" or ending.rpartition(".")[2] in IMAGES:
         name = os.fsencode(member.name.removeprefix("./"))
         sample.setdefault(kind, {"name": name, "offset": member.offset_data, "size": member.size})
     elif ending == "cls":
-        sample["label"] = file.read(member.size).decode(errors="replace").strip()
+        sample["label"] = file.read(member.size).decode().strip()
     elif ending == "json" and not sample.get("label"):
-        with contextlib.suppress(ValueError, AttributeError):  # no JSON, no object
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):  # no JSON, no object, nested too deeply
             content = json.loads(file.read(member.size))
             label = content.get("label", content.get("cls"))
-            sample["label"] = str(label) if isinstance(label, int | float | str) else None
+            sample["label"] = str(label).encode() if isinstance(label, int | float | str) else None

@@ -129,7 +129,7 @@ def test_a_folder_that_is_small_or_has_just_changed_is_not_cached(kept, monkeypa
         ago(tmp_path / "data" / "b", 0.5)
     for _ in range(2):
         FolderSource(tmp_path / "data", cache=tmp_path / "cache")
-    assert len(scans) == 2 and os.listdir(tmp_path / "cache") == ["index.lock"]
+    assert len(scans) == 2 and [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,9 @@ def test_a_file_system_that_fails_is_tried_again(monkeypatch, code, failures, tr
 
 def test_what_is_no_file_is_told_at_once(tmp_path):
     write(tmp_path, "whole.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
     start = time.monotonic()
+    assert read_file(str(tmp_path / "pipe.jpg")) == b""  # as an empty file
     codes = dict(EISDIR="", ENOTDIR="whole.jpg/1.jpg", ENOENT="no")
     for code, name in codes.items():
         assert read_file(str(tmp_path / name)).errno == getattr(errno, code)
@@ -208,6 +210,7 @@ TEXTS = {
     "bom.csv": '\ufeffpath,label\r\n"a.jpg","3"\r\n\r\na.jpg,1',
     "bom.jsonl": '\ufeff{"path": "a.jpg", "label": 3}\r\n{"path": "a.jpg", "label": 1}\r\n',
     "long.jsonl": '{"path": "a.jpg", "label": 3, "notes": "' + "x" * 2**24 + '"}\n{"path": "a.jpg", "label": 1}\n',
+    "spaces.csv": "\n o, path ,\tlabel\nx,a.jpg, 3\ny,a.jpg,1\n",
     "lines.csv": 'path,notes,label\na.jpg,"one\ntwo\n",3\na.jpg,three,1\n',
 }
 
@@ -225,16 +228,23 @@ def test_lists_that_say_the_same_in_other_words(tmp_path, name):
     ("name", "content", "message"),
     [
         ("x.csv", b"", "cannot be read .Empty CSV file.; expected CSV with a header"),
-        ("x.csv", b"path,label\n", "lists no image"),
-        ("x.csv", b"file,label\n1.jpg,0\n", "lists no image; expected a column .key. `path`"),
-        ("x.jsonl", b'{"file": "1.jpg"}\n', "lists no image; expected a column .key. `path`"),
+        ("x.csv", b"path,label\n", "lists no image in its columns path, label; expected `path` in every row"),
+        ("x.csv", b"file,label\n1.jpg,0\n", "lists no image in its columns file, label; expected `path`"),
+        ("x.jsonl", b'{"file": "1.jpg", "x": [1, "a"]}\n', "lists no image in its columns file, x; expected `path`"),
         ("x.csv", b"path,label\na,0\nb\n", "Expected 2 columns, got 1: b"),
+        ("x.csv", b'path,label\na,0\n"b\nc"\n', "Expected 2 columns, got 1: .b c"),
+        ("x.csv", b'"path,label\n' + b"a,0\n" * 50_000, "field larger than field limit"),
         ("x.csv", b"path\na\n\n\xff\n", "invalid UTF8 data"),
         ("x.jsonl", b'{"path": "a"}\n\n{"path": "b"\n', "Missing a comma or '}' after an object member. in row 1"),
+        ("x.jsonl", b'{"path": "a", "label": 1}\n{"path": "b"\n', "Missing a comma or '}' after an object"),
+        ("x.jsonl", b'{"path": "a", "label": "x"}\n{"path": "b"\n', "Missing a comma or '}' after an object"),
+        ("x.jsonl", b'{"path": "a", "label": 1}\n{"path": "b", "label": "x"}\n', "from number to string in row 1"),
         ("x.jsonl", b'[{"path": "a"},\n{"path": "b"}]', "changed from object to array in row 0"),
         ("x.jsonl", b'{"path": "a"}\n{"path": 5}\n', r"Column\(/path\) changed from string to number in row 1"),
-        ("x.jsonl", b'{"path": "a", "label": 0.5}\n', r"Column\(/label\) changed from string to number"),
-        ("x.csv", b"path,label\na,0\n,1\n", "2 of 2 checked files in the column path do not exist"),
+        ("x.jsonl", b'{"path": "a", "label": 0.5}\n', "couldn't parse:0.5"),
+        ("x.csv", b"path,label\na,0\n,1\nb,1\n,1\n", "has no path in row 2, row 4; expected one in every row"),
+        ("x.jsonl", b'{"path": "a"}\n{"path": null}\n{}\n', "has no path in row 2, row 3;"),
+        ("x.csv", b"path,mask\nx.csv,b\nx.csv,\n", "has no mask in row 2;"),
         ("x.csv", b"path,label\n\na,-1\nb,0\nc,1.5\n", r"no class numbers \(row 1: '-1', row 3: '1.5'\)"),
         ("x.jsonl", b'{"path": "a", "label": 1}\n{"path": "b"}\n', r"empty labels \(row 2: ''\)"),
     ],

@@ -119,7 +119,7 @@ def test_what_was_built_is_mapped_into_memory(tmp_path):
     assert isinstance(arrays["squares"], np.memmap) and not arrays["squares"].flags.writeable
     assert cached(tmp_path / "new" / "cache", "other key", fresh=bool, build=built(2))[0] == {"number": 2}
     assert cached(None, "key", fresh=bool, build=built(3))[0] == {"number": 3}
-    assert len(os.listdir(tmp_path / "new" / "cache")) == 3  # one is the lock; nothing is half-written
+    assert len(os.listdir(tmp_path / "new" / "cache")) == 4  # two entries with their locks; nothing is half-written
 
 
 def test_what_no_longer_holds_is_built_anew(tmp_path):
@@ -134,7 +134,7 @@ def test_what_no_longer_holds_is_built_anew(tmp_path):
 def test_what_does_not_hold_when_it_is_built_is_not_kept(tmp_path):
     for number in (1, 2):
         assert cached(tmp_path, "key", fresh=lambda meta: False, build=built(number))[0] == {"number": number}
-    assert os.listdir(tmp_path) == ["index.lock"]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_what_does_not_hold_when_it_is_built_is_not_kept(tmp_path):
 )
 def test_a_damaged_entry_is_built_anew(tmp_path, damage):
     cached(tmp_path, "key", fresh=bool, build=built(1))
-    damage(*tmp_path.glob("index-*"))
+    damage(next(path for path in tmp_path.iterdir() if path.is_dir()))
     for build in (built(2), never_built):
         assert cached(tmp_path, "key", fresh=bool, build=build)[1]["squares"].tolist() == [0, 2, 8, 18, 32]
 
@@ -172,7 +172,7 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(index.os, "fsync", fill)
     assert cached(tmp_path, "key", fresh=bool, build=built())[1]["squares"][4] == 16
     assert capsys.readouterr().err == f"note: {tmp_path}: nothing is cached ([Errno 28] No space left on device)\n"
-    assert os.listdir(tmp_path) == ["index.lock"]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_the_default_cache(tmp_path, monkeypatch):
@@ -181,6 +181,17 @@ def test_the_default_cache(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_cache() == tmp_path / ".cache" / "masked-autoencoders"
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a user without an entry, as in containers
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert default_cache() == tmp_path / f"masked-autoencoders-{os.getuid()}"
+
+
+def test_entries_are_built_side_by_side(tmp_path):
+    def build():
+        return cached(tmp_path, "another key", fresh=bool, build=built(2))
+
+    assert cached(tmp_path, "key", fresh=bool, build=build)[0] == {"number": 2}  # each has a lock of its own
 
 
 def test_one_process_builds_and_the_others_wait(tmp_path):

@@ -24,6 +24,7 @@ from data.pairs import open_pairs
 from data.prepared import open_prepared
 from data.sources import open_sources
 from training.files import alone_at
+from training.launch import RunError
 
 PIXELS = PixelFormat()
 
@@ -241,11 +242,13 @@ def test_workers_do_not_outlive_a_killed_preparation(tmp_path):
     assert not psutil.wait_procs(workers, timeout=20)[1]
 
 
-def test_what_was_begun_is_not_mixed_with_other_settings_or_images(tmp_path, capsys):
+def test_what_was_begun_is_not_mixed_with_other_settings_or_images(tmp_path, capsys, monkeypatch):
     photos, out = write_images(tmp_path / "photos", 4), tmp_path / "out"
     prepare(photos, out, "--short_side", 20)
     before = files_of(out)
-    prepare(photos, out, "--short_side", 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(writing.FileEncoder, "encode", None)  # no image is encoded again
+        prepare(photos, out, "--short_side", 20)
     assert "already finished" in capsys.readouterr().out
     errors = refused(capsys, photos, out, "--quality", 80, "--input_channels", 1)
     for change in ("--short_side 20, not None", "--quality None, not 80", "--input_channels 3, not 1"):
@@ -258,6 +261,19 @@ def test_what_was_begun_is_not_mixed_with_other_settings_or_images(tmp_path, cap
     write_images(photos / "more", 1)
     assert "started with other images" in refused(capsys, photos, out, "--short_side", 20)
     assert files_of(out) == before
+
+
+def test_checksums_are_compared(tmp_path, capsys):
+    photos, out = write_images(tmp_path / "photos", 4), tmp_path / "out"
+    prepare(photos, out, "--verify")
+    assert f"verified   {out}: 1 shards are as they were written" in capsys.readouterr().out
+    (shard,) = out.rglob("*.arrow")
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(RunError, match=r"out: shards have changed \(train/data-00000-of-00001.arrow\); remove"):
+        prepare(out, "--verify")
+    assert "was not written by this script" in refused(capsys, photos, "--verify")
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
@@ -293,6 +309,12 @@ def test_one_process_writes_at_a_time(tmp_path):
     [
         ([], ["SOURCE is missing"]),
         (["photos"], ["OUT is missing"]),
+        (["photos", "--short_side", "3", "--statistics"], ["--short_side needs a folder to write; give OUT"]),
+        (
+            ["photos", "--format", "array", "--quality", "90", "--shard_size", "1", "--verify"],
+            [*(f"--{name} needs a folder" for name in ("format", "quality", "shard_size")), "--quality needs --format"],
+        ),
+        (["list.csv", "list.csv/out"], []),  # which is no folder
         (["photos", "out", "--quality", "9", "--format", "array"], ["--quality needs --format jpeg"]),
         (["photos", "out", "--value_range", "2", "1"], ["--value_range 2 1 is not increasing"]),
         (["photos", "out", "--short_side", "9", "--input_channels", "4"], ["give --format array"]),
@@ -370,7 +392,7 @@ def statistics_of(folder):
     return json.loads((folder / "statistics.json").read_text())
 
 
-def test_statistics_are_those_of_all_pixels(mixed, tmp_path, capsys, monkeypatch):
+def test_statistics_are_those_of_all_pixels(mixed, tmp_path, capsys):
     prepare(mixed, tmp_path / "out", "--format", "array", "--statistics", workers=2)
     images = open_prepared(tmp_path / "out", PIXELS)["train"]
     pixels = np.concatenate([image.reshape(-1, 3) for image in images.fetch(range(len(images)))]) / 255

@@ -33,6 +33,7 @@ from conftest import (
     start_several,
     steps_in,
     wait_for,
+    weights_of,
     write_images,
 )
 from PIL import Image
@@ -186,6 +187,29 @@ def test_one_writer_at_a_time(flags, tmp_path):
     process.kill()
     process.communicate()
     assert "is being written to by another run" in refused.stderr
+
+
+def test_splits_of_one_global_batch_agree(image_folder, tmp_path):
+    """Contract 1: one, two and four micro-batches, and two processes; 20 steps of 8 images."""
+    flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 20, "--validate_every", 0, "--warmup_steps", 2]
+    for count in (1, 2, 4):
+        run(SCRIPT, *flags, "--gradient_accumulation_steps", count, "--experiment_name", count, cwd=tmp_path)
+    flags[flags.index("--per_gpu_batch_size") + 1] = 4
+    two = run_two(SCRIPT, *flags, "--experiment_name", "two", cwd=tmp_path)
+    assert "batch      8 = 2 processes x 1 micro-batch x 4" in two.stdout
+    whole = tmp_path / "work_dir" / "1"
+    for name in ("2", "4", "two"):
+        folder = tmp_path / "work_dir" / name
+        assert losses_of(folder) == pytest.approx(losses_of(whole), rel=1e-5) and len(losses_of(folder)) == 20
+        assert log_of(folder)[0]["grad_norm"] == pytest.approx(log_of(whole)[0]["grad_norm"], rel=1e-5)
+        weights = weights_of(folder, 20)
+        for key, value in weights_of(whole, 20).items():
+            difference = value - weights[key]
+            if key.endswith(
+                "qkv.bias"
+            ):  # softmax cancels the key's bias, whose gradient is rounding that Adam enlarges
+                difference[len(difference) // 3 : -len(difference) // 3] = 0
+            assert difference.norm() <= 1e-4 * value.norm(), (name, key)
 
 
 def test_all_bad_flags_at_once(tmp_path):

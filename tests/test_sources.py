@@ -157,10 +157,15 @@ def test_a_path_that_is_no_folder_is_refused_with_a_suggestion(tmp_path, monkeyp
     Path("list.txt").write_text("a.jpg\n")
     Path("shards").mkdir()
     Path("shards/a.tar").touch()
+    for name in ("a.tar.gz", "a.tgz"):
+        Path(name).write_bytes(b"\x1f\x8b" + bytes(1000))
     for path, words in (
         ("nowhere", "is no folder"),
         ("builtin:nothing", "the built-in data set is builtin:shapes"),
         ("list.txt", r"list.txt is a file; expected a folder of images, a list \(.csv, .jsonl\)"),
+        ("a.tar.gz", r"a.tar.gz is compressed, .*; decompress it"),
+        ("{b,a}*.tgz", r"b\*.tgz matches no shard; expected tar shards"),
+        ("a*.tgz", "a.tgz is compressed, .*; decompress it"),
         ("owner/name", "did you mean hf:owner/name"),
         ("shards", r"for tar shards or Parquet files give a pattern, such as 'FOLDER/\*.tar'"),
     ):

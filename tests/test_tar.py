@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 import os
 import pickle
@@ -79,6 +80,20 @@ def test_the_members_of_a_sample(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("endings", "image"),
+    [
+        (["v2.jpg"], "v2.jpg"),
+        (["001.PNG", "json"], "001.PNG"),
+        (["right.jpg", "left.jpg", "seg.png"], "right.jpg"),
+        *((endings, "jpg") for endings in itertools.permutations(["jpg", "depth.png", "small.jpg"])),
+    ],
+)
+def test_the_image_of_a_sample_has_one_dot_or_else_more(endings, image, tmp_path):
+    files = {f"a/1.{ending}": ending.encode() for ending in endings}
+    assert fetched(TarSource(str(write_tar(tmp_path / "0.tar", files)))) == [image.encode()]
+
+
+@pytest.mark.parametrize(
     ("endings", "numbers", "classes"),
     [
         ({"cls": lambda n: b" %d\n" % (n % 3)}, [0, 1, 2, 0], ["0", "1", "2"]),
@@ -89,6 +104,8 @@ def test_the_members_of_a_sample(tmp_path):
         ({"cls": lambda n: b"1", "json": lambda n: b'{"label": 7}'}, [1, 1, 1, 1], ["0", "1"]),
         ({"json": lambda n: b'{"caption": "a sea"}'}, None, []),
         ({"json": lambda n: b"[no json"}, None, []),
+        ({"json": lambda n: b'{"label": "\\ud800"}'}, None, []),
+        ({"json": lambda n: b"[" * 100_000}, None, []),
     ],
 )
 def test_labels(endings, numbers, classes, tmp_path):
@@ -189,8 +206,7 @@ def test_missing_shards(tmp_path):
     assert text.startswith(
         f"9 of 10 shards are missing: {', '.join(f'{tmp_path}/{n}.tar' for n in range(3))} and 6 more"
     )
-    words = f"2 of 2 shards are missing: {tmp_path}/x.tar, {tmp_path}/y*.tar; expected tar shards"
-    assert refusal(f"{tmp_path}/x.tar::{tmp_path}/y*.tar").startswith(words)
+    assert refusal(f"{tmp_path}/3.tar::{tmp_path}/y*.tar").startswith(f"{tmp_path}/y*.tar matches no shard; expected")
 
 
 def test_a_shard_that_is_cut_anywhere(tmp_path):
@@ -210,15 +226,17 @@ def test_shards_that_cannot_be_used(tmp_path):
     (tmp_path / "empty.tar").write_bytes(bytes(1024))
     write_tar(tmp_path / "labels.tar", samples([1, 2], cls=lambda n: b"1.5"))
     write_tar(tmp_path / "some.tar", samples([1, 2]) | {"0002.cls": b"1"})
+    write_tar(tmp_path / "bytes.tar", samples([1, 2], cls=lambda n: b"\xff"))
     write_tar(tmp_path / "mask.tar", samples([1, 2]) | {"0002.seg.png": b"1"})
     for name, word in [
         ("broken", "no tar header at byte 512"),
         ("empty", "holds no image; expected members named .jpg"),
         ("labels", "labels that are no class numbers"),
         ("some", "has empty labels"),
+        ("bytes", "0001.cls is no text; expected UTF-8 in .cls$"),
         ("mask", "mask.tar/0001.jpg; expected a mask for all images or none"),
     ]:
-        assert re.match(rf"{tmp_path}/{name}.tar .*{word}", refusal(tmp_path / f"{name}.tar"))
+        assert re.match(rf"{tmp_path}/{name}.tar.*{word}", refusal(tmp_path / f"{name}.tar"))
     path = write_tar(tmp_path / "packed.tar", samples([1]), mode="w:gz")
     assert refusal(path).startswith(f"{path} is compressed, ")
     for number in range(5):
