@@ -107,8 +107,7 @@ def parse_args(argv=None):
 
     flag = parser.add_argument_group("what trains").add_argument
     flag("--linear_probe", action=Pair, default=False, help="train the head alone, on frozen features (off)")
-    blocks = "train the last N blocks, norm and head (0.5: only the last MLP)"
-    flag("--trainable_blocks", type=number(), metavar="N", help=blocks)
+    flag("--trainable_blocks", type=number(), metavar="N", help="train the last N blocks (0.5: one MLP) and the head")
     flag("--num_classes", type=integer(2), help="number of classes (default: that of the data)")
     flag("--pooling", choices=("mean", "cls"), help="input of the head: mean of the patch tokens, or cls token")
     arguments.add_augmentation_flags(parser)
@@ -224,7 +223,7 @@ def evaluate(run, model, dataset, classes, normalize, *, read, export=None):
         title = f"step {run.step}, epoch {run.epoch:.4g}: top-1 {scores[0]['top1']:.2f} %"
         labels, predictions = [row[1] for row in rows], [row[2][0] for row in rows]
         if confusion_matrix(path, labels, predictions, classes, title=title):  # not for too many classes to read
-            run.picture(path, "confusion")
+            run.progress.picture(path, "confusion", run.step)
     (scores,) = run.crew.gather(scores)
     if export and run.is_best("top1", scores):
         replace_folder(run.folder / "best", partial(export, model))

@@ -90,8 +90,7 @@ def parse_args(argv=None):
     arguments.add_hub_flags(parser)
     arguments.add_image_flags(parser)
     flag = parser.add_argument_group("crops").add_argument
-    size = f"side of the square crops and of the sliding window, pixels (default {CROP_SIZE})"
-    flag("--crop_size", type=arguments.integer(1), help=size)
+    flag("--crop_size", type=arguments.integer(1), help=f"side of crops and windows, pixels (default {CROP_SIZE})")
     size = "sides that images are resized to fit, scaled by 0.5 to 2 in training (default 4 x crop size, crop size)"
     flag("--resize", type=arguments.integer(1), nargs=2, metavar=("LONG", "SHORT"), help=size)
     arguments.add_encoder_flags(parser, sizes=SIZES, drop_path=0.1)
@@ -216,7 +215,7 @@ def evaluate(run, model, dataset, normalize, *, read, predict, num_previews, exp
     if previews and run.is_main_process:
         path = run.folder / "predictions" / f"step_{run.step:08d}.png"
         segmentation_grid(path, [row[1:] for row in previews], classes, palette(len(classes)), title=text)
-        run.picture(path, "predictions")
+        run.progress.picture(path, "predictions", run.step)
     run.record(scores, text)
 
 

@@ -47,7 +47,7 @@ def parse_args(argv=None):
     """Return the flags and error messages."""
     parser = arguments.Parser(__doc__)
     flag = parser.add_argument
-    flag("source", nargs="?", metavar="SOURCE", help=arguments.SOURCES)
+    flag("source", metavar="SOURCE", help=arguments.SOURCES)
     flag("out", nargs="?", metavar="OUT", help="folder to write")
     flag("--format", choices=("jpeg", "array"), default="jpeg", help="image files or decoded pixels (default jpeg)")
     flag("--short_side", type=integer(1), metavar="N", help="shrink the shorter side to N pixels (default: unchanged)")
@@ -63,9 +63,7 @@ def parse_args(argv=None):
     flag("--nodata", type=real, help="value of pixels without data, besides a GeoTIFF's own and NaN")
     flag("--max_pixels", type=integer(1), default=MAX_PIXELS, help=f"larger images are damaged (default {MAX_PIXELS})")
     args, errors = parser.read(argv)
-    if args.source is None:
-        errors.append("SOURCE is missing; give what --path_to_data takes, and OUT, a folder to write")
-    elif args.out is None:
+    if args.out is None:
         for name in ("format", "short_side", "quality", "shard_size"):
             if getattr(args, name) != parser.get_default(name):
                 errors.append(f"--{name} needs a folder to write; give OUT")

@@ -80,8 +80,7 @@ def parse_args(argv=None):
     arguments.add_encoder_flags(parser, sizes=SIZES)
 
     flag = parser.add_argument_group("views and masks").add_argument
-    views = "crops and masks of each image that is read, counted as images (default 1)"
-    flag("--repeated_augmentation", type=integer(1), default=1, metavar="K", help=views)
+    flag("--repeated_augmentation", type=integer(1), default=1, metavar="K", help="views of each image (default 1)")
     flag("--mask_ratio", type=number(0, 1), default=0.75, help="share of patches to remove (default 0.75)")
     flag("--mask_strategy", choices=MASK_STRATEGIES, default="random", help="how patches are chosen (default random)")
 
@@ -91,10 +90,8 @@ def parse_args(argv=None):
     flag("--decoder_num_heads", type=integer(1), default=16, help="attention heads (default 16)")
     flag("--decoder_mlp_ratio", type=number(0.1), default=4.0, help="hidden width of the MLPs / width (default 4)")
     flag("--init_from", metavar="PATH", help="weights to start from: of this project, the official MAE, transformers")
-    target = "predict pixels normalized per patch (default) or plain pixels"
-    flag("--norm_pix_loss", action=Pair, default=True, help=target)
-    adapt = "sum or repeat the channels of --init_from to fit --input_channels (off)"
-    flag("--adapt_channels", action=Pair, default=False, help=adapt)
+    flag("--norm_pix_loss", action=Pair, default=True, help="predict pixels normalized per patch, not plain (on)")
+    flag("--adapt_channels", action=Pair, default=False, help="convert --init_from to --input_channels (off)")
 
     flag = parser.add_argument_group("validation").add_argument
     flag("--validate_every", type=integer(0), default=10, help="epochs between validations (0: at the end only)")
@@ -228,7 +225,7 @@ def evaluate(run, model, dataset, indices, normalize, *, read, preview):
             uses_true_patch_statistics=model.norm_pix_loss,
             channels=channels,
         )
-        run.picture(path, "reconstructions")
+        run.progress.picture(path, "reconstructions", run.step)
     baseline = metrics["masked_psnr_visible_mean"]
     run.record(
         metrics,

@@ -85,7 +85,7 @@ def pretrain(flags: list, *, processes: int, batch_size: int, num_images: int, s
         process = launch(folder, flags, processes=processes)
         while process.poll() is None:
             now = time.perf_counter()
-            first_line = first_line if log.exists() else now
+            first_line = first_line if log.exists() and log.stat().st_size else now
             save_start = save_start if any(checkpoint.parent.glob("*")) else now
             save_end = save_end if checkpoint.exists() else now
             time.sleep(0.005)

@@ -228,7 +228,7 @@ def _add_member(sample: dict, member: tarfile.TarInfo, ending: str, file: Binary
         name = os.fsencode(member.name.removeprefix("./"))
         sample.setdefault(kind, {"name": name, "offset": member.offset_data, "size": member.size})
     elif ending == "cls":
-        sample["label"] = file.read(member.size).decode().strip()
+        sample["label"] = file.read(member.size).decode().strip() or None
     elif ending == "json" and not sample.get("label"):
         with contextlib.suppress(ValueError, AttributeError, RecursionError):  # no JSON, no object, nested too deeply
             content = json.loads(file.read(member.size))

@@ -307,7 +307,6 @@ def test_one_process_writes_at_a_time(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ([], ["SOURCE is missing"]),
         (["photos"], ["OUT is missing"]),
         (["photos", "--short_side", "3", "--statistics"], ["--short_side needs a folder to write; give OUT"]),
         (

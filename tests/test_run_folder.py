@@ -103,7 +103,7 @@ def test_an_incomplete_checkpoint_is_replaced(folder, name, size):
     assert folder.find("latest").name == "step_00000001"
     with pytest.raises(InputError, match="incomplete; resume from another one"):
         folder.find("step_00000002")
-    (folder.place_of(2) / "optimizer.pt").unlink()
+    (folder.checkpoints / "step_00000002" / "optimizer.pt").unlink()
     assert is_whole(save(folder, 2))
 
 

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from training.launch import cores_per_process, fail, is_main_process
 from training.upload import check_hub
+from training.wording import as_typed
 
 # Flags that may differ between a run and its resumption: they decide neither samples nor losses. The data set is
 # compared by its fingerprint, the batch by its global size.
@@ -93,9 +94,8 @@ class Parser(argparse.ArgumentParser):
     def describe_defaults(self, recipes: dict[str, dict]) -> None:
         """Add to the help of each flag its default by kind of run: `recipes` maps kind -> flag -> value."""
         for action in self._actions:
-            defaults = {
-                kind: _in_words(recipe[action.dest]) for kind, recipe in recipes.items() if action.dest in recipe
-            }
+            name = action.dest
+            defaults = {kind: as_typed(recipe[name]) for kind, recipe in recipes.items() if name in recipe}
             if defaults:
                 same = len(set(defaults.values())) == 1
                 text = next(iter(defaults.values())) if same else ", ".join(f"{k}: {v}" for k, v in defaults.items())
@@ -121,11 +121,6 @@ class Parser(argparse.ArgumentParser):
             names = {*args.report_to, *(["wandb"] if args.log_wandb else [])}
             args.report_to = [name for name in TRACKERS if name in names]
         return args, errors
-
-
-def _in_words(value) -> str:
-    values = value if isinstance(value, list) else [value]
-    return " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
 
 
 def _expand_recipes(words: list[str]) -> tuple[list[str], list[str]]:
@@ -164,11 +159,9 @@ def add_run_flags(parser: Parser, *, name: str, data: str = SOURCES) -> None:
     flag("--path_to_validation_data", help="held-out images, of any of these kinds (default: those of --path_to_data)")
     flag("--cache_dir", help="folder for indices of large data sets (default ~/.cache/masked-autoencoders)")
     flag("--seed", type=integer(0, 2**32 - 1), default=0, help="seed of samples, masks and weights (default 0)")
-    help_text = "print the plan, time some steps, report run time and peak memory, write nothing (off)"
-    flag("--dry_run", action=Pair, default=False, help=help_text)
+    flag("--dry_run", action=Pair, default=False, help="print the plan, time some steps, write nothing (off)")
     flag("--resume_from_checkpoint", metavar="latest|auto|FOLDER", help="continue a run; auto also starts a new one")
-    help_text = "save and stop before the job reaches HH:MM of run time (default none)"
-    flag("--time_limit", type=hours_and_minutes, metavar="HH:MM", help=help_text)
+    flag("--time_limit", type=hours_and_minutes, metavar="HH:MM", help="save and stop before HH:MM of run time")
     flag("--num_workers", type=integer(0), help="loader workers per process (default min(32, cores / processes))")
     flag("--pin_memory", action=Pair, help="copy batches to the GPU from pinned memory (default: on a GPU)")
     help_text = "precision of the forward pass (default: Accelerate's value; if that is no, bf16 on a GPU that has it)"
@@ -179,8 +172,7 @@ def add_length_flags(parser: Parser, *, epochs: int | None, steps: int | None = 
     """Add the length of a run, by default in `epochs` or otherwise in `steps`, and its warmup."""
     flag = parser.add_argument_group("length").add_argument
     flag("--epochs", type=integer(1), default=epochs, help="passes over the data" + _default(epochs))
-    help_text = "optimizer steps; overrides --epochs, and the schedule spans them" + _default(steps)
-    flag("--max_steps", type=integer(1), help=help_text)
+    flag("--max_steps", type=integer(1), help="optimizer steps; overrides --epochs" + _default(steps))
     help_text = f"epochs of linear warmup; if left out, at most 5 %% of the run (default {warmup})"
     flag("--warmup_epochs", type=number(), help=help_text)
     flag("--warmup_steps", type=integer(0), help="steps of linear warmup; overrides --warmup_epochs")
@@ -190,11 +182,9 @@ def add_batch_flags(parser: Parser, *, global_default: int | None = None) -> Non
     """Add the batch of an optimizer step: by default 256 images per process, or `global_default` over all processes."""
     flag = parser.add_argument_group("batch").add_argument
     per_process = 256 if global_default is None else None
-    help_text = "images per process per optimizer step" + _default(per_process)
-    flag("--per_gpu_batch_size", type=integer(1), help=help_text)
+    flag("--per_gpu_batch_size", type=integer(1), help="images per process per optimizer step" + _default(per_process))
     flag("--gradient_accumulation_steps", type=integer(1), help="micro-batches per optimizer step (default 1)")
-    help_text = "images per optimizer step, over all processes" + _default(global_default)
-    flag("--global_batch_size", type=integer(1), help=help_text)
+    flag("--global_batch_size", type=integer(1), help="images per step, over all processes" + _default(global_default))
     help_text = "images per process per forward pass; auto: the most that fit on the GPU"
     flag("--micro_batch_size", type=number_or("auto", integer(1)), metavar="N|auto", help=help_text)
 
@@ -258,10 +248,8 @@ def add_encoder_flags(parser: Parser, *, sizes: Iterable[str], drop_path: float 
     flag("--encoder_depth", type=integer(1), help="number of blocks")
     flag("--encoder_num_heads", type=integer(1), help="attention heads")
     flag("--encoder_mlp_ratio", type=number(0.1), help="hidden width of the MLPs / width (default 4)")
-    help_text = f"stochastic depth rate of the last block (default {drop_path:g})"
-    flag("--drop_path", type=number(0, 0.99), default=drop_path, help=help_text)
-    help_text = "initialize as the paper does (default) or as PyTorch does"
-    flag("--custom_weight_init", action=Pair, default=True, help=help_text)
+    flag("--drop_path", type=number(0, 0.99), default=drop_path, help="stochastic depth rate" + _default(drop_path))
+    flag("--custom_weight_init", action=Pair, default=True, help="initialize as the paper, not as PyTorch (on)")
 
 
 def add_finetuning_flags(parser: Parser, *, weights: str, betas: list[float] | None, layer_decay: float | None) -> None:
@@ -270,8 +258,7 @@ def add_finetuning_flags(parser: Parser, *, weights: str, betas: list[float] | N
     help_text = "weights: a run of pretrain_mae.py, its encoder/, the official MAE's .pth, a folder or file of timm or "
     help_text += "transformers; their sizes, --mean and --std become the defaults (left out: train from scratch)"
     flag(weights, metavar="PATH", help=help_text)
-    help_text = "sum or repeat the channels of the weights to fit --input_channels (off)"
-    flag("--adapt_channels", action=Pair, default=False, help=help_text)
+    flag("--adapt_channels", action=Pair, default=False, help="convert the weights to --input_channels (off)")
     help_text = "betas of AdamW" + (" (default {:g} {:g})".format(*betas) if betas else "")
     flag("--betas", type=number(0, 0.99999), nargs=2, metavar=("B1", "B2"), default=betas, help=help_text)
     help_text = "learning rate of a block / that of the block above" + _default(layer_decay)
@@ -295,8 +282,7 @@ def add_augmentation_flags(parser: Parser) -> None:
 def add_segmenter_flags(parser: Parser, *, heads: Iterable[str]) -> None:
     """Add the head of a segmenter, its loss, and how it is evaluated; `heads` are the names that --head takes."""
     flag = parser.add_argument_group("segmenter").add_argument
-    bias = "add a learned relative position bias, from zero, to the attention of each block (on)"
-    flag("--relative_position_bias", action=Pair, default=True, help=bias)
+    flag("--relative_position_bias", action=Pair, default=True, help="add a learned relative position bias (on)")
     flag("--layer_scale", type=number(), default=1.0, help="initial LayerScale of the blocks (0: off, default 1)")
     flag("--head", choices=tuple(heads), default="upernet", help="head on the encoder (default upernet)")
     flag("--head_width", type=integer(1), help="channels of its layers (default 512)")
@@ -310,8 +296,7 @@ def add_segmenter_flags(parser: Parser, *, heads: Iterable[str]) -> None:
     mode = "slide a window of the crop's size, or squeeze the whole image into one crop (default slide)"
     flag("--evaluation_mode", "--evaluate", dest="evaluate", choices=("slide", "whole"), default="slide", help=mode)
     flag("--evaluate_scales", type=number(0.1, 8), nargs="+", default=[1.0], help="average over sizes (default 1)")
-    flip = "average over the image and its mirror image (off)"
-    flag("--evaluate_flip", action=Pair, default=False, help=flip)
+    flag("--evaluate_flip", action=Pair, default=False, help="average over the image and its mirror image (off)")
     every = "steps between validations (0: at the end only, default 16000)"
     flag("--evaluate_every", type=integer(0), default=16_000, help=every)
     flag("--num_preview_images", type=integer(0), default=8, help="rows of the pictures (default 8)")
@@ -321,8 +306,7 @@ def add_speed_flags(parser: Parser) -> None:
     """Add flags for speed, memory and precision."""
     flag = parser.add_argument_group("speed").add_argument
     flag("--compile", action=Pair, default=False, help="compile the training step with torch.compile (off)")
-    help_text = "recompute activations in the backward pass: less memory, one more forward pass (off)"
-    flag("--gradient_checkpointing", action=Pair, default=False, help=help_text)
+    flag("--gradient_checkpointing", action=Pair, default=False, help="recompute activations to save memory (off)")
     help_text = "make resumed runs bit-exact on a GPU, too, in slower steps (off; on a CPU they always are)"
     flag("--deterministic", action=Pair, default=False, help=help_text)
     flag("--tf32", action=Pair, default=True, help="TF32 for matrix products and convolutions of float32 on a GPU (on)")
@@ -343,16 +327,14 @@ def add_saving_flags(parser: Parser, *, interval: int | None = None, steps: int 
     flag = parser.add_argument_group("checkpoints").add_argument
     help_text = "epochs between two checkpoints (0: only the last step)" + _default(interval)
     flag("--save_checkpoint_interval", type=number(), default=interval, help=help_text)
-    help_text = "optimizer steps between two checkpoints; overrides the interval" + _default(steps)
-    flag("--save_checkpoint_steps", type=integer(1), help=help_text)
+    flag("--save_checkpoint_steps", type=integer(1), help="optimizer steps between checkpoints" + _default(steps))
     flag("--keep_checkpoints", type=integer(1), default=3, help="number of newest checkpoints to keep (default 3)")
 
 
 def add_hub_flags(parser: Parser) -> None:
     """Add flags for pushing the run to the Hub, see push_to_hub.py."""
     flag = parser.add_argument_group("Hugging Face Hub").add_argument
-    help_text = "push the run at its end, with a model card; a failure never stops the run (off)"
-    flag("--push_to_hub", action=Pair, default=False, help=help_text)
+    flag("--push_to_hub", action=Pair, default=False, help="push the run at its end, with a model card (off)")
     flag("--hub_model_id", metavar="OWNER/NAME", help="repository, created if it does not exist")
     flag("--hub_every", type=integer(0), default=0, help="epochs between two uploads (0: at the end only, default 0)")
     flag("--hub_private", action=Pair, default=False, help="create the repository as private (off)")

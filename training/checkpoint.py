@@ -29,6 +29,7 @@ from training.files import write_json
 from training.launch import InputError, RunError
 from training.run_folder import EMA, MODEL, OPTIMIZER, RunFolder, is_whole, read_state
 from training.sharding import gather_state, share_of
+from training.wording import as_typed
 
 
 def claim_run_folder(
@@ -143,7 +144,7 @@ def compare_with_run(checkpoint: Path, flags: dict, fingerprint: str, *, before:
         before: the flags of the run, with defaults for those that it did not know yet.
     """
     errors = [
-        f"--{name} {_in_words(flags[name])} differs from the run to resume, which has {_in_words(before.get(name))}; "
+        f"--{name} {as_typed(flags[name])} differs from the run to resume, which has {as_typed(before.get(name))}; "
         "resume with the same value, or start another --experiment_name"
         for name in flags
         if name not in FREE_FLAGS and flags[name] != before.get(name)
@@ -154,10 +155,6 @@ def compare_with_run(checkpoint: Path, flags: dict, fingerprint: str, *, before:
             f"({before['path_to_data']}): its images differ in number or names; give that data set"
         )
     return errors
-
-
-def _in_words(value) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def check_outside(path: str | None, folder: Path) -> None:

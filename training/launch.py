@@ -63,7 +63,7 @@ def run_script(main: Callable[[], None], *, remedy: str | None = None) -> None:
             file = error.filename or "a file of the run"
             report = f"{file} could not be written (the disk is full); make room and "
             report += remedy or f"{resume}: whole checkpoints stay whole"
-        elif is_out_of_memory(error):
+        elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             message = " ".join(str(error).split())[:200] or type(error).__name__
             report = f"out of memory ({message}); "
             report += remedy or f"give a smaller --micro_batch_size, or --gradient_checkpointing, and {resume}"
@@ -91,11 +91,6 @@ def is_lost_process(error: BaseException) -> bool:
         return True
     messages = ("by peer", "Broken pipe", "Connection refused", "Timed out waiting", "remote process exited")
     return isinstance(error, RuntimeError) and any(text in str(error) for text in messages)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return True if the exception means that a GPU or the CPU is out of memory."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def is_main_process() -> bool:

@@ -97,12 +97,13 @@ class Progress:
         self.check_finite()
         elapsed = time.perf_counter() - self.clock_time
         images = (step - self.clock_step) * self.plan.batch.global_size
+        norm = grad_norm.item()
         line = {
             "step": step,
             "epoch": step / self.plan.length.steps_per_epoch,
             "loss": loss.item(),
             "learning_rate": learning_rate,
-            "grad_norm": grad_norm.item(),
+            "grad_norm": norm if math.isfinite(norm) else None,  # JSON has no infinity, which fp16's skipped steps have
             "images_per_second": round(images / elapsed, 2),
             "data_wait": round(self.waited / elapsed, 4),
         }

@@ -400,10 +400,6 @@ class Run:
         self.damaged_images.add(self.crew.gather([*self.new_damage, *images]))
         self.new_damage.clear()
 
-    def picture(self, path: Path, name: str) -> None:
-        """Send a picture file to the trackers."""
-        self.progress.picture(path, name, self.step)
-
     def save(self) -> None:
         """Write the checkpoint of the current step."""
         with self.progress.paused(), self.crew.saving():

@@ -144,10 +144,6 @@ class RunFolder:
             for name in ("reconstructions", "predictions", "encoder", "model", "best", "tensorboard"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
 
-    def place_of(self, step: int) -> Path:
-        """Return the folder of a step's checkpoint."""
-        return self.checkpoints / f"step_{step:08d}"
-
     def save(
         self,
         model: dict[str, torch.Tensor],
@@ -169,7 +165,7 @@ class RunFolder:
         Raises:
             RunError: if the checkpoint cannot be written; earlier ones stay.
         """
-        target = self.place_of(state["step"])
+        target = self.checkpoints / f"step_{state['step']:08d}"
         if is_whole(target):  # a run is a function of its flags
             return target
         temporary = self.checkpoints / f".saving_{target.name}"

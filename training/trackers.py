@@ -33,7 +33,7 @@ def start_trackers(
             tracker.store_init_configuration(flags)
             accelerator.trackers.append(tracker)
         except Exception as error:  # no failure of a tracker may stop the training
-            _warn(f"not logging to {name}: {in_one_line(error)}; {REMEDIES[name]}")
+            tqdm.write(f"warning: not logging to {name}: {in_one_line(error)}; {REMEDIES[name]}", sys.stderr)
 
 
 def finish_trackers(accelerator) -> None:
@@ -96,8 +96,5 @@ def track(accelerator, act: Callable) -> None:
             act(tracker)
         except Exception as error:  # a full quota, a lost process, ...
             accelerator.trackers.remove(tracker)
-            _warn(f"not logging to {tracker.name} any more: {in_one_line(error)}; log.jsonl has the rest")
-
-
-def _warn(text: str) -> None:
-    tqdm.write(f"warning: {text}", file=sys.stderr)  # above the progress bar
+            warning = f"warning: not logging to {tracker.name} any more: {in_one_line(error)}; log.jsonl has the rest"
+            tqdm.write(warning, sys.stderr)

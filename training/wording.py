@@ -28,6 +28,12 @@ def in_one_line(error: BaseException) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
+def as_typed(value) -> str:
+    """Return a flag's value, or its values, as they are typed: "0.9 0.95"."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+
+
 def as_flags(settings: dict) -> str:
     """Return settings as the flags to give: {"model": "base", "tf32": False} -> "--model base --no-tf32"."""
     flags = []
@@ -35,6 +41,5 @@ def as_flags(settings: dict) -> str:
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
         else:
-            values = value if isinstance(value, list | tuple) else [0 if value is None else value]
-            flags.append(" ".join([f"--{name}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]))
+            flags.append(f"--{name} {as_typed(0 if value is None else value)}")
     return " ".join(flags)
