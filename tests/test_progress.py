@@ -66,6 +66,14 @@ def test_speed_counts_neither_validation_nor_saving(tmp_path, clock):
     assert log_of(tmp_path) == [dict(step=n, epoch=n / 10, loss=float(n), **expected) for n in (1, 4, 8)]
 
 
+def test_an_infinite_norm_under_a_loss_scaler_is_null(tmp_path, clock):
+    progress = begin(tmp_path)
+    progress.accelerator.scaler = object()
+    clock.now += 1
+    assert progress.step(1, torch.tensor(2.0), torch.tensor(float("inf")), 0.5)
+    assert log_of(tmp_path)[0]["grad_norm"] is None
+
+
 @pytest.mark.parametrize(
     "step_seconds, steps, report",
     [
