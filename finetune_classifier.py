@@ -360,11 +360,11 @@ def main(argv=None):
     # Batches
     img_size = encoder["img_size"]
     augment = rand_augment(magnitude, img_size, images.mean) if magnitude else None
-    samples, loader = dict(pixels=pixels, seed=args.seed), dict(num_workers=args.num_workers)
+    samples, loader = dict(pixels=pixels, seed=args.seed), dict(num_workers=args.num_workers, pin_memory=run.pin_memory)
     train_crop = RandomCrop(img_size, tuple(args.crop_scale), args.fast_decoding)
     train_data = ClassificationDataset(train_source, train_source.labels, crop=train_crop, augment=augment, **samples)
     sampler = StepSampler(len(train_source), **run.sampling)
-    batches = run.timed(training_batches(train_data, sampler, pin_memory=run.pin_memory, **loader))
+    batches = run.timed(training_batches(train_data, sampler, **loader))
     crop, labels = CentreCrop(img_size, evaluation_crop_ratio(img_size)), labels_in(validation_source, classes)
     validation_data = ClassificationDataset(validation_source, labels, crop=crop, **samples)
     read = partial(own_batches, batch_size=min(run.batch.micro, 256), **loader, **run.reading)

@@ -286,7 +286,7 @@ def verify(folder):
     if changed:
         files = first_few(changed, len(changed))
         raise launch.RunError(f"{folder}: shards have changed ({files}); remove the folder and prepare it again")
-    print(f"verified   {folder}: {len(shards)} shards are as they were written")
+    print(f"verified   {folder}: all {len(shards)} checksums match")
 
 
 def measure(source, pixels, num_workers):

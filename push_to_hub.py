@@ -93,7 +93,7 @@ def select_weights(path, checkpoint):
     name = max(checkpoints, default="") if checkpoint == "last" else checkpoint
     if name not in checkpoints:
         names = ", ".join(checkpoints) or "none yet"
-        raise RunError(f"--checkpoint {checkpoint}: {path} has no such whole checkpoint; it has: {names}")
+        raise RunError(f"--checkpoint {checkpoint}: {path} has no such checkpoint; give last, best or one of: {names}")
     return checkpoints[name], record, read_state(checkpoints[name])["step"]
 
 
@@ -197,7 +197,7 @@ def main(argv=None):
     except (RunError, WeightsError) as error:
         errors.append(str(error))
     except FileNotFoundError as error:
-        errors.append(f"{error.filename} was just removed by the running training; repeat the same command")
+        errors.append(f"{error.filename or error} does not exist; if the run is training, repeat the same command")
     if errors:
         fail(errors)
     print(f"{trained.path}: {describe_model(trained)}" + ("" if record else f"; read as {trained.layout}"))

@@ -94,7 +94,7 @@ class ListSource(FileSource):
         path = os.fspath(path)
         table = _read_list(path)
         if table["path"].null_count == len(table):
-            names = ", ".join(_column_names(path))
+            names = ", ".join(_column_names(path)) or "(unknown)"
             expected = "expected `path` in every row, and perhaps `label` and `mask`"
             raise DataError(f"{path} lists no image in its columns {names}; {expected}")
         super().__init__(Names.from_arrow(table["path"]), os.path.dirname(path))
@@ -248,7 +248,9 @@ def _column_names(path: str) -> list[str]:
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         if path.lower().endswith(".csv"):
             return next(filter(None, csv.reader(file)), [])
-        return list(json.loads(next(filter(str.strip, file))))
+        with contextlib.suppress(ValueError):  # an object in several lines, or several in one
+            return list(json.loads(next(filter(str.strip, file))))
+        return []
 
 
 def _check_files(path: str, column: str, source: FileSource) -> None:

@@ -148,8 +148,7 @@ def check_cache(cache: str | Path) -> None:
     """Create the folder `cache` if needed. Raises DataError if it cannot be written."""
     try:
         os.makedirs(cache, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache):
-            pass
+        tempfile.TemporaryFile(dir=cache).close()
     except OSError as error:
         raise DataError(f"{cache} cannot hold a cache ({error.strerror}); give another --cache_dir") from None
 

@@ -62,7 +62,7 @@ def download(name: str, *, whole: bool) -> Path:
 
     repository, _, revision = name.removeprefix(PREFIX).partition("@")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository):
-        raise WeightsError(f"{name}: no name of a repository; expected {PREFIX}OWNER/NAME[@revision]; correct it")
+        raise WeightsError(f"{name}: not a repository name; expected {PREFIX}OWNER/NAME[@revision]")
     try:
         for part in ("pretraining/", "") if whole else ("",):
             for file in WEIGHT_FILES:

@@ -80,16 +80,15 @@ class ConvModule(nn.Sequential):
 
 
 class AveragePool(nn.AdaptiveAvgPool2d):
-    """Average maps (B, D, h, w) over bins (B, D, *output_size); with deterministic algorithms by matrix products."""
+    """Average maps (B, D, h, w) over bins (B, D, *output_size); with deterministic algorithms one by one."""
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         if not torch.are_deterministic_algorithms_enabled():
             return super().forward(maps)
-        rows, columns = (  # (side, bins): the share of each pixel in each bin
-            F.adaptive_avg_pool1d(torch.eye(side, device=maps.device)[None], self.output_size)[0].to(maps.dtype)
-            for side in maps.shape[2:]
-        )
-        return rows.T @ maps @ columns
+        n = self.output_size
+        rows, columns = ([slice(i * side // n, -(-(i + 1) * side // n)) for i in range(n)] for side in maps.shape[2:])
+        bins = [torch.stack([maps[..., row, column].mean((2, 3)) for column in columns], dim=-1) for row in rows]
+        return torch.stack(bins, dim=-2)
 
 
 class UperNetHead(nn.Module):

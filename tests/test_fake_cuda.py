@@ -1,6 +1,7 @@
 """Steps and evaluations on fake CUDA tensors, which have devices and types but no values.
 
-Code that mixes devices, or waits for a value on the device, raises.
+Code that mixes devices, or waits for a value on the device, raises. Backward passes and PyTorch's refusals of
+nondeterministic kernels need a real GPU.
 """
 
 from contextlib import nullcontext

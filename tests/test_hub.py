@@ -79,7 +79,7 @@ def test_without_a_network_the_cache_is_read(hub, folder, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "name, token, said",
     [
-        ("hf:owner/mae/model", server.VALID, "no name of a repository; expected hf:OWNER"),
+        ("hf:owner/mae/model", server.VALID, "not a repository name; expected hf:OWNER"),
         ("hf:owner/mae@nothing", server.VALID, "has no revision nothing; expected a branch, tag or commit"),
         ("hf:owner/nothing", server.VALID, "no such model repository"),
         ("hf:owner/hidden", None, "a private or gated one; correct the name, or ask for access"),

@@ -50,7 +50,7 @@ def test_bad_batch_flags(processes, flags, expected):
 def test_batch_flags_of_a_resumed_run_mean_its_batch():
     assert not any(compare_batch(*sizes, 16, 2) for sizes in ((None, None), (16, None), (None, 8)))
     assert "give --per_gpu_batch_size 8" in compare_batch(None, 4, 16, 2)[0]
-    assert "mean 8 images per optimizer step, the checkpoint has 16; give --global" in compare_batch(8, None, 16, 2)[0]
+    assert "mean 8 images per step, the checkpoint has 16; give --global" in compare_batch(8, None, 16, 2)[0]
 
 
 def length(num_samples=100, **flags):

@@ -266,7 +266,7 @@ def test_what_was_begun_is_not_mixed_with_other_settings_or_images(tmp_path, cap
 def test_checksums_are_compared(tmp_path, capsys):
     photos, out = write_images(tmp_path / "photos", 4), tmp_path / "out"
     prepare(photos, out, "--verify")
-    assert f"verified   {out}: 1 shards are as they were written" in capsys.readouterr().out
+    assert f"verified   {out}: all 1 checksums match" in capsys.readouterr().out
     (shard,) = out.rglob("*.arrow")
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1

@@ -260,9 +260,9 @@ def test_bad_input_is_an_error_before_anything_is_written(runs, tmp_path, capsys
     for words, expected in (
         ([empty, "--output", out], "a folder without weights; expected"),
         ([tmp_path / "nothing", "--output", out], "no such file or folder"),
-        ([started], "has no such whole checkpoint; it has: none yet"),
+        ([started], "has no such checkpoint; give last, best or one of: none yet"),
         ([mae, "--checkpoint", "best"], "has no best/; expected a validated fine-tuning run; give last"),
-        ([mae, "--checkpoint", "step_1"], "has no such whole checkpoint; it has: step_00000004, step_"),
+        ([mae, "--checkpoint", "step_1"], "has no such checkpoint; give last, best or one of: step_00000004, step_"),
         ([mae / "encoder"], "--output is missing"),
         ([tmp_path / "typo"], "typo: no such file or folder; expected a run or weights"),
         ([mae / "encoder", "--output", out, "--checkpoint", "best"], "--checkpoint best needs a run, but"),

@@ -113,7 +113,7 @@ def test_resume_refuses_what_would_change_the_run(undisturbed, flags, tmp_path):
     refused = run(SCRIPT, *flags, *changed, *resume, cwd=tmp_path, code=2).stderr
     errors = [line for line in refused.splitlines() if line.startswith("error: ")]
     assert len(errors) == 4 and "Traceback" not in refused
-    for word in ("--seed 1", "16 images per optimizer step, the checkpoint has 8", "--mask_ratio", "not the data set"):
+    for word in ("--seed 1", "16 images per step, the checkpoint has 8", "--mask_ratio", "not the data set"):
         assert any(word in error for error in errors), word
     (folder / "checkpoints" / "step_00000023" / "optimizer.pt").unlink()
     broken = run(SCRIPT, *flags, "--resume_from_checkpoint", "step_00000023", cwd=tmp_path, code=2)

@@ -21,7 +21,7 @@ FREE_FLAGS = {
     *("path_to_validation_data", "cache_dir", "on_damaged", "preview_channels"),
     *("wandb_run_name", "log_wandb", "report_to", "log_every", "validate_every", "knn_every", "num_preview_images"),
     "evaluate_every",
-    *("compile", "gradient_checkpointing", "dry_run"),
+    *("compile", "deterministic", "gradient_checkpointing", "dry_run"),
     *("save_checkpoint_interval", "save_checkpoint_steps", "keep_checkpoints"),
     *("push_to_hub", "hub_model_id", "hub_every", "hub_private"),
     *("per_gpu_batch_size", "micro_batch_size", "gradient_accumulation_steps", "time_limit"),
@@ -161,7 +161,7 @@ def add_run_flags(parser: Parser, *, name: str, data: str = SOURCES) -> None:
     flag("--seed", type=integer(0, 2**32 - 1), default=0, help="seed of samples, masks and weights (default 0)")
     flag("--dry_run", action=Pair, default=False, help="print the plan, time some steps, write nothing (off)")
     flag("--resume_from_checkpoint", metavar="latest|auto|FOLDER", help="continue a run; auto also starts a new one")
-    flag("--time_limit", type=hours_and_minutes, metavar="HH:MM", help="save and stop before HH:MM of run time")
+    flag("--time_limit", type=hours_and_minutes, metavar="HH:MM", help="save and stop before HH:MM (default none)")
     flag("--num_workers", type=integer(0), help="loader workers per process (default min(32, cores / processes))")
     flag("--pin_memory", action=Pair, help="copy batches to the GPU from pinned memory (default: on a GPU)")
     help_text = "precision of the forward pass (default: Accelerate's value; if that is no, bf16 on a GPU that has it)"
@@ -249,7 +249,7 @@ def add_encoder_flags(parser: Parser, *, sizes: Iterable[str], drop_path: float 
     flag("--encoder_num_heads", type=integer(1), help="attention heads")
     flag("--encoder_mlp_ratio", type=number(0.1), help="hidden width of the MLPs / width (default 4)")
     flag("--drop_path", type=number(0, 0.99), default=drop_path, help="stochastic depth rate" + _default(drop_path))
-    flag("--custom_weight_init", action=Pair, default=True, help="initialize as the paper, not as PyTorch (on)")
+    flag("--custom_weight_init", action=Pair, default=True, help="use the paper's initialization, not PyTorch's (on)")
 
 
 def add_finetuning_flags(parser: Parser, *, weights: str, betas: list[float] | None, layer_decay: float | None) -> None:
@@ -285,10 +285,10 @@ def add_segmenter_flags(parser: Parser, *, heads: Iterable[str]) -> None:
     flag("--relative_position_bias", action=Pair, default=True, help="add a learned relative position bias (on)")
     flag("--layer_scale", type=number(), default=1.0, help="initial LayerScale of the blocks (0: off, default 1)")
     flag("--head", choices=tuple(heads), default="upernet", help="head on the encoder (default upernet)")
-    flag("--head_width", type=integer(1), help="channels of its layers (default 512)")
+    flag("--head_width", type=integer(1), help="channels of UperNet's layers (default 512)")
     layers = "blocks, from 0, that feed the head (default: after 1/3, 1/2, 2/3 and all of them; linear: the last)"
     flag("--layers", type=integer(0), nargs="+", metavar="I", help=layers)
-    flag("--auxiliary_weight", type=number(), help="loss weight of its auxiliary head (0: off, default 0.4)")
+    flag("--auxiliary_weight", type=number(), help="loss weight of UperNet's auxiliary head (0: off, default 0.4)")
     weights = "loss weight of each class; or balanced, which favours rare classes (default equal)"
     flag("--class_weights", type=number_or("balanced", number()), nargs="+", metavar="W", help=weights)
 
@@ -307,7 +307,7 @@ def add_speed_flags(parser: Parser) -> None:
     flag = parser.add_argument_group("speed").add_argument
     flag("--compile", action=Pair, default=False, help="compile the training step with torch.compile (off)")
     flag("--gradient_checkpointing", action=Pair, default=False, help="recompute activations to save memory (off)")
-    help_text = "make resumed runs bit-exact on a GPU, too, in slower steps (off; on a CPU they always are)"
+    help_text = "use deterministic GPU kernels: slower, and a resumed run is bit-exact (off)"
     flag("--deterministic", action=Pair, default=False, help=help_text)
     flag("--tf32", action=Pair, default=True, help="TF32 for matrix products and convolutions of float32 on a GPU (on)")
 
@@ -327,7 +327,7 @@ def add_saving_flags(parser: Parser, *, interval: int | None = None, steps: int 
     flag = parser.add_argument_group("checkpoints").add_argument
     help_text = "epochs between two checkpoints (0: only the last step)" + _default(interval)
     flag("--save_checkpoint_interval", type=number(), default=interval, help=help_text)
-    flag("--save_checkpoint_steps", type=integer(1), help="optimizer steps between checkpoints" + _default(steps))
+    flag("--save_checkpoint_steps", type=integer(1), help="the same in optimizer steps; overrides it" + _default(steps))
     flag("--keep_checkpoints", type=integer(1), default=3, help="number of newest checkpoints to keep (default 3)")
 
 
@@ -388,8 +388,8 @@ def check_finetuning(args: argparse.Namespace, weights: str) -> list[str]:
     ]
 
 
-def check_segmenter(args: argparse.Namespace, kind) -> list[str]:
-    """Return error messages for the flags of `add_segmenter_flags`, and --resize; `kind` is the head's class."""
+def check_segmenter(args: argparse.Namespace, head_class) -> list[str]:
+    """Return error messages for the flags of `add_segmenter_flags` and --resize; `head_class` is that of the head."""
     errors, weights = [], args.class_weights
     if args.resize and args.resize[0] < args.resize[1]:
         errors.append(f"--resize {args.resize[0]} {args.resize[1]} has its longer side last; give LONG SHORT")
@@ -399,7 +399,7 @@ def check_segmenter(args: argparse.Namespace, kind) -> list[str]:
         errors.append("--class_weights are all 0, so that there is nothing to learn; give at least one above 0")
     given = {name: getattr(args, name) for name in ("head_width", "auxiliary_weight")}
     text = " ".join(f"--{name} {value:g}" for name, value in given.items() if value is not None)
-    if text and kind.default_width is None:
+    if text and head_class.default_width is None:
         errors.append(f"{text} does not go with --head {args.head}; leave it out")
     return errors
 

@@ -8,6 +8,7 @@ import math
 import shlex
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,8 +79,10 @@ def _read(path: Path, *names: str) -> dict:
     """Return the object in a JSON file. Raises RunError for a damaged file, and for one that lacks some names."""
     try:
         content = json.loads(path.read_text())
+        if not isinstance(content.get("flags", {}), dict):
+            raise TypeError("flags are no object")
         return content | {name: content[name] for name in names}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise RunError(f"{path} is damaged; expected the file that a run writes; give another run") from None
 
 
@@ -125,6 +128,7 @@ def write_card(
     scores = {name: metrics[name] for name in METRICS if math.isfinite(metrics.get(name, math.nan))}
     title = Path(repo_id or (record.folder if record else location).resolve()).name
     at, address = f"@{revision}" if revision else "", repo_id or str(location)
+    quoted = partial(json.dumps, ensure_ascii=False)
     if record:
         loss_curve(folder / "loss.png", record.log)
     card = ModelCard.from_template(
@@ -133,8 +137,8 @@ def write_card(
         title=title,
         model=model,
         record=record,
-        hub_name=json.dumps(address) + (f", revision={json.dumps(revision)}" if at else ""),
-        timm_name=json.dumps(f"hf-hub:{repo_id}{at}" if repo_id else f"local-dir:{location}"),
+        hub_name=quoted(address) + (f", revision={quoted(revision)}" if at else ""),
+        timm_name=quoted(f"hf-hub:{repo_id}{at}" if repo_id else f"local-dir:{location}"),
         weights=shlex.quote(f"hf:{repo_id}{at}" if repo_id else address),
         picture=_copy_picture(folder, model, record) if record else None,
         metrics=metrics,

@@ -116,7 +116,7 @@ def set_speed(device: torch.device, *, tf32: bool, deterministic: bool = False) 
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
         torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass sums in any order, which torch does not know
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # of use in debugging alone
+        torch.utils.deterministic.fill_uninitialized_memory = False  # only useful for debugging
     if device.type != "cpu":
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32  # convolutions; torch's default is True
@@ -130,7 +130,8 @@ def prepare_compiler(device: torch.device) -> list[str]:
     import torchmetrics.functional.image  # noqa: F401 - validation's; importing it later recompiles, in torch 2.8
 
     torch._inductor.config.fallback_random = True
-    torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()  # newer versions do it alone
+    if hasattr(torch._inductor.config, "deterministic"):  # neither in torch 2.8, nor needed by the newest
+        torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:  # its type depends on what is missing: a C++ compiler, Triton, a driver

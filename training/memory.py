@@ -27,10 +27,8 @@ def fit_micro_batch(sizes: list[int], try_step: Callable[[int], None], *, device
     for size in reversed(sizes):
         if not any_process(not fits_on_gpu(try_step, size, device)):
             return size
-    raise RunError(
-        f"a micro-batch of {sizes[0]} does not fit on the GPU; give --gradient_checkpointing, a smaller model or "
-        "smaller images"
-    )
+    remedy = "give --gradient_checkpointing, a smaller model or smaller images"
+    raise RunError(f"a micro-batch of {sizes[0]} does not fit on the GPU; {remedy}")
 
 
 def fits_on_gpu(try_step: Callable[[int], None], size: int, device: torch.device) -> bool:

@@ -35,6 +35,7 @@ def reconstruction_grid(
     any number with `channels`, the one or three to show, with the contrast of each original stretched.
     `uses_true_patch_statistics` says in the title that predictions use each patch's true mean and variance.
     """
+    images, prediction, mask = images.cpu(), prediction.cpu(), mask.cpu()
     if channels is not None:
         images, prediction = images[:, channels], prediction[:, channels]
         prediction = _stretch_contrast(prediction, like=images)
@@ -47,7 +48,7 @@ def reconstruction_grid(
     if uses_true_patch_statistics:
         title += " - predictions use each patch's true mean and variance"
     height, width = (side * max(1, round(144 / images.shape[-1])) for side in images.shape[-2:])
-    tiles = torch.stack([images, visible, prediction, pasted], dim=1).float().cpu()  # (B, 4, C, H, W)
+    tiles = torch.stack([images, visible, prediction, pasted], dim=1).float()  # (B, 4, C, H, W)
     tiles = (tiles * 255).round().to(torch.uint8)
     rows = [[to_pil_image(tile).resize((width, height), Image.Resampling.NEAREST) for tile in row] for row in tiles]
     captions = ("original", "encoder sees", "prediction", "with visible patches")
@@ -168,7 +169,8 @@ def loss_curve(path: Path, log: Sequence[dict]) -> None:
         points = [(line["step"], line[name]) for line in log if name in line]
         if points:
             axes.plot(*zip(*points, strict=True), linewidth=1, label=label, **style)
-    axes.legend(frameon=False)
+    if axes.lines:
+        axes.legend(frameon=False)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(color="#dddddd")
     axes.spines[["top", "right"]].set_visible(False)

@@ -129,10 +129,7 @@ def compare_batch(
         return []
     remedy = f"--global_batch_size {checkpoint_size}"
     remedy = f"--per_gpu_batch_size {checkpoint_size // num_processes}" if per_gpu_batch_size else remedy
-    return [
-        f"the batch flags mean {global_size} images per optimizer step, the checkpoint has {checkpoint_size}; give "
-        f"{remedy}"
-    ]
+    return [f"the batch flags mean {global_size} images per step, the checkpoint has {checkpoint_size}; give {remedy}"]
 
 
 def plan_length(
@@ -166,10 +163,7 @@ def plan_length(
         default = default_warmup_steps or round(default_warmup_epochs * steps_per_epoch)
         return LengthPlan(steps_per_epoch, total_steps, min(default, total_steps // 20))
     if warmup and warmup >= total_steps:
-        raise InputError(
-            f"{flag} is {warmup} steps, not shorter than the run of {total_steps}; give a shorter warmup or a longer "
-            "run"
-        )
+        raise InputError(f"{flag} is {warmup} steps, not shorter than the run of {total_steps}; give a shorter one")
     return LengthPlan(steps_per_epoch, total_steps, warmup)
 
 

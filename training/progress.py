@@ -237,7 +237,8 @@ class DamagedImages:
             with open(self.path, "a") as file:
                 file.writelines(json.dumps({"path": path, "reason": new[path]}) + "\n" for path in new)
             if self.replace and not self.names:
-                tqdm.write(f"note: damaged images are replaced; {self.path} lists them", sys.stderr)
+                path = next(iter(new))
+                tqdm.write(f"note: {path} is damaged ({new[path]}) and replaced; {self.path} lists all", sys.stderr)
         self.names |= new.keys()
         if images and not self.replace:
             path, reason = images[0]

@@ -195,19 +195,19 @@ def resolve_crop(crop_size: int, patch_size: int, *, min_patches: int) -> tuple[
     return crop_size, crop_size
 
 
-def resolve_head(flags: dict, depth: int, kind, default_layers: Callable[[int, int], list[int]]) -> dict:
+def resolve_head(flags: dict, depth: int, head_class, default_layers: Callable[[int, int], list[int]]) -> dict:
     """Return the flags of a segmenter's head with their values.
 
     Args:
         flags: `head`, `layers`, `head_width`, `auxiliary_weight`; None for those that were left out.
         depth: number of blocks of the encoder.
-        kind: the head's class in `modeling.upernet.HEADS`.
+        head_class: the head's class in `modeling.upernet.HEADS`.
         default_layers: returns the indices of the blocks that feed the head, given the depth and their number.
 
     Raises:
         InputError: for layers that the encoder does not have, or not as many as the head takes.
     """
-    layers, count, errors = flags["layers"], kind.num_layers, []
+    layers, count, errors = flags["layers"], head_class.num_layers, []
     if depth < count and not layers:
         name = flags["head"]
         raise InputError(f"--head {name} needs an encoder of at least {count} blocks, not {depth}; give --head linear")
@@ -218,8 +218,8 @@ def resolve_head(flags: dict, depth: int, kind, default_layers: Callable[[int, i
     if len(layers) != count or layers != sorted(set(layers)):
         errors.append(f"{text} does not fit --head {flags['head']}; expected {count} different numbers in rising order")
     check(errors)
-    width, weight = flags["head_width"] or kind.default_width, flags["auxiliary_weight"]
-    weight = kind.default_auxiliary_weight if weight is None else weight
+    width, weight = flags["head_width"] or head_class.default_width, flags["auxiliary_weight"]
+    weight = head_class.default_auxiliary_weight if weight is None else weight
     return dict(head=flags["head"], layers=layers, head_width=width, auxiliary_weight=weight)
 
 

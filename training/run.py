@@ -68,8 +68,8 @@ class Run:
         self.pin_memory = self.device.type == "cuda" if flags.pin_memory is None else flags.pin_memory
         trains = not getattr(flags, "eval_only", False)
         automatic = trains and flags.micro_batch_size == "auto"
-        speed = dict(compiled=flags.compile, auto_micro_batch=automatic)
-        checkpointing, problems = configure_sharding(self.accelerator, **speed)
+        options = dict(compiled=flags.compile, auto_micro_batch=automatic)
+        checkpointing, problems = configure_sharding(self.accelerator, **options)
         self.gradient_checkpointing = flags.gradient_checkpointing or checkpointing
         self.errors += problems + (check_device(self.device) if automatic else [])
         self.crew = Crew(flags.time_limit)
@@ -359,8 +359,7 @@ class Run:
     @property
     def reading(self) -> dict:
         """The options of `own_batches` for this process."""
-        processes = dict(process_index=self.process_index, num_processes=self.num_processes)
-        return dict(watch=self.watch, pin_memory=self.pin_memory, **processes)
+        return dict(process_index=self.process_index, num_processes=self.num_processes, watch=self.watch)
 
     def watch(self, batches: range) -> Iterator[int]:
         """Yield the numbers of the batches of a validation under a bar, until the run is asked to stop.

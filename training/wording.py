@@ -31,7 +31,7 @@ def in_one_line(error: BaseException) -> str:
 def as_typed(value) -> str:
     """Return a flag's value, or its values, as they are typed: "0.9 0.95"."""
     values = value if isinstance(value, list | tuple) else [value]
-    return " ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+    return " ".join(f"{v:g}" if isinstance(v, float) and float(f"{v:g}") == v else str(v) for v in values)
 
 
 def as_flags(settings: dict) -> str:
