@@ -35,6 +35,14 @@ TINY = [
 SCENES = ["sky", "tree", "road", "sea"]  # classes; the last one is nowhere
 
 
+LONGEST = ("test_scripts", "test_processes", "test_finetune", "test_sharding", "test_predict", "test_push_to_hub")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that no worker ends alone with one of them."""
+    items.sort(key=lambda item: not item.path.name.startswith(LONGEST))
+
+
 def write_images(folder: Path, count: int, *, classes: int = 2, size: int = 40, seed: int = 0) -> Path:
     """Writes smooth random JPEG images into CLASS/NAME.jpg below `folder`."""
     rng = np.random.default_rng(seed)

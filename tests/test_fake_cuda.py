@@ -103,17 +103,15 @@ def segmentation():
     return finetune_segmentation, model, batch, dict(weights=torch.empty(5, device=CUDA), auxiliary_weight=0.4)
 
 
-@pytest.mark.parametrize("max_grad_norm", [0, 1.0])
 @pytest.mark.parametrize("task", [pretraining, classification, segmentation])
-def test_a_step_neither_waits_nor_mixes_devices(fake, task, max_grad_norm):
+def test_a_step_neither_waits_nor_mixes_devices(fake, task):
     script, model, batch, options = task()
     on_gpu(model).train()
     optimizer = adamw(parameter_groups(model, 0.05), betas=(0.9, 0.95))
     normalize = Normalization([0.5] * 3, [0.5] * 3, CUDA)
     batches = repeat((0, batch))
-    loss, norm, _ = script.optimizer_step(
-        Accelerator(model=model), model, optimizer, batches, normalize, max_grad_norm=max_grad_norm, **options
-    )
+    options["max_grad_norm"] = 0 if torch.are_deterministic_algorithms_enabled() else 1.0  # without and with clipping
+    loss, norm, _ = script.optimizer_step(Accelerator(model=model), model, optimizer, batches, normalize, **options)
     assert loss.device == norm.device == CUDA and loss.dtype == norm.dtype == torch.float32
     with pytest.raises(DataDependentOutputException):  # what a wait in the step would have raised
         loss.item()
