@@ -95,7 +95,7 @@ def run_card(text: str, hub, photo, image_folder, scenes) -> tuple[int, int]:
 
 
 def test_training_uploads_what_all_libraries_load(hub, image_folder, scenes, photo, monkeypatch):
-    """The three training scripts upload over HTTP; the libraries, predict.py and further training download."""
+    """The three training scripts upload over HTTP; the libraries and further training download."""
     cwd, variables = photo.parent, hub.variables(photo.parent)
     upload = ["--push_to_hub", "--hub_private", "--hub_model_id"]
     data = ["--path_to_data", image_folder]
@@ -107,18 +107,13 @@ def test_training_uploads_what_all_libraries_load(hub, image_folder, scenes, pho
     assert messages[-1] == "Weights of step 10" and hub.repositories["owner/mae"].private
     assert set(messages[1:]) <= {"Weights of step 5", "Weights of step 10"}
 
-    for script, weights, where, more, epoch in (
-        ("finetune_classifier.py", "--path_to_pretrained_mae_weights", data, CLASSIFIER, 5),
-        ("finetune_segmentation.py", "--path_to_backbone_checkpoint", ["--path_to_data", scenes], SEGMENTER, 2),
+    for script, weights, where, more in (
+        ("finetune_classifier.py", "--path_to_pretrained_mae_weights", data, CLASSIFIER),
+        ("finetune_segmentation.py", "--path_to_backbone_checkpoint", ["--path_to_data", scenes], SEGMENTER),
     ):
         name = script.removeprefix("finetune_").removesuffix(".py")
-        flags = [*more, *where, weights, "hf:owner/mae", *upload, f"owner/{name}", "--hub_every", 1]
-        stdout = run(script, *flags, "--max_steps", epoch + 1, cwd=cwd, **variables).stdout
-        assert f"uploading step {epoch} " in stdout and "uploaded the finished run" in stdout
-        assert (cwd / "work_dir" / script[:-3] / "checkpoints" / f"step_{epoch:08d}").is_dir()
-    flags = [*TINY, "--encoder_depth", 4, *data, "--max_steps", 1, "--init_from", "hf:owner/mae"]
-    stdout = run("pretrain_mae.py", *flags, "--experiment_name", "again", cwd=cwd, **variables).stdout
-    assert "0 missing, 0 ignored" in stdout
+        flags = [*more, *where, weights, "hf:owner/mae", *upload, f"owner/{name}", "--max_steps", 2]
+        assert "uploaded the finished run" in run(script, *flags, cwd=cwd, **variables).stdout
 
     work = cwd / "work_dir"
     mae, classifier, segmenter = (
@@ -142,10 +137,6 @@ def test_training_uploads_what_all_libraries_load(hub, image_folder, scenes, pho
             torch.testing.assert_close(output, expected, rtol=0, atol=1e-4)
     for name, model in (("mae", mae), ("classifier", classifier), ("segmentation", segmenter)):
         assert same_weights(open_trained(f"hf:owner/{name}").model, model)
-    for name, file in (("mae", "reconstruct"), ("classifier", None), ("segmentation", "overlay")):
-        run("predict.py", f"hf:owner/{name}", photo, "--output", name, cwd=cwd, **variables)
-        assert len((cwd / name / "predictions.jsonl").read_text().splitlines()) == 1
-        assert file is None or any(file in path.name for path in (cwd / name).iterdir())
 
 
 def test_cards_of_the_three_scripts(runs, hub, image_folder, scenes, photo, monkeypatch):
