@@ -68,6 +68,7 @@ def test_a_shell_can_read_it(path):
     subprocess.run(["bash", "-n", path], check=True)
 
 
+@pytest.mark.slow  # 40 seconds
 def test_a_job_stops_is_queued_again_and_finishes(submit, image_folder, tmp_path):
     flags = ["--path_to_data", image_folder, *TINY, "--max_steps", 120, "--save_checkpoint_interval", 0]
     folder, requeued = tmp_path / "work_dir/run", tmp_path / "requeued"
