@@ -112,7 +112,7 @@ def test_interrupted_upload_continues(here, folder):
     here.fail_uploads_after = 1
     with pytest.raises(RunError) as error:
         push(folder)
-    told = rf"not uploaded: the Hub failed \(.*RequestTimeout.*\); {folder} is ready, repeat the command"
+    told = rf"not uploaded: the Hub failed \(.*RequestTimeout.*\); {folder} is ready to upload"
     assert re.fullmatch(told, str(error.value))
     assert len(here.uploads) == 1 and here.files("owner/name") == {}
     here.fail_uploads_after = None
@@ -135,7 +135,7 @@ def test_missing_permissions(token, repo_id, words, exists, hub, folder, monkeyp
     if exists:
         hub.add(repo_id, folder)
     before = hub.files(repo_id)
-    with pytest.raises(RunError, match=f"^not uploaded: {words}.*; {folder} is ready, repeat the command$"):
+    with pytest.raises(RunError, match=f"^not uploaded: {words}.*; {folder} is ready to upload$"):
         push(folder, repo_id)
     assert hub.files(repo_id) == before and not hub.uploads
 

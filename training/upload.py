@@ -74,7 +74,7 @@ def upload(folder: Path, repo_id: str, *, private: bool, revision: str | None, m
         _check_repository(folder, repo_id, private, revision)
         return _commit(folder, repo_id, private, revision, message)
     except Exception as error:  # huggingface_hub, its HTTP client and Xet raise many types
-        raise RunError(f"not uploaded: {_explain(error, repo_id)}; {folder} is ready, repeat the command") from error
+        raise RunError(f"not uploaded: {_explain(error, repo_id)}; {folder} is ready to upload") from error
 
 
 def _check_repository(folder: Path, repo_id: str, private: bool, revision: str | None) -> None:
