@@ -1,5 +1,8 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from training.launch import RunError
 from training.memory import fit_micro_batch
@@ -33,3 +36,20 @@ def test_the_largest_size_that_fits(count):
 
 def test_the_process_with_the_least_memory_decides():
     assert fit([1, 2, 4, 8], 100, elsewhere=5)[0] == fit([1, 2, 4, 8], 5)[0] == 4
+
+
+def test_the_peak_memory_of_the_trials_is_forgotten(monkeypatch):
+    calls, device = [], torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1000))
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments, name=name: calls.append((name, *arguments)))
+
+    def step(size):
+        calls.append(size)
+        if size > 2:
+            raise torch.OutOfMemoryError("no room")
+
+    with FakeTensorMode():
+        assert fit_micro_batch([1, 2, 4], step, device=device, any_process=bool) == 2
+    end = [("empty_cache",), ("reset_peak_memory_stats", device)]
+    assert calls == [4, *end, 2, *end]

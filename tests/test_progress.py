@@ -98,6 +98,33 @@ def test_a_rehearsal_times_what_is_not_in_stock(tmp_path, clock, capsys, step_se
         rehearsal.completed(torch.tensor(float("nan")))
 
 
+def test_a_rehearsal_waits_for_the_device_at_the_end_of_a_phase(tmp_path, clock, monkeypatch, capsys):
+    waits, item = [], torch.Tensor.item
+
+    def finish(losses):
+        """Take a second for the steps that were launched."""
+        waits.append(rehearsal.steps)
+        clock.now += 1
+        return item(losses)
+
+    def rehearse(bad_step):
+        for step in range(1, 100):
+            clock.now += 0.5
+            if rehearsal.completed(torch.tensor(float("nan") if step == bad_step else 1.0)):
+                return
+
+    monkeypatch.setattr(torch.Tensor, "item", finish)
+    crew = SimpleNamespace(any=bool, signal_name=None)
+    rehearsal = Rehearsal(begin(tmp_path), crew, read_ahead=4)
+    rehearse(bad_step=None)
+    assert waits == [1, 8, 29]  # steps of half a second: one, more than three seconds, more than ten
+    assert "dry run    21 steps timed after 8: 0.548 s a step" in capsys.readouterr().out
+    rehearsal = Rehearsal(begin(tmp_path), crew, read_ahead=4)
+    with pytest.raises(RunError, match="a loss of the dry run is not finite"):
+        rehearse(bad_step=11)
+    assert waits[3:] == [1, 8, 29]
+
+
 def test_the_log_is_cut_at_the_checkpoint(tmp_path):
     lines = [{"step": 1, "loss": 3.0}, {"step": 4, "top1": 2.0}, {"step": 5, "loss": 1.0}]
     lines += [{"step": 5, "epoch": 1.0, "top1": 2.0}, {"step": 5, "knn_top1": 40.0}, {"step": 6, "loss": 0.5}]

@@ -48,4 +48,5 @@ def fits_on_gpu(try_step: Callable[[int], None], size: int, device: torch.device
         del spare
         if device.type == "cuda":
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)  # a dry run reports the peak of its own steps
     return True

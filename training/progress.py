@@ -149,11 +149,12 @@ class Progress:
 class Rehearsal:
     """The timing of --dry_run: a step to compile and start workers, some to empty the loader's stock, then 10 seconds.
 
-    The stock of `read_ahead` steps, which the loader workers hold, would hide that they are slow.
+    The stock of `read_ahead` steps, which the loader workers hold, would hide that they are slow. As in training, steps
+    are launched ahead of the device; it is waited for at the end of each phase.
     """
 
     def __init__(self, progress: Progress, crew, *, read_ahead: int):
-        self.progress, self.crew, self.steps = progress, crew, 0
+        self.progress, self.crew, self.steps, self.losses = progress, crew, 0, 0.0
         self.phases = [(0.0, 1), (3.0, 1 + read_ahead), (10.0, 3)]  # seconds and steps that each takes at least
         self.steps_left = progress.plan.length.total_steps - progress.clock_step
         progress.restart_clock(0)
@@ -162,20 +163,22 @@ class Rehearsal:
         """Note a step; after the last one, print the time of a step and of the run, and the memory, and return True.
 
         Raises:
-            RunError: if the loss is not finite.
+            RunError: if a loss since the last phase is not finite.
         """
-        if self.crew.any(not math.isfinite(loss.item())):  # waits for the device
-            raise RunError("a loss of the dry run is not finite; look at the data, or take another --mixed_precision")
         self.steps += 1
+        self.losses = self.losses + loss  # not finite once a loss is not
         progress, (at_least, min_steps) = self.progress, self.phases[0]
         spent, steps = time.perf_counter() - progress.clock_time, self.steps - progress.clock_step
         enough = (spent > at_least and steps >= min_steps) or spent > 6 * at_least > 0
         if not self.crew.any(enough or self.crew.signal_name is not None):
             return False
+        if self.crew.any(not math.isfinite(self.losses.item())):  # waits for the device
+            raise RunError("a loss of the dry run is not finite; look at the data, or take another --mixed_precision")
         if len(self.phases) > 1:
             self.phases.pop(0)
             progress.restart_clock(self.steps)
             return False
+        spent = time.perf_counter() - progress.clock_time  # with the steps that the device had not done
         seconds, device = spent / steps, progress.accelerator.device
         if device.type == "cuda":
             peak = torch.cuda.max_memory_reserved(device)
