@@ -1,0 +1,59 @@
+"""A masked autoencoder in the manner of the official code, written from the paper (He et al. 2021, section 3).
+
+It computes what our model does in another way: all patches are embedded, the kept ones are selected, attention is a
+softmax of explicit scores (timm's blocks), the decoder sees the tokens in the order of the image and predicts every
+patch, and a mask selects the removed ones from the loss. Images are normalized by the loader and copied in float32.
+"""
+
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from modeling.mae import MaskedAutoencoder
+from modeling.vit import VisionTransformer, patchify, take
+
+
+def timm_encoder(encoder: VisionTransformer, **head) -> timm.models.VisionTransformer:
+    """Return timm's model with the sizes of our encoder, but with weights of its own; `head` are its arguments."""
+    names = ("img_size", "patch_size", "in_channels", "embed_dim", "depth", "num_heads", "mlp_ratio")
+    sizes = {name.replace("in_channels", "in_chans"): getattr(encoder, name) for name in names}
+    return timm.models.VisionTransformer(**sizes, **head)
+
+
+class OfficialManner(nn.Module):
+    """Return the loss of normalized images (B, C, H, W) and noise (B, L), with the weights of `model`."""
+
+    def __init__(self, model: MaskedAutoencoder):
+        super().__init__()
+        self.num_kept, self.norm_pix_loss = model.num_kept, model.norm_pix_loss
+        self.encoder = timm_encoder(model.encoder, num_classes=0)
+        width, num_heads = model.mask_token.shape[-1], model.decoder_blocks[0].attn.num_heads
+        # An encoder of the decoder's size, for its blocks
+        decoder = timm.models.VisionTransformer(embed_dim=width, depth=len(model.decoder_blocks), num_heads=num_heads)
+        self.decoder_embed = nn.Linear(model.encoder.embed_dim, width)
+        self.mask_token = nn.Parameter(torch.zeros_like(model.mask_token))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros_like(model.decoder_pos_embed), requires_grad=False)
+        self.decoder_blocks, self.decoder_norm = decoder.blocks, decoder.norm
+        self.decoder_pred = nn.Linear(width, model.decoder_pred.out_features)
+        self.load_state_dict(model.state_dict())
+        self.encoder.pos_embed.requires_grad_(False)
+        for block in (*self.encoder.blocks, *self.decoder_blocks):
+            block.attn.fused_attn = False
+
+    def forward(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        encoder = self.encoder
+        order = noise.argsort(dim=1)
+        restore = order.argsort(dim=1)
+        x = take(encoder.patch_embed(images) + encoder.pos_embed[:, 1:], order[:, : self.num_kept])
+        cls_token = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = self.decoder_embed(encoder.norm(encoder.blocks(torch.cat([cls_token, x], dim=1))))
+        masks = self.mask_token.expand(len(x), noise.shape[1] - self.num_kept, -1)
+        tokens = take(torch.cat([x[:, 1:], masks.to(x.dtype)], dim=1), restore)
+        x = self.decoder_blocks(torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed)
+        prediction = self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        target = patchify(images, encoder.patch_embed.patch_size[0])
+        if self.norm_pix_loss:
+            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        mask = (restore >= self.num_kept).float()
+        return (F.mse_loss(prediction.float(), target, reduction="none").mean(-1) * mask).sum() / mask.sum()
