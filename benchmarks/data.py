@@ -4,8 +4,8 @@
 
 Theirs opens with PIL and does RandomResizedCrop (bicubic), flip, conversion to float and normalization. Ours reads
 uint8 batches with their masks: from the files, without and with --fast_decoding, and from what prepare_data.py makes of
-them at a short side of 256, as JPEG and as arrays; decoding alone is the limit. Both run on one thread. Then one and
-two loader workers are compared with none on all cores.
+them at a short side of 256, as JPEG and as arrays; decoding alone is the limit. Both run on one thread. Then each of
+these forms is read by --workers loader workers, compared with none.
 """
 
 import json
@@ -15,8 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -34,7 +35,8 @@ from data.index import DataError
 from data.sources import Source, open_sources
 from data.transforms import RandomCrop
 from training.arguments import integer
-from training.launch import fail, run_script
+from training.launch import cores_per_process, fail, run_script
+from training.wording import several
 
 SHORT_SIDE = 256  # of prepared images
 
@@ -46,6 +48,9 @@ def parse_args(argv=None):
     flag("--path_to_data", required=True, help="folder of images")
     flag("--img_size", type=integer(1), default=224, help="pixels (default 224)")
     flag("--num_images", type=integer(1), default=400, help="images to read, at most (default 400)")
+    workers = min(32, cores_per_process())  # as the training scripts do
+    help_text = f"numbers of loader workers to time (default min(32, cores), here {workers})"
+    flag("--workers", type=integer(1), nargs="+", default=[workers], metavar="N", help=help_text)
     return parser.read(argv)
 
 
@@ -95,8 +100,8 @@ def prepare(source: FileSource, count: int, folder: Path, form: str) -> Source:
 
 
 def loader_rate(dataset: PretrainingDataset, count: int, num_workers: int) -> float:
-    """Return images/s after the first batch, over 8 epochs or at least 1,600 images."""
-    epochs = range(max(8, math.ceil(1600 / count)))
+    """Return images/s after the first batch, over 1,600 images a worker or more, of which few are in stock."""
+    epochs = range(math.ceil(1600 * max(1, num_workers) / count))
     batches = [batch for epoch in epochs for batch in batches_of(count, epoch)]
     loader = iter(make_loader(dataset, batches, num_workers=num_workers))
     next(loader)
@@ -105,32 +110,32 @@ def loader_rate(dataset: PretrainingDataset, count: int, num_workers: int) -> fl
     return num_images / (time.perf_counter() - start)
 
 
-def measure(source: FileSource, *, img_size: int, num_images: int, rounds: int) -> Iterator[dict]:
+def measure(
+    source: FileSource, *, img_size: int, num_images: int, rounds: int, workers: Sequence[int]
+) -> Iterator[dict]:
     """Yield the figures of reading and of loader workers."""
     count = min(num_images, len(source))
-    exact, fast = (pretraining_data(source, img_size, fast=fast) for fast in (False, True))
-    works = {
-        "decoding alone": lambda: [decode(*source.fetch([index]), PixelFormat(3)) for index in range(count)],
-        "file to batch": partial(read_ours, exact, count),
-        "file to batch, --fast_decoding": partial(read_ours, fast, count),
-    }
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
+        datasets = {"file to batch": pretraining_data(source, img_size)}
+        datasets["file to batch, --fast_decoding"] = pretraining_data(source, img_size, fast=True)
         for form, name in (("jpeg", "JPEG"), ("array", "arrays")):
-            prepared = pretraining_data(prepare(source, count, Path(folder), form), img_size)
-            works[f"prepared, short side {SHORT_SIDE}, {name}"] = partial(read_ours, prepared, count)
+            prepared = prepare(source, count, Path(folder), form)
+            datasets[f"prepared, short side {SHORT_SIDE}, {name}"] = pretraining_data(prepared, img_size)
+        works = {"decoding alone": lambda: [decode(*source.fetch([i]), PixelFormat(3)) for i in range(count)]}
+        works |= {name: partial(read_ours, dataset, count) for name, dataset in datasets.items()}
         theirs = {"theirs": partial(read_theirs, source, count, img_size)}
         seconds = time_in_turns(works | theirs, rounds=rounds)
         for name in works:
             yield figure(f"data: {name}", rates(count, seconds[name]), "images/s", rates(count, seconds["theirs"]))
 
-    speeds = {num_workers: [] for num_workers in (0, 1, 2)}
-    for _ in range(rounds):
-        for num_workers, values in speeds.items():
-            values.append(loader_rate(exact, count, num_workers))
-    yield figure("data: no worker", speeds[0], "images/s")
-    yield figure("data: 1 worker (theirs: none)", speeds[1], "images/s", speeds[0])
-    yield figure("data: 2 workers (theirs: 1)", speeds[2], "images/s", speeds[1])
+        for name, dataset in datasets.items():
+            speeds = {num_workers: [] for num_workers in (0, *workers)}
+            for _, num_workers in product(range(rounds), speeds):
+                speeds[num_workers].append(loader_rate(dataset, count, num_workers))
+            for number in workers:
+                label = f"data: {name}, {several(number, 'worker')} (theirs: none)"
+                yield figure(label, speeds[number], "images/s", speeds[0])
 
 
 def main(argv=None):
@@ -142,7 +147,8 @@ def main(argv=None):
         source = FolderSource(args.path_to_data)
     except DataError as error:
         fail([str(error)])
-    report(measure(source, img_size=args.img_size, num_images=args.num_images, rounds=args.rounds), args.json)
+    options = dict(img_size=args.img_size, num_images=args.num_images, rounds=args.rounds, workers=args.workers)
+    report(measure(source, **options), args.json)
 
 
 if __name__ == "__main__":
