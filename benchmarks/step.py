@@ -203,7 +203,7 @@ def check_equal_work(sides: dict[tuple[str, str], Side]) -> None:
 
 
 def measure(name: str, sides: dict[tuple[str, str], Side], *, rounds: int) -> Iterator[dict]:
-    """Yield images/s of a training step, of ours compiled against the faster of theirs; on a GPU also GB, TFLOP/s."""
+    """Yield images/s of a training step, of ours compiled against their faster mode; on a GPU also GB and TFLOP/s."""
     on_gpu = torch.cuda.is_available()
     works = {key: side.step for key, side in sides.items()}
     seconds = time_in_turns(works, rounds=rounds, warmup=2, timer=events if on_gpu else clock)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import run
 
-from benchmarks import data, evaluation, scaling, step
+from benchmarks import compare, data, evaluation, scaling, step
 from modeling.vit import SIZES
 from training.launch import RunError
 
@@ -31,17 +31,22 @@ def check_comparison(row: dict, name: str) -> None:
 
 def test_data_is_measured_against_torchvision(image_folder, tmp_path):
     flags = ["--path_to_data", image_folder / "train", "--num_images", 10, "--img_size", 32, "--rounds", 1]
-    process = run("benchmarks/data.py", *flags, "--json", "out.json", cwd=tmp_path)
+    process = run("benchmarks/data.py", *flags, "--workers", 1, "--json", "out.json", cwd=tmp_path)
     rows = json.loads((tmp_path / "out.json").read_text())
-    assert [row["name"].removeprefix("data: ") for row in rows] == [
-        *("decoding alone", "file to batch", "file to batch, --fast_decoding"),
-        *("prepared, short side 256, JPEG", "prepared, short side 256, arrays"),
-        *("no worker", "1 worker (theirs: none)", "2 workers (theirs: 1)"),
-    ]
-    assert all(set(row) == KEYS for row in rows)
-    for row in rows[:5]:
+    forms = ["file to batch", "file to batch, --fast_decoding"]
+    forms += ["prepared, short side 256, JPEG", "prepared, short side 256, arrays"]
+    names = ["decoding alone", *forms, *(f"{form}, 1 worker (theirs: none)" for form in forms)]
+    assert [row["name"].removeprefix("data: ") for row in rows] == names
+    for row in rows:
+        assert set(row) == KEYS
         check_comparison(row, row["name"])
     assert f"ratio {rows[0]['ratio']:.2f} images/s" in process.stdout and "cores" in rows[0]["machine"]
+
+
+def test_as_many_loader_workers_as_training_has(monkeypatch):
+    monkeypatch.setattr(data, "cores_per_process", lambda: 7)
+    assert data.parse_args(["--path_to_data", "x"])[0].workers == [7]
+    assert data.parse_args(["--path_to_data", "x", "--workers", "8", "14"])[0].workers == [8, 14]
 
 
 def test_ours_reads_as_many_images_as_theirs():
@@ -100,6 +105,65 @@ def test_sides_that_compute_something_else_are_refused(task, on_cpu):
         next(parameter for name, parameter in parameters if name.endswith("fc1.weight")).mul_(1.05)
     with pytest.raises(RunError, match=r"do not compute the same loss .*ours eager: .*theirs eager: "):
         step.check_equal_work(sides)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_official_manner_computes_the_same_loss_and_gradients(precision, on_cpu):
+    sides = step.new_sides("mae", SHALLOW, batch_size=3, precision=precision, official_manner=True)
+    step.check_equal_work(sides)
+    ours, _, official = sides.values()
+    assert list(sides)[2] == ("official manner", "eager") and official.inputs[0].dtype == torch.float32
+    assert ours.inputs[0].dtype == torch.uint8 and not official.optimizer.defaults["fused"]
+    if precision == "no":
+        for side in (ours, official):
+            side.backward()
+        theirs = dict(official.model.named_parameters())
+        for name, parameter in ours.model.named_parameters():
+            if parameter.requires_grad:
+                torch.testing.assert_close(theirs[name].grad, parameter.grad, rtol=1e-3, atol=1e-6)
+    names = [row["name"] for row in step.measure("step", sides, rounds=1)]
+    assert names == ["step eager, theirs eager", "step eager, official manner eager"]
+
+
+def test_a_gpu_is_timed_by_events_over_many_steps(monkeypatch):
+    calls = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("record")
+
+        def synchronize(self):
+            calls.append("wait")
+
+        def elapsed_time(self, end):
+            return 500.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    seconds = compare.time_in_turns({"a": lambda: calls.append("a")}, rounds=2, warmup=0, timer=compare.events)
+    assert seconds == {"a": [0.025, 0.025]} and calls == 2 * ["record", *20 * ["a"], "record", "wait"]
+
+
+def test_defaults_on_a_gpu(monkeypatch):
+    for gpu, expected in ((True, (256, "bf16")), (False, (16, "no"))):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        args, _ = step.parse_args([])
+        assert (args.batch_size, args.mixed_precision) == expected
+
+
+def test_the_peak_memory_is_that_of_one_side(monkeypatch, on_cpu):
+    side = step.new_sides("mae", SHALLOW, batch_size=2, precision="no")["ours", "eager"]
+    side.step()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5000)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7000)
+    parameters = list(side.model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    states = sum(8 * parameter.numel() + 4 for parameter in trained)  # two moments and the number of steps
+    assert side.peak_memory() == 2000 + 4 * sum(parameter.numel() for parameter in parameters) + states
 
 
 @pytest.fixture
@@ -201,6 +265,7 @@ def test_scaling_takes_all_gpus_by_default_and_no_more(gpus, processes, monkeypa
         (data, "--path_to_data NOWHERE", "NOWHERE is no folder"),
         (step, "--task both", "--task"),
         (step, "--model base --img_size 230", "--img_size 230 is not divided by the patches of base, 16 pixels"),
+        (step, "--task encoder --official_manner", "--official_manner has no --task encoder"),
         (step, "--processes 2", "--processes is not a flag"),
         (evaluation, "--classes 255", "from 2 to 254"),
         (scaling, "--rounds 0", "--rounds"),
