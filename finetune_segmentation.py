@@ -21,7 +21,6 @@ from itertools import groupby, repeat
 import numpy as np
 import torch
 from accelerate.utils import broadcast
-from torch import nn
 
 from data.batches import Normalization, own_batches, training_batches
 from data.decode import PixelFormat
@@ -355,7 +354,7 @@ def main(argv=None):
     if args.compile:
         model.compile(fullgraph=True, dynamic=False)
     if synchronized:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model.synchronize_batch_norms()
     model, optimizer = run.prepare(model, optimizer)
     if run.needs_warm_up:
         empty(model, optimizer, run.batch.micro)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from modeling.batch_norm import BatchNorm
 from modeling.vit import EncoderWithHead, VisionTransformer
 
 POOL_SCALES = (1, 2, 3, 6)  # bins a side of UperNet's pyramid pooling
@@ -31,8 +32,33 @@ def default_layers(depth: int, count: int) -> list[int]:
 
 
 def resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resize maps (B, C, h, w) bilinearly to (B, C, *size)."""
+    """Resize maps (B, C, h, w) bilinearly to (B, C, *size); on a GPU in float32 and NCHW, as the loss needs logits."""
+    if maps.is_cuda:
+        maps = maps.float().contiguous()  # here, because they are small yet
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def resize_features(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resize a head's maps (B, C, h, w) bilinearly to (B, C, *size); on a GPU by matrix products.
+
+    A GPU's interpolation sums gradients in the type of the maps and in no fixed order. In bfloat16, enlarging 16 times
+    would lose a fifth of a gradient, so autocast returns float32, twice the memory and time.
+    """
+    if maps.shape[2:] == size:
+        return maps
+    return resize_by_products(maps, size) if maps.is_cuda else resize(maps, size)
+
+
+def resize_by_products(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resize maps (B, C, h, w) bilinearly to (B, C, *size), in NHWC: first the rows, then the columns."""
+    (h, w), (height, width) = maps.shape[2:], size
+    rows, columns = (
+        F.interpolate(torch.eye(old, device=maps.device)[None], size=new, mode="linear")[0].T.to(maps.dtype)
+        for old, new in ((h, height), (w, width))
+    )  # (height, h) and (width, w): the weights of the old rows and columns
+    x = maps.permute(0, 2, 3, 1).flatten(2)  # (B, h, w * C)
+    x = (rows @ x).unflatten(2, (w, -1))  # (B, height, w, C)
+    return (columns @ x).permute(0, 3, 1, 2)
 
 
 def segmentation_loss(
@@ -58,7 +84,7 @@ class FeaturePyramid(nn.Module):
         super().__init__()
         self.fpn1 = nn.Sequential(
             nn.ConvTranspose2d(dim, dim, kernel_size=2, stride=2),
-            nn.BatchNorm2d(dim),
+            BatchNorm(dim),
             nn.GELU(),
             nn.ConvTranspose2d(dim, dim, kernel_size=2, stride=2),
         )
@@ -75,7 +101,7 @@ class ConvModule(nn.Sequential):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
-        self.batch_norm = nn.BatchNorm2d(out_channels)
+        self.batch_norm = BatchNorm(out_channels)
         self.activation = nn.ReLU()
 
 
@@ -120,13 +146,13 @@ class UperNetHead(nn.Module):
 
     def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
         smallest = maps[-1]
-        pooled = [resize(module(smallest), smallest.shape[2:]) for module in self.psp_modules]
+        pooled = [resize_features(module(smallest), smallest.shape[2:]) for module in self.psp_modules]
         x = self.bottleneck(torch.cat([smallest, *pooled], dim=1))
         levels = [x]  # from small to large
         for larger, lateral, conv in reversed([*zip(maps[:3], self.lateral_convs, self.fpn_convs, strict=True)]):
-            x = lateral(larger) + resize(x, larger.shape[2:])
+            x = lateral(larger) + resize_features(x, larger.shape[2:])
             levels.append(conv(x))
-        joined = torch.cat([resize(level, maps[0].shape[2:]) for level in reversed(levels)], dim=1)
+        joined = torch.cat([resize_features(level, maps[0].shape[2:]) for level in reversed(levels)], dim=1)
         return self.classifier(self.dropout(self.fpn_bottleneck(joined)))
 
     def to_upernet(self) -> dict[str, torch.Tensor]:
@@ -161,7 +187,7 @@ class LinearHead(nn.Module):
 
     def __init__(self, dim: int, num_classes: int, width: None):
         super().__init__()
-        self.batch_norm = nn.BatchNorm2d(dim)
+        self.batch_norm = BatchNorm(dim)
         self.classifier = nn.Conv2d(dim, num_classes, kernel_size=1)
 
     def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
@@ -261,6 +287,12 @@ class Segmenter(EncoderWithHead):
 
         self.requires_grad_(True)
         encoder.blocks[layers[-1] + 1 :].requires_grad_(False)
+
+    def synchronize_batch_norms(self) -> None:
+        """Let every BatchNorm train on the statistics of the micro-batches of all processes."""
+        for module in self.modules():
+            if isinstance(module, BatchNorm):
+                module.synchronized = True
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Return the logits (B, N, H, W) of images (B, C, H, W); in training, with an auxiliary head, both logits."""

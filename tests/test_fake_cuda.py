@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import finetune_classifier
 import finetune_segmentation
@@ -21,7 +22,7 @@ from data.transforms import build_mixing
 from modeling.classifier import Classifier
 from modeling.mae import MaskedAutoencoder
 from modeling.sliding_window import predict
-from modeling.upernet import Segmenter
+from modeling.upernet import HEADS, Segmenter
 from modeling.vit import VisionTransformer
 from training.metrics import reconstruction_metrics
 from training.neighbours import knn_vote, nearest
@@ -124,9 +125,50 @@ def test_evaluations_neither_wait_nor_mix_devices(fake):
     metrics = reconstruction_metrics(*parts[1:])
     assert {value.device for value in metrics.values()} == {CUDA}
 
-    segmenter = on_gpu(Segmenter(encoder(), 5, head="linear")).eval()
-    views = [torch.empty(1, 3, 40, 56, device=CUDA)]
-    assert predict(segmenter, views, (50, 70), window=32, flip=True).device == CUDA
+    views = [torch.empty(2, 3, side, 56, device=CUDA) for side in (40, 32)]
+    for head in HEADS:
+        segmenter = on_gpu(Segmenter(encoder(), 5, head=head)).eval()
+        for window, flip in ((32, True), (None, False)):
+            with Accelerator().autocast():
+                assert predict(segmenter.forward, views, (50, 70), window=window, flip=flip).device == CUDA
 
     features, labels = torch.empty(50, 8, device=CUDA), torch.empty(50, dtype=torch.long, device=CUDA)
     assert knn_vote(*nearest(features, labels, features[:7], 5), 10).device == CUDA
+
+
+class Maps(TorchDispatchMode):
+    """Collect the results of operations that are maps of several pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **kwargs or {})
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.ndim == 4 and len(tensor) == 2 and tensor.shape[2] > 6:
+                self.found.append((operation, tensor))
+        return result
+
+
+def select_cudnn(*args, transposed, **kwargs):
+    """Return the backend of convolutions on a GPU, whose memory layout fake tensors then have."""
+    return torch._C._ConvBackend.CudnnTranspose if transposed else torch._C._ConvBackend.Cudnn
+
+
+def test_the_maps_of_upernet_are_half_as_wide_and_never_rearranged(fake, monkeypatch):
+    """In bfloat16 and NHWC, except those of the encoder and the logits, which the loss needs in float32 and NCHW."""
+    monkeypatch.setattr(torch._C, "_select_conv_backend", select_cudnn)
+    model, images = on_gpu(Segmenter(encoder(), 5, head_width=16)).train(), torch.empty(2, 3, 64, 64, device=CUDA)
+    with Accelerator().autocast():
+        features = model.encoder.forward_layers(images, model.layers)
+        with Maps() as maps:
+            pyramid = model.fpn(features)
+            logits = model.decode_head(pyramid), model.auxiliary_head(pyramid)
+        outputs = model(images)
+    rearranging = ("view", "permute", "transpose", "expand")  # no copies
+    kept = [(op, m) for op, m in maps.found if not any(word in str(op) for word in rearranging)]
+    assert len(kept) > 20 and {m.dtype for _, m in kept} == {torch.bfloat16}
+    assert all(m.is_contiguous(memory_format=torch.channels_last) for _, m in kept), kept
+    assert logits[0].dtype == torch.bfloat16
+    assert all(output.dtype == torch.float32 and output.is_contiguous() for output in outputs)

@@ -11,12 +11,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BeitConfig, UperNetConfig, UperNetForSemanticSegmentation
 
-from modeling.upernet import POOL_SCALES, AveragePool, Segmenter, default_layers, segmentation_loss
+from modeling.upernet import (
+    POOL_SCALES,
+    AveragePool,
+    Segmenter,
+    default_layers,
+    resize,
+    resize_by_products,
+    segmentation_loss,
+)
 from modeling.vit import SIZES, VisionTransformer
 from modeling.weights import load_weights
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=5, num_heads=2)
 BEIT = dict(relative_position_bias=True, layer_scale=0.1)
+BF16 = torch.bfloat16
 
 
 def new_segmenter(num_classes: int = 7, *, encoder: dict | None = None, **change) -> Segmenter:
@@ -200,14 +209,26 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else():
         assert torch.equal(one.grad, other.grad), name
 
 
-def test_sync_batch_norm_keeps_all_names():
+def test_synchronized_batch_norms_keep_all_names():
     model = randomized(new_segmenter())
     state = copy.deepcopy(model.state_dict())
-    synced = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    assert list(synced.state_dict()) == list(state)
-    assert all(torch.equal(value, state[name]) for name, value in synced.state_dict().items())
-    norms = [module for module in synced.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    assert len(norms) == 1 + 4 + 1 + 3 + 3 + 1 + 1 and all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    model.synchronize_batch_norms()
+    assert all(torch.equal(value, state.pop(name)) for name, value in model.state_dict().items()) and not state
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) == 1 + 4 + 1 + 3 + 3 + 1 + 1 and all(norm.synchronized for norm in norms)
+
+
+@pytest.mark.parametrize(("old", "new"), [((1, 1), (4, 6)), ((3, 3), (16, 17)), ((4, 5), (32, 40)), ((9, 7), (5, 9))])
+def test_resizing_by_products_equals_interpolation(old, new):
+    maps, grad, results = torch.randn(2, 5, *old), torch.rand(2, 5, *new), []
+    for function, dtype in ((resize, torch.float32), (resize_by_products, torch.float32), (resize_by_products, BF16)):
+        leaf = maps.to(dtype).requires_grad_()
+        resized = function(leaf, new)
+        results.append((resized.float(), torch.autograd.grad(resized, leaf, grad.to(dtype))[0].float()))
+    torch.testing.assert_close(results[1], results[0])
+    for one, other in zip(results[2], results[0], strict=True):
+        assert (one - other).norm() < 5e-3 * other.norm()
+    assert resized.dtype == BF16 and resized.is_contiguous(memory_format=torch.channels_last)
 
 
 # Parameters
