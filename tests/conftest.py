@@ -35,7 +35,7 @@ TINY = [
 SCENES = ["sky", "tree", "road", "sea"]  # classes; the last one is nowhere
 
 
-LONGEST = ("test_scripts", "test_processes", "test_finetune", "test_sharding", "test_predict", "test_push_to_hub")
+LONGEST = ("test_scripts", "test_gpu", "test_processes", "test_finetune", "test_sharding", "test_predict", "test_push")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,0 +1,316 @@
+"""Checks of gpu.py that compute in their own process: numbers, determinism, speed, memory."""
+
+import copy
+import hashlib
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from accelerate import Accelerator
+from gpu_lab import GIGABYTE, SCRIPTS, Lab
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import pretrain_mae
+from benchmarks import step as step_benchmark
+from data.batches import Normalization
+from data.decode import PixelFormat
+from modeling.classifier import Classifier
+from modeling.mae import MaskedAutoencoder
+from modeling.upernet import Segmenter, segmentation_loss
+from modeling.vit import SIZES, VisionTransformer
+from training.launch import prepare_compiler, set_speed
+from training.memory import fit_micro_batch
+from training.optimizer import adamw, parameter_groups, set_learning_rate
+
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
+TINY_DECODER = dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+EXPECTED = {  # batch 256 in bf16: images/s compiled on an H100, MB of activations an image, GB of all else
+    "base": (4900, 45.6, 2.0),
+    "large": (2700, 73.3, 5.9),
+    "huge": (1300, 133.7, 11.8),
+}
+
+
+def new_task(task: str, size: str, batch_size: int, device: str) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
+    """Return a model, and its loss on images that are the same on every device."""
+    torch.manual_seed(0)
+    sizes = TINY if size == "tiny" else SIZES[size]
+    encoder = VisionTransformer(**sizes)
+    height, width = encoder.img_size
+    images, noise = torch.randn(batch_size, 3, height, width), torch.rand(batch_size, encoder.grid[0] * encoder.grid[1])
+    labels, masks = torch.arange(batch_size) % 10, torch.randint(0, 10, (batch_size, height, width), dtype=torch.uint8)
+    if task == "mae":
+        model = MaskedAutoencoder(encoder, **(TINY_DECODER if size == "tiny" else {}))
+    elif task == "classifier":
+        model = Classifier(encoder, 10)
+        nn.init.normal_(model.head.weight, std=0.02)  # below the small initial head, gradients are rounding errors
+    else:
+        extras = dict(relative_position_bias=True, layer_scale=1.0)
+        model = Segmenter(encoder.add_extras(**extras), 10, head_width=16 if size == "tiny" else None)
+    model = model.to(device).train()
+    images, noise, labels, masks = (part.to(device) for part in (images, noise, labels, masks))
+
+    def segmenter_loss() -> torch.Tensor:
+        logits, auxiliary = model(images)
+        return segmentation_loss(logits, masks) + 0.4 * segmentation_loss(auxiliary, masks)
+
+    losses = {
+        "mae": lambda: model(images, noise, loss_only=True),
+        "classifier": lambda: F.cross_entropy(model(images).float(), labels),
+        "segmenter": segmenter_loss,
+    }
+    return model, losses[task]
+
+
+def loss_and_gradients(lab: Lab, task: str, precision: str, kernel: str | None = None, device: str | None = None):
+    """Return the loss and all gradients in one float64 vector on the CPU, or None if the kernel does not apply."""
+    device = device or lab.device
+    model, loss_of = new_task(task, "tiny" if lab.tiny else "small", 4 if lab.tiny else 8, device)
+    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    scale = 2.0**10 if precision == "fp16" else 1.0
+    try:
+        with torch.autocast(device, dtype, enabled=dtype is not None), only_kernel(kernel):
+            loss = loss_of()
+            (loss * scale).backward()
+    except RuntimeError as error:
+        if kernel and "kernel" in str(error):
+            return None
+        raise
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return loss.item(), torch.cat([gradient.flatten().double().cpu() / scale for gradient in gradients])
+
+
+def only_kernel(name: str | None):
+    """Return a context in which attention uses one kernel; None for torch's choice."""
+    return sdpa_kernel(KERNELS[name]) if name else nullcontext()
+
+
+def check_environment(lab: Lab) -> None:
+    """Report versions and the rates that the card reaches."""
+    card = torch.cuda.get_device_name() if lab.on_gpu else platform.processor() or "CPU"
+    lab.report("card", card)
+    cudnn = torch.backends.cudnn.version()
+    lab.report("versions", f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {cudnn}")
+    lab.report("CPU cores", len(os.sched_getaffinity(0)))
+    lab.report("/dev/shm", shutil.disk_usage("/dev/shm").total / GIGABYTE, unit="GB")
+    order = getattr(torch._C, "_get_sdp_priority_order", list)()
+    lab.report("attention kernels, by priority", ", ".join(str(SDPBackend(number).name) for number in order))
+
+    set_speed(torch.device(lab.device), tf32=True)
+    size = 256 if lab.tiny else 8192
+    a, b = (torch.randn(size, size, device=lab.device, dtype=torch.bfloat16) for _ in range(2))
+    rate = 2 * size**3 / lab.seconds_of(lambda: a @ b, repeats=20) / 1e12
+    lab.report("bf16 matrix rate", rate, "about 790 on an H100", ok=None if lab.tiny else rate > 500, unit="TFLOP/s")
+    source = torch.empty(2**16 if lab.tiny else 2**30, dtype=torch.uint8, device=lab.device)
+    target = torch.empty_like(source)
+    rate = 2 * source.numel() / lab.seconds_of(lambda: target.copy_(source), repeats=20) / 1e12
+    lab.report("copy, read + written", rate, "about 3.0 on an H100", ok=None if lab.tiny else rate > 2, unit="TB/s")
+    for pinned in (False, True):
+        host = torch.empty(2**16 if lab.tiny else 2**28, dtype=torch.uint8, pin_memory=pinned and lab.on_gpu)
+        rate = len(host) / lab.seconds_of(lambda: host.to(lab.device, non_blocking=True), repeats=5) / GIGABYTE  # noqa: B023
+        lab.report(f"copy to the device, {'pinned' if pinned else 'pageable'}", rate, unit="GB/s")
+
+
+def check_numerics(lab: Lab) -> None:
+    """Compare losses and gradients with those of a CPU in float32, and of transformers and timm."""
+    device = torch.device(lab.device)
+    for task in SCRIPTS:
+        set_speed(device, tf32=False)
+        loss, gradients = loss_and_gradients(lab, task, "no", device="cpu")
+        cases = [("no", False, None), ("no", True, None), ("bf16", False, None), ("fp16", False, None)]
+        cases += [("no", False, kernel) for kernel in ("efficient", "math")]
+        cases += [("bf16", False, kernel) for kernel in ("flash", "efficient", "cuDNN", "math")]
+        for precision, tf32, kernel in cases:
+            set_speed(device, tf32=tf32)
+            name = precision.replace("no", "float32") + (" TF32" if tf32 else "") + (f", {kernel}" if kernel else "")
+            result = loss_and_gradients(lab, task, precision, kernel)
+            if result is None:
+                lab.report(f"{task} {name}", "the kernel does not apply")
+                continue
+            errors = abs(result[0] / loss - 1), ((result[1] - gradients).norm() / gradients.norm()).item()
+            cosine = F.cosine_similarity(result[1], gradients, dim=0).item()
+            value = f"loss {errors[0]:.1e}, gradients {errors[1]:.1e}, cosine {cosine:.5f}"
+            if precision == "no":
+                limits = (3e-3, 3e-2) if tf32 else (1e-6, 1e-5)
+                expected = f"loss {limits[0]:g}, gradients {limits[1]:g}"
+                ok = errors[0] <= limits[0] and errors[1] <= limits[1]
+            else:
+                ok, expected = errors[0] <= 2e-3 and cosine > 0.999, "loss 2e-3, cosine of gradients above 0.999"
+            lab.report(f"{task} {name}", value, expected, ok)
+
+    set_speed(device, tf32=False)
+    size = TINY if lab.tiny else SIZES["small"]
+    for task in ("mae", "classifier"):
+        sides = step_benchmark.new_sides(task, size, batch_size=4, precision="no")
+        (ours, norm), (theirs, their_norm) = (torch.stack(side.backward()).tolist() for side in sides.values())
+        error = max(abs(ours / theirs - 1), abs(norm / their_norm - 1))
+        lab.report(f"{task} against {step_benchmark.PEERS[task].__name__}, float32", error, "1e-5", error < 1e-5)
+
+
+def digest(lab: Lab, task: str, kernel: str | None, deterministic: bool = False, cache: str = "") -> str:
+    """Return a hash of loss and gradients in bf16, or "different" if a second step differs; `cache` compiles."""
+    set_speed(torch.device(lab.device), tf32=True, deterministic=deterministic)
+    model, loss_of = new_task(task, "tiny" if lab.tiny else "small", 4 if lab.tiny else 16, lab.device)
+    if cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(lab.folder / cache)
+        if not lab.tiny:
+            prepare_compiler(torch.device(lab.device))
+        model.compile(fullgraph=True, dynamic=False, backend="aot_eager" if lab.tiny else "inductor")
+    hashes = set()
+    for _ in range(2):
+        model.zero_grad()
+        torch.manual_seed(0)  # of UperNet's dropout
+        with torch.autocast(lab.device, torch.bfloat16), only_kernel(kernel):
+            loss = loss_of()
+            loss.backward()
+        parts = [loss.detach(), *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
+        hashes.add(hashlib.sha256(b"".join(part.float().cpu().numpy().tobytes() for part in parts)).hexdigest())
+    return hashes.pop() if len(hashes) == 1 else "different"
+
+
+def check_determinism(lab: Lab) -> None:
+    """Take the same step twice: bits must be equal with --deterministic, in two processes and two compilations."""
+    works = {}
+    for task in SCRIPTS:
+        for kernel in ("flash",) if lab.tiny else ("cuDNN", "flash", "efficient"):
+            if task != "segmenter" or kernel == "efficient":  # its attention bias needs that kernel
+                works[f"{task}, {kernel}"] = (digest, lab, task, kernel)
+        for attempt in "AB":
+            works[f"{task}, deterministic {attempt}"] = (digest, lab, task, None, True)
+            if lab.tiny and task != "mae":
+                continue
+            works[f"{task}, deterministic, compiled {attempt}"] = (digest, lab, task, None, True, f"{task}_{attempt}")
+    results = lab.collect(works)
+    for name, result in results.items():
+        if "deterministic" not in name:
+            lab.report(name, "failed" if result is None else "different" if result == "different" else "equal")
+        elif name.endswith("A"):
+            other = results[name[:-1] + "B"]
+            equal = result == other and result not in (None, "different")
+            text = "failed" if None in (result, other) else "equal" if equal else "different"
+            lab.report(name[:-2], text, "equal", equal)
+
+
+def time_pretraining(lab: Lab, size: str, batch_size: int, rivals: bool) -> dict[str, float]:
+    """Report speed and memory of our pre-training step, eager and compiled; return images/s by side and mode."""
+    sizes = TINY if lab.tiny else SIZES[size]
+    set_speed(torch.device(lab.device), tf32=True)
+    options = dict(batch_size=batch_size, precision="bf16", compiled=not lab.tiny, official_manner=rivals)
+    speeds, (rate, per_image, fixed) = {}, EXPECTED[size]
+    for (side, mode), step in step_benchmark.new_sides("mae", sizes, **options).items():
+        if side == "theirs" and not rivals:
+            continue
+        speed = speeds[f"{side} {mode}"] = batch_size / lab.seconds_of(step.step, repeats=20)
+        if side != "ours":
+            continue
+        name, is_goal = f"ViT-{size}, batch {batch_size}, {mode}", mode == "compiled" and batch_size == 256
+        memory = step.peak_memory() / GIGABYTE if lab.on_gpu else 0.0
+        more = dict(tflops=speed * step.model.training_flops() / 1e12, gigabytes=memory)
+        expected, ok = (f"{rate} on an H100", speed >= 0.8 * rate) if is_goal else ("", None)
+        lab.report(name, speed, expected, ok, "images/s", **more)
+        if is_goal:
+            planned = fixed + per_image * batch_size / 1000
+            ok = 0.9 <= memory / planned <= 1.2
+            lab.report(f"{name}: peak memory", memory, f"0.9 to 1.2 of {planned:.1f}", ok, "GB")
+    return speeds
+
+
+def time_kernels(lab: Lab) -> dict[str, float]:
+    """Return images/s of an eager pre-training step of ViT-B by attention kernel."""
+    size, batch_size = ("tiny", 4) if lab.tiny else ("base", 256)
+    model, loss_of = new_task("mae", size, batch_size, lab.device)
+    speeds = {}
+    for kernel in ("flash",) if lab.tiny else ("cuDNN", "flash", "efficient"):
+
+        def step() -> None:
+            with torch.autocast(lab.device, torch.bfloat16), only_kernel(kernel):  # noqa: B023
+                loss_of().backward()
+            model.zero_grad()
+
+        speeds[kernel] = batch_size / lab.seconds_of(step, repeats=10)
+    return speeds
+
+
+def time_finetuning(lab: Lab, task: str) -> float:
+    """Return images/s of a compiled step of fine-tuning ViT-B."""
+    set_speed(torch.device(lab.device), tf32=True)
+    size, batch_size = ("tiny" if lab.tiny else "base"), 4 if lab.tiny else 256 if task == "classifier" else 16
+    model, loss_of = new_task(task, size, batch_size, lab.device)
+    optimizer = adamw(parameter_groups(model, 0.05), betas=(0.9, 0.999))
+    if not lab.tiny:
+        model.compile(fullgraph=True, dynamic=False)
+
+    def step() -> None:
+        with torch.autocast(lab.device, torch.bfloat16):
+            loss = loss_of()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return batch_size / lab.seconds_of(step, repeats=20)
+
+
+def check_throughput(lab: Lab) -> None:
+    """Time training steps, against transformers and an eager step in the official code's manner."""
+    for kernel, speed in (lab.collect({"kernels": (time_kernels, lab)})["kernels"] or {}).items():
+        lab.report(f"ViT-base, forward and backward, {kernel} attention", speed, unit="images/s")
+    works = [("base", 4, True)] if lab.tiny else [("base", 256, True), ("large", 256, True), ("huge", 256, False)]
+    works += [] if lab.tiny else [("base", 512, False)]
+    for size, batch_size, rivals in works:
+        name = f"ViT-{size}, batch {batch_size}"
+        speeds = lab.collect({name: (time_pretraining, lab, size, batch_size, rivals)})[name]
+        if speeds is None:
+            lab.report(name, "failed", "a figure", ok=False)
+            continue
+        best = speeds.get("ours compiled", speeds["ours eager"])
+        for rival, goal in {"theirs eager": 1.5, "theirs compiled": None, "official manner eager": 1.3}.items():
+            if rival in speeds:
+                ratio = best / speeds[rival]
+                expected = f"at least {goal}" if goal else ""
+                lab.report(f"{name}: ours / {rival}", ratio, expected, None if lab.tiny or not goal else ratio >= goal)
+    for task, expected in {"classifier": 3200, "segmenter": None}.items():
+        speed = lab.collect({task: (time_finetuning, lab, task)})[task]
+        ok = False if speed is None else None if lab.tiny or not expected else speed >= 0.8 * expected
+        expected = f"about {expected} on an H100" if expected else ""
+        lab.report(f"ViT-base {task}, compiled", speed, expected, ok, "images/s")
+
+
+def fit_one(lab: Lab, size: str) -> int:
+    """Return the micro-batch that --micro_batch_size auto finds for pre-training."""
+    set_speed(torch.device(lab.device), tf32=True)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=not lab.on_gpu)
+    sizes = TINY if lab.tiny else SIZES[size]
+    decoder = TINY_DECODER if lab.tiny else {}
+    model = MaskedAutoencoder(VisionTransformer(**sizes), **decoder).to(accelerator.device)
+    optimizer = adamw(parameter_groups(model, 0.05), betas=(0.9, 0.95))
+    set_learning_rate(optimizer, 1e-4)
+    fixed = dict(normalize=Normalization([0.5] * 3, [0.5] * 3, accelerator.device), pixels=PixelFormat(3))
+    return fit_micro_batch(
+        [2**power for power in range(3 if lab.tiny else 13)],
+        lambda batch: pretrain_mae.empty_step(accelerator, *copy.deepcopy((model, optimizer)), batch, **fixed),
+        device=accelerator.device,
+        any_process=lambda value: value,
+    )
+
+
+def check_memory(lab: Lab) -> None:
+    """Look for the largest micro-batch from 4096 down."""
+    works = {size: (fit_one, lab, size) for size in (["base"] if lab.tiny else ["base", "large", "huge"])}
+    for size, found in lab.collect(works, limit=1).items():
+        expected = {"base": 1024, "large": 512, "huge": 256}[size]
+        ok = found is not None and (lab.tiny or found >= expected)
+        lab.report(f"micro-batch of ViT-{size}", found, f"at least {expected} on 80 GB", ok, unit="images")
