@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast
 
+from data.augment import RandAugment
 from data.batches import ClassificationBatch, ClassificationDataset, Normalization, own_batches, training_batches
 from data.decode import PixelFormat
 from data.index import DataError
 from data.sampling import StepSampler, seed_everything
 from data.sources import check_classes, check_num_classes, describe_data, labels_in, match_classes, open_sources
 from data.statistics import read_statistics
-from data.transforms import CentreCrop, RandomCrop, build_mixing, empty_images, evaluation_crop_ratio, rand_augment
+from data.transforms import CentreCrop, RandomCrop, build_mixing, empty_images, evaluation_crop_ratio
 from modeling.classifier import Classifier
 from modeling.export import export_classifier
 from modeling.files import Stored, WeightsError
@@ -359,7 +360,7 @@ def main(argv=None):
 
     # Batches
     img_size = encoder["img_size"]
-    augment = rand_augment(magnitude, img_size, images.mean) if magnitude else None
+    augment = RandAugment(magnitude, images.mean) if magnitude else None
     samples, loader = dict(pixels=pixels, seed=args.seed), dict(num_workers=args.num_workers, pin_memory=run.pin_memory)
     train_crop = RandomCrop(img_size, tuple(args.crop_scale), args.fast_decoding)
     train_data = ClassificationDataset(train_source, train_source.labels, crop=train_crop, augment=augment, **samples)

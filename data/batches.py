@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from data.augment import RandAugment
 from data.decode import DamagedImage, PixelFormat, decode
 from data.masking import mask_noise
 from data.pool import watch_parent
 from data.sampling import StepSampler, sample_generator
 from data.sources import Source
-from data.transforms import CentreCrop, RandomCrop, augment_image, empty_images
+from data.transforms import CentreCrop, RandomCrop, empty_images
 
 FIXED_EPOCH = 2**32 - 1  # the "epoch" of validation: its noise is the same in every epoch and run
 
@@ -117,19 +118,18 @@ class PretrainingDataset(ImageDataset):
 class ClassificationDataset(ImageDataset):
     """Make a ClassificationBatch of a list of (epoch, sample index).
 
-    `labels` (N,) has a class for each sample. `augment` is applied to the crops, see `augment_image`; `options` are
-    those of ImageDataset.
+    `labels` (N,) has a class for each sample. `augment` is applied to the crops; `options` are those of ImageDataset.
     """
 
-    def __init__(self, source: Source, labels: np.ndarray, *, augment: Callable | None = None, **options):
+    def __init__(self, source: Source, labels: np.ndarray, *, augment: RandAugment | None = None, **options):
         super().__init__(source, **options)
         self.labels, self.augment = labels, augment
 
     def __getitems__(self, items: list[tuple[int, int]]) -> ClassificationBatch:
         images, samples, damaged = self.cut_crops(items)
         if self.augment:
-            for image, (rng, _) in zip(images, samples, strict=True):
-                image[:] = augment_image(image, rng, self.augment)
+            for image, (rng, _) in zip(images.permute(0, 2, 3, 1).numpy(), samples, strict=True):
+                image[:] = self.augment(image, int(rng.integers(2**64, dtype=np.uint64)))
         labels = torch.tensor([int(self.labels[index]) for _, index in samples])
         return ClassificationBatch(images, labels, [index for _, index in items], damaged)
 

@@ -1,19 +1,16 @@
-"""Image to network input: crops of training and evaluation, RandAugment, and the mixing of micro-batches.
+"""Image to network input: crops of training and evaluation, and the mixing of micro-batches.
 
 Everything random comes from the generator that is passed in. Images are (C, H, W), uint8 or float32 in [0, 1], and keep
 their type; sizes are (height, width) and boxes (top, left, height, width), all in pixels.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import nn
-
-from data.sampling import seeded
 
 CROP_RATIO = 0.875  # the share of a side that an evaluation sees: torchvision's Resize(256) and CenterCrop(224)
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # width / height of random crops
@@ -126,47 +123,6 @@ class CentreCrop(NamedTuple):
         top, left = round((new_h - self.size[0]) / 2), round((new_w - self.size[1]) / 2)
         crop = image[:, top : top + self.size[0], left : left + self.size[1]]
         return crop if out is None else out.copy_(crop)
-
-
-def augment_image(
-    image: torch.Tensor, rng: np.random.Generator, augment: Callable[[Image.Image], Image.Image]
-) -> torch.Tensor:
-    """Apply `augment` to a uint8 image: (C, H, W) -> the same.
-
-    `augment` takes and returns a PIL image of mode RGB, or L where C is 1. It may draw from the global generators of
-    `random`, NumPy and torch, which are seeded from `rng` for it and restored.
-    """
-    pixels = image.permute(1, 2, 0).numpy()
-    picture = Image.fromarray(np.ascontiguousarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels))
-    with seeded(int(rng.integers(2**64, dtype=np.uint64))):
-        picture = augment(picture)
-    return torch.from_numpy(np.array(picture).reshape(pixels.shape)).permute(2, 0, 1)
-
-
-def rand_augment(magnitude: int, size: tuple[int, int], mean: Sequence[float]) -> Callable[[Image.Image], Image.Image]:
-    """Build timm's RandAugment "rand-m{magnitude}-mstd0.5-inc1" (Cubuk et al. 2019; MAE, table 9).
-
-    It is the one of timm's create_transform for bicubic images of `size`: it takes and returns a PIL image of mode RGB,
-    or L where `mean` has one entry, and draws from the global generators. Areas that a rotation or a shift leaves open
-    are filled with `mean`, one value in [0, 1] a channel.
-    """
-    from timm.data.auto_augment import rand_augment_transform
-
-    options = dict(
-        translate_const=int(min(size) * 0.45),
-        img_mean=tuple(min(255, round(255 * value)) for value in mean),
-        interpolation=Image.Resampling.BICUBIC,
-    )
-    augment = rand_augment_transform(f"rand-m{magnitude}-mstd0.5-inc1", options)
-    for operation in augment.ops:
-        if operation.name == "PosterizeIncreasing":
-            operation.aug_fn = _posterize
-    return augment
-
-
-def _posterize(image: Image.Image, bits: int, **_) -> Image.Image:
-    """Posterize as timm does, but without an error where magnitude 10 keeps 0 bits, which Pillow 13 refuses."""
-    return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
 def build_mixing(random_erase: float, *, device: torch.device, **options) -> tuple[Callable, Callable | None]:

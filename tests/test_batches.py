@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import write_images
 
+from data.augment import RandAugment
 from data.batches import (
     FIXED_EPOCH,
     ClassificationDataset,
@@ -23,7 +24,7 @@ from data.decode import PixelFormat, decode
 from data.files import FolderSource
 from data.sampling import StepSampler, model_seed
 from data.sources import ShapesSource
-from data.transforms import CentreCrop, RandomCrop, rand_augment
+from data.transforms import CentreCrop, RandomCrop
 
 SIZE = (16, 24)
 CENTRE = CentreCrop(SIZE)
@@ -38,7 +39,7 @@ def labelled(source, **options):
     """A data set for classification, with RandAugment where crops are random."""
     options = dict(crop=RandomCrop(SIZE, (0.08, 1.0)), pixels=PixelFormat(3), seed=0) | options
     if isinstance(options["crop"], RandomCrop):
-        options.setdefault("augment", rand_augment(9, options["crop"].size, (0.5,) * options["pixels"].channels))
+        options.setdefault("augment", RandAugment(9, (0.5,) * options["pixels"].channels))
     return ClassificationDataset(source, options.pop("labels", source.labels), **options)
 
 

@@ -1,25 +1,18 @@
-"""data/transforms.py: crops as of torchvision and Pillow, which follow the generator alone; RandAugment as of timm."""
+"""data/transforms.py: crops as of torchvision and Pillow, which follow the generator alone."""
 
 import math
-import pickle
-import random
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import create_transform
-from timm.data.auto_augment import RandAugment
 from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import Resize
 
-from data.sampling import seeded
 from data.transforms import (
     CentreCrop,
     RandomCrop,
-    augment_image,
     evaluation_crop_ratio,
-    rand_augment,
     random_crop_box,
     resized_crop,
 )
@@ -144,91 +137,6 @@ def test_a_random_crop_is_mirrored_half_the_time():
         assert torch.equal(result, crop) or torch.equal(result, crop.flip(2))
         mirrored += not torch.equal(result, crop)
     assert 150 < mirrored < 250
-
-
-MEANS = {3: (0.485, 0.456, 0.406), 1: (0.48,)}
-
-
-def timm_rand_augment(magnitude: int, size: tuple[int, int], channels: int) -> RandAugment:
-    """The step of timm's own training transform."""
-    whole = create_transform(
-        (channels, *size),
-        is_training=True,
-        auto_augment=f"rand-m{magnitude}-mstd0.5-inc1",
-        interpolation="bicubic",
-        mean=MEANS[channels],
-        std=(0.25,) * channels,
-    )
-    (step,) = (step for step in whole.transforms if isinstance(step, RandAugment))
-    return step
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [(48, 48), (40, 64)])
-@pytest.mark.parametrize("magnitude", [0, 5, 9])
-def test_rand_augment_is_timms(magnitude, size, channels):
-    ours, theirs = rand_augment(magnitude, size, MEANS[channels]), timm_rand_augment(magnitude, size, channels)
-    assert repr(ours) == repr(theirs)
-    assert [op.hparams for op in ours.ops] == [op.hparams for op in theirs.ops]
-    image = pillow(picture(*size, channels))
-    changed = 0
-    for seed in range(60):
-        with seeded(seed):
-            expected = theirs(image)
-        with seeded(seed):
-            result = ours(image)
-        assert result.mode == expected.mode == image.mode and result.size == image.size
-        assert np.array_equal(result, expected)
-        changed += not np.array_equal(result, image)
-    assert changed > 15
-
-
-def test_every_operation_of_rand_augment_takes_grey_as_it_takes_colour():
-    """At magnitude 10 too, where timm asks Pillow to keep 0 bits of a pixel, which Pillow 13 refuses."""
-    grey = pillow(picture(37, 53, 1))
-    for magnitude in (0, 9, 10):
-        pairs = zip(
-            rand_augment(magnitude, (37, 53), (0.5,)).ops,
-            rand_augment(magnitude, (37, 53), (0.5,) * 3).ops,
-            strict=True,
-        )
-        for for_grey, for_colour in pairs:
-            for_grey.prob = for_colour.prob = 1.0
-            for seed in range(8):
-                with seeded(seed):
-                    result = for_grey(grey)
-                with seeded(seed):
-                    expected = np.asarray(for_colour(grey.convert("RGB")))
-                assert result.mode == "L", for_grey
-                assert (np.asarray(result)[:, :, None] == expected).all(), for_grey
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_posterizing_to_no_bits_is_black(channels):
-    (operation,) = (op for op in rand_augment(10, (8, 8), MEANS[channels]).ops if op.name == "PosterizeIncreasing")
-    operation.prob, operation.magnitude_std = 1.0, 0
-    assert not np.asarray(operation(pillow(picture(8, 8, channels)))).any()
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_an_augmentation_follows_the_generator_alone(channels):
-    size = (32, 40)
-    image, augment = picture(*size, channels), rand_augment(9, size, MEANS[channels])
-    before = image.clone()
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    states = random.getstate(), str(np.random.get_state()), torch.get_rng_state()
-    first = [augment_image(image, np.random.default_rng(i), augment) for i in range(30)]
-    assert (random.getstate(), str(np.random.get_state())) == states[:2]
-    assert torch.equal(torch.get_rng_state(), states[2])
-    random.seed(2), np.random.seed(2), torch.manual_seed(2)
-    augment = pickle.loads(pickle.dumps(augment))
-    changed = 0
-    for i, result in enumerate(first):
-        assert result.dtype == torch.uint8 and tuple(result.shape) == (channels, *size)
-        assert torch.equal(result, augment_image(image, np.random.default_rng(i), augment))
-        changed += not torch.equal(result, image)
-    assert changed > 10
-    assert torch.equal(image, before)
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 400), (333, 250), (100, 130), (256, 256), (225, 226)])
