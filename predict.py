@@ -308,7 +308,7 @@ def main(argv=None):
     batches = [range(len(source))[start : start + batch_size] for start in range(0, len(source), batch_size)]
     num_workers = args.num_workers
     if num_workers is None:  # none for a single batch, which is read sooner than a process starts
-        num_workers = min(32, launch.cores_per_process(), len(batches) - 1)
+        num_workers = min(launch.default_workers(), len(batches) - 1)
     dataset = ListedDataset(source, pixels=pixels, prepare=transform)
     start_time = time.monotonic()
     results = predict_all(make_loader(dataset, batches, num_workers=num_workers), predict_batch, source)

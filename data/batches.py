@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.augment import RandAugment
 from data.decode import DamagedImage, PixelFormat, decode
 from data.masking import mask_noise
-from data.pool import watch_parent
+from data.pool import check_shared_memory, guarded_batches, report_unsent, watch_parent
 from data.sampling import StepSampler, sample_generator
 from data.sources import Source
 from data.transforms import CentreCrop, RandomCrop, empty_images
@@ -216,8 +217,10 @@ class Normalization:
 def _begin_work(worker_id: int) -> None:
     """Let a worker end with the run, and outlive the signals that ask it to stop: a step still needs its batches."""
     watch_parent()  # the loader's own check does not run while a batch waits to be taken
+    report_unsent()
+    os.nice(5)  # the step, which launches the device's work, goes first
     gc.freeze()  # the collector would write into the memory that the worker shares with its parent, and so copy it
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -225,9 +228,16 @@ def _unchanged(batch):
     return batch
 
 
-def make_loader(dataset: Dataset, batches, *, num_workers: int, pin_memory: bool = False) -> DataLoader:
+class Loader(DataLoader):
+    """A loader whose dead workers end the run with one line, see `guarded_batches`."""
+
+    def __iter__(self) -> Iterator:
+        return guarded_batches(super().__iter__)
+
+
+def make_loader(dataset: Dataset, batches, *, num_workers: int, pin_memory: bool = False) -> Loader:
     """Make a loader over lists of (epoch, index) that draws nothing from the global generators."""
-    return DataLoader(
+    return Loader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
@@ -243,8 +253,13 @@ def training_batches(
 ) -> Iterator[tuple[int, NamedTuple]]:
     """Return an iterator over (model seed, micro-batch); the workers start at once.
 
-    The seed is for the model's own draws in that forward pass, see `sampling.model_seed`.
+    The seed is for the model's own draws in that forward pass, see `sampling.model_seed`. Raises WorkerError if the
+    batches do not fit in shared memory.
     """
+    if num_workers:
+        sample = dataset.__getitems__([(0, 0)])
+        size = sum(part.nbytes for part in sample if isinstance(part, torch.Tensor)) * sampler.micro_batch_size
+        check_shared_memory(size, num_workers)
     loader = make_loader(dataset, sampler, num_workers=num_workers, pin_memory=pin_memory)
     return zip(sampler.model_seeds(), loader, strict=True)
 

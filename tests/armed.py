@@ -1,10 +1,12 @@
 """Runs pre-training as `python pretrain_mae.py FLAGS` does, and has it killed at a point of its work, as by `kill -9`.
 
     python tests/armed.py FLAGS --kill POINT CALL SECONDS
+    python tests/armed.py FLAGS --send SIGTERM POINT CALL
 
 The function of POINT is called for the CALL-th time, and SECONDS later the process is gone; with 0 seconds at once,
-before the call or after it. Without --kill nobody is killed. Adds a line to the file `saves` for each checkpoint that
-has got its final name.
+before the call or after it. At the points of the place `worker` a loader worker is killed instead, and at those of
+`terminal` the output goes away, with a SIGHUP. --send sends another signal. Without either flag nothing happens. Adds a
+line to the file `saves` for each checkpoint that has got its final name.
 """
 
 import functools
@@ -17,6 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+import psutil
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # as for a script there, and for soak.py, too
@@ -52,6 +56,11 @@ POINTS = {
     "state.json removed": Point("pruning", "pathlib:Path.unlink", of="state.json", after=True, main=True),
     "half removed": Point("pruning", "os:unlink", of="optimizer.pt", after=True, main=True),
     "removed": Point("pruning", "training.run_folder:remove_checkpoint", after=True, main=True),
+    "worker, in a step": Point("worker", "modeling.mae:MaskedAutoencoder.forward", 8),
+    "worker, in a save": Point("worker", "training.checkpoint:save_training", 2),
+    "terminal, in a step": Point("terminal", "modeling.mae:MaskedAutoencoder.forward", 8),
+    "terminal, in a save": Point("terminal", "training.checkpoint:save_training", 2),
+    "terminal, in a validation": Point("terminal", "training.metrics:reconstruction_metrics", 2),
     "measuring": Point("validation", "training.metrics:reconstruction_metrics", 2, 0.02),
     "picture": Point("validation", "training.pictures:reconstruction_grid", delay=0.02, main=True),
     "run folder found": Point("start", "training.checkpoint:claim_run_folder", delay=0.05),
@@ -105,17 +114,28 @@ def killer() -> Callable[[float], None]:
     return lambda seconds: os.write(writer, str(seconds).encode())
 
 
-def arm(name: str, call: int, seconds: float) -> None:
+def kill_worker() -> None:
+    psutil.Process().children()[0].kill()
+
+
+def lose_terminal() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    for stream in (1, 2):
+        os.dup2(writer, stream)
+    os.kill(os.getpid(), signal.SIGHUP)
+
+
+def arm(name: str, call: int, seconds: float, number: int = signal.SIGKILL) -> None:
     """Has this process killed at `call` calls of the point `name`, or so many seconds later."""
     calls, point, kill = 0, POINTS[name], killer() if seconds else None
+    at_once = {"worker": kill_worker, "terminal": lose_terminal}.get(point.place, lambda: os.kill(os.getpid(), number))
 
     def count(*_):
         nonlocal calls
         calls += 1
         if calls == call:
-            if kill is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            kill(seconds)
+            kill(seconds) if kill else at_once()
 
     surround(point.target, point.of, **{"after" if point.after else "before": count})
 
@@ -127,9 +147,13 @@ def note(path: Path, target: Path) -> None:
 
 def main() -> None:
     surround("pathlib:Path.rename", ".saving_", after=note)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # not as below nohup
     if sys.argv[-4] == "--kill":
         *sys.argv[:], _, name, call, seconds = sys.argv
         arm(name, int(call), float(seconds))
+    elif sys.argv[-4] == "--send":
+        *sys.argv[:], _, number, name, call = sys.argv
+        arm(name, int(call), 0, signal.Signals[number])
     sys.argv[0] = str(ROOT / "pretrain_mae.py")
     runpy.run_path(sys.argv[0], run_name="__main__")
 

@@ -3,7 +3,8 @@
     python tests/soak.py --kills 100
 
 One random process of a tiny run is killed by SIGKILL, in a step, a save, a removal of old checkpoints, a validation,
-the start, or while log.jsonl is written, and last while the results are. The others have to end by themselves; the same
+the start, or while log.jsonl is written, and last while the results are; or one of its loader workers is killed; or its
+terminal goes away, at which it saves. All others have to end by themselves, and no process may be left. The same
 command then resumes the run. After each kill the checkpoint that `auto` picks has to be whole, not older than the last
 that was saved, and equal to the same step's of a run that nobody disturbed; and in the end all that the run leaves
 behind. Prints a line a kill, and exits with 1 where anything was violated.
@@ -34,13 +35,14 @@ from safetensors.torch import load_file
 
 from training.run_folder import MODEL, OPTIMIZER, RunFolder, read_state
 
-ARMED = "tests/armed.py"
+ARMED, SAVE_STEPS = "tests/armed.py", 2
 FLAGS = [
     *("--per_gpu_batch_size", 4, "--gradient_accumulation_steps", 2, "--drop_path", 0.1, "--warmup_steps", 2),
-    *("--validate_every", 1, "--save_checkpoint_steps", 2),
+    *("--validate_every", 1, "--save_checkpoint_steps", SAVE_STEPS),
 ]
 KEPT = 2  # checkpoints
 PATIENCE = 60  # seconds in which the other processes have to end
+LEFT_OVER = 30  # seconds in which all that they started has to end
 TIMES = {"seconds", "images_per_second", "data_wait"}  # what may differ from the undisturbed run
 
 
@@ -117,8 +119,9 @@ def end_violations(folder: Path, reference: Path) -> Iterator[str]:
     if lines_of(folder) != lines_of(reference):
         yield "log.jsonl differs from the undisturbed run's"
     names = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (folder, reference)]
-    if names[0] != names[1][-KEPT:]:
-        yield f"checkpoints/ holds {names[0]}, not {names[1][-KEPT:]}"
+    expected = [name for name in names[1] if int(name[-8:]) % SAVE_STEPS == 0][-KEPT:]
+    if names[0] != expected:
+        yield f"checkpoints/ holds {names[0]}, not {expected}"
     for checkpoint in RunFolder(folder).whole_checkpoints():
         yield from checkpoint_differences(checkpoint, reference)
     ours, theirs = results_of(folder), results_of(reference)
@@ -142,7 +145,8 @@ class Soak:
         self.cwd, reference = folder / "killed", folder / "undisturbed"
         for cwd in (self.cwd, reference):
             cwd.mkdir()
-        run_several(processes, ARMED, *self.flags, "--keep_checkpoints", 10**6, cwd=reference)
+        every = ["--keep_checkpoints", 10**6, "--save_checkpoint_steps", 1]  # a stop saves at any step
+        run_several(processes, ARMED, *self.flags, *every, cwd=reference)
         self.run, self.reference = (cwd / "work_dir" / "pretrain_mae" for cwd in (self.cwd, reference))
 
     def saves(self) -> list[str]:
@@ -187,9 +191,11 @@ class Soak:
         point = POINTS[name]
         rank = 0 if point.main else draw.randrange(self.processes)
         call, delay = draw.randint(1, point.calls), round(draw.uniform(0, point.delay), 4)
-        processes = self.start(own={rank: ["--kill", name, call, delay]})
+        workers = ["--num_workers", 2] if place == "worker" else []
+        own = {other: workers for other in range(self.processes)} | {rank: [*workers, "--kill", name, call, delay]}
+        processes = self.start(own=own)
         try:
-            self.wait(processes, rank)
+            self.wait(processes, rank, {"worker": 1, "terminal": 0}.get(place, -signal.SIGKILL))
             outputs = [process.communicate() for process in processes]
         finally:
             for process in processes:
@@ -204,22 +210,36 @@ class Soak:
         where = f"kill {number}, {name} of process {rank}, after step {last}"
         for other, (process, (out, err)) in enumerate(zip(processes, outputs, strict=True)):
             told = "another process of the run is gone" in err and "Traceback" not in err
-            done = place == "finish" and process.returncode == 0  # no process waits for the main one there
+            done = place in ("finish", "terminal") and process.returncode == 0  # none waits for the main one; all stop
             if other != rank and not (process.returncode == 1 and told) and not done:
                 self.violated(where, f"process {other} ended with {process.returncode}\n{out}\n{err}")
+        if place == "worker" and "error: a loader worker ended by SIGKILL" not in outputs[rank][1]:
+            self.violated(where, f"the death of a worker is not told\n{outputs[rank][1]}")
+        if left := self.left_over():
+            self.violated(where, f"{left} processes are left after {LEFT_OVER} seconds")
         for what in kill_violations(self.run, self.reference, self.saves()):
             self.violated(where, what)
 
-    def wait(self, processes: list, rank: int) -> None:
-        """Waits for process `rank` to be killed, and for the others to end. Raises Lost where they do not."""
+    def left_over(self) -> int:
+        """Waits for all that the run started to end. Returns how many do not."""
+        end = time.monotonic() + LEFT_OVER
+        while True:
+            places = [process.info["cwd"] for process in psutil.process_iter(["cwd", "status"])]
+            count = places.count(str(self.cwd))
+            if not count or time.monotonic() > end:
+                return count
+            time.sleep(0.05)
+
+    def wait(self, processes: list, rank: int, code: int) -> None:
+        """Waits for process `rank` to end with `code`, and for the others to end. Raises Lost where they do not."""
         end = time.monotonic() + PATIENCE
         while processes[rank].poll() is None and time.monotonic() < end:
             time.sleep(0.01)
         killed = time.monotonic()
-        if processes[rank].returncode != -signal.SIGKILL:
+        if (ended := processes[rank].returncode) != code:
             processes[rank].kill()
             out, err = processes[rank].communicate()
-            raise Lost(f"process {rank} was not killed where it should, but ended or hung\n{out}\n{err}")
+            raise Lost(f"process {rank} should have ended with {code}, and not {ended or 'at all'}\n{out}\n{err}")
         while any(process.poll() is None for process in processes):
             if time.monotonic() > killed + PATIENCE:
                 raise Lost(f"the processes other than {rank} had not ended {PATIENCE} seconds after it was killed")

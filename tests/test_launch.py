@@ -1,6 +1,9 @@
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import run_code
+from conftest import ROOT, environment, run_code
 
 from training import launch
 from training.wording import as_flags, in_bytes, in_one_line, in_time, several
@@ -87,3 +90,53 @@ def test_words():
     assert in_one_line(ValueError("two\n  lines.")) == "two lines" and in_one_line(KeyError()) == "KeyError"
     settings = {"model": "base", "tf32": False, "pin_memory": True, "mean": [0.5, 0.25], "crop_size": 8}
     assert as_flags(settings) == "--model base --no-tf32 --pin_memory --mean 0.5 0.25 --crop_size 8"
+
+
+OUTPUT = """
+import os, signal, sys, time
+from training.launch import run_script
+
+def main():
+    {}
+    for _ in range(3):
+        print("x" * 9999, flush=True)
+        print("y", file=sys.stderr)
+        sys.stdout.flush()
+    open("finished", "w").close()
+
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1); os.dup2(writer, 2)",  # tee, head
+        "master, slave = os.openpty(); os.dup2(slave, 1); os.dup2(slave, 2); os.close(master)",  # a terminal
+        "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)",
+        "os.close(1); os.close(2)",
+    ],
+)
+def test_output_that_cannot_be_written_is_dropped(tmp_path, loss):
+    run_code(OUTPUT.format(loss), cwd=tmp_path)
+    assert (tmp_path / "finished").exists()
+
+
+def test_a_script_without_output_runs(tmp_path):
+    command = ["sh", "-c", f'exec "{sys.executable}" -c "$CODE" >&- 2>&-']
+    subprocess.run(command, cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT), CODE=OUTPUT.format("pass")), check=True)
+    assert (tmp_path / "finished").exists()
+
+
+@pytest.mark.parametrize(
+    "cores, processes, cuda, expected",
+    [(16, 1, False, 16), (16, 1, True, 14), (16, 8, True, 1), (64, 1, True, 32), (64, 4, True, 15), (2, 1, True, 1)],
+)
+def test_a_gpu_keeps_two_cores_of_the_machine(monkeypatch, cores, processes, cuda, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert launch.default_workers() == expected
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert launch.default_workers() == min(32, max(1, cores // processes))

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import (
     ROOT,
     SCENES,
     TINY,
+    Start,
     assert_equal_runs,
     finish_several,
     flags_of,
@@ -26,7 +28,8 @@ from conftest import (
 )
 
 from training.launch import RunError
-from training.processes import Crew, check_processes, report_waiting
+from training.processes import ECHO_SECONDS, Crew, check_processes, report_waiting
+from training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
 AUTOENCODER = [*TINY[: TINY.index("--per_gpu_batch_size")], *TINY[TINY.index("--encoder_embed_dim") :]]
@@ -41,13 +44,15 @@ ALIKE += ["--num_workers", 0, "--mixed_precision", "no"]
 @pytest.fixture(autouse=True)
 def own_handlers():
     """A Crew changes those of the process."""
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # not as below nohup
     yield
+    signal.set_wakeup_fd(-1)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
 def test_signals_are_noted(name):
     crew = Crew()
     assert not crew.stop_requested()
@@ -57,6 +62,74 @@ def test_signals_are_noted(name):
     if name == "SIGINT":
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_nohup_is_respected():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    crew = Crew()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not crew.stop_requested()
+
+
+SIGNALS = ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"]
+MOMENTS = ["model prepared", "forward", "measuring", "any moment of a save", "encoder written"]
+
+
+@pytest.mark.parametrize(
+    ("name", "moment"),
+    [
+        pytest.param(
+            name, moment, marks=[] if (row - column) % 4 == 0 else pytest.mark.slow
+        )  # each signal, each moment
+        for column, name in enumerate(SIGNALS)
+        for row, moment in enumerate(MOMENTS)
+    ],
+)
+def test_a_signal_at_any_moment_saves_and_ends_the_run(image_folder, tmp_path, name, moment):
+    """Only at the end, when all is saved, the run finishes instead."""
+    flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 7, "--save_checkpoint_steps", 2]
+    done = run("tests/armed.py", *flags, "--validate_every", 1, "--send", name, moment, 1, cwd=tmp_path)
+    folder = tmp_path / "work_dir" / "pretrain_mae"
+    newest = RunFolder(folder).find("auto")
+    assert newest and newest.name == max(path.name for path in (folder / "checkpoints").iterdir())
+    told = f"stopped by {name} after step {int(newest.name[-8:])}, which is saved" in done.stdout + done.stderr
+    assert told == (moment != "encoder written") == (not (folder / "metrics.json").exists())
+    assert "Traceback" not in done.stderr
+
+
+HANGING = """
+import time
+import torch
+from training.processes import Crew
+from training.launch import run_script
+
+def main():
+    Crew()
+    open("ready", "w").close()
+    {}
+
+run_script(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "wait", ["time.sleep(300)", "torch.distributed.TCPStore('127.0.0.1', 0, is_master=True).get('x')"]
+)
+def test_a_second_sigterm_ends_a_process_that_waits(tmp_path, wait):
+    """In a call, too, that does not let handlers of Python run; an echo of the first one does not."""
+    (tmp_path / "code.py").write_text(HANGING.format(wait))
+    process = Start(tmp_path / "code.py", cwd=tmp_path)
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    for _ in range(2):
+        process.terminate()
+        time.sleep(0.2)
+    assert process.poll() is None
+    time.sleep(ECHO_SECONDS)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "error: ended by a second SIGTERM" in err
 
 
 def test_one_process_agrees_with_itself():

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
-from training.launch import cores_per_process, fail, is_main_process
+from training.launch import default_workers, fail, is_main_process
 from training.upload import check_hub
 from training.wording import as_typed
 
@@ -114,7 +114,7 @@ class Parser(argparse.ArgumentParser):
             hint = f"did you mean {similar[0]}?" if similar else f"{self.prog} --help lists the flags"
             errors.append(f"{word} is not a flag of {self.prog}; {hint}")
         if hasattr(args, "resume_from_checkpoint") and args.num_workers is None:
-            args.num_workers = min(32, cores_per_process())
+            args.num_workers = default_workers()
         if hasattr(args, "report_to"):
             if "none" in args.report_to and len(args.report_to) > 1:
                 errors.append(f"--report_to {' '.join(args.report_to)} contradicts itself; give none or trackers")
@@ -162,7 +162,8 @@ def add_run_flags(parser: Parser, *, name: str, data: str = SOURCES) -> None:
     flag("--dry_run", action=Pair, default=False, help="print the plan, time some steps, write nothing (off)")
     flag("--resume_from_checkpoint", metavar="latest|auto|FOLDER", help="continue a run; auto also starts a new one")
     flag("--time_limit", type=hours_and_minutes, metavar="HH:MM", help="save and stop before HH:MM (default none)")
-    flag("--num_workers", type=integer(0), help="loader workers per process (default min(32, cores / processes))")
+    help_text = "loader workers per process (default min(32, cores / processes); a GPU keeps two cores free)"
+    flag("--num_workers", type=integer(0), help=help_text)
     flag("--pin_memory", action=Pair, help="copy batches to the GPU from pinned memory (default: on a GPU)")
     help_text = "precision of the forward pass (default: Accelerate's value; if that is no, bf16 on a GPU that has it)"
     flag("--mixed_precision", choices=("no", "bf16", "fp16"), help=help_text)

@@ -1,6 +1,7 @@
 """Starting and ending a script's process: exit codes, precision, threads, the compiler."""
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -45,24 +46,71 @@ def run_script(main: Callable[[], None], *, remedy: str | None = None) -> None:
         main: the script's main function, called without arguments.
         remedy: what to do after an interruption or a full disk; by default to resume the run.
     """
-    resume = "continue with --resume_from_checkpoint auto"
-    local = False  # True for failures that the other processes of the run do not know of
+    _drop_unwritable_output()
+    code = 1
     try:
         main()
         return
+    except SystemExit:
+        raise
     except Stopped:
-        return
-    except RunError as error:
-        report, code = str(error), 1
-    except KeyboardInterrupt:  # during training this is the second Ctrl-C: the first one finishes the step and saves
+        code = 0
+    except BaseException as error:
+        try:
+            code = _report(error, remedy)
+        finally:  # even where the report fails: loader workers keep Python from ending
+            _leave(code)
+    _leave(code)
+
+
+class _Output(io.FileIO):
+    """Drop what cannot be written: a terminal or the reader of a pipe may be gone, which must not end a run."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def _drop_unwritable_output() -> None:
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the end
+        elif stream is getattr(sys, f"__{name}__"):
+            raw = io.BufferedWriter(_Output(stream.fileno(), "wb", closefd=False))
+            options = dict(encoding=stream.encoding, errors=stream.errors, line_buffering=stream.line_buffering)
+            setattr(sys, name, io.TextIOWrapper(raw, write_through=stream.write_through, **options))
+
+
+def _leave(code: int) -> NoReturn:
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def _report(error: BaseException, remedy: str | None) -> int:
+    """Print why the script failed, in one line for known causes, and return the exit code."""
+    resume = "continue with --resume_from_checkpoint auto"
+    code, local = 1, False  # True for failures that the other processes of the run do not know of
+    if isinstance(error, RunError):
+        report = str(error)
+    elif isinstance(error, KeyboardInterrupt):  # in training the second Ctrl-C: the first finishes the step and saves
         report, code = f"interrupted; {remedy}" if remedy else f"interrupted before the step was saved; {resume}", 130
-    except Exception as error:
-        report, code = traceback.format_exc(), 1
-        local = True
+    else:
+        report, local = "".join(traceback.format_exception(error)), True
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             file = error.filename or "a file of the run"
             report = f"{file} could not be written (the disk is full); make room and "
             report += remedy or f"{resume}: whole checkpoints stay whole"
+        elif hasattr(error, "exit_code"):  # an error of the loader's workers, which has its own remedy
+            report, code = str(error), error.exit_code
+            report += "" if code == 2 else f"; {remedy or resume}"
+        elif isinstance(error, OSError) and error.errno == errno.EMFILE:
+            report = f"more files are open than ulimit -n allows ({error}); raise it, or give fewer --num_workers"
         elif isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             message = " ".join(str(error).split())[:200] or type(error).__name__
             report = f"out of memory ({message}); "
@@ -78,9 +126,7 @@ def run_script(main: Callable[[], None], *, remedy: str | None = None) -> None:
         print(f"\n{report}", file=sys.stderr)
     elif local or is_main_process():
         print(f"\nerror: {report}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    return code
 
 
 def is_lost_process(error: BaseException) -> bool:
@@ -106,8 +152,7 @@ def resolve_precision(mixed_precision: str | None) -> str:
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed_precision or launched != "no":
         return mixed_precision or launched
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
-    return "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "bf16" if uses_cuda() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
 def set_speed(device: torch.device, *, tf32: bool, deterministic: bool = False) -> None:
@@ -143,7 +188,17 @@ def prepare_compiler(device: torch.device) -> list[str]:
     return []
 
 
-def cores_per_process() -> int:
-    """Return the number of CPU cores of this machine that each of its processes may use."""
+def uses_cuda() -> bool:
+    """Return True if the run is on a GPU; known before Accelerate starts."""
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("1", "true")
+
+
+def cores_per_process(*, spare: int = 0) -> int:
+    """Return the number of CPU cores of this machine that each of its processes may use, without `spare` of them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, (cores - spare) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def default_workers() -> int:
+    """Return the default number of loader workers; on a GPU, launching and pinning keep two cores of the machine."""
+    return min(32, cores_per_process(spare=2 if uses_cuda() else 0))

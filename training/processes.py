@@ -21,6 +21,7 @@ from training.launch import RunError, fail, is_main_process, prepare_compiler, r
 
 # Flags that may differ between machines: their cores, and the places of their data, which are compared themselves
 MACHINE_FLAGS = {"num_workers", "cache_dir", "path_to_data", "path_to_validation_data", "path_to_classes"}
+ECHO_SECONDS = 2  # within which another SIGTERM is the same one
 
 
 def start_accelerator(
@@ -88,10 +89,11 @@ def check_processes(num_processes: int, device: torch.device) -> list[str]:
 
 
 class Crew:
-    """The processes of a run, each of which notes SIGTERM, SIGUSR1, Ctrl-C and the time limit.
+    """The processes of a run, each of which notes SIGTERM, SIGHUP, SIGUSR1, Ctrl-C and the time limit.
 
-    Several agree by one integer over a group on the CPU, so the device never waits. A second Ctrl-C ends its process
-    at once. The time limit counts from the start of the process. Every process must make the same calls.
+    Several agree by one integer over a group on the CPU, so the device never waits. A second Ctrl-C ends its process at
+    once, and so does a second SIGTERM, even while the main thread waits for another process or the device. The time
+    limit counts from the start of the process. Every process must make the same calls.
 
     Args:
         time_limit: HH:MM, or None.
@@ -99,8 +101,13 @@ class Crew:
 
     def __init__(self, time_limit: str | None = None):
         self.signal_name: str | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._note)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                signal.signal(number, self._note)
+        self._wakeup = socket.socketpair()
+        self._wakeup[1].setblocking(False)
+        signal.set_wakeup_fd(self._wakeup[1].fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._end_at_second_sigterm, daemon=True).start()
         several = dist.is_initialized() and dist.get_world_size() > 1
         self.group = dist.new_group(backend="gloo") if several else None
         self.rank = dist.get_rank() if several else 0
@@ -117,6 +124,18 @@ class Crew:
         self.signal_name = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _end_at_second_sigterm(self) -> None:
+        """End this process at a second SIGTERM, unless it is an echo of the first: a launcher passes on its own."""
+        first = None
+        while number := self._wakeup[0].recv(1):
+            if number[0] != signal.SIGTERM:
+                continue
+            first = first or time.monotonic()
+            if time.monotonic() > first + ECHO_SECONDS:
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    os.write(2, b"\nerror: ended by a second SIGTERM; continue with --resume_from_checkpoint auto\n")
+                os._exit(128 + signal.SIGTERM)
 
     @property
     def _age(self) -> float:
