@@ -114,17 +114,25 @@ def _sharpness(image, level, fill):
 def _move_lines(image: np.ndarray, shifts: np.ndarray, fill: tuple[int, ...], axis: int) -> np.ndarray:
     """Sample each column at y + shifts[x] (axis 0), or each row at x + shifts[y] (axis 1), bicubically.
 
+    A single shift is that of all lines.
+
     The four weights of a line, those of Pillow's affine transforms, are a depthwise convolution. Pillow filters every
     pixel alone and in both directions, in double precision: of 10,000 values fewer than ten differ, by 1.
     """
     (height, width, channels), size, starts = image.shape, image.shape[axis], np.floor(shifts).astype(int)
-    numbers, sources = np.arange(len(shifts))[:, None], starts[:, None] + np.arange(-1, size + 2)
+    sources = starts[:, None] + np.arange(-1, size + 2)
     sources = np.minimum(np.maximum(sources, 0), size - 1)  # (lines, size + 3): edges are repeated
-    indices = numbers * width + sources if axis else (sources * width + numbers).T
-    pixels = torch.from_numpy(image.reshape(-1, channels).take(indices, axis=0)).flatten(1).float()
+    if len(shifts) == 1:
+        pixels = image.take(sources[0], axis=axis)
+    else:
+        numbers = np.arange(len(shifts))[:, None]
+        indices = numbers * width + sources if axis else (sources * width + numbers).T
+        pixels = image.reshape(-1, channels).take(indices, axis=0)
+    pixels = torch.from_numpy(pixels).flatten(1).float()
     d = shifts - starts
     weights = [-d + 2 * d**2 - d**3, 1 - 2 * d**2 + d**3, d + d**2 - d**3, d**3 - d**2]
     weights = torch.from_numpy(np.stack(weights, axis=1).astype(np.float32))[:, None, None]
+    weights = weights.expand(image.shape[1 - axis], 1, 1, 4)
     if axis:
         values = F.conv2d(pixels[None, :, None], weights, dilation=(1, channels), groups=height)[0, :, 0]
     else:  # columns as channels, in channels-last memory
@@ -134,7 +142,8 @@ def _move_lines(image: np.ndarray, shifts: np.ndarray, fill: tuple[int, ...], ax
     values = values.add_(2e-4).clamp_(0, 255)  # Pillow cuts decimals off: equal values must not end below themselves
     result = values.numpy().astype(np.uint8, order="C").reshape(image.shape)
     colour = np.array(fill, dtype=np.uint8)
-    for line, shift in zip(result if axis else result.swapaxes(0, 1), shifts.tolist(), strict=True):
+    lines = result.swapaxes(0, axis)[None] if len(shifts) == 1 else result.swapaxes(0, 1 - axis)
+    for line, shift in zip(lines, shifts.tolist(), strict=True):
         if shift < -0.5:
             line[: math.ceil(-0.5 - shift)] = colour
         elif shift >= 0.5:
@@ -151,11 +160,11 @@ def _shear_y(image, level, fill):
 
 
 def _translate_x(image, level, fill):
-    return _move_lines(image, np.full(image.shape[0], 0.45 * level * image.shape[1]), fill, 1)
+    return _move_lines(image, np.array([0.45 * level * image.shape[1]]), fill, 1)
 
 
 def _translate_y(image, level, fill):
-    return _move_lines(image, np.full(image.shape[1], 0.45 * level * image.shape[0]), fill, 0)
+    return _move_lines(image, np.array([0.45 * level * image.shape[0]]), fill, 0)
 
 
 OPERATIONS: tuple[Callable, ...] = (  # in timm's order, which the choice follows
