@@ -232,7 +232,7 @@ class Soak:
 
     def wait(self, processes: list, rank: int, code: int) -> None:
         """Waits for process `rank` to end with `code`, and for the others to end. Raises Lost where they do not."""
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + PATIENCE + self.kills  # the last start makes all steps that are left
         while processes[rank].poll() is None and time.monotonic() < end:
             time.sleep(0.01)
         killed = time.monotonic()
