@@ -2,6 +2,7 @@
 
 import errno
 import io
+import multiprocessing
 import os
 import sys
 import traceback
@@ -88,6 +89,11 @@ def _leave(code: int) -> NoReturn:
     try:
         sys.stdout.flush()
         sys.stderr.flush()
+        workers = multiprocessing.active_children()
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join(1)  # they hold files of the run open
     finally:
         os._exit(code)
 
