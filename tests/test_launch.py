@@ -140,3 +140,21 @@ def test_a_gpu_keeps_two_cores_of_the_machine(monkeypatch, cores, processes, cud
     assert launch.default_workers() == expected
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert launch.default_workers() == min(32, max(1, cores // processes))
+
+
+def test_a_finished_run_ends_its_loader_workers(tmp_path):
+    """Workers ignore SIGTERM, by which Python's shutdown would end them, and may still be referred to."""
+    code = """
+from torch.utils.data import TensorDataset
+import torch
+from data.batches import make_loader
+from training.launch import run_script
+
+def main():
+    global batches
+    batches = iter(make_loader(torch.arange(100), [[i] for i in range(100)], num_workers=1))
+    next(batches)
+
+run_script(main)
+"""
+    run_code(code, cwd=tmp_path)

@@ -51,6 +51,7 @@ def run_script(main: Callable[[], None], *, remedy: str | None = None) -> None:
     code = 1
     try:
         main()
+        end_workers()
         return
     except SystemExit:
         raise
@@ -89,13 +90,18 @@ def _leave(code: int) -> NoReturn:
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-        workers = multiprocessing.active_children()
-        for worker in workers:
-            worker.kill()
-        for worker in workers:
-            worker.join(1)  # they hold files of the run open
+        end_workers()
     finally:
         os._exit(code)
+
+
+def end_workers() -> None:
+    """End the loader workers that are left: they ignore SIGTERM, so Python's shutdown would wait for them for ever."""
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join(1)  # they hold files of the run open
 
 
 def _report(error: BaseException, remedy: str | None) -> int:
