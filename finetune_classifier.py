@@ -8,8 +8,9 @@ model/: folders which transformers and timm load. Kill it at any moment: the sam
 --resume_from_checkpoint auto continues it exactly.
 
 Three flags choose what is trained: --path_to_pretrained_mae_weights (without it, everything, from scratch),
---linear_probe (the head alone) and --trainable_blocks. The defaults follow from them: the paper's recipe for ViT-B,
-except that gradients are clipped and weights are not averaged. recipes/paper/ has the recipes of ViT-L and ViT-H.
+--linear_probe (the head alone) and --trainable_blocks. The defaults follow from them and from the encoder's size: the
+paper's recipe for ViT-B, ViT-L or ViT-H, except that weights are not averaged and gradients of other than probes are
+clipped. The plan names the recipe.
 """
 
 import math
@@ -38,7 +39,7 @@ from training import arguments
 from training.arguments import Pair, integer, number
 from training.checkpoint import check_outside
 from training.files import replace_folder
-from training.launch import InputError, RunError, run_script
+from training.launch import InputError, RunError, put_back, run_script
 from training.optimizer import (
     DECAY_FLAGS,
     adamw,
@@ -49,6 +50,7 @@ from training.optimizer import (
     set_learning_rate,
 )
 from training.pictures import confusion_matrix
+from training.recipes import LARGER, RECIPES, choose_kind, choose_recipe
 from training.resolve import (
     ImageFormat,
     check_blocks,
@@ -65,24 +67,6 @@ from training.schedule import learning_rate_at
 from training.scores import score_classification
 from training.wording import several
 
-# Default flags by what trains, for ViT-B (He et al. 2021, tables 9 to 11). Partial fine-tuning uses the first ones.
-RECIPES = {
-    "fine-tuning": dict(
-        **dict(epochs=100, warmup_epochs=5, base_learning_rate=5e-4, min_learning_rate=1e-6, layer_decay=0.65),
-        **dict(optimizer="adamw", betas=[0.9, 0.999], weight_decay=0.05, pooling="mean", drop_path=0.1),
-        **dict(random_aug_magnitude=9, random_erase=0.25, mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1),
-    ),
-    "linear probe": dict(
-        **dict(epochs=90, warmup_epochs=10, base_learning_rate=0.1, min_learning_rate=0.0, layer_decay=1.0),
-        **dict(optimizer="lars", betas=[0.9, 0.999], weight_decay=0.0, pooling="cls", drop_path=0.0),
-        **dict(random_aug_magnitude=0, random_erase=0.0, mixup_alpha=0.0, cutmix_alpha=0.0, label_smoothing=0.0),
-    ),
-    "from scratch": dict(
-        **dict(epochs=300, warmup_epochs=20, base_learning_rate=1e-4, min_learning_rate=0.0, layer_decay=1.0),
-        **dict(optimizer="adamw", betas=[0.9, 0.95], weight_decay=0.3, pooling="mean", drop_path=0.1),
-        **dict(random_aug_magnitude=9, random_erase=0.0, mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1),
-    ),
-}
 WEIGHTS = "--path_to_pretrained_mae_weights"
 
 
@@ -115,28 +99,11 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("validation").add_argument
     flag("--validate_every", type=integer(0), default=1, help="epochs between validations (0: at the end only)")
     parser.set_defaults(**dict.fromkeys(usual))
-    parser.describe_defaults(RECIPES)
+    parser.describe_defaults({**RECIPES, **LARGER})
     args, errors = parser.read(argv)
-    for name, value in choose_recipe(args.path_to_pretrained_mae_weights, args.linear_probe)[1].items():
-        if getattr(args, name) is None and name != "warmup_epochs":  # a default warmup is shortened, see plan_length
-            if name == "min_learning_rate" and args.learning_rate is not None:
-                value = min(value, args.learning_rate)
-            setattr(args, name, value)
-    return args, errors + check_flags(args)
-
-
-def choose_recipe(weights, linear_probe):
-    """Return the key and the defaults in RECIPES that two flags choose."""
-    kind = "fine-tuning" if weights else "from scratch"
-    kind = "linear probe" if linear_probe else kind
-    return kind, RECIPES[kind]
-
-
-def check_flags(args):
-    """Return error messages for flags that contradict each other."""
-    errors = arguments.check_run(args) + arguments.check_crops(args) + arguments.check_finetuning(args, WEIGHTS)
-    _, usual = choose_recipe(args.path_to_pretrained_mae_weights, args.linear_probe)
-    return errors + arguments.check_classifier(args, usual_optimizer=usual["optimizer"])
+    errors += arguments.check_run(args) + arguments.check_crops(args) + arguments.check_finetuning(args, WEIGHTS)
+    kind = choose_kind(args.path_to_pretrained_mae_weights, linear_probe=args.linear_probe)
+    return args, errors + arguments.check_classifier(args, usual_optimizer=RECIPES[kind]["optimizer"])
 
 
 def build_model(encoder, num_classes, *, drop_path, custom_weight_init, **head):
@@ -285,38 +252,41 @@ def evaluate_trained(run):
     run.end(f"{describe_scores(run.metrics)}; {run.folder / 'metrics.json'}")
 
 
+@put_back()
 def main(argv=None):
     """Run the script; see the module's docstring."""
-    args, errors = parse_args(argv)
-    run = Run(args, errors)  # processes, signals, the locked folder, the checkpoint to resume; bad flags end here
-    if args.eval_only:
+    given, errors = parse_args(argv)
+    run = Run(given, errors)  # processes, signals, the locked folder, the checkpoint to resume; bad flags end here
+    if given.eval_only:
         return evaluate_trained(run)
 
     # Weights, data, plan and model: run.gate() prints all errors; a block that needs what failed is skipped
-    kind, defaults = choose_recipe(args.path_to_pretrained_mae_weights, args.linear_probe)
     with run.refusing(InputError, WeightsError, flag=WEIGHTS):
-        path = None if run.checkpoint else args.path_to_pretrained_mae_weights
+        path = None if run.checkpoint else given.path_to_pretrained_mae_weights
         check_outside(path, run.folder)
         weights = open_weights(path) if path else None
     with run.refusing(InputError, DataError):
-        statistics = read_statistics(args.path_to_data)
-        images = resolve_inputs(vars(args), previous=run.previous, statistics=statistics, weights=weights)
-        pixels = PixelFormat(images.input_channels, images.value_range, images.nodata, args.max_pixels)
+        statistics = read_statistics(given.path_to_data)
+        images = resolve_inputs(vars(given), previous=run.previous, statistics=statistics, weights=weights)
+        pixels = PixelFormat(images.input_channels, images.value_range, images.nodata, given.max_pixels)
     with run.refusing(InputError):
-        encoder = resolve_encoder(vars(args), SIZES, previous=run.previous, weights=weights)
+        encoder = resolve_encoder(vars(given), SIZES, previous=run.previous, weights=weights)
+        kind = choose_kind(given.path_to_pretrained_mae_weights, linear_probe=given.linear_probe)
+        recipe_name, recipe = choose_recipe(kind, encoder, learning_rate=given.learning_rate)
+        args = run.fill_in(recipe)
         check_blocks(args.trainable_blocks, encoder["depth"])
     with run.refusing(InputError):
-        magnitude = resolve_augmentation(args.random_aug_magnitude, defaults["random_aug_magnitude"], images)
+        magnitude = resolve_augmentation(args.random_aug_magnitude, recipe["random_aug_magnitude"], images)
     with run.refusing(DataError):
-        places = dict(validation=args.path_to_validation_data, cache=args.cache_dir)
-        train_source, validation_source = open_sources(args.path_to_data, pixels, **places)
-        check_classes(args.path_to_data, train_source, validation_source)
+        places = dict(validation=given.path_to_validation_data, cache=given.cache_dir)
+        train_source, validation_source = open_sources(given.path_to_data, pixels, **places)
+        check_classes(given.path_to_data, train_source, validation_source)
         classes = train_source.classes
-        check_num_classes(args.path_to_data, train_source, args.num_classes)
+        check_num_classes(given.path_to_data, train_source, given.num_classes)
     with run.refusing(InputError):
         is_mixed = bool(args.mixup_alpha or args.cutmix_alpha)
         check_batch = partial(check_classifier_batch, mixing=is_mixed, linear_probe=args.linear_probe)
-        run.plan_steps(len(train_source), check_batch, default_warmup_epochs=defaults["warmup_epochs"])
+        run.plan_steps(len(train_source), check_batch, recipe_epochs=(recipe["warmup_epochs"], recipe["epochs"]))
     with run.refusing(WeightsError, flag=WEIGHTS):
         torch.manual_seed(args.seed)
         encoder["in_channels"] = pixels.channels
@@ -346,12 +316,13 @@ def main(argv=None):
     empty = partial(empty_step, run.accelerator, normalize=normalize, mixing=mixing, pixels=pixels)
     if args.micro_batch_size == "auto":
         run.fit_micro_batch(empty, model, optimizer)
-    what = kind if args.trainable_blocks is None else f"the last {args.trainable_blocks:g} blocks, norm and head"
-    recipe = f"{what}: {args.optimizer}, weight decay {args.weight_decay:g}, layer decay {args.layer_decay:g}, "
-    recipe += f"drop path {args.drop_path:g}" + (f", weights averaged by {args.ema_decay:g}" if args.ema_decay else "")
+    if args.trainable_blocks is not None:
+        recipe_name += f" of the last {args.trainable_blocks:g} blocks, norm and head"
+    summary = f"{recipe_name}: {args.optimizer}, weight decay {args.weight_decay:g}, layer decay {args.layer_decay:g}, "
+    summary += f"drop path {args.drop_path:g}" + (f", weights averaged by {args.ema_decay:g}" if args.ema_decay else "")
     augmentation = f"RandAugment {magnitude}, erasing {args.random_erase:g}, mixup {args.mixup_alpha:g}, CutMix "
     augmentation += f"{args.cutmix_alpha:g}, smoothing {args.label_smoothing:g}"
-    run.print_plan(describe_model(model, recipe, augmentation), images, classes=len(classes))
+    run.print_plan(describe_model(model, summary, augmentation), images, classes=len(classes))
     model, optimizer = run.prepare(model, optimizer, average=ema and ema.module)
     run.prepare_sources()
     if run.needs_warm_up:
@@ -362,7 +333,7 @@ def main(argv=None):
     img_size = encoder["img_size"]
     augment = RandAugment(magnitude, images.mean) if magnitude else None
     samples, loader = dict(pixels=pixels, seed=args.seed), dict(num_workers=args.num_workers, pin_memory=run.pin_memory)
-    train_crop = RandomCrop(img_size, tuple(args.crop_scale), args.fast_decoding)
+    train_crop = RandomCrop(img_size, tuple(args.crop_scale), args.fast_decoding, args.crop_style)
     train_data = ClassificationDataset(train_source, train_source.labels, crop=train_crop, augment=augment, **samples)
     sampler = StepSampler(len(train_source), **run.sampling)
     batches = run.timed(training_batches(train_data, sampler, **loader))

@@ -315,7 +315,10 @@ def test_the_help_tells_the_defaults_of_every_kind(capsys):
     with pytest.raises(SystemExit):
         finetune_classifier.parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "(default fine-tuning: 100, linear probe: 90, from scratch: 300)" in text
+    larger = "ViT-L fine-tuning: 50, ViT-H fine-tuning: 50, ViT-L linear probe: 50, ViT-H linear probe: 50, "
+    larger += "ViT-L from scratch: 200, ViT-H from scratch: 200"
+    assert f"(default fine-tuning: 100, linear probe: 90, from scratch: 300, {larger})" in text
+    assert "(default fine-tuning: 1, linear probe: 0, from scratch: 1)" in text
     assert "(default fine-tuning: 0.9 0.999, linear probe: 0.9 0.999, from scratch: 0.9 0.95)" in text
 
 
@@ -451,3 +454,29 @@ def test_every_source_trains_and_measures_the_same_classifier(name, flags, undis
     times = ("seconds", "images_per_second")
     one, other = ({k: v for k, v in metrics_of(run).items() if k not in times} for run in (folder, undisturbed))
     assert one == other and "per_class_accuracy" in one
+
+
+def test_the_size_of_the_weights_chooses_the_recipe(image_folder, pretrained, tmp_path):
+    """The encoder of the tests stands for ViT-L. A flag that is given wins, and a resumed run keeps its recipe."""
+    code = """
+import sys
+from finetune_classifier import main
+from training import recipes
+recipes.NAMES = {{(32, 2): {!r}}}
+main(sys.argv[1:])
+"""
+    words = ["--path_to_data", image_folder, WEIGHTS, pretrained, "--per_gpu_batch_size", 8, "--num_workers", 0]
+    words += ["--mixed_precision", "no", "--layer_decay", 0.7]
+    start = [*words, "--dry_run"]
+    large = run_code(code.format("ViT-L"), *start, cwd=tmp_path).stdout
+    assert "recipe     ViT-L fine-tuning: adamw, weight decay 0.05, layer decay 0.7, drop path 0.2" in large
+    assert "length     250 steps, 5 per epoch, 25 warmup" in large and f"peak {1e-3 * 8 / 256:.3g}," in large
+    probe = run_code(code.format("ViT-H"), *words[:-2], "--linear_probe", "--dry_run", cwd=tmp_path).stdout
+    assert "recipe     ViT-H linear probe: lars" in probe and "250 steps, 5 per epoch, 50 warmup" in probe
+    short = [*words, "--max_steps", 20, "--save_checkpoint_steps", 5]
+    run_code(code.format("ViT-L"), *short, cwd=tmp_path)
+    folder = tmp_path / "work_dir" / "finetune_classifier"
+    assert flags_of(folder)["warmup_steps"] == 2 and flags_of(folder)["epochs"] == 50
+    resumed = [*short, "--resume_from_checkpoint", "step_00000015"]
+    assert "layer decay 0.7, drop path 0.2" in run(SCRIPT, *resumed, cwd=tmp_path).stdout  # as ViT-B
+    assert flags_of(folder)["epochs"] == 50

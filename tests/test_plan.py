@@ -54,19 +54,26 @@ def test_batch_flags_of_a_resumed_run_mean_its_batch():
 
 
 def length(num_samples=100, **flags):
-    options = dict(epochs=10, max_steps=None, warmup_epochs=None, warmup_steps=None, default_warmup_epochs=4)
+    options = dict(epochs=10, max_steps=None, warmup_epochs=None, warmup_steps=None, recipe_epochs=(4, 80))
     return plan_length(**{**options, **flags}, num_samples=num_samples, global_batch_size=8)
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (dict(), (12, 120, 6)),  # a default warmup is capped at 5 %
+        (dict(), (12, 120, 6)),  # a default warmup keeps the recipe's share of a shorter run
+        (dict(epochs=80), (12, 960, 48)),
+        (dict(epochs=200), (12, 2400, 48)),  # and is no longer than the recipe's
+        (dict(max_steps=19), (12, 19, 0)),
+        (dict(epochs=90, recipe_epochs=(10, 90)), (12, 1080, 120)),  # the probe
+        (dict(epochs=9, recipe_epochs=(10, 90)), (12, 108, 12)),
+        (dict(epochs=300, recipe_epochs=(20, 300)), (12, 3600, 240)),  # from scratch
+        (dict(epochs=30, recipe_epochs=(20, 300)), (12, 360, 24)),
         (dict(warmup_epochs=4.0), (12, 120, 48)),
         (dict(max_steps=50, warmup_steps=7), (12, 50, 7)),
         (dict(max_steps=50, warmup_epochs=0.0), (12, 50, 0)),
-        (dict(max_steps=160_000, default_warmup_steps=1_500), (12, 160_000, 1_500)),
-        (dict(max_steps=1_000, default_warmup_steps=1_500), (12, 1_000, 50)),
+        (dict(max_steps=160_000, recipe_steps=(1_500, 160_000)), (12, 160_000, 1_500)),
+        (dict(max_steps=1_000, recipe_steps=(1_500, 160_000)), (12, 1_000, 9)),
     ],
 )
 def test_length_flags(flags, expected):

@@ -132,6 +132,18 @@ def compare_batch(
     return [f"the batch flags mean {global_size} images per step, the checkpoint has {checkpoint_size}; give {remedy}"]
 
 
+def plan_learning_rate(given: float | None, base: float | None, minimum: float, global_batch_size: int) -> float:
+    """Return the peak: the one that is given, or `base` scaled to the batch (Goyal et al. 2017).
+
+    Raises:
+        InputError: if the minimum is above it.
+    """
+    peak = base * global_batch_size / 256 if given is None else given
+    if minimum > peak:
+        raise InputError(f"--min_learning_rate {minimum:g} is above the peak of {peak:g}; take a lower one")
+    return peak
+
+
 def plan_length(
     *,
     epochs: int | None,
@@ -140,10 +152,16 @@ def plan_length(
     warmup_steps: int | None,
     num_samples: int,
     global_batch_size: int,
-    default_warmup_epochs: float = 0.0,
-    default_warmup_steps: int | None = None,
+    recipe_epochs: tuple[int, int] = (0, 1),
+    recipe_steps: tuple[int, int] | None = None,
 ) -> LengthPlan:
     """Return the length that the flags ask for; a flag that was not given is None.
+
+    A default warmup is the recipe's, and in a shorter run the same share of it.
+
+    Args:
+        recipe_epochs: warmup and length of the recipe in epochs.
+        recipe_steps: the same in optimizer steps, of a recipe that counts these.
 
     Raises:
         InputError: for fewer samples than one global batch, or a warmup that is not shorter than the run.
@@ -160,8 +178,8 @@ def plan_length(
     elif warmup_epochs is not None:
         flag, warmup = f"--warmup_epochs {warmup_epochs:g}", round(warmup_epochs * steps_per_epoch)
     else:
-        default = default_warmup_steps or round(default_warmup_epochs * steps_per_epoch)
-        return LengthPlan(steps_per_epoch, total_steps, min(default, total_steps // 20))
+        warmup, length = recipe_steps or (epochs * steps_per_epoch for epochs in recipe_epochs)
+        return LengthPlan(steps_per_epoch, total_steps, min(warmup, total_steps * warmup // length))
     if warmup and warmup >= total_steps:
         raise InputError(f"{flag} is {warmup} steps, not shorter than the run of {total_steps}; give a shorter one")
     return LengthPlan(steps_per_epoch, total_steps, warmup)

@@ -31,6 +31,7 @@ from training.plan import (
     describe_images,
     describe_run,
     plan_batch,
+    plan_learning_rate,
     plan_length,
 )
 from training.processes import Crew, start_accelerator
@@ -47,10 +48,11 @@ from training.wording import as_flags
 class Run:
     """One training run: start, resume, log, save and stop. The forward pass and the loss stay in the script.
 
-    The order in which a script uses it: `refusing` and `gate` while data and weights are opened, `plan_steps`,
-    `compare`, `prepare`, `resume`; in the loop `steps`, `is_due`, `paused`, `record`, `completed`; then `end`. Every
-    process must make the same calls. A method that finds the run asked to stop, by a signal or the time limit (see
-    `training.processes.Crew`), saves, and raises Stopped on all processes, which ends the script with exit code 0.
+    The order in which a script uses it: `refusing` and `gate` while data and weights are opened, `fill_in`,
+    `plan_steps`, `compare`, `prepare`, `resume`; in the loop `steps`, `is_due`, `paused`, `record`, `completed`; then
+    `end`. Every process must make the same calls. A method that finds the run asked to stop, by a signal or the time
+    limit (see `training.processes.Crew`), saves, and raises Stopped on all processes, which ends the script with exit
+    code 0.
 
     Args:
         flags: the parsed flags of the script, which are never modified.
@@ -123,13 +125,13 @@ class Run:
             checkpoint_size=self.state.get("global_batch_size"),
             default=default,
         )
-        self.learning_rate = flags.learning_rate
-        if self.learning_rate is None:
-            # The linear scaling rule (Goyal et al. 2017)
-            self.learning_rate = flags.base_learning_rate * self.batch.global_size / 256
-        low, peak = flags.min_learning_rate, self.learning_rate
-        if low > peak:
-            raise InputError(f"--min_learning_rate {low:g} is above the peak of {peak:g}; take a lower one")
+
+    def fill_in(self, recipe: dict) -> argparse.Namespace:
+        """Return the flags; those left out, but for the warmup, have the run to resume's value or the `recipe`'s."""
+        known = {name: self.previous.get(name, recipe[name]) for name in recipe.keys() - {"warmup_epochs"}}
+        given = {name: value for name, value in vars(self.given).items() if value is not None}
+        self.given = argparse.Namespace(**{**vars(self.given), **known, **given})
+        return self.given
 
     def plan_steps(self, num_samples: int, check_micro_batch: Callable[[int], list[str]], **defaults) -> None:
         """Plan the number of steps from the samples of an epoch, all views counted.
@@ -139,22 +141,25 @@ class Run:
             defaults: those of `plan_length`.
 
         Raises:
-            InputError: for a length that does not fit the data, or a micro-batch that is refused.
+            InputError: for a length or learning rate that does not fit, or a micro-batch that is refused.
         """
         if self.batch is None:  # the next gate prints its errors
             return
         flags, self.check_micro_batch = self.given, check_micro_batch
         check(check_micro_batch(self.batch.micro))
+        base, low = getattr(flags, "base_learning_rate", None), flags.min_learning_rate
+        peak = plan_learning_rate(flags.learning_rate, base, low, self.batch.global_size)
+        keeps_warmup = flags.warmup_steps is None and flags.warmup_epochs is None
         length = plan_length(
             epochs=flags.epochs,
             max_steps=flags.max_steps,
             warmup_epochs=flags.warmup_epochs,
-            warmup_steps=flags.warmup_steps,
+            warmup_steps=self.previous.get("warmup_steps") if keeps_warmup else flags.warmup_steps,
             num_samples=num_samples,
             global_batch_size=self.batch.global_size,
             **defaults,
         )
-        self.plan = Plan(self.batch, length, self.learning_rate, flags.min_learning_rate)
+        self.plan = Plan(self.batch, length, peak, low)
 
     def compare(self, resolved: dict, train_source, validation_source, *, defaults: dict) -> None:
         """Compare flags and data with the run to resume and between the processes; end the run if they differ.

@@ -1,0 +1,52 @@
+"""Default flags of a classifier: the paper's recipes, by what trains and by the size of the encoder."""
+
+# ViT-B's (He et al. 2021, tables 9 to 11). Partial fine-tuning uses the first ones.
+RECIPES = {
+    "fine-tuning": dict(
+        **dict(epochs=100, warmup_epochs=5, base_learning_rate=5e-4, min_learning_rate=1e-6, layer_decay=0.65),
+        **dict(optimizer="adamw", betas=[0.9, 0.999], weight_decay=0.05, max_grad_norm=1.0),
+        **dict(pooling="mean", drop_path=0.1, random_aug_magnitude=9, random_erase=0.25),
+        **dict(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1),
+    ),
+    "linear probe": dict(
+        **dict(epochs=90, warmup_epochs=10, base_learning_rate=0.1, min_learning_rate=0.0, layer_decay=1.0),
+        **dict(optimizer="lars", betas=[0.9, 0.999], weight_decay=0.0, max_grad_norm=0.0),
+        **dict(pooling="cls", drop_path=0.0, random_aug_magnitude=0, random_erase=0.0),
+        **dict(mixup_alpha=0.0, cutmix_alpha=0.0, label_smoothing=0.0),
+    ),
+    "from scratch": dict(
+        **dict(epochs=300, warmup_epochs=20, base_learning_rate=1e-4, min_learning_rate=0.0, layer_decay=1.0),
+        **dict(optimizer="adamw", betas=[0.9, 0.95], weight_decay=0.3, max_grad_norm=1.0),
+        **dict(pooling="mean", drop_path=0.1, random_aug_magnitude=9, random_erase=0.0),
+        **dict(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1),
+    ),
+}
+LARGER = {  # what differs for larger encoders
+    "ViT-L fine-tuning": dict(epochs=50, base_learning_rate=1e-3, layer_decay=0.75, drop_path=0.2),
+    "ViT-H fine-tuning": dict(epochs=50, base_learning_rate=1e-3, layer_decay=0.75, drop_path=0.3),
+    "ViT-L linear probe": dict(epochs=50),
+    "ViT-H linear probe": dict(epochs=50),
+    "ViT-L from scratch": dict(epochs=200, drop_path=0.2),
+    "ViT-H from scratch": dict(epochs=200, drop_path=0.2),
+}
+NAMES = {(1024, 24): "ViT-L", (1280, 32): "ViT-H"}  # width and depth; all other encoders take ViT-B's recipe
+
+
+def choose_kind(weights: str | None, *, linear_probe: bool) -> str:
+    """Return the key in RECIPES that two flags choose."""
+    return "linear probe" if linear_probe else "fine-tuning" if weights else "from scratch"
+
+
+def choose_recipe(kind: str, encoder: dict, *, learning_rate: float | None) -> tuple[str, dict]:
+    """Return the name of the recipe for an encoder, and its flags.
+
+    Args:
+        kind: a key in RECIPES.
+        encoder: its sizes, `embed_dim` and `depth` among them.
+        learning_rate: the flag, which a default minimum does not exceed.
+    """
+    name = f"{NAMES.get((encoder['embed_dim'], encoder['depth']), 'ViT-B')} {kind}"
+    recipe = {**RECIPES[kind], **LARGER.get(name, {})}
+    if learning_rate is not None:
+        recipe["min_learning_rate"] = min(recipe["min_learning_rate"], learning_rate)
+    return name, recipe
