@@ -22,18 +22,26 @@ def evaluation_crop_ratio(img_size: tuple[int, int]) -> float:
 
 
 def random_crop_box(
-    rng: np.random.Generator, height: int, width: int, *, scale: tuple[float, float] = (0.2, 1.0)
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    *,
+    scale: tuple[float, float] = (0.2, 1.0),
+    style: str = "torchvision",
 ) -> tuple[int, int, int, int]:
     """Draw a box (top, left, h, w) inside a height x width image, distributed as torchvision's RandomResizedCrop.
 
     `scale` bounds the box's share of the area. The aspect ratio is uniform in the logarithm. After ten draws that do
-    not fit, the central box of the nearest aspect ratio is returned.
+    not fit, the central box of the nearest aspect ratio is returned. With the `style` "official" there is one draw,
+    whose sides are cut to the image's, as in the official MAE's linear probe; such boxes are larger.
     """
     low, high = map(math.log, ASPECT_RATIOS)
     for _ in range(10):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random())
         aspect = math.exp(low + (high - low) * rng.random())
         h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if style == "official":
+            h, w = max(1, min(h, height)), max(1, min(w, width))
         if 0 < h <= height and 0 < w <= width:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
     h, w = height, width
@@ -82,9 +90,11 @@ class RandomCrop(NamedTuple):
     size: tuple[int, int]
     scale: tuple[float, float] = (0.2, 1.0)  # bounds of the crop's share of the image's area
     fast: bool = False
+    style: str = "torchvision"  # see `random_crop_box`
 
     def __call__(self, image: torch.Tensor, rng: np.random.Generator, out: torch.Tensor | None = None) -> torch.Tensor:
-        crop = resized_crop(image, random_crop_box(rng, *image.shape[1:], scale=self.scale), self.size, out)
+        box = random_crop_box(rng, *image.shape[1:], scale=self.scale, style=self.style)
+        crop = resized_crop(image, box, self.size, out)
         if rng.random() < 0.5:
             crop = crop.flip(2) if out is None else out.copy_(crop.flip(2))
         return crop

@@ -91,6 +91,32 @@ def test_recipes_are_inserted_and_later_flags_win(tmp_path):
     assert len(errors) == 3 and "missing.args" in errors[0] and "quote.args" in errors[1] and "--nonsense" in errors[2]
 
 
+@pytest.mark.parametrize("words", ["--working_directory ~/runs", "--working_directory=~/runs", "@~/a.args"])
+def test_a_tilde_is_the_home_folder(words, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.args").write_text("--working_directory ~/runs")
+    args, errors = read("--path_to_data=~", "--cache_dir", "~/a~b=~", *words.split())
+    assert not errors and args.working_directory == str(tmp_path / "runs") and args.path_to_data == str(tmp_path)
+    assert args.cache_dir == str(tmp_path / "a~b=~")
+    for word in ("a~b", "=~/a", "~nobody~/a", "--cache_dir=a=~/b"):  # as a shell leaves them
+        assert arguments._expand_home(word) == word
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "./", "a/.."])
+def test_an_experiment_has_a_folder_of_its_own(name):
+    _, errors = read_and_check("--path_to_data", "x", "--experiment_name", name)
+    assert errors == [f"--experiment_name {name!r} names no folder inside --working_directory; give a name"]
+    assert not read_and_check("--path_to_data", "x", "--experiment_name", "a/b.c")[1]
+
+
+def test_recipes_of_other_editors_and_files_that_begin_with_an_at_sign(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.args").write_bytes(b"\xef\xbb\xbf--epochs 3\r\n--experiment_name 'a b'\r\n\r\n")
+    (tmp_path / "@x.jpg").write_bytes(b"\xff\xd8")
+    args, errors = read("@x.args", "--path_to_data", "@x.jpg")
+    assert not errors and (args.epochs, args.experiment_name, args.path_to_data) == (3, "a b", "@x.jpg")
+
+
 def test_contradictions_are_listed_together():
     args, errors = read_and_check(
         *("--report_to", "none", "tensorboard", "--log_wandb", "--value_range", "5", "5", "--crop_scale", "0.9", "0.2"),

@@ -18,6 +18,24 @@ from data.transforms import (
 )
 
 
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (64, 64), (100, 260), (1, 400)])
+def test_official_crops_are_one_draw_cut_to_the_image(height, width):
+    """By hand: area and aspect ratio are drawn once, each side is cut, the place is uniform."""
+    rng, draws, scale = np.random.default_rng(0), np.random.default_rng(1), (0.08, 1.0)
+    boxes = np.array([random_crop_box(rng, height, width, scale=scale, style="official") for _ in range(4000)])
+    area = height * width * draws.uniform(*scale, 4000)
+    aspect = np.exp(draws.uniform(math.log(3 / 4), math.log(4 / 3), 4000))
+    sides = [np.sqrt(area / aspect).round().clip(1, height), np.sqrt(area * aspect).round().clip(1, width)]
+    for side, place, whole, column in ((sides[0], 0, height, 2), (sides[1], 1, width, 3)):
+        assert boxes[:, column].mean() == pytest.approx(side.mean(), rel=0.02)
+        assert (boxes[:, place] >= 0).all() and (boxes[:, place] + boxes[:, column] <= whole).all()
+        assert boxes[:, place].mean() == pytest.approx((whole - side).mean() / 2, abs=0.02 * whole)
+    if (height, width) == (375, 500):  # larger than torchvision's
+        usual = np.array([random_crop_box(rng, height, width, scale=scale) for _ in range(4000)])
+        shares = [(found[:, 2] * found[:, 3]).mean() / (height * width) for found in (boxes, usual)]
+        assert shares == pytest.approx([0.51, 0.44], abs=0.015)
+
+
 def picture(height: int, width: int, channels: int = 3, seed: int = 0) -> torch.Tensor:
     """Smooth colours, a few sharp edges and a little noise, in channels-last order as decode() gives it."""
     y, x = np.mgrid[:height, :width]

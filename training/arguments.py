@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import math
+import os
 import re
 import shlex
 import sys
@@ -104,6 +105,7 @@ class Parser(argparse.ArgumentParser):
     def read(self, argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
         """Return the flags, and error messages for unknown flags, recipes that cannot be read and contradictions."""
         words, errors = _expand_recipes(sys.argv[1:] if argv is None else argv)
+        words = [_expand_home(word) for word in words]
         args, unknown = self.parse_known_intermixed_args(words)  # flags may stand between positional arguments
         known = [option for action in self._actions for option in action.option_strings]
         for before, word in zip(["", *unknown], unknown, strict=False):
@@ -127,16 +129,23 @@ def _expand_recipes(words: list[str]) -> tuple[list[str], list[str]]:
     """Replace every `@FILE` by the words of that file."""
     expanded, errors = [], []
     for word in words:
-        if not word.startswith("@"):
+        if not word.startswith("@") or Path(word).exists():
             expanded.append(word)
             continue
         try:
-            expanded += shlex.split(Path(word[1:]).read_text(), comments=True)
+            text = Path(_expand_home(word[1:])).read_text(encoding="utf-8-sig")
+            expanded += shlex.split(text, comments=True)
         except OSError as error:
             errors.append(f"the recipe {word[1:]} cannot be read ({error.strerror}); expected a file of flags")
         except ValueError as error:
             errors.append(f"the recipe {word[1:]} cannot be read ({error}); expected flags as a shell would split them")
     return expanded, errors
+
+
+def _expand_home(word: str) -> str:
+    """Replace the `~` that begins a word, or the value behind `--flag=`, by the home folder, as a shell would."""
+    flag, sign, value = word.partition("=") if re.match(r"--\w+=~", word) else ("", "", word)
+    return f"{flag}{sign}{os.path.expanduser(value)}"
 
 
 SOURCES = (
@@ -174,7 +183,7 @@ def add_length_flags(parser: Parser, *, epochs: int | None, steps: int | None = 
     flag = parser.add_argument_group("length").add_argument
     flag("--epochs", type=integer(1), default=epochs, help="passes over the data" + _default(epochs))
     flag("--max_steps", type=integer(1), help="optimizer steps; overrides --epochs" + _default(steps))
-    help_text = f"epochs of linear warmup; if left out, at most 5 %% of the run (default {warmup})"
+    help_text = f"epochs of linear warmup, in a shorter run the same share of it (default {warmup})"
     flag("--warmup_epochs", type=number(), help=help_text)
     flag("--warmup_steps", type=integer(0), help="steps of linear warmup; overrides --warmup_epochs")
 
@@ -271,6 +280,9 @@ def add_finetuning_flags(parser: Parser, *, weights: str, betas: list[float] | N
 def add_augmentation_flags(parser: Parser) -> None:
     """Add the augmentation of a classifier's images."""
     flag = parser.add_argument_group("augmentation").add_argument
+    help_text = "draw random crops as torchvision, or as the official linear probe, whose crops are larger"
+    styles = ("torchvision", "official")
+    flag("--crop_style", choices=styles, default=styles[0], help=f"{help_text} (default {styles[0]})")
     flag("--random_aug_magnitude", type=integer(0, 10), help="RandAugment magnitude (0: off)")
     flag("--random_erase", type=number(0, 1), help="probability of erasing a part of an image (0: off)")
     flag("--mixup_alpha", type=number(), help="mixup alpha (0: off)")
@@ -344,6 +356,9 @@ def add_hub_flags(parser: Parser) -> None:
 def check_run(args: argparse.Namespace) -> list[str]:
     """Return error messages for the flags that every training script has."""
     errors = [] if args.path_to_data else ["--path_to_data is missing; give a folder of images or builtin:shapes"]
+    if not args.experiment_name.strip() or Path(args.experiment_name).name in ("", ".."):
+        name = args.experiment_name
+        errors.append(f"--experiment_name {name!r} names no folder inside --working_directory; give a name")
     if args.value_range and not args.value_range[0] < args.value_range[1]:
         low, high = args.value_range
         errors.append(f"--value_range {low:.9g} {high:.9g} is empty; give the value of black first, then a larger one")
@@ -408,14 +423,15 @@ def check_segmenter(args: argparse.Namespace, head_class) -> list[str]:
 def check_classifier(args: argparse.Namespace, *, usual_optimizer: str) -> list[str]:
     """Return error messages for what trains and how; `usual_optimizer` is the one with a default learning rate."""
     errors = []
-    if args.optimizer != usual_optimizer and args.learning_rate is None:
+    if args.optimizer not in (None, usual_optimizer) and args.learning_rate is None:
         errors.append(
             f"--optimizer {args.optimizer} has no default learning rate here; give --learning_rate, or use "
             f"{usual_optimizer}"
         )
     if args.linear_probe:
-        defaults = {"mixup_alpha": 0, "cutmix_alpha": 0, "drop_path": 0, "layer_decay": 1, "trainable_blocks": None}
-        given = [f"--{name} {getattr(args, name):g}" for name in defaults if getattr(args, name) != defaults[name]]
+        none = {"mixup_alpha": 0, "cutmix_alpha": 0, "drop_path": 0, "layer_decay": 1, "trainable_blocks": None}
+        values = {name: getattr(args, name) for name in none}
+        given = [f"--{name} {value:g}" for name, value in values.items() if value not in (None, none[name])]
         if given:
             errors.append(
                 f"--linear_probe trains a linear layer on frozen features, to which {', '.join(given)} does not apply; "
