@@ -30,7 +30,7 @@ from data.index import DataError, first_few, write_array
 from data.pairs import SegmentationFolder, open_pairs
 from data.prepared import PLAN, PREPARED, PREPARING, SETTINGS, VERSION, keeps_files, open_prepared, read_prepared
 from data.sources import kind_of_data, open_sources
-from data.statistics import STATISTICS, merge, statistics_of
+from data.statistics import STATISTICS, is_statistics, merge, statistics_of
 from data.writing import QUALITY, ArrayEncoder, FileEncoder, Measure, index_arrays, index_files, is_eight_bit
 from training import arguments, launch
 from training.arguments import integer, number
@@ -313,9 +313,12 @@ def report_statistics(statistics, folder):
     names = ("channels", "value_range", "nodata", "mean", "std")
     flags = {FLAGS.get(name, name): statistics[name] for name in names if statistics[name] is not None}
     print("statistics " + " ".join(f"--{name} {format_flag(value)}" for name, value in flags.items()))
-    if folder.is_dir() and os.access(folder, os.W_OK):
-        write_json(folder / STATISTICS, statistics)
-        print(f"           written to {folder / STATISTICS}, where the scripts find them")
+    path = folder / STATISTICS
+    if path.exists() and not is_statistics(path):
+        print(f"           give the scripts these flags: {path} is another program's, and stays as it is")
+    elif folder.is_dir() and os.access(folder, os.W_OK):
+        write_json(path, statistics)
+        print(f"           written to {path}, where the scripts find them")
     else:
         print("           give the scripts these flags, as there is no folder to write them to")
 

@@ -1,6 +1,7 @@
 """Hold the names and labels of a data set in flat arrays that processes share, and cache what is slow to build."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-FORMAT = 1  # of cache entries; entries of other formats are ignored
+FORMAT = 2  # of cache entries; entries of other formats are ignored
+TAG = "CACHEDIR.TAG"  # marks an entry as one of ours (https://bford.info/cachedir/)
+SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55\n# an index of masked-autoencoders\n"
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 CLASS_NUMBER = re.compile("0*[0-9]{1,6}")
 
@@ -175,7 +178,7 @@ def cached(
             check_cache(cache)
             if result := _load(entry, fresh):
                 return result
-            lock = stack.enter_context(open(entry.with_suffix(".lock"), "w"))
+            lock = stack.enter_context(open(entry.with_suffix(".lock"), "a"))
             fcntl.flock(lock, fcntl.LOCK_EX)
         except (DataError, OSError) as error:  # also a file system without locks
             print(f"note: {cache}: nothing is cached ({error})", file=sys.stderr)
@@ -203,12 +206,15 @@ def _load(entry: Path, fresh: Callable[[dict], bool]) -> tuple[dict, dict[str, n
 
 
 def _store(entry: Path, meta: dict, arrays: dict[str, np.ndarray]) -> None:
-    """Replace an entry atomically."""
+    """Replace an entry atomically. Raises OSError if something else has its name."""
+    if entry.exists() and not ((entry / TAG).is_file() and (entry / TAG).read_text() == SIGNATURE):
+        raise FileExistsError(errno.EEXIST, "not an index of this project", str(entry))
     with tempfile.TemporaryDirectory(prefix=f"{entry.name}.", dir=entry.parent) as folder:
         new, old = Path(folder, "new"), Path(folder, "old")
         new.mkdir()
         for name, array in arrays.items():
             write_array(new / f"{name}.npy", array)
+        (new / TAG).write_text(SIGNATURE)
         (new / "meta.json").write_text(json.dumps({"meta": meta, "arrays": list(arrays)}))
         with contextlib.suppress(FileNotFoundError):
             os.rename(entry, old)

@@ -73,20 +73,28 @@ def statistics_of(moments: Moments, pixels: PixelFormat, *, eight_bit: bool) -> 
     }
 
 
+def is_statistics(path: Path) -> bool:
+    """Return True if prepare_data.py wrote the file, by the keys that it has in every version."""
+    try:
+        return {"version", "images", "channels", "nodata", "mean", "std"} <= json.loads(path.read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def read_statistics(folder: str | Path) -> dict | None:
-    """Read the statistics.json of a data folder, None if it has none.
+    """Read the statistics.json of a data folder, None if it has none, or another program's.
 
     It has the number of `images`; `channels`, `value_range` and `nodata` as in PixelFormat; `mean` and `std` of each
-    channel in [0, 1]. Raises DataError for a file that prepare_data.py did not write.
+    channel in [0, 1]. Raises DataError for a file of prepare_data.py that is damaged or of another version.
     """
     path = Path(folder) / STATISTICS
-    if not path.is_file():
+    if not is_statistics(path):
         return None
     try:
         statistics = json.loads(path.read_text())
         mean, std, channels = (statistics[name] for name in ("mean", "std", "channels"))
         low, high = statistics["value_range"] or (0, 1)
-        valid = statistics["version"] == VERSION and len(mean) == len(std) == channels and "nodata" in statistics
+        valid = statistics["version"] == VERSION and len(mean) == len(std) == channels
         valid = valid and low < high and min(std) >= 1e-6 and np.isfinite([*mean, *std]).all()
     except (OSError, ValueError, KeyError, TypeError):
         valid = False

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
 import time
 
@@ -120,6 +121,20 @@ def test_what_was_built_is_mapped_into_memory(tmp_path):
     assert cached(tmp_path / "new" / "cache", "other key", fresh=bool, build=built(2))[0] == {"number": 2}
     assert cached(None, "key", fresh=bool, build=built(3))[0] == {"number": 3}
     assert len(os.listdir(tmp_path / "new" / "cache")) == 4  # two entries with their locks; nothing is half-written
+
+
+def test_what_others_keep_in_the_cache_stays(tmp_path, capsys):
+    cached(tmp_path, "key", fresh=bool, build=built(1))
+    (entry,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    shutil.rmtree(entry)
+    others = [entry / "mine.txt", tmp_path / "index-0123" / "meta.json", entry.with_suffix(".lock")]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    for _ in range(2):
+        assert cached(tmp_path, "key", fresh=bool, build=built(2))[0] == {"number": 2}
+    assert all(path.read_text() == "mine" for path in others) and os.listdir(entry) == ["mine.txt"]
+    assert "nothing is cached" in capsys.readouterr().err
 
 
 def test_what_no_longer_holds_is_built_anew(tmp_path):

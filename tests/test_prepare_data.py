@@ -468,6 +468,19 @@ def test_statistics_that_have_no_folder_are_printed(capsys, pairs):
     assert re.search("--mean(.|\n)*give the scripts these flags", capsys.readouterr().out)
 
 
+def test_the_statistics_of_another_program_stay(image_folder, tmp_path, capsys):
+    folder = shutil.copytree(image_folder, tmp_path / "images")
+    (folder / "statistics.json").write_text('{"mean": [0.5]}')
+    prepare(folder, "--statistics")
+    assert (folder / "statistics.json").read_text() == '{"mean": [0.5]}'
+    said = capsys.readouterr().out
+    assert "--mean" in said and "give the scripts these flags" in said and "is another program's" in said
+    (folder / "statistics.json").unlink()
+    for _ in range(2):  # its own are written again
+        prepare(folder, "--statistics")
+    assert statistics_of(folder)["images"] == 40
+
+
 def test_statistics_of_nothing_leave_nothing(tmp_path, capsys):
     folder = write_arrays(tmp_path / "flat", np.full((4, 4), 7, np.int32))
     assert "all pixels are 7" in refused(capsys, folder, "--statistics", "--input_channels", 1)

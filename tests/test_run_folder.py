@@ -8,8 +8,8 @@ import torch
 from conftest import run_code
 from safetensors.torch import load_file
 
-from training.files import alone_at, replace_folder, write_json
-from training.launch import InputError
+from training.files import MARKER, alone_at, own_files, replace_folder, write_json
+from training.launch import InputError, RunError
 from training.run_folder import RunFolder, is_whole, read_state
 
 MODEL = {"weight": torch.arange(6.0).reshape(2, 3)}
@@ -69,13 +69,43 @@ def test_a_folder_with_the_logs_of_the_job_is_taken(tmp_path, names):
     assert {*files_in(tmp_path / "run")} == {*names, ".lock"}
 
 
-def test_the_folder_of_a_run_that_left_no_checkpoint_is_reused(folder):
-    results = ("log.jsonl", "damaged.jsonl", "predictions/1.png", "best/a", "model/a", "tensorboard/a", ".new_best/a")
-    fill(folder.path, *results, "checkpoints/.saving_step_00000002/a", "checkpoints/step_00000001/model.safetensors")
+RESULTS = ("encoder", "model", "best")
+
+
+def test_a_run_that_left_no_checkpoint_starts_anew_and_files_of_others_stay(folder):
+    for name in RESULTS:
+        replace_folder(folder.path / name, lambda new: fill(new, "config.json", "pretraining/model.safetensors"))
+    pictures = [f"{name}/step_00000002.png" for name in ("reconstructions", "predictions")]
+    fill(folder.path, "log.jsonl", "damaged.jsonl", "wandb_run_id", "tensorboard/events.out.tfevents.1.a", *pictures)
+    fill(folder.path, "checkpoints/.saving_step_00000002/a", "checkpoints/step_00000001/model.safetensors")
+    others = [f"{name}/{file}" for name in RESULTS for file in ("notes.txt", "pretraining/a.onnx", "mine/b")]
+    others += ["predictions/predictions.jsonl", "predictions/labels/step_1.png", "reconstructions/best.png"]
+    others += ["tensorboard/other/events.out.tfevents.2.b", "checkpoints/step_00000001/merged.pt", "notes.txt"]
+    fill(folder.path, *others)
     folder.lock()
     assert folder.find(None) is None and folder.find("auto") is None
     folder.clear_beyond(0)
-    assert {*files_in(folder.path)} == {"args.json", ".lock"} and not list(folder.checkpoints.iterdir())
+    assert {*files_in(folder.path)} == {"args.json", ".lock", *others}
+    save(folder, 1)  # in the place of what was half removed
+    assert folder.find("auto").name == "step_00000001"
+    assert (folder.checkpoints / "step_00000001" / "merged.pt").read_text() == "checkpoints/step_00000001/merged.pt"
+
+
+def test_old_checkpoints_leave_the_files_of_others(folder):
+    fill(save(folder, 1), "merged.pt")
+    save(folder, 2, keep=1)
+    assert files_in(folder.checkpoints / "step_00000001") == {"merged.pt": "merged.pt"}
+    assert [path.name for path in folder.whole_checkpoints()] == ["step_00000002"]
+
+
+@pytest.mark.parametrize("content", [{"flags": {}, "versions": {}}, {"format": "mae-accelerate run 1"}])
+def test_runs_are_recognized_by_their_mark_and_older_ones_by_their_flags_and_versions(folder, content):
+    write_json(folder.path / "args.json", content)
+    fill(folder.path, "log.jsonl", "notes.txt")
+    folder.lock()
+    write_json(folder.path / "args.json", {"flags": {}})  # of another program
+    with pytest.raises(InputError, match="holds files that no run wrote"):
+        RunFolder(folder.path).lock()
 
 
 def test_a_disk_that_is_full_is_reported_by_the_caller(tmp_path):
@@ -131,7 +161,9 @@ def test_a_resumption_removes_what_lies_beyond_its_checkpoint(folder):
     save(folder, 1)
     (save(folder, 3) / "state.json").unlink()  # as a kill leaves it while old checkpoints are removed
     save(folder, 5)
-    fill(folder.path, "checkpoints/.saving_step_00000002/a", "log.jsonl", "metrics.json", "best/a", ".new_best/a")
+    fill(folder.path, "checkpoints/.saving_step_00000002/a", "log.jsonl", "metrics.json", "best/a")
+    fill(folder.path / ".best.replacing", MARKER, "new/a")
+    write_json(folder.path / ".best.replacing" / MARKER, {"version": 1, "files": []})
     folder.clear_beyond(1)
     assert os.listdir(folder.checkpoints) == ["step_00000001"]
     assert sorted(os.listdir(folder.path)) == ["args.json", "best", "checkpoints", "log.jsonl"]
@@ -149,7 +181,7 @@ def test_a_folder_is_replaced_or_stays(tmp_path, error):
             replace_folder(target, lambda folder, name=name: fill(folder, name))
         with pytest.raises(type(error)):
             replace_folder(target, fail)
-        assert {*files_in(target.parent)} == ({f"best/{name}"} if name else set())
+        assert {*files_in(target.parent)} == ({f"best/{name}", f"best/{MARKER}"} if name else set())
 
 
 @pytest.mark.parametrize("moment", ["write", "exchange"])
@@ -159,12 +191,40 @@ import os; from pathlib import Path; from training.files import replace_folder
 target, rename = Path("run/best"), Path.rename
 kill = lambda *args: os.kill(os.getpid(), 9)
 replace_folder(target, lambda folder: (folder / "old").touch())
-Path.rename = lambda path, to: kill() if path.name == ".new_best" else rename(path, to)
+(target / "mine").touch()
+Path.rename = lambda path, to: kill() if path.name == "new" else rename(path, to)
 replace_folder(target, kill if {moment!r} == "write" else lambda folder: (folder / "new").touch())
 """
     run_code(code, cwd=tmp_path, code=-signal.SIGKILL)
     target = tmp_path / "run" / "best"
-    assert ".new_best" in os.listdir(target.parent) and target.exists() == (moment == "write")
+    assert ".best.replacing" in os.listdir(target.parent) and target.exists() == (moment == "write")
     with pytest.raises(ZeroDivisionError):
         replace_folder(target, lambda folder: 1 / 0)
-    assert {*files_in(target.parent)} == {"best/old"}
+    assert {*files_in(target.parent)} == {"best/old", "best/mine", f"best/{MARKER}"}
+
+
+def test_a_replaced_folder_keeps_what_others_put_there(tmp_path):
+    """Of its own files, those that the new one lacks go; an empty folder, a link and a repository of git stay."""
+    target = tmp_path / "hub"
+    replace_folder(target, lambda folder: fill(folder, "config.json", "pretraining/model.safetensors"))
+    fill(target, "notes.txt", ".git/HEAD", "pretraining/convert.py")
+    (target / "empty").mkdir()
+    (target / "link").symlink_to("notes.txt")
+    for text in ("one", "two"):
+        replace_folder(target, lambda folder, text=text: (folder / "config.json").write_text(text))
+    names = {"config.json", "notes.txt", ".git/HEAD", "pretraining/convert.py", "link", MARKER}
+    assert {*files_in(target)} == names and (target / "config.json").read_text() == "two"
+    assert (target / "empty").is_dir() and (target / "link").is_symlink() and os.listdir(tmp_path) == ["hub"]
+    replace_folder(target, lambda folder: fill(folder, "config.json"))
+    assert own_files(target) == ["config.json", MARKER]
+
+
+def test_what_lies_beside_a_replaced_folder_stays(tmp_path):
+    """By their names these could be left over from a replacement."""
+    fill(tmp_path, ".new_hub/mine", ".old_hub/mine", "hub/config.json")
+    replace_folder(tmp_path / "hub", lambda folder: fill(folder, "config.json"))
+    assert {".new_hub/mine", ".old_hub/mine"} <= files_in(tmp_path).keys()
+    fill(tmp_path, ".hub.replacing/old/mine")
+    with pytest.raises(RunError, match=r"\.hub\.replacing is in the way, and was not written by this project; move it"):
+        replace_folder(tmp_path / "hub", lambda folder: fill(folder, "config.json"))
+    assert ".hub.replacing/old/mine" in files_in(tmp_path)

@@ -12,6 +12,7 @@ import pytest
 from hub import EXPIRED, READ_ONLY, UNKNOWN, VALID
 from huggingface_hub import ModelCard, constants, list_repo_files, snapshot_download
 
+from training.files import MARKER, replace_folder
 from training.launch import RunError
 from training.upload import Uploader, check_hub, check_repo_id, check_token, upload
 
@@ -58,6 +59,18 @@ def changes(hub) -> list[tuple[str, str]]:
 
 def commits(hub) -> list[str]:
     return [path for _, path in hub.requests if "/commit/" in path]
+
+
+def test_files_of_others_in_the_folder_stay_here(here, tmp_path):
+    target = tmp_path / "hub"
+    replace_folder(target, write_folder)
+    own = content_of(target)
+    (target / "notes.txt").write_text("mine")
+    (target / ".git").mkdir()
+    (target / ".git" / "HEAD").write_text("mine")
+    replace_folder(target, write_folder)
+    push(target)
+    assert here.files("owner/name").keys() == own.keys() - {MARKER}
 
 
 @pytest.mark.parametrize("private", [False, True])

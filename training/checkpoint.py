@@ -27,7 +27,7 @@ from torch import nn
 from training.arguments import FREE_FLAGS
 from training.files import write_json
 from training.launch import InputError, RunError
-from training.run_folder import EMA, MODEL, OPTIMIZER, RunFolder, is_whole, read_state
+from training.run_folder import EMA, FORMAT, MODEL, OPTIMIZER, RunFolder, is_whole, read_state
 from training.sharding import gather_state, share_of
 from training.wording import as_typed
 
@@ -195,4 +195,4 @@ def note_start(folder: Path, content: dict, step: int, processes: int, *, fresh:
     if not fresh:
         content = json.loads(path.read_text())
         environment = {"resumed": [*content.get("resumed", []), {"step": step, **environment}]}
-    write_json(path, {**content, **environment})
+    write_json(path, {"format": FORMAT, **content, **environment})

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent."""
+"""Files and folders that are whole or absent, and which files of a folder are this project's."""
 
 import contextlib
 import errno
@@ -6,10 +6,13 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from training.launch import RunError
+
+MARKER = ".mae-accelerate.json"  # of a folder that `replace_folder` wrote: the version, and the files that are its own
+VERSION = 1
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -32,40 +35,93 @@ def read_lines(path: Path) -> list[dict]:
     return [line for line in lines if isinstance(line, dict)]
 
 
+def own_files(folder: Path) -> list[str] | None:
+    """Return the files that `replace_folder` wrote into a folder, with its marker; None if it has no marker."""
+    try:
+        return [*json.loads((folder / MARKER).read_text())["files"], MARKER]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remove_files(folder: Path, names: Iterable[str]) -> None:
+    """Remove files of a folder, and the folders that this leaves empty. Files of others stay."""
+    paths = [folder / name for name in names]
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
+    for path in sorted({folder, *(path.parent for path in paths)}, reverse=True):
+        with contextlib.suppress(OSError):  # not empty, or gone
+            path.rmdir()
+
+
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Replace the folder atomically: readers see the old or the new one, or none for a moment, never a mixture.
+
+    The files of others in it stay.
 
     Args:
         target: the folder. If writing fails, it is as it was.
         write: fills the empty folder that it is called with.
+
+    Raises:
+        RunError: if the place beside it that the exchange needs is taken.
     """
     clear_beside(target)
-    new, old = _beside(target)
+    work = _beside(target)
     try:
-        new.mkdir(parents=True)
+        work.mkdir(parents=True)
+        write_json(work / MARKER, {"version": VERSION, "files": []})
+        new = work / "new"
+        new.mkdir()
         write(new)
-        for path in (*new.rglob("*"), new):
+        own = [path.relative_to(new).as_posix() for path in sorted(new.rglob("*")) if not path.is_dir()]
+        _keep_others(target, new, replaced={*own, *(own_files(target) or [])})
+        write_json(new / MARKER, {"version": VERSION, "files": own})
+        for path in (*(new / name for name in own), new):
             sync(path)
         if target.exists():
-            target.rename(old)
+            target.rename(work / "old")
         new.rename(target)
         sync(target.parent)
     finally:
         clear_beside(target)
 
 
-def _beside(target: Path) -> tuple[Path, Path]:
+def _keep_others(old: Path, new: Path, *, replaced: set[str]) -> None:
+    """Copy the files and folders of `old` that are not `replaced` to `new`, as links where the disk has them."""
+    folders = {str(parent) for name in replaced for parent in Path(name).parents}
+    for path in sorted(old.rglob("*")) if old.is_dir() else []:
+        name = path.relative_to(old)
+        if path.is_dir() and not path.is_symlink():
+            if str(name) not in folders:
+                (new / name).mkdir(exist_ok=True)
+        elif name.as_posix() not in replaced:
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, new / name, follow_symlinks=False)
+            except OSError:
+                shutil.copy2(path, new / name, follow_symlinks=False)
+
+
+def _beside(target: Path) -> Path:
     """Return where `replace_folder` keeps the new and the old folder while it swaps them."""
-    return target.with_name(f".new_{target.name}"), target.with_name(f".old_{target.name}")
+    return target.with_name(f".{target.name}.replacing")
 
 
 def clear_beside(target: Path) -> None:
-    """Clean up after a replacement that failed or was killed: restore the old folder if the new one is not there."""
-    new, old = _beside(target)
-    if old.exists() and not target.exists():
-        old.rename(target)
-    for path in (new, old):
-        shutil.rmtree(path, ignore_errors=True)
+    """Clean up after a replacement that failed or was killed: restore the old folder if the new one is not there.
+
+    Raises:
+        RunError: if the place holds something else.
+    """
+    work = _beside(target)
+    if not work.exists():
+        return
+    if own_files(work) is None and (not work.is_dir() or any(work.iterdir())):
+        raise RunError(f"{work} is in the way, and was not written by this project; move it")
+    if (work / "old").exists() and not target.exists():
+        (work / "old").rename(target)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 @contextlib.contextmanager

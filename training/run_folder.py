@@ -13,11 +13,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from training.files import clear_beside, sync, write_json
+from training.files import clear_beside, own_files, remove_files, sync, write_json
 from training.launch import InputError, RunError
 from training.wording import in_one_line
 
+FORMAT = "mae-accelerate run 1"  # in args.json: the mark of a run's folder
 MODEL, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.pt", "state.json"
+FILES = (MODEL, EMA, OPTIMIZER)
+PICTURES, EVENTS = "step_*.png", "events.out.tfevents.*"
 # What may stand in the folder of a run that starts for the first time: the logs of the job that starts it
 JOB_LOGS, JOB_SUFFIXES = {"slurm"}, {".log", ".out", ".err"}
 
@@ -68,7 +71,8 @@ class RunFolder:
     def foreign_files(self) -> list[str]:
         """Return the names in the folder if it is not a run's: then nothing in it may be removed or overwritten."""
         try:
-            if {"flags", "versions"} <= json.loads((self.path / "args.json").read_text()).keys():
+            args = json.loads((self.path / "args.json").read_text())
+            if args.get("format") == FORMAT or {"flags", "versions"} <= args.keys():  # older runs have no format
                 return []
         except (OSError, ValueError, AttributeError):
             pass
@@ -125,14 +129,16 @@ class RunFolder:
         """Remove what the run wrote beyond the step to start from.
 
         These are later checkpoints, the final metrics and the rest of a save or removal that was killed; from step 0
-        also log, pictures and models of a start that left no checkpoint.
+        also log, pictures and models of a start that left no checkpoint. Files of others stay.
         """
         if not (self.path / "args.json").exists():  # nothing here is a run's, see `lock`
             return
         (self.path / "metrics.json").unlink(missing_ok=True)
         half_removed = [path for path in self.checkpoints.glob("step_*") if not (path / STATE).exists()]
-        for path in [*self.checkpoints.glob(".saving_*"), *half_removed]:
+        for path in self.checkpoints.glob(".saving_*"):
             shutil.rmtree(path, ignore_errors=True)
+        for path in half_removed:
+            remove_files(path, FILES)
         for path in self.whole_checkpoints():
             if read_state(path)["step"] > step:
                 remove_checkpoint(path)
@@ -141,8 +147,10 @@ class RunFolder:
         if step == 0:
             for name in ("log.jsonl", "damaged.jsonl", "wandb_run_id"):
                 (self.path / name).unlink(missing_ok=True)
-            for name in ("reconstructions", "predictions", "encoder", "model", "best", "tensorboard"):
-                shutil.rmtree(self.path / name, ignore_errors=True)
+            for name in ("encoder", "model", "best"):
+                remove_files(self.path / name, own_files(self.path / name) or [])
+            for name, pattern in (("reconstructions", PICTURES), ("predictions", PICTURES), ("tensorboard", EVENTS)):
+                remove_files(self.path / name, [path.name for path in (self.path / name).glob(pattern)])
 
     def save(
         self,
@@ -183,7 +191,9 @@ class RunFolder:
                 shutil.copymode(temporary / STATE, temporary / name)
             for path in (*temporary.iterdir(), temporary):
                 sync(path)
-            shutil.rmtree(target, ignore_errors=True)  # an incomplete folder of that name
+            remove_files(target, (*FILES, STATE))  # an incomplete checkpoint
+            for path in target.iterdir() if target.is_dir() else ():  # of others
+                path.rename(temporary / path.name)
             temporary.rename(target)
             sync(self.checkpoints)
         except Exception as error:  # safetensors and torch wrap a full disk in errors of their own
@@ -203,8 +213,7 @@ class RunFolder:
 
 def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint, state.json first, so that a half-removed folder is never taken for a whole one."""
-    (path / STATE).unlink()
-    shutil.rmtree(path)
+    remove_files(path, (STATE, *FILES))
 
 
 def is_whole(path: Path) -> bool:

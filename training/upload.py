@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
 
+from training.files import MARKER, own_files
 from training.launch import RunError
 from training.schedule import is_due
 from training.wording import in_one_line
@@ -107,7 +108,9 @@ def _commit(folder: Path, repo_id: str, private: bool, revision: str | None, mes
     api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: the owner's default
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    own = own_files(folder)  # a folder may hold files of others too
+    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER]
+    paths = [path for path in paths if own is None or path.as_posix() in own]
     files = [CommitOperationAdd(path.as_posix(), folder / path) for path in paths]
     # Files of an earlier model that this one lacks would be read, or shown, as if they belonged to it
     stale = {*api.list_repo_files(repo_id, revision=revision)} - {path.as_posix() for path in paths}
