@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from modeling.upernet import POOL_SCALES
 
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")  # of DistributedDataParallel and torch.compile
-WEIGHT_FILES = ("ema.safetensors", "model.safetensors", "pytorch_model.bin")  # the first in a folder is read
+INDEX = ".index.json"  # ends the name of a file that lists in which shard each parameter is
+WEIGHT_FILES = ("ema.safetensors", "model.safetensors", "pytorch_model.bin")
+WEIGHT_FILES += ("model.safetensors" + INDEX, "pytorch_model.bin" + INDEX)  # the first of all in a folder is read
 
 
 class WeightsError(ValueError):
@@ -157,7 +159,8 @@ def _read_timm_config(config: dict) -> Stored:
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     """Read the parameters in a .safetensors or PyTorch file, or in a folder with one, under their own names.
 
-    Parameters are taken out of {"model": ...} or {"state_dict": ...}, and prefixes of wrappers are removed.
+    Weights in several shards are read by their index. Parameters are taken out of {"model": ...} or
+    {"state_dict": ...}, and prefixes of wrappers are removed.
 
     Raises:
         WeightsError: for a file that is damaged or holds no tensors.
@@ -165,6 +168,10 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     path = Path(path)
     if path.is_dir():
         path = next(path / name for name in WEIGHT_FILES if (path / name).is_file())
+    if path.name.endswith(INDEX):
+        return _read_shards(path)
+    if _begins_with(path, b"version https://git-lfs"):
+        raise WeightsError(f"{path}: a pointer of Git LFS, not the weights themselves; get these with git lfs pull")
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
@@ -186,3 +193,28 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     if not pairs or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in pairs):
         raise WeightsError(f"{path}: holds no state dict; expected names and tensors, maybe under 'model'; save those")
     return {WRAPPERS.sub("", name): value for name, value in pairs}
+
+
+def _begins_with(path: Path, start: bytes) -> bool:
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read(len(start)) == start
+    return False
+
+
+def _read_shards(path: Path) -> dict[str, torch.Tensor]:
+    """Read the parameters in the files that an index names. Raises WeightsError."""
+    try:
+        places = json.loads(path.read_text())["weight_map"]
+        shards = sorted({*places.values()})
+        if not shards or any(Path(name).name != name or name.endswith(INDEX) for name in shards):
+            raise ValueError("its weight_map names no files beside it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise WeightsError(f"{path}: not readable ({reason}); expected an index of shards; copy it again") from error
+    state = {}
+    for name in shards:
+        state |= read_state_dict(path.with_name(name))
+    missing = {WRAPPERS.sub("", name) for name in places} - state.keys()
+    if missing:
+        raise WeightsError(f"{path}: no shard holds {min(missing)}, one of {len(missing)}; copy the shards again")
+    return state

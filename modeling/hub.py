@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from modeling.files import WEIGHT_FILES, WeightsError
+from modeling.files import INDEX, WEIGHT_FILES, WeightsError
 
 PREFIX = "hf:"
 
@@ -66,7 +66,8 @@ def download(name: str, *, whole: bool) -> Path:
     try:
         for part in ("pretraining/", "") if whole else ("",):
             for file in WEIGHT_FILES:
-                patterns = [f"{part}{each}" for each in (file, "config.json", "preprocessor_config.json")]
+                shards = [f"{Path(file.removesuffix(INDEX)).stem}-*-of-*"] if file.endswith(INDEX) else []
+                patterns = [f"{part}{each}" for each in (file, *shards, "config.json", "preprocessor_config.json")]
                 folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns), part)
                 if (folder / file).is_file():
                     return folder

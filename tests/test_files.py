@@ -52,6 +52,63 @@ def test_files_and_folders(name, tmp_path):
         assert all(torch.equal(read[key], state[key]) for key in state)
 
 
+@pytest.mark.parametrize("safe", [True, False])
+def test_shards_are_read_by_their_index(safe, tmp_path):
+    """As transformers writes them, and in the same way with the prefix of a wrapper and .bin files."""
+    model = ViTModel(ViTConfig(**SIZES_OF_SHARDED)).eval()
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    index = tmp_path / "model.safetensors.index.json"
+    if not safe:
+        content = json.loads(index.read_text())
+        for name in {*content["weight_map"].values()}:
+            shard = {f"module.{key}": value for key, value in load_file(tmp_path / name).items()}
+            torch.save(shard, tmp_path / name.replace("model-", "pytorch_model-").replace(".safetensors", ".bin"))
+            (tmp_path / name).unlink()
+        text = json.dumps(content["weight_map"]).replace('"model-', '"pytorch_model-').replace(".safetensors", ".bin")
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": json.loads(text)}))
+        index.unlink()
+    shards = [*tmp_path.glob("*-of-*")]
+    assert len(shards) > 2
+    state, whole = read_state_dict(tmp_path), load_file(tmp_path / "whole" / "model.safetensors")
+    assert state.keys() == whole.keys() and all(torch.equal(state[name], value) for name, value in whole.items())
+    for path in (tmp_path, next(tmp_path.glob("*.index.json"))):
+        weights = open_weights(path)
+        assert (weights.sizes["num_heads"], weights.stored.grid) == (2, (4, 4))
+    shards[0].unlink()
+    with pytest.raises(WeightsError, match=f"{shards[0].name}: not readable .*; expected a whole file; copy it again"):
+        read_state_dict(tmp_path)
+
+
+SIZES_OF_SHARDED = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+SIZES_OF_SHARDED |= dict(image_size=32, patch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{", "not readable .*; expected an index of shards; copy it again"),
+        ("[]", "expected an index of shards"),
+        ('{"weight_map": {}}', "its weight_map names no files beside it"),
+        ('{"weight_map": {"a": "../a.safetensors"}}', "its weight_map names no files beside it"),
+        ('{"weight_map": {"a": "model.safetensors.index.json"}}', "its weight_map names no files beside it"),
+        ('{"weight_map": {"a": "x.safetensors", "b": "x.safetensors"}}', "no shard holds b, one of 1; copy the shards"),
+    ],
+)
+def test_an_index_that_is_none(content, expected, tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(WeightsError, match=expected):
+        read_state_dict(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.pth", "model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_of_git_lfs(name, tmp_path):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n")
+    with pytest.raises(WeightsError, match=r"a pointer of Git LFS, .*; get these with git lfs pull"):
+        read_state_dict(tmp_path / name)
+
+
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 @pytest.mark.parametrize("wrapper", ["model", "state_dict", None])
 def test_wrappers_are_taken_off(prefix, wrapper, tmp_path):
