@@ -48,7 +48,7 @@ from modeling.weights import open_weights, start_from
 from training import arguments
 from training.checkpoint import check_outside
 from training.files import replace_folder
-from training.launch import InputError, RunError, run_script
+from training.launch import InputError, RunError, put_back, run_script
 from training.metrics import segmentation_areas
 from training.optimizer import DECAY_FLAGS, adamw, clip_gradients, parameter_groups, set_learning_rate
 from training.pictures import displayable, segmentation_grid
@@ -285,6 +285,7 @@ def describe_model(model, head, recipe, images):
     ]
 
 
+@put_back()
 def main(argv=None):
     """Run the script; see the module's docstring."""
     args, errors = parse_args(argv)
@@ -317,7 +318,7 @@ def main(argv=None):
     with run.refusing(InputError):
         alone = not synchronized or args.micro_batch_size == "auto"  # which tries steps without synchronization
         check_batch = partial(check_segmenter_batch, min_batch=HEADS[args.head].min_batch if alone else 1)
-        run.plan_steps(len(sources[0]), check_batch, default_warmup_steps=WARMUP_STEPS)
+        run.plan_steps(len(sources[0]), check_batch, recipe_steps=(WARMUP_STEPS, STEPS))
     with run.refusing(WeightsError, flag=WEIGHTS):
         torch.manual_seed(args.seed)
         encoder |= dict(in_channels=pixels.channels, img_size=img_size)

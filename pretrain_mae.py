@@ -38,7 +38,7 @@ from training import arguments
 from training.arguments import Pair, integer, number
 from training.checkpoint import check_outside
 from training.files import replace_folder
-from training.launch import InputError, check, run_script
+from training.launch import InputError, check, put_back, run_script
 from training.metrics import reconstruction_metrics
 from training.neighbours import own_features, score_features
 from training.optimizer import adamw, clip_gradients, parameter_groups, set_learning_rate
@@ -57,7 +57,7 @@ from training.run import Run
 from training.schedule import learning_rate_at
 from training.wording import several
 
-DEFAULT_WARMUP_EPOCHS = 40
+WARMUP_EPOCHS, EPOCHS = 40, 800
 MODEL_FLAGS = (
     *("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "decoder_mlp_ratio"),
     *("mask_ratio", "norm_pix_loss"),
@@ -68,7 +68,7 @@ def parse_args(argv=None):
     """Return the flags, and error messages for those that contradict each other."""
     parser = arguments.Parser(__doc__)
     arguments.add_run_flags(parser, name="pretrain_mae")
-    arguments.add_length_flags(parser, epochs=800, warmup=DEFAULT_WARMUP_EPOCHS)
+    arguments.add_length_flags(parser, epochs=EPOCHS, warmup=WARMUP_EPOCHS)
     arguments.add_batch_flags(parser)
     arguments.add_optimizer_flags(parser, base_learning_rate=1.5e-4, weight_decay=0.05)
     arguments.add_speed_flags(parser)
@@ -292,6 +292,7 @@ def describe_model(model, mask_strategy):
     ]
 
 
+@put_back()
 def main(argv=None):
     """Run the script; see the module's docstring."""
     args, errors = parse_args(argv)
@@ -313,7 +314,7 @@ def main(argv=None):
     with run.refusing(InputError):
         views = args.repeated_augmentation
         check_batch = partial(check_views, views)
-        run.plan_steps(len(train_source) * views, check_batch, default_warmup_epochs=DEFAULT_WARMUP_EPOCHS)
+        run.plan_steps(len(train_source) * views, check_batch, recipe_epochs=(WARMUP_EPOCHS, EPOCHS))
     with run.refusing(InputError, WeightsError, flag="--init_from"):
         torch.manual_seed(args.seed)
         encoder_args = {name: getattr(args, flag) for name, flag in ENCODER_FLAGS.items()}

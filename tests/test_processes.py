@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -12,6 +13,7 @@ from conftest import (
     TINY,
     Start,
     assert_equal_runs,
+    finish,
     finish_several,
     flags_of,
     log_of,
@@ -19,6 +21,7 @@ from conftest import (
     metrics_of,
     run,
     run_several,
+    start,
     start_several,
     steps_in,
     validations_of,
@@ -27,8 +30,8 @@ from conftest import (
     write_scenes,
 )
 
-from training.launch import RunError
-from training.processes import ECHO_SECONDS, Crew, check_processes, report_waiting
+from training.launch import RunError, resolve_precision
+from training.processes import ECHO_SECONDS, Crew, check_processes, check_settings, report_waiting
 from training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
@@ -233,7 +236,48 @@ def test_fewer_processes_than_were_asked_for(monkeypatch, variables, started, ex
 def test_processes_that_cannot_be_started_are_refused(tmp_path):
     flags = [*TINY, "--path_to_data", "builtin:shapes"]
     refused = run("pretrain_mae.py", *flags, cwd=tmp_path, code=2, WORLD_SIZE="2").stderr
-    assert refused.startswith("error: the environment names processes") and refused.count("\n") == 1
+    assert refused.startswith("error: Accelerate does not start with these settings (") and refused.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "lines, expected",
+    [
+        ("megatron_lm_config: {megatron_lm_tp_degree: 1}", r"configured for Megatron-LM, .*fsdp2.yaml"),
+        ("parallelism_config: {parallelism_config_tp_size: 1}", "configured for parallelism_config, .*leave it out"),
+        ("dynamo_config: {dynamo_backend: INDUCTOR}", "dynamo_backend inductor, .* set it to no, and give --compile"),
+        ("dynamo_config: {dynamo_backend: EAGER, dynamo_mode: default}", "dynamo_backend eager, .*give --compile"),
+    ],
+)
+def test_settings_of_accelerates_file_that_are_no_flags(tmp_path, monkeypatch, lines, expected):
+    """The variables are those that `accelerate launch` sets for the file."""
+    from accelerate.commands import launch
+
+    kind = {"mega": "MEGATRON_LM", "para": "MULTI_GPU"}.get(lines[:4], "NO")
+    head = f"compute_environment: LOCAL_MACHINE\ndistributed_type: '{kind}'\nnum_processes: 2\nuse_cpu: false\n"
+    (tmp_path / "file.yaml").write_text(f"{head}{lines}\n")
+    words = ["--config_file", str(tmp_path / "file.yaml"), "pretrain_mae.py"]
+    args, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(words))
+    simple = kind == "NO"
+    variables = launch.prepare_simple_launcher_cmd_env(args)[1] if simple else launch.prepare_multi_gpu_env(args)
+    for name, value in variables.items():
+        if name.startswith("ACCELERATE_"):
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (error,) = check_settings(resolve_precision(None))
+    assert re.search(expected, error), error
+
+
+def test_a_setting_of_accelerate_ends_a_script_in_one_line(tmp_path):
+    flags = [*TINY, "--path_to_data", "builtin:shapes"]
+    for name, value, expected in (
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "the dynamo_backend inductor, "),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed, which does not work here; FSDP2 "),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "the precision fp8, which does not work here; give --mixed_precision "),
+    ):
+        script = start("pretrain_mae.py", *flags, cwd=tmp_path, **{name: value})
+        said = finish(script, 2).stderr
+        assert said.startswith(f"error: Accelerate is configured for {expected}") and said.count("\n") == 1
+        assert not os.listdir(tmp_path)
 
 
 @pytest.fixture(scope="module")

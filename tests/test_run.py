@@ -9,7 +9,8 @@ import signal
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT, log_of
+from conftest import ROOT, TINY, log_of, losses_of, run_code
+from conftest import run as run_script
 from test_arguments import read
 
 from training.arguments import check_run
@@ -193,7 +194,8 @@ def test_flags_folder_and_batch_are_checked_together(tmp_path, capsys):
     assert len(lines) == len(starts) and all(map(str.startswith, lines, [f"error: {text}" for text in starts]))
     assert os.listdir(tmp_path / "run") == ["notes.txt"]
     run = start(tmp_path / "other", "--min_learning_rate", "0.6")
-    run.plan_steps(8, lambda size: [])
+    with run.refusing(InputError):
+        run.plan_steps(8, lambda size: [])
     with pytest.raises(SystemExit, match="2"):
         run.gate()
     assert "--min_learning_rate 0.6 is above the peak of 0.5" in capsys.readouterr().err
@@ -259,7 +261,7 @@ def test_functions_take_values_and_leave_the_flags_alone(path):
     changing = {function.name for function in functions if changes_flags(function)}
     taking = {f.name for f in functions for node in ast.walk(f.args) if getattr(node, "arg", None) == "args"}
     assert changing | taking <= READERS
-    assert "parse_args" in changing or path not in SCRIPTS
+    assert "parse_args" in changing or path.name != "pretrain_mae.py"
 
 
 def test_run_has_no_base_class_no_subclass_and_calls_no_model():
@@ -269,3 +271,40 @@ def test_run_has_no_base_class_no_subclass_and_calls_no_model():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]:
         bases = {ast.unparse(base) for node in parts_of(path, ast.ClassDef) for base in node.bases}
         assert not bases & {"Run", "run.Run"}, path
+
+
+def test_several_runs_of_one_process(image_folder, tmp_path):
+    """As in a notebook: with other precisions and devices of others, after errors; each as in a process of its own."""
+    code = """
+import signal, sys, torch
+from pretrain_mae import main
+signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+mine = lambda *_: None
+signal.signal(signal.SIGUSR1, mine)
+before = [signal.getsignal(number) for number in signals]
+
+def go(*words):
+    try:
+        main([*sys.argv[1:], *words])
+    except SystemExit as end:
+        print("exit", end.code)
+    assert [signal.getsignal(number) for number in signals] == before
+    assert not torch.are_deterministic_algorithms_enabled()
+
+go("--experiment_name", "one", "--deterministic")
+go("--experiment_name", "two", "--mixed_precision", "bf16")
+go("--experiment_name", "bad", "--mask_ratio", "1")
+go("--experiment_name", "one")
+go("--experiment_name", "three", "--num_workers", "1")
+import multiprocessing
+assert not multiprocessing.active_children()
+"""
+    flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 2]
+    said = run_code(code, *flags, cwd=tmp_path)
+    assert said.stdout.count("finished: ") == 3 and said.stdout.count("exit 2") == 2
+    assert said.stderr.count("error: ") == 2 and "one already holds a run" in said.stderr
+    alone = [*flags, "--experiment_name"]
+    run_script("pretrain_mae.py", *alone, "alone", cwd=tmp_path)
+    run_script("pretrain_mae.py", *alone, "bf16", "--mixed_precision", "bf16", cwd=tmp_path)
+    losses = {name: losses_of(tmp_path / "work_dir" / name) for name in ("one", "two", "three", "alone", "bf16")}
+    assert losses["one"] == losses["three"] == losses["alone"] and losses["two"] == losses["bf16"] != losses["one"]

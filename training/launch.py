@@ -1,12 +1,15 @@
 """Starting and ending a script's process: exit codes, precision, threads, the compiler."""
 
+import contextlib
 import errno
+import inspect
 import io
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import torch
@@ -38,6 +41,25 @@ def fail(errors: list[str], *, show: bool = True) -> NoReturn:
     raise SystemExit(2)
 
 
+@contextlib.contextmanager
+def put_back() -> Iterator[None]:
+    """Put back the signal handlers and the options of torch that a run sets, for programs that call `main` of a script.
+
+    A decorator of `main`.
+    """
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    handlers, wakeup = {number: signal.getsignal(number) for number in numbers}, signal.set_wakeup_fd(-1)
+    deterministic, attention = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cuda.enable_cudnn_sdp(attention)
+
+
 def run_script(main: Callable[[], None], *, remedy: str | None = None) -> None:
     """Run a script's `main`, and turn its end into an exit code and, for known causes, one `error:` line.
 
@@ -50,7 +72,7 @@ def run_script(main: Callable[[], None], *, remedy: str | None = None) -> None:
     _drop_unwritable_output()
     code = 1
     try:
-        main()
+        inspect.unwrap(main)()  # without `put_back`: until this process ends, its signals are noted
         end_workers()
         return
     except SystemExit:
@@ -186,6 +208,7 @@ def prepare_compiler(device: torch.device) -> list[str]:
     import torch._inductor.config
     import torchmetrics.functional.image  # noqa: F401 - validation's; importing it later recompiles, in torch 2.8
 
+    torch._dynamo.reset()  # what earlier runs of this process compiled counts towards a limit
     torch._inductor.config.fallback_random = True
     if hasattr(torch._inductor.config, "deterministic"):  # neither in torch 2.8, nor needed by the newest
         torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()

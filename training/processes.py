@@ -14,10 +14,12 @@ import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from training.arguments import in_seconds
 from training.launch import RunError, fail, is_main_process, prepare_compiler, resolve_precision, set_speed
+from training.wording import in_one_line
 
 # Flags that may differ between machines: their cores, and the places of their data, which are compared themselves
 MACHINE_FLAGS = {"num_workers", "cache_dir", "path_to_data", "path_to_validation_data", "path_to_classes"}
@@ -37,15 +39,19 @@ def start_accelerator(
     Returns:
         The accelerator, and error messages, one per problem.
     """
+    if errors := check_settings(precision := resolve_precision(mixed_precision)):
+        fail(errors, show=is_main_process())
     views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    if not dist.is_initialized():  # an earlier run of this process may have had other settings
+        AcceleratorState._reset_state(reset_partial_state=True)
     waiting = threading.Timer(15, report_waiting)
     waiting.daemon = True
     waiting.start()
     try:
-        accelerator = Accelerator(mixed_precision=resolve_precision(mixed_precision), kwargs_handlers=[views])
-    except ValueError as error:  # such as a WORLD_SIZE without the variables that belong to it
+        accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[views])
+    except (ValueError, ImportError, NotImplementedError) as error:  # such as a WORLD_SIZE without its other variables
         remedy = "use accelerate launch with one of accelerate_configs/"
-        fail([f"the environment names processes that cannot be started ({error}); {remedy}"])
+        fail([f"Accelerate does not start with these settings ({in_one_line(error)}); {remedy}"])
     finally:
         waiting.cancel()
     errors = check_processes(accelerator.num_processes, accelerator.device)
@@ -53,6 +59,32 @@ def start_accelerator(
         fail(errors, show=is_main_process())
     set_speed(accelerator.device, tf32=tf32, deterministic=deterministic)
     return accelerator, prepare_compiler(accelerator.device) if compiled else []
+
+
+def check_settings(precision: str) -> list[str]:
+    """Return error messages for settings of Accelerate's file or launcher that the scripts do not have."""
+    options = {
+        "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "FSDP2 (accelerate_configs/fsdp2.yaml) splits models over GPUs"),
+        "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "FSDP2 (accelerate_configs/fsdp2.yaml) splits models over GPUs"),
+        "ACCELERATE_USE_PARALLELISM_CONFIG": ("parallelism_config", "leave it out"),
+    }
+    errors = [
+        f"Accelerate is configured for {name}, which does not work here; {remedy}"
+        for variable, (name, remedy) in options.items()
+        if os.environ.get(variable, "false").lower() in ("1", "true", "yes")
+    ]
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend != "no":
+        errors.append(
+            f"Accelerate is configured for the dynamo_backend {backend}, which would compile more than the training "
+            "step; set it to no, and give --compile"
+        )
+    if precision not in ("no", "bf16", "fp16"):
+        errors.append(
+            f"Accelerate is configured for the precision {precision}, which does not work here; give "
+            "--mixed_precision bf16, fp16 or no"
+        )
+    return errors
 
 
 def report_waiting() -> None:
