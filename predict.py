@@ -44,6 +44,7 @@ from training.files import write_json
 from training.launch import RunError, fail
 from training.metrics import reconstruction_metrics
 from training.pictures import displayable, label_picture, reconstruction_grid, segmentation_overlay
+from training.processes import check_settings
 from training.resolve import check_preview
 from training.wording import several
 
@@ -112,7 +113,8 @@ def check_output(features, folder):
     if features is None:
         flag, paths = f"--output {folder}", [folder / name for name in (LINES, *PICTURES)]
     else:
-        flag, paths = f"--features {features}", [Path(features), Path(features).with_suffix(".json")]
+        path = Path(features)
+        flag, paths = f"--features {features}", [path, path.with_suffix(".json"), path.with_name(f".{path.name}")]
     taken = [str(path) for path in paths if path.exists()]
     return [f"{flag} would overwrite {', '.join(taken)}; give another name"] if taken else []
 
@@ -243,6 +245,7 @@ def main(argv=None):
     if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         message = f"WORLD_SIZE is {processes}; expected one process; start it with python predict.py"
         fail([message, *errors], show=launch.is_main_process())
+    errors += check_settings("no")
     source, image_errors = find_images(args.images)
     errors += image_errors
     try:

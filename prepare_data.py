@@ -140,11 +140,19 @@ def check_same(output, found, content):
         raise DataError("\n".join(errors))
 
 
+def read_plan(path):
+    """Return the plan of a folder that this script has begun, None if there is none."""
+    try:
+        plan = json.loads(path.read_text())
+        return plan if {"version", "bounds", "chunk"} <= plan.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def start_or_resume(output, encoders, content):
     """Return the plan of a new or an unfinished folder. Raises DataError."""
     path = output / PLAN
-    if path.is_file():
-        plan = json.loads(path.read_text())
+    if plan := read_plan(path):
         check_same(output, plan, content)
     elif output.is_file() or any(path.name not in BEGUN for path in output.rglob("*")):
         raise DataError(f"{output} holds something else; give an empty folder or a new one")

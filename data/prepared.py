@@ -23,7 +23,7 @@ VERSION = 1
 PREPARED, PREPARING = "prepared.json", "preparing"
 PLAN = f"{PREPARING}/plan.json"
 SETTINGS = ("format", "short_side", "quality", "channels", "value_range", "nodata", "max_pixels")  # of prepared.json
-REMEDY = "remove the folder and prepare it again with prepare_data.py"
+REMEDY = "give another folder, or remove this one and prepare it again with prepare_data.py"
 
 
 def is_prepared(folder: str | Path) -> bool:

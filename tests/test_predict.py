@@ -534,11 +534,12 @@ def test_flags_that_do_not_fit_the_model(name, flags, expected, models, photos, 
 
 def test_nothing_is_overwritten(models, photos, tmp_path):
     words = [models["mean"], photos[0]]
-    for name in ("x.npy", "y.json", "file"):
+    for name in ("x.npy", "y.json", "file", ".z.npy"):
         (tmp_path / name).touch()
     for flags, expected in (
         (["--features", "x.npy"], "would overwrite x.npy; give another name"),
         (["--features", "y.npy"], "would overwrite y.json; give another name"),
+        (["--features", "z.npy"], "would overwrite .z.npy; give another name"),
         (["--output", "file"], "the folder file cannot be written (File exists)"),
         (["--output", "file/deeper"], "the folder file/deeper cannot be written (Not a directory)"),
     ):
@@ -548,7 +549,7 @@ def test_nothing_is_overwritten(models, photos, tmp_path):
         (tmp_path / "predictions" / name).mkdir(parents=True)
     (error,) = errors_of(*words, cwd=tmp_path)
     assert "--output predictions would overwrite predictions/labels, predictions/reconstructions; give" in error
-    assert sorted(os.listdir(tmp_path)) == ["file", "predictions", "x.npy", "y.json"]
+    assert sorted(os.listdir(tmp_path)) == [".z.npy", "file", "predictions", "x.npy", "y.json"]
 
 
 def test_several_processes_are_an_error(models, photos, tmp_path):

@@ -285,6 +285,13 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     write_images(tmp_path / "other" / "preparing", 1)  # a class of that name
     assert "holds something else" in refused(capsys, photos, tmp_path / "other")
     assert "is inside SOURCE" in refused(capsys, photos, photos / "out")
+    for name, content in (("preparing/plan.json", "["), ("preparing/plan.json", '{"a": 1}'), ("prepared.json", "{}")):
+        path = tmp_path / f"names_{len(content)}" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
+        remedy = "give another folder, or" if name == "prepared.json" else "holds something else"
+        assert remedy in refused(capsys, photos, tmp_path / f"names_{len(content)}")
+        assert path.read_text() == content
     (tmp_path / "killed" / "preparing").mkdir(parents=True)
     (tmp_path / "killed" / "preparing" / ".plan.json.tmp").touch()  # killed while it wrote the plan
     prepare(photos, tmp_path / "killed")

@@ -138,7 +138,7 @@ def edit(folder, **changes):
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda folder: edit(folder, version=2), "another version: 2, expected 1; remove the folder and"),
+        (lambda folder: edit(folder, version=2), "another version: 2, expected 1; give another folder, or"),
         (lambda folder: (folder / "prepared.json").write_text("{"), "prepared.json cannot be read"),
         (lambda folder: edit(folder, shards=[3]), "prepared.json cannot be read"),
         (lambda folder: edit(folder, fingerprint=None), "is damaged"),

@@ -278,6 +278,8 @@ def test_a_setting_of_accelerate_ends_a_script_in_one_line(tmp_path):
         said = finish(script, 2).stderr
         assert said.startswith(f"error: Accelerate is configured for {expected}") and said.count("\n") == 1
         assert not os.listdir(tmp_path)
+    said = finish(start("predict.py", "w", "x.jpg", cwd=tmp_path, ACCELERATE_USE_DEEPSPEED="true"), 2).stderr
+    assert "error: Accelerate is configured for DeepSpeed, " in said and "Traceback" not in said
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ def test_official_crops_are_one_draw_cut_to_the_image(height, width):
     if (height, width) == (375, 500):  # larger than torchvision's
         usual = np.array([random_crop_box(rng, height, width, scale=scale) for _ in range(4000)])
         shares = [(found[:, 2] * found[:, 3]).mean() / (height * width) for found in (boxes, usual)]
-        assert shares == pytest.approx([0.51, 0.44], abs=0.015)
+        assert shares == pytest.approx([0.519, 0.432], abs=0.015)
 
 
 def picture(height: int, width: int, channels: int = 3, seed: int = 0) -> torch.Tensor:
