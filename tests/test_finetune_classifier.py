@@ -85,7 +85,7 @@ def test_what_a_run_leaves_behind(undisturbed):
         with Image.open(undisturbed / "predictions" / f"step_{step:08d}.png") as picture:
             assert picture.width > 200
     assert sorted(os.listdir(undisturbed / "checkpoints")) == ["step_00000006", "step_00000009", "step_00000012"]
-    assert not [name for name in os.listdir(undisturbed) if name.startswith((".new", ".old"))]
+    assert not [name for name in os.listdir(undisturbed) if name.endswith(".replacing")]
 
 
 def test_strangers_find_the_same_accuracy(undisturbed, image_folder):

@@ -102,7 +102,7 @@ def test_what_a_run_leaves_behind(undisturbed):
     for step in (4, 7):
         with Image.open(undisturbed / "predictions" / f"step_{step:08d}.png") as picture:
             assert picture.width > 300
-    assert not [name for name in os.listdir(undisturbed) if name.startswith((".new", ".old"))]
+    assert not [name for name in os.listdir(undisturbed) if name.endswith(".replacing")]
 
 
 def test_a_stranger_finds_the_same_mean_iou(undisturbed, scenes):

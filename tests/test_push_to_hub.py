@@ -209,7 +209,7 @@ def test_checkpoint_flag(runs, tmp_path, capsys):
     folder, checkpoint = work / "pretrain_mae" / "hub", work / "pretrain_mae" / "checkpoints" / "step_00000008"
     assert "**The run is not finished:** the weights are those after step 8 " in (folder / "README.md").read_text()
     assert same_weights(open_trained(folder).model, open_trained(checkpoint).model)
-    files = "README.md config.json loss.png model.safetensors preprocessor_config.json pretraining"
+    files = ".mae-accelerate.json README.md config.json loss.png model.safetensors preprocessor_config.json pretraining"
     assert sorted(path.name for path in folder.iterdir()) == [*files.split(), "transformers_model.safetensors"]
 
 
