@@ -75,6 +75,7 @@ def parse_args(argv=None):
     usual = RECIPES["fine-tuning"]
     parser = arguments.Parser(__doc__)
     arguments.add_run_flags(parser, name="finetune_classifier")
+    arguments.add_source_flags(parser, has_labels=True)
     arguments.add_length_flags(parser, epochs=usual["epochs"], warmup=usual["warmup_epochs"])
     arguments.add_batch_flags(parser)
     arguments.add_optimizer_flags(parser, base_learning_rate=5e-4, weight_decay=0.05)  # see RECIPES
@@ -235,8 +236,7 @@ def evaluate_trained(run):
         known = ImageFormat(encoder.in_channels, trained.value_range, None, trained.mean, trained.std)
         images = resolve_images(ImageFormat.from_dict(vars(flags)), known=None, trained=known)
         pixels = PixelFormat(images.input_channels, images.value_range, images.nodata, flags.max_pixels)
-        places = dict(validation=flags.path_to_validation_data, cache=flags.cache_dir)
-        train_source, validation_source = open_sources(flags.path_to_data, pixels, **places)
+        train_source, validation_source = open_sources(flags.path_to_data, pixels, **arguments.source_options(flags))
         source = validation_source or train_source
         classes = match_classes(flags.path_to_data, source, trained.class_names, model.num_classes)
         if flags.num_classes not in (None, model.num_classes):
@@ -278,8 +278,7 @@ def main(argv=None):
     with run.refusing(InputError):
         magnitude = resolve_augmentation(args.random_aug_magnitude, recipe["random_aug_magnitude"], images)
     with run.refusing(DataError):
-        places = dict(validation=given.path_to_validation_data, cache=given.cache_dir)
-        train_source, validation_source = open_sources(given.path_to_data, pixels, **places)
+        train_source, validation_source = open_sources(given.path_to_data, pixels, **arguments.source_options(given))
         check_classes(given.path_to_data, train_source, validation_source)
         classes = train_source.classes
         check_num_classes(given.path_to_data, train_source, given.num_classes)

@@ -19,6 +19,7 @@ import math
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ def parse_args(argv=None):
     flag = parser.add_argument
     flag("source", metavar="SOURCE", help=arguments.SOURCES)
     flag("out", nargs="?", metavar="OUT", help="folder to write")
+    flag("--data_format", choices=arguments.DATA_FORMATS, help="kind of SOURCE (default: told by suffixes and content)")
     flag("--format", choices=("jpeg", "array"), default="jpeg", help="image files or decoded pixels (default jpeg)")
     flag("--short_side", type=integer(1), metavar="N", help="shrink the shorter side to N pixels (default: unchanged)")
     flag("--quality", type=integer(1, 100), metavar="Q", help=f"JPEG quality of all (default: {QUALITY}, if shrunk)")
@@ -331,19 +333,22 @@ def report_statistics(statistics, folder):
         print("           give the scripts these flags, as there is no folder to write them to")
 
 
-def open_all(source, pixels, *, cache, any_range):
+def open_all(source, pixels, *, any_range, **options):
     """Open the sources of all splits, with masks if the folder has them. Raises DataError.
 
-    If `any_range`, images whose range of values is still to be measured are accepted.
+    If `any_range`, images whose range of values is still to be measured are accepted. `options` are those of
+    `open_sources`.
     """
     parts = [Path(source, part) for part in ("images", "annotations")]
-    opens = open_pairs if kind_of_data(source) == "folder" and all(part.is_dir() for part in parts) else open_sources
+    kind, opens = kind_of_data(source, options["data_format"]), partial(open_sources, **options)
+    if kind == "folder" and all(part.is_dir() for part in parts):
+        opens = partial(open_pairs, cache=options["cache"])
     try:
-        train, validation = opens(source, pixels, cache=cache)
+        train, validation = opens(source, pixels)
     except DataError:
         if not any_range or pixels.value_range is not None:
             raise
-        train, validation = opens(source, pixels._replace(value_range=(0.0, 1.0)), cache=cache)
+        train, validation = opens(source, pixels._replace(value_range=(0.0, 1.0)))
     return {"train": train} if validation is None else {"train": train, "validation": validation}
 
 
@@ -362,8 +367,13 @@ def main(argv=None):
     try:
         # Source
         if args.out or args.statistics:
-            sources = open_all(args.source, pixels, cache=args.cache_dir, any_range=not args.out)
+            options = dict(cache=args.cache_dir, data_format=args.data_format)
+            sources = open_all(args.source, pixels, any_range=not args.out, **options)
             for source in sources.values():
+                for line in source.notes:
+                    print(line)
+                for error in source.label_errors:
+                    print(f"warning: {error}; they are left out", file=sys.stderr)
                 source.prepare(processes=max(1, num_workers), progress=True)
 
         # Shards

@@ -26,7 +26,7 @@ from data.decode import PixelFormat, preview_channels
 from data.index import DataError
 from data.masking import MASK_STRATEGIES
 from data.sampling import StepSampler
-from data.sources import check_labels, describe_data, labels_in, open_sources
+from data.sources import check_labels, describe_data, labelled, labels_in, open_sources
 from data.statistics import read_statistics
 from data.transforms import CROP_RATIO, CentreCrop, RandomCrop, empty_images
 from modeling.export import export_autoencoder, export_encoder
@@ -68,6 +68,7 @@ def parse_args(argv=None):
     """Return the flags, and error messages for those that contradict each other."""
     parser = arguments.Parser(__doc__)
     arguments.add_run_flags(parser, name="pretrain_mae")
+    arguments.add_source_flags(parser)
     arguments.add_length_flags(parser, epochs=EPOCHS, warmup=WARMUP_EPOCHS)
     arguments.add_batch_flags(parser)
     arguments.add_optimizer_flags(parser, base_learning_rate=1.5e-4, weight_decay=0.05)
@@ -307,8 +308,7 @@ def main(argv=None):
         shown_channels = args.preview_channels or preview_channels(pixels)
         check(check_preview(shown_channels, pixels.channels))
     with run.refusing(DataError):
-        places = dict(validation=args.path_to_validation_data, cache=args.cache_dir)
-        train_source, validation_source = open_sources(args.path_to_data, pixels, **places)
+        train_source, validation_source = open_sources(args.path_to_data, pixels, **arguments.source_options(args))
         if args.knn_every:
             check_labels(args.path_to_data, train_source, validation_source)
     with run.refusing(InputError):
@@ -371,7 +371,9 @@ def main(argv=None):
         if args.knn_every and run.is_due(step, args.knn_every * steps_per_epoch, "knn_top1"):
             with run.paused():
                 knn_crop = CentreCrop(size, CROP_RATIO)  # that of encoder/preprocessor_config.json
-                data = [PretrainingDataset(source, crop=knn_crop, seed=0, **masks) for source in run.sources]
+                data = [
+                    PretrainingDataset(source, crop=knn_crop, seed=0, **masks) for source in map(labelled, run.sources)
+                ]
                 classify(run, run.plain_model(), *data, normalize, read=read)
         if step == run.plan.length.total_steps:
             break

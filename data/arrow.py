@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.files import read_file
+from data.files import choose_splits, note_test, read_file
 from data.index import DataError, Names, StoredSource, default_cache, number_labels, with_labels
 
 PREFIX = "hf:"
@@ -28,7 +28,6 @@ NAME = re.compile(r"hf:([^/:@]+/[^/:@]+)(?::([^@]+))?(?:@(.+))?")
 IMAGES = ("image", "img", "pixel_values", "jpg", "png")
 LABELS = ("label", "labels", "fine_label", "class", "cls")
 MASKS = ("mask", "annotation", "label", "segmentation", "seg_map", "labels")
-HELD_OUT = ("validation", "val", "valid", "dev", "test")  # names of splits for validation, the most likely first
 END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 
 
@@ -83,8 +82,8 @@ class Columns(NamedTuple):
 class ArrowSource(StoredSource):
     """Read samples that are the rows of a table: a pyarrow Table, or Arrow files, which each process maps itself.
 
-    If some labels are hidden (-1 or null), all are left out. `name` is that of the data set in messages; `fingerprint`
-    replaces that of the table. Raises DataError for damaged or empty tables and for labels that cannot be used.
+    `name` is that of the data set in messages; `fingerprint` replaces that of the table. Raises DataError for damaged
+    or empty tables.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class ArrowSource(StoredSource):
         self._masks = EncodedColumn(table[columns.mask]) if columns.mask else None
         if not len(self):
             raise DataError(f"{name} holds no image; expected a row for each")
-        self.labels, self.classes = _read_labels(table, columns, name)
+        self.labels, self.classes, self.label_errors = _read_labels(table, columns, name)
 
     def __reduce__(self):  # other processes map the files themselves
         return ArrowSource, self._arguments
@@ -131,23 +130,20 @@ class ArrowSource(StoredSource):
         return self._fingerprint or with_labels(self._images.digest(), self.labels, self.classes, masks)
 
 
-def _read_labels(table: pa.Table, columns: Columns, name: str) -> tuple[np.ndarray | None, list[str]]:
-    """Return the class of every row, int32, and the names of the classes; None and [] if there are none or hidden."""
+def _read_labels(table: pa.Table, columns: Columns, name: str) -> tuple[np.ndarray | None, list[str], list[str]]:
+    """Return the class of every row, the names of the classes, and errors, as `number_labels` does."""
     if columns.label is None:
-        return None, []
+        return None, [], []
     column, classes = table[columns.label], list(columns.classes)
-    if pa.types.is_integer(column.type):
-        numbers = column.cast(pa.int64(), safe=False).fill_null(-1).to_numpy()
-        if -1 in numbers:
-            return None, []
-        if classes and not 0 <= numbers.min() <= numbers.max() < len(classes):
-            outside = numbers[(numbers < 0) | (numbers >= len(classes))][0]
-            raise DataError(
-                f"{name} has the label {outside}; expected 0 to {len(classes) - 1}, as it names the classes"
-            )
-        if classes:
-            return numbers.astype(np.int32), classes
-    return number_labels(column, lambda row: f"row {row}", name)
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), None, column)
+    labels, own_classes, errors = number_labels(column, lambda row: f"row {row}", name)
+    if labels is None or not classes or not pa.types.is_integer(column.type):
+        return labels, own_classes, errors
+    if labels.max() >= len(classes):
+        text = f"{name} has the label {labels.max()}; expected 0 to {len(classes) - 1}, as it names the classes"
+        return None, [], [text]
+    return labels, classes, []
 
 
 def map_files(files: Sequence[str | Path]) -> pa.Table:
@@ -198,11 +194,22 @@ def _is_encoded(kind: pa.DataType) -> bool:
 
 
 def _is_label(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    kinds = ("integer", "floating", "boolean", "string", "large_string")
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in kinds)
+
+
+def holds_images(path: Path) -> bool:
+    """Return True if a Parquet file has a column of images, or cannot be read."""
+    import pyarrow.parquet as pq
+
+    try:
+        return any(_is_encoded(field.type) for field in pq.read_schema(path))
+    except (pa.ArrowException, OSError):
+        return True  # loading it says why
 
 
 def open_datasets(path: str | Path, *, cache: Path | None = None) -> dict[str, ArrowSource]:
-    """Open the sources "train" and, if a split has a name of HELD_OUT, "validation" of a data set.
+    """Open the sources "train" and, if there is one (see `choose_splits`), "validation" of a data set.
 
     `path` is hf:OWNER/NAME[:CONFIG][@REVISION]; a folder that save_to_disk wrote; or Parquet files, by their folder,
     name or pattern. Converted data is stored in `cache` if that is not the default one, or in the cache of `datasets`.
@@ -217,16 +224,18 @@ def open_datasets(path: str | Path, *, cache: Path | None = None) -> dict[str, A
         reason = _one_line(error.__cause__ or error)
         raise DataError(f"{path}: could not be loaded ({reason}); correct the path, or get its files again") from error
     splits = {name: [file["filename"] for file in split.cache_files] for name, split in loaded.items() if len(split)}
-    train = "train" if "train" in splits else _single([*splits])
+    train, held_out = choose_splits(splits)
+    train = train or _single([*splits])
     if train is None:
         names = ", ".join(splits) or "no splits"
         raise DataError(f"{path} has {names}; expected a split called train, or a single one")
-    held_out = _first_of(HELD_OUT, [name for name in splits if name != train])
-    return {
+    sources = {
         part: ArrowSource(splits[name], f"{path}/{name}", choose_columns(map_files(splits[name]).schema, path))
-        for part, name in (("train", train), ("validation", held_out))
+        for part, name in (("train", train), ("validation", held_out if held_out != train else None))
         if name
     }
+    sources["train"].notes = note_test(held_out) if len(sources) > 1 else []
+    return sources
 
 
 def _load(path: str, cache: str | None) -> dict:

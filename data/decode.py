@@ -8,6 +8,7 @@ many bands, signed, float, and 16-bit colour in PNG. Pillow decodes all others, 
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from data.values import (
     check_channels,
     check_size,
     damage_errors,
+    describe_start,
     drop_alpha,
     fill_missing,
     find_missing,
@@ -33,6 +35,12 @@ from data.values import (
 
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 178,956,970: Pillow calls larger images decompression bombs
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+IMAGE_STARTS = re.compile(  # of formats that hold photographs; TGA has none, and icons are left out
+    rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|BM.{4}\x00{4}|RIFF.{4}WEBP|.{4}ftypavi[fs]|II[*+]\x00|MM\x00[*+]"
+    rb"|\x00{3}\x0cjP  |\xff\x4f\xff\x51|P[1-6]\s+[\d#]|P[fF]\s+\d|\x93NUMPY|8BPS|qoif|DDS |SIMPLE  ="
+    rb"|\x01\xda[\x00\x01][\x01\x02]|\x59\xa6\x6a\x95|\n[\x00\x02\x03\x05]\x01[\x01\x02\x04\x08]",
+    re.DOTALL,
+)
 BITS, PLANAR = 258, 284  # TIFF tags: bits per sample; 2 where each band is stored separately
 
 for library in ("tifffile", "PIL.TiffImagePlugin"):  # what matters is raised as an error
@@ -54,6 +62,14 @@ class PixelFormat(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         return torch.uint8 if self.value_range is None else torch.float32
+
+
+def is_image(start: bytes, suffix: str) -> bool:
+    """Return True if a file of an unknown suffix, "" for none, is an image by its first 32 bytes.
+
+    A TIFF of another name is a camera's raw file, whose first image is a thumbnail, or a slide of gigapixels.
+    """
+    return bool(IMAGE_STARTS.match(start)) and not (start[:4] in TIFF_STARTS and suffix and "tif" not in suffix)
 
 
 def preview_channels(pixels: PixelFormat) -> list[int] | None:
@@ -302,6 +318,6 @@ def _open_image(data: bytes | memoryview, max_pixels: int) -> Iterator[Image.Ima
                 raise _UnknownFormat("a TIFF of planes that Pillow does not read")
             yield image
     except UnidentifiedImageError:  # its own message contains a memory address
-        raise _UnknownFormat(f"not an image: begins with {bytes(data[:8])!r}") from None
+        raise _UnknownFormat(f"not an image: {describe_start(data)}") from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit

@@ -1,31 +1,43 @@
-"""Read samples that are files: all images below a folder, the images of a list, or files named on a command line."""
+"""Read samples that are files: all images below a folder, or files named on a command line."""
 
 import contextlib
-import csv
 import glob
-import json
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 
-from data.index import DataError, Names, StoredSource, cached, first_few, number_labels, with_labels
+from data.decode import is_image
+from data.index import DataError, Names, StoredSource, cached, first_few
 
-SUFFIXES = (
+SUFFIXES = (  # of images, whose content is not looked at before a run reads them
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".jp2"),
-    *(".npy", ".jpe", ".pbm", ".pnm"),
+    *(".npy", ".jpe", ".pbm", ".pnm", ".avif", ".tga"),
 )
-COLUMNS = ["path", "label", "mask"]  # of a list
-LONGEST_LINE = 2**25  # bytes of a line of JSON
+SIDECARS = (".txt", ".json", ".xml", ".csv")  # of files that lie beside every image of a large data set: no images
+LITTER = re.compile(  # names of what file systems, browsers and editors leave behind, in a path of bytes
+    rb"(?:^|/)(?:\..+|@eaDir|@Recycle|@Recently-Snapshot|#recycle|#snapshot|__MACOSX|\$RECYCLE\.BIN|RECYCLER"
+    rb"|System Volume Information|lost\+found|FOUND\.\d{3}|(?:eh)?thumbs(?:_vista)?\.db|desktop\.ini"
+    rb"|Network Trash Folder|Temporary Items)(?:/|$)"
+    rb"|(?:~|\.(?:bak|tmp|part|partial|crdownload|download|thm|[^./]+_original))$",
+    re.IGNORECASE,
+)
+SPLITS = (  # names of splits, for training and then for validation, the most likely first
+    *("train", "training", "trainval"),
+    *("val", "validation", "valid", "dev", "eval", "evaluation", "holdout", "test", "testing"),
+)
+NUM_TRAINING = 3
+SPLIT = re.compile(rf"({'|'.join(SPLITS)})([-_ ]?(set|images?|data|\d{{4}}))?", re.IGNORECASE)
 CACHED_FROM = 20_000  # images of a folder; fewer are found quickly
-CHECKED = 100_000  # paths of a list at most: on a slow file system, millions would take minutes
 THREADS = 8  # that scan folders and files: on a network they wait, on a local disk more would slow each other down
 CLOCK = 2 * 10**9  # nanoseconds: the coarsest clock of a file system (FAT); those of NFS and ext4 are finer
+MAX_NAMED = 5  # words in error messages; the others are counted
 PAUSES = (0.1, 1.0)  # seconds before reading a file is retried
 PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -62,54 +74,61 @@ class FileSource(StoredSource):
 
 
 class FolderSource(FileSource):
-    """Read all images below a folder, files named `suffixes`, in the order of the bytes of their relative paths.
+    """Read all images below a folder, in the order of the bytes of their relative paths.
 
-    If each image is in a folder below `root`, the topmost of these names its class; otherwise `labels` is None. The
+    Images are the files named `suffixes` or, by default, SUFFIXES and those of other names that begin as an image does.
+    The topmost folder below `root` that an image is in names its class; images in `root` itself have no label. The
     index is cached in the folder `cache` until one of the folders changes. Raises DataError for a folder that does not
     exist, cannot be read, or has no image.
     """
 
-    def __init__(self, root: str | Path, suffixes: tuple[str, ...] = SUFFIXES, *, cache: Path | None = None):
+    def __init__(self, root: str | Path, suffixes: tuple[str, ...] | None = None, *, cache: Path | None = None):
         if os.path.isfile(root):
             expected = "expected a folder of images, a list (.csv, .jsonl), shards (.tar) or .parquet files"
-            raise DataError(f"{root} is a file; {expected}")
+            raise DataError(f"{root} is a file; {expected}; --data_format says what a file of another name is")
         if not os.path.isdir(root):
             hint = f"; did you mean hf:{root}?" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(root)) else ""
             raise DataError(f"{root} is no folder; expected one of images, or other data that --help lists{hint}")
-        key = f"folder {os.path.abspath(root)} {' '.join(suffixes)}"
+        key = f"folder {os.path.abspath(root)} {' '.join(suffixes or ['by content'])}"
         meta, arrays = cached(cache, key, fresh=_is_fresh, build=partial(_index_folder, os.fsencode(root), suffixes))
         super().__init__(Names(arrays["names"], arrays["ends"]), Path(root))
         self.classes, self.labels = meta["classes"], arrays.get("labels")
+        count, text = meta["left_out"]
+        self.notes = [f"left out   {count:,} below {root}: {text}"] if count else []
 
 
-class ListSource(FileSource):
-    """Read the images of a list, in its order: a CSV file with a column `path`, or JSON lines with that key.
+def choose_splits(names: Iterable[str]) -> tuple[str | None, str | None]:
+    """Return the names of the training split and of the held-out split, None where there is none.
 
-    Paths are absolute, or relative to the list's folder. The list may have a `label` for every image (whole numbers
-    from 0, or names) and a `mask`, a path; other columns are ignored. Raises DataError for a list that cannot be read
-    or is empty, and for missing files.
+    Case does not matter, and `set`, `images`, `data` or a year may follow: val, Valid, test_set, train2017.
     """
+    matches = [match for name in names if (match := SPLIT.fullmatch(name))]
+    ranked = sorted((SPLITS.index(match[1].lower()), match[0] not in SPLITS, match[0]) for match in matches)
+    train = next((name for rank, _, name in ranked if rank < NUM_TRAINING), None)
+    return train, next((name for rank, _, name in ranked if rank >= NUM_TRAINING), None)
 
-    def __init__(self, path: str | Path):
-        path = os.fspath(path)
-        table = _read_list(path)
-        if table["path"].null_count == len(table):
-            names = ", ".join(_column_names(path)) or "(unknown)"
-            expected = "expected `path` in every row, and perhaps `label` and `mask`"
-            raise DataError(f"{path} lists no image in its columns {names}; {expected}")
-        super().__init__(Names.from_arrow(table["path"]), os.path.dirname(path))
-        if table["label"].null_count < len(table):
-            self.labels, self.classes = number_labels(table["label"], lambda row: f"row {row + 1}", path)
-        self.has_masks = table["mask"].null_count < len(table)
-        self._masks = FileSource(Names.from_arrow(table["mask"]) if self.has_masks else [], self.root)
-        self.mask_name, self.fetch_masks = self._masks.name, self._masks.fetch
-        _check_files(path, "path", self)
-        _check_files(path, "mask", self._masks)
 
-    def fingerprint(self) -> str:
-        """Return digits equal for equal paths, masks and labels; with paths alone, equal to a folder's."""
-        masks = self._masks.fingerprint() if self.has_masks else None
-        return with_labels(super().fingerprint(), self.labels, self.classes, masks)
+def find_splits(root: Path) -> tuple[dict[str, Path], list[str]]:
+    """Return the folders of "train" and, if there is one, "validation", and lines of the plan.
+
+    They are below `root` or root/images, as in ADE20K; without a folder for training, `root` is that.
+    """
+    for base in (root, root / "images"):
+        with contextlib.suppress(OSError), os.scandir(base) as entries:
+            names = [entry.name for entry in entries if entry.is_dir() and not LITTER.match(os.fsencode(entry.name))]
+            train, held_out = choose_splits(names)
+            if train:
+                parts = {"train": base / train} | ({"validation": base / held_out} if held_out else {})
+                unused = sorted({*names} - {train, held_out})
+                notes = [f"not read   {first_few(unused, len(unused))} in {base}, beside {train}"] if unused else []
+                return parts, notes + note_test(held_out)
+    return {"train": root}, []
+
+
+def note_test(held_out: str | None) -> list[str]:
+    """Return the line of the plan that says that the test split is held out, as there is no other."""
+    is_test = held_out is not None and held_out.lower().startswith("test")
+    return [f"held out   {held_out}, as there is no split for validation"] if is_test else []
 
 
 def retry(read: Callable[[], bytes]) -> bytes | OSError:
@@ -159,10 +178,10 @@ def _is_fresh(meta: dict) -> bool:
     return meta["count"] >= CACHED_FROM and is_unchanged(meta)
 
 
-def _index_folder(root: bytes, suffixes: tuple[str, ...]) -> tuple[dict, dict[str, np.ndarray]]:
+def _index_folder(root: bytes, suffixes: tuple[str, ...] | None) -> tuple[dict, dict[str, np.ndarray]]:
     """Build the index of all images below `root` for `cached`. Raises DataError."""
     start, base = time.time_ns(), os.path.abspath(root)
-    paths, folders, seen = [], [b""], {}
+    paths, folders, seen, left_out = [], [b""], {}, Counter()
     with ThreadPool(THREADS) as pool:
         while folders:  # of one depth
             try:
@@ -170,41 +189,68 @@ def _index_folder(root: bytes, suffixes: tuple[str, ...]) -> tuple[dict, dict[st
             except OSError as error:
                 path = os.fsdecode(error.filename)
                 raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions") from None
-            for folder, (time_and_size, _, images) in zip(folders, scanned, strict=True):
+            for folder, (time_and_size, _, images, others) in zip(folders, scanned, strict=True):
                 seen[os.fsdecode(os.path.join(base, folder))] = time_and_size
                 paths += images
-            folders = [folder for _, subfolders, _ in scanned for folder in subfolders]
+                left_out += others
+            folders = [folder for _, subfolders, *_ in scanned for folder in subfolders]
     if not paths:
+        others = f" (left out: {_describe_left_out(left_out)})" if left_out else ""
         raise DataError(
-            f"{os.fsdecode(root)} holds no image; expected files named {', '.join(suffixes)}; for tar shards or "
-            "Parquet files give a pattern, such as 'FOLDER/*.tar'"
+            f"{os.fsdecode(root)} holds no image{others}; expected {', '.join(suffixes or SUFFIXES)} or other files of "
+            "images; for tar shards or Parquet files give a pattern, such as 'FOLDER/*.tar'"
         )
     paths.sort()
     names, classes = Names.from_list(paths), []
     arrays = {"names": names.buffer, "ends": names.ends}
-    if all(b"/" in path for path in paths):
-        tops = [path.partition(b"/")[0] for path in paths]
-        classes = sorted(set(tops))
+    if any(b"/" in path for path in paths):
+        tops = [path.partition(b"/")[0] if b"/" in path else None for path in paths]
+        classes = sorted({*tops} - {None})
         numbers = {name: number for number, name in enumerate(classes)}
-        arrays["labels"] = np.array([numbers[top] for top in tops], np.int32)
+        arrays["labels"] = np.array([numbers.get(top, -1) for top in tops], np.int32)
     meta = {"seen": seen, "start": start, "count": len(paths), "classes": [os.fsdecode(name) for name in classes]}
-    return meta, arrays
+    return meta | {"left_out": [left_out.total(), _describe_left_out(left_out)]}, arrays
 
 
-def _scan(root: bytes, suffixes: tuple[str, ...], folder: bytes) -> tuple[list[int], list[bytes], list[bytes]]:
-    """Return the stamp of a folder, and its folders and images, relative to `root`; hidden ones are ignored."""
-    path, endings = os.path.join(root, folder), tuple(map(str.encode, suffixes))
-    time_and_size, folders, images = stamp(path), [], []
+def _describe_left_out(left_out: Counter) -> str:
+    """Return why files are left out, from the counts of `_scan`."""
+    parts, counts = [], sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    for why in sorted({why for why, _ in left_out}):
+        names = [f"{count:,} {name}" for (reason, name), count in counts if reason == why]
+        parts.append(f"{why} ({first_few(names, len(names))})")
+    return ", ".join(parts)
+
+
+def _scan(root: bytes, suffixes: tuple[str, ...] | None, folder: bytes) -> tuple[list[int], list, list, Counter]:
+    """Return the stamp of a folder, its folders and images, relative to `root`, and counts of what is left out.
+
+    The counts are by reason and kind.
+    """
+    path, endings = os.path.join(root, folder), tuple(map(str.encode, suffixes or SUFFIXES))
+    time_and_size, folders, images, left_out = stamp(path), [], [], Counter()
     with os.scandir(path) as entries:
         for entry in entries:
-            if entry.name.startswith(b"."):
-                continue
-            if entry.is_dir():
+            suffix = os.fsdecode(os.path.splitext(entry.name)[1].lower())
+            if LITTER.search(entry.name):
+                kind = "hidden" if entry.name.startswith(b".") else os.fsdecode(entry.name)
+                left_out["hidden or litter", suffix if len(kind) > 30 else kind] += 1
+            elif entry.is_dir():
                 if not (entry.is_symlink() and _is_loop(entry.path)):
                     folders.append(os.path.join(folder, entry.name))
-            elif entry.name.lower().endswith(endings):
+            elif entry.name.lower().endswith(endings) or (suffixes is None and _begins_as_image(entry, suffix)):
                 images.append(os.path.join(folder, entry.name))
-    return time_and_size, folders, images
+            else:
+                left_out["no images", suffix or "without suffix"] += 1
+    return time_and_size, folders, images, left_out
+
+
+def _begins_as_image(entry: os.DirEntry, suffix: str) -> bool:
+    """Return True if a file of an unknown suffix is an image."""
+    if suffix in SIDECARS or not entry.is_file():
+        return False
+    with contextlib.suppress(OSError), open(entry.path, "rb", 0) as file:
+        return is_image(file.read(32), suffix)
+    return False
 
 
 def _is_loop(link: bytes) -> bool:
@@ -212,62 +258,6 @@ def _is_loop(link: bytes) -> bool:
     link = Path(os.fsdecode(link))
     target = link.resolve()
     return any(folder.resolve().is_relative_to(target) for folder in link.parents)
-
-
-def _read_list(path: str):
-    """Return the columns path, label and mask of a list as a pyarrow Table, null where absent. Raises DataError."""
-    import pyarrow as pa  # here, because it takes long to import
-    import pyarrow.csv as arrow_csv
-    import pyarrow.json as arrow_json
-
-    text, errors = pa.large_string(), []
-    try:
-        if path.lower().endswith(".csv"):
-            names = {name.strip(): name for name in _column_names(path)}
-            columns = [names.get(name, name) for name in COLUMNS]
-            convert = arrow_csv.ConvertOptions(
-                column_types=dict.fromkeys(columns, text), include_columns=columns, include_missing_columns=True
-            )
-            table = arrow_csv.read_csv(path, None, arrow_csv.ParseOptions(newlines_in_values=True), convert)
-            return table.rename_columns(COLUMNS)
-        for label in (pa.int64(), text):
-            schema = pa.schema({"path": text, "label": label, "mask": text})
-            parse = arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
-            try:
-                return arrow_json.read_json(path, arrow_json.ReadOptions(block_size=LONGEST_LINE), parse)
-            except pa.ArrowInvalid as error:
-                errors.append(error)
-        raise next((error for error in errors if "Column(/label)" not in str(error)), errors[0])
-    except (OSError, ValueError, csv.Error) as error:
-        expected = "expected CSV with a header, or a JSON object in every line, in UTF-8; correct the list"
-        raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}); {expected}") from None
-
-
-def _column_names(path: str) -> list[str]:
-    """Return the names in the header of CSV, or the keys in the first line of JSON."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        if path.lower().endswith(".csv"):
-            return next(filter(None, csv.reader(file)), [])
-        with contextlib.suppress(ValueError):  # an object in several lines, or several in one
-            return list(json.loads(next(filter(str.strip, file))))
-        return []
-
-
-def _check_files(path: str, column: str, source: FileSource) -> None:
-    """Raise DataError if paths of a list are empty, or if files, at most CHECKED of them, do not exist."""
-    if len(empty := np.flatnonzero(np.diff(source._names.ends, prepend=0) == 0)):
-        places = first_few((f"row {row + 1}" for row in empty), len(empty))
-        raise DataError(f"{path} has no {column} in {places}; expected one in every row; correct or remove these")
-    rows = np.linspace(0, len(source) - 1, min(len(source), CHECKED)).astype(int)
-    with ThreadPool(THREADS) as pool:
-        exist = pool.map(lambda row: os.path.isfile(source.name(row)), rows)
-    missing = [row for row, exists in zip(rows, exist, strict=True) if not exists]
-    if missing:
-        files = first_few(map(source.name, missing), len(missing))
-        raise DataError(
-            f"{path}: {len(missing):,} of {len(rows):,} checked files in the column {column} do not exist: {files}; "
-            "expected paths that are absolute, or relative to the list's folder; correct the list"
-        )
 
 
 def find_images(words: Sequence[str]) -> tuple[FileSource, list[str]]:
@@ -292,4 +282,6 @@ def find_images(words: Sequence[str]) -> tuple[FileSource, list[str]]:
                 error = str(no_images)
         paths += sorted(images)
         errors += [] if images else [error]
+    if len(errors) > MAX_NAMED:
+        errors[MAX_NAMED:] = [f"and {len(errors) - MAX_NAMED:,} more words like these"]
     return FileSource(paths), errors

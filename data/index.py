@@ -19,7 +19,8 @@ FORMAT = 2  # of cache entries; entries of other formats are ignored
 TAG = "CACHEDIR.TAG"  # marks an entry as one of ours (https://bford.info/cachedir/)
 SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55\n# an index of masked-autoencoders\n"
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-CLASS_NUMBER = re.compile("0*[0-9]{1,6}")
+CLASS_NUMBER = re.compile(r"0*([0-9]{1,6})(\.0*)?")  # pandas writes 3.0 where a column has gaps
+NO_LABEL = re.compile(r"|-1(\.0*)?")
 
 
 class DataError(ValueError):
@@ -28,6 +29,10 @@ class DataError(ValueError):
 
 class StoredSource:
     """Base of the sources whose samples are read on demand."""
+
+    labels: np.ndarray | None = None  # (N,), indices of `classes`, -1 without a label; None if no sample has one
+    label_errors: Sequence[str] = ()  # reasons why the labels cannot be used; `labels` is then None
+    notes: Sequence[str] = ()  # lines of the plan
 
     def prepare(self, *, processes: int = 1, progress: bool = False) -> None:
         pass
@@ -94,15 +99,16 @@ def first_few(words: Iterable[str], count: int) -> str:
     return ", ".join(first) + (f" and {count - len(first):,} more" if count > len(first) else "")
 
 
-def number_labels(texts, where: Callable[[int], str], source: str) -> tuple[np.ndarray, list[str]]:
-    """Return the class of every sample (N,) int32, and the names of the classes.
+def number_labels(texts, where: Callable[[int], str], source: str) -> tuple[np.ndarray | None, list[str], list[str]]:
+    """Return the class of every sample (N,) int32, the names of the classes, and error messages.
 
     If all labels are whole numbers from 0, these are the classes, named by the numbers from 0 to the largest. If none
-    is a number, classes are numbered in the order of the bytes of their names.
+    is a number, classes are numbered in the order of the bytes of their names. Samples without a label, or with -1,
+    get -1. There are errors for other numbers, numbers mixed with names, and text in another encoding than UTF-8. With
+    errors, and if no sample has a label, the first two results are None and [].
 
-    `texts` is a pyarrow Array or ChunkedArray of strings or integers. For messages, `where` returns the
-    place of a sample, such as "line 7", and `source` is the name of the data set. Raises DataError for labels that
-    are empty, other numbers, or numbers mixed with names.
+    `texts` is a pyarrow Array or ChunkedArray of strings or numbers. For messages, `where` returns the
+    place of a sample, such as "line 7", and `source` is the name of the data set.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -116,27 +122,28 @@ def number_labels(texts, where: Callable[[int], str], source: str) -> tuple[np.n
         rows = np.flatnonzero(chosen[codes])
         return first_few((f"{where(int(row))}: {values[codes[row]]!r}" for row in rows), len(rows))
 
-    empty = np.array([not value for value in values], dtype=bool)
-    number = np.array([bool(NUMBER.fullmatch(value)) for value in values], dtype=bool)
+    none = np.array([bool(NO_LABEL.fullmatch(value)) for value in values], dtype=bool)
+    number = ~none & np.array([bool(NUMBER.fullmatch(value)) for value in values], dtype=bool)
     unfit = number & np.array([not CLASS_NUMBER.fullmatch(value) for value in values], dtype=bool)
+    garbled = np.array(["\ufffd" in value for value in values], dtype=bool)
     errors = []
-    if empty.any():
-        errors.append(f"has empty labels ({places(empty)}); expected a label for every image; fill them in")
     if unfit.any():
         errors.append(f"has labels that are no class numbers ({places(unfit)}); expected 0 to 999999, or names")
-    if number.any() and not (number | empty).all():
+    if garbled.any():
+        errors.append(f"has labels that are no text ({places(garbled)}); expected UTF-8")
+    if number.any() and not (number | none).all():
         errors.append(
-            f"has labels that are numbers ({places(number)}) and labels that are names ({places(~number & ~empty)}); "
+            f"has labels that are numbers ({places(number)}) and labels that are names ({places(~number & ~none)}); "
             "expected one kind; change the fewer ones"
         )
-    if errors:
-        raise DataError("\n".join(f"{source} {error}" for error in errors))
+    if errors or none.all():
+        return None, [], [f"{source} {error}" for error in errors]
     if number.any():
-        numbers = np.array([int(value) for value in values], dtype=np.int32)
-        return numbers[codes], [str(number) for number in range(numbers.max() + 1)]
-    classes = sorted(values, key=str.encode)
+        numbers = [-1 if none[code] else int(CLASS_NUMBER.fullmatch(value)[1]) for code, value in enumerate(values)]
+        return np.array(numbers, dtype=np.int32)[codes], [str(number) for number in range(max(numbers) + 1)], []
+    classes = sorted((value for value in values if not NO_LABEL.fullmatch(value)), key=str.encode)
     rank = {name: number for number, name in enumerate(classes)}
-    return np.array([rank[value] for value in values], dtype=np.int32)[codes], classes
+    return np.array([rank.get(value, -1) for value in values], dtype=np.int32)[codes], classes, []
 
 
 def default_cache() -> Path:

@@ -5,6 +5,8 @@ arrays, which worker processes share without copies.
 """
 
 import contextlib
+import glob
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -13,14 +15,16 @@ import numpy as np
 
 from data import shapes
 from data.decode import DamagedImage, PixelFormat, WrongPixels, decode, own_values
-from data.files import FolderSource, ListSource
-from data.index import DataError, check_cache, default_cache, first_few
+from data.files import FolderSource, find_splits
+from data.index import DataError, StoredSource, check_cache, default_cache, first_few
+from data.lists import LISTS, ListSource
 from data.prepared import is_prepared, open_prepared
+from data.values import describe_start, is_pointer
 
 NUM_CHECKED = 8  # images of a source that are decoded before a run starts
 DARK = 8  # of 255: 16-bit values of at most 11 bits are below it at 8 bits
-LISTS = (".csv", ".jsonl", ".ndjson")
 LABELS = "a column `label` (.cls in shards)"
+SUFFIXES = {".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", **dict.fromkeys(LISTS, "list"), ".parquet": "parquet"}
 
 Fetched = bytes | memoryview | np.ndarray | OSError  # an encoded file, pixels (H, W, C), or why it could not be read
 
@@ -32,7 +36,9 @@ class Source(Protocol):
     """
 
     classes: list[str]  # names; [] without labels
-    labels: np.ndarray | None  # (N,), indices of `classes`
+    labels: np.ndarray | None  # (N,), indices of `classes`, -1 without a label
+    label_errors: Sequence[str]  # reasons why there are labels that cannot be used
+    notes: Sequence[str]  # lines of the plan, such as what is left out
 
     def __len__(self) -> int: ...
 
@@ -52,7 +58,7 @@ class Source(Protocol):
         """Return a string that is equal for equal data sets, wherever they are stored."""
 
 
-class ShapesSource:
+class ShapesSource(StoredSource):
     """Hold a split of the built-in scenes, drawn in `prepare`: 64 x 64 pixels, with `labels` and `masks`."""
 
     def __init__(self, split: str, channels: int):
@@ -88,46 +94,106 @@ class ShapesSource:
         return f"builtin:shapes/{self.split}/{len(self)}"
 
 
+class LabelledSource(StoredSource):
+    """Hold the samples of a source that have a label."""
+
+    def __init__(self, source: Source):
+        self._source, self._indices = source, np.flatnonzero(source.labels >= 0)
+        self.classes, self.labels = source.classes, source.labels[self._indices]
+        self.notes = [*source.notes, f"left out   {len(source) - len(self):,} images without a label"]
+
+    def prepare(self, *, processes: int = 1, progress: bool = False) -> None:
+        self._source.prepare(processes=processes, progress=progress)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def name(self, index: int) -> str:
+        return self._source.name(int(self._indices[index]))
+
+    def fetch(self, indices: Sequence[int]) -> list[Fetched]:
+        return self._source.fetch(self._indices[indices])
+
+    def size_in_bytes(self) -> float:
+        return self._source.size_in_bytes() * len(self) / len(self._source)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"labelled {self._source.fingerprint()}".encode()).hexdigest()[:16]
+
+
+def labelled(source: Source) -> Source:
+    """Return the samples of a source that have a label; the source itself if that is all or none of them."""
+    return source if source.labels is None or source.labels.min() >= 0 else LabelledSource(source)
+
+
 def describe_data(train: Source, validation: Source | None) -> dict[str, int]:
     """Return the amount of data for args.json: training images, about their bytes on disk, and held-out images."""
     held_out = len(validation) if validation else 0
     return {"images": len(train), "bytes": round(train.size_in_bytes()), "held_out": held_out}
 
 
-def kind_of_data(path_to_data: str) -> str:
-    """Return what --path_to_data is: "builtin", "hub", "tar", "list", "parquet", "prepared", "datasets" or "folder"."""
+def kind_of_data(path_to_data: str, data_format: str | None = None) -> str:
+    """Return the kind of --path_to_data: "builtin", "hub", "tar", "list", "parquet", "prepared", "datasets", "folder".
+
+    `data_format` is --data_format, which says it.
+    """
     root = Path(path_to_data)
     for kind, prefix in (("builtin", "builtin:"), ("hub", "hf:")):
         if path_to_data.startswith(prefix):
             return kind
-    for kind, suffixes in (("tar", (".tar", ".tar.gz", ".tgz")), ("list", LISTS), ("parquet", ".parquet")):
-        if path_to_data.endswith(suffixes):
+    if data_format:
+        return data_format
+    for suffix, kind in SUFFIXES.items():
+        if path_to_data.lower().endswith(suffix) and not root.is_dir():
             return kind
     if is_prepared(root):
         return "prepared"
-    if (root / "dataset_dict.json").exists() or (root / "state.json").exists():  # of save_to_disk
+    if (root / "dataset_dict.json").exists() or all(  # of save_to_disk
+        (root / name).exists() for name in ("state.json", "dataset_info.json")
+    ):
         return "datasets"
-    return "parquet" if any(any(root.glob(f"{place}*.parquet")) for place in ("", "data/", "train/")) else "folder"
+    return "parquet" if _has_parquet(root) else "folder"
+
+
+def _has_parquet(root: Path) -> bool:
+    """Return True if a folder has Parquet files with images; metadata beside images are none."""
+    files = [next(iter(sorted(root.glob(f"{place}*.parquet"))), None) for place in ("", "data/", "train/")]
+    if not any(files):
+        return False
+    from data.arrow import holds_images  # here, because it takes long to import
+
+    return any(map(holds_images, filter(None, files)))
 
 
 def open_sources(
-    path_to_data: str, pixels: PixelFormat, *, validation: str | None = None, cache: str | None = None
+    path_to_data: str,
+    pixels: PixelFormat,
+    *,
+    validation: str | None = None,
+    cache: str | None = None,
+    data_format: str | None = None,
+    drop_unlabelled: bool = False,
 ) -> tuple[Source, Source | None]:
     """Open the training source and the validation source, None if there is none. Raises DataError.
 
     Args:
-        path_to_data: `builtin:shapes`; a folder with `train/` and perhaps `val/` or `validation/`, one laid out like
-            ADE20K's (its images are taken), or any folder of images; a list; tar shards; a folder that
-            `prepare_data.py` wrote; or a data set of the library `datasets`, on the Hub or in files.
+        path_to_data: `builtin:shapes`; a folder with folders for training and perhaps validation (see
+            `files.choose_splits`), one laid out like ADE20K's (its images are taken), or any folder of images; a list;
+            tar shards; a folder that `prepare_data.py` wrote; or a data set of the library `datasets`, on the Hub or in
+            files.
         pixels: the format that the images must have.
         validation: a path of any of these kinds, instead of the validation images in `path_to_data`.
         cache: folder for the indices of large data sets, by default in the user's cache.
+        data_format: the kind of both paths, see `kind_of_data`.
+        drop_unlabelled: leave out images without a label, unless none has one.
     """
     folder = open_cache(cache)
-    parts = _open_parts(path_to_data, pixels, folder)
+    parts = _open_parts(path_to_data, pixels, folder, data_format)
     if validation is not None:
-        own = _open_parts(validation, pixels, folder)
+        own = _open_parts(validation, pixels, folder, data_format)
         parts["validation"] = own.get("validation", own["train"])
+    if drop_unlabelled:
+        parts = {part: labelled(source) for part, source in parts.items()}
     for source in parts.values():
         check_pixels(source, pixels)
     return parts["train"], parts.get("validation")
@@ -140,38 +206,39 @@ def open_cache(cache: str | None) -> Path:
     return Path(cache) if cache else default_cache()
 
 
-def _open_parts(path_to_data: str, pixels: PixelFormat, cache: Path | None) -> dict[str, Source]:
+def _open_parts(
+    path_to_data: str, pixels: PixelFormat, cache: Path | None, data_format: str | None
+) -> dict[str, Source]:
     """Open the sources "train" and, if there is one, "validation"."""
-    kind, root = kind_of_data(path_to_data), Path(path_to_data)
+    kind, root = kind_of_data(path_to_data, data_format), Path(path_to_data)
     if kind == "builtin":
         if path_to_data != "builtin:shapes":
             raise DataError(f"--path_to_data {path_to_data} is unknown; the built-in data set is builtin:shapes")
         if pixels.channels not in (1, 3) or pixels.value_range is not None:
             raise DataError("builtin:shapes has 8-bit images in colour or grey; give only --input_channels 3 or 1")
         return {split: ShapesSource(split, pixels.channels) for split in ("train", "validation")}
+    if root.is_file():
+        with open(root, "rb") as file:
+            if is_pointer(start := file.read(64)):
+                raise DataError(f"{root} is {describe_start(start)}")
     if kind in ("hub", "datasets", "parquet"):
-        from data.arrow import open_datasets
+        from data.arrow import PREFIX, open_datasets
 
-        return open_datasets(path_to_data, cache=cache)
+        prefix = PREFIX if kind == "hub" and not path_to_data.startswith(PREFIX) else ""
+        return open_datasets(prefix + path_to_data, cache=cache)
     if kind == "tar":
         from data.tar import TarSource
 
-        return {"train": TarSource(path_to_data, cache=cache)}
+        pattern = f"{glob.escape(path_to_data)}/*.tar" if root.is_dir() else path_to_data
+        return {"train": TarSource(pattern, cache=cache)}
     if kind == "list":
         return {"train": ListSource(path_to_data)}
     if kind == "prepared":
         return open_prepared(root, pixels)
-    if (root / "annotations").is_dir() and (root / "images" / "training").is_dir():  # ADE20K's layout
-        names = {"train": "images/training", "validation": "images/validation"}
-    elif (root / "train").is_dir():
-        names = {"train": "train", "validation": "val" if (root / "val").is_dir() else "validation"}
-    else:
-        names = {"train": ""}
-    return {
-        part: FolderSource(root / name, cache=cache)
-        for part, name in names.items()
-        if part == "train" or (root / name).is_dir()
-    }
+    folders, notes = find_splits(root)
+    parts = {part: FolderSource(folder, cache=cache) for part, folder in folders.items()}
+    parts["train"].notes = [*notes, *parts["train"].notes]
+    return parts
 
 
 def check_pixels(source: Source, pixels: PixelFormat) -> None:
@@ -181,14 +248,16 @@ def check_pixels(source: Source, pixels: PixelFormat) -> None:
     """
     if isinstance(source, ShapesSource):
         return
-    maxima = {}
+    maxima, damage = {}, ""
     for index in sorted({position * len(source) // NUM_CHECKED for position in range(NUM_CHECKED)}):
         try:
             maxima[index] = decode(*source.fetch([index]), pixels).max()
         except WrongPixels as error:
             raise DataError(f"{source.name(index)} {error}") from None
-        except DamagedImage:
-            continue
+        except DamagedImage as error:
+            damage = damage or f"{source.name(index)}: {error}"
+    if damage and not maxima:
+        raise DataError(f"no image that was looked at can be read ({damage}); repair the data")
     if pixels.value_range is None and maxima and max(maxima.values()) < DARK:
         index = min(maxima)
         with contextlib.suppress(DamagedImage):
@@ -223,16 +292,27 @@ def check_classes(path_to_data: str, train_source: Source, validation_source: So
             f"{what} has no validation images; put some into val/ beside train/, or give --path_to_validation_data"
         )
     parts = {"train": train_source, "val": validation_source}
-    for part, source in parts.items():
-        if not source.classes:
-            raise DataError(f"{what} has images without a class; expected {part}/CLASS/IMAGE, or {LABELS}")
+    _check_labelled(path_to_data, parts)
     if len(train_source.classes) < 2:
         raise DataError(f"{what} has one class, {train_source.classes[0]}; expected at least two")
-    errors = [
-        f"{what} has classes in {part} that {other} lacks ({first_few(missing, len(missing))}); give both the same"
-        for part, other in (("train", "val"), ("val", "train"))
-        if (missing := sorted({*parts[part].classes} - {*parts[other].classes}))
-    ]
+    if missing := sorted({*validation_source.classes} - {*train_source.classes}):
+        names = first_few(missing, len(missing))
+        raise DataError(f"{what} has classes in val that train lacks ({names}); add images of them to train")
+
+
+def _check_labelled(path_to_data: str, parts: dict[str, Source]) -> None:
+    """Raise DataError unless all images of the sources, by the names of their folders, have a label."""
+    errors, what = [], f"--path_to_data {path_to_data}"
+    for part, source in parts.items():
+        errors += source.label_errors
+        if not source.classes and not source.label_errors:
+            raise DataError(f"{what} has images without a class; expected {part}/CLASS/IMAGE, or {LABELS}")
+        if source.labels is not None and len(without := np.flatnonzero(source.labels < 0)):
+            names = first_few(map(source.name, without), len(without))
+            errors.append(
+                f"{what} has {len(without):,} of {len(source):,} images in {part} without a class ({names}); expected "
+                f"{part}/CLASS/IMAGE, or {LABELS} without gaps and -1; or leave them out by --drop_unlabelled"
+            )
     if errors:
         raise DataError("\n".join(errors))
 
@@ -241,6 +321,8 @@ def check_labels(path_to_data: str, train_source: Source, validation_source: Sou
     """Raise DataError unless validation images can be classified by their nearest neighbours among training images."""
     if validation_source is None:
         raise DataError(f"--knn_every needs validation images, and {path_to_data} has none; leave the flag out")
+    if errors := [*train_source.label_errors, *validation_source.label_errors]:
+        raise DataError("\n".join(errors))
     if not train_source.classes or not validation_source.classes:
         raise DataError(
             f"--knn_every needs labels, and {path_to_data} has images without a class; expected train/CLASS/IMAGE and "
@@ -260,8 +342,7 @@ def match_classes(path_to_data: str, source: Source, classes: list[str] | None, 
     of the source. Raises DataError if the source has other classes; it may lack some.
     """
     what = f"--path_to_data {path_to_data}"
-    if not source.classes:
-        raise DataError(f"{what} has images without a class; expected val/CLASS/IMAGE, or {LABELS}")
+    _check_labelled(path_to_data, {"val": source})
     if classes is None:
         if len(source.classes) != num_classes:
             raise DataError(

@@ -1,7 +1,8 @@
 """Read samples from tar shards in the layout of WebDataset.
 
 The members of a sample follow each other and share their name up to the first dot: dog/0001.jpg, dog/0001.cls and
-dog/0001.seg.png. The headers of all shards are read once; images are then read from their places in any order.
+dog/0001.seg.png. Where that would join different images, such as frame.0001.jpg and frame.0002.jpg, they share their
+name up to the last dot. The headers of all shards are read once; images are then read from their places in any order.
 """
 
 import contextlib
@@ -13,21 +14,24 @@ import re
 import tarfile
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from data.files import SUFFIXES, is_unchanged, retry, stamp
+from data.decode import is_image
+from data.files import LITTER, SIDECARS, SUFFIXES, is_unchanged, retry, stamp
 from data.index import DataError, Names, StoredSource, cached, first_few, number_labels, with_labels
 from data.pool import mapping
+from data.values import describe_start, is_pointer
 
 IMAGES = {suffix.removeprefix(".") for suffix in SUFFIXES}
+TEXTS = {suffix.removeprefix(".") for suffix in SIDECARS}
 MASKS = {"seg.png", "mask.png", "seg", "mask"}
 MAX_OPEN = 256  # shards that a process keeps open; the usual limit is 1024 files
 BUFFER = 4096  # bytes read at once: the headers and labels between two images
@@ -38,8 +42,9 @@ EXPECTED = "expected tar shards, such as train-{0000..0146}.tar"
 class TarSource(StoredSource):
     """Read the samples of tar shards that have an image, in the order of the shards.
 
-    The image is the first member named .jpg, .png, .webp, .npy, ..., or else the first named like .left.jpg; the label
-    is .cls, or `label` or `cls` in .json; the mask is .seg.png, .mask.png, .seg or .mask. `pattern` is a path with
+    The image is the first member named .jpg, .png, .webp, .npy, ..., or else the first named like .left.jpg or of
+    another name that begins as an image does; the label is .cls, or `label` or `cls` in .json; the mask is .seg.png,
+    .mask.png, .seg or .mask. `pattern` is a path with
     ranges {0000..0146}, alternatives {a,b} and * ?, or several, joined by ::. The index is cached in the folder `cache`
     until a shard changes. Raises DataError for shards that are missing, damaged or without images.
     """
@@ -48,15 +53,22 @@ class TarSource(StoredSource):
         self.shards = expand(pattern.split("::"))
         key = "tar " + json.dumps([os.path.abspath(shard) for shard in self.shards])
         meta, arrays = cached(cache, key, fresh=is_unchanged, build=partial(_index, self.shards))
-        self.classes, self.labels = meta["classes"], arrays.get("labels")
+        self.classes, self.labels, self.label_errors = meta["classes"], arrays.get("labels"), meta["label_errors"]
+        self.notes, self._mask_error = meta["notes"], meta["mask_error"]
         self._shard_of, self._images, self._masks = arrays["shard"], arrays["images"], arrays.get("masks")
-        self.has_masks = self._masks is not None
         self._names = Names(arrays["names"], arrays["ends"])
-        self._mask_names = Names(arrays["mask_names"], arrays["mask_ends"]) if self.has_masks else None
+        self._mask_names = Names(arrays["mask_names"], arrays["mask_ends"]) if self._masks is not None else None
         self._open: dict[int, FileIO] = {}
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_open": {}}  # each process opens the shards itself
+
+    @cached_property
+    def has_masks(self) -> bool:
+        """Return True if all images have masks. Raises DataError if only some have."""
+        if self._mask_error:
+            raise DataError(self._mask_error)
+        return self._masks is not None
 
     def __len__(self) -> int:
         return len(self._shard_of)
@@ -94,7 +106,7 @@ class TarSource(StoredSource):
 
     def fingerprint(self) -> str:
         """Return digits equal for equal labels, names and sizes in the same order, however they are sharded."""
-        masks = _digest(self._mask_names, self._masks) if self.has_masks else None
+        masks = _digest(self._mask_names, self._masks) if self._masks is not None else None
         return with_labels(_digest(self._names, self._images), self.labels, self.classes, masks)
 
 
@@ -136,13 +148,15 @@ def _expand_braces(pattern: str) -> list[str]:
 def _index(shards: list[str]) -> tuple[dict, dict[str, np.ndarray]]:
     """Build the index of all shards for `cached`. Raises DataError."""
     start, seen = time.time_ns(), {os.path.abspath(shard): stamp(shard) for shard in shards}
-    with mapping(min(len(shards), WORKERS)) as in_order:
-        progress = tqdm(in_order(index_shard, shards), "indexing", len(shards), unit="shard", delay=2, leave=False)
-        parts = list(progress)
-    errors = [part for part in parts if isinstance(part, str)]
-    if errors:
-        more = [f"and {len(errors) - 3:,} more shards like these"] if len(errors) > 3 else []
-        raise DataError("\n".join(errors[:3] + more))
+    parts, notes = _index_shards(shards, by_last_dot=False), []
+    # The endings of views of a sample, such as .left.jpg, are few; where there are more of them than samples, they are
+    # parts of names
+    if len(set().union(*(part.endings for part in parts))) > sum(part.joined for part in parts) > 0:
+        parts = _index_shards(shards, by_last_dot=True)
+        notes = ["samples    named up to the last dot, as up to the first they would share names"]
+    if extra := sum(part.extra for part in parts):
+        notes.append(f"left out   {extra:,} further images of samples that have one")
+    parts = [part.samples for part in parts]
     all_shards, samples = first_few(shards, len(shards)), pa.concat_tables(parts)
     if not len(samples):
         raise DataError(f"{all_shards} holds no image; expected members named .jpg, .png, .webp, .npy, ...")
@@ -153,17 +167,37 @@ def _index(shards: list[str]) -> tuple[dict, dict[str, np.ndarray]]:
     def where(row: int) -> str:
         return f"{shards[shard_of[row]]}/{os.fsdecode(names[row])}"
 
+    meta = {"start": start, "seen": seen, "notes": notes, "mask_error": ""}
     without = np.flatnonzero(samples["mask"].is_null())
-    if len(without) < len(samples):
-        if len(without):
-            few = first_few(map(where, without), len(without))
-            raise DataError(f"{all_shards} has images without a mask: {few}; expected a mask for all images or none")
+    if 0 < len(without) < len(samples):
+        few = first_few(map(where, without), len(without))
+        meta["mask_error"] = f"{all_shards} has images without a mask: {few}; expected a mask for all images or none"
+    elif not len(without):
         masks, mask_names = _places_and_names(samples["mask"])
         arrays |= {"masks": masks, "mask_names": mask_names.buffer, "mask_ends": mask_names.ends}
-    classes = []
-    if samples["label"].null_count < len(samples):
-        arrays["labels"], classes = number_labels(samples["label"], where, all_shards)
-    return {"start": start, "seen": seen, "classes": classes}, arrays
+    labels, meta["classes"], meta["label_errors"] = number_labels(samples["label"], where, all_shards)
+    return meta, arrays if labels is None else arrays | {"labels": labels}
+
+
+class Shard(NamedTuple):
+    """Hold the index of a shard."""
+
+    samples: pa.Table  # `image` and `mask` with name, offset and size in bytes, and `label`, a text; null if absent
+    extra: int  # images beside that of their sample
+    joined: int  # samples that have no image whose name has one dot, but others
+    endings: set[str]  # of the images of these
+
+
+def _index_shards(shards: list[str], *, by_last_dot: bool) -> list[Shard]:
+    """Index shards in worker processes. Raises DataError."""
+    with mapping(min(len(shards), WORKERS)) as in_order:
+        indexed = in_order(partial(index_shard, by_last_dot=by_last_dot), shards)
+        parts = list(tqdm(indexed, "indexing", len(shards), unit="shard", delay=2, leave=False))
+    errors = [part for part in parts if isinstance(part, str)]
+    if errors:
+        more = [f"and {len(errors) - 3:,} more shards like these"] if len(errors) > 3 else []
+        raise DataError("\n".join(errors[:3] + more))
+    return parts
 
 
 def _places_and_names(members: pa.ChunkedArray) -> tuple[np.ndarray, Names]:
@@ -172,35 +206,48 @@ def _places_and_names(members: pa.ChunkedArray) -> tuple[np.ndarray, Names]:
     return np.stack([offsets.to_numpy(), sizes.to_numpy()], axis=1), Names.from_arrow(names)
 
 
-def index_shard(path: str) -> pa.Table | str:
-    """Return the samples of a shard, or an error message in one line.
-
-    Each row is a sample: `image` and `mask` with name, offset and size in bytes, and `label`, a text; null if absent.
-    """
+def index_shard(path: str, *, by_last_dot: bool = False) -> Shard | str:
+    """Return the index of a shard, or an error message in one line."""
     samples, key = [], None
     try:
         with open(path, "rb", buffering=BUFFER) as file:
             for member in files_in(file):
-                folder, slash, base = member.name.removeprefix("./").rpartition("/")
-                stem, dot, ending = base.partition(".")
-                if not dot or not stem:
+                name = member.name.removeprefix("./")
+                if LITTER.search(os.fsencode(name)):
                     continue
-                if key != folder + slash + stem:
-                    key = folder + slash + stem
-                    samples.append({})
+                stem, ending = split_name(name, by_last_dot=by_last_dot)
+                if key != stem:
+                    key = stem
+                    samples.append({"endings": []})
                 _add_member(samples[-1], member, ending.lower(), file)
-    except UnicodeDecodeError:
-        return f"{path}/{key}.cls is no text; expected UTF-8 in .cls"
     except (tarfile.TarError, ValueError, OverflowError) as error:  # the latter two from numbers in damaged headers
+        with open(path, "rb") as file:
+            if is_pointer(start := file.read(64)):
+                return f"{path} is {describe_start(start)}"
         return f"{path} is compressed, truncated or damaged ({error}); decompress it, or download it again"
     except OSError as error:
         return f"{path} cannot be read ({error.strerror}); check its permissions"
     place = pa.struct({"name": pa.large_binary(), "offset": pa.int64(), "size": pa.int64()})
     schema = pa.schema({"image": place, "mask": place, "label": pa.large_string()})
-    for sample in samples:
-        if "other" in sample:
-            sample.setdefault("image", sample["other"])
-    return pa.Table.from_pylist([sample for sample in samples if "image" in sample], schema)
+    samples = [sample for sample in samples if sample["endings"]]
+    joined = [sample for sample in samples if "image" not in sample]
+    for sample in joined:
+        sample["image"] = sample["other"]
+    extra = sum(len(sample["endings"]) - 1 for sample in samples)
+    endings = {ending for sample in joined for ending in sample["endings"]}
+    return Shard(pa.Table.from_pylist(samples, schema), extra, len(joined), endings)
+
+
+def split_name(name: str, *, by_last_dot: bool) -> tuple[str, str]:
+    """Return a member's name up to the first or the last dot, and its ending; that of a mask has a dot of its own."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, ending = base.partition(".")
+    if by_last_dot and not ending.lower().endswith(tuple(MASKS)):
+        stem, dot, ending = base.rpartition(".") if dot else (base, "", "")
+    elif by_last_dot:
+        ending = max((mask for mask in MASKS if ending.lower().endswith(mask)), key=len)
+        stem = base[: -len(ending) - 1]
+    return folder + slash + stem, ending
 
 
 def files_in(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
@@ -222,15 +269,18 @@ def files_in(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 
 def _add_member(sample: dict, member: tarfile.TarInfo, ending: str, file: BinaryIO) -> None:
-    """Add an image, mask or label to a sample; `ending` is the member's name after the first dot."""
+    """Add an image, mask or label to a sample; `ending` is the member's name after its sample's."""
+    last = ending.rpartition(".")[2]
     kind = "mask" if ending in MASKS else "image" if ending in IMAGES else "other"  # such as .depth.png
-    if kind != "other" or ending.rpartition(".")[2] in IMAGES:
+    if ending == "cls":
+        sample["label"] = file.read(member.size).decode(errors="replace").strip() or None
+    elif ending == "json":
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):  # no JSON, no object, nested too deeply
+            content = json.loads(file.read(member.size) if not sample.get("label") else b"{}")
+            label = content.get("label", content.get("cls"))
+            sample["label"] = str(label).encode() if isinstance(label, int | float | str) else sample.get("label")
+    elif kind != "other" or last in IMAGES or (last not in TEXTS and is_image(file.read(32), last)):
         name = os.fsencode(member.name.removeprefix("./"))
         sample.setdefault(kind, {"name": name, "offset": member.offset_data, "size": member.size})
-    elif ending == "cls":
-        sample["label"] = file.read(member.size).decode().strip() or None
-    elif ending == "json" and not sample.get("label"):
-        with contextlib.suppress(ValueError, AttributeError, RecursionError):  # no JSON, no object, nested too deeply
-            content = json.loads(file.read(member.size))
-            label = content.get("label", content.get("cls"))
-            sample["label"] = str(label).encode() if isinstance(label, int | float | str) else None
+        if kind != "mask":
+            sample["endings"].append(ending)

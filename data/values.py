@@ -37,6 +37,21 @@ def damage_errors() -> Iterator[None]:
         raise DamagedImage(reason[:120]) from error  # some quote the bytes that they do not understand
 
 
+def is_pointer(start: bytes) -> bool:
+    """Return True if a file begins as Git LFS writes it where it has not downloaded the content."""
+    return start.startswith(b"version https://git-lfs")
+
+
+def describe_start(data: bytes | memoryview) -> str:
+    """Return what a file that is not what its name says is, from its first bytes."""
+    start = bytes(data[:64]).lstrip().lower()
+    if is_pointer(start):
+        return "a Git LFS pointer in place of the file; run git lfs pull"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "a page in HTML, as a failed download leaves it"
+    return f"begins with {bytes(data[:8])!r}"
+
+
 def check_size(height: int, width: int, max_pixels: int) -> None:
     """Raise DamagedImage for an image with more than `max_pixels` pixels."""
     if height * width > max_pixels:

@@ -5,14 +5,16 @@ import json
 import os
 import pickle
 import random
+import re
 import time
 
 import numpy as np
 import pytest
 
-from data import files
-from data.files import FileSource, FolderSource, ListSource, read_file
+from data import files, lists
+from data.files import FileSource, FolderSource, read_file
 from data.index import DataError, Names
+from data.lists import ListSource
 
 
 def write(root, *names: str) -> None:
@@ -212,13 +214,26 @@ TEXTS = {
     "long.jsonl": '{"path": "a.jpg", "label": 3, "notes": "' + "x" * 2**24 + '"}\n{"path": "a.jpg", "label": 1}\n',
     "spaces.csv": "\n o, path ,\tlabel\nx,a.jpg, 3\ny,a.jpg,1\n",
     "lines.csv": 'path,notes,label\na.jpg,"one\ntwo\n",3\na.jpg,three,1\n',
+    "tabs.tsv": "path\tlabel\r\na.jpg\t3\r\n\ta.jpg\t1\r\n".replace("\n\ta", "\na"),
+    "tabs.csv": 'path\tnotes\tlabel\na.jpg\t"1, 2; 3"\t3\na.jpg\t\t1\n\t\t\n',
+    "semicolons.csv": "\ufeffpath;label\r\na.jpg;3\r\na.jpg;1\r\n;\r\n",  # of spreadsheets where the comma is decimal
+    "UPPER.CSV": "Path,LABEL\na.jpg,3\na.jpg,1\n",
+    "floats.csv": "path,label\na.jpg,3.0\na.jpg,1.0\n",
+    "floats.jsonl": '{"path": "a.jpg", "label": 3.0}\n{"path": "a.jpg", "label": 1.0}\n',
+    "index.csv": ",path,label\n0,a.jpg,3\n1,a.jpg,1\n",  # of pandas
+    "commas.csv": "path,label\na.jpg,3\na.jpg,1\n,\n,\n",  # rows that a spreadsheet thinks of as used
+    "blanks.csv": "\npath,label\n\na.jpg,3\n   \na.jpg,1\n\n \t\n\n",
+    "quotes.csv": '"path" , "label"\n"a.jpg","3"\n"a.jpg" ,1\n'.replace(" ", ""),
+    "around.csv": "path , label\n a.jpg , 3 \n\ta.jpg\t, 1\n",
 }
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_lists_that_say_the_same_in_other_words(tmp_path, name):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_lists_that_say_the_same_in_other_words(tmp_path, name, encoding):
     write(tmp_path, "a.jpg")
-    (tmp_path / name).write_bytes(TEXTS[name].encode())
+    text = TEXTS[name] if encoding == "utf-8" else TEXTS[name].lstrip("\ufeff")
+    (tmp_path / name).write_bytes(text.encode(encoding))
     source = ListSource(tmp_path / name)
     assert source.fetch([0, 1]) == [b"a.jpg"] * 2
     assert source.labels.tolist() == [3, 1] and source.labels.dtype == np.int32 and source.classes == list("0123")
@@ -238,15 +253,10 @@ def test_lists_that_say_the_same_in_other_words(tmp_path, name):
         ("x.jsonl", b'{"path": "a"}\n\n{"path": "b"\n', "Missing a comma or '}' after an object member. in row 1"),
         ("x.jsonl", b'{"path": "a", "label": 1}\n{"path": "b"\n', "Missing a comma or '}' after an object"),
         ("x.jsonl", b'{"path": "a", "label": "x"}\n{"path": "b"\n', "Missing a comma or '}' after an object"),
-        ("x.jsonl", b'{"path": "a", "label": 1}\n{"path": "b", "label": "x"}\n', "from number to string in row 1"),
         ("x.jsonl", b'[{"path": "a"},\n{"path": "b"}]', "changed from object to array in row 0"),
         ("x.jsonl", b'{"path": "a"}\n{"path": 5}\n', r"Column\(/path\) changed from string to number in row 1"),
-        ("x.jsonl", b'{"path": "a", "label": 0.5}\n', "couldn't parse:0.5"),
         ("x.csv", b"path,label\na,0\n,1\nb,1\n,1\n", "has no path in row 2, row 4; expected one in every row"),
         ("x.jsonl", b'{"path": "a"}\n{"path": null}\n{}\n', "has no path in row 2, row 3;"),
-        ("x.csv", b"path,mask\nx.csv,b\nx.csv,\n", "has no mask in row 2;"),
-        ("x.csv", b"path,label\n\na,-1\nb,0\nc,1.5\n", r"no class numbers \(row 1: '-1', row 3: '1.5'\)"),
-        ("x.jsonl", b'{"path": "a", "label": 1}\n{"path": "b"}\n', r"empty labels \(row 2: ''\)"),
     ],
 )
 def test_lists_that_cannot_be_used(tmp_path, name, content, message):
@@ -254,6 +264,49 @@ def test_lists_that_cannot_be_used(tmp_path, name, content, message):
     with pytest.raises(DataError, match=message) as error:
         ListSource(tmp_path / name)
     assert str(error.value).startswith(str(tmp_path / name)) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", b'{"path": "a", "label": 1}\n{"path": "a", "label": "x"}\n', "from number to string in row 1"),
+        ("x.jsonl", b'{"path": "a", "label": 0.5}\n{"path": "a", "label": 1}\n', r"class numbers \(row 1: '0.5'\)"),
+        ("x.jsonl", b'{"path": "a", "label": [1, 2]}\n{"path": "a", "label": [0]}\n', r"labels that cannot be read \("),
+        ("x.csv", b"path,label\n\na,-1\na,1.5\n", r"no class numbers \(row 2: '1.5'\)"),
+    ],
+)
+def test_lists_whose_labels_are_broken_are_read_without_them(tmp_path, name, content, message):
+    write(tmp_path, "a")
+    (tmp_path / name).write_bytes(content)
+    source = ListSource(tmp_path / name)
+    assert source.fetch([0, 1]) == [b"a", b"a"] and source.labels is None and source.classes == []
+    (error,) = source.label_errors
+    assert error.startswith(str(tmp_path / name)) and re.search(message, error) and "\n" not in error
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_lists_with_some_labels_and_masks(tmp_path, kind):
+    write(tmp_path, "a", "b", "c")
+    rows = [{"path": "a", "label": 1, "mask": "b"}, {"path": "b", "label": -1}, {"path": "c", "label": 0}]
+    source = ListSource(write_list(tmp_path / f"x.{kind}", rows))
+    assert source.labels.tolist() == [1, -1, 0] and source.classes == ["0", "1"] and source.fetch([2]) == [b"c"]
+    with pytest.raises(DataError, match="has no mask in row 2, row 3; expected one in every row"):
+        _ = source.has_masks
+
+
+def test_a_column_of_paths_alone_may_hold_commas(tmp_path):
+    names = ["a, b.jpg", "c;d.jpg", 'e "f".jpg', "g.jpg"]
+    write(tmp_path, *names)
+    (tmp_path / "x.csv").write_text('path\r\na, b.jpg\r\nc;d.jpg\r\n"e ""f"".jpg"\r\n"g.jpg"\r\n\r\n')
+    assert ListSource(tmp_path / "x.csv").fetch(range(4)) == [name.encode() for name in names]
+
+
+def test_paths_written_on_windows_are_told(tmp_path):
+    (tmp_path / "x.csv").write_text("path\na\\b.jpg\n")
+    with pytest.raises(
+        DataError, match=r"do not exist: .*a\\b.jpg; .*folder, with / between folders; correct the list"
+    ):
+        ListSource(tmp_path / "x.csv")
 
 
 def test_a_list_that_is_not_there(tmp_path):
@@ -271,9 +324,9 @@ def test_paths_of_a_list_that_are_not_there(tmp_path, monkeypatch):
 
     path = write_list(tmp_path / "masks.csv", [{"path": "2.jpg", "mask": mask} for mask in ("mask.png", "folder")])
     with pytest.raises(DataError, match=f"1 of 2 checked files in the column mask .*: {tmp_path / 'folder'};"):
-        ListSource(path)
+        _ = ListSource(path).has_masks
 
-    monkeypatch.setattr(files, "CHECKED", 50)
+    monkeypatch.setattr(lists, "CHECKED", 50)
     path = write_list(tmp_path / "long.csv", [{"path": "2.jpg" if i < 999 else f"{i}.jpg"} for i in range(1000)])
     with pytest.raises(DataError, match=r"1 of 50 checked files in the column path do not exist: .*/999"):
         ListSource(path)

@@ -1,8 +1,11 @@
 import os
+import shutil
+import tarfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import write_images
 from PIL import Image
@@ -10,11 +13,12 @@ from PIL import Image
 from data import shapes
 from data.decode import PixelFormat, decode
 from data.files import FolderSource, find_images
-from data.index import DataError
+from data.index import DataError, StoredSource
 from data.sources import (
     ShapesSource,
     check_classes,
     check_labels,
+    labelled,
     labels_in,
     match_classes,
     open_sources,
@@ -25,16 +29,198 @@ def test_a_tree_without_classes(tmp_path):
     write_images(tmp_path / "deep", 3)
     (tmp_path / "top.jpg").write_bytes(b"x")
     source = FolderSource(tmp_path)
-    assert len(source) == 4 and source.labels is None and source.classes == []
+    assert len(source) == 4 and source.labels.tolist() == [0, 0, 0, -1] and source.classes == ["deep"]
+    flat = FolderSource(tmp_path / "deep" / "class_0")
+    assert len(flat) == 2 and flat.labels is None and flat.classes == []
 
 
-@pytest.mark.parametrize("name", ["val", "validation"])
-def test_training_and_validation_folders(tmp_path, name):
-    write_images(tmp_path / "train", 5)
+@pytest.mark.parametrize("base", ["", "images"])
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [
+        *(("train", name) for name in ("val", "validation", "Val", "VALID", "valid", "dev", "eval", "Evaluation")),
+        *((name, "val") for name in ("Train", "TRAIN", "training", "Training", "train_set", "train2017", "TrainVal")),
+        ("training", "validation"),
+        ("train2017", "val2017"),
+        ("train-images", "val-images"),
+        ("Training", "Testing"),
+        ("train", "test"),
+    ],
+)
+def test_training_and_validation_folders(tmp_path, base, train, held_out):
+    write_images(tmp_path / base / train, 5)
     assert open_sources(str(tmp_path), PixelFormat(3))[1] is None
-    write_images(tmp_path / name, 3)
+    write_images(tmp_path / base / held_out, 3)
+    (tmp_path / "@eaDir").mkdir()
+    sources = open_sources(str(tmp_path), PixelFormat(3))
+    assert tuple(map(len, sources)) == (5, 3)
+    is_test = held_out.lower().startswith("test")
+    assert sources[0].notes == ([f"held out   {held_out}, as there is no split for validation"] if is_test else [])
+
+
+def test_folders_beside_the_splits_are_told(tmp_path):
+    for name, count in (("train", 5), ("val", 3), ("test", 2), ("unlabeled", 4), ("Train", 1)):
+        write_images(tmp_path / name, count)
     train, validation = open_sources(str(tmp_path), PixelFormat(3))
     assert (len(train), len(validation)) == (5, 3)
+    assert train.notes == [f"not read   Train, test, unlabeled in {tmp_path}, beside train"]
+    train, validation = open_sources(str(tmp_path / "val"), PixelFormat(3))  # where nothing is called train
+    assert len(train) == 3 and validation is None
+
+
+FORMATS = {  # that Pillow writes and reads, by its name: the pixels' mode
+    **dict.fromkeys(
+        ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "QOI", "SGI", "DDS"), "RGB"
+    ),
+    **dict.fromkeys(("PCX", "MPO"), "RGB"),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("suffix", ["", ".jpg_large", ".img", ".0"])
+def test_images_of_any_suffix_are_read_by_their_content(tmp_path, name, suffix):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / f"a{suffix}", name)
+    Image.fromarray(pixels).save(tmp_path / "b.jpg")
+    (tmp_path / "notes").write_text("BMW and P1 are words")
+    (tmp_path / "c.bin").write_bytes(bytes(1000))
+    source = FolderSource(tmp_path)
+    is_raw = name == "TIFF" and suffix  # cameras' raw files are TIFFs of other names, which begin with a thumbnail
+    assert len(source) == (1 if is_raw else 2)
+    assert all(decode(*source.fetch([index]), PixelFormat(3)).shape == (3, 16, 16) for index in range(len(source)))
+
+
+@pytest.mark.parametrize("suffix", [".tga", ".avif", ".AVIF", ".TGA"])
+def test_suffixes_in_any_case(tmp_path, suffix):
+    Image.new("RGB", (8, 8)).save(tmp_path / f"a{suffix}")
+    assert decode(*FolderSource(tmp_path).fetch([0]), PixelFormat(3)).shape == (3, 8, 8)
+
+
+def test_arrays_of_any_suffix(tmp_path):
+    with open(tmp_path / "a.array", "wb") as file:
+        np.save(file, np.zeros((8, 8, 3), np.uint8))
+    assert len(FolderSource(tmp_path)) == 1
+
+
+LITTER = [
+    *(
+        "@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg",
+        ".thumbnails/a.jpg",
+        "__MACOSX/._a.jpg",
+        "._a.jpg",
+        "Thumbs.db",
+        ".DS_Store",
+    ),
+    *(
+        "lost+found/a.jpg",
+        "$RECYCLE.BIN/a.jpg",
+        "System Volume Information/a.jpg",
+        ".Trash-1000/a.jpg",
+        "#recycle/a.jpg",
+    ),
+    *(".AppleDouble/a.jpg", "@Recycle/a.jpg", ".ipynb_checkpoints/a.jpg", "FOUND.000/a.jpg", ".@__thumb/a.jpg"),
+    *(
+        "b.jpg~",
+        "b.jpg.bak",
+        "b.jpg.part",
+        "b.jpg.crdownload",
+        "b.jpg_original",
+        "b.jpg.tmp",
+        "clip.THM",
+        "desktop.ini",
+    ),
+]
+
+
+@pytest.mark.parametrize("name", LITTER)
+@pytest.mark.parametrize("place", ["", "class_0"])
+def test_litter_is_left_out_and_told(tmp_path, name, place):
+    write_images(tmp_path, 4)
+    path = tmp_path / place / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes((tmp_path / "class_0" / "0000.jpg").read_bytes())
+    source = FolderSource(tmp_path)
+    assert len(source) == 4 and source.classes == ["class_0", "class_1"]
+    (note,) = source.notes
+    assert note.startswith(f"left out   1 below {tmp_path}: hidden or litter (1 ")
+
+
+def test_what_is_left_out_is_counted(tmp_path):
+    write_images(tmp_path, 4)
+    for name in ("1.txt", "2.txt", "deep/3.TXT", "4.json", "README", ".hidden", "deep/.hidden", "deep/@eaDir/5.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    counts = "hidden or litter (2 hidden, 1 @eaDir), no images (3 .txt, 1 .json, 1 without suffix)"
+    assert FolderSource(tmp_path).notes == [f"left out   8 below {tmp_path}: {counts}"]
+    with pytest.raises(DataError, match=r"deep holds no image \(left out: hidden .*\); expected"):
+        FolderSource(tmp_path / "deep")
+
+
+def write_metadata(root: Path) -> None:
+    """What img2dataset, the library datasets and others write beside images."""
+    pq.write_table(pa.table({"key": ["0"], "url": ["http://x"], "width": [5]}), root / "00000.parquet")
+    (root / "metadata.csv").write_text("file_name,label\nx.jpg,1\n")
+    (root / "metadata.jsonl").write_text('{"file_name": "x.jpg"}\n')
+    (root / "state.json").write_text("{}")  # of any other program
+
+
+def test_tables_beside_images_are_no_data_set(tmp_path):
+    write_images(tmp_path, 4)
+    write_metadata(tmp_path)
+    train, validation = open_sources(str(tmp_path), PixelFormat(3))
+    assert len(train) == 4 and validation is None and train.notes[0].startswith("left out   4 below")
+
+
+def test_the_kind_of_data_can_be_said(tmp_path):
+    write_images(tmp_path, 4)
+    jpeg = (tmp_path / "class_0" / "0000.jpg").read_bytes()
+    pq.write_table(pa.table({"image": [jpeg] * 7}), tmp_path / "train.parquet")
+    (tmp_path / "list.txt").write_text("path\nclass_0/0000.jpg\n")
+    with tarfile.open(tmp_path / "shard.tar", "w") as shard:
+        for path in sorted(tmp_path.rglob("*.jpg"))[:3]:
+            shard.add(path, path.name)
+    shutil.copy(tmp_path / "shard.tar", tmp_path / "shard.0001")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.move(tmp_path / "train.parquet", alone / "train.parquet")
+    for path, data_format, count in (
+        (tmp_path, None, 4),
+        (tmp_path, "folder", 4),
+        (alone, None, 7),
+        (alone, "parquet", 7),
+        (alone / "train.parquet", "parquet", 7),
+        (tmp_path / "list.txt", "list", 1),
+        (tmp_path / "shard.0001", "tar", 3),
+        (tmp_path, "tar", 3),
+    ):
+        train, _ = open_sources(str(path), PixelFormat(3), data_format=data_format, cache=str(tmp_path / "cache"))
+        assert len(train) == count, (path, data_format)
+    (alone / "a.jpg").write_bytes(jpeg)
+    assert len(open_sources(str(alone), PixelFormat(3), data_format="folder")[0]) == 1
+    with pytest.raises(DataError, match=r"hf:nobody/nothing: "):
+        open_sources("nobody/nothing", PixelFormat(3), data_format="hub")
+
+
+@pytest.mark.parametrize("name", ["A.CSV", "A.JSONL", "A.TAR", "A.PARQUET", "a.Tsv"])
+def test_suffixes_of_tables_in_any_case(tmp_path, name):
+    write_images(tmp_path, 1)
+    jpeg = (tmp_path / "class_0" / "0000.jpg").read_bytes()
+    if name == "A.TAR":
+        with tarfile.open(tmp_path / name, "w") as shard:
+            shard.add(tmp_path / "class_0" / "0000.jpg", "0.jpg")
+    elif name == "A.PARQUET":
+        pq.write_table(pa.table({"image": [jpeg]}), tmp_path / name)
+    else:
+        (tmp_path / name).write_text('{"path": "class_0/0000.jpg"}\n' if "J" in name else "path\nclass_0/0000.jpg\n")
+    assert len(open_sources(str(tmp_path / name), PixelFormat(3), cache=str(tmp_path / "cache"))[0]) == 1
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet", "a.tar", "images/a.jpg"])
+def test_pointers_of_git_lfs_are_told(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 7\n")
+    with pytest.raises(DataError, match=rf"{name}:? .*a Git LFS pointer in place of the file; run git lfs pull"):
+        open_sources(str(tmp_path / name if "images" not in name else tmp_path / "images"), PixelFormat(3))
 
 
 @pytest.mark.parametrize(
@@ -173,9 +359,30 @@ def test_a_path_that_is_no_folder_is_refused_with_a_suggestion(tmp_path, monkeyp
             open_sources(path, PixelFormat(3))
 
 
-def of_classes(classes):
+class OfClasses(StoredSource):
     """A source with an image of each class."""
-    return None if classes is None else SimpleNamespace(classes=list(classes), labels=np.arange(len(classes)))
+
+    def __init__(self, classes):
+        self.classes, self.labels = list(classes), np.arange(len(classes)) if classes else None
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, index):
+        return f"{index}.jpg"
+
+    def fetch(self, indices):
+        return [b"%d" % index for index in indices]
+
+    def size_in_bytes(self):
+        return 10.0 * len(self)
+
+    def fingerprint(self):
+        return " ".join(map(str, self.labels))
+
+
+def of_classes(classes):
+    return None if classes is None else OfClasses(classes)
 
 
 @pytest.mark.parametrize(
@@ -186,8 +393,8 @@ def of_classes(classes):
         ("", "ab", ["D has images without a class; expected train/CLASS"], ["D has images without a class"]),
         ("ab", "", ["D has images without a class; expected val/CLASS"], ["D has images without a class"]),
         ("a", "a", ["D has one class, a;"], []),
-        ("abcdef", "a", ["classes in train that val lacks (b, c, d and 2 more)"], []),
-        ("ab", "bc", ["in train that val lacks (a)", "in val that train lacks (c)"], ["lacks 1 of them there (c)"]),
+        ("abcdef", "a", [], []),
+        ("ab", "bc", ["has classes in val that train lacks (c)"], ["lacks 1 of them there (c)"]),
     ],
 )
 def test_classes_that_do_not_fit_are_reported_in_a_line_each(train, validation, of_training, of_neighbours):
@@ -199,6 +406,52 @@ def test_classes_that_do_not_fit_are_reported_in_a_line_each(train, validation, 
             errors = str(error).splitlines()
         assert len(errors) == len(expected), errors
         assert all(words in error for words, error in zip(expected, errors, strict=True)), errors
+
+
+def test_images_without_a_class_are_refused_or_left_out(tmp_path):
+    write_images(tmp_path / "train", 6)
+    write_images(tmp_path / "val", 4)
+    (tmp_path / "train" / "logo.jpg").write_bytes((tmp_path / "val" / "class_0" / "0000.jpg").read_bytes())
+    train, validation = open_sources(str(tmp_path), PixelFormat(3))
+    with pytest.raises(DataError, match=r"has 1 of 7 images in train without a class \(.*/train/logo.jpg\); expected"):
+        check_classes("D", train, validation)
+    train, validation = open_sources(str(tmp_path), PixelFormat(3), drop_unlabelled=True)
+    check_classes("D", train, validation)
+    assert (len(train), len(validation)) == (6, 4) and train.notes == ["left out   1 images without a label"]
+    check_labels("D", *open_sources(str(tmp_path), PixelFormat(3)))  # nearest neighbours are sought with labels alone
+
+
+def test_the_labelled_samples_of_a_source():
+    source = OfClasses("abcde")
+    source.labels = np.array([3, -1, 0, -1, 1])
+    some = labelled(source)
+    assert len(some) == 3 and some.labels.tolist() == [3, 0, 1] and some.classes == source.classes
+    assert some.fetch([2, 0]) == some.fetch(np.array([2, 0])) == [b"4", b"0"] and some.name(1) == "2.jpg"
+    assert some.size_in_bytes() == 30 and some.fingerprint() != source.fingerprint()
+    assert labelled(some) is some and labels_in(some, list("edcba")).tolist() == [1, 4, 3]
+    source.labels = None
+    assert labelled(source) is source
+
+
+@pytest.mark.parametrize("check", [check_classes, check_labels])
+def test_labels_that_cannot_be_used_are_refused_where_they_are_needed(check):
+    broken = OfClasses("")
+    broken.label_errors = ["x.csv has labels that are no class numbers"]
+    with pytest.raises(DataError, match=r"^x.csv has labels that are no class numbers$"):
+        check("D", broken, OfClasses("ab"))
+
+
+def test_a_folder_of_which_nothing_can_be_read_is_refused_at_the_start(tmp_path):
+    for number in range(20):
+        (tmp_path / f"{number}.jpg").write_text("<!DOCTYPE html><html>404</html>")
+    with pytest.raises(DataError, match=r"no image that was looked at can be read \(.*0.jpg: .*a page in HTML, as"):
+        open_sources(str(tmp_path), PixelFormat(3))
+
+
+def test_many_words_without_an_image_are_counted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, errors = find_images([f"{number}.jpg" for number in range(1000)])
+    assert len(errors) == 6 and errors[5] == "and 995 more words like these"
 
 
 def test_the_classes_of_a_classifier_number_the_labels():

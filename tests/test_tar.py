@@ -89,8 +89,8 @@ def test_the_members_of_a_sample(tmp_path):
     ],
 )
 def test_the_image_of_a_sample_has_one_dot_or_else_more(endings, image, tmp_path):
-    files = {f"a/1.{ending}": ending.encode() for ending in endings}
-    assert fetched(TarSource(str(write_tar(tmp_path / "0.tar", files)))) == [image.encode()]
+    files = {f"a/{number}.{ending}": ending.encode() for number in range(3) for ending in endings}
+    assert fetched(TarSource(str(write_tar(tmp_path / "0.tar", files)))) == [image.encode()] * 3
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,8 @@ def test_the_image_of_a_sample_has_one_dot_or_else_more(endings, image, tmp_path
         ({"json": lambda n: b"[no json"}, None, []),
         ({"json": lambda n: b'{"label": "\\ud800"}'}, None, []),
         ({"json": lambda n: b"[" * 100_000}, None, []),
+        ({"cls": lambda n: [b"-1", b"1"][n % 2]}, [-1, 1, -1, 1], ["0", "1"]),
+        ({"cls": lambda n: [b"", b"sea"][n % 2]}, [-1, 0, -1, 0], ["sea"]),
     ],
 )
 def test_labels(endings, numbers, classes, tmp_path):
@@ -224,17 +226,11 @@ def test_shards_that_cannot_be_used(tmp_path):
     broken[520] ^= 1  # in the second header's name
     (tmp_path / "broken.tar").write_bytes(broken)
     (tmp_path / "empty.tar").write_bytes(bytes(1024))
-    write_tar(tmp_path / "labels.tar", samples([1, 2], cls=lambda n: b"1.5"))
-    write_tar(tmp_path / "some.tar", samples([1, 2]) | {"0002.cls": b"1"})
-    write_tar(tmp_path / "bytes.tar", samples([1, 2], cls=lambda n: b"\xff"))
-    write_tar(tmp_path / "mask.tar", samples([1, 2]) | {"0002.seg.png": b"1"})
+    (tmp_path / "pointer.tar").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n" * 30)
     for name, word in [
         ("broken", "no tar header at byte 512"),
         ("empty", "holds no image; expected members named .jpg"),
-        ("labels", "labels that are no class numbers"),
-        ("some", "has empty labels"),
-        ("bytes", "0001.cls is no text; expected UTF-8 in .cls$"),
-        ("mask", "mask.tar/0001.jpg; expected a mask for all images or none"),
+        ("pointer", "is a Git LFS pointer in place of the file; run git lfs pull$"),
     ]:
         assert re.match(rf"{tmp_path}/{name}.tar.*{word}", refusal(tmp_path / f"{name}.tar"))
     path = write_tar(tmp_path / "packed.tar", samples([1]), mode="w:gz")
@@ -243,6 +239,75 @@ def test_shards_that_cannot_be_used(tmp_path):
         (tmp_path / f"many-{number}.tar").write_bytes(b"text" * 1000)
     lines = refusal(tmp_path / "many-*.tar").splitlines()
     assert len(lines) == 4 and lines[3] == "and 2 more shards like these"
+
+
+def test_shards_whose_labels_or_masks_are_broken_are_read_without_them(tmp_path):
+    for name, files, word in [
+        ("labels", samples([1, 2], cls=lambda n: b"1.5"), "labels.tar has labels that are no class numbers"),
+        ("bytes", samples([1, 2], cls=lambda n: b"\xff"), "bytes.tar has labels that are no text .*0001.jpg"),
+    ]:
+        source = TarSource(str(write_tar(tmp_path / f"{name}.tar", files)))
+        assert fetched(source) == [encoded(1), encoded(2)] and source.labels is None and not source.has_masks
+        assert re.search(word, *source.label_errors)
+    source = TarSource(
+        str(write_tar(tmp_path / "some.tar", samples([1, 2]) | {"0002.cls": b"1", "0002.seg.png": b"1"}))
+    )
+    assert fetched(source) == [encoded(1), encoded(2)] and source.labels.tolist() == [-1, 1]
+    with pytest.raises(DataError, match=r"some.tar/0001.jpg; expected a mask for all images or none"):
+        _ = source.has_masks
+
+
+DOTTED = {
+    "frames": [f"video/frame.{n:04d}.jpg" for n in range(9)],
+    "two names": [f"{name}.{n}.jpg" for name in ("cat", "dog") for n in range(9)],  # of Kaggle's cats and dogs
+    "times": [f"Screenshot 10.{n // 10}.{n % 10}.png" for n in range(30)],
+    "seconds": [f"{1305031102 + n // 3}.{n * 31415:06d}.png" for n in range(20)],
+    "versions": [f"v1.2/a_v1.{n}.final.JPG" for n in range(5)],
+}
+
+
+@pytest.mark.parametrize("name", DOTTED)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_names_with_dots_are_no_one_sample(name, shards, tmp_path):
+    names, paths = DOTTED[name], []
+    for shard in range(shards):
+        own = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
+        files = {}
+        for path in own:
+            stem = path.rpartition(".")[0]
+            files |= {
+                path: path.encode(),
+                f"{stem}.cls": b"%d" % len(path),
+                f"{stem}.seg.png": b"mask " + path.encode(),
+            }
+        paths.append(str(write_tar(tmp_path / f"{shard}.tar", files)))
+    source = TarSource("::".join(paths))
+    assert fetched(source) == [path.encode() for path in names]
+    assert source.labels.tolist() == [len(path) for path in names]
+    assert source.fetch_masks(range(len(names))) == [b"mask " + path.encode() for path in names]
+    assert source.notes == ["samples    named up to the last dot, as up to the first they would share names"]
+
+
+def test_views_of_a_sample_are_one_sample_and_told(tmp_path):
+    files = {f"{n}.{view}.jpg": b"%d" % n for n in range(9) for view in ("left", "right", "top", "back")}
+    source = TarSource(str(write_tar(tmp_path / "0.tar", files)))
+    assert fetched(source) == [b"%d" % n for n in range(9)]
+    assert source.notes == ["left out   27 further images of samples that have one"]
+
+
+def test_members_of_any_name_are_images_by_their_content(tmp_path):
+    jpeg = b"\xff\xd8\xff\xe0 and more"
+    files = {
+        "a/1": jpeg,
+        "a/2.jpg_large": jpeg,
+        "a/3.txt": jpeg,
+        "a/4.dat": b"numbers",
+        "5.thumb": jpeg,
+        "5.jpg": b"five",
+    }
+    files |= {"__MACOSX/a/._6.jpg": b"x", "@eaDir/7.jpg/SYNOPHOTO_THUMB_M.jpg": jpeg, "a/.8.jpg": jpeg}
+    source = TarSource(str(write_tar(tmp_path / "0.tar", files)))
+    assert fetched(source) == [jpeg, jpeg, b"five"]
 
 
 def test_damage_anywhere_is_told_or_harmless(tmp_path):
@@ -255,4 +320,4 @@ def test_damage_anywhere_is_told_or_harmless(tmp_path):
             damaged[at] ^= int(rng.integers(1, 256))
         path.write_bytes(damaged)
         result = tar.index_shard(str(path))
-        assert isinstance(result, str) or len(result) <= 4
+        assert isinstance(result, str) or len(result.samples) <= 4

@@ -19,7 +19,7 @@ from training.wording import as_typed
 # compared by its fingerprint, the batch by its global size.
 FREE_FLAGS = {
     *("experiment_name", "working_directory", "path_to_data", "resume_from_checkpoint", "num_workers", "pin_memory"),
-    *("path_to_validation_data", "cache_dir", "on_damaged", "preview_channels"),
+    *("path_to_validation_data", "data_format", "drop_unlabelled", "cache_dir", "on_damaged", "preview_channels"),
     *("wandb_run_name", "log_wandb", "report_to", "log_every", "validate_every", "knn_every", "num_preview_images"),
     "evaluate_every",
     *("compile", "deterministic", "gradient_checkpointing", "dry_run"),
@@ -150,9 +150,10 @@ def _expand_home(word: str) -> str:
 
 SOURCES = (
     "folder of images, with train/ and val/ or without; hf:OWNER/NAME[:config][@revision] or a folder or parquet files "
-    "of the library datasets; tar shards 'train-{0000..0146}.tar'; a list .csv or .jsonl (path, label, mask); a folder "
-    "written by prepare_data.py"
+    "of the library datasets; tar shards 'train-{0000..0146}.tar'; a list .csv, .tsv or .jsonl (path, label, mask); a "
+    "folder written by prepare_data.py"
 )
+DATA_FORMATS = ("folder", "parquet", "tar", "list", "hub")
 
 
 def _default(value) -> str:
@@ -176,6 +177,21 @@ def add_run_flags(parser: Parser, *, name: str, data: str = SOURCES) -> None:
     flag("--pin_memory", action=Pair, help="copy batches to the GPU from pinned memory (default: on a GPU)")
     help_text = "precision of the forward pass (default: Accelerate's value; if that is no, bf16 on a GPU that has it)"
     flag("--mixed_precision", choices=("no", "bf16", "fp16"), help=help_text)
+
+
+def add_source_flags(parser: Parser, *, has_labels: bool = False) -> None:
+    """Add how --path_to_data is read; `has_labels` says that the script needs labels."""
+    flag = parser.add_argument_group("data").add_argument
+    flag("--data_format", choices=DATA_FORMATS, help="kind of the data (default: told by suffixes and content)")
+    if has_labels:
+        help_text = "leave out images whose label is empty or -1, or that are in no class folder (off)"
+        flag("--drop_unlabelled", action=Pair, default=False, help=help_text)
+
+
+def source_options(args: argparse.Namespace) -> dict:
+    """Return the options of `data.sources.open_sources` that the flags give."""
+    places = dict(validation=args.path_to_validation_data, cache=args.cache_dir, data_format=args.data_format)
+    return dict(places, drop_unlabelled=getattr(args, "drop_unlabelled", False))
 
 
 def add_length_flags(parser: Parser, *, epochs: int | None, steps: int | None = None, warmup: int | str) -> None:

@@ -193,6 +193,17 @@ def describe_images(path_to_data: str, train, validation, *, classes: int | None
     return f"data       {path_to_data}: {images} (about {in_bytes(train.size_in_bytes())}){repeated}, {validated}"
 
 
+def describe_notes(train, validation, *, classes: int | None = None) -> list[str]:
+    """Return the plan's lines about what is special about the data; `classes` is None where labels do not matter."""
+    notes = [note for source in (train, validation) for note in getattr(source, "notes", ())]
+    if classes and validation.labels is not None:
+        absent = sorted({*train.classes} - {validation.classes[label] for label in {*validation.labels.tolist()}})
+        names = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
+        if absent:
+            notes.append(f"unmeasured {len(absent)} of {len(train.classes)} classes, without held-out images: {names}")
+    return notes
+
+
 def describe_run(plan: Plan, images: ImageFormat, accelerator, speed: list[str], *, decay: str = "cosine") -> list[str]:
     """Return the lines of the plan that every script prints.
 

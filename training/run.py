@@ -29,6 +29,7 @@ from training.plan import (
     Plan,
     compare_batch,
     describe_images,
+    describe_notes,
     describe_run,
     plan_batch,
     plan_learning_rate,
@@ -217,7 +218,8 @@ class Run:
         tf32 = self.given.tf32 and self.accelerator.mixed_precision == "no" and self.device.type != "cpu"
         speed = ["TF32"] * tf32 + ["deterministic"] * self.given.deterministic + ["compile"] * self.given.compile
         speed += ["gradient checkpointing"] * self.gradient_checkpointing + ["FSDP2"] * self.accelerator.is_fsdp2
-        lines = [describe_images(self.given.path_to_data, *self.sources, **data), *model]
+        notes = describe_notes(*self.sources, classes=data.get("classes"))
+        lines = [describe_images(self.given.path_to_data, *self.sources, **data), *notes, *model]
         lines += describe_run(self.plan, images, self.accelerator, speed, decay=decay)
         self.accelerator.print("\n".join(lines))
 

@@ -1,0 +1,163 @@
+"""Read samples that a list names: a table of paths and perhaps labels and masks, as CSV or as lines of JSON."""
+
+import contextlib
+import csv
+import json
+import os
+from functools import cached_property
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy as np
+
+from data.files import THREADS, FileSource
+from data.index import DataError, Names, first_few, number_labels, with_labels
+
+LISTS = (".csv", ".tsv", ".jsonl", ".ndjson")
+COLUMNS = ["path", "label", "mask"]
+LONGEST_LINE = 2**25  # bytes of a line of JSON
+CHECKED = 100_000  # paths at most: on a slow file system, millions would take minutes
+BACKSLASH = "\\"  # between the folders of a path written on Windows
+
+
+class ListSource(FileSource):
+    """Read the images of a list, in its order: a CSV file with a column `path`, or JSON lines with that key.
+
+    Paths are absolute, or relative to the list's folder. The list may have a `label` (whole numbers from 0, or names)
+    and a `mask`, a path; other columns are ignored. Raises DataError for a list that cannot be read or is empty, and
+    for missing images.
+    """
+
+    def __init__(self, path: str | Path):
+        self._path = path = os.fspath(path)
+        table, self.label_errors = _read_list(path)
+        if table["path"].null_count == len(table):
+            names = ", ".join(_column_names(path)) or "(unknown)"
+            expected = "expected `path` in every row, and perhaps `label` and `mask`"
+            raise DataError(f"{path} lists no image in its columns {names}; {expected}")
+        super().__init__(Names.from_arrow(table["path"]), os.path.dirname(path))
+        if not self.label_errors:
+            labels = number_labels(table["label"], lambda row: f"row {row + 1}", path)
+            self.labels, self.classes, self.label_errors = labels
+        masks = Names.from_arrow(table["mask"])
+        self._masks = FileSource(masks if len(masks.buffer) else [], self.root)
+        self.mask_name, self.fetch_masks = self._masks.name, self._masks.fetch
+        _check_files(path, "path", self)
+
+    @cached_property
+    def has_masks(self) -> bool:
+        """Return True if all images have masks. Raises DataError if only some have, or if files are missing."""
+        _check_files(self._path, "mask", self._masks)
+        return len(self._masks) > 0
+
+    def fingerprint(self) -> str:
+        """Return digits equal for equal paths, masks and labels; with paths alone, equal to a folder's."""
+        masks = self._masks.fingerprint() if len(self._masks) else None
+        return with_labels(super().fingerprint(), self.labels, self.classes, masks)
+
+
+def _read_list(path: str) -> tuple:
+    """Return the columns path, label and mask of a list as a pyarrow Table, null where absent, and errors of labels.
+
+    Raises DataError.
+    """
+    import pyarrow as pa  # here, because it takes long to import
+    import pyarrow.compute as pc
+
+    try:
+        is_json = path.lower().endswith((".jsonl", ".ndjson"))
+        table, errors = _read_json(path) if is_json else (_read_csv(path), [])
+    except (OSError, ValueError, csv.Error) as error:
+        expected = "expected CSV with a header, or a JSON object in every line, in UTF-8; correct the list"
+        raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}); {expected}") from None
+    if not is_json:
+        table = pa.table({name: pc.utf8_trim_whitespace(table[name]) for name in COLUMNS})
+        filled = [pc.greater(pc.utf8_length(table[name].fill_null("")), 0) for name in COLUMNS]
+        table = table.filter(pc.or_(pc.or_(*filled[:2]), filled[2]))  # spreadsheets end in rows of commas
+    return table, errors
+
+
+def _read_csv(path: str):
+    """Return the columns of a table whose cells are separated by commas, tabs or semicolons."""
+    import pyarrow as pa
+    import pyarrow.csv as arrow_csv
+
+    header = _first_line(path)
+    delimiter = max(",\t;", key=header.count)
+    if delimiter not in header:  # one column, whose paths may have commas
+        delimiter = "\x1f"
+    names = {name.strip().lower(): name for name in _column_names(path)}
+    columns = [names.get(name, name) for name in COLUMNS]
+    parse = arrow_csv.ParseOptions(
+        delimiter=delimiter,
+        newlines_in_values=True,
+        invalid_row_handler=lambda row: "error" if row.text.strip(" \t,;") else "skip",
+    )
+    convert = arrow_csv.ConvertOptions(
+        column_types=dict.fromkeys(columns, pa.large_string()), include_columns=columns, include_missing_columns=True
+    )
+    return arrow_csv.read_csv(_as_utf8(path), None, parse, convert).rename_columns(COLUMNS)
+
+
+def _read_json(path: str) -> tuple:
+    """Return the columns of a list of JSON objects, and errors of labels, which are then null."""
+    import pyarrow as pa
+    import pyarrow.json as arrow_json
+
+    text, errors = pa.large_string(), []
+    for label in (pa.int64(), pa.float64(), text, None):
+        schema = pa.schema({"path": text, "label": label, "mask": text} if label else {"path": text, "mask": text})
+        parse = arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
+        try:
+            table = arrow_json.read_json(_as_utf8(path), arrow_json.ReadOptions(block_size=LONGEST_LINE), parse)
+            return (table, []) if label else (table.append_column("label", pa.nulls(len(table), text)), errors[:1])
+        except pa.ArrowInvalid as error:
+            errors.append(f"{path} has labels that cannot be read ({' '.join(str(error).split())})")
+            if label is None:
+                raise
+
+
+def _as_utf8(path: str):
+    """Return the path of a list, or its content in UTF-8 if its byte order mark says UTF-16, as of PowerShell."""
+    import pyarrow as pa
+
+    return path if _encoding(path) != "utf-16" else pa.BufferReader(Path(path).read_text("utf-16").encode())
+
+
+def _encoding(path: str) -> str:
+    with open(path, "rb") as file:
+        return "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
+def _first_line(path: str) -> str:
+    with open(path, encoding=_encoding(path), errors="replace") as file:
+        return next(filter(str.strip, file), "")
+
+
+def _column_names(path: str) -> list[str]:
+    """Return the names in the header of CSV, or the keys in the first line of JSON."""
+    if path.lower().endswith((".jsonl", ".ndjson")):
+        with contextlib.suppress(ValueError):  # an object in several lines, or several in one
+            return list(json.loads(_first_line(path)))
+        return []
+    line = _first_line(path)
+    with open(path, encoding=_encoding(path), errors="replace") as file:
+        return next(filter(None, csv.reader(file, delimiter=max(",\t;", key=line.count))), [])
+
+
+def _check_files(path: str, column: str, source: FileSource) -> None:
+    """Raise DataError if paths of a list are empty, or if files, at most CHECKED of them, do not exist."""
+    if len(empty := np.flatnonzero(np.diff(source._names.ends, prepend=0) == 0)):
+        places = first_few((f"row {row + 1}" for row in empty), len(empty))
+        raise DataError(f"{path} has no {column} in {places}; expected one in every row; correct or remove these")
+    rows = np.linspace(0, len(source) - 1, min(len(source), CHECKED)).astype(int)
+    with ThreadPool(THREADS) as pool:
+        exist = pool.map(lambda row: os.path.isfile(source.name(row)), rows)
+    missing = [row for row, exists in zip(rows, exist, strict=True) if not exists]
+    if missing:
+        files = first_few(map(source.name, missing), len(missing))
+        raise DataError(
+            f"{path}: {len(missing):,} of {len(rows):,} checked files in the column {column} do not exist: {files}; "
+            "expected paths that are absolute, or relative to the list's folder"
+            f"{', with / between folders' if BACKSLASH in files else ''}; correct the list"
+        )
