@@ -196,9 +196,10 @@ def _index_folder(root: bytes, suffixes: tuple[str, ...] | None) -> tuple[dict, 
             folders = [folder for _, subfolders, *_ in scanned for folder in subfolders]
     if not paths:
         others = f" (left out: {_describe_left_out(left_out)})" if left_out else ""
+        named = ", ".join(suffixes or SUFFIXES) + ("" if suffixes else ", or others that begin as images do")
         raise DataError(
-            f"{os.fsdecode(root)} holds no image{others}; expected {', '.join(suffixes or SUFFIXES)} or other files of "
-            "images; for tar shards or Parquet files give a pattern, such as 'FOLDER/*.tar'"
+            f"{os.fsdecode(root)} holds no image{others}; expected files named {named}; for tar shards or Parquet "
+            "files give a pattern, such as 'FOLDER/*.tar'"
         )
     paths.sort()
     names, classes = Names.from_list(paths), []

@@ -244,20 +244,23 @@ def _open_parts(
 def check_pixels(source: Source, pixels: PixelFormat) -> None:
     """Raise DataError if images have other channels or values than `pixels` says.
 
-    Some images, spread over the source, are decoded. Damaged ones are skipped: they are reported when a run reads them.
+    Some images, spread over the source, are decoded. Damaged ones are skipped, unless all of NUM_CHECKED are: they are
+    reported when a run reads them.
     """
     if isinstance(source, ShapesSource):
         return
-    maxima, damage = {}, ""
+    maxima, damaged = {}, []
     for index in sorted({position * len(source) // NUM_CHECKED for position in range(NUM_CHECKED)}):
         try:
             maxima[index] = decode(*source.fetch([index]), pixels).max()
         except WrongPixels as error:
             raise DataError(f"{source.name(index)} {error}") from None
         except DamagedImage as error:
-            damage = damage or f"{source.name(index)}: {error}"
-    if damage and not maxima:
-        raise DataError(f"no image that was looked at can be read ({damage}); repair the data")
+            damaged.append(f"{source.name(index)}: {error}")
+    if len(damaged) == NUM_CHECKED:
+        raise DataError(
+            f"none of {NUM_CHECKED} images, spread over the data, can be read ({damaged[0]}); repair the data"
+        )
     if pixels.value_range is None and maxima and max(maxima.values()) < DARK:
         index = min(maxima)
         with contextlib.suppress(DamagedImage):
@@ -311,7 +314,7 @@ def _check_labelled(path_to_data: str, parts: dict[str, Source]) -> None:
             names = first_few(map(source.name, without), len(without))
             errors.append(
                 f"{what} has {len(without):,} of {len(source):,} images in {part} without a class ({names}); expected "
-                f"{part}/CLASS/IMAGE, or {LABELS} without gaps and -1; or leave them out by --drop_unlabelled"
+                f"{part}/CLASS/IMAGE, or {LABELS} for all; move or label them, or give --drop_unlabelled"
             )
     if errors:
         raise DataError("\n".join(errors))

@@ -483,3 +483,26 @@ main(sys.argv[1:])
     resumed = [*short, "--resume_from_checkpoint", "step_00000015"]
     assert "layer decay 0.7, drop path 0.2" in run(SCRIPT, *resumed, cwd=tmp_path).stdout  # as ViT-B
     assert flags_of(folder)["epochs"] == 50
+
+
+def test_images_without_a_label_and_classes_without_held_out_images(tmp_path):
+    """As a list has them of which a part is labelled; pre-training reads all of it."""
+    write_images(tmp_path, 24, classes=3)
+    for name, classes in (("train", "012"), ("val", "01")):
+        lines = [f"class_{int(n)}/{i:04d}.jpg,{n}\n" for n in classes for i in range(int(n), 24, 3)]
+        lines[::6] = [line.replace(line[-2:], ["-1\n", "\n"][i % 2]) for i, line in enumerate(lines[::6])]
+        (tmp_path / f"{name}.csv").write_text("path,label\n" + "".join(lines))
+    data = ["--path_to_data", "train.csv", "--path_to_validation_data", "val.csv", "--max_steps", 1]
+    small = [*TINY[:6], *TINY[8:14], "--per_gpu_batch_size", 8, "--num_workers", 0]
+    (errors,) = refusals(SCRIPT, [*small, *data], cwd=tmp_path)
+    assert [error.partition(" without a class")[0] for error in errors] == [
+        "error: --path_to_data train.csv has 4 of 24 images in train",
+        "error: --path_to_data train.csv has 3 of 16 images in val",
+    ]
+    end = run(SCRIPT, *small, *data, "--drop_unlabelled", cwd=tmp_path)
+    assert "left out   4 images without a label\nleft out   3 images without a label\n" in end.stdout
+    assert "unmeasured 1 of 3 classes, without held-out images: 2\n" in end.stdout
+    scores = metrics_of(tmp_path / "work_dir" / "finetune_classifier")["per_class_accuracy"]
+    assert list(scores) == ["0", "1", "2"] and scores["2"] is None and None not in (scores["0"], scores["1"])
+    end = run("pretrain_mae.py", *TINY, *data, "--knn_every", 1, cwd=tmp_path)
+    assert "24 images" in end.stdout and "16 held out" in end.stdout and "nearest neighbours" in end.stdout

@@ -217,9 +217,10 @@ def test_suffixes_of_tables_in_any_case(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet", "a.tar", "images/a.jpg"])
 def test_pointers_of_git_lfs_are_told(tmp_path, name):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 7\n")
-    with pytest.raises(DataError, match=rf"{name}:? .*a Git LFS pointer in place of the file; run git lfs pull"):
+    for path in (tmp_path / name, *(tmp_path / "images" / f"{number}.jpg" for number in range(7))):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 7\n")
+    with pytest.raises(DataError, match=r".*a Git LFS pointer in place of the file; run git lfs pull"):
         open_sources(str(tmp_path / name if "images" not in name else tmp_path / "images"), PixelFormat(3))
 
 
@@ -444,7 +445,9 @@ def test_labels_that_cannot_be_used_are_refused_where_they_are_needed(check):
 def test_a_folder_of_which_nothing_can_be_read_is_refused_at_the_start(tmp_path):
     for number in range(20):
         (tmp_path / f"{number}.jpg").write_text("<!DOCTYPE html><html>404</html>")
-    with pytest.raises(DataError, match=r"no image that was looked at can be read \(.*0.jpg: .*a page in HTML, as"):
+    with pytest.raises(
+        DataError, match=r"none of 8 images, spread over the data, can be read \(.*0.jpg: .*a page in HTML, as"
+    ):
         open_sources(str(tmp_path), PixelFormat(3))
 
 

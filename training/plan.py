@@ -196,7 +196,7 @@ def describe_images(path_to_data: str, train, validation, *, classes: int | None
 def describe_notes(train, validation, *, classes: int | None = None) -> list[str]:
     """Return the plan's lines about what is special about the data; `classes` is None where labels do not matter."""
     notes = [note for source in (train, validation) for note in getattr(source, "notes", ())]
-    if classes and validation.labels is not None:
+    if classes and getattr(validation, "labels", None) is not None:
         absent = sorted({*train.classes} - {validation.classes[label] for label in {*validation.labels.tolist()}})
         names = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
         if absent:
