@@ -135,8 +135,6 @@ def _read_labels(table: pa.Table, columns: Columns, name: str) -> tuple[np.ndarr
     if columns.label is None:
         return None, [], []
     column, classes = table[columns.label], list(columns.classes)
-    if pa.types.is_floating(column.type):
-        column = pc.if_else(pc.is_nan(column), None, column)
     labels, own_classes, errors = number_labels(column, lambda row: f"row {row}", name)
     if labels is None or not classes or not pa.types.is_integer(column.type):
         return labels, own_classes, errors
@@ -222,7 +220,10 @@ def open_datasets(path: str | Path, *, cache: Path | None = None) -> dict[str, A
         raise
     except Exception as error:  # of nearly any type
         reason = _one_line(error.__cause__ or error)
-        raise DataError(f"{path}: could not be loaded ({reason}); correct the path, or get its files again") from error
+        remedy = "correct the path, or get its files again"
+        if os.path.isdir(path):
+            remedy += "; for images beside them give --data_format folder"
+        raise DataError(f"{path}: could not be loaded ({reason}); {remedy}") from error
     splits = {name: [file["filename"] for file in split.cache_files] for name, split in loaded.items() if len(split)}
     train, held_out = choose_splits(splits)
     train = train or _single([*splits])

@@ -231,6 +231,9 @@ def _scan(root: bytes, suffixes: tuple[str, ...] | None, folder: bytes) -> tuple
     time_and_size, folders, images, left_out = stamp(path), [], [], Counter()
     with os.scandir(path) as entries:
         for entry in entries:
+            if entry.name.lower().endswith(endings) and not entry.name.startswith(b".") and not entry.is_dir():
+                images.append(os.path.join(folder, entry.name))
+                continue
             suffix = os.fsdecode(os.path.splitext(entry.name)[1].lower())
             if LITTER.search(entry.name):
                 kind = "hidden" if entry.name.startswith(b".") else os.fsdecode(entry.name)
@@ -238,7 +241,7 @@ def _scan(root: bytes, suffixes: tuple[str, ...] | None, folder: bytes) -> tuple
             elif entry.is_dir():
                 if not (entry.is_symlink() and _is_loop(entry.path)):
                     folders.append(os.path.join(folder, entry.name))
-            elif entry.name.lower().endswith(endings) or (suffixes is None and _begins_as_image(entry, suffix)):
+            elif suffixes is None and _begins_as_image(entry, suffix):
                 images.append(os.path.join(folder, entry.name))
             else:
                 left_out["no images", suffix or "without suffix"] += 1

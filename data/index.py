@@ -20,7 +20,7 @@ TAG = "CACHEDIR.TAG"  # marks an entry as one of ours (https://bford.info/cached
 SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55\n# an index of masked-autoencoders\n"
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 CLASS_NUMBER = re.compile(r"0*([0-9]{1,6})(\.0*)?")  # pandas writes 3.0 where a column has gaps
-NO_LABEL = re.compile(r"|-1(\.0*)?")
+NO_LABEL = re.compile(r"|-1(\.0*)?|nan")
 
 
 class DataError(ValueError):
@@ -103,9 +103,9 @@ def number_labels(texts, where: Callable[[int], str], source: str) -> tuple[np.n
     """Return the class of every sample (N,) int32, the names of the classes, and error messages.
 
     If all labels are whole numbers from 0, these are the classes, named by the numbers from 0 to the largest. If none
-    is a number, classes are numbered in the order of the bytes of their names. Samples without a label, or with -1,
-    get -1. There are errors for other numbers, numbers mixed with names, and text in another encoding than UTF-8. With
-    errors, and if no sample has a label, the first two results are None and [].
+    is a number, classes are numbered in the order of the bytes of their names. Samples without a label, or with -1
+    or nan, get -1. There are errors for other numbers, numbers mixed with names, and text in another encoding than
+    UTF-8. With errors, and if no sample has a label, the first two results are None and [].
 
     `texts` is a pyarrow Array or ChunkedArray of strings or numbers. For messages, `where` returns the
     place of a sample, such as "line 7", and `source` is the name of the data set.
@@ -131,9 +131,10 @@ def number_labels(texts, where: Callable[[int], str], source: str) -> tuple[np.n
         errors.append(f"has labels that are no class numbers ({places(unfit)}); expected 0 to 999999, or names")
     if garbled.any():
         errors.append(f"has labels that are no text ({places(garbled)}); expected UTF-8")
-    if number.any() and not (number | none).all():
+    name = ~(number | none | garbled)
+    if number.any() and name.any():
         errors.append(
-            f"has labels that are numbers ({places(number)}) and labels that are names ({places(~number & ~none)}); "
+            f"has labels that are numbers ({places(number)}) and labels that are names ({places(name)}); "
             "expected one kind; change the fewer ones"
         )
     if errors or none.all():

@@ -75,7 +75,7 @@ def test_the_first_few():
         (pa.chunked_array([["b"], [], ["a", "b"]], pa.string()), [1, 0, 1], ["a", "b"]),
         (["b", "", None, " ", "-1", "a"], [1, -1, -1, -1, -1, 0], ["a", "b"]),
         (["2.0", "", "-1.0", "0.0"], [2, -1, -1, 0], list("012")),  # as pandas writes columns with gaps
-        (pa.array([1.0, None, 0.0]), [1, -1, 0], list("01")),
+        (pa.array([1.0, None, 0.0, float("nan")]), [1, -1, 0, -1], list("01")),
     ],
 )
 def test_labels_become_numbers(texts, labels, classes):
