@@ -495,3 +495,18 @@ def test_statistics_of_nothing_leave_nothing(tmp_path, capsys):
     (tmp_path / "texts" / "a.jpg").write_text("no image")
     assert "no image can be measured; 1 images cannot be read" in refused(capsys, tmp_path / "texts", "--statistics")
     assert not list(tmp_path.rglob("statistics.json"))
+
+
+@pytest.mark.parametrize("labels", [["0", "-1", "1"], ["0", "1.5", "1"]])
+def test_labels_with_gaps_are_kept_and_broken_ones_told(tmp_path, capsys, labels):
+    write_images(tmp_path, 3, classes=1)
+    lines = [f"class_0/{i:04d}.jpg,{label}\n" for i, label in enumerate(labels)]
+    (tmp_path / "list.txt").write_text("path,label\n" + "".join(lines))
+    prepare_data.main(
+        [str(tmp_path / "list.txt"), str(tmp_path / "out"), "--data_format", "list", "--num_workers", "0"]
+    )
+    train, _ = open_sources(str(tmp_path / "out"), PixelFormat(3))
+    is_broken = "1.5" in labels
+    assert (train.labels is None) if is_broken else train.labels.tolist() == [0, -1, 1]
+    told = "list.txt has labels that are no class numbers (row 2: '1.5'); expected 0 to 999999, or names; they are left"
+    assert (told in capsys.readouterr().err) == is_broken
