@@ -418,8 +418,7 @@ def test_class_folders_that_do_not_fit(undisturbed, tmp_path):
         [data, tmp_path / "differ", WEIGHTS, undisturbed / "checkpoints" / "step_00000012", "--eval_only"],
         cwd=tmp_path,
     )
-    assert any("has classes in train that val lacks (class_1, class_2)" in error for error in differ)
-    assert any("has classes in val that train lacks (other)" in error for error in differ) and len(differ) == 2
+    assert "has classes in val that train lacks (other)" in differ[0] and len(differ) == 1
     assert "has one class, class_0" in one[0] and "has no validation images" in none[0] and len(one) == len(none) == 1
     assert len(unknown) == 1 and "classes that the classifier does not know (other)" in unknown[0]
     assert "class_0, class_1" in unknown[0]
