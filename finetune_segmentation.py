@@ -25,12 +25,12 @@ from accelerate.utils import broadcast
 from data.batches import Normalization, own_batches, training_batches
 from data.decode import PixelFormat
 from data.index import DataError
+from data.masks import MaskFormat
 from data.pairs import (
     check_annotations,
     check_class_weights,
     check_trained_classes,
     class_weights,
-    describe_absent,
     open_pairs,
 )
 from data.sampling import StepSampler, seed_everything
@@ -76,9 +76,11 @@ def parse_args(argv=None):
     parser = arguments.Parser(__doc__)
     data = f"folder with ADE20K's layout; or, with masks, a {arguments.SOURCES}"
     arguments.add_run_flags(parser, name="finetune_segmentation", data=data)
-    flag = parser.add_argument_group("classes").add_argument
+    flag = parser.add_argument_group("masks").add_argument
     names = "names of the classes, one per line, or ade20k (default classes.txt in the data)"
     flag("--path_to_classes", metavar="FILE", help=names)
+    flag("--mask_offset", type=int, choices=(0, 1), help="label of the first class; if 1, 0 is void (default 1)")
+    flag("--void_label", type=arguments.integer(-1, 65535), metavar="N", help="another label that is void, such as 255")
     arguments.add_length_flags(parser, epochs=None, steps=STEPS, warmup=f"{WARMUP_STEPS} steps")
     arguments.add_batch_flags(parser, global_default=BATCH_SIZE)
     arguments.add_optimizer_flags(parser, learning_rate=1e-4, weight_decay=0.05)
@@ -253,8 +255,8 @@ def evaluate_trained(run):
         known = ImageFormat(encoder.in_channels, trained.value_range, None, trained.mean, trained.std)
         images = resolve_images(ImageFormat.from_dict(vars(flags)), known=None, trained=known)
         pixels = PixelFormat(images.input_channels, images.value_range, images.nodata, flags.max_pixels)
-        places = dict(validation=flags.path_to_validation_data, cache=flags.cache_dir)
-        _, source = open_pairs(flags.path_to_data, pixels, classes_file=flags.path_to_classes, **places)
+        places = dict(validation=flags.path_to_validation_data, cache=flags.cache_dir, class_file=flags.path_to_classes)
+        _, source = open_pairs(flags.path_to_data, pixels, MaskFormat(flags.mask_offset, flags.void_label), **places)
         check_trained_classes(flags.path_to_data, source.classes, trained.class_names, model.num_classes)
     run.gate()
     sizes = dict(crop_size=encoder.img_size[0], resize=list(flags.resize or trained.resize))
@@ -311,8 +313,8 @@ def main(argv=None):
     with run.refusing(InputError):
         head = resolve_head(vars(args), encoder["depth"], HEADS[args.head], default_layers)
     with run.refusing(DataError):
-        places = dict(validation=args.path_to_validation_data, cache=args.cache_dir)
-        sources = open_pairs(args.path_to_data, pixels, classes_file=args.path_to_classes, **places)
+        places = dict(validation=args.path_to_validation_data, cache=args.cache_dir, class_file=args.path_to_classes)
+        sources = open_pairs(args.path_to_data, pixels, MaskFormat(args.mask_offset, args.void_label), **places)
         classes = sources[0].classes
         check_class_weights(args.class_weights, len(classes))
     with run.refusing(InputError):
@@ -349,8 +351,6 @@ def main(argv=None):
     with run.refusing(DataError):
         areas = check_annotations(dict(zip(("training", "validation"), sources, strict=True)), pixels, **run.checking)
     run.gate()
-    if absent := describe_absent(classes, areas["training"]):
-        run.accelerator.print(absent)
     loss_weights = class_weights(args.class_weights, areas["training"], run.device)
     if args.compile:
         model.compile(fullgraph=True, dynamic=False)

@@ -3,7 +3,7 @@
     python predict.py work_dir/quickstart_pretrain photos/ one_more.jpg
 
 writes predictions/predictions.jsonl, one line per image in the order given. A classifier predicts classes; a
-segmentation model also writes labels/ (pixel values as in annotations: 0 void, then the classes) and overlays/; a
+segmentation model also writes labels/ (pixel values 1 to N: the classes in the model's order) and overlays/; a
 masked autoencoder writes reconstructions/, with their PSNR and SSIM. Images are files, folders, or patterns such as
 'photos/**/*.jpg'. Unreadable images are named and skipped; the exit code is then 1.
 

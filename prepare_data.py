@@ -26,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.batches import make_loader
+from data.classes import format_classes
 from data.decode import MAX_PIXELS, PixelFormat
 from data.index import DataError, first_few, write_array
 from data.pairs import SegmentationFolder, open_pairs
@@ -254,7 +255,8 @@ def finish(output, plan, encoders):
     if plan["format"] == "jpeg":
         write_json(output / "dataset_dict.json", {"splits": list(sources)})
         if isinstance(sources["train"], SegmentationFolder):
-            (output / "classes.txt").write_text("\n".join(sources["train"].classes), encoding="utf-8")
+            text = format_classes(sources["train"].classes, sources["train"].mask_format.colours)
+            (output / "classes.txt").write_text(text, encoding="utf-8")
     else:
         prepared["classes"] = {split: source.classes for split, source in sources.items()}
     prepared |= {"shards": shards, "damaged": len(damaged)}

@@ -24,7 +24,7 @@ from datasets import Features, Sequence, Value
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the repository
 
 from benchmarks.compare import figure, new_parser, rates, report
-from data.pairs import IGNORED
+from data.masks import IGNORED
 from training.arguments import integer
 from training.launch import RunError, fail, run_script
 from training.metrics import segmentation_areas

@@ -137,11 +137,11 @@ def stores_bytes(data, pixels: PixelFormat) -> bool:
     return _read(data, pixels, exact=True)[0].dtype == np.uint8
 
 
-def decode_stored(data, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode_stored(data, max_pixels: int = MAX_PIXELS, *, in_colour: bool = False) -> np.ndarray:
     """Return the pixels of a mask as the file stores them, upright: (H, W), or (H, W, n) if they are in colour.
 
-    Palettes give their indices, 1-bit files 0 and 1, 16-bit grey its full range; `.npy` files, and TIFFs that Pillow
-    does not read, keep their number type. Raises DamagedImage.
+    Palettes give their indices and 1-bit files 0 and 1, or their colours if `in_colour`; 16-bit grey gives its full
+    range; `.npy` files, and TIFFs that Pillow does not read, keep their number type. Raises DamagedImage.
     """
     if isinstance(data, np.ndarray):
         return data
@@ -151,7 +151,9 @@ def decode_stored(data, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             return channels_last(_read_npy(data), 1, max_pixels)[:, :, 0]
         try:
             with _open_image(data, max_pixels) as image:
-                return turn_upright(np.array(image), _orientation_of(image))
+                orientation = _orientation_of(image)
+                image = image.convert("RGB") if in_colour and image.mode in ("1", "P") else image
+                return turn_upright(np.array(image), orientation)
         except DamagedImage:
             if data[:4] not in TIFF_STARTS:
                 raise

@@ -1,7 +1,6 @@
 """Pairs of image and mask for semantic segmentation: their sources, and the checks before a run starts.
 
-In files a label 0 is void (ignored) and 1 .. N are the classes, as in ADE20K; in memory a mask is uint8 (H, W) with
-0 .. N-1 for the classes and 255 (IGNORED) for void. Sizes are (height, width), in pixels.
+Sizes are (height, width), in pixels.
 """
 
 import contextlib
@@ -12,52 +11,69 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from data import shapes
-from data.decode import MAX_PIXELS, DamagedImage, PixelFormat, decode, decode_stored
+from data.classes import ADE20K, read_classes
+from data.decode import DamagedImage, PixelFormat, decode
 from data.files import FolderSource
 from data.index import DataError, first_few
+from data.masks import IGNORED, LIKE_ADE20K, MaskFormat, classes_of, labels_of
 from data.pool import mapping
 from data.sources import Fetched, ShapesSource, Source, check_pixels, kind_of_data, open_cache, open_sources
 
-IGNORED = 255
-ADE20K = Path("ade20k")  # instead of a file with the names of classes
 ADE20K_NAME = re.compile("(^|/)ADE_(train|val)_[^/]*$")
-MAX_CLASSES = 254  # the values of a byte beside void, in files and in memory
 LAYOUT = "images/{training,validation}/NAME.jpg and annotations/{training,validation}/NAME.png"
 FULL_ADE20K = (
     "{} is the full ADE20K, whose masks have thousands of classes in colour; expected the scene parsing set of 150 "
     "classes: get ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu"
 )
 FULL_ADE20K_FILES = "index_ade20k.*", "images/ADE", "images/**/*_seg.png"
+BACKGROUND = re.compile("_*(bg|back_?ground|others?)_*", re.IGNORECASE)
+VOID = re.compile("_*(void|unlabell?ed|unannotated|ignored?|unknown|no.?data)_*", re.IGNORECASE)
 WRONG_SIZE = "{} is {} x {} pixels (height x width), its image {} x {}; expected equal sizes: correct the mask"
+NOT_TURNED = (
+    "{} is {} x {} pixels (height x width), as its image is stored, but the EXIF orientation {} of the image turns it "
+    "to {} x {}; turn the mask too, or remove the orientation from the image"
+)
+ORIENTED = {"exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow finds an orientation
 MAX_NAMED = 5  # bad masks in messages; the others are counted
 CHUNK = 50  # masks that a worker process checks at a time
 
 
-def ade20k_classes() -> tuple[list[str], np.ndarray]:
-    """Return names and colours, uint8 (150, 3), of ADE20K's 150 classes in the order of their labels."""
-    lines = Path(__file__).with_name("ade20k.txt").read_text(encoding="utf-8").splitlines()
-    rows = [line.split(maxsplit=3) for line in lines if not line.startswith("#")]
-    return [row[3] for row in rows], np.array([row[:3] for row in rows]).astype(np.uint8)
+class MaskReport(NamedTuple):
+    """Hold what was found in some masks."""
+
+    counts: np.ndarray  # pixels of each class, int64 (num_classes,)
+    zeros: int  # pixels whose label is 0
+    maybe_turned: list[str]  # masks whose sizes do not show if they are turned as their images are
+    errors: list[str]
 
 
 class SegmentationFolder(FolderSource):
     """Find the pairs of a split, "training" or "validation", of a folder laid out like ADEChallengeData2016 of ADE20K.
 
     Each image below images/SPLIT has a mask of the same relative name below annotations/SPLIT, as a PNG. Without a
-    `classes_file` (see `open_pairs`) and classes.txt, images of ADE20K have its classes. Raises DataError.
+    `class_file` (see `open_pairs`) and classes.txt, images of ADE20K have its classes. Raises DataError.
     """
 
     has_masks = True
 
-    def __init__(self, root: str | Path, split: str, classes_file: str | Path | None = None, cache: Path | None = None):
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        class_file: str | Path | None = None,
+        cache: Path | None = None,
+        mask_format: MaskFormat = LIKE_ADE20K,
+    ):
         root = Path(root)
         if not root.is_dir():
             raise DataError(f"{root} is no folder; --path_to_data takes a folder with {LAYOUT}, or builtin:shapes")
@@ -73,9 +89,11 @@ class SegmentationFolder(FolderSource):
         stems, mask_stems = _stems(self), _stems(self.masks)
         numbers = {stem: number for number, stem in enumerate(mask_stems)}
         self._mask_of = np.array([numbers.get(stem, -1) for stem in stems])
-        classes_file = Path(classes_file or root / "classes.txt")
+        class_file = Path(class_file or root / "classes.txt")
         is_ade20k = (root / "objectInfo150.txt").exists() or all(map(ADE20K_NAME.search, stems))
-        self.classes, errors = _read_classes(ADE20K if is_ade20k and not classes_file.exists() else classes_file)
+        class_file = ADE20K if is_ade20k and not class_file.exists() else class_file
+        self.classes, colours, errors = read_classes(class_file, mask_format.first_label)
+        self.mask_format = mask_format._replace(colours=colours)
         for names, what, remedy in (
             (set(stems) - set(mask_stems), "images without a mask", f"add NAME.png to {annotations}"),
             (set(mask_stems) - set(stems), "masks without an image", f"remove them, or add to {images}"),
@@ -108,46 +126,20 @@ def _repeated(names: list[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
 
 
-def _read_classes(path: Path) -> tuple[list[str], list[str]]:
-    """Read the names of the classes from a file, ADE20K's if it is ADE20K; return them and error messages."""
-    if path == ADE20K:
-        return ade20k_classes()[0], []
-    if not path.exists():
-        return [], [f"{path} is missing; write a line for each class, the first for label 1 (label 0 is void)"]
-    try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
-    except (OSError, UnicodeError) as error:
-        return [], [f"{path} cannot be read ({error}); expected text in UTF-8 with a class on each line"]
-    names, errors = [" ".join(line.split()) for line in lines], []
-    if names and re.match(r"\d+ ", names[0]):  # then all lines are numbered
-        wrong = [name for number, name in enumerate(names, 1) if not name.startswith(f"{number} ")]
-        if wrong:
-            errors.append(f"{path} has the line {wrong[0]!r}; expected the numbers 1, 2, ... in order, or none at all")
-        names = [name.partition(" ")[2] for name in names]
-    elif "" in names or not names:
-        errors.append(f"{path} has {'an empty line' if names else 'no line'}; expected a name on each, from label 1 on")
-    if len(names) > MAX_CLASSES:
-        errors.append(f"{path} names {len(names)} classes; expected at most {MAX_CLASSES}, as masks have 8 bits")
-    if len(names) == 1:
-        errors.append(f"{path} names one class; expected at least 2: add one for everything else, such as background")
-    if repeated := [name for name in _repeated(names) if name]:
-        errors.append(f"{path} names classes twice: {first_few(repeated, len(repeated))}; give each its own name")
-    return names, errors
-
-
 class Pairs:
     """Wrap a source that has masks, such as a list, with the names of its classes. Raises DataError."""
 
-    def __init__(self, source: Source, path: str, classes_file: str | Path | None):
+    def __init__(self, source: Source, path: str, class_file: str | Path | None, mask_format: MaskFormat):
         if not getattr(source, "has_masks", False):
             raise DataError(f"{path} has no masks; expected {LAYOUT}, or a column `mask` beside the images")
-        if classes_file is None:
+        if class_file is None:
             raise DataError(f"{path} does not name its classes; give --path_to_classes FILE, with a name on each line")
         self.source = source
         self.name, self.mask_name = source.name, source.mask_name
         self.fetch, self.fetch_masks = source.fetch, source.fetch_masks
         self.prepare, self.size_in_bytes, self.fingerprint = source.prepare, source.size_in_bytes, source.fingerprint
-        self.classes, errors = _read_classes(Path(classes_file))
+        self.classes, colours, errors = read_classes(Path(class_file), mask_format.first_label)
+        self.mask_format = mask_format._replace(colours=colours)
         if errors:
             raise DataError("\n".join(errors))
 
@@ -161,32 +153,36 @@ PairSource = SegmentationFolder | ShapesSource | Pairs
 def open_pairs(
     path_to_data: str,
     pixels: PixelFormat,
+    mask_format: MaskFormat = LIKE_ADE20K,
     *,
     validation: str | None = None,
-    classes_file: str | None = None,
+    class_file: str | None = None,
     cache: str | None = None,
 ) -> tuple[PairSource, PairSource]:
     """Open the training and the validation pairs of a folder laid out like ADE20K's, or of a source with masks.
 
-    `classes_file` names the classes, or is "ade20k"; by default it is classes.txt beside the data. Raises DataError
+    `class_file` names the classes, or is "ade20k"; by default it is classes.txt beside the data. Raises DataError
     with a line for each problem.
     """
     if kind_of_data(path_to_data) == "builtin":
         scenes = open_sources(path_to_data, pixels)
-        for flag, value in (("--path_to_validation_data", validation), ("--path_to_classes", classes_file)):
+        given = {"--path_to_validation_data": validation, "--path_to_classes": class_file}
+        given |= {"--mask_offset": mask_format.offset, "--void_label": mask_format.void_label}
+        for flag, value in given.items():
             if value is not None:
                 raise DataError(f"{flag} {value} does not go with {path_to_data}, which has its own; leave it out")
         for source in scenes:
-            source.classes = list(shapes.SEGMENTATION_CLASSES)
+            source.classes, source.mask_format = list(shapes.SEGMENTATION_CLASSES), MaskFormat(1)
         return scenes
     root = Path(path_to_data)
     default_file = (root if root.is_dir() else root.parent) / "classes.txt"
-    if classes_file is None and default_file.exists():
-        classes_file = str(default_file)
+    if class_file is None and default_file.exists():
+        class_file = str(default_file)
     pairs, errors = [], []
     for split, path in (("training", path_to_data), ("validation", validation or path_to_data)):
         try:
-            pairs.append(_open_split(path, split, pixels, classes_file, cache, alone=validation is not None))
+            options = dict(cache=cache, alone=validation is not None)
+            pairs.append(_open_split(path, split, pixels, class_file, mask_format, **options))
         except DataError as error:
             errors += str(error).splitlines()
     if errors:
@@ -195,19 +191,26 @@ def open_pairs(
 
 
 def _open_split(
-    path: str, split: str, pixels: PixelFormat, classes_file: str | None, cache: str | None, *, alone: bool
+    path: str,
+    split: str,
+    pixels: PixelFormat,
+    class_file: str | None,
+    mask_format: MaskFormat,
+    *,
+    cache: str | None,
+    alone: bool,
 ) -> PairSource:
     """Open the pairs of a split, "training" or "validation"; `alone` says that the other one has another path."""
     if kind_of_data(path) == "folder":
-        source = SegmentationFolder(path, split, classes_file, open_cache(cache))
+        source = SegmentationFolder(path, split, class_file, open_cache(cache), mask_format)
         check_pixels(source, pixels)
         return source
     train_source, validation_source = open_sources(path, pixels, cache=cache)
     if split == "training":
-        return Pairs(train_source, path, classes_file)
+        return Pairs(train_source, path, class_file, mask_format)
     if validation_source is None and not alone:
         raise DataError(f"{path} has no validation pairs; give --path_to_validation_data")
-    return Pairs(validation_source or train_source, path, classes_file)
+    return Pairs(validation_source or train_source, path, class_file, mask_format)
 
 
 def check_annotations(
@@ -218,6 +221,7 @@ def check_annotations(
     gather: Callable[[list], list],
     processes: int,
     progress: bool,
+    say: Callable[[str], None] = print,
 ) -> dict[str, np.ndarray]:
     """Read all masks once, before a run starts, and count the pixels of each class.
 
@@ -226,86 +230,99 @@ def check_annotations(
         share: the samples that this process of the run reads.
         gather: joins the lists of all processes of the run.
         processes: worker processes of this process.
+        say: prints what may be wrong with the masks.
 
     Returns:
         The pixels of each class, int64 (num_classes,), by the names of `sources`.
 
     Raises:
-        DataError: a line for each bad mask, or that all pixels are void.
+        DataError: a line for each bad mask, or that all pixels are void, or that the masks are numbered otherwise.
     """
-    counts, errors = {}, []
+    reports, errors = {}, []
     for name, source in sources.items():
         bar = f"reading {name} masks" if progress else None
         part = check_masks(source, range(len(source))[share], pixels, processes=processes, progress=bar)
-        parts = gather([part])
-        counts[name] = sum(pixels_of_classes for pixels_of_classes, _ in parts)
-        errors += [line for _, lines in parts for line in lines]
-        if not errors and not counts[name].any():
-            errors.append(f"no pixel of the {name} masks has a class (all are 0, which is void); give other masks")
+        reports[name] = report = _join(gather([part]))
+        errors += report.errors
+        if not errors and not report.counts.any():
+            remedy = "give other masks, or --mask_offset 0 if label 0 is a class"
+            errors.append(f"no pixel of the {name} masks has a class (all are 0, which is void); {remedy}")
+    total = _join(list(reports.values()))
+    if error := not errors and describe_mismatch(source, total):
+        errors.append(error)
     if errors:
         raise DataError("\n".join(errors))
-    return counts
+    for line in describe_doubts(source, total, reports):
+        say(line)
+    return {name: report.counts for name, report in reports.items()}
+
+
+def _join(reports: Sequence[MaskReport]) -> MaskReport:
+    counts, zeros, maybe_turned, errors = zip(*reports, strict=True)
+    return MaskReport(sum(counts), sum(zeros), list(chain(*maybe_turned)), list(chain(*errors)))
 
 
 def check_masks(
     source: PairSource, indices: Sequence[int], pixels: PixelFormat, *, processes: int = 1, progress: str | None = None
-) -> tuple[np.ndarray, list[str]]:
-    """Count the pixels of each class, int64 (num_classes,), in the masks of `indices`, and return error messages.
+) -> MaskReport:
+    """Count the pixels of each class in the masks of `indices`, and find errors.
 
-    Errors are another size than the image's, colour, and labels beyond the classes. Files that cannot be read are
-    skipped: they are reported when a run reads them. `progress` is the text of a bar.
+    Errors are another size than the image's, colours without a table, and labels beyond the classes. Files that cannot
+    be read are skipped: they are reported when a run reads them. `progress` is the text of a bar.
     """
-    counts, errors = np.zeros(len(source.classes), np.int64), []
+    num_classes = len(source.classes)
     if isinstance(source, ShapesSource):
-        return np.bincount(source.masks[list(indices)].ravel(), minlength=len(counts)), []
+        return MaskReport(np.bincount(source.masks[list(indices)].ravel(), minlength=num_classes), 0, [], [])
+    report = MaskReport(np.zeros(num_classes, np.int64), 0, [], [])
     with mapping(processes, max(1, min(CHUNK, len(indices) // processes))) as in_order:
         results = in_order(partial(_check_mask, source, pixels), indices)
-        for part, error in tqdm(results, progress, len(indices), unit="mask", disable=progress is None):
-            counts += part
-            errors += error
-    if len(errors) > MAX_NAMED:
-        errors[MAX_NAMED:] = [f"and {len(errors) - MAX_NAMED} more masks like these"]
-    return counts, errors
+        for part in tqdm(results, progress, len(indices), unit="mask", disable=progress is None):
+            report = _join([report, part]) if part else report
+    if len(report.errors) > MAX_NAMED:
+        report.errors[MAX_NAMED:] = [f"and {len(report.errors) - MAX_NAMED} more masks like these"]
+    return report
 
 
-def _check_mask(source: PairSource, pixels: PixelFormat, index: int) -> tuple[np.ndarray | int, list[str]]:
-    """Return the pixels of each class, and an error message in a list."""
+def _check_mask(source: PairSource, pixels: PixelFormat, index: int) -> MaskReport | None:
+    """Return what is found in one mask, None if it or its image cannot be read."""
     (data,), name, num_classes = source.fetch_masks([index]), source.mask_name(index), len(source.classes)
+    (image,), nothing = source.fetch([index]), np.zeros(num_classes, np.int64)
     try:
-        mask = mask_of(data, num_classes, name=name, max_pixels=pixels.max_pixels)
-        size = _image_size(*source.fetch([index]), pixels)
+        labels = labels_of(data, num_classes, source.mask_format, name=name, max_pixels=pixels.max_pixels)
+        size, orientation = _size_and_orientation(image, pixels)
     except DamagedImage:
-        return 0, []
+        return None
     except DataError as error:
-        return 0, [str(error)]
+        return MaskReport(nothing, 0, [], [str(error)])
+    mask = classes_of(labels, source.mask_format)
     counts = np.bincount(mask.ravel(), minlength=IGNORED + 1)[:num_classes]
-    return counts, [] if mask.shape == size else [WRONG_SIZE.format(name, *mask.shape, *size)]
+    stored_size, errors = size[::-1] if orientation > 4 else size, []
+    if mask.shape == stored_size != size:
+        errors.append(NOT_TURNED.format(name, *mask.shape, orientation, *size))
+    elif mask.shape != size:
+        errors.append(WRONG_SIZE.format(name, *mask.shape, *size))
+    unclear = orientation > 1 and mask.shape == stored_size == size and _orientation_of(data) == 1
+    return MaskReport(counts, int((labels == 0).sum()), [name] if unclear else [], errors)
 
 
-def _image_size(data: Fetched, pixels: PixelFormat) -> tuple[int, ...]:
-    """Return height and width of an image: from its header if nothing turns it, which is far faster than decoding."""
+def _size_and_orientation(data: Fetched, pixels: PixelFormat) -> tuple[tuple[int, ...], int]:
+    """Return height and width of an upright image and its orientation, 1 to 8 as in EXIF.
+
+    They are read from the header if nothing turns the image, which is far faster than decoding.
+    """
     if isinstance(data, bytes | memoryview):
         with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(io.BytesIO(data)) as image:
-            if image.format in ("JPEG", "PNG") and "exif" not in image.info:
-                return image.size[::-1]
-    return tuple(decode(data, pixels).shape[1:])
+            if image.format in ("JPEG", "PNG") and not ORIENTED & image.info.keys():
+                return image.size[::-1], 1
+    return tuple(decode(data, pixels).shape[1:]), _orientation_of(data)
 
 
-def mask_of(data: Fetched, num_classes: int, *, name: str, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
-    """Decode a mask that a source fetched: uint8 (H, W), with the classes 0 .. N-1 and 255 for void.
-
-    Raises DamagedImage, and DataError, whose message has `name`, for colour and for labels beyond the classes.
-    """
-    labels = decode_stored(data, max_pixels)
-    if labels.ndim != 2 or labels.dtype.kind not in "bui":
-        raise DataError(f"{name} has colour or transparency; expected one label a pixel, of a palette or grey")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high > num_classes:
-        raise DataError(
-            f"{name} has the label {low if low < 0 else high}; expected 0 (void) to {num_classes}, the number of "
-            "classes: correct the mask, or classes.txt"
-        )
-    return torch.from_numpy(labels.astype(np.uint8) - np.uint8(1))  # 0 wraps around to 255
+def _orientation_of(data: Fetched) -> int:
+    """Return the orientation that a file states, 1 if it states none."""
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:  # decode() judges what is broken
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return orientation if orientation in range(2, 9) else 1
+    return 1
 
 
 def check_class_weights(weights: list | None, num_classes: int) -> None:
@@ -328,11 +345,42 @@ def check_trained_classes(path_to_data: str, classes: list[str], names: list[str
             )
 
 
-def describe_absent(classes: list[str], areas: np.ndarray) -> str | None:
-    """Return a line that names the classes without a pixel in the training masks, None if there are none."""
-    absent = [name for name, area in zip(classes, areas, strict=True) if not area]
-    what = f"no training mask has a pixel of {len(absent)} of the {len(classes)} classes"
-    return f"{what}: {first_few(absent, len(absent))}" if absent else None
+def describe_mismatch(source: PairSource, total: MaskReport) -> str | None:
+    """Return an error message if the masks seem to be numbered from 0, and no flag says how they are numbered."""
+    name, last = source.classes[0], len(source.classes)
+    is_void = VOID.fullmatch(name)
+    if source.mask_format.offset is not None or not total.zeros or total.counts[-1]:
+        return None
+    if not is_void and not BACKGROUND.fullmatch(name):
+        return None
+    return (
+        f"the masks seem to be numbered from 0: the first class is {name!r}, and no mask has the label {last} of the "
+        f"last class, {source.classes[-1]!r}; give --mask_offset 0{' --void_label 0' if is_void else ''} if label 0 "
+        f"is {name!r}, or --mask_offset 1 if 0 is void and 1 is {name!r}"
+    )
+
+
+def describe_doubts(source: PairSource, total: MaskReport, reports: dict[str, MaskReport]) -> list[str]:
+    """Return lines on what may be wrong with the masks, from the reports on all of them and on those of each split."""
+    names, (offset, void_label, _), lines = source.classes, source.mask_format, []
+    first = source.mask_format.first_label
+    areas = reports["training"].counts if "training" in reports else np.ones(len(names))
+    if absent := [name for name, area in zip(names, areas, strict=True) if not area]:
+        what = f"no training mask has a pixel of {len(absent)} of the {len(names)} classes"
+        lines.append(f"{what}: {first_few(absent, len(absent))}")
+    if offset is None and total.zeros and not total.counts[-1]:
+        lines.append(f"note: label 0 is void and 1 is {names[0]}; if 0 is {names[0]}, give --mask_offset 0")
+    if first == 0 and void_label != 0 and not total.counts[0]:
+        lines.append(f"note: no mask has the label 0 of {names[0]}; if 1 is {names[0]}, give --mask_offset 1")
+    for label, name in enumerate(names, first):
+        if VOID.fullmatch(name) and label != void_label:
+            lines.append(f"note: {name} is a class like others; give --void_label {label} to ignore its pixels")
+    if turned := total.maybe_turned:
+        lines.append(
+            f"note: the EXIF orientation of {len(turned)} images turns or mirrors them, and their masks may not be "
+            f"turned ({first_few(turned, len(turned))}); compare them in predictions/"
+        )
+    return lines
 
 
 def class_weights(weights: list | None, areas: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor | None:

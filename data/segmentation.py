@@ -13,9 +13,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from data.batches import SourceDataset
+from data.classes import ade20k_classes
 from data.decode import DamagedImage, PixelFormat, decode
 from data.index import DataError
-from data.pairs import IGNORED, WRONG_SIZE, PairSource, ade20k_classes, mask_of
+from data.masks import IGNORED, mask_of
+from data.pairs import WRONG_SIZE, PairSource
 from data.sampling import sample_generator
 from data.transforms import empty_images
 
@@ -186,7 +188,7 @@ def read_pair(source: PairSource, index: int, pixels: PixelFormat) -> tuple[torc
     image, name = decode(*source.fetch([index]), pixels), source.mask_name(index)
     try:
         (data,) = source.fetch_masks([index])
-        mask = mask_of(data, len(source.classes), name=name, max_pixels=pixels.max_pixels)
+        mask = mask_of(data, len(source.classes), source.mask_format, name=name, max_pixels=pixels.max_pixels)
     except DamagedImage as error:
         raise DamagedImage(f"its mask {name}: {error}") from None
     if mask.shape != image.shape[1:]:

@@ -11,9 +11,10 @@ from conftest import write_images, write_pair
 from PIL import Image
 
 from data import shapes
+from data.classes import ade20k_classes
 from data.decode import PixelFormat
 from data.index import DataError
-from data.pairs import SegmentationFolder, ade20k_classes, check_annotations, check_masks, open_pairs
+from data.pairs import SegmentationFolder, check_annotations, check_masks, open_pairs
 from data.segmentation import SegmentationDataset, read_pair
 
 RGB = PixelFormat(3)
@@ -26,8 +27,9 @@ def errors_of(path) -> list[str]:
 
 
 def check(source, pixels=RGB, **options):
-    """All masks of a source, checked."""
-    return check_masks(source, range(len(source)), pixels, **options)
+    """Pixels of each class and errors of all masks of a source."""
+    report = check_masks(source, range(len(source)), pixels, **options)
+    return report.counts, report.errors
 
 
 # Folders
@@ -312,7 +314,7 @@ def test_pairs_of_a_list_or_a_data_set_are_those_of_the_folder(scenes, tmp_path,
         open_pairs(paths["training"], RGB, **options)
     shutil.copy(scenes / "classes.txt", tmp_path)
     opened = open_pairs(paths["training"], RGB, **options)
-    named = open_pairs(paths["training"], RGB, classes_file="ade20k", **options)
+    named = open_pairs(paths["training"], RGB, class_file="ade20k", **options)
     assert named[0].classes == ade20k_classes()[0]
     for one, other in zip(open_pairs(str(scenes), RGB), opened, strict=True):
         assert len(one) == len(other) and one.classes == other.classes
@@ -334,11 +336,11 @@ def test_splits_may_be_of_two_kinds_and_shapes_have_their_own(scenes, tmp_path):
     rows = [f"{image},{scenes / 'annotations/training' / image.stem}.png\n" for image in images]
     (tmp_path / "list.csv").write_text("path,mask\n" + "".join(rows))
     listed, classes_file = str(tmp_path / "list.csv"), str(scenes / "classes.txt")
-    train, validation = open_pairs(listed, RGB, validation=str(scenes), classes_file=classes_file)
+    train, validation = open_pairs(listed, RGB, validation=str(scenes), class_file=classes_file)
     assert len(train) == 10 and len(validation) == 5 and train.classes == validation.classes
-    train, validation = open_pairs(str(scenes), RGB, validation=listed, classes_file=classes_file)
+    train, validation = open_pairs(str(scenes), RGB, validation=listed, class_file=classes_file)
     assert len(train) == len(validation) == 10
-    for options in (dict(validation="x"), dict(classes_file="y")):
+    for options in (dict(validation="x"), dict(class_file="y")):
         with pytest.raises(DataError, match="does not go with builtin:shapes, which has its own; leave it out"):
             open_pairs("builtin:shapes", RGB, **options)
     with pytest.raises(DataError, match="8-bit images in colour or grey"):

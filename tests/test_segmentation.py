@@ -9,7 +9,9 @@ from torch.nn.functional import max_pool2d
 from data import segmentation
 from data.batches import make_loader
 from data.decode import PixelFormat
-from data.pairs import IGNORED, SegmentationFolder, ade20k_classes, check_masks, open_pairs
+from data.classes import ade20k_classes
+from data.masks import IGNORED
+from data.pairs import SegmentationFolder, check_masks, open_pairs
 from data.segmentation import (
     EvaluationPairs,
     SegmentationDataset,
@@ -287,4 +289,4 @@ def test_the_limit_of_pixels_holds_for_masks_too(pair_folder):
     Image.new("L", (81, 60)).save(pair_folder / "annotations/training/0.png")
     (pair,) = pairs_of(source, [0], pixels)
     assert pair.damaged.startswith("its mask") and pair.damaged.endswith("raise --max_pixels")
-    assert check_masks(source, [0], pixels)[1] == []  # reported when a run reads it
+    assert check_masks(source, [0], pixels).errors == []  # reported when a run reads it

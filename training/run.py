@@ -360,7 +360,7 @@ class Run:
     @property
     def checking(self) -> dict:
         """The options of `check_annotations` for this process."""
-        workers = dict(processes=self.given.num_workers or 1, progress=self.is_main_process)
+        workers = dict(processes=self.given.num_workers or 1, progress=self.is_main_process, say=self.accelerator.print)
         return dict(share=slice(self.process_index, None, self.num_processes), gather=self.crew.gather, **workers)
 
     @property

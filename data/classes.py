@@ -1,0 +1,224 @@
+"""Names of classes, and their colours in masks, from the files of many programs."""
+
+import codecs
+import csv
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.index import DataError, first_few
+
+ADE20K = Path("ade20k")  # instead of a file with the names of classes
+MAX_CLASSES = 254  # the values of a byte beside void, in files and in memory
+OTHER_FORMATS = (".py", ".yaml", ".yml", ".xml", ".toml", ".md")  # texts whose lines would be taken for names
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+# Columns of tables, without spaces, hyphens and underscores; the first that a table has is taken
+NAMES = ("name", "names", "classname", "labelname", "class", "classes", "label", "labels", "category", "readable")
+NUMBERS = ("id", "idx", "index", "number", "value", "pixelvalue", "classid", "labelid", "class", "label", "trainid")
+COLOURS = ("color", "colour", "rgb", "colorrgb", "colourrgb")
+CHANNELS = (("r", "g", "b"), ("red", "green", "blue"))
+
+# Lines without a header; the first line decides which of them all others must have
+NUMBER, NAME = r"(?P<number>\d+)(?:\s*[,;:=)]\s*|\.?\s+)", r"(?P<name>[^\d\s].*?)"
+COLOUR = r"\(?(?P<red>\d+)[\s,;]+(?P<green>\d+)[\s,;]+(?P<blue>\d+)\)?"
+FORMS = {
+    "a number, a colour and a name": f"{NUMBER}{COLOUR}[\\s,;:]+{NAME}[\\s,;:]*",
+    "a colour and a name": f"{COLOUR}[\\s,;:]+{NAME}[\\s,;:]*",
+    "a number, a name and a colour": f"{NUMBER}{NAME}[\\s,;:]+{COLOUR}[\\s,;:]*",
+    "a name and a colour": f"{NAME}[\\s,;:]+{COLOUR}[\\s,;:]*",
+    "a number and a name": f"{NUMBER}(?P<name>.+)",
+    "a name and a number": f"{NAME}\\s*[,;:=\\t]\\s*(?P<number>\\d+)",
+    "a name": "(?P<name>.+)",
+}
+
+
+class Row(NamedTuple):
+    """Hold what a file says about a class."""
+
+    text: str  # as in the file, for messages
+    name: str
+    number: int | None  # its label in masks
+    colour: tuple[int, ...] | None  # red, green and blue in masks
+
+
+def ade20k_classes() -> tuple[list[str], np.ndarray]:
+    """Return names and colours, uint8 (150, 3), of ADE20K's 150 classes in the order of their labels."""
+    lines = Path(__file__).with_name("ade20k.txt").read_text(encoding="utf-8").splitlines()
+    rows = [line.split(maxsplit=3) for line in lines if not line.startswith("#")]
+    return [row[3] for row in rows], np.array([row[:3] for row in rows]).astype(np.uint8)
+
+
+def read_classes(path: Path, first_label: int = 1) -> tuple[list[str], np.ndarray | None, list[str]]:
+    """Read the names of the classes, ADE20K's if the path is ADE20K, in the order of their labels.
+
+    A file has a name on each line, with or without its number or colour before or after it; or it is a table with a
+    header; or JSON: names, objects with a name, or an object from numbers to names or from names to numbers.
+
+    Args:
+        first_label: the label of the first class in masks, which numbers in the file must agree with.
+
+    Returns:
+        Names; their colours in masks, uint8 (N, 3), None if the file has none; error messages.
+    """
+    if path == ADE20K:
+        return ade20k_classes()[0], None, []
+    if not path.exists():
+        remedy = f"write a line for each class, the first for label {first_label}, or give --path_to_classes FILE"
+        return [], None, [f"{path} is missing; {remedy}" + (" (label 0 is void)" if first_label else "")]
+    try:
+        rows = _read_rows(path)
+        _check_numbers(path, rows, first_label)
+    except DataError as error:
+        return [], None, [str(error)]
+    names, errors = [row.name for row in rows], []
+    if len(names) > MAX_CLASSES:
+        errors.append(f"{path} names {len(names)} classes; expected at most {MAX_CLASSES}, as masks have 8 bits")
+    if len(names) == 1:
+        errors.append(f"{path} names one class; expected at least 2: add one for everything else, such as background")
+    for what, values in (("classes", names), ("the colours of classes", [row.colour for row in rows])):
+        if repeated := [str(value) for value, times in Counter(values).items() if value and times > 1]:
+            errors.append(f"{path} names {what} twice: {first_few(repeated, len(repeated))}; give each its own")
+    has_colours = bool(rows) and rows[0].colour is not None
+    return names, np.array([row.colour for row in rows], np.uint8) if has_colours else None, errors
+
+
+def format_classes(names: list[str], colours: np.ndarray | None) -> str:
+    """Return the text of a file that `read_classes` reads as these classes."""
+    if colours is None:
+        return "\n".join(names)
+    return "\n".join(f"{red} {green} {blue}\t{name}" for (red, green, blue), name in zip(colours, names, strict=True))
+
+
+def _check_numbers(path: Path, rows: list[Row], first_label: int) -> None:
+    """Sort numbered rows, and raise DataError unless they count from `first_label`."""
+    if not rows or rows[0].number is None:
+        return
+    rows.sort(key=lambda row: row.number)
+    if first_label and rows[0].number == 0 and [row.number for row in rows] == list(range(len(rows))):
+        raise DataError(
+            f"{path} has the line {rows[0].text!r}, and label 0 is void by default; if it is a class, give "
+            "--mask_offset 0, otherwise remove the line"
+        )
+    for row, number in zip(rows, count(first_label)):
+        if row.number != number:
+            raise DataError(
+                f"{path} has the line {row.text!r}; expected the numbers {first_label}, {first_label + 1}, ... without "
+                f"gaps, or none at all (--mask_offset {first_label} says where masks begin)"
+            )
+
+
+def _read_rows(path: Path) -> list[Row]:
+    """Return the classes of a file as it has them. Raises DataError."""
+    if path.suffix.lower() in OTHER_FORMATS:
+        raise DataError(f"{path} is a {path.suffix} file; expected text with a class on each line, CSV, or JSON")
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-16" if data.startswith(UTF16) else "utf-8-sig")
+        if path.suffix.lower() == ".json":
+            return list(_rows_of_json(path, json.loads(text)))
+    except (OSError, ValueError) as error:
+        what = "JSON" if path.suffix.lower() == ".json" else "text in UTF-8 with a class on each line"
+        raise DataError(f"{path} cannot be read ({error}); expected {what}") from None
+    lines = [line.strip() for line in text.rstrip().splitlines() if not line.startswith("#")]
+    if not any(lines):
+        raise DataError(f"{path} has no line; expected a name on each, from the first label on")
+    delimiter = next((each for each in "\t,;" if each in lines[0]), ",")
+    header = [_key(cell) for cell in next(csv.reader([lines[0]], delimiter=delimiter), [])]
+    if {*header} & {*NAMES} and len(header) > 1:
+        return _rows_of_table(path, header, lines[1:], delimiter)
+    words = {_key(word) for word in lines[0].split()}
+    if len(words) > 1 and words & {*NAMES} and words <= {*NAMES, *NUMBERS, *COLOURS, *sum(CHANNELS, ())}:
+        raise DataError(f"{path} has the header {lines[0]!r}; expected commas or tabs between the columns")
+    return _rows_of_lines(path, lines[1:] if header and header[0] in NAMES else lines)
+
+
+def _rows_of_lines(path: Path, lines: list[str]) -> list[Row]:
+    """Return the classes of lines without a header, which all have the form of the first one."""
+    if "" in lines or not lines:
+        raise DataError(f"{path} has an empty line; expected a name on each, from the first label on")
+    form = next(form for form in FORMS if re.fullmatch(FORMS[form], lines[0]))
+    rows = []
+    for line in lines:
+        found = re.fullmatch(FORMS[form], line)
+        if not found:
+            raise DataError(f"{path} has the line {line!r}; expected {form}, as on the line {lines[0]!r}")
+        parts = found.groupdict()
+        number, colour = parts.get("number"), [parts.get(name) for name in CHANNELS[1]]
+        rows.append(_row(path, line, parts["name"], number, None if colour[0] is None else colour))
+    return rows
+
+
+def _rows_of_table(path: Path, header: list[str], lines: list[str], delimiter: str) -> list[Row]:
+    rows = []
+    for line in filter(None, lines):  # some writers leave a blank line after each row
+        cells = next(csv.reader([line], delimiter=delimiter))
+        if len(cells) != len(header):
+            expected = f"expected {len(header)} columns, as in the header; put names with {delimiter!r} in quotes"
+            raise DataError(f"{path} has the line {line!r} of {len(cells)} columns; {expected}")
+        rows.append(_row_of_record(path, line, dict(zip(header, cells, strict=True))))
+    return rows
+
+
+def _rows_of_json(path: Path, content) -> Iterator[Row]:
+    if isinstance(content, dict):
+        inner = (content[key] for key in ("id2label", "label2id", "classes", "labels", "categories") if key in content)
+        content = next((each for each in inner if isinstance(each, list | dict)), content)
+    if isinstance(content, dict):
+        for key, value in content.items():
+            text = f"{key}: {value}"
+            if isinstance(value, list):
+                yield _row(path, text, key, None, value)
+            elif re.fullmatch(r"\d+", key):
+                yield _row(path, text, value, key, None)
+            else:
+                yield _row(path, text, key, value, None)
+    elif isinstance(content, list):
+        for value in content:
+            if isinstance(value, dict):
+                yield _row_of_record(path, json.dumps(value), {_key(key): value[key] for key in value})
+            else:
+                yield _row(path, str(value), value, None, None)
+    else:
+        raise DataError(f"{path} holds {type(content).__name__}; expected a list of names, or an object of them")
+
+
+def _row_of_record(path: Path, text: str, record: dict) -> Row:
+    """Return the class of a table's row or of a JSON object; `record` maps columns to values."""
+    name = next((key for key in NAMES if key in record), None)
+    number = next((key for key in NUMBERS if key in record and key != name), None)
+    channels = next((keys for keys in CHANNELS if {*keys} <= {*record}), None)
+    colour = [record[key] for key in channels] if channels else None
+    column = next((key for key in COLOURS if key in record), None)
+    if column is not None:
+        value = record[column]
+        hexadecimal = re.fullmatch("#([0-9a-fA-F]{6})", str(value).strip())
+        colour = list(bytes.fromhex(hexadecimal[1])) if hexadecimal else value
+        colour = re.findall(r"[\d.]+", colour) if isinstance(colour, str) else colour
+    return _row(path, text, record.get(name), record.get(number), colour)
+
+
+def _row(path: Path, text: str, name, number, colour: list | None) -> Row:
+    """Check the parts of a class and return them."""
+    if not isinstance(name, str) or not name.strip(" \"'"):
+        raise DataError(f"{path} has the line {text!r} without a name; expected one for each class")
+    name = " ".join(name.split())
+    name = name[1:-1] if len(name) > 2 and name[0] == name[-1] and name[0] in "\"'" else name
+    if number is not None and not re.fullmatch(r"\s*-?\d+\s*", str(number)):
+        raise DataError(f"{path} has the line {text!r} with the number {number!r}; expected a whole number")
+    if colour is not None:
+        values = [str(value).strip() for value in colour]
+        if len(values) != 3 or not all(re.fullmatch(r"\d{1,3}", value) and int(value) < 256 for value in values):
+            raise DataError(f"{path} has the line {text!r}, whose colour is not three whole numbers from 0 to 255")
+        colour = tuple(map(int, values))
+    return Row(text, name, None if number is None else int(number), colour)
+
+
+def _key(cell) -> str:
+    return re.sub(r"[\s_-]", "", str(cell)).casefold()

@@ -1,0 +1,91 @@
+"""Masks: what their numbers or colours mean, and how they are decoded.
+
+In files a label 0 is void (ignored) and 1 .. N are the classes, as in ADE20K, unless a MaskFormat says otherwise; in
+memory a mask is uint8 (H, W) with 0 .. N-1 for the classes and 255 (IGNORED) for void.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from data.decode import MAX_PIXELS, decode_stored
+from data.index import DataError
+from data.sources import Fetched
+
+IGNORED = 255
+
+
+class MaskFormat(NamedTuple):
+    """Say what the numbers or the colours of masks mean."""
+
+    offset: int | None = None  # the label of the first class: 0, or 1 if 0 is void; None: 1, and masks may contradict
+    void_label: int | None = None  # a further label that is void
+    colours: np.ndarray | None = None  # of the classes, uint8 (N, 3), in masks that have colours
+
+    @property
+    def first_label(self) -> int:
+        return 1 if self.offset is None else self.offset
+
+
+LIKE_ADE20K = MaskFormat()
+
+
+def mask_of(
+    data: Fetched, num_classes: int, mask_format: MaskFormat, *, name: str, max_pixels: int = MAX_PIXELS
+) -> torch.Tensor:
+    """Decode a mask that a source fetched: uint8 (H, W), with the classes 0 .. N-1 and 255 for void.
+
+    Raises DamagedImage, and DataError, whose message has `name`, for other colours and labels than the classes'.
+    """
+    labels = labels_of(data, num_classes, mask_format, name=name, max_pixels=max_pixels)
+    return torch.from_numpy(classes_of(labels, mask_format))
+
+
+def labels_of(
+    data: Fetched, num_classes: int, mask_format: MaskFormat, *, name: str, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """Decode a mask that a source fetched to the labels of its file (H, W). Raises the errors of `mask_of`."""
+    first, void, colours = mask_format.first_label, mask_format.void_label, mask_format.colours
+    labels = decode_stored(data, max_pixels, in_colour=colours is not None)
+    if colours is not None and (labels.ndim == 3 or (colours == colours[:, :1]).all()):
+        labels = _labels_of_colours(labels, colours, name) + first
+    if labels.ndim != 2 or labels.dtype.kind not in "bui":
+        raise DataError(
+            f"{name} has colour or transparency; expected one label a pixel, of a palette or grey; if colours are "
+            "classes, give --path_to_classes a table of them (lines: RED GREEN BLUE NAME)"
+        )
+    valid = labels if void is None else labels[labels != void]
+    low, high = (int(valid.min()), int(valid.max())) if valid.size else (first, first)
+    if low < 0 or high >= num_classes + first:
+        wrong = low if low < 0 else high
+        expected = f"0 (void) to {num_classes}" if first else f"0 to {num_classes - 1}"
+        remedy = "" if first or wrong != num_classes else ", or --mask_offset 1 if the masks are numbered from 1"
+        raise DataError(
+            f"{name} has the label {wrong}; expected {expected}, the number of classes: correct the mask, or "
+            f"classes.txt; give --void_label {wrong} if it is void{remedy}"
+        )
+    return labels
+
+
+def _labels_of_colours(pixels: np.ndarray, colours: np.ndarray, name: str) -> np.ndarray:
+    """Return the rows of `colours` that the pixels (H, W), (H, W, 3) or (H, W, 4) have, int64 (H, W)."""
+    place = np.array([2**16, 2**8, 1])
+    codes = pixels.astype(np.int64) * place.sum() if pixels.ndim == 2 else pixels[:, :, :3] @ place
+    known = colours @ place
+    order = known.argsort()
+    nearest = order[np.searchsorted(known[order], codes).clip(max=len(known) - 1)]
+    if (wrong := known[nearest] != codes).any():
+        code = int(codes[wrong][0])
+        colour = code >> 16, code >> 8 & 255, code & 255
+        remedy = "add a line for it (void: with --void_label and its number), or correct the mask"
+        raise DataError(f"{name} has the colour {colour}, which the table of classes does not have; {remedy}")
+    return nearest
+
+
+def classes_of(labels: np.ndarray, mask_format: MaskFormat) -> np.ndarray:
+    """Return the classes 0 .. N-1, and 255 for void, of the labels of a file (H, W), as uint8."""
+    classes = labels.astype(np.uint8) - np.uint8(mask_format.first_label)  # void, 0 - 1, wraps around to 255
+    if mask_format.void_label is not None:
+        classes[labels == mask_format.void_label] = IGNORED
+    return classes
