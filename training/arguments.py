@@ -1,6 +1,7 @@
 """Flags that the scripts share, and how they are read and checked."""
 
 import argparse
+import codecs
 import difflib
 import math
 import os
@@ -29,6 +30,8 @@ FREE_FLAGS = {
 }
 TRACKERS = ("wandb", "tensorboard")
 Pair = argparse.BooleanOptionalAction  # --x and --no-x
+# Quoted text, which stays, or a comment; shlex would cut words at their first #
+COMMENT = re.compile(r"""("(?:\\.|[^"\\])*"|'[^']*')|(?<!\S)#.*""")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
 
 
@@ -85,12 +88,13 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog="@FILE inserts the flags of a recipe file (# starts a comment); later flags win.",
         )
+        self._recipe_errors: list[str] = []
         self._negative_number_matcher = NUMBER  # Python 3.11 takes -3.4e38, the no-data value of GeoTIFFs, for a flag
 
     def error(self, message: str) -> NoReturn:
-        """Exit with code 2 and one line."""
+        """Exit with code 2 and one line, after those of recipes that cannot be read, which may be the cause."""
         message = message.removeprefix("argument ")
-        fail([f"{message}; {self.prog} --help lists the flags"], show=is_main_process())
+        fail([*self._recipe_errors, f"{message}; {self.prog} --help lists the flags"], show=is_main_process())
 
     def describe_defaults(self, recipes: dict[str, dict]) -> None:
         """Add to the help of each flag its default by kind of run: `recipes` maps kind -> flag -> value."""
@@ -105,6 +109,7 @@ class Parser(argparse.ArgumentParser):
     def read(self, argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
         """Return the flags, and error messages for unknown flags, recipes that cannot be read and contradictions."""
         words, errors = _expand_recipes(sys.argv[1:] if argv is None else argv)
+        self._recipe_errors = list(errors)
         words = [_expand_home(word) for word in words]
         args, unknown = self.parse_known_intermixed_args(words)  # flags may stand between positional arguments
         known = [option for action in self._actions for option in action.option_strings]
@@ -126,17 +131,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def _expand_recipes(words: list[str]) -> tuple[list[str], list[str]]:
-    """Replace every `@FILE` by the words of that file."""
+    """Replace every `@FILE` by the words of that file, unless a file has that very name, with its @."""
     expanded, errors = [], []
     for word in words:
         if not word.startswith("@") or Path(word).exists():
             expanded.append(word)
             continue
         try:
-            text = Path(_expand_home(word[1:])).read_text(encoding="utf-8-sig")
-            expanded += shlex.split(text, comments=True)
+            expanded += shlex.split(_read_recipe(Path(_expand_home(word[1:]))))
         except OSError as error:
-            errors.append(f"the recipe {word[1:]} cannot be read ({error.strerror}); expected a file of flags")
+            remedy = "expected a file of flags; a value that begins with @ is written --FLAG=@VALUE, a path ./@NAME"
+            errors.append(f"the recipe {word[1:]} cannot be read ({error.strerror}); {remedy}")
         except ValueError as error:
             errors.append(f"the recipe {word[1:]} cannot be read ({error}); expected flags as a shell would split them")
     return expanded, errors
@@ -146,6 +151,14 @@ def _expand_home(word: str) -> str:
     """Replace the `~` that begins a word, or the value behind `--flag=`, by the home folder, as a shell would."""
     flag, sign, value = word.partition("=") if re.match(r"--\w+=~", word) else ("", "", word)
     return f"{flag}{sign}{os.path.expanduser(value)}"
+
+
+def _read_recipe(path: Path) -> str:
+    """Return the text of a recipe, without a byte order mark, comments, and backslashes at the ends of lines."""
+    data = path.read_bytes()
+    text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+    text = COMMENT.sub(lambda found: found[1] or "", "\n".join(text.splitlines()).replace("\u00a0", " "))
+    return text.replace("\\\n", "\n")
 
 
 SOURCES = (
