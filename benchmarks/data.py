@@ -4,8 +4,9 @@
 
 Theirs opens with PIL and does RandomResizedCrop (bicubic), flip, conversion to float and normalization. Ours reads
 uint8 batches with their masks: from the files, without and with --fast_decoding, and from what prepare_data.py makes of
-them at a short side of 256, as JPEG and as arrays; decoding alone is the limit. Both run on one thread. Then each of
-these forms is read by --workers loader workers, compared with none.
+them at a short side of 256, as JPEG and as arrays; decoding alone is the limit. Both read the same images, the first
+--num_images that both can read, on one thread. Then each of these forms is read by --workers loader workers, compared
+with none.
 """
 
 import json
@@ -29,11 +30,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the repository, before 
 
 from benchmarks.compare import figure, new_parser, rates, report, time_in_turns
 from data.batches import PretrainingDataset, make_loader
-from data.decode import PixelFormat, decode
+from data.decode import DamagedImage, PixelFormat, decode
 from data.files import FileSource, FolderSource
-from data.index import DataError
+from data.index import DataError, first_few
 from data.sources import Source, open_sources
 from data.transforms import RandomCrop
+from data.values import damage_errors
 from training.arguments import integer
 from training.launch import cores_per_process, fail, run_script
 from training.wording import several
@@ -68,6 +70,26 @@ def pretraining_data(source: Source, img_size: int, *, fast: bool = False) -> Pr
     )
 
 
+def readable_images(source: FileSource, num_images: int) -> FileSource:
+    """Return the first `num_images` that both sides can read, and name the others. Raises DataError if there is none."""
+    names, damaged = [], []
+    for name in map(source.name, range(len(source))):
+        if len(names) == num_images:
+            break
+        try:
+            decode(Path(name).read_bytes(), PixelFormat(3))
+            with damage_errors():
+                Image.open(name).convert("RGB")
+            names.append(os.fsencode(os.path.abspath(name)))
+        except (DamagedImage, OSError) as error:
+            damaged.append(f"{name} ({error})")
+    if not names:
+        raise DataError(f"{source.root} has no image that both sides can read: {first_few(damaged, len(damaged))}")
+    if damaged:
+        print(f"left out   {len(damaged)} images that cannot be read: {first_few(damaged, len(damaged))}")
+    return FileSource(names)
+
+
 def batches_of(count: int, epoch: int = 0) -> list[list[tuple[int, int]]]:
     """Return `count` samples in batches, as lists of (epoch, index)."""
     return list(BatchSampler([(epoch, index) for index in range(count)], batch_size=32, drop_last=False))
@@ -89,10 +111,10 @@ def read_theirs(source: FileSource, count: int, img_size: int) -> None:
         torch.stack([pipeline(Image.open(source.name(index)).convert("RGB")) for _, index in batch])
 
 
-def prepare(source: FileSource, count: int, folder: Path, form: str) -> Source:
-    """Return the first `count` images as prepare_data.py writes them."""
+def prepare(source: FileSource, folder: Path, form: str) -> Source:
+    """Return the images as prepare_data.py writes them."""
     paths, output = folder / "images.jsonl", folder / form
-    lines = [json.dumps({"path": os.path.abspath(source.name(index))}) + "\n" for index in range(count)]
+    lines = [json.dumps({"path": source.name(index)}) + "\n" for index in range(len(source))]
     paths.write_text("".join(lines))
     command = [sys.executable, Path(__file__).parent.parent / "prepare_data.py", paths, output, "--format", form]
     subprocess.run([*command, "--short_side", str(SHORT_SIDE)], check=True, stdout=subprocess.DEVNULL)
@@ -110,17 +132,15 @@ def loader_rate(dataset: PretrainingDataset, count: int, num_workers: int) -> fl
     return num_images / (time.perf_counter() - start)
 
 
-def measure(
-    source: FileSource, *, img_size: int, num_images: int, rounds: int, workers: Sequence[int]
-) -> Iterator[dict]:
-    """Yield the figures of reading and of loader workers."""
-    count = min(num_images, len(source))
+def measure(source: FileSource, *, img_size: int, rounds: int, workers: Sequence[int]) -> Iterator[dict]:
+    """Yield the figures of reading all images of a source, and of loader workers."""
+    count = len(source)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         datasets = {"file to batch": pretraining_data(source, img_size)}
         datasets["file to batch, --fast_decoding"] = pretraining_data(source, img_size, fast=True)
         for form, name in (("jpeg", "JPEG"), ("array", "arrays")):
-            prepared = prepare(source, count, Path(folder), form)
+            prepared = prepare(source, Path(folder), form)
             datasets[f"prepared, short side {SHORT_SIDE}, {name}"] = pretraining_data(prepared, img_size)
         works = {"decoding alone": lambda: [decode(*source.fetch([i]), PixelFormat(3)) for i in range(count)]}
         works |= {name: partial(read_ours, dataset, count) for name, dataset in datasets.items()}
@@ -144,10 +164,10 @@ def main(argv=None):
     if errors:
         fail(errors)
     try:
-        source = FolderSource(args.path_to_data)
+        source = readable_images(FolderSource(args.path_to_data), args.num_images)
     except DataError as error:
         fail([str(error)])
-    options = dict(img_size=args.img_size, num_images=args.num_images, rounds=args.rounds, workers=args.workers)
+    options = dict(img_size=args.img_size, rounds=args.rounds, workers=args.workers)
     report(measure(source, **options), args.json)
 
 
