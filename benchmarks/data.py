@@ -37,7 +37,7 @@ from data.sources import Source, open_sources
 from data.transforms import RandomCrop
 from data.values import damage_errors
 from training.arguments import integer
-from training.launch import cores_per_process, fail, run_script
+from training.launch import default_workers, fail, run_script
 from training.wording import several
 
 SHORT_SIDE = 256  # of prepared images
@@ -50,9 +50,8 @@ def parse_args(argv=None):
     flag("--path_to_data", required=True, help="folder of images")
     flag("--img_size", type=integer(1), default=224, help="pixels (default 224)")
     flag("--num_images", type=integer(1), default=400, help="images to read, at most (default 400)")
-    workers = min(32, cores_per_process())  # as the training scripts do
-    help_text = f"numbers of loader workers to time (default min(32, cores), here {workers})"
-    flag("--workers", type=integer(1), nargs="+", default=[workers], metavar="N", help=help_text)
+    help_text = "numbers of loader workers to time (default that of the training scripts)"
+    flag("--workers", type=integer(1), nargs="+", default=[default_workers()], metavar="N", help=help_text)
     return parser.read(argv)
 
 
@@ -71,7 +70,7 @@ def pretraining_data(source: Source, img_size: int, *, fast: bool = False) -> Pr
 
 
 def readable_images(source: FileSource, num_images: int) -> FileSource:
-    """Return the first `num_images` that both sides can read, and name the others. Raises DataError if there is none."""
+    """Return the first `num_images` that both sides can read, and print the others. Raises DataError without any."""
     names, damaged = [], []
     for name in map(source.name, range(len(source))):
         if len(names) == num_images:

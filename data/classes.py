@@ -103,8 +103,8 @@ def _check_numbers(path: Path, rows: list[Row], first_label: int) -> None:
     rows.sort(key=lambda row: row.number)
     if first_label and rows[0].number == 0 and [row.number for row in rows] == list(range(len(rows))):
         raise DataError(
-            f"{path} has the line {rows[0].text!r}, and label 0 is void by default; if it is a class, give "
-            "--mask_offset 0, otherwise remove the line"
+            f"{path} has the line {rows[0].text!r}, and label 0 is void by default; give --mask_offset 0 if the masks "
+            "have this 0, otherwise number the classes from 1"
         )
     for row, number in zip(rows, count(first_label)):
         if row.number != number:
@@ -133,10 +133,12 @@ def _read_rows(path: Path) -> list[Row]:
     header = [_key(cell) for cell in next(csv.reader([lines[0]], delimiter=delimiter), [])]
     if {*header} & {*NAMES} and len(header) > 1:
         return _rows_of_table(path, header, lines[1:], delimiter)
+    if header and header[0] in NAMES:
+        return _rows_of_lines(path, lines[1:])
     words = {_key(word) for word in lines[0].split()}
     if len(words) > 1 and words & {*NAMES} and words <= {*NAMES, *NUMBERS, *COLOURS, *sum(CHANNELS, ())}:
         raise DataError(f"{path} has the header {lines[0]!r}; expected commas or tabs between the columns")
-    return _rows_of_lines(path, lines[1:] if header and header[0] in NAMES else lines)
+    return _rows_of_lines(path, lines)
 
 
 def _rows_of_lines(path: Path, lines: list[str]) -> list[Row]:

@@ -348,15 +348,17 @@ def check_trained_classes(path_to_data: str, classes: list[str], names: list[str
 def describe_mismatch(source: PairSource, total: MaskReport) -> str | None:
     """Return an error message if the masks seem to be numbered from 0, and no flag says how they are numbered."""
     name, last = source.classes[0], len(source.classes)
-    is_void = VOID.fullmatch(name)
     if source.mask_format.offset is not None or not total.zeros or total.counts[-1]:
         return None
-    if not is_void and not BACKGROUND.fullmatch(name):
+    if VOID.fullmatch(name):
+        remedy = f"remove {name!r} from the file of classes, as label 0 is void without a name"
+    elif BACKGROUND.fullmatch(name):
+        remedy = f"give --mask_offset 0 if label 0 is {name!r}"
+    else:
         return None
     return (
         f"the masks seem to be numbered from 0: the first class is {name!r}, and no mask has the label {last} of the "
-        f"last class, {source.classes[-1]!r}; give --mask_offset 0{' --void_label 0' if is_void else ''} if label 0 "
-        f"is {name!r}, or --mask_offset 1 if 0 is void and 1 is {name!r}"
+        f"last class, {source.classes[-1]!r}; {remedy}, or give --mask_offset 1 if 0 is void and 1 is {name!r}"
     )
 
 

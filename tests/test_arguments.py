@@ -109,12 +109,39 @@ def test_an_experiment_has_a_folder_of_its_own(name):
     assert not read_and_check("--path_to_data", "x", "--experiment_name", "a/b.c")[1]
 
 
-def test_recipes_of_other_editors_and_files_that_begin_with_an_at_sign(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "data",
+    [
+        *("\ufeff--epochs 3\r\n--seed 5\r\n".encode(), b"--epochs\t3\r--seed 5\r", b"--epochs 3\n\n--seed 5\n\n\n"),
+        *("--epochs 3\r\n--seed 5\r\n".encode(name) for name in ("utf-8-sig", "utf-16")),
+        *(b"--epochs 3 \\\n  --seed 5", b"--epochs 3 \\\r\n--seed 5\r\n", "--epochs\u00a03 --seed 5".encode()),
+        b"# it's run by: accelerate launch x.py \\\n--epochs 3 # don't change it\n--seed 5",
+    ],
+)
+def test_recipes_that_other_programs_wrote(tmp_path, data):
+    (tmp_path / "x.args").write_bytes(data)
+    args, errors = read(f"@{tmp_path}/x.args")
+    assert (args.epochs, args.seed) == (3, 5) and not errors
+
+
+def test_a_number_sign_begins_a_comment_only_before_a_word(tmp_path):
+    (tmp_path / "x.args").write_text("--path_to_data data/set#2 --experiment_name 'a # b' --epochs 3 # --epochs 4\n")
+    args, errors = read(f"@{tmp_path}/x.args")
+    assert (args.path_to_data, args.experiment_name, args.epochs) == ("data/set#2", "a # b", 3) and not errors
+
+
+def test_words_that_begin_with_an_at_sign(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "x.args").write_bytes(b"\xef\xbb\xbf--epochs 3\r\n--experiment_name 'a b'\r\n\r\n")
-    (tmp_path / "@x.jpg").write_bytes(b"\xff\xd8")
-    args, errors = read("@x.args", "--path_to_data", "@x.jpg")
-    assert not errors and (args.epochs, args.experiment_name, args.path_to_data) == (3, "a b", "@x.jpg")
+    (tmp_path / "@me.jpg").touch()
+    parser = build_parser()
+    parser.add_argument("image")
+    assert parser.read(["@me.jpg"])[0].image == "@me.jpg"
+    assert read("--experiment_name=@home")[0].experiment_name == "@home"
+    with pytest.raises(SystemExit):
+        parser.read(["@you.jpg"])
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: the recipe you.jpg cannot be read (No such file") and "./@NAME" in first
+    assert "the following arguments are required: image" in second
 
 
 def test_contradictions_are_listed_together():

@@ -1,4 +1,5 @@
 import json
+import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -44,9 +45,45 @@ def test_data_is_measured_against_torchvision(image_folder, tmp_path):
 
 
 def test_as_many_loader_workers_as_training_has(monkeypatch):
-    monkeypatch.setattr(data, "cores_per_process", lambda: 7)
+    monkeypatch.setattr(data, "default_workers", lambda: 7)
     assert data.parse_args(["--path_to_data", "x"])[0].workers == [7]
     assert data.parse_args(["--path_to_data", "x", "--workers", "8", "14"])[0].workers == [8, 14]
+
+
+def test_both_sides_read_the_same_images_and_no_damaged_ones(image_folder, tmp_path, monkeypatch, capsys):
+    photos = shutil.copytree(image_folder / "train", tmp_path / "photos")
+    paths = sorted(path for path in photos.rglob("*") if path.is_file())
+    paths[1].write_bytes(paths[1].read_bytes()[:300])
+    paths[3].write_text("no image")
+    expected = [str(paths[i]) for i in (0, 2, 4, 5)]
+    source = data.readable_images(data.FolderSource(photos), 4)
+    assert [source.name(i) for i in range(len(source))] == expected
+    assert "left out   2 images" in capsys.readouterr().out
+
+    ours, theirs = [], []
+    open_image, fetch = data.Image.open, data.FileSource.fetch
+
+    def time_once(works, rounds):
+        for work in works.values():
+            work()
+        return {name: [1.0] for name in works}
+
+    def fetch_noted(self, indices):
+        ours.extend(map(self.name, indices))
+        return fetch(self, indices)
+
+    monkeypatch.setattr(data, "time_in_turns", time_once)
+    monkeypatch.setattr(data, "loader_rate", lambda *given: 1.0)
+    monkeypatch.setattr(data.Image, "open", lambda path: theirs.append(path) or open_image(path))
+    monkeypatch.setattr(data.FileSource, "fetch", fetch_noted)
+    figures = list(data.measure(source, img_size=32, rounds=1, workers=[1]))
+    assert theirs == expected and ours == 3 * expected  # decoding, and batches without and with --fast_decoding
+    assert all(figure["ours"] == figure["theirs"] == 4 for figure in figures[:5])  # images in a second
+
+    for path in paths:
+        path.write_text("no image")
+    with pytest.raises(data.DataError, match="no image that both sides can read"):
+        data.readable_images(data.FolderSource(photos), 4)
 
 
 def test_ours_reads_as_many_images_as_theirs():

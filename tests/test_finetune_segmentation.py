@@ -140,6 +140,22 @@ def test_kill_and_resume_in_the_middle_of_an_epoch(undisturbed, flags, tmp_path)
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_numbers_of_masks_do_not_change_a_run(undisturbed, scenes, flags, tmp_path):
+    """Masks that count from 0 and have 255 for void: trained and measured with the flags that say so."""
+    data = shutil.copytree(scenes, tmp_path / "data")
+    for path in (data / "annotations").rglob("*.png"):
+        Image.fromarray(annotation(path).astype(np.uint8)).save(path)
+    numbers = ["--path_to_data", data, "--mask_offset", 0, "--void_label", 255]
+    run(SCRIPT, *flags, *numbers, cwd=tmp_path)
+    folder = tmp_path / "work_dir" / "finetune_segmentation"
+    assert_equal_runs(undisturbed, folder, 7)
+    assert metrics_of(folder)["per_class_iou"] == metrics_of(undisturbed)["per_class_iou"]
+    again = [*numbers, WEIGHTS, folder, "--eval_only", "--num_workers", 0, "--evaluate", "whole"]
+    run(SCRIPT, *again, "--experiment_name", "again", cwd=tmp_path)
+    measured = metrics_of(tmp_path / "work_dir" / "again")
+    assert measured["per_class_iou"] == metrics_of(undisturbed)["per_class_iou"]
+
+
 def test_what_only_evaluates_agrees_with_the_run(undisturbed, scenes, tmp_path):
     """From any of its folders; one without this project's own file too."""
     stock = shutil.copytree(undisturbed / "model", tmp_path / "stock")

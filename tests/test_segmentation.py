@@ -8,8 +8,8 @@ from torch.nn.functional import max_pool2d
 
 from data import segmentation
 from data.batches import make_loader
-from data.decode import PixelFormat
 from data.classes import ade20k_classes
+from data.decode import PixelFormat
 from data.masks import IGNORED
 from data.pairs import SegmentationFolder, check_masks, open_pairs
 from data.segmentation import (
