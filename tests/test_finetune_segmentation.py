@@ -197,6 +197,7 @@ def test_other_ways_to_train_and_to_evaluate(scenes, tmp_path):
     assert not any("bias_table" in name or "gamma" in name for name in weights_of(folder, 2))
     damaged = [json.loads(line)["path"] for line in (folder / "damaged.jsonl").read_text().splitlines()]
     assert sorted(os.path.basename(path) for path in damaged) == ["scene_01.jpg", "scene_05.jpg"]
+    assert "damaged    1 of 10 images so far, such as " in dry  # although it is met in each of many epochs
     assert "dry run" in dry and not (tmp_path / "work_dir" / "dry").exists()
 
 

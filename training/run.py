@@ -338,14 +338,16 @@ class Run:
             Stopped: on all processes, after a checkpoint was saved.
             RunError: for losses that are not finite, too many damaged images, a checkpoint that cannot be written.
         """
+        self.new_damage += [(self.sources[0].name(index), reason) for index, reason in damaged]
         if self.rehearsal:
             if self.rehearsal.completed(loss):
+                if images := dict(self.crew.gather(self.new_damage)):
+                    self.say(f"damaged    {len(images)} of {len(self.sources[0])} images so far, such as {min(images)}")
                 self._leave()
                 raise Stopped
             return
         self.uploader.after(self.step)  # whose checkpoint and validation are complete
         self.step = step
-        self.new_damage += [(self.sources[0].name(index), reason) for index, reason in damaged]
         learning_rate = max(group["lr"] for group in self.optimizer.param_groups)  # the head's
         logged = self.progress.step(step, loss, grad_norm, learning_rate)
         stopping = self.crew.stop_requested(after_step=True)
