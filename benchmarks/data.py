@@ -110,10 +110,10 @@ def read_theirs(source: FileSource, count: int, img_size: int) -> None:
         torch.stack([pipeline(Image.open(source.name(index)).convert("RGB")) for _, index in batch])
 
 
-def prepare(source: FileSource, folder: Path, form: str) -> Source:
-    """Return the images as prepare_data.py writes them."""
+def prepare(source: FileSource, count: int, folder: Path, form: str) -> Source:
+    """Return the first `count` images as prepare_data.py writes them."""
     paths, output = folder / "images.jsonl", folder / form
-    lines = [json.dumps({"path": source.name(index)}) + "\n" for index in range(len(source))]
+    lines = [json.dumps({"path": os.path.abspath(source.name(index))}) + "\n" for index in range(count)]
     paths.write_text("".join(lines))
     command = [sys.executable, Path(__file__).parent.parent / "prepare_data.py", paths, output, "--format", form]
     subprocess.run([*command, "--short_side", str(SHORT_SIDE)], check=True, stdout=subprocess.DEVNULL)
@@ -131,15 +131,17 @@ def loader_rate(dataset: PretrainingDataset, count: int, num_workers: int) -> fl
     return num_images / (time.perf_counter() - start)
 
 
-def measure(source: FileSource, *, img_size: int, rounds: int, workers: Sequence[int]) -> Iterator[dict]:
-    """Yield the figures of reading all images of a source, and of loader workers."""
-    count = len(source)
+def measure(
+    source: FileSource, *, img_size: int, num_images: int, rounds: int, workers: Sequence[int]
+) -> Iterator[dict]:
+    """Yield the figures of reading and of loader workers."""
+    count = min(num_images, len(source))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         datasets = {"file to batch": pretraining_data(source, img_size)}
         datasets["file to batch, --fast_decoding"] = pretraining_data(source, img_size, fast=True)
         for form, name in (("jpeg", "JPEG"), ("array", "arrays")):
-            prepared = prepare(source, Path(folder), form)
+            prepared = prepare(source, count, Path(folder), form)
             datasets[f"prepared, short side {SHORT_SIDE}, {name}"] = pretraining_data(prepared, img_size)
         works = {"decoding alone": lambda: [decode(*source.fetch([i]), PixelFormat(3)) for i in range(count)]}
         works |= {name: partial(read_ours, dataset, count) for name, dataset in datasets.items()}
@@ -166,7 +168,7 @@ def main(argv=None):
         source = readable_images(FolderSource(args.path_to_data), args.num_images)
     except DataError as error:
         fail([str(error)])
-    options = dict(img_size=args.img_size, rounds=args.rounds, workers=args.workers)
+    options = dict(img_size=args.img_size, num_images=args.num_images, rounds=args.rounds, workers=args.workers)
     report(measure(source, **options), args.json)
 
 

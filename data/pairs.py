@@ -302,7 +302,7 @@ def _check_mask(source: PairSource, pixels: PixelFormat, index: int) -> MaskRepo
     elif mask.shape != size:
         errors.append(WRONG_SIZE.format(name, *mask.shape, *size))
     unclear = orientation > 1 and mask.shape == stored_size == size and _orientation_of(data) == 1
-    return MaskReport(counts, int((labels == 0).sum()), [name] if unclear else [], errors)
+    return MaskReport(counts, labels.size - np.count_nonzero(labels), [name] if unclear else [], errors)
 
 
 def _size_and_orientation(data: Fetched, pixels: PixelFormat) -> tuple[tuple[int, ...], int]:

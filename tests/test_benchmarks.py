@@ -76,7 +76,7 @@ def test_both_sides_read_the_same_images_and_no_damaged_ones(image_folder, tmp_p
     monkeypatch.setattr(data, "loader_rate", lambda *given: 1.0)
     monkeypatch.setattr(data.Image, "open", lambda path: theirs.append(path) or open_image(path))
     monkeypatch.setattr(data.FileSource, "fetch", fetch_noted)
-    figures = list(data.measure(source, img_size=32, rounds=1, workers=[1]))
+    figures = list(data.measure(source, img_size=32, num_images=4, rounds=1, workers=[1]))
     assert theirs == expected and ours == 3 * expected  # decoding, and batches without and with --fast_decoding
     assert all(figure["ours"] == figure["theirs"] == 4 for figure in figures[:5])  # images in a second
 
