@@ -48,9 +48,13 @@ def labels_of(
     """Decode a mask that a source fetched to the labels of its file (H, W). Raises the errors of `mask_of`."""
     first, void, colours = mask_format.first_label, mask_format.void_label, mask_format.colours
     labels = decode_stored(data, max_pixels, in_colour=colours is not None)
-    if colours is not None and (labels.ndim == 3 or (colours == colours[:, :1]).all()):
-        labels = _labels_of_colours(labels, colours, name) + first
-    if labels.ndim != 2 or labels.dtype.kind not in "bui":
+    if labels.dtype.kind not in "bui":
+        raise DataError(f"{name} has {labels.dtype} numbers; expected whole ones, the labels")
+    if colours is not None:
+        is_grey = (colours == colours[:, :1]).all()
+        if labels.shape[2:] in ((3,), (4,)) or (labels.ndim == 2 and is_grey):
+            labels = _labels_of_colours(labels, colours, name) + first
+    if labels.ndim != 2:
         raise DataError(
             f"{name} has colour or transparency; expected one label a pixel, of a palette or grey; if colours are "
             "classes, give --path_to_classes a table of them (lines: RED GREEN BLUE NAME)"

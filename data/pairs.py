@@ -245,8 +245,8 @@ def check_annotations(
         reports[name] = report = _join(gather([part]))
         errors += report.errors
         if not errors and not report.counts.any():
-            remedy = "give other masks, or --mask_offset 0 if label 0 is a class"
-            errors.append(f"no pixel of the {name} masks has a class (all are 0, which is void); {remedy}")
+            remedy = "give other masks" + ", or --mask_offset 0 if 0 is a class" * source.mask_format.first_label
+            errors.append(f"no pixel of the {name} masks has a class (all are void); {remedy}")
     total = _join(list(reports.values()))
     if error := not errors and describe_mismatch(source, total):
         errors.append(error)

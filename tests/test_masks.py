@@ -161,6 +161,31 @@ def test_masks_that_are_not_turned_as_their_photographs_are_told(tmp_path, orien
     assert mask.shape == image.shape[1:]
 
 
+@pytest.mark.parametrize(
+    "mask, words",
+    [
+        (Image.fromarray(LABELS).convert("LA"), "has colour or transparency"),
+        (Image.fromarray(LABELS.astype(np.float32)), "has float32 numbers; expected whole ones"),
+        (np.where(LABELS == 1, 255, 0).astype(np.uint8), "the lines 0 0 0 NAME, 255 255 255 NAME"),
+    ],
+)
+def test_what_is_no_label_is_refused_in_words(tmp_path, mask, words):
+    root = write(tmp_path, [LABELS], ["sky", "road", "car"])
+    for split in ("training", "validation"):
+        picture = mask if isinstance(mask, Image.Image) else Image.fromarray(mask)
+        picture.save(root / "annotations" / split / "0.png", format="TIFF" if picture.mode == "F" else "PNG")
+    assert words in refusal(root)
+    (root / "classes.txt").write_text("sky,0,0,0\nroad,64,128,64\ncar,192,0,128")
+    assert words in refusal(root)
+
+
+def test_masks_without_a_class_are_refused(tmp_path):
+    root = write(tmp_path, [LABELS * 0], ["background", "object"])
+    assert "(all are void); give other masks, or --mask_offset 0 if 0 is a class" in refusal(root)
+    assert refusal(root, MaskFormat(0, 0)).endswith("(all are void); give other masks")
+    assert check(root, MaskFormat(0))[0] == [180, 0]
+
+
 def test_shapes_have_their_own_numbers():
     for given in (MaskFormat(0), MaskFormat(void_label=255)):
         with pytest.raises(DataError, match="does not go with builtin:shapes"):

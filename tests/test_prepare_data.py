@@ -22,6 +22,7 @@ from data import writing
 from data.decode import PixelFormat, decode
 from data.pairs import open_pairs
 from data.prepared import open_prepared
+from data.segmentation import read_pair
 from data.sources import open_sources
 from training.files import alone_at
 from training.launch import RunError
@@ -179,6 +180,20 @@ def test_a_segmentation_run_on_a_prepared_folder_equals_one_on_the_folder(scenes
     assert losses_of(one) == losses_of(other) and len(losses_of(one)) == 6
     scores = [json.loads((run_folder / "metrics.json").read_text()) for run_folder in (one, other)]
     assert scores[0]["per_class_iou"] == scores[1]["per_class_iou"]
+
+
+def test_masks_in_colour_keep_their_table(pair_folder, tmp_path_factory):
+    output, names = tmp_path_factory.mktemp("out") / "shards", ["void", "sky", "road", "car"]
+    colours = np.random.default_rng(0).permutation(12).reshape(4, 3).astype(np.uint8)
+    for path in (pair_folder / "annotations").rglob("*.png"):
+        Image.fromarray(colours[np.array(Image.open(path))]).save(path)
+    lines = [f"{name},{r},{g},{b}\n" for name, (r, g, b) in zip(names, colours, strict=True)]
+    (pair_folder / "classes.txt").write_text("name,r,g,b\n" + "".join(lines))
+    prepare(pair_folder, output)
+    for one, other in zip(open_pairs(str(pair_folder), PIXELS), open_pairs(str(output), PIXELS), strict=True):
+        assert one.classes == other.classes == names and len(one) == len(other)
+        for i in range(len(one)):
+            assert torch.equal(read_pair(one, i, PIXELS)[1], read_pair(other, i, PIXELS)[1])
 
 
 def test_a_damaged_mask_is_listed(pairs, tmp_path):
