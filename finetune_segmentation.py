@@ -77,7 +77,7 @@ def parse_args(argv=None):
     data = f"folder with ADE20K's layout; or, with masks, a {arguments.SOURCES}"
     arguments.add_run_flags(parser, name="finetune_segmentation", data=data)
     flag = parser.add_argument_group("masks").add_argument
-    names = "names of the classes, one per line, or ade20k (default classes.txt in the data)"
+    names = "names of the classes: a line each, a table, JSON, or ade20k (default classes.txt in the data)"
     flag("--path_to_classes", metavar="FILE", help=names)
     flag("--mask_offset", type=int, choices=(0, 1), help="label of the first class; if 1, 0 is void (default 1)")
     flag("--void_label", type=arguments.integer(-1, 65535), metavar="N", help="another label that is void, such as 255")

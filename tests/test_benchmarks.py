@@ -31,7 +31,10 @@ def check_comparison(row: dict, name: str) -> None:
 
 
 def test_data_is_measured_against_torchvision(image_folder, tmp_path):
-    flags = ["--path_to_data", image_folder / "train", "--num_images", 10, "--img_size", 32, "--rounds", 1]
+    photos = shutil.copytree(image_folder / "train", tmp_path / "photos")
+    damaged = min(path for path in photos.rglob("*") if path.is_file())
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    flags = ["--path_to_data", photos, "--num_images", 10, "--img_size", 32, "--rounds", 1]
     process = run("benchmarks/data.py", *flags, "--workers", 1, "--json", "out.json", cwd=tmp_path)
     rows = json.loads((tmp_path / "out.json").read_text())
     forms = ["file to batch", "file to batch, --fast_decoding"]
@@ -42,6 +45,7 @@ def test_data_is_measured_against_torchvision(image_folder, tmp_path):
         assert set(row) == KEYS
         check_comparison(row, row["name"])
     assert f"ratio {rows[0]['ratio']:.2f} images/s" in process.stdout and "cores" in rows[0]["machine"]
+    assert f"left out   1 images that cannot be read: {damaged}" in process.stdout
 
 
 def test_as_many_loader_workers_as_training_has(monkeypatch):
