@@ -85,7 +85,8 @@ def readable_images(source: FileSource, num_images: int) -> FileSource:
     if not names:
         raise DataError(f"{source.root} has no image that both sides can read: {first_few(damaged, len(damaged))}")
     if damaged:
-        print(f"left out   {len(damaged)} images that cannot be read: {first_few(damaged, len(damaged))}")
+        what = f"{several(len(damaged), 'image')} that cannot be read"
+        print(f"left out   {what}: {first_few(damaged, len(damaged))}")
     return FileSource(names)
 
 

@@ -45,7 +45,7 @@ def test_data_is_measured_against_torchvision(image_folder, tmp_path):
         assert set(row) == KEYS
         check_comparison(row, row["name"])
     assert f"ratio {rows[0]['ratio']:.2f} images/s" in process.stdout and "cores" in rows[0]["machine"]
-    assert f"left out   1 images that cannot be read: {damaged}" in process.stdout
+    assert f"left out   1 image that cannot be read: {damaged}" in process.stdout
 
 
 def test_as_many_loader_workers_as_training_has(monkeypatch):
