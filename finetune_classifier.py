@@ -236,7 +236,9 @@ def evaluate_trained(run):
         known = ImageFormat(encoder.in_channels, trained.value_range, None, trained.mean, trained.std)
         images = resolve_images(ImageFormat.from_dict(vars(flags)), known=None, trained=known)
         pixels = PixelFormat(images.input_channels, images.value_range, images.nodata, flags.max_pixels)
-        train_source, validation_source = open_sources(flags.path_to_data, pixels, **arguments.source_options(flags))
+        places = dict(validation=flags.path_to_validation_data, cache=flags.cache_dir, data_format=flags.data_format)
+        places["drop_unlabelled"] = flags.drop_unlabelled
+        train_source, validation_source = open_sources(flags.path_to_data, pixels, **places)
         source = validation_source or train_source
         classes = match_classes(flags.path_to_data, source, trained.class_names, model.num_classes)
         if flags.num_classes not in (None, model.num_classes):
@@ -278,7 +280,9 @@ def main(argv=None):
     with run.refusing(InputError):
         magnitude = resolve_augmentation(args.random_aug_magnitude, recipe["random_aug_magnitude"], images)
     with run.refusing(DataError):
-        train_source, validation_source = open_sources(given.path_to_data, pixels, **arguments.source_options(given))
+        places = dict(validation=given.path_to_validation_data, cache=given.cache_dir, data_format=given.data_format)
+        places["drop_unlabelled"] = given.drop_unlabelled
+        train_source, validation_source = open_sources(given.path_to_data, pixels, **places)
         check_classes(given.path_to_data, train_source, validation_source)
         classes = train_source.classes
         check_num_classes(given.path_to_data, train_source, given.num_classes)

@@ -308,12 +308,12 @@ def main(argv=None):
         shown_channels = args.preview_channels or preview_channels(pixels)
         check(check_preview(shown_channels, pixels.channels))
     with run.refusing(DataError):
-        train_source, validation_source = open_sources(args.path_to_data, pixels, **arguments.source_options(args))
+        places = dict(validation=args.path_to_validation_data, cache=args.cache_dir, data_format=args.data_format)
+        train_source, validation_source = open_sources(args.path_to_data, pixels, **places)
         if args.knn_every:
             check_labels(args.path_to_data, train_source, validation_source)
     with run.refusing(InputError):
-        views = args.repeated_augmentation
-        check_batch = partial(check_views, views)
+        views, check_batch = args.repeated_augmentation, partial(check_views, args.repeated_augmentation)
         run.plan_steps(len(train_source) * views, check_batch, recipe_epochs=(WARMUP_EPOCHS, EPOCHS))
     with run.refusing(InputError, WeightsError, flag="--init_from"):
         torch.manual_seed(args.seed)

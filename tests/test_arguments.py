@@ -2,6 +2,7 @@ import pytest
 
 from training import arguments
 from training.arguments import Parser, check_crops, check_finetuning, check_run, integer, number, number_or
+from training.command_line import expand_home
 
 
 def build_parser():
@@ -99,7 +100,7 @@ def test_a_tilde_is_the_home_folder(words, tmp_path, monkeypatch):
     assert not errors and args.working_directory == str(tmp_path / "runs") and args.path_to_data == str(tmp_path)
     assert args.cache_dir == str(tmp_path / "a~b=~")
     for word in ("a~b", "=~/a", "~nobody~/a", "--cache_dir=a=~/b"):  # as a shell leaves them
-        assert arguments._expand_home(word) == word
+        assert expand_home(word) == word
 
 
 @pytest.mark.parametrize("name", ["", " ", ".", "..", "./", "a/.."])

@@ -1,17 +1,15 @@
 """Flags that the scripts share, and how they are read and checked."""
 
 import argparse
-import codecs
 import difflib
 import math
-import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
+from training.command_line import expand
 from training.launch import default_workers, fail, is_main_process
 from training.upload import check_hub
 from training.wording import as_typed
@@ -30,8 +28,6 @@ FREE_FLAGS = {
 }
 TRACKERS = ("wandb", "tensorboard")
 Pair = argparse.BooleanOptionalAction  # --x and --no-x
-# Quoted text, which stays, or a comment; shlex would cut words at their first #
-COMMENT = re.compile(r"""("(?:\\.|[^"\\])*"|'[^']*')|(?<!\S)#.*""")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
 
 
@@ -108,9 +104,8 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
         """Return the flags, and error messages for unknown flags, recipes that cannot be read and contradictions."""
-        words, errors = _expand_recipes(sys.argv[1:] if argv is None else argv)
+        words, errors = expand(sys.argv[1:] if argv is None else argv)
         self._recipe_errors = list(errors)
-        words = [_expand_home(word) for word in words]
         args, unknown = self.parse_known_intermixed_args(words)  # flags may stand between positional arguments
         known = [option for action in self._actions for option in action.option_strings]
         for before, word in zip(["", *unknown], unknown, strict=False):
@@ -128,37 +123,6 @@ class Parser(argparse.ArgumentParser):
             names = {*args.report_to, *(["wandb"] if args.log_wandb else [])}
             args.report_to = [name for name in TRACKERS if name in names]
         return args, errors
-
-
-def _expand_recipes(words: list[str]) -> tuple[list[str], list[str]]:
-    """Replace every `@FILE` by the words of that file, unless a file has that very name, with its @."""
-    expanded, errors = [], []
-    for word in words:
-        if not word.startswith("@") or Path(word).exists():
-            expanded.append(word)
-            continue
-        try:
-            expanded += shlex.split(_read_recipe(Path(_expand_home(word[1:]))))
-        except OSError as error:
-            remedy = "expected a file of flags; a value that begins with @ is written --FLAG=@VALUE, a path ./@NAME"
-            errors.append(f"the recipe {word[1:]} cannot be read ({error.strerror}); {remedy}")
-        except ValueError as error:
-            errors.append(f"the recipe {word[1:]} cannot be read ({error}); expected flags as a shell would split them")
-    return expanded, errors
-
-
-def _expand_home(word: str) -> str:
-    """Replace the `~` that begins a word, or the value behind `--flag=`, by the home folder, as a shell would."""
-    flag, sign, value = word.partition("=") if re.match(r"--\w+=~", word) else ("", "", word)
-    return f"{flag}{sign}{os.path.expanduser(value)}"
-
-
-def _read_recipe(path: Path) -> str:
-    """Return the text of a recipe, without a byte order mark, comments, and backslashes at the ends of lines."""
-    data = path.read_bytes()
-    text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
-    text = COMMENT.sub(lambda found: found[1] or "", "\n".join(text.splitlines()).replace("\u00a0", " "))
-    return text.replace("\\\n", "\n")
 
 
 SOURCES = (
@@ -199,12 +163,6 @@ def add_source_flags(parser: Parser, *, has_labels: bool = False) -> None:
     if has_labels:
         help_text = "leave out images whose label is empty or -1, or that are in no class folder (off)"
         flag("--drop_unlabelled", action=Pair, default=False, help=help_text)
-
-
-def source_options(args: argparse.Namespace) -> dict:
-    """Return the options of `data.sources.open_sources` that the flags give."""
-    places = dict(validation=args.path_to_validation_data, cache=args.cache_dir, data_format=args.data_format)
-    return dict(places, drop_unlabelled=getattr(args, "drop_unlabelled", False))
 
 
 def add_length_flags(parser: Parser, *, epochs: int | None, steps: int | None = None, warmup: int | str) -> None:

@@ -69,7 +69,7 @@ def run_script(main: Callable[[], None], *, remedy: str | None = None) -> None:
         main: the script's main function, called without arguments.
         remedy: what to do after an interruption or a full disk; by default to resume the run.
     """
-    _drop_unwritable_output()
+    sys.stdout, sys.stderr = _drop_unwritable(sys.stdout, sys.__stdout__), _drop_unwritable(sys.stderr, sys.__stderr__)
     code = 1
     try:
         inspect.unwrap(main)()  # without `put_back`: until this process ends, its signals are noted
@@ -97,15 +97,15 @@ class _Output(io.FileIO):
             return len(data)
 
 
-def _drop_unwritable_output() -> None:
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # closed by the shell
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - open until the end
-        elif stream is getattr(sys, f"__{name}__"):
-            raw = io.BufferedWriter(_Output(stream.fileno(), "wb", closefd=False))
-            options = dict(encoding=stream.encoding, errors=stream.errors, line_buffering=stream.line_buffering)
-            setattr(sys, name, io.TextIOWrapper(raw, write_through=stream.write_through, **options))
+def _drop_unwritable(stream: io.TextIOWrapper | None, original: io.TextIOWrapper | None) -> io.TextIOWrapper:
+    """Return what takes the place of sys.stdout or sys.stderr, unless a caller has already replaced the `original`."""
+    if stream is None:  # closed by the shell
+        return open(os.devnull, "w")
+    if stream is not original:
+        return stream
+    raw = io.BufferedWriter(_Output(stream.fileno(), "wb", closefd=False))
+    options = dict(encoding=stream.encoding, errors=stream.errors, line_buffering=stream.line_buffering)
+    return io.TextIOWrapper(raw, write_through=stream.write_through, **options)
 
 
 def _leave(code: int) -> NoReturn:

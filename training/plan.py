@@ -185,23 +185,24 @@ def plan_length(
     return LengthPlan(steps_per_epoch, total_steps, warmup)
 
 
-def describe_images(path_to_data: str, train, validation, *, classes: int | None = None, views: int = 1) -> str:
-    """Return the plan's line about the data; `views` are the crops of each image that is read."""
+def describe_images(path_to_data: str, train, validation, *, classes: int | None = None, views: int = 1) -> list[str]:
+    """Return the plan's lines about the data.
+
+    Args:
+        classes: their number; None where labels do not matter.
+        views: the crops of each image that is read.
+    """
     images = f"{len(train)} images" + (f" of {classes} classes" if classes else "")
     repeated = f", {views} views of each" if views > 1 else ""
     validated = f"{len(validation)} held out" if validation else "none held out: validated on training images"
-    return f"data       {path_to_data}: {images} (about {in_bytes(train.size_in_bytes())}){repeated}, {validated}"
-
-
-def describe_notes(train, validation, *, classes: int | None = None) -> list[str]:
-    """Return the plan's lines about what is special about the data; `classes` is None where labels do not matter."""
-    notes = [note for source in (train, validation) for note in getattr(source, "notes", ())]
+    lines = [f"data       {path_to_data}: {images} (about {in_bytes(train.size_in_bytes())}){repeated}, {validated}"]
+    lines += [note for source in (train, validation) for note in getattr(source, "notes", ())]
     if classes and getattr(validation, "labels", None) is not None:
         absent = sorted({*train.classes} - {validation.classes[label] for label in {*validation.labels.tolist()}})
         names = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
         if absent:
-            notes.append(f"unmeasured {len(absent)} of {len(train.classes)} classes, without held-out images: {names}")
-    return notes
+            lines.append(f"unmeasured {len(absent)} of {len(train.classes)} classes, without held-out images: {names}")
+    return lines
 
 
 def describe_run(plan: Plan, images: ImageFormat, accelerator, speed: list[str], *, decay: str = "cosine") -> list[str]:

@@ -29,7 +29,6 @@ from training.plan import (
     Plan,
     compare_batch,
     describe_images,
-    describe_notes,
     describe_run,
     plan_batch,
     plan_learning_rate,
@@ -51,9 +50,8 @@ class Run:
 
     The order in which a script uses it: `refusing` and `gate` while data and weights are opened, `fill_in`,
     `plan_steps`, `compare`, `prepare`, `resume`; in the loop `steps`, `is_due`, `paused`, `record`, `completed`; then
-    `end`. Every process must make the same calls. A method that finds the run asked to stop, by a signal or the time
-    limit (see `training.processes.Crew`), saves, and raises Stopped on all processes, which ends the script with exit
-    code 0.
+    `end`. Every process must make the same calls. A method that finds the run asked to stop, see
+    `training.processes.Crew`, saves, and raises Stopped on all processes, which ends the script with exit code 0.
 
     Args:
         flags: the parsed flags of the script, which are never modified.
@@ -218,8 +216,7 @@ class Run:
         tf32 = self.given.tf32 and self.accelerator.mixed_precision == "no" and self.device.type != "cpu"
         speed = ["TF32"] * tf32 + ["deterministic"] * self.given.deterministic + ["compile"] * self.given.compile
         speed += ["gradient checkpointing"] * self.gradient_checkpointing + ["FSDP2"] * self.accelerator.is_fsdp2
-        notes = describe_notes(*self.sources, classes=data.get("classes"))
-        lines = [describe_images(self.given.path_to_data, *self.sources, **data), *notes, *model]
+        lines = describe_images(self.given.path_to_data, *self.sources, **data) + model
         lines += describe_run(self.plan, images, self.accelerator, speed, decay=decay)
         self.accelerator.print("\n".join(lines))
 
@@ -287,9 +284,8 @@ class Run:
             load_training(self.checkpoint, self.accelerator, self.model, self.optimizer, ema=self.average)
             self.accelerator.print(f"resuming from {self.checkpoint}, after step {self.start_step}")
         if writes:
-            names = dict(project=flags.experiment_name, run_name=flags.wandb_run_name)
-            options = dict(names, flags=self.flags, start_step=self.start_step)
-            start_trackers(self.accelerator, self.folder, flags.report_to, **options)
+            options = dict(flags=self.flags, start_step=self.start_step, project=flags.experiment_name)
+            start_trackers(self.accelerator, self.folder, flags.report_to, run_name=flags.wandb_run_name, **options)
         self.accelerator.wait_for_everyone()
         options = dict(log_every=flags.log_every, start_step=self.start_step, seconds=self.state.get("seconds", 0.0))
         self.progress = Progress(self.accelerator, self.folder, self.plan, **options)
