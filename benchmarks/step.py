@@ -158,16 +158,25 @@ def random_batch(size: dict, batch_size: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def new_sides(
-    task: str, size: dict, *, batch_size: int, precision: str, compiled: bool = False, official_manner: bool = False
+    task: str,
+    size: dict,
+    *,
+    batch_size: int,
+    precision: str,
+    compiled: bool = False,
+    peer: bool = True,
+    official_manner: bool = False,
 ) -> dict[tuple[str, str], Side]:
     """Return both sides by ("ours" or "theirs", "eager" or "compiled"), on the GPU if there is one.
 
-    With `official_manner`, there is also ("official manner", "eager"), for the task "mae".
+    With `official_manner`, there is also ("official manner", "eager"), for the task "mae"; without `peer`, no "theirs".
     """
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ours, (images, noise) = new_model(task, size), random_batch(size, batch_size)
-    models = {"ours": ours, "theirs": transformers_peer(ours) if task == "mae" else timm_peer(ours)}
+    models = {"ours": ours}
+    if peer:
+        models["theirs"] = transformers_peer(ours) if task == "mae" else timm_peer(ours)
     inputs = {"ours": images, "theirs": images.contiguous()}
     if official_manner:
         models["official manner"] = OfficialManner(ours)

@@ -2,25 +2,29 @@
 
     python tests/gpu.py --images PHOTOGRAPHS --cifar10 PARQUET --out gpu
 
-runs the checks of gpu_checks.py in order of worth, each in processes of its own under a time limit, prints a table of
-figures with what was expected, and writes it to gpu/gpu.json. The exit code is the number of failures. Without CUDA all
-checks are skipped; --device cpu --tiny runs each of them small on a CPU, which tests the checks themselves.
+runs the checks of gpu_models.py and gpu_runs.py, each in processes of its own under a time limit, prints a table of
+figures with what was expected, and writes it to gpu/gpu.json; --only NAME ... repeats or adds single checks. The exit
+code is the number of failures. Without CUDA all checks are skipped; --device cpu --tiny runs each of them small on a
+CPU, which tests the checks themselves.
 
     python tests/gpu.py --table gpu/gpu.json ...
 
-prints the table of docs/running.md from such files.
+prints a Markdown table of the speeds in such files.
 """
 
 import argparse
 import json
 import os
 import platform
+import shutil
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the repository
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # another way to look for GPUs forbids CUDA in forked processes
+if "--tiny" in sys.argv:
+    os.environ["OMP_NUM_THREADS"] = "1"  # two checks run beside each other
 os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # a process of one thread forks safely
 
 import accelerate
@@ -32,48 +36,46 @@ import torchvision
 import transformers
 from gpu_lab import Child, Lab
 
-IMAGENET_EPOCHS = 800 * 1_281_167  # images
+IMAGENET_IMAGES = 800 * 1_281_167  # of 800 epochs
 
 
-CHECKS = {  # name -> check, time limit in seconds; in order of worth
-    "environment": (gpu_models.check_environment, 30),
-    "numerics": (gpu_models.check_numerics, 60),
-    "determinism": (gpu_models.check_determinism, 120),
-    "throughput": (gpu_models.check_throughput, 240),
-    "scripts": (gpu_runs.check_scripts, 150),
-    "resume": (gpu_runs.check_resume, 150),
-    "waits": (gpu_runs.check_waits, 60),
-    "loader": (gpu_runs.check_loader, 120),
-    "learning": (gpu_runs.check_learning, 200),
-    "memory": (gpu_models.check_memory, 60),
-    "distributed": (gpu_runs.check_distributed, 150),
-    "predict": (gpu_runs.check_predict, 60),
-}
-# Checks that run beside each other; those that measure speed or memory run alone
+# Groups of checks that run beside each other: name -> check, time limit in seconds. Those that measure run alone, and
+# the first ones are worth most
 GROUPS = [
-    ["environment"],
-    ["numerics", "determinism"],
-    ["throughput"],
-    ["scripts", "resume", "distributed", "predict"],
-    ["waits"],
-    ["loader"],
-    ["learning"],
-    ["memory"],
+    {"environment": (gpu_models.check_environment, 20)},
+    {"numerics": (gpu_models.check_numerics, 90), "determinism": (gpu_models.check_determinism, 90)},
+    {"throughput": (gpu_models.check_throughput, 180)},
+    {
+        "scripts": (gpu_runs.check_scripts, 120),
+        "resume": (gpu_runs.check_resume, 120),
+        "waits": (gpu_runs.check_waits, 120),
+        "distributed": (gpu_runs.check_distributed, 120),
+        "predict": (gpu_runs.check_predict, 120),
+    },
+    {"learning": (gpu_runs.check_learning, 200)},
+    {"loader": (gpu_runs.check_loader, 90)},
+    {"memory": (gpu_models.check_memory, 60)},
 ]
+CHECKS = {name: check for group in GROUPS for name, check in group.items()}
+
+
+def absolute(path: str) -> Path:
+    """Return an absolute path: the checks change the working directory."""
+    return Path(path).resolve()
 
 
 def parse_args():
     """Return the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument
-    flag("--images", type=Path, help="folder of photographs")
-    flag("--cifar10", type=Path, help="CIFAR-10 as train.parquet and validation.parquet")
-    flag("--out", type=Path, default=Path("gpu"), help="folder to write (default gpu)")
+    flag("--images", type=absolute, help="folder of photographs")
+    flag("--cifar10", type=absolute, help="CIFAR-10 as train.parquet and validation.parquet")
+    flag("--out", type=absolute, default="gpu", help="folder to write (default gpu)")
     flag("--seconds", type=float, default=470, help="checks that would start later are left out (default 470)")
     flag("--only", nargs="+", choices=CHECKS, default=list(CHECKS), metavar="NAME", help=f"of {', '.join(CHECKS)}")
     flag("--device", choices=("cuda", "cpu"), default="cuda", help="default cuda")
     flag("--tiny", action="store_true", help="small models and few steps: to test the checks")
-    flag("--table", type=Path, nargs="+", metavar="FILE", help="print the table of docs/running.md from gpu.json files")
+    flag("--table", type=Path, nargs="+", metavar="FILE", help="print the speeds in gpu.json files")
     return parser.parse_args()
 
 
@@ -83,6 +85,7 @@ def run_group(labs: list[Lab], limit: int) -> dict[str, list[dict]]:
     while waiting or running:
         while waiting and len(running) < limit:
             lab = waiting.pop(0)
+            shutil.rmtree(lab.folder, ignore_errors=True)
             lab.folder.mkdir(parents=True)
             child = Child(CHECKS[lab.name][0], lab, log=lab.folder / "log.txt")
             running[lab.name] = lab, child, time.monotonic()
@@ -103,28 +106,27 @@ def run_group(labs: list[Lab], limit: int) -> dict[str, list[dict]]:
     return results
 
 
-def run_checks(args) -> dict[str, list[dict]]:
-    """Run the groups of checks, and return the figures of each check."""
-    start, results = time.monotonic(), {}
-    for group in [list(CHECKS)] if args.tiny else GROUPS:
+def run_checks(args, report: dict) -> None:
+    """Run the groups of checks; after each, write its figures into gpu.json, beside those of earlier runs."""
+    start = time.monotonic()
+    for group in [CHECKS] if args.tiny else GROUPS:
         left, labs = args.seconds - (time.monotonic() - start), []
         for name in [name for name in group if name in args.only]:
-            seconds = left if args.tiny else min(CHECKS[name][1], left)
+            seconds = min(group[name][1], left) if args.only == list(CHECKS) and not args.tiny else left
             places = dict(images=args.images, cifar10=args.cifar10, folder=args.out / name)
             lab = Lab(name, args.device, args.tiny, seconds=seconds, **places)
             missing = lab.missing_input() or ("no time left" if left < 10 else "")
             if missing:
-                results[name] = [lab.figure("", None, ok=None, expected="", skipped=missing)]
+                print(f"SKIP  {name}: {missing}")
             else:
                 labs.append(lab)
-        results |= run_group(labs, limit=2 if args.tiny else len(labs))
-    return results
+        for name, rows in run_group(labs, limit=2 if args.tiny else len(labs)).items():
+            report["figures"] = [row for row in report["figures"] if row["check"] != name] + rows
+        (args.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 def describe(row: dict) -> str:
     """Return a line of the table."""
-    if row.get("skipped"):
-        return f"SKIP  {row['check']}: {row['skipped']}"
     status = {True: "PASS", False: "FAIL", None: "    "}[row["ok"]]
     value = (
         f"{row['value']:.4g}"
@@ -138,55 +140,51 @@ def describe(row: dict) -> str:
 def speed_table(paths: list[Path]) -> str:
     """Return the Markdown table of speeds of the cards in gpu.json files."""
     lines = [
-        "| card | model | images/s | TFLOP/s | memory | 800 epochs of ImageNet |",
-        "|---|---|---|---|---|---|",
+        "| card | model | images/s | TFLOP/s | of the matrix rate | memory | 800 epochs of ImageNet |",
+        "|---|---|---|---|---|---|---|",
     ]
     for path in paths:
         report = json.loads(path.read_text())
         for row in report["figures"]:
             if "tflops" in row:
-                hours = IMAGENET_EPOCHS / row["value"] / 3600
+                hours = IMAGENET_IMAGES / row["value"] / 3600
                 lines.append(
                     f"| {report['machine']['card']} | {row['name']} | {row['value']:,.0f} | {row['tflops']:.0f} | "
+                    f"{row['share']:.0%} | "
                     f"{row['gigabytes']:.1f} GB | {hours:,.0f} h |"
                 )
     return "\n".join(lines)
 
 
-def has_cuda() -> None:
-    """Exit with code 0 if a tensor can be made on a GPU."""
-    sys.exit(0 if torch.cuda.is_available() and torch.ones(1, device="cuda").item() == 1 else 1)
-
-
-def describe_machine(environment: list[dict]) -> dict:
-    """Return the card, as the check of the environment named it, and versions."""
-    card = next((row["value"] for row in environment if row["name"] == "card"), "unknown card")
-    packages = dict(torch=torch, torchvision=torchvision, transformers=transformers, timm=timm, accelerate=accelerate)
-    versions = {name: package.__version__ for name, package in packages.items()}
-    return dict(card=card, python=platform.python_version(), cores=os.cpu_count(), versions=versions)
+def name_card(path: Path) -> None:
+    """Write the name of a GPU on which a tensor can be made; exit with code 1 without one."""
+    if not torch.cuda.is_available() or torch.ones(1, device="cuda").item() != 1:
+        sys.exit(1)
+    path.write_text(torch.cuda.get_device_name())
 
 
 def main() -> int:
     """Run the checks, and return the number of failures."""
-    args = parse_args()
+    args, started = parse_args(), time.monotonic()
     if args.table:
         print(speed_table(args.table))
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
-    args.out = args.out.resolve()
-    if args.device == "cuda" and Child(has_cuda, log=args.out / "cuda.txt").wait() != 0:
+    card, path = args.out / "card.txt", args.out / "gpu.json"
+    card.write_text("CPU")
+    if args.device == "cuda" and Child(name_card, card, log=args.out / "cuda.txt").wait() != 0:
         print("no CUDA device was found: all checks are skipped; --device cpu --tiny tests the checks themselves")
-        for name in args.only:
-            print(f"SKIP  {name}")
+        print("\n".join(f"SKIP  {name}" for name in args.only))
         return 0
-    started = time.monotonic()
-    results = run_checks(args)
-    machine = describe_machine(results.get("environment", []))
-    figures = [row for rows in results.values() for row in rows]
-    (args.out / "gpu.json").write_text(json.dumps({"machine": machine, "figures": figures}, indent=1) + "\n")
-    print("\n" + "\n".join(describe(row) for row in figures))
-    failures = sum(row["ok"] is False for row in figures)
-    print(f"{machine['card']}: {failures} failures, {time.monotonic() - started:.0f} s; see {args.out / 'gpu.json'}")
+    packages = dict(torch=torch, torchvision=torchvision, transformers=transformers, timm=timm, accelerate=accelerate)
+    versions = {name: package.__version__ for name, package in packages.items()}
+    machine = dict(card=card.read_text(), python=platform.python_version(), cores=os.cpu_count(), versions=versions)
+    report = json.loads(path.read_text()) if path.exists() else {"figures": []}
+    report["machine"] = machine
+    run_checks(args, report)
+    print("\n" + "\n".join(map(describe, report["figures"])))
+    failures = sum(row["ok"] is False for row in report["figures"])
+    print(f"{machine['card']}: {failures} failures, {time.monotonic() - started:.0f} s; see {path}")
     return min(failures, 100)
 
 

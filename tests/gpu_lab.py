@@ -1,6 +1,8 @@
 """What the checks of gpu.py share: processes, figures, short runs of the scripts and their logs."""
 
+import contextlib
 import json
+import math
 import os
 import re
 import runpy
@@ -34,7 +36,6 @@ class Child:
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            os.setsid()  # so that `kill_all` reaches its children, too
             code = 1
             try:
                 for number, path in enumerate([os.devnull, log, log]):
@@ -68,8 +69,10 @@ class Child:
 
     def kill_all(self) -> None:
         """Kill the process and its descendants."""
-        for process in [*psutil.Process(self.pid).children(recursive=True), psutil.Process(self.pid)]:
-            process.kill()
+        process = psutil.Process(self.pid)
+        for each in [*process.children(recursive=True), process]:
+            with contextlib.suppress(psutil.NoSuchProcess):  # a loader worker ends when its parent is gone
+                each.kill()
 
 
 class Lab(NamedTuple):
@@ -95,6 +98,7 @@ class Lab(NamedTuple):
 
     def report(self, name: str, value, expected: str = "", ok: bool | None = None, unit: str = "", **more) -> None:
         """Write a figure at once, so that it survives the time limit."""
+        value = None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has neither
         ok = ok if ok is None else bool(ok)
         with open(self.folder / "figures.jsonl", "a") as file:
             file.write(json.dumps(self.figure(name, value, ok=ok, expected=expected, unit=unit, **more)) + "\n")

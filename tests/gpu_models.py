@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import os
-import platform
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -37,23 +36,23 @@ KERNELS = {
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
 TINY_DECODER = dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
-EXPECTED = {  # batch 256 in bf16: images/s compiled on an H100, MB of activations an image, GB of all else
-    "base": (4900, 45.6, 2.0),
-    "large": (2700, 73.3, 5.9),
-    "huge": (1300, 133.7, 11.8),
+SHALLOW = SIZES["small"] | dict(depth=4)  # all kernels of ViT-S, and a third of its time to compile
+GOALS = {  # images/s of compiled steps of 256 images in bfloat16
+    "H100": {"base": 4900, "large": 2700, "huge": 1300},
+    "H200": {"base": 5500, "large": 3050, "huge": 1440},
 }
+MEMORY = {"base": (45.6, 2.0), "large": (73.3, 5.9), "huge": (133.7, 11.8)}  # MB an image, GB of all else; eager
 
 
 def new_task(task: str, size: str, batch_size: int, device: str) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
     """Return a model, and its loss on images that are the same on every device."""
     torch.manual_seed(0)
-    sizes = TINY if size == "tiny" else SIZES[size]
-    encoder = VisionTransformer(**sizes)
+    encoder = VisionTransformer(**{"tiny": TINY, "shallow": SHALLOW}.get(size) or SIZES[size])
     height, width = encoder.img_size
     images, noise = torch.randn(batch_size, 3, height, width), torch.rand(batch_size, encoder.grid[0] * encoder.grid[1])
     labels, masks = torch.arange(batch_size) % 10, torch.randint(0, 10, (batch_size, height, width), dtype=torch.uint8)
     if task == "mae":
-        model = MaskedAutoencoder(encoder, **(TINY_DECODER if size == "tiny" else {}))
+        model = MaskedAutoencoder(encoder, **{"tiny": TINY_DECODER, "shallow": dict(decoder_depth=2)}.get(size, {}))
     elif task == "classifier":
         model = Classifier(encoder, 10)
         nn.init.normal_(model.head.weight, std=0.02)  # below the small initial head, gradients are rounding errors
@@ -78,7 +77,10 @@ def new_task(task: str, size: str, batch_size: int, device: str) -> tuple[nn.Mod
 def loss_and_gradients(lab: Lab, task: str, precision: str, kernel: str | None = None, device: str | None = None):
     """Return the loss and all gradients in one float64 vector on the CPU, or None if the kernel does not apply."""
     device = device or lab.device
-    model, loss_of = new_task(task, "tiny" if lab.tiny else "small", 4 if lab.tiny else 8, device)
+    model, loss_of = new_task(task, "tiny" if lab.tiny else "shallow", 4 if lab.tiny else 8, device)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout2d):
+            module.p = 0.0  # devices draw other numbers
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     scale = 2.0**10 if precision == "fp16" else 1.0
     try:
@@ -98,9 +100,16 @@ def only_kernel(name: str | None):
     return sdpa_kernel(KERNELS[name]) if name else nullcontext()
 
 
+def matrix_rate(lab: Lab) -> float:
+    """Return the TFLOP/s of a large matrix product in bfloat16."""
+    size = 256 if lab.tiny else 8192
+    a, b = (torch.randn(size, size, device=lab.device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / lab.seconds_of(lambda: a @ b, repeats=20) / 1e12
+
+
 def check_environment(lab: Lab) -> None:
     """Report versions and the rates that the card reaches."""
-    card = torch.cuda.get_device_name() if lab.on_gpu else platform.processor() or "CPU"
+    card = torch.cuda.get_device_name() if lab.on_gpu else "CPU"
     lab.report("card", card)
     cudnn = torch.backends.cudnn.version()
     lab.report("versions", f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {cudnn}")
@@ -109,10 +118,7 @@ def check_environment(lab: Lab) -> None:
     order = getattr(torch._C, "_get_sdp_priority_order", list)()
     lab.report("attention kernels, by priority", ", ".join(str(SDPBackend(number).name) for number in order))
 
-    set_speed(torch.device(lab.device), tf32=True)
-    size = 256 if lab.tiny else 8192
-    a, b = (torch.randn(size, size, device=lab.device, dtype=torch.bfloat16) for _ in range(2))
-    rate = 2 * size**3 / lab.seconds_of(lambda: a @ b, repeats=20) / 1e12
+    rate = matrix_rate(lab)
     lab.report("bf16 matrix rate", rate, "about 790 on an H100", ok=None if lab.tiny else rate > 500, unit="TFLOP/s")
     source = torch.empty(2**16 if lab.tiny else 2**30, dtype=torch.uint8, device=lab.device)
     target = torch.empty_like(source)
@@ -145,6 +151,10 @@ def check_numerics(lab: Lab) -> None:
             value = f"loss {errors[0]:.1e}, gradients {errors[1]:.1e}, cosine {cosine:.5f}"
             if precision == "no":
                 limits = (3e-3, 3e-2) if tf32 else (1e-6, 1e-5)
+                limits = (
+                    limits[0],
+                    1e-3 if task == "segmenter" and not tf32 else limits[1],
+                )  # BatchNorms of few values
                 expected = f"loss {limits[0]:g}, gradients {limits[1]:g}"
                 ok = errors[0] <= limits[0] and errors[1] <= limits[1]
             else:
@@ -163,7 +173,7 @@ def check_numerics(lab: Lab) -> None:
 def digest(lab: Lab, task: str, kernel: str | None, deterministic: bool = False, cache: str = "") -> str:
     """Return a hash of loss and gradients in bf16, or "different" if a second step differs; `cache` compiles."""
     set_speed(torch.device(lab.device), tf32=True, deterministic=deterministic)
-    model, loss_of = new_task(task, "tiny" if lab.tiny else "small", 4 if lab.tiny else 16, lab.device)
+    model, loss_of = new_task(task, "tiny" if lab.tiny else "shallow", 4 if lab.tiny else 16, lab.device)
     if cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(lab.folder / cache)
         if not lab.tiny:
@@ -185,15 +195,16 @@ def check_determinism(lab: Lab) -> None:
     """Take the same step twice: bits must be equal with --deterministic, in two processes and two compilations."""
     works = {}
     for task in SCRIPTS:
+        for attempt in "AB":
+            if task == "mae" or not lab.tiny:
+                cache = f"cache {task} {attempt}"
+                works[f"{task}, deterministic, compiled {attempt}"] = (digest, lab, task, None, True, cache)
+            works[f"{task}, deterministic {attempt}"] = (digest, lab, task, None, True)
+    for task in SCRIPTS:
         for kernel in ("flash",) if lab.tiny else ("cuDNN", "flash", "efficient"):
             if task != "segmenter" or kernel == "efficient":  # its attention bias needs that kernel
                 works[f"{task}, {kernel}"] = (digest, lab, task, kernel)
-        for attempt in "AB":
-            works[f"{task}, deterministic {attempt}"] = (digest, lab, task, None, True)
-            if lab.tiny and task != "mae":
-                continue
-            works[f"{task}, deterministic, compiled {attempt}"] = (digest, lab, task, None, True, f"{task}_{attempt}")
-    results = lab.collect(works)
+    results = lab.collect(works, limit=len(works))
     for name, result in results.items():
         if "deterministic" not in name:
             lab.report(name, "failed" if result is None else "different" if result == "different" else "equal")
@@ -204,27 +215,32 @@ def check_determinism(lab: Lab) -> None:
             lab.report(name[:-2], text, "equal", equal)
 
 
-def time_pretraining(lab: Lab, size: str, batch_size: int, rivals: bool) -> dict[str, float]:
+def time_pretraining(lab: Lab, size: str, batch_size: int, rivals: list[str]) -> dict[str, float]:
     """Report speed and memory of our pre-training step, eager and compiled; return images/s by side and mode."""
     sizes = TINY if lab.tiny else SIZES[size]
     set_speed(torch.device(lab.device), tf32=True)
-    options = dict(batch_size=batch_size, precision="bf16", compiled=not lab.tiny, official_manner=rivals)
-    speeds, (rate, per_image, fixed) = {}, EXPECTED[size]
-    for (side, mode), step in step_benchmark.new_sides("mae", sizes, **options).items():
-        if side == "theirs" and not rivals:
+    options = dict(batch_size=batch_size, precision="bf16", compiled=not lab.tiny)
+    card = next((card for card in GOALS if lab.on_gpu and card in torch.cuda.get_device_name()), None)
+    speeds, peak_rate = {}, matrix_rate(lab)
+    sides = step_benchmark.new_sides("mae", sizes, **options, peer=bool(rivals), official_manner=bool(rivals))
+    for (side, mode), step in sides.items():
+        if side != "ours" and f"{side} {mode}" not in rivals:
             continue
         speed = speeds[f"{side} {mode}"] = batch_size / lab.seconds_of(step.step, repeats=20)
         if side != "ours":
             continue
-        name, is_goal = f"ViT-{size}, batch {batch_size}, {mode}", mode == "compiled" and batch_size == 256
+        name = f"ViT-{size}, batch {batch_size}, {mode}"
         memory = step.peak_memory() / GIGABYTE if lab.on_gpu else 0.0
-        more = dict(tflops=speed * step.model.training_flops() / 1e12, gigabytes=memory)
-        expected, ok = (f"{rate} on an H100", speed >= 0.8 * rate) if is_goal else ("", None)
-        lab.report(name, speed, expected, ok, "images/s", **more)
-        if is_goal:
-            planned = fixed + per_image * batch_size / 1000
-            ok = 0.9 <= memory / planned <= 1.2
-            lab.report(f"{name}: peak memory", memory, f"0.9 to 1.2 of {planned:.1f}", ok, "GB")
+        tflops = speed * step.model.training_flops() / 1e12
+        more = dict(tflops=tflops, gigabytes=memory, share=tflops / peak_rate)
+        goal = GOALS[card][size] if card and mode == "compiled" and batch_size == 256 else None
+        expected = f"{goal} on an {card}, at least {0.8 * goal:.0f}" if goal else ""
+        lab.report(name, speed, expected, speed >= 0.8 * goal if goal else None, "images/s", **more)
+        if lab.on_gpu:
+            planned = MEMORY[size][1] + MEMORY[size][0] * batch_size / 1000
+            low = 0.9 if mode == "eager" else 0.0  # the compiler recomputes what is cheap
+            expected, ok = f"{low:g} to 1.2 of {planned:.1f}", low <= memory / planned <= 1.2
+            lab.report(f"{name}: peak memory", memory, expected, ok, "GB")
     return speeds
 
 
@@ -268,9 +284,9 @@ def check_throughput(lab: Lab) -> None:
     """Time training steps, against transformers and an eager step in the official code's manner."""
     for kernel, speed in (lab.collect({"kernels": (time_kernels, lab)})["kernels"] or {}).items():
         lab.report(f"ViT-base, forward and backward, {kernel} attention", speed, unit="images/s")
-    works = [("base", 4, True)] if lab.tiny else [("base", 256, True), ("large", 256, True), ("huge", 256, False)]
-    works += [] if lab.tiny else [("base", 512, False)]
-    for size, batch_size, rivals in works:
+    eager = ["theirs eager", "official manner eager"]
+    works = [("base", 256, [*eager, "theirs compiled"]), ("large", 256, eager), ("huge", 256, []), ("base", 512, [])]
+    for size, batch_size, rivals in [("base", 4, eager)] if lab.tiny else works:
         name = f"ViT-{size}, batch {batch_size}"
         speeds = lab.collect({name: (time_pretraining, lab, size, batch_size, rivals)})[name]
         if speeds is None:
