@@ -1,4 +1,4 @@
-"""RandAugment on arrays: the pixels of timm's on Pillow, in about half the time.
+"""RandAugment on arrays: the draws of timm's, and its pixels up to rounding, in about half the time.
 
 Images are (H, W, C) uint8 with 1 or 3 channels. An operation takes an image, a level in [-1, 1] (in [0, 1] unless it is
 in `SIGNED`) and the values that fill areas which a rotation, a shear or a shift leaves open.

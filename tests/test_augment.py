@@ -37,7 +37,7 @@ def drawing(height: int, width: int, channels: int) -> np.ndarray:
 def assert_near(ours: np.ndarray, theirs: Image.Image, *, most: int = 255) -> None:
     """Equal but for few values, which Pillow's double precision rounds otherwise, and there by `most` levels."""
     difference = np.abs(ours.astype(int) - np.asarray(theirs).reshape(ours.shape))
-    assert difference.max() <= most and np.count_nonzero(difference) <= 4 + 0.004 * difference.size
+    assert difference.max() <= most and np.count_nonzero(difference) <= 4 + 0.001 * difference.size
 
 
 @pytest.mark.parametrize("channels", [1, 3])

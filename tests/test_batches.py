@@ -1,4 +1,5 @@
 import gc
+import os
 import random
 from functools import partial
 
@@ -293,13 +294,13 @@ def test_deep_pixels_travel_as_floats_and_are_normalized_as_they_are(tmp_path):
     assert torch.equal(normalize(batch.images), (batch.images - 0.5) / 0.25)
 
 
-class Frozen(torch.utils.data.Dataset):
-    """Samples are the number of objects that a worker's garbage collector leaves alone."""
+class InWorker(torch.utils.data.Dataset):
+    """Samples are the number of objects that a worker's garbage collector leaves alone, and its priority."""
 
     def __getitems__(self, indices):
-        return gc.get_freeze_count()
+        return gc.get_freeze_count(), os.getpriority(os.PRIO_PROCESS, 0)
 
 
-def test_workers_do_not_write_into_what_they_share():
-    (frozen,) = make_loader(Frozen(), [[0]], num_workers=1)
-    assert frozen > 10_000
+def test_workers_give_way_and_do_not_write_into_what_they_share():
+    ((frozen, priority),) = make_loader(InWorker(), [[0]], num_workers=1)
+    assert frozen > 10_000 and priority == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 5)

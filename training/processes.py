@@ -31,7 +31,8 @@ def start_accelerator(
 ) -> tuple[Accelerator, list[str]]:
     """Join this process with the others of the run, and set torch's process-wide options.
 
-    DDP keeps gradients as views of the buckets that it exchanges, which saves a copy of them.
+    DDP keeps gradients as views of the buckets that it exchanges, which saves a copy of them. Each bucket splits the graph
+    of torch.compile, so there are fewer then.
 
     Args:
         mixed_precision, tf32, compiled, deterministic: the flags.
@@ -41,7 +42,7 @@ def start_accelerator(
     """
     if errors := check_settings(precision := resolve_precision(mixed_precision)):
         fail(errors, show=is_main_process())
-    views = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    views = DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=100 if compiled else 25)
     if not dist.is_initialized():  # an earlier run of this process may have had other settings
         AcceleratorState._reset_state(reset_partial_state=True)
     waiting = threading.Timer(15, report_waiting)
