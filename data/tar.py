@@ -1,8 +1,8 @@
 """Read samples from tar shards in the layout of WebDataset.
 
 The members of a sample follow each other and share their name up to the first dot: dog/0001.jpg, dog/0001.cls and
-dog/0001.seg.png. Where that would join different images, such as frame.0001.jpg and frame.0002.jpg, they share their
-name up to the last dot. The headers of all shards are read once; images are then read from their places in any order.
+dog/0001.seg.png. Where that would join images with numbers, such as frame.0001.jpg and frame.0002.jpg, or more kinds of
+images than there are samples, they share their name up to the last dot. The headers of all shards are read once; images are then read from their places in any order.
 """
 
 import contextlib
@@ -149,13 +149,17 @@ def _index(shards: list[str]) -> tuple[dict, dict[str, np.ndarray]]:
     """Build the index of all shards for `cached`. Raises DataError."""
     start, seen = time.time_ns(), {os.path.abspath(shard): stamp(shard) for shard in shards}
     parts, notes = _index_shards(shards, by_last_dot=False), []
-    # The endings of views of a sample, such as .left.jpg, are few; where there are more of them than samples, they are
-    # parts of names
-    if len(set().union(*(part.endings for part in parts))) > sum(part.joined for part in parts) > 0:
+    # The endings of views of a sample, such as .left.jpg, are few words; where there are more of them than samples, or
+    # numbers, as of the frames of clips, they are parts of names
+    endings, joined = set().union(*(part.endings for part in parts)), sum(part.joined for part in parts)
+    has_numbers = any(part.extra for part in parts) and any(ending[:1].isdigit() for ending in endings)
+    if len(endings) > joined or has_numbers:
         parts = _index_shards(shards, by_last_dot=True)
         notes = ["samples    named up to the last dot, as up to the first they would share names"]
     if extra := sum(part.extra for part in parts):
-        notes.append(f"left out   {extra:,} further images of samples that have one")
+        read = sorted(set().union(*(part.read for part in parts)))
+        image = "image" if extra == 1 else "images"
+        notes.append(f"left out   {extra:,} further {image} of samples whose .{first_few(read, len(read))} is read")
     parts = [part.samples for part in parts]
     all_shards, samples = first_few(shards, len(shards)), pa.concat_tables(parts)
     if not len(samples):
@@ -186,6 +190,7 @@ class Shard(NamedTuple):
     extra: int  # images beside that of their sample
     joined: int  # samples that have no image whose name has one dot, but others
     endings: set[str]  # of the images of these
+    read: set[str]  # the endings of images that have others beside them
 
 
 def _index_shards(shards: list[str], *, by_last_dot: bool) -> list[Shard]:
@@ -235,7 +240,9 @@ def index_shard(path: str, *, by_last_dot: bool = False) -> Shard | str:
         sample["image"] = sample["other"]
     extra = sum(len(sample["endings"]) - 1 for sample in samples)
     endings = {ending for sample in joined for ending in sample["endings"]}
-    return Shard(pa.Table.from_pylist(samples, schema), extra, len(joined), endings)
+    several = [sample["endings"] for sample in samples if len(sample["endings"]) > 1]
+    read = {next((ending for ending in own if ending in IMAGES), own[0]) for own in several}
+    return Shard(pa.Table.from_pylist(samples, schema), extra, len(joined), endings, read)
 
 
 def split_name(name: str, *, by_last_dot: bool) -> tuple[str, str]:

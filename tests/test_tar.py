@@ -262,6 +262,7 @@ DOTTED = {
     "two names": [f"{name}.{n}.jpg" for name in ("cat", "dog") for n in range(9)],  # of Kaggle's cats and dogs
     "times": [f"Screenshot 10.{n // 10}.{n % 10}.png" for n in range(30)],
     "seconds": [f"{1305031102 + n // 3}.{n * 31415:06d}.png" for n in range(20)],
+    "clips": [f"v{clip}/frame.{n:04d}.jpg" for clip in range(12) for n in range(5)],
     "versions": [f"v1.2/a_v1.{n}.final.JPG" for n in range(5)],
 }
 
@@ -292,7 +293,10 @@ def test_views_of_a_sample_are_one_sample_and_told(tmp_path):
     files = {f"{n}.{view}.jpg": b"%d" % n for n in range(9) for view in ("left", "right", "top", "back")}
     source = TarSource(str(write_tar(tmp_path / "0.tar", files)))
     assert fetched(source) == [b"%d" % n for n in range(9)]
-    assert source.notes == ["left out   27 further images of samples that have one"]
+    assert source.notes == ["left out   27 further images of samples whose .left.jpg is read"]
+    files = {f"{n}.{ending}": b"%d" % n for n in range(3) for ending in ("depth.png", "rgb.jpg")}
+    source = TarSource(str(write_tar(tmp_path / "1.tar", files)))
+    assert source.notes == ["left out   3 further images of samples whose .depth.png is read"]
 
 
 def test_members_of_any_name_are_images_by_their_content(tmp_path):
