@@ -101,6 +101,10 @@ class ArrowSource(StoredSource):
         if not len(self):
             raise DataError(f"{name} holds no image; expected a row for each")
         self.labels, self.classes, self.label_errors = _read_labels(table, columns, name)
+        kind = table.schema.field(columns.label).type if columns.label else None
+        # Earlier versions read no labels that are floats or booleans, and pre-training runs on such data go on
+        is_new = kind is not None and (pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+        self._counted_labels = None if is_new else self.labels
 
     def __reduce__(self):  # other processes map the files themselves
         return ArrowSource, self._arguments
@@ -125,9 +129,12 @@ class ArrowSource(StoredSource):
         return sum(column.size_in_bytes() for column in (self._images, self._masks) if column)
 
     def fingerprint(self) -> str:
-        """Return digits equal for equal labels, file names and sizes in the same order, in any folder."""
+        """Return digits equal for equal file names and sizes in the same order, in any folder, and equal labels.
+
+        See `with_labels`; labels that are floats or booleans do not count.
+        """
         masks = self._masks.digest() if self._masks else None
-        return self._fingerprint or with_labels(self._images.digest(), self.labels, self.classes, masks)
+        return self._fingerprint or with_labels(self._images.digest(), self._counted_labels, self.classes, masks)
 
 
 def _read_labels(table: pa.Table, columns: Columns, name: str) -> tuple[np.ndarray | None, list[str], list[str]]:

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-FORMAT = 2  # of cache entries; entries of other formats are ignored
+FORMAT = 3  # of cache entries; entries of other formats are ignored
 TAG = "CACHEDIR.TAG"  # marks an entry as one of ours (https://bford.info/cachedir/)
 SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55\n# an index of masked-autoencoders\n"
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+REAL_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 CLASS_NUMBER = re.compile(r"0*([0-9]{1,6})(\.0*)?")  # pandas writes 3.0 where a column has gaps
-NO_LABEL = re.compile(r"|-1(\.0*)?|nan")
+NO_LABEL = re.compile(r"|-1(\.0*)?|nan", re.IGNORECASE)
 
 
 class DataError(ValueError):
@@ -84,8 +84,10 @@ class Names:
 def with_labels(images: str, labels: np.ndarray | None, classes: Sequence[str], masks: str | None) -> str:
     """Return the fingerprint of a data set from its labels and the fingerprints of its images and masks.
 
-    Without labels and masks, it is that of the images.
+    Without labels and masks, it is that of the images. Labels of a part of the images do not count: earlier versions
+    read none then, and pre-training runs on such data go on.
     """
+    labels = None if labels is not None and labels.min() < 0 else labels
     if labels is None and masks is None:
         return images
     masks = Names.from_list([]).digest() if masks is None else masks
@@ -104,7 +106,7 @@ def number_labels(texts, where: Callable[[int], str], source: str) -> tuple[np.n
 
     If all labels are whole numbers from 0, these are the classes, named by the numbers from 0 to the largest. If none
     is a number, classes are numbered in the order of the bytes of their names. Samples without a label, or with -1
-    or nan, get -1. There are errors for other numbers, numbers mixed with names, and text in another encoding than
+    or nan in any case, get -1. There are errors for other numbers, numbers mixed with names, and text in another encoding than
     UTF-8. With errors, and if no sample has a label, the first two results are None and [].
 
     `texts` is a pyarrow Array or ChunkedArray of strings or numbers. For messages, `where` returns the
@@ -123,7 +125,7 @@ def number_labels(texts, where: Callable[[int], str], source: str) -> tuple[np.n
         return first_few((f"{where(int(row))}: {values[codes[row]]!r}" for row in rows), len(rows))
 
     none = np.array([bool(NO_LABEL.fullmatch(value)) for value in values], dtype=bool)
-    number = ~none & np.array([bool(NUMBER.fullmatch(value)) for value in values], dtype=bool)
+    number = ~none & np.array([bool(REAL_NUMBER.fullmatch(value)) for value in values], dtype=bool)
     unfit = number & np.array([not CLASS_NUMBER.fullmatch(value) for value in values], dtype=bool)
     garbled = np.array(["\ufffd" in value for value in values], dtype=bool)
     errors = []
@@ -132,9 +134,10 @@ def number_labels(texts, where: Callable[[int], str], source: str) -> tuple[np.n
     if garbled.any():
         errors.append(f"has labels that are no text ({places(garbled)}); expected UTF-8")
     name = ~(number | none | garbled)
-    if number.any() and name.any():
+    fit = number & ~unfit
+    if fit.any() and name.any():
         errors.append(
-            f"has labels that are numbers ({places(number)}) and labels that are names ({places(name)}); "
+            f"has labels that are numbers ({places(fit)}) and labels that are names ({places(name)}); "
             "expected one kind; change the fewer ones"
         )
     if errors or none.all():

@@ -100,7 +100,8 @@ class LabelledSource(StoredSource):
     def __init__(self, source: Source):
         self._source, self._indices = source, np.flatnonzero(source.labels >= 0)
         self.classes, self.labels = source.classes, source.labels[self._indices]
-        self.notes = [*source.notes, f"left out   {len(source) - len(self):,} images without a label"]
+        count = len(source) - len(self)
+        self.notes = [*source.notes, f"left out   {count:,} {'image' if count == 1 else 'images'} without a label"]
 
     def prepare(self, *, processes: int = 1, progress: bool = False) -> None:
         self._source.prepare(processes=processes, progress=progress)
@@ -118,7 +119,8 @@ class LabelledSource(StoredSource):
         return self._source.size_in_bytes() * len(self) / len(self._source)
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"labelled {self._source.fingerprint()}".encode()).hexdigest()[:16]
+        labels = self._source.labels.tobytes() + "\n".join(self.classes).encode()  # some fingerprints are without them
+        return hashlib.sha256(f"labelled {self._source.fingerprint()} ".encode() + labels).hexdigest()[:16]
 
 
 def labelled(source: Source) -> Source:

@@ -181,6 +181,22 @@ def test_the_fingerprint_follows_names_and_sizes_not_chunks_or_places(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("labels", "kind", "fingerprint"),
+    [
+        *(([0, label, 1], datasets.Value("int64"), "c779dd6858b80477") for label in (-1, None)),  # as without labels
+        ([0.0, 1.0, 1.0], datasets.Value("float64"), "c779dd6858b80477"),
+        ([True, False, True], datasets.Value("bool"), "c779dd6858b80477"),
+        ([0, 1, 1], datasets.ClassLabel(names=["cat", "dog"]), "e675502f5bcc529a"),
+        (["sea", "Alp", "sea"], datasets.Value("string"), "26f765bd95cbe093"),
+    ],
+)
+def test_the_fingerprint_stays_that_of_the_first_version(labels, kind, fingerprint, tmp_path):
+    features = datasets.Features(image=datasets.Image(), label=kind)
+    rows_of(range(3), labels, features).save_to_disk(tmp_path / "saved")
+    assert open_datasets(tmp_path / "saved")["train"].fingerprint() == fingerprint
+
+
+@pytest.mark.parametrize(
     ("files", "sizes"),
     [
         (["only.parquet"], dict(train=2)),

@@ -418,7 +418,7 @@ def test_images_without_a_class_are_refused_or_left_out(tmp_path):
         check_classes("D", train, validation)
     train, validation = open_sources(str(tmp_path), PixelFormat(3), drop_unlabelled=True)
     check_classes("D", train, validation)
-    assert (len(train), len(validation)) == (6, 4) and train.notes == ["left out   1 images without a label"]
+    assert (len(train), len(validation)) == (6, 4) and train.notes == ["left out   1 image without a label"]
     check_labels("D", *open_sources(str(tmp_path), PixelFormat(3)))  # nearest neighbours are sought with labels alone
 
 
@@ -429,6 +429,11 @@ def test_the_labelled_samples_of_a_source():
     assert len(some) == 3 and some.labels.tolist() == [3, 0, 1] and some.classes == source.classes
     assert some.fetch([2, 0]) == some.fetch(np.array([2, 0])) == [b"4", b"0"] and some.name(1) == "2.jpg"
     assert some.size_in_bytes() == 30 and some.fingerprint() != source.fingerprint()
+    source.fingerprint = lambda: "without labels"
+    first = labelled(source).fingerprint()
+    source.labels = np.array([3, -1, -1, 0, 1])
+    assert labelled(source).fingerprint() != first
+    source.labels = np.array([3, -1, 0, -1, 1])
     assert labelled(some) is some and labels_in(some, list("edcba")).tolist() == [1, 4, 3]
     source.labels = None
     assert labelled(source) is source
