@@ -26,7 +26,7 @@ from data.decode import PixelFormat, preview_channels
 from data.index import DataError
 from data.masking import MASK_STRATEGIES
 from data.sampling import StepSampler
-from data.sources import check_labels, describe_data, labelled, labels_in, open_sources
+from data.sources import check_labels, describe_data, keep_labelled, labels_in, open_sources
 from data.statistics import read_statistics
 from data.transforms import CROP_RATIO, CentreCrop, RandomCrop, empty_images
 from modeling.export import export_autoencoder, export_encoder
@@ -372,7 +372,7 @@ def main(argv=None):
             with run.paused():
                 knn_crop = CentreCrop(size, CROP_RATIO)  # that of encoder/preprocessor_config.json
                 data = [
-                    PretrainingDataset(source, crop=knn_crop, seed=0, **masks) for source in map(labelled, run.sources)
+                    PretrainingDataset(part, crop=knn_crop, seed=0, **masks) for part in map(keep_labelled, run.sources)
                 ]
                 classify(run, run.plain_model(), *data, normalize, read=read)
         if step == run.plan.length.total_steps:

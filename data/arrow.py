@@ -25,9 +25,9 @@ from data.index import DataError, Names, StoredSource, default_cache, number_lab
 PREFIX = "hf:"
 NAME = re.compile(r"hf:([^/:@]+/[^/:@]+)(?::([^@]+))?(?:@(.+))?")
 # Names of columns, the most likely first
-IMAGES = ("image", "img", "pixel_values", "jpg", "png")
-LABELS = ("label", "labels", "fine_label", "class", "cls")
-MASKS = ("mask", "annotation", "label", "segmentation", "seg_map", "labels")
+IMAGE_COLUMNS = ("image", "img", "pixel_values", "jpg", "png")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls")
+MASK_COLUMNS = ("mask", "annotation", "label", "segmentation", "seg_map", "labels")
 END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 
 
@@ -171,14 +171,16 @@ def choose_columns(schema: pa.Schema, name: str) -> Columns:
     kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
     images = [field.name for field in schema if kinds.get(field.name) == "Image" and _is_encoded(field.type)]
     images = images or [field.name for field in schema if _is_encoded(field.type)]
-    image = _first_of(IMAGES, images) or _single([column for column in images if column not in MASKS])
+    image = _first_of(IMAGE_COLUMNS, images) or _single([column for column in images if column not in MASK_COLUMNS])
     if image is None:
         columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
-        expected = f"expected one of images called {', '.join(IMAGES)}, or a single one"
+        expected = f"expected one of images called {', '.join(IMAGE_COLUMNS)}, or a single one"
         raise DataError(f"{name} has the columns {columns}; {expected}; rename it")
     labels = [field.name for field in schema if _is_label(field.type)]
-    label = _first_of(LABELS, labels) or _single([column for column in labels if kinds.get(column) == "ClassLabel"])
-    mask = _first_of(MASKS, [column for column in images if column != image])
+    label = _first_of(LABEL_COLUMNS, labels) or _single(
+        [column for column in labels if kinds.get(column) == "ClassLabel"]
+    )
+    mask = _first_of(MASK_COLUMNS, [column for column in images if column != image])
     classes = features[label].get("names") if kinds.get(label) == "ClassLabel" else None
     return Columns(image, label, mask, classes or [])
 

@@ -16,28 +16,26 @@ import numpy as np
 from data.decode import is_image
 from data.index import DataError, Names, StoredSource, cached, first_few
 
-SUFFIXES = (  # of images, whose content is not looked at before a run reads them
+IMAGE_SUFFIXES = (  # of files whose content is not looked at before a run reads them
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".jp2"),
     *(".npy", ".jpe", ".pbm", ".pnm", ".avif", ".tga"),
 )
 SIDECARS = (".txt", ".json", ".xml", ".csv")  # of files that lie beside every image of a large data set: no images
-LITTER = re.compile(  # names of what file systems, browsers and editors leave behind, in a path of bytes
+LITTER = re.compile(  # what file systems, browsers and editors leave behind, in a path of bytes; a folder's ends in /
     rb"(?:^|/)(?:\..+|@eaDir|@Recycle|@Recently-Snapshot|#recycle|#snapshot|__MACOSX|\$RECYCLE\.BIN|RECYCLER"
     rb"|System Volume Information|lost\+found|FOUND\.\d{3}|(?:eh)?thumbs(?:_vista)?\.db|desktop\.ini"
     rb"|Network Trash Folder|Temporary Items)(?:/|$)"
     rb"|(?:~|\.(?:bak|tmp|part|partial|crdownload|download|thm|[^./]+_original))$",
     re.IGNORECASE,
 )
-SPLITS = (  # names of splits, for training and then for validation, the most likely first
-    *("train", "training", "trainval"),
-    *("val", "validation", "valid", "dev", "eval", "evaluation", "holdout", "test", "testing"),
-)
-NUM_TRAINING = 3
-SPLIT = re.compile(rf"({'|'.join(SPLITS)})([-_ ]?(set|images?|data|\d{{4}}))?", re.IGNORECASE)
+# Names of splits, the most likely first
+TRAINING = ("train", "training", "trainval")
+HELD_OUT = ("val", "validation", "valid", "dev", "eval", "evaluation", "holdout", "test", "testing")
+SPLIT = re.compile(rf"({'|'.join(TRAINING + HELD_OUT)})([-_ ]?(set|images?|data|\d{{4}}))?", re.IGNORECASE)
 CACHED_FROM = 20_000  # images of a folder; fewer are found quickly
 THREADS = 8  # that scan folders and files: on a network they wait, on a local disk more would slow each other down
 CLOCK = 2 * 10**9  # nanoseconds: the coarsest clock of a file system (FAT); those of NFS and ext4 are finer
-MAX_NAMED = 5  # words in error messages; the others are counted
+MAX_WORDS = 5  # of a command line in error messages; the others are counted
 PAUSES = (0.1, 1.0)  # seconds before reading a file is retried
 PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -76,10 +74,10 @@ class FileSource(StoredSource):
 class FolderSource(FileSource):
     """Read all images below a folder, in the order of the bytes of their relative paths.
 
-    Images are the files named `suffixes` or, by default, SUFFIXES and those of other names that begin as an image does.
-    The topmost folder below `root` that an image is in names its class; images in `root` itself have no label. The
-    index is cached in the folder `cache` until one of the folders changes. Raises DataError for a folder that does not
-    exist, cannot be read, or has no image.
+    Images are the files named `suffixes` or, by default, IMAGE_SUFFIXES and those of other names that begin as an image
+    does. The topmost folder below `root` that an image is in names its class; images in `root` itself have no label.
+    The index is cached in the folder `cache` until one of the folders changes. Raises DataError for a folder that does
+    not exist, cannot be read, or has no image.
     """
 
     def __init__(self, root: str | Path, suffixes: tuple[str, ...] | None = None, *, cache: Path | None = None):
@@ -102,20 +100,26 @@ def choose_splits(names: Iterable[str]) -> tuple[str | None, str | None]:
 
     Case does not matter, and `set`, `images`, `data` or a year may follow: val, Valid, test_set, train2017.
     """
-    matches = [match for name in names if (match := SPLIT.fullmatch(name))]
-    ranked = sorted((SPLITS.index(match[1].lower()), match[0] not in SPLITS, match[0]) for match in matches)
-    train = next((name for rank, _, name in ranked if rank < NUM_TRAINING), None)
-    return train, next((name for rank, _, name in ranked if rank >= NUM_TRAINING), None)
+    names = list(names)
+    return _likeliest(names, TRAINING), _likeliest(names, HELD_OUT)
+
+
+def _likeliest(names: list[str], words: tuple[str, ...]) -> str | None:
+    """Return the name of a split that begins with the first of `words` that any does."""
+    matches = [match for name in names if (match := SPLIT.fullmatch(name)) and match[1].lower() in words]
+    ranked = sorted((words.index(match[1].lower()), match[0] not in words, match[0]) for match in matches)
+    return ranked[0][2] if ranked else None
 
 
 def find_splits(root: Path) -> tuple[dict[str, Path], list[str]]:
     """Return the folders of "train" and, if there is one, "validation", and lines of the plan.
 
-    They are below `root` or root/images, as in ADE20K; without a folder for training, `root` is that.
+    They are below `root` or root/images, as in ADE20K, in any case; without a folder for training, `root` is that.
     """
-    for base in (root, root / "images"):
+    for base in (root, *sorted(path for path in root.glob("*") if path.name.lower() == "images")):
         with contextlib.suppress(OSError), os.scandir(base) as entries:
-            names = [entry.name for entry in entries if entry.is_dir() and not LITTER.match(os.fsencode(entry.name))]
+            names = [entry.name for entry in entries if _is_folder(entry)]
+            names = [name for name in names if not LITTER.search(os.fsencode(f"{name}/"))]
             train, held_out = choose_splits(names)
             if train:
                 parts = {"train": base / train} | ({"validation": base / held_out} if held_out else {})
@@ -196,7 +200,7 @@ def _index_folder(root: bytes, suffixes: tuple[str, ...] | None) -> tuple[dict, 
             folders = [folder for _, subfolders, *_ in scanned for folder in subfolders]
     if not paths:
         others = f" (left out: {_describe_left_out(left_out)})" if left_out else ""
-        named = ", ".join(suffixes or SUFFIXES) + ("" if suffixes else ", or others that begin as images do")
+        named = ", ".join(suffixes or IMAGE_SUFFIXES) + ("" if suffixes else ", or others that begin as images do")
         raise DataError(
             f"{os.fsdecode(root)} holds no image{others}; expected files named {named}; for tar shards or Parquet "
             "files give a pattern, such as 'FOLDER/*.tar'"
@@ -227,18 +231,20 @@ def _scan(root: bytes, suffixes: tuple[str, ...] | None, folder: bytes) -> tuple
 
     The counts are by reason and kind.
     """
-    path, endings = os.path.join(root, folder), tuple(map(str.encode, suffixes or SUFFIXES))
+    path, endings = os.path.join(root, folder), tuple(map(str.encode, suffixes or IMAGE_SUFFIXES))
     time_and_size, folders, images, left_out = stamp(path), [], [], Counter()
     with os.scandir(path) as entries:
         for entry in entries:
-            if entry.name.lower().endswith(endings) and not entry.name.startswith(b".") and not entry.is_dir():
+            is_folder = _is_folder(entry)
+            if entry.name.lower().endswith(endings) and not entry.name.startswith(b".") and not is_folder:
                 images.append(os.path.join(folder, entry.name))
                 continue
             suffix = os.fsdecode(os.path.splitext(entry.name)[1].lower())
-            if LITTER.search(entry.name):
+            if LITTER.search(entry.name + b"/" * is_folder):
                 kind = "hidden" if entry.name.startswith(b".") else os.fsdecode(entry.name)
-                left_out["hidden or litter", suffix if len(kind) > 30 else kind] += 1
-            elif entry.is_dir():
+                why = "hidden or litter folders" if is_folder else "hidden or litter"
+                left_out[why, suffix if len(kind) > 30 else kind] += 1
+            elif is_folder:
                 if not (entry.is_symlink() and _is_loop(entry.path)):
                     folders.append(os.path.join(folder, entry.name))
             elif suffixes is None and _begins_as_image(entry, suffix):
@@ -248,12 +254,20 @@ def _scan(root: bytes, suffixes: tuple[str, ...] | None, folder: bytes) -> tuple
     return time_and_size, folders, images, left_out
 
 
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Return True for a folder or a link to one, False for a link that leads to itself."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def _begins_as_image(entry: os.DirEntry, suffix: str) -> bool:
     """Return True if a file of an unknown suffix is an image."""
-    if suffix in SIDECARS or not entry.is_file():
-        return False
-    with contextlib.suppress(OSError), open(entry.path, "rb", 0) as file:
-        return is_image(file.read(32), suffix)
+    with contextlib.suppress(OSError):
+        if suffix not in SIDECARS and entry.is_file():
+            with open(entry.path, "rb", 0) as file:
+                return is_image(file.read(32), suffix)
     return False
 
 
@@ -286,6 +300,6 @@ def find_images(words: Sequence[str]) -> tuple[FileSource, list[str]]:
                 error = str(no_images)
         paths += sorted(images)
         errors += [] if images else [error]
-    if len(errors) > MAX_NAMED:
-        errors[MAX_NAMED:] = [f"and {len(errors) - MAX_NAMED:,} more words like these"]
+    if len(errors) > MAX_WORDS:
+        errors[MAX_WORDS:] = [f"and {len(errors) - MAX_WORDS:,} more words like these"]
     return FileSource(paths), errors

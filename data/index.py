@@ -106,8 +106,8 @@ def number_labels(texts, where: Callable[[int], str], source: str) -> tuple[np.n
 
     If all labels are whole numbers from 0, these are the classes, named by the numbers from 0 to the largest. If none
     is a number, classes are numbered in the order of the bytes of their names. Samples without a label, or with -1
-    or nan in any case, get -1. There are errors for other numbers, numbers mixed with names, and text in another encoding than
-    UTF-8. With errors, and if no sample has a label, the first two results are None and [].
+    or nan in any case, get -1. There are errors for other numbers, numbers mixed with names, and text in another
+    encoding than UTF-8. With errors, and if no sample has a label, the first two results are None and [].
 
     `texts` is a pyarrow Array or ChunkedArray of strings or numbers. For messages, `where` returns the
     place of a sample, such as "line 7", and `source` is the name of the data set.

@@ -23,8 +23,8 @@ from data.values import describe_start, is_pointer
 
 NUM_CHECKED = 8  # images of a source that are decoded before a run starts
 DARK = 8  # of 255: 16-bit values of at most 11 bits are below it at 8 bits
-LABELS = "a column `label` (.cls in shards)"
-SUFFIXES = {".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", **dict.fromkeys(LISTS, "list"), ".parquet": "parquet"}
+LABEL_PLACES = "a column `label` (.cls in shards)"
+KINDS = {".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", **dict.fromkeys(LISTS, "list"), ".parquet": "parquet"}
 
 Fetched = bytes | memoryview | np.ndarray | OSError  # an encoded file, pixels (H, W, C), or why it could not be read
 
@@ -123,7 +123,7 @@ class LabelledSource(StoredSource):
         return hashlib.sha256(f"labelled {self._source.fingerprint()} ".encode() + labels).hexdigest()[:16]
 
 
-def labelled(source: Source) -> Source:
+def keep_labelled(source: Source) -> Source:
     """Return the samples of a source that have a label; the source itself if that is all or none of them."""
     return source if source.labels is None or source.labels.min() >= 0 else LabelledSource(source)
 
@@ -145,7 +145,7 @@ def kind_of_data(path_to_data: str, data_format: str | None = None) -> str:
             return kind
     if data_format:
         return data_format
-    for suffix, kind in SUFFIXES.items():
+    for suffix, kind in KINDS.items():
         if path_to_data.lower().endswith(suffix) and not root.is_dir():
             return kind
     if is_prepared(root):
@@ -195,7 +195,7 @@ def open_sources(
         own = _open_parts(validation, pixels, folder, data_format)
         parts["validation"] = own.get("validation", own["train"])
     if drop_unlabelled:
-        parts = {part: labelled(source) for part, source in parts.items()}
+        parts = {part: keep_labelled(source) for part, source in parts.items()}
     for source in parts.values():
         check_pixels(source, pixels)
     return parts["train"], parts.get("validation")
@@ -297,7 +297,7 @@ def check_classes(path_to_data: str, train_source: Source, validation_source: So
             f"{what} has no validation images; put some into val/ beside train/, or give --path_to_validation_data"
         )
     parts = {"train": train_source, "val": validation_source}
-    _check_labelled(path_to_data, parts)
+    _check_all_labelled(path_to_data, parts)
     if len(train_source.classes) < 2:
         raise DataError(f"{what} has one class, {train_source.classes[0]}; expected at least two")
     if missing := sorted({*validation_source.classes} - {*train_source.classes}):
@@ -305,18 +305,18 @@ def check_classes(path_to_data: str, train_source: Source, validation_source: So
         raise DataError(f"{what} has classes in val that train lacks ({names}); add images of them to train")
 
 
-def _check_labelled(path_to_data: str, parts: dict[str, Source]) -> None:
+def _check_all_labelled(path_to_data: str, parts: dict[str, Source]) -> None:
     """Raise DataError unless all images of the sources, by the names of their folders, have a label."""
     errors, what = [], f"--path_to_data {path_to_data}"
     for part, source in parts.items():
         errors += source.label_errors
         if not source.classes and not source.label_errors:
-            raise DataError(f"{what} has images without a class; expected {part}/CLASS/IMAGE, or {LABELS}")
+            raise DataError(f"{what} has images without a class; expected {part}/CLASS/IMAGE, or {LABEL_PLACES}")
         if source.labels is not None and len(without := np.flatnonzero(source.labels < 0)):
             names = first_few(map(source.name, without), len(without))
             errors.append(
                 f"{what} has {len(without):,} of {len(source):,} images in {part} without a class ({names}); expected "
-                f"{part}/CLASS/IMAGE, or {LABELS} for all; move or label them, or give --drop_unlabelled"
+                f"{part}/CLASS/IMAGE, or {LABEL_PLACES} for all; move or label them, or give --drop_unlabelled"
             )
     if errors:
         raise DataError("\n".join(errors))
@@ -331,7 +331,7 @@ def check_labels(path_to_data: str, train_source: Source, validation_source: Sou
     if not train_source.classes or not validation_source.classes:
         raise DataError(
             f"--knn_every needs labels, and {path_to_data} has images without a class; expected train/CLASS/IMAGE and "
-            f"val/CLASS/IMAGE, or {LABELS}; or leave the flag out"
+            f"val/CLASS/IMAGE, or {LABEL_PLACES}; or leave the flag out"
         )
     if missing := sorted({*validation_source.classes} - {*train_source.classes}):
         raise DataError(
@@ -347,7 +347,7 @@ def match_classes(path_to_data: str, source: Source, classes: list[str] | None, 
     of the source. Raises DataError if the source has other classes; it may lack some.
     """
     what = f"--path_to_data {path_to_data}"
-    _check_labelled(path_to_data, {"val": source})
+    _check_all_labelled(path_to_data, {"val": source})
     if classes is None:
         if len(source.classes) != num_classes:
             raise DataError(

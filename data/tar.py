@@ -2,7 +2,8 @@
 
 The members of a sample follow each other and share their name up to the first dot: dog/0001.jpg, dog/0001.cls and
 dog/0001.seg.png. Where that would join images with numbers, such as frame.0001.jpg and frame.0002.jpg, or more kinds of
-images than there are samples, they share their name up to the last dot. The headers of all shards are read once; images are then read from their places in any order.
+images than there are samples, they share their name up to the last dot. The headers of all shards are read once; images
+are then read from their places in any order.
 """
 
 import contextlib
@@ -25,14 +26,14 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from data.decode import is_image
-from data.files import LITTER, SIDECARS, SUFFIXES, is_unchanged, retry, stamp
+from data.files import IMAGE_SUFFIXES, LITTER, SIDECARS, is_unchanged, retry, stamp
 from data.index import DataError, Names, StoredSource, cached, first_few, number_labels, with_labels
 from data.pool import mapping
 from data.values import describe_start, is_pointer
 
-IMAGES = {suffix.removeprefix(".") for suffix in SUFFIXES}
-TEXTS = {suffix.removeprefix(".") for suffix in SIDECARS}
-MASKS = {"seg.png", "mask.png", "seg", "mask"}
+IMAGE_ENDINGS = {suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES}
+TEXT_ENDINGS = {suffix.removeprefix(".") for suffix in SIDECARS}
+MASK_ENDINGS = {"seg.png", "mask.png", "seg", "mask"}
 MAX_OPEN = 256  # shards that a process keeps open; the usual limit is 1024 files
 BUFFER = 4096  # bytes read at once: the headers and labels between two images
 WORKERS = 8  # processes that index shards
@@ -241,7 +242,7 @@ def index_shard(path: str, *, by_last_dot: bool = False) -> Shard | str:
     extra = sum(len(sample["endings"]) - 1 for sample in samples)
     endings = {ending for sample in joined for ending in sample["endings"]}
     several = [sample["endings"] for sample in samples if len(sample["endings"]) > 1]
-    read = {next((ending for ending in own if ending in IMAGES), own[0]) for own in several}
+    read = {next((ending for ending in own if ending in IMAGE_ENDINGS), own[0]) for own in several}
     return Shard(pa.Table.from_pylist(samples, schema), extra, len(joined), endings, read)
 
 
@@ -249,10 +250,10 @@ def split_name(name: str, *, by_last_dot: bool) -> tuple[str, str]:
     """Return a member's name up to the first or the last dot, and its ending; that of a mask has a dot of its own."""
     folder, slash, base = name.rpartition("/")
     stem, dot, ending = base.partition(".")
-    if by_last_dot and not ending.lower().endswith(tuple(MASKS)):
+    if by_last_dot and not ending.lower().endswith(tuple(MASK_ENDINGS)):
         stem, dot, ending = base.rpartition(".") if dot else (base, "", "")
     elif by_last_dot:
-        ending = max((mask for mask in MASKS if ending.lower().endswith(mask)), key=len)
+        ending = max((mask for mask in MASK_ENDINGS if ending.lower().endswith(mask)), key=len)
         stem = base[: -len(ending) - 1]
     return folder + slash + stem, ending
 
@@ -278,7 +279,7 @@ def files_in(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 def _add_member(sample: dict, member: tarfile.TarInfo, ending: str, file: BinaryIO) -> None:
     """Add an image, mask or label to a sample; `ending` is the member's name after its sample's."""
     last = ending.rpartition(".")[2]
-    kind = "mask" if ending in MASKS else "image" if ending in IMAGES else "other"  # such as .depth.png
+    kind = "mask" if ending in MASK_ENDINGS else "image" if ending in IMAGE_ENDINGS else "other"  # such as .depth.png
     if ending == "cls":
         sample["label"] = file.read(member.size).decode(errors="replace").strip() or None
     elif ending == "json":
@@ -286,7 +287,7 @@ def _add_member(sample: dict, member: tarfile.TarInfo, ending: str, file: Binary
             content = json.loads(file.read(member.size) if not sample.get("label") else b"{}")
             label = content.get("label", content.get("cls"))
             sample["label"] = str(label).encode() if isinstance(label, int | float | str) else sample.get("label")
-    elif kind != "other" or last in IMAGES or (last not in TEXTS and is_image(file.read(32), last)):
+    elif kind != "other" or last in IMAGE_ENDINGS or (last not in TEXT_ENDINGS and is_image(file.read(32), last)):
         name = os.fsencode(member.name.removeprefix("./"))
         sample.setdefault(kind, {"name": name, "offset": member.offset_data, "size": member.size})
         if kind != "mask":

@@ -60,12 +60,21 @@ def test_classes_are_in_the_order_of_their_own_bytes(tmp_path):
     assert source.labels.tolist() == [1, 2, 0, 0, 3] and source.labels.dtype == np.int32
 
 
+def test_folders_named_as_files_that_are_left_out(tmp_path):
+    write(tmp_path, "dog.bak/1.jpg", "cat.part/2.jpg", "cat.part/3.jpg.part")
+    assert names_of(FolderSource(tmp_path), tmp_path) == ["cat.part/2.jpg", "dog.bak/1.jpg"]
+
+
 def test_links_that_lead_to_each_other(tmp_path):
     write(tmp_path, "one/1.jpg", "two/2.jpg")
     os.symlink(tmp_path / "two", tmp_path / "one" / "to_two")
     os.symlink(tmp_path / "one", tmp_path / "two" / "to_one")
     os.symlink(tmp_path / "nowhere", tmp_path / "one" / "broken")
     os.symlink(tmp_path / "nowhere", tmp_path / "one" / "broken.jpg")  # is told when it is read
+    os.symlink(tmp_path / "one" / "self", tmp_path / "one" / "self")
+    assert FolderSource(tmp_path / "one").notes == [
+        f"left out   2 below {tmp_path / 'one'}: no images (2 without suffix)"
+    ]
     assert names_of(FolderSource(tmp_path / "one"), tmp_path / "one") == ["1.jpg", "broken.jpg", "to_two/2.jpg"]
 
 

@@ -18,7 +18,7 @@ from data.sources import (
     ShapesSource,
     check_classes,
     check_labels,
-    labelled,
+    keep_labelled,
     labels_in,
     match_classes,
     open_sources,
@@ -34,7 +34,7 @@ def test_a_tree_without_classes(tmp_path):
     assert len(flat) == 2 and flat.labels is None and flat.classes == []
 
 
-@pytest.mark.parametrize("base", ["", "images"])
+@pytest.mark.parametrize("base", ["", "images", "Images"])
 @pytest.mark.parametrize(
     ("train", "held_out"),
     [
@@ -142,7 +142,8 @@ def test_litter_is_left_out_and_told(tmp_path, name, place):
     source = FolderSource(tmp_path)
     assert len(source) == 4 and source.classes == ["class_0", "class_1"]
     (note,) = source.notes
-    assert note.startswith(f"left out   1 below {tmp_path}: hidden or litter (1 ")
+    why = "hidden or litter folders" if "/" in name else "hidden or litter"
+    assert note.startswith(f"left out   1 below {tmp_path}: {why} (1 ")
 
 
 def test_what_is_left_out_is_counted(tmp_path):
@@ -150,8 +151,8 @@ def test_what_is_left_out_is_counted(tmp_path):
     for name in ("1.txt", "2.txt", "deep/3.TXT", "4.json", "README", ".hidden", "deep/.hidden", "deep/@eaDir/5.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("text")
-    counts = "hidden or litter (2 hidden, 1 @eaDir), no images (3 .txt, 1 .json, 1 without suffix)"
-    assert FolderSource(tmp_path).notes == [f"left out   8 below {tmp_path}: {counts}"]
+    counts = "hidden or litter (2 hidden), hidden or litter folders (1 @eaDir), no images (3 .txt, 1 .json, "
+    assert FolderSource(tmp_path).notes == [f"left out   8 below {tmp_path}: {counts}1 without suffix)"]
     with pytest.raises(DataError, match=r"deep holds no image \(left out: hidden .*\); expected"):
         FolderSource(tmp_path / "deep")
 
@@ -425,18 +426,18 @@ def test_images_without_a_class_are_refused_or_left_out(tmp_path):
 def test_the_labelled_samples_of_a_source():
     source = OfClasses("abcde")
     source.labels = np.array([3, -1, 0, -1, 1])
-    some = labelled(source)
+    some = keep_labelled(source)
     assert len(some) == 3 and some.labels.tolist() == [3, 0, 1] and some.classes == source.classes
     assert some.fetch([2, 0]) == some.fetch(np.array([2, 0])) == [b"4", b"0"] and some.name(1) == "2.jpg"
     assert some.size_in_bytes() == 30 and some.fingerprint() != source.fingerprint()
     source.fingerprint = lambda: "without labels"
-    first = labelled(source).fingerprint()
+    first = keep_labelled(source).fingerprint()
     source.labels = np.array([3, -1, -1, 0, 1])
-    assert labelled(source).fingerprint() != first
+    assert keep_labelled(source).fingerprint() != first
     source.labels = np.array([3, -1, 0, -1, 1])
-    assert labelled(some) is some and labels_in(some, list("edcba")).tolist() == [1, 4, 3]
+    assert keep_labelled(some) is some and labels_in(some, list("edcba")).tolist() == [1, 4, 3]
     source.labels = None
-    assert labelled(source) is source
+    assert keep_labelled(source) is source
 
 
 @pytest.mark.parametrize("check", [check_classes, check_labels])
