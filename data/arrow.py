@@ -9,6 +9,7 @@ import errno
 import glob
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ IMAGE_COLUMNS = ("image", "img", "pixel_values", "jpg", "png")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls")
 MASK_COLUMNS = ("mask", "annotation", "label", "segmentation", "seg_map", "labels")
 END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
+
+logging.getLogger("datasets.packaged_modules.parquet.parquet").disabled = True  # it prints what it raises too
 
 
 class EncodedColumn:
@@ -206,11 +209,13 @@ def _is_label(kind: pa.DataType) -> bool:
 
 
 def holds_images(path: Path) -> bool:
-    """Return True if a Parquet file has a column of images, or cannot be read."""
+    """Return True if a Parquet file has a column of images, see `choose_columns`, or cannot be read."""
     import pyarrow.parquet as pq
 
     try:
-        return any(_is_encoded(field.type) for field in pq.read_schema(path))
+        return bool(choose_columns(pq.read_schema(path), str(path)))
+    except DataError:
+        return False
     except (pa.ArrowException, OSError):
         return True  # loading it says why
 

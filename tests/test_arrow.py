@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.arrow import ArrowSource, Columns, choose_columns, open_datasets
+from data.arrow import ArrowSource, Columns, choose_columns, holds_images, open_datasets
 from data.index import DataError
 
 IMAGE = Columns("image")
@@ -150,6 +150,20 @@ def test_columns_that_are_unclear(columns):
         choose_columns(pa.schema(columns), "rows")
 
 
+@pytest.mark.parametrize(
+    ("columns", "holds"),
+    [
+        (dict(image=FILE), True),
+        (dict(scan=pa.binary()), True),
+        (dict(key=pa.string(), hash=pa.binary(), embedding=pa.binary()), False),
+        (dict(key=pa.string()), False),
+    ],
+)
+def test_parquet_files_that_hold_images(columns, holds, tmp_path):
+    pq.write_table(pa.schema(columns).empty_table(), tmp_path / "rows.parquet")
+    assert holds_images(tmp_path / "rows.parquet") == holds
+
+
 def test_what_save_to_disk_writes(tmp_path):
     shuffled = rows_of(range(9)).shuffle(seed=0)  # which is an index into the rows
     splits = datasets.DatasetDict(train=shuffled, test=rows_of([20, 21]))
@@ -268,7 +282,7 @@ def test_offsets_that_lead_elsewhere_are_no_crash(column, tmp_path):
         ArrowSource(rows, "rows", Columns("image", "label"))
 
 
-def test_local_data_that_cannot_be_used(tmp_path):
+def test_local_data_that_cannot_be_used(tmp_path, caplog):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
     pq.write_table(pa.table({"text": ["no image"]}), tmp_path / "text.parquet")
     datasets.DatasetDict(first=rows_of([1]), second=rows_of([2])).save_to_disk(tmp_path / "splits")
@@ -281,6 +295,7 @@ def test_local_data_that_cannot_be_used(tmp_path):
         with pytest.raises(DataError, match=word) as refusal:
             open_datasets(tmp_path / path, cache=tmp_path / "cache")
         assert "\n" not in str(refusal.value)
+    assert not caplog.records
 
 
 @pytest.fixture
