@@ -105,7 +105,7 @@ def _read_json(path: str) -> tuple:
     import pyarrow.json as arrow_json
 
     text, errors = pa.large_string(), []
-    for label in (pa.int64(), pa.float64(), text, None):
+    for label in (pa.int64(), pa.float64(), pa.bool_(), text, None):
         schema = pa.schema({"path": text, "label": label, "mask": text} if label else {"path": text, "mask": text})
         parse = arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
         try:

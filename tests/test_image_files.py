@@ -278,6 +278,7 @@ def test_lists_that_cannot_be_used(tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("x.jsonl", b'{"path": "a", "label": 1}\n{"path": "a", "label": true}\n', "from number to boolean in row 1"),
         ("x.jsonl", b'{"path": "a", "label": 1}\n{"path": "a", "label": "x"}\n', "from number to string in row 1"),
         ("x.jsonl", b'{"path": "a", "label": 0.5}\n{"path": "a", "label": 1}\n', r"class numbers \(row 1: '0.5'\)"),
         ("x.jsonl", b'{"path": "a", "label": [1, 2]}\n{"path": "a", "label": [0]}\n', r"labels that cannot be read \("),
@@ -301,6 +302,13 @@ def test_lists_with_some_labels_and_masks(tmp_path, kind):
     assert source.labels.tolist() == [1, -1, 0] and source.classes == ["0", "1"] and source.fetch([2]) == [b"c"]
     with pytest.raises(DataError, match="has no mask in row 2, row 3; expected one in every row"):
         _ = source.has_masks
+
+
+def test_labels_that_are_true_or_false(tmp_path):
+    write(tmp_path, "a")
+    (tmp_path / "x.jsonl").write_text('{"path": "a", "label": true}\n{"path": "a", "label": false}\n{"path": "a"}\n')
+    source = ListSource(tmp_path / "x.jsonl")
+    assert source.labels.tolist() == [1, 0, -1] and source.classes == ["false", "true"]  # as in Parquet
 
 
 def test_a_column_of_paths_alone_may_hold_commas(tmp_path):
