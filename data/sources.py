@@ -275,9 +275,22 @@ def check_pixels(source: Source, pixels: PixelFormat) -> None:
 
 
 def labels_in(source: Source, classes: list[str]) -> np.ndarray:
-    """Return the labels (N,) of a source as indices of `classes`, which has all of its classes."""
+    """Return the labels (N,) of a source as indices of `classes`, which has all that its images have."""
     numbers = {name: number for number, name in enumerate(classes)}
-    return np.array([numbers[name] for name in source.classes])[source.labels]
+    return np.array([numbers.get(name, -1) for name in source.classes])[source.labels]
+
+
+def _present_classes(source: Source) -> list[str]:
+    """Return the classes of a source that images have: numbers may leave some out, and data sets name others."""
+    if source.labels is None:  # until it is prepared
+        return source.classes
+    return [source.classes[label] for label in np.unique(source.labels).tolist() if label >= 0]
+
+
+def _missing_classes(source: Source, classes: Sequence[str]) -> list[str]:
+    """Return the classes of a source's images that `classes` lacks."""
+    known = {*classes}
+    return sorted(name for name in _present_classes(source) if name not in known)
 
 
 def check_num_classes(path_to_data: str, source: Source, num_classes: int | None) -> None:
@@ -298,9 +311,10 @@ def check_classes(path_to_data: str, train_source: Source, validation_source: So
         )
     parts = {"train": train_source, "val": validation_source}
     _check_all_labelled(path_to_data, parts)
-    if len(train_source.classes) < 2:
-        raise DataError(f"{what} has one class, {train_source.classes[0]}; expected at least two")
-    if missing := sorted({*validation_source.classes} - {*train_source.classes}):
+    trained = _present_classes(train_source)
+    if len(trained) < 2:
+        raise DataError(f"{what} has one class, {trained[0]}; expected at least two")
+    if missing := _missing_classes(validation_source, trained):
         names = first_few(missing, len(missing))
         raise DataError(f"{what} has classes in val that train lacks ({names}); add images of them to train")
 
@@ -333,7 +347,7 @@ def check_labels(path_to_data: str, train_source: Source, validation_source: Sou
             f"--knn_every needs labels, and {path_to_data} has images without a class; expected train/CLASS/IMAGE and "
             f"val/CLASS/IMAGE, or {LABEL_PLACES}; or leave the flag out"
         )
-    if missing := sorted({*validation_source.classes} - {*train_source.classes}):
+    if missing := _missing_classes(validation_source, _present_classes(train_source)):
         raise DataError(
             f"--knn_every needs the classes of val in train, and {path_to_data} lacks {len(missing)} of them there "
             f"({first_few(missing, len(missing))}); add them, or leave the flag out"
@@ -355,7 +369,7 @@ def match_classes(path_to_data: str, source: Source, classes: list[str] | None, 
                 "with its classes"
             )
         return source.classes
-    if unknown := sorted({*source.classes} - {*classes}):
+    if unknown := _missing_classes(source, classes):
         raise DataError(
             f"{what} has classes that the classifier does not know ({first_few(unknown, len(unknown))}); it knows "
             f"{first_few(classes, len(classes))}; give the class folders these names"

@@ -1,7 +1,10 @@
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
 from training.launch import InputError
-from training.plan import BatchPlan, LengthPlan, Plan, compare_batch, plan_batch, plan_length
+from training.plan import BatchPlan, LengthPlan, Plan, compare_batch, describe_images, plan_batch, plan_length
 from training.schedule import learning_rate_at
 
 BATCH_FLAGS = ("global_batch_size", "per_gpu_batch_size", "micro_batch_size", "gradient_accumulation_steps")
@@ -98,3 +101,27 @@ def test_a_plan_gives_the_schedule_and_the_resolved_flags():
     assert [learning_rate_at(step, **plan.schedule) for step in (0, 5, 99)] == [0, 1e-3, 1e-6]
     sizes = dict(zip(BATCH_FLAGS, (32, 16, 4, 4), strict=True))
     assert plan.flags == dict(sizes, max_steps=100, warmup_steps=5, learning_rate=1e-3)
+
+
+class Images(SimpleNamespace):
+    """Images with labels, as the sources of the package `data` have them."""
+
+    classes, notes = list("0123"), []
+
+    def __len__(self):
+        return len(self.labels)
+
+    def size_in_bytes(self):
+        return 1000.0
+
+
+def test_classes_without_images_are_named():
+    train, validation = Images(labels=np.array([1, 2, 3, 1])), Images(labels=np.array([1, 2]))
+    assert describe_images("D", train, validation, classes=4)[1:] == [
+        "untrained  1 of 4 classes, without training images: 0",
+        "unmeasured 2 of 4 classes, without held-out images: 0, 3",
+    ]
+    assert len(describe_images("D", train, validation)) == len(describe_images("D", train, None)) == 1
+    train = Images(labels=np.array([7, 200_002]), classes=list(map(str, range(200_003))))
+    (line,) = describe_images("D", train, None, classes=200_003)[1:]
+    assert line == "untrained  200001 of 200003 classes, without training images: 0, 1, 2, ..."

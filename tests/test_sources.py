@@ -362,10 +362,11 @@ def test_a_path_that_is_no_folder_is_refused_with_a_suggestion(tmp_path, monkeyp
 
 
 class OfClasses(StoredSource):
-    """A source with an image of each class."""
+    """A source with an image of each class but those named "-"."""
 
     def __init__(self, classes):
-        self.classes, self.labels = list(classes), np.arange(len(classes)) if classes else None
+        self.classes = [name if name != "-" else f"none {number}" for number, name in enumerate(classes)]
+        self.labels = np.array([number for number, name in enumerate(classes) if name != "-"]) if classes else None
 
     def __len__(self):
         return len(self.labels)
@@ -397,6 +398,9 @@ def of_classes(classes):
         ("a", "a", ["D has one class, a;"], []),
         ("abcdef", "a", [], []),
         ("ab", "bc", ["has classes in val that train lacks (c)"], ["lacks 1 of them there (c)"]),
+        ("a-c", "abc", ["has classes in val that train lacks (b)"], ["lacks 1 of them there (b)"]),
+        ("a-c", "a-", [], []),
+        ("-b", "b", ["D has one class, b;"], []),
     ],
 )
 def test_classes_that_do_not_fit_are_reported_in_a_line_each(train, validation, of_training, of_neighbours):

@@ -197,11 +197,13 @@ def describe_images(path_to_data: str, train, validation, *, classes: int | None
     validated = f"{len(validation)} held out" if validation else "none held out: validated on training images"
     lines = [f"data       {path_to_data}: {images} (about {in_bytes(train.size_in_bytes())}){repeated}, {validated}"]
     lines += [note for source in (train, validation) for note in getattr(source, "notes", ())]
-    if classes and getattr(validation, "labels", None) is not None:
-        absent = sorted({*train.classes} - {validation.classes[label] for label in {*validation.labels.tolist()}})
-        names = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
-        if absent:
-            lines.append(f"unmeasured {len(absent)} of {len(train.classes)} classes, without held-out images: {names}")
+    for word, source, kind in (("untrained ", train, "training"), ("unmeasured", validation, "held-out")):
+        if classes and getattr(source, "labels", None) is not None:
+            present = {source.classes[label] for label in {*source.labels.tolist()}}
+            absent = [name for name in train.classes if name not in present]
+            names = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
+            line = f"{word} {len(absent)} of {len(train.classes)} classes, without {kind} images: {names}"
+            lines += [line] if absent else []
     return lines
 
 
