@@ -247,6 +247,8 @@ def evaluate_trained(run):
     sizes = dict(encoder_flags(vars(encoder)), img_size=list(encoder.img_size), num_classes=len(classes))
     content = {"classes": classes, "data": describe_data(source, source)}
     run.start_evaluation({**images._asdict(), **sizes}, source, content)
+    if source.notes:
+        run.say("\n".join(source.notes))
     crop = CentreCrop(encoder.img_size, evaluation_crop_ratio(encoder.img_size))
     dataset = ClassificationDataset(source, labels_in(source, classes), pixels=pixels, crop=crop, seed=0)
     read = partial(own_batches, batch_size=min(run.batch.micro, 256), num_workers=flags.num_workers, **run.reading)

@@ -501,6 +501,9 @@ def test_images_without_a_label_and_classes_without_held_out_images(tmp_path):
     end = run(SCRIPT, *small, *data, "--drop_unlabelled", cwd=tmp_path)
     assert "left out   4 images without a label\nleft out   3 images without a label\n" in end.stdout
     assert "unmeasured 1 of 3 classes, without held-out images: 2\n" in end.stdout
+    weights = ["--path_to_pretrained_mae_weights", "work_dir/finetune_classifier", "--experiment_name", "scores"]
+    end = run(SCRIPT, "--path_to_data", "val.csv", *weights, "--eval_only", "--drop_unlabelled", cwd=tmp_path)
+    assert "left out   3 images without a label\n" in end.stdout
     scores = metrics_of(tmp_path / "work_dir" / "finetune_classifier")["per_class_accuracy"]
     assert list(scores) == ["0", "1", "2"] and scores["2"] is None and None not in (scores["0"], scores["1"])
     end = run("pretrain_mae.py", *TINY, *data, "--knn_every", 1, cwd=tmp_path)
