@@ -1,6 +1,5 @@
 """Names of classes, and their colours in masks, from the files of many programs."""
 
-import codecs
 import csv
 import json
 import re
@@ -13,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 from data.index import DataError, first_few
+from data.values import text_encoding
 
 ADE20K = Path("ade20k")  # instead of a file with the names of classes
 MAX_CLASSES = 254  # the values of a byte beside void, in files and in memory
 OTHER_FORMATS = (".py", ".yaml", ".yml", ".xml", ".toml", ".md")  # texts whose lines would be taken for names
-UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 # Columns of tables, without spaces, hyphens and underscores; the first that a table has is taken
 NAMES = ("name", "names", "classname", "labelname", "class", "classes", "label", "labels", "category", "readable")
@@ -120,7 +119,7 @@ def _read_rows(path: Path) -> list[Row]:
         raise DataError(f"{path} is a {path.suffix} file; expected text with a class on each line, CSV, or JSON")
     try:
         data = path.read_bytes()
-        text = data.decode("utf-16" if data.startswith(UTF16) else "utf-8-sig")
+        text = data.decode(text_encoding(data))
         if path.suffix.lower() == ".json":
             return list(_rows_of_json(path, json.loads(text)))
     except (OSError, ValueError) as error:

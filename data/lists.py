@@ -12,6 +12,7 @@ import numpy as np
 
 from data.files import THREADS, FileSource
 from data.index import DataError, Names, first_few, number_labels, with_labels
+from data.values import text_encoding
 
 LISTS = (".csv", ".tsv", ".jsonl", ".ndjson")
 COLUMNS = ["path", "label", "mask"]
@@ -126,7 +127,7 @@ def _as_utf8(path: str):
 
 def _encoding(path: str) -> str:
     with open(path, "rb") as file:
-        return "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        return text_encoding(file.read(2))
 
 
 def _first_line(path: str) -> str:

@@ -1,5 +1,6 @@
 """Check and complete pixel arrays (H, W, C): size, channels, orientation and missing values."""
 
+import codecs
 import contextlib
 from collections.abc import Iterator
 
@@ -50,6 +51,11 @@ def describe_start(data: bytes | memoryview) -> str:
     if start.startswith((b"<!doctype html", b"<html")):
         return "a page in HTML, as a failed download leaves it"
     return f"begins with {bytes(data[:8])!r}"
+
+
+def text_encoding(data: bytes) -> str:
+    """Return the encoding of a text, UTF-16 or UTF-8, from the byte order mark that it may begin with."""
+    return "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def check_size(height: int, width: int, max_pixels: int) -> None:
