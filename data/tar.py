@@ -190,7 +190,7 @@ class Shard(NamedTuple):
     samples: pa.Table  # `image` and `mask` with name, offset and size in bytes, and `label`, a text; null if absent
     extra: int  # images beside that of their sample
     joined: int  # samples that have no image whose name has one dot, but others
-    endings: set[str]  # of the images of these
+    endings: set[str]  # of the images of these where no label, such as 0001.cls, shows where the name ends
     read: set[str]  # the endings of images that have others beside them
 
 
@@ -240,7 +240,7 @@ def index_shard(path: str, *, by_last_dot: bool = False) -> Shard | str:
     for sample in joined:
         sample["image"] = sample["other"]
     extra = sum(len(sample["endings"]) - 1 for sample in samples)
-    endings = {ending for sample in joined for ending in sample["endings"]}
+    endings = {ending for sample in joined if "label" not in sample for ending in sample["endings"]}
     several = [sample["endings"] for sample in samples if len(sample["endings"]) > 1]
     read = {next((ending for ending in own if ending in IMAGE_ENDINGS), own[0]) for own in several}
     return Shard(pa.Table.from_pylist(samples, schema), extra, len(joined), endings, read)

@@ -351,7 +351,7 @@ class OfClasses(StoredSource):
     """A source with an image of each class but those named "-"."""
 
     def __init__(self, classes):
-        self.classes = [name if name != "-" else f"none {number}" for number, name in enumerate(classes)]
+        self.classes = ["abcdef"[number] if name == "-" else name for number, name in enumerate(classes)]
         self.labels = np.array([number for number, name in enumerate(classes) if name != "-"]) if classes else None
 
     def __len__(self):

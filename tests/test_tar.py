@@ -294,6 +294,10 @@ def test_views_of_a_sample_are_one_sample_and_told(tmp_path):
     source = TarSource(str(write_tar(tmp_path / "0.tar", files)))
     assert fetched(source) == [b"%d" % n for n in range(9)]
     assert source.notes == ["left out   27 further images of samples whose .left.jpg is read"]
+    files = {f"{n}.{ending}": b"%d" % n for n in range(3) for ending in ("0.jpg", "1.jpg", "2.jpg", "3.jpg", "cls")}
+    source = TarSource(str(write_tar(tmp_path / "2.tar", files)))
+    assert fetched(source) == [b"0", b"1", b"2"] and source.labels.tolist() == [0, 1, 2]
+    assert source.notes == ["left out   9 further images of samples whose .0.jpg is read"]
     files = {f"{n}.{ending}": b"%d" % n for n in range(3) for ending in ("depth.png", "rgb.jpg")}
     source = TarSource(str(write_tar(tmp_path / "1.tar", files)))
     assert source.notes == ["left out   3 further images of samples whose .depth.png is read"]
