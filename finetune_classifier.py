@@ -176,7 +176,8 @@ def evaluate(run, model, dataset, classes, normalize, *, read, export=None):
     for batch in read(dataset, range(len(dataset))):
         with run.accelerator.autocast():  # the forward method is not compiled, as sizes vary
             logits = model.forward(normalize(batch.images.to(run.device, non_blocking=True))).float()
-        losses = F.cross_entropy(logits, batch.labels.to(run.device), reduction="none").tolist()
+        labels = batch.labels.to(run.device, non_blocking=True)
+        losses = F.cross_entropy(logits, labels, reduction="none").tolist()
         rankings = logits.topk(min(5, len(classes))).indices.tolist()
         scored = zip(batch.indices, batch.labels.tolist(), rankings, losses, strict=True)
         rows += [row for row in scored if row[0] not in dict(batch.damaged)]
@@ -251,7 +252,8 @@ def evaluate_trained(run):
         run.say("\n".join(source.notes))
     crop = CentreCrop(encoder.img_size, evaluation_crop_ratio(encoder.img_size))
     dataset = ClassificationDataset(source, labels_in(source, classes), pixels=pixels, crop=crop, seed=0)
-    read = partial(own_batches, batch_size=min(run.batch.micro, 256), num_workers=flags.num_workers, **run.reading)
+    loader = dict(num_workers=flags.num_workers, pin_memory=run.pin_memory)
+    read = partial(own_batches, batch_size=min(run.batch.micro, 256), **loader, **run.reading)
     evaluate(run, model.to(run.device), dataset, classes, Normalization(*images[3:], run.device), read=read)
     run.end(f"{describe_scores(run.metrics)}; {run.folder / 'metrics.json'}")
 

@@ -31,8 +31,8 @@ def start_accelerator(
 ) -> tuple[Accelerator, list[str]]:
     """Join this process with the others of the run, and set torch's process-wide options.
 
-    DDP keeps gradients as views of the buckets that it exchanges, which saves a copy of them. Each bucket splits the graph
-    of torch.compile, so there are fewer then.
+    DDP keeps gradients as views of the buckets that it exchanges, which saves a copy of them. Each bucket splits
+    the graph of torch.compile, so there are fewer then.
 
     Args:
         mixed_precision, tf32, compiled, deterministic: the flags.
