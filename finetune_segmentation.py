@@ -26,13 +26,7 @@ from data.batches import Normalization, own_batches, training_batches
 from data.decode import PixelFormat
 from data.index import DataError
 from data.masks import MaskFormat
-from data.pairs import (
-    check_annotations,
-    check_class_weights,
-    check_trained_classes,
-    class_weights,
-    open_pairs,
-)
+from data.pairs import check_annotations, check_class_weights, check_trained_classes, class_weights, open_pairs
 from data.sampling import StepSampler, seed_everything
 from data.segmentation import EvaluationPairs, SegmentationBatch, SegmentationDataset, palette, view_sizes
 from data.sources import describe_data
@@ -76,6 +70,7 @@ def parse_args(argv=None):
     parser = arguments.Parser(__doc__)
     data = f"folder with ADE20K's layout; or, with masks, a {arguments.SOURCES}"
     arguments.add_run_flags(parser, name="finetune_segmentation", data=data)
+    arguments.add_source_flags(parser)
     flag = parser.add_argument_group("masks").add_argument
     names = "names of the classes: a line each, a table, JSON, or ade20k (default classes.txt in the data)"
     flag("--path_to_classes", metavar="FILE", help=names)
@@ -255,15 +250,17 @@ def evaluate_trained(run):
         known = ImageFormat(encoder.in_channels, trained.value_range, None, trained.mean, trained.std)
         images = resolve_images(ImageFormat.from_dict(vars(flags)), known=None, trained=known)
         pixels = PixelFormat(images.input_channels, images.value_range, images.nodata, flags.max_pixels)
-        places = dict(validation=flags.path_to_validation_data, cache=flags.cache_dir, class_file=flags.path_to_classes)
-        _, source = open_pairs(flags.path_to_data, pixels, MaskFormat(flags.mask_offset, flags.void_label), **places)
+        masks = MaskFormat.from_flags(vars(flags), trained.masks)
+        places = dict(validation=flags.path_to_validation_data, cache=flags.cache_dir, data_format=flags.data_format)
+        _, source = open_pairs(flags.path_to_data, pixels, masks, class_file=flags.path_to_classes, **places)
         check_trained_classes(flags.path_to_data, source.classes, trained.class_names, model.num_classes)
     run.gate()
     sizes = dict(crop_size=encoder.img_size[0], resize=list(flags.resize or trained.resize))
-    resolved = {**images._asdict(), **encoder_flags(vars(encoder)), **sizes, "head": model.head, "layers": model.layers}
+    resolved = {**images._asdict(), **encoder_flags(vars(encoder)), **sizes, **masks.numbering}
+    resolved |= {"head": model.head, "layers": model.layers}
     run.start_evaluation(resolved, source, {"classes": source.classes, "data": describe_data(source, source)})
     with run.refusing(DataError):
-        check_annotations({"validation": source}, pixels, **run.checking)
+        check_annotations({"validation": source}, pixels, strict=True, **run.checking)
     run.gate()
     dataset, predict_views = build_evaluation(vars(flags), source, pixels, patch_size=encoder.patch_size, **sizes)
     read = partial(own_batches, batch_size=min(run.batch.micro, 8), num_workers=flags.num_workers, **run.reading)
@@ -313,8 +310,11 @@ def main(argv=None):
     with run.refusing(InputError):
         head = resolve_head(vars(args), encoder["depth"], HEADS[args.head], default_layers)
     with run.refusing(DataError):
-        places = dict(validation=args.path_to_validation_data, cache=args.cache_dir, class_file=args.path_to_classes)
-        sources = open_pairs(args.path_to_data, pixels, MaskFormat(args.mask_offset, args.void_label), **places)
+        if run.checkpoint:  # the run took its masks; older ones do not say how they are numbered
+            run.previous["mask_offset"] = MaskFormat(run.previous.get("mask_offset")).first_label
+        masks = MaskFormat.from_flags(vars(args), run.previous)
+        places = dict(validation=args.path_to_validation_data, cache=args.cache_dir, data_format=args.data_format)
+        sources = open_pairs(args.path_to_data, pixels, masks, class_file=args.path_to_classes, **places)
         classes = sources[0].classes
         check_class_weights(args.class_weights, len(classes))
     with run.refusing(InputError):
@@ -332,7 +332,8 @@ def main(argv=None):
             channels = dict(adapt_channels=args.adapt_channels, mean=images.mean, std=images.std)
             run.accelerator.print(f"{WEIGHTS} {weights.path}: {start_from(weights, model.encoder, **channels)}")
     run.gate()
-    resolved = dict(images._asdict(), **encoder_flags(encoder), **head, crop_size=crop_size, resize=resize)
+    resolved = {**images._asdict(), **encoder_flags(encoder), **head, **masks.numbering}
+    resolved |= dict(crop_size=crop_size, resize=resize)
     run.compare(resolved, *sources, defaults=vars(parse_args([])[0]))
     model.to(run.device)
 
@@ -371,7 +372,7 @@ def main(argv=None):
     validation_data, predict_views = build_evaluation(vars(args), sources[1], pixels, **sizes)
     read = partial(own_batches, batch_size=min(run.batch.micro, 8), **loader, **run.reading)
     normalization = dict(mean=images.mean, std=images.std, value_range=images.value_range)
-    export = partial(export_segmenter, classes=classes, resize=resize, **normalization)
+    export = partial(export_segmenter, classes=classes, resize=resize, masks=masks.numbering, **normalization)
     evaluation = dict(read=read, predict=predict_views, num_previews=args.num_preview_images, export=export)
 
     # Loop

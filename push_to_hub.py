@@ -131,7 +131,8 @@ def export_model(trained, folder):
     """Write the weights and configurations that the libraries read."""
     model, statistics = trained.model, dict(mean=trained.mean, std=trained.std, value_range=trained.value_range)
     if isinstance(model, Segmenter):
-        export_segmenter(model, folder, classes=trained.classes, resize=trained.resize, **statistics)
+        evaluation = dict(resize=trained.resize, masks=trained.masks)
+        export_segmenter(model, folder, classes=trained.classes, **evaluation, **statistics)
     elif isinstance(model, Classifier):
         export_classifier(model, folder, classes=trained.classes, crop_ratio=trained.crop_ratio, **statistics)
     else:

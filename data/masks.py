@@ -27,6 +27,17 @@ class MaskFormat(NamedTuple):
     def first_label(self) -> int:
         return 1 if self.offset is None else self.offset
 
+    @classmethod
+    def from_flags(cls, flags: dict, known: dict) -> "MaskFormat":
+        """Return what the flags say or, where they are None, what is `known` of a trained run or model."""
+        names = ("mask_offset", "void_label")
+        return cls(*(known.get(name) if flags[name] is None else flags[name] for name in names))
+
+    @property
+    def numbering(self) -> dict[str, int | None]:
+        """The values of the flags."""
+        return dict(mask_offset=self.first_label, void_label=self.void_label)
+
 
 LIKE_ADE20K = MaskFormat()
 

@@ -91,8 +91,8 @@ class SegmentationFolder(FolderSource):
         self._mask_of = np.array([numbers.get(stem, -1) for stem in stems])
         class_file = Path(class_file or root / "classes.txt")
         is_ade20k = (root / "objectInfo150.txt").exists() or all(map(ADE20K_NAME.search, stems))
-        class_file = ADE20K if is_ade20k and not class_file.exists() else class_file
-        self.classes, colours, errors = read_classes(class_file, mask_format.first_label)
+        self.class_file = ADE20K if is_ade20k and not class_file.exists() else class_file
+        self.classes, colours, errors = read_classes(self.class_file, mask_format.first_label)
         self.mask_format = mask_format._replace(colours=colours)
         for names, what, remedy in (
             (set(stems) - set(mask_stems), "images without a mask", f"add NAME.png to {annotations}"),
@@ -158,16 +158,17 @@ def open_pairs(
     validation: str | None = None,
     class_file: str | None = None,
     cache: str | None = None,
+    data_format: str | None = None,
 ) -> tuple[PairSource, PairSource]:
     """Open the training and the validation pairs of a folder laid out like ADE20K's, or of a source with masks.
 
-    `class_file` names the classes, or is "ade20k"; by default it is classes.txt beside the data. Raises DataError
-    with a line for each problem.
+    `class_file` names the classes, or is "ade20k"; by default it is classes.txt beside the data. `data_format` is the
+    kind of both paths, see `kind_of_data`. Raises DataError with a line for each problem.
     """
-    if kind_of_data(path_to_data) == "builtin":
+    if kind_of_data(path_to_data, data_format) == "builtin":
         scenes = open_sources(path_to_data, pixels)
         given = {"--path_to_validation_data": validation, "--path_to_classes": class_file}
-        given |= {"--mask_offset": mask_format.offset, "--void_label": mask_format.void_label}
+        given |= {"--mask_offset": None if mask_format.first_label else 0, "--void_label": mask_format.void_label}
         for flag, value in given.items():
             if value is not None:
                 raise DataError(f"{flag} {value} does not go with {path_to_data}, which has its own; leave it out")
@@ -181,7 +182,7 @@ def open_pairs(
     pairs, errors = [], []
     for split, path in (("training", path_to_data), ("validation", validation or path_to_data)):
         try:
-            options = dict(cache=cache, alone=validation is not None)
+            options = dict(cache=cache, data_format=data_format, alone=validation is not None)
             pairs.append(_open_split(path, split, pixels, class_file, mask_format, **options))
         except DataError as error:
             errors += str(error).splitlines()
@@ -198,14 +199,15 @@ def _open_split(
     mask_format: MaskFormat,
     *,
     cache: str | None,
+    data_format: str | None,
     alone: bool,
 ) -> PairSource:
     """Open the pairs of a split, "training" or "validation"; `alone` says that the other one has another path."""
-    if kind_of_data(path) == "folder":
+    if kind_of_data(path, data_format) == "folder":
         source = SegmentationFolder(path, split, class_file, open_cache(cache), mask_format)
         check_pixels(source, pixels)
         return source
-    train_source, validation_source = open_sources(path, pixels, cache=cache)
+    train_source, validation_source = open_sources(path, pixels, cache=cache, data_format=data_format)
     if split == "training":
         return Pairs(train_source, path, class_file, mask_format)
     if validation_source is None and not alone:
@@ -222,6 +224,7 @@ def check_annotations(
     processes: int,
     progress: bool,
     say: Callable[[str], None] = print,
+    strict: bool = False,
 ) -> dict[str, np.ndarray]:
     """Read all masks once, before a run starts, and count the pixels of each class.
 
@@ -231,6 +234,7 @@ def check_annotations(
         gather: joins the lists of all processes of the run.
         processes: worker processes of this process.
         say: prints what may be wrong with the masks.
+        strict: refuse masks that may be numbered from 0, where otherwise only names of classes that tell it do.
 
     Returns:
         The pixels of each class, int64 (num_classes,), by the names of `sources`.
@@ -245,11 +249,15 @@ def check_annotations(
         reports[name] = report = _join(gather([part]))
         errors += report.errors
         if not errors and not report.counts.any():
-            remedy = "give other masks" + ", or --mask_offset 0 if 0 is a class" * source.mask_format.first_label
+            remedy = "give other masks"
+            if source.mask_format.first_label:
+                remedy += ", or --mask_offset 0 if 0 is a class"
             errors.append(f"no pixel of the {name} masks has a class (all are void); {remedy}")
     total = _join(list(reports.values()))
-    if error := not errors and describe_mismatch(source, total):
-        errors.append(error)
+    if not errors:
+        errors += describe_mismatch(source, total, strict=strict)
+    if len(errors) > MAX_NAMED:
+        errors[MAX_NAMED:] = [f"and {len(errors) - MAX_NAMED} more masks like these"]
     if errors:
         raise DataError("\n".join(errors))
     for line in describe_doubts(source, total, reports):
@@ -278,8 +286,6 @@ def check_masks(
         results = in_order(partial(_check_mask, source, pixels), indices)
         for part in tqdm(results, progress, len(indices), unit="mask", disable=progress is None):
             report = _join([report, part]) if part else report
-    if len(report.errors) > MAX_NAMED:
-        report.errors[MAX_NAMED:] = [f"and {len(report.errors) - MAX_NAMED} more masks like these"]
     return report
 
 
@@ -345,21 +351,24 @@ def check_trained_classes(path_to_data: str, classes: list[str], names: list[str
             )
 
 
-def describe_mismatch(source: PairSource, total: MaskReport) -> str | None:
-    """Return an error message if the masks seem to be numbered from 0, and no flag says how they are numbered."""
+def describe_mismatch(source: PairSource, total: MaskReport, *, strict: bool) -> list[str]:
+    """Return an error message if the masks seem to be numbered from 0, and nothing says how they are numbered.
+
+    Unless `strict`, this takes a first class whose name is that of a background or of void.
+    """
     name, last = source.classes[0], len(source.classes)
     if source.mask_format.offset is not None or not total.zeros or total.counts[-1]:
-        return None
+        return []
     if VOID.fullmatch(name):
         remedy = f"remove {name!r} from the file of classes, as label 0 is void without a name"
-    elif BACKGROUND.fullmatch(name):
+    elif strict or BACKGROUND.fullmatch(name):
         remedy = f"give --mask_offset 0 if label 0 is {name!r}"
     else:
-        return None
-    return (
+        return []
+    return [
         f"the masks seem to be numbered from 0: the first class is {name!r}, and no mask has the label {last} of the "
         f"last class, {source.classes[-1]!r}; {remedy}, or give --mask_offset 1 if 0 is void and 1 is {name!r}"
-    )
+    ]
 
 
 def describe_doubts(source: PairSource, total: MaskReport, reports: dict[str, MaskReport]) -> list[str]:

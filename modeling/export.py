@@ -121,6 +121,7 @@ def export_segmenter(
     std: Floats,
     resize: Sequence[int],
     value_range: Floats | None = None,
+    masks: dict[str, int | None] | None = None,
 ) -> None:
     """Write a folder for transformers' `UperNetForSemanticSegmentation` and this project.
 
@@ -131,9 +132,10 @@ def export_segmenter(
         classes: names, in the order of the logits.
         resize: LONG and SHORT side that images fit in this project's evaluation.
         mean, std, value_range: as in `export_encoder`.
+        masks: "mask_offset" and "void_label" of the masks of training.
     """
     state, upernet = model.state_dict(), model.decode_head.to_upernet()
-    evaluation = {"evaluation": {"resize": list(resize)}}  # other libraries ignore it
+    evaluation = {"evaluation": {"resize": list(resize), **(masks or {})}}  # other libraries ignore it
     config = _upernet_config(model, len(upernet["bottleneck.conv.weight"])) | evaluation | _class_names(classes)
     height, width = model.encoder.img_size
     preprocessor = {

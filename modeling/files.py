@@ -48,6 +48,8 @@ class Stored(NamedTuple):
     layers: list[int] | None = None  # blocks, from 0, that feed a segmentation head
     crop_ratio: float | None = None  # side of the centre crop / side of the resized image, in evaluation
     resize: list[int] | None = None  # LONG and SHORT side that images fit in a segmenter's evaluation
+    mask_offset: int | None = None  # label of a segmenter's first class in the masks that it was trained on
+    void_label: int | None = None  # a further label there that is void
     mask_ratio: float | None = None  # of an autoencoder
     norm_pix_loss: bool | None = None
     value_range: list[float] | None = None  # pixels that become 0 and 1; None: 0 and 255
@@ -127,7 +129,7 @@ def _read_config(config: dict, folder: Path) -> Stored:
         pooling=pooling,
         layers=[int(stage.removeprefix("stage")) - 1 for stage in stages] or None,
         crop_ratio=config.get("pretrained_cfg", {}).get("crop_pct"),
-        resize=config.get("evaluation", {}).get("resize"),
+        **{name: config.get("evaluation", {}).get(name) for name in ("resize", "mask_offset", "void_label")},
         mask_ratio=config.get("mask_ratio"),
         norm_pix_loss=config.get("norm_pix_loss"),
         value_range=value_range,

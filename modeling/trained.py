@@ -30,6 +30,7 @@ class Trained(NamedTuple):
     classes: list[str]  # the same or LABEL_0, ... of a classifier or segmenter, otherwise []
     crop_ratio: float  # of an encoder or classifier: side of the centre crop / side of the resized image
     resize: tuple[int, int] | None  # of a segmenter: LONG and SHORT side that images fit
+    masks: dict[str, int | None]  # "mask_offset" and "void_label" of the masks that a segmenter was trained on
     value_range: tuple[float, float] | None  # pixels that become 0 and 1; None: 0 and 255
     assumed: tuple[str, ...]  # assumptions about facts that no file states, in words
 
@@ -100,6 +101,7 @@ def open_trained(
         classes=class_names or [f"LABEL_{i}" for i in range(num_classes)],
         crop_ratio=crop_ratio or (CROP_RATIO if max(encoder.img_size) <= 224 else 1.0),
         resize=resize and tuple(resize),
+        masks=dict(mask_offset=stored.mask_offset, void_label=stored.void_label),
         value_range=stored.value_range and tuple(stored.value_range),
         assumed=tuple(assumed),
     )

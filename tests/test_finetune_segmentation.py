@@ -12,6 +12,7 @@ from conftest import (
     SCENES,
     assert_equal_runs,
     log_of,
+    losses_of,
     metrics_of,
     refusals,
     run,
@@ -150,10 +151,32 @@ def test_numbers_of_masks_do_not_change_a_run(undisturbed, scenes, flags, tmp_pa
     folder = tmp_path / "work_dir" / "finetune_segmentation"
     assert_equal_runs(undisturbed, folder, 7)
     assert metrics_of(folder)["per_class_iou"] == metrics_of(undisturbed)["per_class_iou"]
-    again = [*numbers, WEIGHTS, folder, "--eval_only", "--num_workers", 0, "--evaluate", "whole"]
-    run(SCRIPT, *again, "--experiment_name", "again", cwd=tmp_path)
-    measured = metrics_of(tmp_path / "work_dir" / "again")
-    assert measured["per_class_iou"] == metrics_of(undisturbed)["per_class_iou"]
+    again = ["--path_to_data", data, "--eval_only", "--num_workers", 0, "--evaluate", "whole"]  # they are remembered
+    weights = {"model": folder / "model", "checkpoint": folder / "checkpoints" / "step_00000007"}
+    run_each(SCRIPT, [[*again, WEIGHTS, weights[name], "--experiment_name", name] for name in weights], cwd=tmp_path)
+    for name in weights:
+        measured = metrics_of(tmp_path / "work_dir" / name)
+        assert measured["per_class_iou"] == metrics_of(undisturbed)["per_class_iou"], name
+
+
+def test_runs_that_do_not_say_how_masks_are_numbered_are_resumed(undisturbed, scenes, flags, tmp_path):
+    """Their masks, which a new run refuses, were accepted as numbered from 1; older runs know no such flag."""
+    data = shutil.copytree(scenes, tmp_path / "data")
+    (data / "classes.txt").write_text("\n".join(["background", *SCENES[1:]]))  # the last one has no pixel
+    starts = []
+    for name, given in (("unknown", []), ("unsaid", ["--mask_offset", 1])):
+        folder = shutil.copytree(undisturbed, tmp_path / "work_dir" / name)
+        saved = json.loads((folder / "args.json").read_text())
+        if name == "unknown":
+            del saved["flags"]["mask_offset"], saved["flags"]["void_label"]
+        else:
+            saved["flags"]["mask_offset"] = None
+        (folder / "args.json").write_text(json.dumps(saved))
+        resumed = ["--path_to_data", data, "--resume_from_checkpoint", "step_00000006"]
+        starts.append([*flags, *resumed, *given, "--experiment_name", name])
+    run_each(SCRIPT, starts, cwd=tmp_path)
+    for name in ("unknown", "unsaid"):
+        assert losses_of(tmp_path / "work_dir" / name) == losses_of(undisturbed)
 
 
 def test_what_only_evaluates_agrees_with_the_run(undisturbed, scenes, tmp_path):
@@ -178,7 +201,8 @@ def test_other_ways_to_train_and_to_evaluate(scenes, tmp_path):
     data = shutil.copytree(scenes, tmp_path / "data")
     (data / "images" / "training" / "scene_05.jpg").write_text("no image")
     (data / "annotations" / "validation" / "scene_01.png").write_bytes(b"\x89PNG cut")
-    shared = ["--path_to_data", data, *SMALL, *ENCODER, "--input_channels", 1, "--head", "linear"]
+    shared = ["--path_to_data", data, "--data_format", "folder", *SMALL, *ENCODER, "--input_channels", 1]
+    shared += ["--head", "linear"]
     shared += ["--no-relative_position_bias", "--layer_scale", 0, "--epochs", 1, "--resize", 96, 40]
     scales = ["--evaluate_scales", 0.5, 1, 1.5, "--evaluate_flip"]
     again = ["--path_to_data", data, WEIGHTS, "work_dir/scratch/model", "--input_channels", 1, "--resize", 96, 40]

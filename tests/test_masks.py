@@ -29,11 +29,11 @@ def write(root, masks, classes, name="classes.txt"):
     return root
 
 
-def check(root, mask_format=LIKE_ADE20K, **options):
+def check(root, mask_format=LIKE_ADE20K, *, strict=False, **options):
     """Return the pixels of each class in training, and the lines that are said; raises DataError."""
     sources, said = open_pairs(str(root), RGB, mask_format, **options), []
     names, here = ("training", "validation"), dict(share=slice(None), gather=list, processes=1, progress=False)
-    counts = check_annotations(dict(zip(names, sources, strict=True)), RGB, say=said.append, **here)
+    counts = check_annotations(dict(zip(names, sources, strict=True)), RGB, say=said.append, strict=strict, **here)
     return counts["training"].tolist(), said
 
 
@@ -67,8 +67,9 @@ def test_doubts_are_told_where_they_are_no_proof(tmp_path):
     plain = write(tmp_path / "plain", [LABELS], ["sky", "road", "car"])
     counts, said = check(plain)
     assert counts == [60, 60, 0] and any("if 0 is sky, give --mask_offset 0" in line for line in said)
+    assert "give --mask_offset 0 if label 0 is 'sky', or give --mask_offset 1" in refusal(plain, strict=True)
     from_one = write(tmp_path / "one", [LABELS + 1], ["sky", "road", "car"])
-    assert check(from_one) == ([60, 60, 60], [])
+    assert check(from_one) == check(from_one, strict=True) == ([60, 60, 60], [])
     error = refusal(from_one, MaskFormat(0))
     assert "has the label 3; expected 0 to 2" in error and "--mask_offset 1" in error
     empty = write(tmp_path / "empty", [LABELS + 1], ["sky", "road", "car", "bus"])

@@ -256,13 +256,17 @@ def test_bad_masks_are_named_at_the_start_and_refused_when_read(pair_folder, mas
 
 
 def test_at_most_five_masks_are_named(pair_folder):
-    for i in range(6):
-        Image.new("RGB", (80, 60)).save(pair_folder / f"annotations/training/{i}.png")
-    source = SegmentationFolder(pair_folder, "training")
+    """Of both splits and of both processes of a run, this one and a like one, together."""
+    for path in (pair_folder / "annotations").rglob("*.png"):
+        Image.new("RGB", (80, 60)).save(path)
+    sources = dict(zip(("training", "validation"), open_pairs(str(pair_folder), RGB), strict=True))
+    share = dict(share=slice(None), gather=lambda here: [*here, *here], progress=False)
     for processes in (1, 2):
-        errors = check(source, processes=processes)[1]
+        with pytest.raises(DataError) as caught:
+            check_annotations(sources, RGB, **share, processes=processes)
+        errors = str(caught.value).splitlines()
         assert [f"/{i}.png" in error for i, error in enumerate(errors[:5])] == [True] * 5
-        assert errors[5:] == ["and 1 more masks like these"]
+        assert errors[5:] == ["and 13 more masks like these"]
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
@@ -340,6 +344,10 @@ def test_splits_may_be_of_two_kinds_and_shapes_have_their_own(scenes, tmp_path):
     assert len(train) == 10 and len(validation) == 5 and train.classes == validation.classes
     train, validation = open_pairs(str(scenes), RGB, validation=listed, class_file=classes_file)
     assert len(train) == len(validation) == 10
+    shutil.copy(listed, tmp_path / "list.txt")
+    options = dict(validation=str(tmp_path / "list.txt"), class_file=classes_file, data_format="list")
+    named = open_pairs(str(tmp_path / "list.txt"), RGB, **options)
+    assert [len(source) for source in named] == [10, 10] and named[0].fingerprint() == validation.fingerprint()
     for options in (dict(validation="x"), dict(class_file="y")):
         with pytest.raises(DataError, match="does not go with builtin:shapes, which has its own; leave it out"):
             open_pairs("builtin:shapes", RGB, **options)
