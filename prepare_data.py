@@ -26,9 +26,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data.batches import make_loader
-from data.classes import format_classes
+from data.classes import ADE20K
 from data.decode import MAX_PIXELS, PixelFormat
 from data.index import DataError, first_few, write_array
+from data.masks import MaskFormat
 from data.pairs import SegmentationFolder, open_pairs
 from data.prepared import PLAN, PREPARED, PREPARING, SETTINGS, VERSION, keeps_files, open_prepared, read_prepared
 from data.sources import kind_of_data, open_sources
@@ -42,6 +43,7 @@ from training.wording import in_bytes
 PROBED = 64  # images from which the size of all is estimated
 CHUNK_SAMPLES, CHUNK_BYTES = 256, 8e6  # a process encodes at most this much at a time
 BEGUN = (PREPARING, f".{Path(PLAN).name}.tmp")  # all that a folder holds before its plan is written
+OWN_SETTINGS = (*SETTINGS, "shard_size", "mask_offset")  # of a plan; older ones lack the last
 FLAGS = {"channels": "input_channels"}  # settings whose flag has another name
 
 
@@ -59,6 +61,7 @@ def parse_args(argv=None):
     flag("--statistics", action="store_true", help=f"measure the channels of the training images ({STATISTICS})")
     flag("--verify", action="store_true", help="compare the shards of OUT, or of SOURCE, with their checksums")
     flag("--num_workers", type=integer(0), help="worker processes (default min(32, cores))")
+    flag("--mask_offset", type=int, choices=(0, 1), help="label of the first class in annotations/ (default 1)")
     flag("--cache_dir", help="folder for indices of large data sets (default ~/.cache/masked-autoencoders)")
     flag, real = parser.add_argument_group("images").add_argument, number(-math.inf)
     flag("--input_channels", type=integer(1), default=3, help="3 (colour), 1 (grey), or bands (default 3)")
@@ -134,7 +137,7 @@ def check_same(output, found, content):
     errors = [
         f"{output} was started with --{FLAGS.get(name, name)} {format_flag(found.get(name))}, not "
         f"{format_flag(content[name])}; repeat that command, or give another OUT"
-        for name in (*SETTINGS, "shard_size")
+        for name in OWN_SETTINGS
         if found.get(name) != content[name]
     ]
     if any(found.get(name) != content[name] for name in ("version", "fingerprint", "source_bytes")):
@@ -250,13 +253,13 @@ def finish(output, plan, encoders):
                 write_array(output / split / f"{name}.npy", column)
         damaged += [json.dumps({"path": source.name(index), "reason": reason}) + "\n" for index, reason in failures]
     (output / "damaged.jsonl").write_text("".join(damaged))
-    keys = ("version", *SETTINGS, "shard_size", "dtype", "fingerprint", "source_bytes")
-    prepared = {key: plan[key] for key in keys}
+    prepared = {key: plan.get(key) for key in ("version", *OWN_SETTINGS, "dtype", "fingerprint", "source_bytes")}
     if plan["format"] == "jpeg":
         write_json(output / "dataset_dict.json", {"splits": list(sources)})
         if isinstance(sources["train"], SegmentationFolder):
-            text = format_classes(sources["train"].classes, sources["train"].mask_format.colours)
-            (output / "classes.txt").write_text(text, encoding="utf-8")
+            names, path = sources["train"].classes, sources["train"].class_file
+            content = "\n".join(names).encode() if path == ADE20K else path.read_bytes()
+            (output / "classes.txt").write_bytes(content)
     else:
         prepared["classes"] = {split: source.classes for split, source in sources.items()}
     prepared |= {"shards": shards, "damaged": len(damaged)}
@@ -335,16 +338,15 @@ def report_statistics(statistics, folder):
         print("           give the scripts these flags, as there is no folder to write them to")
 
 
-def open_all(source, pixels, *, any_range, **options):
+def open_all(source, pixels, mask_format, *, any_range, **options):
     """Open the sources of all splits, with masks if the folder has them. Raises DataError.
 
-    If `any_range`, images whose range of values is still to be measured are accepted. `options` are those of
-    `open_sources`.
+    With `any_range`, the range of values may still have to be measured. `options` are those of `open_sources`.
     """
     parts = [Path(source, part) for part in ("images", "annotations")]
     kind, opens = kind_of_data(source, options["data_format"]), partial(open_sources, **options)
     if kind == "folder" and all(part.is_dir() for part in parts):
-        opens = partial(open_pairs, cache=options["cache"])
+        opens = partial(open_pairs, mask_format=mask_format, **options)
     try:
         train, validation = opens(source, pixels)
     except DataError:
@@ -363,14 +365,14 @@ def main(argv=None):
     num_workers = min(32, launch.cores_per_process()) if args.num_workers is None else args.num_workers
     value_range = tuple(args.value_range) if args.value_range else None
     pixels = PixelFormat(args.input_channels, value_range, args.nodata, args.max_pixels)
-    settings = {name: getattr(args, FLAGS.get(name, name)) for name in (*SETTINGS, "shard_size")}
+    settings = {name: getattr(args, FLAGS.get(name, name)) for name in OWN_SETTINGS}
     folder = Path(args.out or args.source)
 
     try:
         # Source
         if args.out or args.statistics:
             options = dict(cache=args.cache_dir, data_format=args.data_format)
-            sources = open_all(args.source, pixels, any_range=not args.out, **options)
+            sources = open_all(args.source, pixels, MaskFormat(args.mask_offset), any_range=not args.out, **options)
             for source in sources.values():
                 for line in source.notes:
                     print(line)

@@ -5,7 +5,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from itertools import count
+from itertools import count, dropwhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,6 @@ from data.values import text_encoding
 
 ADE20K = Path("ade20k")  # instead of a file with the names of classes
 MAX_CLASSES = 254  # the values of a byte beside void, in files and in memory
-OTHER_FORMATS = (".py", ".yaml", ".yml", ".xml", ".toml", ".md")  # texts whose lines would be taken for names
 
 # Columns of tables, without spaces, hyphens and underscores; the first that a table has is taken
 NAMES = ("name", "names", "classname", "labelname", "class", "classes", "label", "labels", "category", "readable")
@@ -58,7 +57,8 @@ def read_classes(path: Path, first_label: int = 1) -> tuple[list[str], np.ndarra
     """Read the names of the classes, ADE20K's if the path is ADE20K, in the order of their labels.
 
     A file has a name on each line, with or without its number or colour before or after it; or it is a table with a
-    header; or JSON: names, objects with a name, or an object from numbers to names or from names to numbers.
+    header; or JSON: names, objects with a name, or an object from numbers to names or from names to numbers. Lines with
+    # at the top are comments.
 
     Args:
         first_label: the label of the first class in masks, which numbers in the file must agree with.
@@ -88,13 +88,6 @@ def read_classes(path: Path, first_label: int = 1) -> tuple[list[str], np.ndarra
     return names, np.array([row.colour for row in rows], np.uint8) if has_colours else None, errors
 
 
-def format_classes(names: list[str], colours: np.ndarray | None) -> str:
-    """Return the text of a file that `read_classes` reads as these classes."""
-    if colours is None:
-        return "\n".join(names)
-    return "\n".join(f"{red} {green} {blue}\t{name}" for (red, green, blue), name in zip(colours, names, strict=True))
-
-
 def _check_numbers(path: Path, rows: list[Row], first_label: int) -> None:
     """Sort numbered rows, and raise DataError unless they count from `first_label`."""
     if not rows or rows[0].number is None:
@@ -115,8 +108,6 @@ def _check_numbers(path: Path, rows: list[Row], first_label: int) -> None:
 
 def _read_rows(path: Path) -> list[Row]:
     """Return the classes of a file as it has them. Raises DataError."""
-    if path.suffix.lower() in OTHER_FORMATS:
-        raise DataError(f"{path} is a {path.suffix} file; expected text with a class on each line, CSV, or JSON")
     try:
         data = path.read_bytes()
         text = data.decode(text_encoding(data))
@@ -125,18 +116,26 @@ def _read_rows(path: Path) -> list[Row]:
     except (OSError, ValueError) as error:
         what = "JSON" if path.suffix.lower() == ".json" else "text in UTF-8 with a class on each line"
         raise DataError(f"{path} cannot be read ({error}); expected {what}") from None
-    lines = [line.strip() for line in text.rstrip().splitlines() if not line.startswith("#")]
+    lines = [line.strip() for line in text.rstrip().splitlines()]
+    lines = list(dropwhile(lambda line: line.startswith("#"), lines))
+    if late := [line for line in lines if line.startswith("#")]:
+        remedy = "put a name in quotes, and remove what is a comment"
+        raise DataError(f"{path} has the line {late[0]!r} below the first class; {remedy}")
     if not any(lines):
         raise DataError(f"{path} has no line; expected a name on each, from the first label on")
     delimiter = next((each for each in "\t,;" if each in lines[0]), ",")
     header = [_key(cell) for cell in next(csv.reader([lines[0]], delimiter=delimiter), [])]
-    if {*header} & {*NAMES} and len(header) > 1:
-        return _rows_of_table(path, header, lines[1:], delimiter)
-    if header and header[0] in NAMES:
+    if len(header) == 1 and header[0] in NAMES:
         return _rows_of_lines(path, lines[1:])
-    words = {_key(word) for word in lines[0].split()}
-    if len(words) > 1 and words & {*NAMES} and words <= {*NAMES, *NUMBERS, *COLOURS, *sum(CHANNELS, ())}:
-        raise DataError(f"{path} has the header {lines[0]!r}; expected commas or tabs between the columns")
+    known, words = {*NAMES, *NUMBERS, *COLOURS, *sum(CHANNELS, ())}, {_key(word) for word in lines[0].split()}
+    has_name = bool({*header} & {*NAMES})
+    if has_name and len({*header} & known) > 1:
+        return _rows_of_table(path, header, lines[1:], delimiter)
+    if (has_name and len(header) > 1) or (words & {*NAMES} and len(words) > 1 and words <= known):
+        raise DataError(
+            f"{path} begins with {lines[0]!r}, which may be a header or a class; give a header a column `id` or `rgb` "
+            "beside `name` and commas or tabs between them, and put the name of a class in quotes"
+        )
     return _rows_of_lines(path, lines)
 
 
@@ -169,14 +168,12 @@ def _rows_of_table(path: Path, header: list[str], lines: list[str], delimiter: s
 
 def _rows_of_json(path: Path, content) -> Iterator[Row]:
     if isinstance(content, dict):
-        inner = (content[key] for key in ("id2label", "label2id", "classes", "labels", "categories") if key in content)
+        inner = (content[key] for key in ("id2label", "label2id", "categories") if key in content)
         content = next((each for each in inner if isinstance(each, list | dict)), content)
     if isinstance(content, dict):
         for key, value in content.items():
             text = f"{key}: {value}"
-            if isinstance(value, list):
-                yield _row(path, text, key, None, value)
-            elif re.fullmatch(r"\d+", key):
+            if re.fullmatch(r"\d+", key):
                 yield _row(path, text, value, key, None)
             else:
                 yield _row(path, text, key, value, None)
@@ -198,10 +195,7 @@ def _row_of_record(path: Path, text: str, record: dict) -> Row:
     colour = [record[key] for key in channels] if channels else None
     column = next((key for key in COLOURS if key in record), None)
     if column is not None:
-        value = record[column]
-        hexadecimal = re.fullmatch("#([0-9a-fA-F]{6})", str(value).strip())
-        colour = list(bytes.fromhex(hexadecimal[1])) if hexadecimal else value
-        colour = re.findall(r"[\d.]+", colour) if isinstance(colour, str) else colour
+        colour = re.findall(r"[\d.]+", str(record[column]))
     return _row(path, text, record.get(name), record.get(number), colour)
 
 

@@ -2,10 +2,9 @@
 
 import json
 
-import numpy as np
 import pytest
 
-from data.classes import format_classes, read_classes
+from data.classes import read_classes
 
 TWO = ["sky", "light pole"]
 COLOURS = [[64, 128, 64], [0, 0, 192]]
@@ -49,13 +48,11 @@ def test_names_with_numbers_headers_and_columns(tmp_path, text):
         *("1 64 128 64 sky\n2 0 0 192 light pole", "1,sky,64,128,64\n2,light pole,0,0,192"),
         "# label:color_rgb:parts:actions\nsky:64,128,64::\nlight pole:0,0,192::\n",
         *("name,r,g,b\nsky,64,128,64\nlight pole,0,0,192", "class;red;green;blue\nsky;64;128;64\nlight pole;0;0;192"),
-        *('name,rgb\nsky,"(64, 128, 64)"\nlight pole,"(0, 0, 192)"', "name,color\nsky,#408040\nlight pole,#0000C0"),
+        'name,rgb\nsky,"(64, 128, 64)"\nlight pole,"(0, 0, 192)"',
     ],
 )  # fmt: skip
 def test_names_with_colours(tmp_path, text):
     assert read(tmp_path, "class_dict.csv", text) == (TWO, COLOURS, [])
-    names, colours, _ = read(tmp_path, "written.txt", format_classes(TWO, np.array(COLOURS)))
-    assert (names, colours) == (TWO, COLOURS)
 
 
 @pytest.mark.parametrize(
@@ -66,8 +63,7 @@ def test_names_with_colours(tmp_path, text):
         ({"light pole": 2, "sky": 1}, None),
         ({"id2label": {"1": "sky", "2": "light pole"}, "label2id": {"sky": 1, "light pole": 2}}, None),
         ({"images": [], "categories": [{"id": 2, "name": "light pole"}, {"id": 1, "name": "sky"}]}, None),
-        ({"labels": [{"name": "sky", "color": COLOURS[0]}, {"name": "light pole", "color": COLOURS[1]}]}, COLOURS),
-        ({"sky": COLOURS[0], "light pole": COLOURS[1]}, COLOURS),
+        ([{"name": "sky", "color": COLOURS[0]}, {"name": "light pole", "color": COLOURS[1]}], COLOURS),
     ],
 )
 def test_json(tmp_path, content, colours):
@@ -95,12 +91,14 @@ def test_numbers_must_count_from_the_first_label(tmp_path):
         ("a.csv", "name,id,trainId\nunlabeled,0,255\nlicense plate,-1,-1", "the line 'license plate,-1,-1'"),
         ("a.txt", "64 128 64 sky\nroad", "the line 'road'; expected a colour and a name"),
         ("a.txt", "1 sky\n1 road", "the line '1 road'"),
-        ("a.txt", "id name\n1 sky\n2 road", "the header 'id name'; expected commas or tabs"),
+        ("a.txt", "id name\n1 sky\n2 road", "begins with 'id name', which may be a header or a class"),
+        ("a.txt", "class, type\nsky\nroad", "begins with 'class, type', which may be a header or a class"),
+        ("a.txt", "# names\nsky\n#2 pencil\nroad", "the line '#2 pencil' below the first class; put a name in quotes"),
+        ("a.csv", "name,color\nsky,#408040\nroad,#0000C0", "the line 'sky,#408040', whose colour is not"),
+        ("a.json", '{"sky": [64, 128, 64], "road": [0, 0, 192]}', "the line 'sky: [64, 128, 64]' with the number"),
         ("a.txt", "\nsky\nroad", "an empty line"),
         ("a.txt", b"caf\xe9\nsky", "cannot be read"),
         ("a.xlsx", b"PK\x03\x04\xff\xfe", "cannot be read"),
-        ("labels.py", "labels = []", "is a .py file"),
-        ("data.yaml", "names:\n  0: sky", "is a .yaml file"),
         ("a.json", '["sky", ', "cannot be read"),
         ("a.json", "[1, 2]", "the line '1' without a name"),
         ("a.json", "3", "expected a list of names"),
@@ -109,6 +107,11 @@ def test_numbers_must_count_from_the_first_label(tmp_path):
 def test_other_files_are_refused_with_the_line(tmp_path, name, text, words):
     _, _, (error,) = read(tmp_path, name, text)
     assert words in error and name in error
+
+
+def test_names_like_comments_and_headers_are_read_in_quotes(tmp_path):
+    names = ["class, type", "#2 pencil", "sky"]
+    assert read(tmp_path, "a.txt", '"class, type"\n"#2 pencil"\nsky') == (names, None, [])
 
 
 def test_lists_that_come_with_ade20k(real_images):

@@ -20,6 +20,7 @@ from PIL import Image
 import prepare_data
 from data import writing
 from data.decode import PixelFormat, decode
+from data.masks import MaskFormat
 from data.pairs import open_pairs
 from data.prepared import open_prepared
 from data.segmentation import read_pair
@@ -194,6 +195,20 @@ def test_masks_in_colour_keep_their_table(pair_folder, tmp_path_factory):
         assert one.classes == other.classes == names and len(one) == len(other)
         for i in range(len(one)):
             assert torch.equal(read_pair(one, i, PIXELS)[1], read_pair(other, i, PIXELS)[1])
+
+
+def test_classes_may_be_numbered_from_0(pair_folder, tmp_path_factory, capsys):
+    output = tmp_path_factory.mktemp("out") / "shards"
+    (pair_folder / "classes.txt").write_text("0 void\n1 sky\n2 road\n3 car\n")
+    assert "give --mask_offset 0" in refused(capsys, pair_folder, output)
+    prepare(pair_folder, output, "--mask_offset", 0)
+    one, other = (open_pairs(str(path), PIXELS, MaskFormat(0))[0] for path in (pair_folder, output))
+    assert one.classes == other.classes == ["void", "sky", "road", "car"]
+    assert torch.equal(read_pair(one, 0, PIXELS)[1], read_pair(other, 0, PIXELS)[1])
+    prepare(pair_folder, output, "--mask_offset", 0)
+    assert "already finished" in capsys.readouterr().out
+    (pair_folder / "classes.txt").write_text("sky\nroad\ncar\n")
+    assert "was started with --mask_offset 0" in refused(capsys, pair_folder, output)
 
 
 def test_a_damaged_mask_is_listed(pairs, tmp_path):
