@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data import shapes
 from data.classes import ADE20K, read_classes
 from data.decode import DamagedImage, PixelFormat, decode
-from data.files import FolderSource
+from data.files import FolderSource, choose_splits, note_test
 from data.index import DataError, first_few
 from data.masks import IGNORED, LIKE_ADE20K, MaskFormat, classes_of, labels_of
 from data.pool import mapping
@@ -60,8 +60,9 @@ class MaskReport(NamedTuple):
 class SegmentationFolder(FolderSource):
     """Find the pairs of a split, "training" or "validation", of a folder laid out like ADEChallengeData2016 of ADE20K.
 
-    Each image below images/SPLIT has a mask of the same relative name below annotations/SPLIT, as a PNG. Without a
-    `class_file` (see `open_pairs`) and classes.txt, images of ADE20K have its classes. Raises DataError.
+    Each image below images/SPLIT has a mask of the same relative name below annotations/SPLIT, as a PNG. These folders
+    may have other usual names, see `files.choose_splits`. Without a `class_file` (see `open_pairs`) and classes.txt,
+    images of ADE20K have its classes. Raises DataError.
     """
 
     has_masks = True
@@ -77,13 +78,17 @@ class SegmentationFolder(FolderSource):
         root = Path(root)
         if not root.is_dir():
             raise DataError(f"{root} is no folder; --path_to_data takes a folder with {LAYOUT}, or builtin:shapes")
-        images, annotations = root / "images" / split, root / "annotations" / split
-        if missing := [f"{path.parent.name}/{split}" for path in (images, annotations) if not path.is_dir()]:
+        train, held_out = choose_splits(path.name for path in root.glob("images/*/"))
+        folder = (train if split == "training" else held_out) or split
+        images, annotations = root / "images" / folder, root / "annotations" / folder
+        if missing := [f"{path.parent.name}/{folder}" for path in (images, annotations) if not path.is_dir()]:
             if any(any(root.glob(name)) for name in FULL_ADE20K_FILES):
                 raise DataError(FULL_ADE20K.format(root))
             remedy = "; move some pairs there, for evaluation" if split == "validation" else ""
             raise DataError(f"{root} has no {' and no '.join(missing)}; expected {LAYOUT}{remedy}")
         super().__init__(images, cache=cache)
+        if split == "validation":
+            self.notes += note_test(folder)
         self.labels = None
         self.masks = FolderSource(annotations, (".png",), cache=cache)
         stems, mask_stems = _stems(self), _stems(self.masks)

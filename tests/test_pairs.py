@@ -121,6 +121,21 @@ def test_classes_of_ade20k_need_no_list(pair_folder):
     assert open_pairs(str(pair_folder), RGB)[1].classes[1] == "counts"
 
 
+@pytest.mark.parametrize(
+    "train, held_out", [("train", "val"), ("Train", "Val"), ("TRAINING", "valid_set"), ("train2017", "test")]
+)
+def test_splits_have_any_usual_name(pair_folder, train, held_out):
+    expected = open_pairs(str(pair_folder), RGB)
+    for folder in ("images", "annotations"):
+        for split, name in (("training", train), ("validation", held_out)):
+            (pair_folder / folder / split).rename(pair_folder / folder / name)
+    found = open_pairs(str(pair_folder), RGB)
+    assert [source.fingerprint() for source in found] == [source.fingerprint() for source in expected]
+    assert any("held out   test" in note for note in found[1].notes) == (held_out == "test")
+    shutil.rmtree(pair_folder / "annotations" / held_out)
+    assert f"has no annotations/{held_out}" in errors_of(pair_folder)[0]
+
+
 def remove(*paths):
     def change(root):
         for path in paths:
