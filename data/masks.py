@@ -7,7 +7,6 @@ memory a mask is uint8 (H, W) with 0 .. N-1 for the classes and 255 (IGNORED) fo
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from data.decode import MAX_PIXELS, decode_stored
 from data.index import DataError
@@ -42,21 +41,13 @@ class MaskFormat(NamedTuple):
 LIKE_ADE20K = MaskFormat()
 
 
-def mask_of(
+def decode_labels(
     data: Fetched, num_classes: int, mask_format: MaskFormat, *, name: str, max_pixels: int = MAX_PIXELS
-) -> torch.Tensor:
-    """Decode a mask that a source fetched: uint8 (H, W), with the classes 0 .. N-1 and 255 for void.
+) -> np.ndarray:
+    """Decode a mask that a source fetched to the labels of its file (H, W).
 
     Raises DamagedImage, and DataError, whose message has `name`, for other colours and labels than the classes'.
     """
-    labels = labels_of(data, num_classes, mask_format, name=name, max_pixels=max_pixels)
-    return torch.from_numpy(classes_of(labels, mask_format))
-
-
-def labels_of(
-    data: Fetched, num_classes: int, mask_format: MaskFormat, *, name: str, max_pixels: int = MAX_PIXELS
-) -> np.ndarray:
-    """Decode a mask that a source fetched to the labels of its file (H, W). Raises the errors of `mask_of`."""
     first, void, colours = mask_format.first_label, mask_format.void_label, mask_format.colours
     labels = decode_stored(data, max_pixels, in_colour=colours is not None)
     if labels.dtype.kind not in "bui":
@@ -64,7 +55,7 @@ def labels_of(
     if colours is not None:
         is_grey = (colours == colours[:, :1]).all()
         if labels.shape[2:] in ((3,), (4,)) or (labels.ndim == 2 and is_grey):
-            labels = _labels_of_colours(labels, colours, name) + first
+            labels = _find_colours(labels, colours, name) + first
     if labels.ndim != 2:
         raise DataError(
             f"{name} has colour or transparency; expected one label a pixel, of a palette or grey; if colours are "
@@ -89,7 +80,7 @@ def labels_of(
     return labels
 
 
-def _labels_of_colours(pixels: np.ndarray, colours: np.ndarray, name: str) -> np.ndarray:
+def _find_colours(pixels: np.ndarray, colours: np.ndarray, name: str) -> np.ndarray:
     """Return the rows of `colours` that the pixels (H, W), (H, W, 3) or (H, W, 4) have, int64 (H, W)."""
     place = np.array([2**16, 2**8, 1])
     codes = pixels.astype(np.int64) * place.sum() if pixels.ndim == 2 else pixels[:, :, :3] @ place
@@ -99,12 +90,15 @@ def _labels_of_colours(pixels: np.ndarray, colours: np.ndarray, name: str) -> np
     if (wrong := known[nearest] != codes).any():
         code = int(codes[wrong][0])
         colour = code >> 16, code >> 8 & 255, code & 255
-        remedy = "add a line for it (void: with --void_label and its number), or correct the mask"
+        remedy = (
+            "add a line for it (void: with --void_label and its number), correct the mask, or if masks hold labels "
+        )
+        remedy += "and their colours are only for display, remove the colours from the file of classes"
         raise DataError(f"{name} has the colour {colour}, which the table of classes does not have; {remedy}")
     return nearest
 
 
-def classes_of(labels: np.ndarray, mask_format: MaskFormat) -> np.ndarray:
+def to_classes(labels: np.ndarray, mask_format: MaskFormat) -> np.ndarray:
     """Return the classes 0 .. N-1, and 255 for void, of the labels of a file (H, W), as uint8."""
     classes = labels.astype(np.uint8) - np.uint8(mask_format.first_label)  # void, 0 - 1, wraps around to 255
     if mask_format.void_label is not None:

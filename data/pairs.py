@@ -25,7 +25,7 @@ from data.classes import ADE20K, read_classes
 from data.decode import DamagedImage, PixelFormat, decode
 from data.files import FolderSource, choose_splits, note_test
 from data.index import DataError, first_few
-from data.masks import IGNORED, LIKE_ADE20K, MaskFormat, classes_of, labels_of
+from data.masks import IGNORED, LIKE_ADE20K, MaskFormat, decode_labels, to_classes
 from data.pool import mapping
 from data.sources import Fetched, ShapesSource, Source, check_pixels, kind_of_data, open_cache, open_sources
 
@@ -299,13 +299,13 @@ def _check_mask(source: PairSource, pixels: PixelFormat, index: int) -> MaskRepo
     (data,), name, num_classes = source.fetch_masks([index]), source.mask_name(index), len(source.classes)
     (image,), nothing = source.fetch([index]), np.zeros(num_classes, np.int64)
     try:
-        labels = labels_of(data, num_classes, source.mask_format, name=name, max_pixels=pixels.max_pixels)
+        labels = decode_labels(data, num_classes, source.mask_format, name=name, max_pixels=pixels.max_pixels)
         size, orientation = _size_and_orientation(image, pixels)
     except DamagedImage:
         return None
     except DataError as error:
         return MaskReport(nothing, 0, [], [str(error)])
-    mask = classes_of(labels, source.mask_format)
+    mask = to_classes(labels, source.mask_format)
     counts = np.bincount(mask.ravel(), minlength=IGNORED + 1)[:num_classes]
     stored_size, errors = size[::-1] if orientation > 4 else size, []
     if mask.shape == stored_size != size:

@@ -16,7 +16,7 @@ from data.batches import SourceDataset
 from data.classes import ade20k_classes
 from data.decode import DamagedImage, PixelFormat, decode
 from data.index import DataError
-from data.masks import IGNORED, mask_of
+from data.masks import IGNORED, decode_labels, to_classes
 from data.pairs import WRONG_SIZE, PairSource
 from data.sampling import sample_generator
 from data.transforms import empty_images
@@ -188,9 +188,11 @@ def read_pair(source: PairSource, index: int, pixels: PixelFormat) -> tuple[torc
     image, name = decode(*source.fetch([index]), pixels), source.mask_name(index)
     try:
         (data,) = source.fetch_masks([index])
-        mask = mask_of(data, len(source.classes), source.mask_format, name=name, max_pixels=pixels.max_pixels)
+        options = dict(name=name, max_pixels=pixels.max_pixels)
+        labels = decode_labels(data, len(source.classes), source.mask_format, **options)
     except DamagedImage as error:
         raise DamagedImage(f"its mask {name}: {error}") from None
+    mask = torch.from_numpy(to_classes(labels, source.mask_format))
     if mask.shape != image.shape[1:]:
         raise DataError(WRONG_SIZE.format(name, *mask.shape, *image.shape[1:]))
     return image, mask

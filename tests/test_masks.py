@@ -1,7 +1,5 @@
 """How masks are numbered and coloured, and what is said about masks that fit the flags badly."""
 
-import shutil
-
 import numpy as np
 import pytest
 from conftest import write_pair
@@ -128,6 +126,16 @@ def test_labels_beside_a_table_of_colours_stay_labels(tmp_path):
     assert check(root) == ([60, 60, 60], [])
 
 
+def test_labels_with_other_colours_than_the_table_are_told_to_go_without_it(tmp_path):
+    palette = Image.fromarray(LABELS + 1)
+    palette.putpalette([9, 9, 9, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+    root = write(tmp_path, [palette], ["sky,0,0,0", "road,64,128,64", "car,192,0,128"])
+    error = refusal(root)
+    assert "has the colour (1, 2, 3)" in error and "remove the colours from the file of classes" in error
+    (root / "classes.txt").write_text("sky\nroad\ncar")
+    assert check(root) == ([60, 60, 60], [])
+
+
 def test_other_colours_are_named(tmp_path):
     root = write(tmp_path, [coloured("RGB")], ["sky,0,0,0", "road,64,128,64"])
     error = refusal(root)
@@ -191,30 +199,3 @@ def test_shapes_have_their_own_numbers():
     for given in (MaskFormat(0), MaskFormat(void_label=255)):
         with pytest.raises(DataError, match="does not go with builtin:shapes"):
             open_pairs("builtin:shapes", RGB, given)
-
-
-def test_real_masks_numbered_from_1_or_0_or_in_colour(real_images, tmp_path):
-    """CamVid has 0 for void and 11 classes from 1: written in three ways, they are the same classes."""
-    camvid = real_images / "camvid"
-    names = [line.partition(" ")[2] for line in (camvid / "classes.txt").read_text().splitlines()]
-    colours = np.random.default_rng(0).permutation(256)[:36].reshape(12, 3).astype(np.uint8)
-    table = [f"{r},{g},{b},{name}" for (r, g, b), name in zip(colours, [*names, "Void"], strict=True)]
-    ways = {
-        "from 1": (lambda labels: labels, names, LIKE_ADE20K),
-        "from 0": (lambda labels: labels - np.uint8(1), names, MaskFormat(0, 255)),
-        "colours": (lambda labels: colours[labels.astype(int) - 1], table, MaskFormat(0, 11)),
-    }
-    masks = {}
-    for way, (convert, lines, mask_format) in ways.items():
-        for split in ("training", "validation"):
-            for folder in ("images", "annotations"):
-                (tmp_path / way / folder / split).mkdir(parents=True)
-            for path in sorted((camvid / "images" / split).iterdir())[:3]:
-                shutil.copy(path, tmp_path / way / "images" / split)
-                labels = np.array(Image.open(camvid / "annotations" / split / path.name))
-                Image.fromarray(convert(labels)).save(tmp_path / way / "annotations" / split / path.name)
-        (tmp_path / way / "classes.txt").write_text("\n".join(lines))
-        source = open_pairs(str(tmp_path / way), RGB, mask_format)[0]
-        masks[way] = np.stack([read_pair(source, i, RGB)[1] for i in range(len(source))])
-    assert (masks["from 1"] == 255).any() and masks["from 1"].min() == 0
-    assert np.array_equal(masks["from 1"], masks["from 0"]) and np.array_equal(masks["from 1"], masks["colours"])
