@@ -90,10 +90,8 @@ def _find_colours(pixels: np.ndarray, colours: np.ndarray, name: str) -> np.ndar
     if (wrong := known[nearest] != codes).any():
         code = int(codes[wrong][0])
         colour = code >> 16, code >> 8 & 255, code & 255
-        remedy = (
-            "add a line for it (void: with --void_label and its number), correct the mask, or if masks hold labels "
-        )
-        remedy += "and their colours are only for display, remove the colours from the file of classes"
+        remedy = "add a line for it (void: with --void_label and its number), correct the mask, or if the masks hold "
+        remedy += "labels, remove the colours from the file of classes"
         raise DataError(f"{name} has the colour {colour}, which the table of classes does not have; {remedy}")
     return nearest
 
