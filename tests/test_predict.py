@@ -272,6 +272,7 @@ def scores_by_hand(lines, folder, annotations, num_classes):
 @pytest.mark.parametrize("mode", ["slide", "whole"])
 def test_labels_have_the_scores_of_evaluation(mode, models, scenes, predictions, tmp_path):
     flags = ["--path_to_data", scenes, "--path_to_backbone_checkpoint", models["segmenter"], "--eval_only"]
+    flags += ["--mask_offset", 1]  # which this model does not state
     flags += ["--evaluate", mode, "--resize", LONG, SHORT, "--num_workers", 0, "--mixed_precision", "no"]
     run("finetune_segmentation.py", *flags, cwd=tmp_path)
     metrics = json.loads((tmp_path / "work_dir" / "finetune_segmentation" / "metrics.json").read_text())
