@@ -74,6 +74,7 @@ POINTS = {
     "log shortened": Point("log", "training.progress:truncate_log", delay=0.002, main=True),
     "before its exchange": Point("log", "pathlib:Path.replace", of=".log.jsonl.", main=True, resumed=True),
     "after its exchange": Point("log", "pathlib:Path.replace", of=".log.jsonl.", after=True, main=True, resumed=True),
+    "results marked": Point("finish", "pathlib:Path.replace", 2, of=".mae-accelerate.json", main=True),
     "encoder written": Point("finish", "modeling.export:export_encoder", delay=0.02, main=True),
     "autoencoder written": Point("finish", "modeling.export:export_autoencoder", delay=0.005, main=True),
     "before the metrics": Point("finish", "training.files:write_json", of="metrics.json", main=True),

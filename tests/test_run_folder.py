@@ -184,20 +184,32 @@ def test_a_folder_is_replaced_or_stays(tmp_path, error):
         assert {*files_in(target.parent)} == ({f"best/{name}", f"best/{MARKER}"} if name else set())
 
 
-@pytest.mark.parametrize("moment", ["write", "exchange"])
+@pytest.mark.parametrize("moment", ["mark", "write", "exchange", "clean"])
 def test_the_attempt_after_a_kill_takes_the_old_folder_back(tmp_path, moment):
     code = f"""
-import os; from pathlib import Path; from training.files import replace_folder
+import os; from contextlib import nullcontext; from pathlib import Path; from training.files import replace_folder
 target, rename = Path("run/best"), Path.rename
-kill = lambda *args: os.kill(os.getpid(), 9)
+kill = lambda *args, **at: os.kill(os.getpid(), 9)
 replace_folder(target, lambda folder: (folder / "old").touch())
 (target / "mine").touch()
-Path.rename = lambda path, to: kill() if path.name == "new" else rename(path, to)
-replace_folder(target, kill if {moment!r} == "write" else lambda folder: (folder / "new").touch())
+def write(folder):
+    if {moment!r} == "write":
+        kill()
+    (folder / "new").touch()
+    if {moment!r} == "clean":
+        1 / 0
+if {moment!r} == "mark":
+    os.fsync = kill
+if {moment!r} == "exchange":
+    Path.rename = lambda path, to: kill() if path.name == "new" else rename(path, to)
+scandir = os.scandir
+os.scandir = lambda path: nullcontext(sorted(scandir(path), key=lambda entry: entry.name))  # the marker first
+os.rmdir = kill
+replace_folder(target, write)
 """
     run_code(code, cwd=tmp_path, code=-signal.SIGKILL)
     target = tmp_path / "run" / "best"
-    assert ".best.replacing" in os.listdir(target.parent) and target.exists() == (moment == "write")
+    assert ".best.replacing" in os.listdir(target.parent) and target.exists() == (moment != "exchange")
     with pytest.raises(ZeroDivisionError):
         replace_folder(target, lambda folder: 1 / 0)
     assert {*files_in(target.parent)} == {"best/old", "best/mine", f"best/{MARKER}"}

@@ -117,11 +117,13 @@ def clear_beside(target: Path) -> None:
     work = _beside(target)
     if not work.exists():
         return
-    if own_files(work) is None and (not work.is_dir() or any(work.iterdir())):
+    ours = {MARKER, f".{MARKER}.tmp"}  # a kill may come before the marker is whole
+    if own_files(work) is None and (not work.is_dir() or {path.name for path in work.iterdir()} - ours):
         raise RunError(f"{work} is in the way, and was not written by this project; move it")
     if (work / "old").exists() and not target.exists():
         (work / "old").rename(target)
-    shutil.rmtree(work, ignore_errors=True)
+    for path in (work / "new", work / "old", work):  # the marker last
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
