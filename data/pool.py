@@ -25,7 +25,7 @@ class WorkerError(RuntimeError):
 
     def __init__(self, message: str, exit_code: int = 1):
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code = exit_code  # by which training/launch.py knows this error
 
 
 @contextlib.contextmanager
@@ -76,7 +76,7 @@ def check_shared_memory(batch_bytes: int, num_workers: int) -> None:
         raise WorkerError(
             f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, and --num_workers {num_workers} needs "
             f"{num_workers * per_worker / 1e6:.0f} MB for batches of {batch_bytes / 1e6:.1f} MB; give --num_workers "
-            f"{free // per_worker}, a smaller --micro_batch_size, or more room (docker run --shm-size)",
+            f"{free // per_worker}, a smaller batch, or more room (docker run --shm-size)",
             exit_code=2,
         )
 
@@ -132,12 +132,12 @@ def _explain(error: Exception, workers: list) -> str | None:
         free = shutil.disk_usage(SHARED_MEMORY).free / 1e6
         return (
             f"{SHARED_MEMORY} is too small for the loader's batches ({free:.0f} MB are free); give fewer --num_workers "
-            "(0 needs none), a smaller --micro_batch_size, or more room (docker run --shm-size)"
+            "(0 needs none), a smaller batch, or more room (docker run --shm-size)"
         )
     if number in (errno.EAGAIN, errno.ENOMEM):
         return f"a loader worker cannot be started ({error.strerror}); give fewer --num_workers"
     if dead:
         cause = signal.Signals(-dead[0]).name if dead[0] < 0 else f"exit code {dead[0]}"
         cause += " (killed, as when memory runs out)" if dead[0] == -signal.SIGKILL else ""
-        return f"a loader worker ended by {cause}; give fewer --num_workers or a smaller --micro_batch_size"
+        return f"a loader worker ended by {cause}; give fewer --num_workers or a smaller batch"
     return None

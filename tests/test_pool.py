@@ -80,7 +80,11 @@ KILL = "os.kill(os.getpid(), signal.{})"
             "pass",
             "a loader worker ended by SIGKILL (killed, as when memory runs out); give",
         ),
-        (KILL.format("SIGSEGV"), "pass", "a loader worker ended by SIGSEGV; give fewer --num_workers"),
+        (
+            KILL.format("SIGSEGV"),
+            "pass",
+            "a loader worker ended by SIGSEGV; give fewer --num_workers or a smaller batch",
+        ),
         (KILL.format("SIGBUS"), "pass", "/dev/shm is too small for the loader's batches ("),
         ("os._exit(3)", "pass", "a loader worker ended by exit code 3; give fewer --num_workers"),
         (
@@ -127,7 +131,7 @@ def test_the_room_for_batches_is_checked(monkeypatch):
     with pytest.raises(WorkerError, match=r"64 MB free, and --num_workers 17 needs 68 MB .* give --num_workers 16,"):
         check_shared_memory(1_000_000, 17)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(WorkerError, match=r"give --num_workers 4, .*--shm-size") as error:
+    with pytest.raises(WorkerError, match=r"give --num_workers 4, a smaller batch, .*--shm-size") as error:
         check_shared_memory(1_000_000, 16)
     assert error.value.exit_code == 2
 
