@@ -28,6 +28,9 @@ run_script(main, remedy={!r})
         ("raise Stopped", None, 0, ""),
         ("fail(['b is bad', 'a is bad', 'b is bad'])", None, 2, "error: b is bad\nerror: a is bad\n"),
         ("fail(['b is bad'], show=False)", None, 2, ""),
+        ("raise SystemExit", None, 0, ""),
+        ("raise SystemExit(3)", None, 3, ""),
+        ("raise SystemExit('no')", None, 1, "no\n"),
         ("raise RunError('the data are gone; mount them')", None, 1, "\nerror: the data are gone; mount them\n"),
         ("raise KeyboardInterrupt", None, 130, "\nerror: interrupted before the step was saved; continue with --"),
         ("raise KeyboardInterrupt", "start it again", 130, "\nerror: interrupted; start it again\n"),
@@ -128,6 +131,12 @@ def test_a_script_without_output_runs(tmp_path):
     assert (tmp_path / "finished").exists()
 
 
+def test_any_file_name_can_be_printed(tmp_path):
+    text = OUTPUT.format(r"name = os.fsdecode(b'a.\xff\xfe'); print('ä', name); print(name, file=sys.stderr)")
+    end = run_code(text, cwd=tmp_path, PYTHONIOENCODING="utf-8:strict")
+    assert end.stdout.startswith("ä a.\\udcff\\udcfe\nx") and end.stderr.startswith("a.\\udcff\\udcfe\ny")
+
+
 @pytest.mark.parametrize(
     "cores, processes, cuda, expected",
     [(16, 1, False, 16), (16, 1, True, 14), (16, 8, True, 1), (64, 1, True, 32), (64, 4, True, 15), (2, 1, True, 1)],
@@ -142,7 +151,8 @@ def test_a_gpu_keeps_two_cores_of_the_machine(monkeypatch, cores, processes, cud
     assert launch.default_workers() == min(32, max(1, cores // processes))
 
 
-def test_a_finished_run_ends_its_loader_workers(tmp_path):
+@pytest.mark.parametrize("end", ["pass", "raise SystemExit(2)"])
+def test_the_end_of_a_run_ends_its_loader_workers(tmp_path, end):
     """Workers ignore SIGTERM, by which Python's shutdown would end them, and may still be referred to."""
     code = """
 from torch.utils.data import TensorDataset
@@ -154,7 +164,8 @@ def main():
     global batches
     batches = iter(make_loader(torch.arange(100), [[i] for i in range(100)], num_workers=1))
     next(batches)
+    {}
 
 run_script(main)
 """
-    run_code(code, cwd=tmp_path)
+    run_code(code.format(end), cwd=tmp_path, code=2 if "2" in end else 0)

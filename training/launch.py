@@ -75,8 +75,11 @@ def run_script(main: Callable[[], None], *, remedy: str | None = None) -> None:
         inspect.unwrap(main)()  # without `put_back`: until this process ends, its signals are noted
         end_workers()
         return
-    except SystemExit:
-        raise
+    except SystemExit as error:
+        code = error.code or 0
+        if not isinstance(code, int):  # as Python does
+            print(code, file=sys.stderr)
+            code = 1
     except Stopped:
         code = 0
     except BaseException as error:
@@ -104,8 +107,8 @@ def _drop_unwritable(stream: io.TextIOWrapper | None, original: io.TextIOWrapper
     if stream is not original:
         return stream
     raw = io.BufferedWriter(_Output(stream.fileno(), "wb", closefd=False))
-    options = dict(encoding=stream.encoding, errors=stream.errors, line_buffering=stream.line_buffering)
-    return io.TextIOWrapper(raw, write_through=stream.write_through, **options)
+    options = dict(line_buffering=stream.line_buffering, write_through=stream.write_through)
+    return io.TextIOWrapper(raw, stream.encoding, errors="backslashreplace", **options)  # file names may be any bytes
 
 
 def _leave(code: int) -> NoReturn:
@@ -140,7 +143,7 @@ def _report(error: BaseException, remedy: str | None) -> int:
             file = error.filename or "a file of the run"
             report = f"{file} could not be written (the disk is full); make room and "
             report += remedy or f"{resume}: whole checkpoints stay whole"
-        elif hasattr(error, "exit_code"):  # an error of the loader's workers, which has its own remedy
+        elif hasattr(error, "exit_code"):  # data/pool.py's WorkerError, which knows what helps
             report, code = str(error), error.exit_code
             report += "" if code == 2 else f"; {remedy or resume}"
         elif isinstance(error, OSError) and error.errno == errno.EMFILE:
