@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -88,10 +90,14 @@ def read_statistics(folder: str | Path) -> dict | None:
     channel in [0, 1]. Raises DataError for a file of prepare_data.py that is damaged or of another version.
     """
     path = Path(folder) / STATISTICS
-    if not is_statistics(path):
+    if not os.path.isfile(path):
         return None
     try:
         statistics = json.loads(path.read_text())
+        if not is_statistics(path):
+            if os.environ.get("RANK", "0") == "0":
+                print(f"warning: {path} is another program's, and is not read", file=sys.stderr)
+            return None
         mean, std, channels = (statistics[name] for name in ("mean", "std", "channels"))
         low, high = statistics["value_range"] or (0, 1)
         valid = statistics["version"] == VERSION and len(mean) == len(std) == channels
@@ -99,5 +105,5 @@ def read_statistics(folder: str | Path) -> dict | None:
     except (OSError, ValueError, KeyError, TypeError):
         valid = False
     if not valid:
-        raise DataError(f"{path} is not what prepare_data.py --statistics writes; write it again, or remove it")
+        raise DataError(f"{path} is not what prepare_data.py --statistics writes; remove it, and write it again")
     return statistics

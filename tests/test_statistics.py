@@ -65,16 +65,21 @@ def test_statistics_are_read_as_written_or_absent(tmp_path):
         *(STATISTICS | {"version": 2}, STATISTICS | {"mean": [0.5]}, STATISTICS | {"std": [0.1, 0]}),
         *(STATISTICS | {"mean": [0.5, float("nan")]}, STATISTICS | {"mean": "ab"}, STATISTICS | {"channels": 3}),
         *(STATISTICS | {"value_range": [1, 0]}, STATISTICS | {"value_range": 3}),
+        *("", json.dumps(STATISTICS)[:-9], "\0"),  # cut, or lost
     ],
 )
 def test_malformed_statistics_are_refused(tmp_path, content):
     text = content if isinstance(content, str) else json.dumps(content)
     (tmp_path / "statistics.json").write_text(text)
-    with pytest.raises(DataError, match="write it again, or remove it"):
+    with pytest.raises(DataError, match="remove it, and write it again"):
         read_statistics(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"mean": [0.5], "std": [0.1]}', '{"version": 1}'])
-def test_the_statistics_of_another_program_are_not_read(tmp_path, content):
-    (tmp_path / "statistics.json").write_text(content)
+@pytest.mark.parametrize("content", ["[]", "{}", "null", '{"mean": [0.5], "std": [0.1]}', '{"version": 1}'])
+def test_the_statistics_of_another_program_are_not_read(tmp_path, monkeypatch, capsys, content):
+    path = tmp_path / "statistics.json"
+    path.write_text(content)
     assert read_statistics(tmp_path) is None
+    assert capsys.readouterr().err == f"warning: {path} is another program's, and is not read\n"
+    monkeypatch.setenv("RANK", "1")  # the main process tells it
+    assert read_statistics(tmp_path) is None and not capsys.readouterr().err
