@@ -48,12 +48,14 @@ OTHERS = [
     "checkpoints/step_1000/w.bin",
     "log.jsonl",
     "metrics.json",
+    "tensorboard/events.out.tfevents.1.a",
+    "hub.log",
 ]
 
 
 @pytest.mark.parametrize("names", [*([name] for name in OTHERS), ["args.json"], OTHERS])
 def test_the_folder_of_something_else_is_refused_and_stays_as_it_is(tmp_path, names):
-    fill(tmp_path, *names, "slurm/7.out", "job.log")
+    fill(tmp_path, *names, "a.txt", "job.log")
     before, first = files_in(tmp_path), sorted(names)[0].partition("/")[0]
     with pytest.raises(InputError, match=rf"holds files that no run wrote \({first}.*--experiment_name"):
         RunFolder(tmp_path).lock()
@@ -61,12 +63,14 @@ def test_the_folder_of_something_else_is_refused_and_stays_as_it_is(tmp_path, na
     assert files_in(tmp_path) == before and (tmp_path / "checkpoints").exists() == any("step" in n for n in names)
 
 
-@pytest.mark.parametrize("names", [[], ["slurm/7.out", "train.log", "1.out", "1.err", ".hidden"]])
-def test_a_folder_with_the_logs_of_the_job_is_taken(tmp_path, names):
+@pytest.mark.parametrize("names", [[], ["slurm/7.out", "log.txt", "1.err", "job.sh", "config/a.yaml", ".hidden"]])
+def test_a_folder_without_names_of_a_run_is_taken_and_keeps_its_files(tmp_path, names):
     fill(tmp_path / "run", *names)
     for _ in range(2):  # the second start finds what the first has made
         RunFolder(tmp_path / "run").lock()
-    assert {*files_in(tmp_path / "run")} == {*names, ".lock"}
+    write_json(tmp_path / "run" / "args.json", {"flags": {}, "versions": {}})
+    RunFolder(tmp_path / "run").clear_beyond(0)
+    assert {*files_in(tmp_path / "run")} == {*names, ".lock", "args.json"}
 
 
 RESULTS = ("encoder", "model", "best")

@@ -6,6 +6,7 @@ A checkpoint is whole or absent: it is written to a temporary folder beside its 
 import errno
 import fcntl
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -21,8 +22,9 @@ FORMAT = "mae-accelerate run 1"  # in args.json: the mark of a run's folder
 MODEL, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.pt", "state.json"
 FILES = (MODEL, EMA, OPTIMIZER)
 PICTURES, EVENTS = "step_*.png", "events.out.tfevents.*"
-# What may stand in the folder of a run that starts for the first time: the logs of the job that starts it
-JOB_LOGS, JOB_SUFFIXES = {"slurm"}, {".log", ".out", ".err"}
+# What a run removes or overwrites, and so what a folder that is no run's must not have
+NAMES = ("args.json", "best", "checkpoints", "damaged.jsonl", "encoder", "hub", "hub.log", "log.jsonl", "metrics.json")
+NAMES += ("model", "predictions", "reconstructions", "tensorboard", "wandb_run_id")
 
 
 class RunFolder:
@@ -69,17 +71,15 @@ class RunFolder:
             ) from None
 
     def foreign_files(self) -> list[str]:
-        """Return the names in the folder if it is not a run's: then nothing in it may be removed or overwritten."""
+        """Return what a run would remove or overwrite in the folder of something else."""
         try:
             args = json.loads((self.path / "args.json").read_text())
             if args.get("format") == FORMAT or {"flags", "versions"} <= args.keys():  # older runs have no format
                 return []
         except (OSError, ValueError, AttributeError):
             pass
-        paths = sorted(self.path.iterdir()) if self.path.is_dir() else []
-        names = [path.name for path in paths if path.suffix not in JOB_SUFFIXES and not path.name.startswith(".")]
         empty = self.checkpoints.is_dir() and not any(self.checkpoints.iterdir())  # made before args.json is
-        return [name for name in names if name not in JOB_LOGS and not (name == "checkpoints" and empty)]
+        return [name for name in NAMES if os.path.lexists(self.path / name) and not (name == "checkpoints" and empty)]
 
     def whole_checkpoints(self) -> list[Path]:
         """Return the folders of all whole checkpoints, the oldest first."""
