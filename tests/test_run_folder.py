@@ -95,6 +95,25 @@ def test_a_run_that_left_no_checkpoint_starts_anew_and_files_of_others_stay(fold
     assert (folder.checkpoints / "step_00000001" / "merged.pt").read_text() == "checkpoints/step_00000001/merged.pt"
 
 
+@pytest.mark.parametrize("call", range(1, 4))
+def test_a_kill_in_a_save_leaves_the_files_of_others(folder, monkeypatch, call):
+    def rename(path, to):
+        calls.append(path)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        os.rename(path, to)
+
+    calls = []
+    fill(folder.checkpoints / "step_00000001", "merged.pt", "notes/a")
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr("pathlib.Path.rename", rename)
+        save(folder, 1)
+    assert folder.find("auto") is None
+    folder.clear_beyond(0)
+    assert files_in(folder.checkpoints) == {f"step_00000001/{name}": name for name in ("merged.pt", "notes/a")}
+    assert is_whole(save(folder, 1)) and os.listdir(folder.checkpoints) == ["step_00000001"]
+
+
 def test_old_checkpoints_leave_the_files_of_others(folder):
     fill(save(folder, 1), "merged.pt")
     save(folder, 2, keep=1)

@@ -192,9 +192,13 @@ class RunFolder:
             for path in (*temporary.iterdir(), temporary):
                 sync(path)
             remove_files(target, (*FILES, STATE))  # an incomplete checkpoint
-            for path in target.iterdir() if target.is_dir() else ():  # of others
-                path.rename(temporary / path.name)
-            temporary.rename(target)
+            if target.exists():  # with files of others
+                for name in (*sizes, STATE):
+                    (temporary / name).rename(target / name)
+                temporary.rmdir()
+                sync(target)
+            else:
+                temporary.rename(target)
             sync(self.checkpoints)
         except Exception as error:  # safetensors and torch wrap a full disk in errors of their own
             full = shutil.disk_usage(self.path).free < 2**16 or getattr(error, "errno", None) == errno.ENOSPC
