@@ -51,7 +51,6 @@ def configure_sharding(accelerator, *, compiled: bool, auto_micro_batch: bool) -
 
     options = {
         "Accelerate's fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-        "Accelerate's parallelism_config": accelerator.parallelism_config is not None,
         "--compile": compiled,
         "--mixed_precision fp16": accelerator.mixed_precision == "fp16",
         "--micro_batch_size auto": auto_micro_batch,  # which tries steps that are not sharded
