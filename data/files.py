@@ -242,7 +242,7 @@ def _scan(root: bytes, suffixes: tuple[str, ...] | None, folder: bytes) -> tuple
             suffix = os.fsdecode(os.path.splitext(entry.name)[1].lower())
             if LITTER.search(entry.name + b"/" * is_folder):
                 kind = "hidden" if entry.name.startswith(b".") else os.fsdecode(entry.name)
-                why = "hidden or litter folders" if is_folder else "hidden or litter"
+                why = "hidden or system folders" if is_folder else "hidden or system files"
                 left_out[why, suffix if len(kind) > 30 else kind] += 1
             elif is_folder:
                 if not (entry.is_symlink() and _is_loop(entry.path)):
