@@ -53,7 +53,7 @@ def parse_args(argv=None):
     flag = parser.add_argument
     flag("source", metavar="SOURCE", help=arguments.SOURCES)
     flag("out", nargs="?", metavar="OUT", help="folder to write")
-    flag("--data_format", choices=arguments.DATA_FORMATS, help="kind of SOURCE (default: told by suffixes and content)")
+    flag("--data_format", choices=arguments.DATA_FORMATS, help="kind (default: detected from suffixes and content)")
     flag("--format", choices=("jpeg", "array"), default="jpeg", help="image files or decoded pixels (default jpeg)")
     flag("--short_side", type=integer(1), metavar="N", help="shrink the shorter side to N pixels (default: unchanged)")
     flag("--quality", type=integer(1, 100), metavar="Q", help=f"JPEG quality of all (default: {QUALITY}, if shrunk)")

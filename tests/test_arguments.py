@@ -1,4 +1,5 @@
 import pytest
+from conftest import run
 
 from training import arguments
 from training.arguments import Parser, check_crops, check_finetuning, check_run, integer, number, number_or
@@ -166,3 +167,10 @@ def test_contradictions_are_listed_together():
     ]
     assert len(errors) == len(expected) and all(map(str.startswith, errors, expected))
     assert args.report_to == ["wandb", "tensorboard"]
+
+
+@pytest.mark.parametrize("script", ["pretrain_mae", "finetune_classifier", "finetune_segmentation", "prepare_data"])
+def test_the_help_names_one_default_a_flag(tmp_path, script):
+    text = run(f"{script}.py", "--help", cwd=tmp_path, COLUMNS="999").stdout
+    assert "--data_format" not in text or "(default: detected from suffixes and content)" in text
+    assert not [line for line in text.splitlines() if line.count("default") > 1]

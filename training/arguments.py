@@ -159,7 +159,7 @@ def add_run_flags(parser: Parser, *, name: str, data: str = SOURCES) -> None:
 def add_source_flags(parser: Parser, *, has_labels: bool = False) -> None:
     """Add how --path_to_data is read; `has_labels` says that the script needs labels."""
     flag = parser.add_argument_group("data").add_argument
-    flag("--data_format", choices=DATA_FORMATS, help="kind of the data (default: told by suffixes and content)")
+    flag("--data_format", choices=DATA_FORMATS, help="kind of the data (default: detected from suffixes and content)")
     if has_labels:
         help_text = "leave out images whose label is empty or -1, or that are in no class folder (off)"
         flag("--drop_unlabelled", action=Pair, default=False, help=help_text)
@@ -201,7 +201,7 @@ def add_optimizer_flags(
     flag("--weight_decay", type=number(), default=weight_decay, help=f"weight decay (default {weight_decay})")
     flag("--bias_weight_decay", action="store_true", help="decay biases too")
     flag("--norm_weight_decay", action="store_true", help="decay weights and biases of norms too")
-    flag("--max_grad_norm", type=number(), default=1.0, help="clip the global gradient norm (0: off, default 1.0)")
+    flag("--max_grad_norm", type=number(), default=1.0, help="clip the global gradient norm, 0 for none (default 1.0)")
 
 
 def add_crop_flags(parser: Parser, *, crop_scale: tuple[float, float]) -> None:
