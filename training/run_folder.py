@@ -134,13 +134,10 @@ class RunFolder:
         if not (self.path / "args.json").exists():  # nothing here is a run's, see `lock`
             return
         (self.path / "metrics.json").unlink(missing_ok=True)
-        half_removed = [path for path in self.checkpoints.glob("step_*") if not (path / STATE).exists()]
         for path in self.checkpoints.glob(".saving_*"):
             shutil.rmtree(path, ignore_errors=True)
-        for path in half_removed:
-            remove_files(path, FILES)
-        for path in self.whole_checkpoints():
-            if read_state(path)["step"] > step:
+        for path in sorted(self.checkpoints.glob("step_*")):
+            if not (path / STATE).exists() or (is_whole(path) and read_state(path)["step"] > step):
                 remove_checkpoint(path)
         for name in ("encoder", "model", "best"):
             clear_beside(self.path / name)
