@@ -186,13 +186,13 @@ def test_errors_are_told_together_at_a_gate(tmp_path, capsys):
 
 def test_flags_folder_and_batch_are_checked_together(tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "notes.txt").write_text("mine")
+    (tmp_path / "run" / "log.jsonl").write_text("mine")
     with pytest.raises(SystemExit, match="2"):
         start(tmp_path, "--zz", "--value_range", "5", "5", "--micro_batch_size", "auto", "--global_batch_size", "9")
     lines = capsys.readouterr().err.splitlines()
     starts = ("--zz", "--value_range 5", "--micro_batch_size auto tries", str(tmp_path))
     assert len(lines) == len(starts) and all(map(str.startswith, lines, [f"error: {text}" for text in starts]))
-    assert os.listdir(tmp_path / "run") == ["notes.txt"]
+    assert os.listdir(tmp_path / "run") == ["log.jsonl"]
     run = start(tmp_path / "other", "--min_learning_rate", "0.6")
     with run.refusing(InputError):
         run.plan_steps(8, lambda size: [])
