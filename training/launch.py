@@ -63,7 +63,7 @@ def put_back() -> Iterator[None]:
 def run_script(main: Callable[[], None], *, remedy: str | None = None) -> None:
     """Run a script's `main`, and turn its end into an exit code and, for known causes, one `error:` line.
 
-    A failed process skips Python's shutdown, which would wait for loader workers and for other processes.
+    Unless `main` returns, Python's shutdown is skipped, which would wait for loader workers and for other processes.
 
     Args:
         main: the script's main function, called without arguments.
