@@ -43,13 +43,13 @@ def fail(errors: list[str], *, show: bool = True) -> NoReturn:
 
 @contextlib.contextmanager
 def put_back() -> Iterator[None]:
-    """Put back the signal handlers and the options of torch that a run sets, for programs that call `main` of a script.
+    """Put back signal handlers and torch's deterministic mode after a run, for programs that call `main` of a script.
 
     A decorator of `main`.
     """
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
     handlers, wakeup = {number: signal.getsignal(number) for number in numbers}, signal.set_wakeup_fd(-1)
-    deterministic, attention = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         yield
     finally:
@@ -57,7 +57,6 @@ def put_back() -> Iterator[None]:
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)
         torch.use_deterministic_algorithms(deterministic)
-        torch.backends.cuda.enable_cudnn_sdp(attention)
 
 
 def run_script(main: Callable[[], None], *, remedy: str | None = None) -> None:
@@ -196,7 +195,6 @@ def set_speed(device: torch.device, *, tf32: bool, deterministic: bool = False) 
     """Set torch's process-wide options: threads on a CPU, TF32 on a GPU, deterministic algorithms."""
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
-        torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass sums in any order, which torch does not know
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # only useful for debugging
     if device.type != "cpu":
@@ -213,7 +211,7 @@ def prepare_compiler(device: torch.device) -> list[str]:
 
     torch._dynamo.reset()  # what earlier runs of this process compiled counts towards a limit
     torch._inductor.config.fallback_random = True
-    if hasattr(torch._inductor.config, "deterministic"):  # neither in torch 2.8, nor needed by the newest
+    if hasattr(torch._inductor.config, "deterministic"):  # torch 2.8 lacks it
         torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
