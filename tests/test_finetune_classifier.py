@@ -237,8 +237,8 @@ found = {}
 training_batches, cross_entropy = script.training_batches, script.F.cross_entropy
 def loader(dataset, *given, **options):
     augment = dataset.augment
-    layers = [augment.num_layers, augment.ops[0].magnitude, len(augment.ops)]
-    found.update(crop_scale=dataset.crop.scale, augment=layers, fast=dataset.crop.min_sides is not None)
+    found.update(crop_scale=dataset.crop.scale, fast=dataset.crop.min_sides is not None)
+    found.update(augment=augment.magnitude, fill=augment.fill)
     found["pixels"] = list(dataset.pixels)
     return training_batches(dataset, *given, **options)
 def loss(logits, labels, **options):
@@ -279,7 +279,8 @@ script.main(sys.argv[1:])
         "fast": True,
         "pixels": [3, None, 7, 90_000],
         "crop_scale": [0.2, 0.8],
-        "augment": [2, 7, 15],
+        "augment": 7,
+        "fill": [26, 51, 76],  # the mean 0.1 0.2 0.3 of 255
         "smoothing of the loss": 0.0,  # mixing has it
         "drop_path": 0.3,
         "checkpointing": True,

@@ -32,12 +32,12 @@ def test_without_cuda_all_checks_are_skipped(tmp_path):
 
 def test_table_of_speeds(tmp_path):
     speeds = [
-        dict(name="ViT-base, batch 256, compiled", value=5000.0, tflops=286.5, gigabytes=13.71),
+        dict(name="ViT-base, batch 256, compiled", value=5000.0, tflops=286.5, share=0.363, gigabytes=13.71),
         dict(name="copy", value=3.0),
     ]
     (tmp_path / "gpu.json").write_text(json.dumps({"machine": {"card": "NVIDIA H100"}, "figures": speeds}))
     command = [sys.executable, ROOT / "tests" / "gpu.py", "--table", tmp_path / "gpu.json"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment())
     # 800 x 1,281,167 images at 5,000 a second take 56.9 hours
-    row = "| NVIDIA H100 | ViT-base, batch 256, compiled | 5,000 | 286 | 13.7 GB | 57 h |"
+    row = "| NVIDIA H100 | ViT-base, batch 256, compiled | 5,000 | 286 | 36% | 13.7 GB | 57 h |"
     assert result.stdout.splitlines()[2:] == [row], result.stderr
