@@ -133,6 +133,36 @@ def test_a_second_sigterm_ends_a_process_that_waits(tmp_path, wait):
     assert process.returncode == 143 and "error: ended by a second SIGTERM" in err
 
 
+STALLED = """
+import time
+from training import processes
+from training.launch import run_script
+
+def batches():
+    yield 1
+    open("ready", "w").close()
+    time.sleep(300)
+
+def main():
+    processes.STALL_SECONDS = 1
+    for batch in processes.Crew().noting(batches()):
+        time.sleep(3)  # a step that takes longer does not count
+
+run_script(main)
+"""
+
+
+def test_a_sigterm_ends_a_process_whose_data_do_not_come(tmp_path):
+    (tmp_path / "code.py").write_text(STALLED)
+    process = Start(tmp_path / "code.py", cwd=tmp_path)
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "error: ended by SIGTERM, as the step waits for data" in err
+
+
 def test_one_process_agrees_with_itself():
     crew = Crew()
     assert crew.any(True) and not crew.any(False) and crew.gather([1, 2]) == [1, 2]

@@ -24,6 +24,7 @@ from training.wording import in_one_line
 # Flags that may differ between machines: their cores, and the places of their data, which are compared themselves
 MACHINE_FLAGS = {"num_workers", "cache_dir", "path_to_data", "path_to_validation_data", "path_to_classes"}
 ECHO_SECONDS = 2  # within which another SIGTERM is the same one
+STALL_SECONDS = 30  # that a step waits for data after a SIGTERM
 
 
 def start_accelerator(
@@ -125,8 +126,9 @@ class Crew:
     """The processes of a run, each of which notes SIGTERM, SIGHUP, SIGUSR1, Ctrl-C and the time limit.
 
     Several agree by one integer over a group on the CPU, so the device never waits. A second Ctrl-C ends its process at
-    once, and so does a second SIGTERM, even while the main thread waits for another process or the device. The time
-    limit counts from the start of the process. Every process must make the same calls.
+    once, and so does a second SIGTERM, even while the main thread waits for another process or the device, and a first
+    one if the step's data do not come. The time limit counts from the start of the process. Every process must make the
+    same calls.
 
     Args:
         time_limit: HH:MM, or None.
@@ -137,10 +139,12 @@ class Crew:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
                 signal.signal(number, self._note)
+        self._waiting_since: float | None = None
         self._wakeup = socket.socketpair()
+        self._wakeup[0].settimeout(1)
         self._wakeup[1].setblocking(False)
         signal.set_wakeup_fd(self._wakeup[1].fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._end_at_second_sigterm, daemon=True).start()
+        threading.Thread(target=self._watch_sigterm, daemon=True).start()
         several = dist.is_initialized() and dist.get_world_size() > 1
         self.group = dist.new_group(backend="gloo") if several else None
         self.rank = dist.get_rank() if several else 0
@@ -158,16 +162,36 @@ class Crew:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def _end_at_second_sigterm(self) -> None:
-        """End this process at a second SIGTERM, unless it is an echo of the first: a launcher passes on its own."""
+    def noting(self, batches: Iterator) -> Iterator:
+        """Yield the batches of training, and note while the step waits for one."""
+        while True:
+            self._waiting_since = time.monotonic()
+            batch = next(batches, None)
+            self._waiting_since = None
+            if batch is None:
+                return
+            yield batch
+
+    def _watch_sigterm(self) -> None:
+        """End this process at a second SIGTERM, or STALL_SECONDS after the first if the step still waits for data.
+
+        Another one within ECHO_SECONDS is an echo of the first: a launcher passes on its own.
+        """
         first = None
-        while number := self._wakeup[0].recv(1):
-            if number[0] != signal.SIGTERM:
+        while True:
+            number = b""
+            with contextlib.suppress(TimeoutError):
+                number = self._wakeup[0].recv(1)
+            now, came = time.monotonic(), number == bytes([signal.SIGTERM])
+            first = now if came and first is None else first
+            if first is None:
                 continue
-            first = first or time.monotonic()
-            if time.monotonic() > first + ECHO_SECONDS:
+            reason = "by a second SIGTERM" if came and now > first + ECHO_SECONDS else None
+            if self._waiting_since and now > max(first, self._waiting_since) + STALL_SECONDS:
+                reason = f"by SIGTERM, as the step waits for data that have not come for {STALL_SECONDS} seconds"
+            if reason:
                 with contextlib.suppress(OSError):  # the terminal may be gone
-                    os.write(2, b"\nerror: ended by a second SIGTERM; continue with --resume_from_checkpoint auto\n")
+                    os.write(2, f"\nerror: ended {reason}; continue with --resume_from_checkpoint auto\n".encode())
                 os._exit(128 + signal.SIGTERM)
 
     @property

@@ -271,8 +271,7 @@ class Run:
         Args:
             content: what args.json holds beside flags and environment.
         """
-        flags, writes = self.given, not self.given.dry_run
-        measured = [{}]
+        flags, writes, measured = self.given, not self.given.dry_run, [{}]
         if self.is_main_process and writes:
             if self.model is not None:  # an evaluation removes nothing
                 self.claim.clear_beyond(self.start_step)
@@ -289,7 +288,8 @@ class Run:
         self.accelerator.wait_for_everyone()
         options = dict(log_every=flags.log_every, start_step=self.start_step, seconds=self.state.get("seconds", 0.0))
         self.progress = Progress(self.accelerator, self.folder, self.plan, **options)
-        self.timed, self.paused, self.say = self.progress.timed, self.progress.paused, self.progress.say
+        self.timed = lambda batches: self.progress.timed(self.crew.noting(batches))
+        self.paused, self.say = self.progress.paused, self.progress.say
         num_images = sum(len(source) for source in {*self.sources} if source)
         replace = flags.on_damaged == "replace"
         options = dict(is_main_process=self.is_main_process and writes, replace=replace)
