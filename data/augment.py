@@ -19,7 +19,8 @@ GREYS = Image.frombytes("L", (256, 1), bytes(range(256)))  # what an operation m
 class RandAugment:
     """Apply two operations, each half the time, as timm's "rand-m{magnitude}-mstd0.5-inc1" for bicubic images does.
 
-    For a seed the result is that of timm when the generators of `random` and NumPy are seeded by `sampling.seeded`.
+    For a seed the result is that of timm when the generators of `random` and NumPy are seeded by
+    `sampling.seed_everything`.
     (Cubuk et al. 2019; MAE, table 9.)
 
     Args:

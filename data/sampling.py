@@ -1,10 +1,9 @@
 """Sample order and random seeds: everything a run draws is a function of (seed, epoch, sample index).
 
 One permutation an epoch is sliced at the position, so resuming at any step costs nothing and needs no saved generator
-state. Code that draws from the global generators does so inside `seeded`.
+state.
 """
 
-import contextlib
 import random
 from collections.abc import Iterator
 
@@ -44,19 +43,6 @@ def seed_everything(seed: int) -> None:
     """Seed the global generators of `random`, NumPy and torch, on all devices, with 0 <= seed < 2**64."""
     seed_host(seed)
     torch.manual_seed(seed)
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the generators of `seed_host` inside the block, and restore them afterwards."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        seed_host(seed)
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 class StepSampler:

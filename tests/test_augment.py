@@ -11,7 +11,7 @@ from timm.data import create_transform
 from timm.data.auto_augment import RandAugment as TimmRandAugment
 
 from data.augment import OPERATIONS, SIGNED, RandAugment
-from data.sampling import seeded
+from data.sampling import seed_everything
 
 MEANS = {3: (0.485, 0.456, 0.406), 1: (0.48,)}
 
@@ -48,8 +48,8 @@ def test_rand_augment_is_timms(magnitude, size, channels):
     image = drawing(*size, channels)
     changed = 0
     for seed in range(2**63, 2**63 + 60):
-        with seeded(seed):
-            expected = theirs(pillow(picture(*size, channels)))
+        seed_everything(seed)
+        expected = theirs(pillow(picture(*size, channels)))
         result = ours(image, seed)
         assert result.dtype == np.uint8 and result.shape == image.shape
         assert_near(result, expected)
