@@ -51,7 +51,7 @@ def start_accelerator(
     waiting.start()
     try:
         accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[views])
-    except (ValueError, ImportError, NotImplementedError) as error:  # such as a WORLD_SIZE without its other variables
+    except ValueError as error:  # such as a WORLD_SIZE without the variables that belong to it
         remedy = "use accelerate launch with one of accelerate_configs/"
         fail([f"Accelerate does not start with these settings ({in_one_line(error)}); {remedy}"])
     finally:
