@@ -98,7 +98,7 @@ class MaskedAutoencoder(nn.Module):
         patches = patchify(images, self.encoder.patch_size)
         order = noise.argsort(dim=1, stable=True)  # kept patches first
         kept, removed = (take(patches, part) for part in (order[:, : self.num_kept], order[:, self.num_kept :]))
-        if normalize:
+        if normalize is not None:
             kept, removed = normalize(kept), normalize(removed)
         tokens = self.encoder.encode(self.encoder.embed(kept, order[:, : self.num_kept]))
         prediction = self.decode(tokens, order, removed.shape[1] if loss_only else None)

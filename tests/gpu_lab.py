@@ -129,15 +129,19 @@ class Lab(NamedTuple):
         self.synchronize()
         return (time.perf_counter() - start) / repeats
 
-    def at_once(self, starts: dict[str, Callable[[], "Child"]], limit: int = 6) -> dict[str, int]:
+    def at_once(self, starts: dict[str, Callable[[], "Child"]], limit: int = 8) -> dict[str, int]:
         """Start processes, at most `limit` at a time, and return their exit codes by name."""
-        codes, names, limit = {}, list(starts), 2 if self.tiny else limit
-        for first in range(0, len(names), limit):
-            children = {name: starts[name]() for name in names[first : first + limit]}
-            codes |= {name: child.wait(self.seconds) for name, child in children.items()}
+        waiting, running, codes, limit = list(starts), {}, {}, 2 if self.tiny else limit
+        while waiting or running:
+            while waiting and len(running) < limit:
+                name = waiting.pop(0)
+                running[name] = starts[name]()
+            codes |= {name: child.code for name, child in running.items() if child.poll() is not None}
+            running = {name: child for name, child in running.items() if name not in codes}
+            time.sleep(0.02)
         return codes
 
-    def collect(self, works: dict[str, tuple], limit: int = 6) -> dict[str, object]:
+    def collect(self, works: dict[str, tuple], limit: int = 8) -> dict[str, object]:
         """Return what each of `name: (function, *args)` returns in a process of its own; None if that fails."""
         paths = {name: self.folder / re.sub(r"\W+", "_", name) for name in works}
         codes = self.at_once(
