@@ -252,8 +252,7 @@ def evaluate_trained(run):
         run.say("\n".join(source.notes))
     crop = CentreCrop(encoder.img_size, evaluation_crop_ratio(encoder.img_size))
     dataset = ClassificationDataset(source, labels_in(source, classes), pixels=pixels, crop=crop, seed=0)
-    loader = dict(num_workers=flags.num_workers, pin_memory=run.pin_memory)
-    read = partial(own_batches, batch_size=min(run.batch.micro, 256), **loader, **run.reading)
+    read = partial(own_batches, batch_size=min(run.batch.micro, 256), **run.reading)
     evaluate(run, model.to(run.device), dataset, classes, Normalization(*images[3:], run.device), read=read)
     run.end(f"{describe_scores(run.metrics)}; {run.folder / 'metrics.json'}")
 
@@ -339,14 +338,14 @@ def main(argv=None):
     # Batches
     img_size = encoder["img_size"]
     augment = RandAugment(magnitude, images.mean) if magnitude else None
-    samples, loader = dict(pixels=pixels, seed=args.seed), dict(num_workers=args.num_workers, pin_memory=run.pin_memory)
+    samples = dict(pixels=pixels, seed=args.seed)
     train_crop = RandomCrop(img_size, tuple(args.crop_scale), args.fast_decoding, args.crop_style)
     train_data = ClassificationDataset(train_source, train_source.labels, crop=train_crop, augment=augment, **samples)
     sampler = StepSampler(len(train_source), **run.sampling)
-    batches = run.timed(training_batches(train_data, sampler, **loader))
+    batches = run.timed(training_batches(train_data, sampler, **run.loading))
     crop, labels = CentreCrop(img_size, evaluation_crop_ratio(img_size)), labels_in(validation_source, classes)
     validation_data = ClassificationDataset(validation_source, labels, crop=crop, **samples)
-    read = partial(own_batches, batch_size=min(run.batch.micro, 256), **loader, **run.reading)
+    read = partial(own_batches, batch_size=min(run.batch.micro, 256), **run.reading)
     normalization = dict(mean=images.mean, std=images.std, value_range=images.value_range)
     export = partial(export_classifier, classes=classes, crop_ratio=crop.ratio, **normalization)
 

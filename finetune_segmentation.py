@@ -185,11 +185,12 @@ def evaluate(run, model, dataset, normalize, *, read, predict, num_previews, exp
         for size, group in groupby(intact, key=lambda pair: tuple(pair.mask.shape)):
             pairs = list(group)
             batches = zip(*(pair.views for pair in pairs), strict=True)
-            views = [normalize(torch.stack(images).to(run.device)) for images in batches]
+            views = [normalize(torch.stack([view.to(run.device, non_blocking=True) for view in v])) for v in batches]
             with run.accelerator.autocast():
                 predictions = predict(model.forward, views, size)  # not compiled: sizes vary
             for pair, prediction in zip(pairs, predictions, strict=True):
-                areas = segmentation_areas(prediction, pair.mask.to(prediction.device), len(classes))
+                mask = pair.mask.to(run.device, non_blocking=True)
+                areas = segmentation_areas(prediction, mask, len(classes))
                 rows.append((pair.index, areas.tolist()))
                 if pair.index in indices:
                     picture = displayable(pair.image).numpy()
@@ -263,7 +264,7 @@ def evaluate_trained(run):
         check_annotations({"validation": source}, pixels, strict=True, **run.checking)
     run.gate()
     dataset, predict_views = build_evaluation(vars(flags), source, pixels, patch_size=encoder.patch_size, **sizes)
-    read = partial(own_batches, batch_size=min(run.batch.micro, 8), num_workers=flags.num_workers, **run.reading)
+    read = partial(own_batches, batch_size=min(run.batch.micro, 8), **run.reading)
     normalize, options = Normalization(*images[3:], run.device), dict(num_previews=flags.num_preview_images)
     evaluate(run, model.to(run.device), dataset, normalize, read=read, predict=predict_views, **options)
     run.end(f"{describe_scores(run.metrics)}; {run.folder / 'metrics.json'}")
@@ -363,14 +364,14 @@ def main(argv=None):
     run.resume({"classes": classes, "data": describe_data(*sources)})
 
     # Batches
-    loader, sizes = dict(num_workers=args.num_workers), dict(crop_size=crop_size, resize=tuple(resize))
+    sizes = dict(crop_size=crop_size, resize=tuple(resize))
     fill = [value if images.value_range else round(255 * value) for value in images.mean]
     train_data = SegmentationDataset(sources[0], pixels=pixels, seed=args.seed, fill=fill, **sizes)
     sampler = StepSampler(len(sources[0]), **run.sampling)
-    batches = run.timed(training_batches(train_data, sampler, pin_memory=run.pin_memory, **loader))
+    batches = run.timed(training_batches(train_data, sampler, **run.loading))
     sizes["patch_size"] = encoder["patch_size"]
     validation_data, predict_views = build_evaluation(vars(args), sources[1], pixels, **sizes)
-    read = partial(own_batches, batch_size=min(run.batch.micro, 8), **loader, **run.reading)
+    read = partial(own_batches, batch_size=min(run.batch.micro, 8), **run.reading)
     normalization = dict(mean=images.mean, std=images.std, value_range=images.value_range)
     export = partial(export_segmenter, classes=classes, resize=resize, masks=masks.numbering, **normalization)
     evaluation = dict(read=read, predict=predict_views, num_previews=args.num_preview_images, export=export)

@@ -351,12 +351,12 @@ def main(argv=None):
     run.resume({"data": describe_data(train_source, validation_source)})
 
     # Batches
-    size, loader = tuple(args.img_size), dict(num_workers=args.num_workers, pin_memory=run.pin_memory)
+    size = tuple(args.img_size)
     train_crop = RandomCrop(size, tuple(args.crop_scale), args.fast_decoding)
     train_data = PretrainingDataset(train_source, crop=train_crop, seed=args.seed, **masks)
     sampler = StepSampler(len(train_source), views=args.repeated_augmentation, **run.sampling)
-    batches = run.timed(training_batches(train_data, sampler, **loader))
-    read = partial(own_batches, batch_size=min(run.batch.micro, 256), **loader, **run.reading)
+    batches = run.timed(training_batches(train_data, sampler, **run.loading))
+    read = partial(own_batches, batch_size=min(run.batch.micro, 256), **run.reading)
     validation_data = PretrainingDataset(validation_source or train_source, crop=CentreCrop(size), seed=0, **masks)
     indices = range(len(validation_source)) if validation_source else spread(1000, len(train_source))
     evaluation = dict(read=read, preview=(args.num_preview_images, shown_channels))

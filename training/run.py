@@ -66,7 +66,8 @@ class Run:
         self.errors += problems
         self.device, self.is_main_process = self.accelerator.device, self.accelerator.is_main_process
         self.process_index, self.num_processes = self.accelerator.process_index, self.accelerator.num_processes
-        self.pin_memory = self.device.type == "cuda" if flags.pin_memory is None else flags.pin_memory
+        pin_memory = self.device.type == "cuda" if flags.pin_memory is None else flags.pin_memory
+        self.loading = dict(num_workers=flags.num_workers, pin_memory=pin_memory)  # the options of `training_batches`
         trains = not getattr(flags, "eval_only", False)
         automatic = trains and flags.micro_batch_size == "auto"
         options = dict(compiled=flags.compile, auto_micro_batch=automatic)
@@ -169,7 +170,7 @@ class Run:
         """
         flags = {**vars(self.given), **self.plan.flags, **resolved}
         flags["mixed_precision"] = self.accelerator.mixed_precision
-        flags |= dict(gradient_checkpointing=self.gradient_checkpointing, pin_memory=self.pin_memory)
+        flags |= dict(self.loading, gradient_checkpointing=self.gradient_checkpointing)
         self.flags, self.sources = flags, (train_source, validation_source)
         self.fingerprints = [source.fingerprint() if source else None for source in self.sources]
         if self.checkpoint:
@@ -247,10 +248,7 @@ class Run:
 
     @property
     def needs_warm_up(self) -> bool:
-        """True if a step has to be made before a checkpoint is loaded.
-
-        More than two processes sum gradients in another order before DDP has made its first step.
-        """
+        """True if a checkpoint is loaded after a step: before its first, DDP sums gradients in another order."""
         return self.checkpoint is not None and self.num_processes > 2
 
     @property
@@ -364,7 +362,7 @@ class Run:
     @property
     def reading(self) -> dict:
         """The options of `own_batches` for this process."""
-        return dict(process_index=self.process_index, num_processes=self.num_processes, watch=self.watch)
+        return dict(self.loading, process_index=self.process_index, num_processes=self.num_processes, watch=self.watch)
 
     def watch(self, batches: range) -> Iterator[int]:
         """Yield the numbers of the batches of a validation under a bar, until the run is asked to stop.
