@@ -7,10 +7,10 @@ log.jsonl, checkpoints/, predictions/ (the confusion matrix, up to 50 classes), 
 model/: folders which transformers and timm load. Kill it at any moment: the same command with
 --resume_from_checkpoint auto continues it exactly.
 
-Three flags choose what is trained: --path_to_pretrained_mae_weights (without it, everything, from scratch),
---linear_probe (the head alone) and --trainable_blocks. The defaults follow from them and from the encoder's size: the
-paper's recipe for ViT-B, ViT-L or ViT-H, except that weights are not averaged and gradients of other than probes are
-clipped. The plan names the recipe.
+Without --path_to_pretrained_mae_weights, everything trains from scratch. With them everything is fine-tuned, or only
+what --linear_probe, --attentive_probe or --trainable_blocks say. The defaults follow from this and from the encoder's
+size: the published recipe for ViT-B, ViT-L or ViT-H, except that weights are not averaged and gradients of other than
+probes are clipped. The plan names the recipe.
 """
 
 import math
@@ -61,6 +61,7 @@ from training.resolve import (
     resolve_encoder,
     resolve_images,
     resolve_inputs,
+    resolve_queries,
 )
 from training.run import Run
 from training.schedule import learning_rate_at
@@ -91,9 +92,12 @@ def parse_args(argv=None):
     arguments.add_crop_flags(parser, crop_scale=(0.08, 1.0))
     arguments.add_encoder_flags(parser, sizes=SIZES)
 
-    flag = parser.add_argument_group("what trains").add_argument
-    flag("--linear_probe", action=Pair, default=False, help="train the head alone, on frozen features (off)")
-    flag("--trainable_blocks", type=number(), metavar="N", help="train the last N blocks (0.5: one MLP) and the head")
+    flag = parser.add_argument_group("what trains (default: everything)").add_argument
+    flag("--linear_probe", action=Pair, default=False, help="the head alone, on frozen features")
+    flag("--attentive_probe", action=Pair, default=False, help="attentive pooling and the head, on frozen features")
+    flag("--trainable_blocks", type=number(), metavar="N", help="the last N blocks (0.5: one MLP) and the head")
+    flag = parser.add_argument_group("head").add_argument
+    flag("--num_queries", type=integer(1), metavar="Q", help="queries of attentive pooling (default 32)")
     flag("--num_classes", type=integer(2), help="number of classes (default: that of the data)")
     flag("--pooling", choices=("mean", "cls"), help="input of the head: mean of the patch tokens, or cls token")
     arguments.add_augmentation_flags(parser)
@@ -103,7 +107,8 @@ def parse_args(argv=None):
     parser.describe_defaults({**RECIPES, **LARGER})
     args, errors = parser.read(argv)
     errors += arguments.check_run(args) + arguments.check_crops(args) + arguments.check_finetuning(args, WEIGHTS)
-    kind = choose_kind(args.path_to_pretrained_mae_weights, linear_probe=args.linear_probe)
+    probes = dict(linear_probe=args.linear_probe, attentive_probe=args.attentive_probe)
+    kind = choose_kind(args.path_to_pretrained_mae_weights, **probes)
     return args, errors + arguments.check_classifier(args, usual_optimizer=RECIPES[kind]["optimizer"])
 
 
@@ -210,7 +215,7 @@ def describe_model(model, recipe, augmentation):
     encoder, (height, width) = model.encoder, model.encoder.img_size
     count = sum(p.numel() for p in model.parameters()) / 1e6
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    head = "cls token" if model.pooling == "cls" else "mean of the patches"
+    head = {"cls": "cls token", "mean": "mean of the patches", "attentive": "attention of queries"}[model.pooling]
     return [
         f"model      {encoder.embed_dim} x {len(encoder.blocks)} encoder, head on the {head}: {count:.3g} M parameters "
         f"({trained:.3g} M train), {model.training_flops() / 1e9:.3g} GFLOP per image and step",
@@ -276,9 +281,13 @@ def main(argv=None):
         pixels = PixelFormat(images.input_channels, images.value_range, images.nodata, given.max_pixels)
     with run.refusing(InputError):
         encoder = resolve_encoder(vars(given), SIZES, previous=run.previous, weights=weights)
-        kind = choose_kind(given.path_to_pretrained_mae_weights, linear_probe=given.linear_probe)
+        probes = dict(linear_probe=given.linear_probe, attentive_probe=given.attentive_probe)
+        kind = choose_kind(given.path_to_pretrained_mae_weights, **probes)
         recipe_name, recipe = choose_recipe(kind, encoder, learning_rate=given.learning_rate)
         args = run.fill_in(recipe)
+        head = dict(pooling=args.pooling, probe=any(probes.values()))
+        if args.attentive_probe:
+            head["num_queries"] = resolve_queries(args.num_queries, encoder["embed_dim"])
         check_blocks(args.trainable_blocks, encoder["depth"])
     with run.refusing(InputError):
         magnitude = resolve_augmentation(args.random_aug_magnitude, recipe["random_aug_magnitude"], images)
@@ -291,19 +300,20 @@ def main(argv=None):
         check_num_classes(given.path_to_data, train_source, given.num_classes)
     with run.refusing(InputError):
         is_mixed = bool(args.mixup_alpha or args.cutmix_alpha)
-        check_batch = partial(check_classifier_batch, mixing=is_mixed, linear_probe=args.linear_probe)
+        check_batch = partial(check_classifier_batch, mixing=is_mixed, probe=head["probe"])
         run.plan_steps(len(train_source), check_batch, recipe_epochs=(recipe["warmup_epochs"], recipe["epochs"]))
     with run.refusing(WeightsError, flag=WEIGHTS):
         torch.manual_seed(args.seed)
         encoder["in_channels"] = pixels.channels
-        options = {name: vars(args)[name] for name in ("drop_path", "custom_weight_init", "pooling", "linear_probe")}
-        model = build_model(encoder, len(classes), **options)
+        options = dict(drop_path=args.drop_path, custom_weight_init=args.custom_weight_init)
+        model = build_model(encoder, len(classes), **head, **options)
         model.encoder.gradient_checkpointing = run.gradient_checkpointing
         if weights:
             channels = dict(adapt_channels=args.adapt_channels, mean=images.mean, std=images.std)
             run.accelerator.print(f"{WEIGHTS} {weights.path}: {start_from(weights, model.encoder, **channels)}")
     run.gate()
     sizes = dict(encoder_flags(encoder), random_aug_magnitude=magnitude, num_classes=len(classes))
+    sizes["num_queries"] = head.get("num_queries")
     resolved = dict(images._asdict(), **sizes, img_size=list(encoder["img_size"]))
     run.compare(resolved, train_source, validation_source, defaults=vars(parse_args([])[0]))
     if args.trainable_blocks is not None:

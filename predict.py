@@ -2,10 +2,11 @@
 
     python predict.py work_dir/quickstart_pretrain photos/ one_more.jpg
 
-writes predictions/predictions.jsonl, one line per image in the order given. A classifier predicts classes; a
-segmentation model also writes labels/ (pixel values 1 to N: the classes in the model's order) and overlays/; a
-masked autoencoder writes reconstructions/, with their PSNR and SSIM. Images are files, folders, or patterns such as
-'photos/**/*.jpg'. Unreadable images are named and skipped; the exit code is then 1.
+writes predictions/predictions.jsonl, one line per image in the order given. A classifier predicts classes; one with
+attentive pooling also writes attention/, where each query looks. A segmentation model writes labels/ (pixel values 1 to
+N: the classes in the model's order) and overlays/; a masked autoencoder writes reconstructions/, with their PSNR and
+SSIM. Images are files, folders, or patterns such as 'photos/**/*.jpg'. Unreadable images are named and skipped; the
+exit code is then 1.
 
     python predict.py work_dir/quickstart_pretrain photos/ --features features.npy
 
@@ -43,12 +44,12 @@ from training.arguments import integer, number
 from training.files import write_json
 from training.launch import RunError, fail
 from training.metrics import reconstruction_metrics
-from training.pictures import displayable, label_picture, reconstruction_grid, segmentation_overlay
+from training.pictures import attention_grid, displayable, label_picture, reconstruction_grid, segmentation_overlay
 from training.processes import check_settings
 from training.resolve import check_preview
 from training.wording import several
 
-LINES, PICTURES = "predictions.jsonl", ("labels", "overlays", "reconstructions")  # in the output folder
+LINES, PICTURES = "predictions.jsonl", ("attention", "labels", "overlays", "reconstructions")  # in the output folder
 PREVIEW_SIZE = 1024  # longer side of an overlay, in pixels, at most
 NUM_PRINTED = 10  # images whose result is printed
 NOT_FINITE = "the outputs are not finite: training diverged or the weights are damaged; give other weights"
@@ -132,14 +133,21 @@ def picture_names(source):
 
 
 @torch.no_grad()
-def predict_classes(batch, *, model, normalize, device, classes, top_k):
-    """Return the likeliest classes of each image and their probabilities."""
-    probabilities = model(normalize(batch.inputs[0].to(device))).softmax(dim=1)
+def predict_classes(batch, *, model, normalize, device, classes, top_k, folder, names):
+    """Return the likeliest classes of each image and their probabilities; write the maps of attentive pooling."""
+    images = normalize(batch.inputs[0].to(device))
+    probabilities = model(images).softmax(dim=1)
     values, numbers = (each[:, :top_k].tolist() for each in probabilities.sort(dim=1, descending=True, stable=True))
-    return [
+    results = [
         {"classes": [{"class": classes[i], "probability": value} for i, value in zip(*row, strict=True)]}
         for row in zip(numbers, values, strict=True)
     ]
+    if model.pooling == "attentive":
+        maps = model.attention_maps(images).cpu().numpy()
+        for image, attention, index, result in zip(batch.inputs[0], maps, batch.indices, results, strict=True):
+            result["attention"] = f"attention/{names[index]}"
+            attention_grid(folder / result["attention"], displayable(image).numpy(), attention)
+    return results
 
 
 @torch.no_grad()
@@ -281,7 +289,9 @@ def main(argv=None):
         predict_batch = partial(encode_images, trained=trained, **shared)
     elif isinstance(model, Classifier):
         task = f"one of {len(classes)} classes per image"
-        predict_batch = partial(predict_classes, model=model, classes=classes, top_k=args.top_k or 5, **shared)
+        predict_batch = partial(
+            predict_classes, model=model, classes=classes, top_k=args.top_k or 5, **pictures, **shared
+        )
     elif isinstance(model, Segmenter):
         mode, crop_size = args.evaluate or "slide", encoder.img_size[0]
         view = "windows over images that fit {} x {}".format(*trained.resize) if mode == "slide" else "one crop"

@@ -118,8 +118,8 @@ def describe_model(trained):
     if isinstance(model, MaskedAutoencoder):
         words += f", decoder {model.decoder_embed.out_features} wide, {len(model.decoder_blocks)} deep"
     elif isinstance(model, Classifier):
-        token = "class token" if model.pooling == "cls" else "mean patch token"
-        words += f", classifier of {model.num_classes} classes on the {token}"
+        pooled = {"cls": "the class token", "mean": "the mean patch token", "attentive": "attentive pooling"}
+        words += f", classifier of {model.num_classes} classes on {pooled[model.pooling]}"
     elif isinstance(model, Segmenter):
         words += f", {model.decode_head.title} for {model.num_classes} classes"
     images = "images of {} x {} pixels".format(*encoder.img_size)
@@ -169,6 +169,7 @@ def write_folder(folder, *, trained, record, step, origin, **card):
         task=TASKS.get(type(trained.model), "image-feature-extraction"),
         description=describe_model(trained),
         has_decoder=isinstance(trained.model, MaskedAutoencoder),
+        loads_elsewhere=getattr(trained.model, "pooling", None) != "attentive",
         img_size=trained.encoder.img_size,
         channels=trained.encoder.in_channels,
         mean=trained.mean,

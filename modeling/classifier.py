@@ -1,6 +1,6 @@
 """Classify images with an encoder, pooled tokens and a linear head (He et al. 2021, section 4 and appendix A.1).
 
-Legend: B batch, C channels, H W pixels, L patches, D width.
+Legend: B batch, C channels, H W pixels, L patches, D width, Q queries.
 """
 
 import torch
@@ -9,18 +9,47 @@ from torch import nn
 from modeling.vit import EncoderWithHead, VisionTransformer
 
 
+class AttentivePooling(nn.Module):
+    """Pool tokens (B, L, D) to (B, D) by the attention of learned queries.
+
+    Efficient probing (Psomas et al. 2026, "Attention, Please!", arXiv 2506.10178): the tokens themselves are the keys,
+    and every query pools its own share of the values' channels.
+
+    Raises:
+        ValueError: if `num_queries` does not divide `dim`.
+    """
+
+    def __init__(self, dim: int, num_queries: int):
+        super().__init__()
+        if dim % num_queries:
+            raise ValueError(f"{num_queries} queries do not divide a width of {dim}")
+        self.queries = nn.Parameter(torch.empty(1, num_queries, dim).normal_(std=0.02))
+        self.value = nn.Linear(dim, dim, bias=False)
+
+    def attention(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the attention (B, Q, L) of each query to tokens (B, L, D)."""
+        return (self.queries @ tokens.transpose(1, 2) / tokens.shape[-1] ** 0.5).softmax(dim=-1)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        values = self.value(tokens).unflatten(-1, (self.queries.shape[1], -1)).transpose(1, 2)  # (B, Q, L, D / Q)
+        return (self.attention(tokens).unsqueeze(2) @ values).flatten(1)
+
+
 class Classifier(EncoderWithHead):
     """Classify images with an encoder and a linear head: (B, C, H, W) -> logits (B, num_classes).
 
-    All parameters train, positions too, unless `linear_probe` or `train_last_blocks` say otherwise.
+    All parameters train, positions too, unless `probe` or `train_last_blocks` say otherwise.
 
     Args:
         encoder: becomes a part of the classifier; with "mean" pooling it loses its final norm, so load weights into it
             afterwards.
-        pooling: "mean" of the patch tokens, with the norm (`fc_norm`) after it, or the "cls" token after the norm.
-        linear_probe: train the head alone, behind a BatchNorm without parameters (appendix A.1, "Linear probing").
-        custom_weight_init: draw the head's weight from N(0, 2e-5), for a linear probe from N(0, 0.01), as the official
-            code does, instead of PyTorch's initialization.
+        pooling: "mean" of the patch tokens, with the norm (`fc_norm`) after it; the "cls" token after the norm; or
+            "attentive", AttentivePooling of the patch tokens after the norm.
+        probe: train only the head, behind a BatchNorm without parameters (appendix A.1, "Linear probing"), and
+            attentive pooling. The encoder stays in evaluation mode.
+        num_queries: those of attentive pooling.
+        custom_weight_init: draw the head's weight from N(0, 2e-5), for a probe from N(0, 0.01), as the official code
+            does, instead of PyTorch's initialization.
     """
 
     def __init__(
@@ -29,25 +58,34 @@ class Classifier(EncoderWithHead):
         num_classes: int,
         *,
         pooling: str = "mean",
-        linear_probe: bool = False,
+        probe: bool = False,
+        num_queries: int = 32,
         custom_weight_init: bool = True,
     ):
         super().__init__()
-        self.num_classes, self.pooling, self.linear_probe = num_classes, pooling, linear_probe
+        self.num_classes, self.pooling, self.probe = num_classes, pooling, probe
 
         dim = encoder.embed_dim
         self.encoder = encoder
         if pooling == "mean":
             encoder.norm = nn.Identity()
         self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if pooling == "mean" else nn.Identity()
-        self.head_norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6) if linear_probe else nn.Identity()
+        self.attentive_pool = AttentivePooling(dim, num_queries) if pooling == "attentive" else nn.Identity()
+        self.head_norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6) if probe else nn.Identity()
         self.head = nn.Linear(dim, num_classes)
         if custom_weight_init:
-            nn.init.normal_(self.head.weight, std=0.01 if linear_probe else 2e-5)
+            nn.init.normal_(self.head.weight, std=0.01 if probe else 2e-5)
             nn.init.zeros_(self.head.bias)
 
-        self.requires_grad_(not linear_probe)
+        self.requires_grad_(not probe)
+        self.attentive_pool.requires_grad_(True)
         self.head.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """Set training or evaluation mode; the encoder of a probe is always evaluated."""
+        super().train(mode)
+        self.encoder.train(mode and not self.probe)
+        return self
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the logits (B, num_classes) of images (B, C, H, W)."""
@@ -56,8 +94,14 @@ class Classifier(EncoderWithHead):
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Return the pooled and normed tokens (B, D) of images (B, C, H, W), before any BatchNorm."""
         tokens = self.encoder(images)
+        if self.pooling == "attentive":
+            return self.attentive_pool(tokens[:, 1:])
         pooled = tokens[:, 1:].mean(dim=1) if self.pooling == "mean" else tokens[:, 0]
         return self.fc_norm(pooled)
+
+    def attention_maps(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the attention (B, Q, h, w) of attentive pooling's queries to the patches of images (B, C, H, W)."""
+        return self.attentive_pool.attention(self.encoder(images)[:, 1:]).unflatten(-1, self.encoder.grid)
 
     def train_last_blocks(self, n: float) -> None:
         """Freeze all but the head, the last `n` blocks and the norm (section 4.3, "Partial fine-tuning").

@@ -79,9 +79,10 @@ def export_classifier(
 ) -> None:
     """Write a folder for transformers' `AutoModelForImageClassification`, timm's `local-dir:FOLDER` and this project.
 
-    The BatchNorm of a linear probe is folded into the head. In transformers, mean pooling is BEiT's; images that are
+    The BatchNorm of a probe is folded into the head. In transformers, mean pooling is BEiT's; images that are
     not square use its wrapper of timm, because BEiT's positions are square. transformers' pipeline converts images to
-    RGB, so it serves models of three channels only.
+    RGB, so it serves models of three channels only. No library has attentive pooling: only this project loads such a
+    model, but its encoder, in `encoder/`, is for all.
 
     Args:
         classes: names, in the order of the logits.
@@ -90,6 +91,12 @@ def export_classifier(
     """
     encoder, mean_pooled = model.encoder, model.pooling == "mean"
     state = _fold_batch_norm(model)
+    if model.pooling == "attentive":
+        config = {"model_type": "attentive_probe", **_vit_config(encoder), "pretrained_cfg": {"crop_pct": crop_ratio}}
+        config |= _class_names(classes)
+        statistics = (mean, std, value_range)
+        _write(folder, {"model.safetensors": state}, config, _preprocessor(encoder, crop_ratio), statistics)
+        return export_encoder(encoder, Path(folder) / "encoder", mean=mean, std=std, value_range=value_range)
     weights = {"model.safetensors": to_official(state)}
     if encoder.img_size[0] != encoder.img_size[1]:
         library = {"model_type": "timm_wrapper", "architectures": ["TimmWrapperForImageClassification"]}
@@ -184,9 +191,9 @@ def _class_names(classes: Sequence[str]) -> dict:
 
 
 def _fold_batch_norm(model: Classifier) -> State:
-    """Return the parameters of `model` on the CPU, with the BatchNorm of a linear probe folded into the head."""
+    """Return the parameters of `model` on the CPU, with the BatchNorm of a probe folded into the head."""
     state = {name: value.cpu() for name, value in model.state_dict().items() if not name.startswith("head_norm.")}
-    if model.linear_probe:
+    if model.probe:
         norm = model.head_norm
         mean, variance = norm.running_mean.cpu().double(), norm.running_var.cpu().double()
         weight = state["head.weight"].double() * (variance + norm.eps).rsqrt()

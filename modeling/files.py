@@ -44,7 +44,7 @@ class Stored(NamedTuple):
     mean: list[float] | None = None  # of the channels, for the normalization of images in [0, 1]
     std: list[float] | None = None
     classes: list[str] | None = None  # in the order of the head's outputs
-    pooling: str | None = None  # "mean" or "cls"; timm has others
+    pooling: str | None = None  # "mean", "cls" or "attentive"; timm has others
     layers: list[int] | None = None  # blocks, from 0, that feed a segmentation head
     crop_ratio: float | None = None  # side of the centre crop / side of the resized image, in evaluation
     resize: list[int] | None = None  # LONG and SHORT side that images fit in a segmenter's evaluation

@@ -60,9 +60,10 @@ TRANSFORMERS_5_NAMES = [
 
 SEGMENTATION_HEADS = ("decode_head.", "auxiliary_head.")  # the same names here and in transformers
 # All that follows an encoder
-HEAD_PREFIXES = ("head.", "head_norm.", "fc_norm.", "vit.pooler.", "fpn.", *SEGMENTATION_HEADS)
+HEAD_PREFIXES = ("head.", "head_norm.", "fc_norm.", "attentive_pool.", "vit.pooler.", "fpn.", *SEGMENTATION_HEADS)
 DECODER = ("mask_token", "decoder_")
 BLOCKS = {"encoder": "encoder.blocks.", "decoder": "decoder_blocks."}
+QUERIES = "attentive_pool.queries"  # (1, Q, D)
 PROJECTION = "encoder.patch_embed.proj.weight"  # (D, C, P, P)
 # Options of an encoder -> endings of the parameters that they add to every block
 EXTRAS = {
@@ -153,8 +154,10 @@ def model_settings(state: State) -> dict[str, object]:
         settings |= dict(patch_size=state[PROJECTION].shape[-1], input_channels=state[PROJECTION].shape[1])
     if "head.weight" in state:
         pooling = "mean" if "fc_norm.weight" in state else "cls"
+        if QUERIES in state:
+            pooling, settings["num_queries"] = "attentive", state[QUERIES].shape[1]
         settings |= dict(num_classes=len(state["head.weight"]), pooling=pooling)
-        settings["linear_probe"] = "head_norm.running_mean" in state  # not in an export, whose head includes the norm
+        settings["probe"] = "head_norm.running_mean" in state  # not in an export, whose head includes the norm
     head = state.get("decode_head.classifier.weight")
     name = next((name for name, kind in HEADS.items() if kind.own_parameter in state), None)
     if head is not None and name:

@@ -32,6 +32,10 @@ def differences(folder: str | Path, model: Model) -> tuple[dict[str, float], lis
         theirs = transformers.UperNetForSemanticSegmentation.from_pretrained(folder)
         outputs["transformers UperNetForSemanticSegmentation"] = theirs(images).logits, expected
         notes.append("timm has no UperNet, so the folder is for transformers and this project.")
+    elif getattr(model, "pooling", None) == "attentive":
+        theirs = transformers.AutoModel.from_pretrained(folder / "encoder")(images)
+        outputs["transformers AutoModel, encoder/"] = theirs.last_hidden_state, encoder(images)
+        notes.append("No library has attentive pooling, so the classifier is for this project; encoder/ is for all.")
     else:
         name = "AutoModelForImageClassification" if has_head else "AutoModel"
         theirs = getattr(transformers, name).from_pretrained(folder)(images)

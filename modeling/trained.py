@@ -136,9 +136,9 @@ def _build(weights: Weights, *, whole: bool, img_size: Grid | None, in_channels:
                 assumed.append(f"{name} {value}, as in the paper")
         return MaskedAutoencoder(encoder, **options), assumed
     if "pooling" in settings:
-        if stored.pooling is None:
+        if stored.pooling is None and settings["pooling"] != "attentive":
             pooled = "the cls token" if settings["pooling"] == "cls" else "the mean of the patch tokens"
             assumed.append(f"a head on {pooled}")
-        kind = dict(pooling=settings["pooling"], linear_probe=settings["linear_probe"])
+        kind = {name: settings[name] for name in ("pooling", "probe", "num_queries") if name in settings}
         return Classifier(encoder, settings["num_classes"], **kind), assumed
     return encoder, assumed

@@ -84,7 +84,7 @@ def test_mean_pooling_leaves_the_cls_token_out():
 
 
 def test_the_batch_norm_of_a_linear_probe():
-    model = randomize(new_classifier("cls", linear_probe=True)).train()
+    model = randomize(new_classifier("cls", probe=True)).train()
     images = torch.randn(64, 3, 32, 32)
     with torch.inference_mode():
         features = model.encoder(images)[:, 0].double()
@@ -93,6 +93,33 @@ def test_the_batch_norm_of_a_linear_probe():
     expected = nn.functional.linear((features - mean) / (variance + 1e-6).sqrt(), model.head.weight.double())
     torch.testing.assert_close(logits.double(), expected + model.head.bias.double(), rtol=0, atol=1e-4)
     assert not list(model.head_norm.parameters())
+
+
+def test_attentive_pooling_is_a_loop_over_queries():
+    """And it has D * D + Q * D parameters, as published."""
+    model = randomize(new_classifier("attentive", probe=True, num_queries=4))
+    pool, tokens = model.attentive_pool, torch.randn(3, 16, 32)
+    parts, share = [], 32 // 4
+    for number, query in enumerate(pool.queries[0]):
+        weights = torch.softmax(tokens @ query / 32**0.5, dim=1)  # (B, L)
+        values = tokens @ pool.value.weight[number * share : (number + 1) * share].T
+        parts.append((weights[:, :, None] * values).sum(dim=1))
+    torch.testing.assert_close(pool(tokens), torch.cat(parts, dim=1), rtol=0, atol=1e-5)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert trained == 32 * 32 + 4 * 32 + 5 * 32 + 5
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model.features(images), pool(model.encoder(images)[:, 1:]))
+    assert model.attention_maps(images).shape == (2, 4, *model.encoder.grid)
+    torch.testing.assert_close(model.attention_maps(images).sum(dim=(2, 3)), torch.ones(2, 4))
+    with pytest.raises(ValueError, match="5 queries do not divide a width of 32"):
+        new_classifier("attentive", num_queries=5)
+
+
+@pytest.mark.parametrize("probe", [False, True])
+def test_the_encoder_of_a_probe_is_never_in_training_mode(probe):
+    model = new_classifier(probe=probe).train()
+    assert model.training and model.head_norm.training and model.encoder.training is not probe
+    assert not model.eval().head_norm.training
 
 
 # What trains
@@ -128,7 +155,7 @@ LAST_MLP = {f"encoder.blocks.11.mlp.{layer}.{kind}" for layer in ("fc1", "fc2") 
     ],
 )
 def test_what_trains_in_every_mode(pooling, mode, expected):
-    model = base(pooling, linear_probe=mode == "linear probe")
+    model = base(pooling, probe=mode == "linear probe")
     every = EMBEDDINGS | blocks(0) | HEAD | NORM[pooling]
     assert {name for name, _ in model.named_parameters()} == every and len(every) == 4 + 12 * 12 + 2 + 2
     if not isinstance(mode, str):
@@ -139,7 +166,7 @@ def test_what_trains_in_every_mode(pooling, mode, expected):
 
 @pytest.mark.parametrize("mode", ["everything", "linear probe", 0, 0.5, 1, 2])
 def test_gradients_reach_what_trains_and_nothing_else(mode):
-    model = randomize(new_classifier(linear_probe=mode == "linear probe")).train()
+    model = randomize(new_classifier(probe=mode == "linear probe")).train()
     if not isinstance(mode, str):
         model.train_last_blocks(mode)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -183,12 +210,12 @@ def test_what_weight_decay_leaves_alone():
 # Initialization and errors
 
 
-@pytest.mark.parametrize(("linear_probe", "std"), [(False, 2e-5), (True, 0.01)])
-def test_initialization_of_the_head(linear_probe, std):
+@pytest.mark.parametrize(("probe", "std"), [(False, 2e-5), (True, 0.01)])
+def test_initialization_of_the_head(probe, std):
     torch.manual_seed(0)
-    model = new_classifier("cls", num_classes=1000, linear_probe=linear_probe)
+    model = new_classifier("cls", num_classes=1000, probe=probe)
     assert model.head.weight.std().item() == pytest.approx(std, rel=0.02) and not model.head.bias.any()
-    plain = new_classifier(num_classes=1000, linear_probe=linear_probe, custom_weight_init=False)
+    plain = new_classifier(num_classes=1000, probe=probe, custom_weight_init=False)
     bound = 1 / math.sqrt(32)
     assert 0.99 * bound < plain.head.weight.abs().max() <= bound and plain.head.bias.any()
 
@@ -207,7 +234,7 @@ def test_blocks_that_are_not_there(n):
 def in_mode(mode, **change) -> Classifier:
     """ViT-Ti at 112 pixels: "everything", "linear probe", or the last blocks."""
     size = SIZES["tiny"] | dict(img_size=112, depth=4)
-    model = Classifier(new_encoder(**size, **change), 10, linear_probe=mode == "linear probe")
+    model = Classifier(new_encoder(**size, **change), 10, probe=mode == "linear probe")
     if not isinstance(mode, str):
         model.train_last_blocks(mode)
     return model
@@ -222,7 +249,7 @@ def test_flops_by_hand():
     model.train_last_blocks(0.5)
     mlp = 197 * 8 * 768**2
     assert model.training_flops() == 2 * (patches + 12 * block - mlp) + 6 * (mlp + head) - mlp
-    assert base(linear_probe=True).training_flops() == 2 * (patches + 12 * block) + 4 * head
+    assert base(probe=True).training_flops() == 2 * (patches + 12 * block) + 4 * head
 
 
 @pytest.mark.parametrize("mode", ["everything", 2, 0])

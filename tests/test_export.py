@@ -259,15 +259,15 @@ SHAPES = {
 KINDS = {
     "mean": dict(pooling="mean"),
     "cls": dict(pooling="cls"),
-    "mean, linear probe": dict(pooling="mean", linear_probe=True),
-    "cls, linear probe": dict(pooling="cls", linear_probe=True),
+    "mean, linear probe": dict(pooling="mean", probe=True),
+    "cls, linear probe": dict(pooling="cls", probe=True),
 }
 
 
 def new_classifier(size: dict, kind: dict) -> Classifier:
     """A classifier whose every number is random, the statistics of its BatchNorm too."""
     model = randomize(Classifier(VisionTransformer(**size), len(NAMES), **kind, custom_weight_init=False))
-    if model.linear_probe:
+    if model.probe:
         torch.manual_seed(3)
         model.head_norm.running_mean.normal_(std=2)
         model.head_norm.running_var.uniform_(0.01, 3)
@@ -282,6 +282,20 @@ def write(model: Classifier, folder: Path, crop_ratio: float = 0.875) -> Path:
 def pictures(model: Classifier) -> torch.Tensor:
     encoder = model.encoder
     return torch.randn(4, encoder.in_channels, *encoder.img_size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.inference_mode()
+def test_attentive_pooling_is_for_this_project_and_its_encoder_for_all(tmp_path):
+    model = new_classifier(SHAPES["32 x 64"], dict(pooling="attentive", probe=True, num_queries=4))
+    folder, images = write(model, tmp_path, crop_ratio=0.9), pictures(model)
+    again = open_trained(folder)
+    torch.testing.assert_close(again.model(images), model(images), rtol=0, atol=1e-5)
+    assert again.class_names == NAMES and again.crop_ratio == 0.9 and not again.assumed
+    assert (again.mean, again.std) == tuple(statistics(model.encoder)[name] for name in ("mean", "std"))
+    with pytest.raises(ValueError, match="attentive_probe"):  # not an encoder with a random head
+        AutoModelForImageClassification.from_pretrained(folder)
+    encoder = AutoModel.from_pretrained(folder / "encoder").eval()
+    torch.testing.assert_close(encoder(images).last_hidden_state, model.encoder(images), rtol=0, atol=1e-5)
 
 
 @torch.inference_mode()
@@ -311,7 +325,7 @@ def test_three_libraries_load_the_classifier_and_agree(shape, kind, tmp_path):
     stored = read_stored(folder)
     for path in files:
         again = open_trained(path, given=stored).model
-        assert (again.num_classes, again.pooling, again.linear_probe) == (len(NAMES), model.pooling, False)
+        assert (again.num_classes, again.pooling, again.probe) == (len(NAMES), model.pooling, False)
         torch.testing.assert_close(again(images), logits, rtol=0, atol=1e-5)
     assert stored == Stored(
         model.encoder.grid,

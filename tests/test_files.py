@@ -269,10 +269,10 @@ def test_a_run_that_is_not_finished(run_folder):
 @pytest.fixture
 def classifier_run(tmp_path) -> tuple[Path, Classifier]:
     """A finished run of a linear probe and its model; its checkpoints hold another one."""
-    run, model = tmp_path / "run", trained_classifier("cls", linear_probe=True)
+    run, model = tmp_path / "run", trained_classifier("cls", probe=True)
     export_classifier(model, run / "model", classes=NAMES, mean=[0.5] * 3, std=[0.25] * 3, crop_ratio=0.875)
     for step in (1, 2):
-        write_checkpoint(run / "checkpoints" / f"step_{step:08d}", trained_classifier("cls", linear_probe=True))
+        write_checkpoint(run / "checkpoints" / f"step_{step:08d}", trained_classifier("cls", probe=True))
     flags = dict(img_size=[32, 32], patch_size=8, encoder_num_heads=2, mean=[0.5] * 3, std=[0.25] * 3)
     (run / "args.json").write_text(json.dumps({"flags": flags}))
     return run, model

@@ -28,7 +28,7 @@ from conftest import (
     write_images,
 )
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import finetune_classifier
 from data.batches import ClassificationBatch
@@ -215,7 +215,16 @@ def test_flags_that_contradict_each_other_are_refused_together(image_folder, pre
     probe = [*given, "--linear_probe", "--mixup_alpha", 0.8, "--drop_path", 0.1, "--layer_decay", 0.75]
     several = [*given, "--trainable_blocks", 3, "--num_classes", 7, "--input_channels", 1]
     alone = [*given, "--linear_probe", "--micro_batch_size", 1]
-    of_probe, of_several, of_one = refusals(SCRIPT, probe, several, alone, cwd=tmp_path)
+    queries = [*given, "--num_queries", 5, "--trainable_blocks", 1]
+    attentive = [*given, "--attentive_probe", "--num_queries", 5, "--pooling", "cls"]
+    both = [*given, "--attentive_probe", "--linear_probe"]
+    refused = refusals(SCRIPT, probe, several, alone, queries, attentive, both, cwd=tmp_path)
+    of_probe, of_several, of_one, of_queries, of_attentive, of_both = refused
+    assert any("--num_queries 5 has no effect without --attentive_probe" in error for error in of_queries)
+    assert (
+        "--attentive_probe trains a head on frozen features, to which --pooling cls does not apply" in of_attentive[0]
+    )
+    assert any("--linear_probe and --attentive_probe contradict each other; give one" in error for error in of_both)
     assert len(of_one) == 1 and "a micro-batch of 1 image is too small" in of_one[0]
     (error,) = [error for error in of_probe if "--linear_probe" in error]
     assert all(word in error for word in ("--mixup_alpha 0.8", "--drop_path 0.1", "--layer_decay 0.75"))
@@ -368,6 +377,33 @@ def test_a_linear_probe_resumes_exactly(image_folder, pretrained, tmp_path):
     assert not torch.equal(ema["head.weight"], last["head.weight"])
 
 
+def test_an_attentive_probe_from_training_to_its_card(image_folder, pretrained, tmp_path):
+    """It resumes exactly, leaves the encoder's bits alone, shows where its queries look, and is evaluated again."""
+    flags = ["--path_to_data", image_folder, WEIGHTS, pretrained, "--attentive_probe", "--num_queries", 4]
+    flags += ["--num_workers", 0, "--per_gpu_batch_size", 8, "--micro_batch_size", 4, "--max_steps", 8]
+    flags += ["--save_checkpoint_steps", 3, "--log_every", 1, "--mixed_precision", "no", "--learning_rate", 0.5]
+    run_each(SCRIPT, [flags], cwd=tmp_path)
+    folder = tmp_path / "work_dir" / "finetune_classifier"
+    before = shutil.copytree(folder, tmp_path / "before")
+    run_each(SCRIPT, [[*flags, "--resume_from_checkpoint", "step_00000003"]], cwd=tmp_path)
+    assert_equal_runs(before, folder, 8)
+    start, last = load_file(pretrained / "encoder" / "model.safetensors"), weights_of(folder, 8)
+    assert all(torch.equal(last[f"encoder.{name}"], value) for name, value in start.items())
+    assert last["attentive_pool.queries"].shape == (1, 4, 32) and flags_of(folder)["num_queries"] == 4
+
+    measured = json.loads((folder / "metrics.json").read_text())
+    again = ["--path_to_data", image_folder, WEIGHTS, folder / "model", "--eval_only", "--experiment_name", "again"]
+    run_each(SCRIPT, [[*again, "--num_workers", 0]], cwd=tmp_path)
+    assert json.loads((tmp_path / "work_dir/again/metrics.json").read_text())["top1"] == measured["top1"]
+    run("predict.py", folder, image_folder / "val", "--num_workers", 0, cwd=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "predictions/predictions.jsonl").read_text().splitlines()]
+    assert all(Image.open(tmp_path / "predictions" / line["attention"]).size[0] > 32 for line in lines)
+    run("push_to_hub.py", folder, cwd=tmp_path)
+    card = (folder / "hub" / "README.md").read_text()
+    assert "attentive pooling and a linear head on a frozen encoder" in card and "timm" not in card.partition("# ")[0]
+    assert 'subfolder="encoder"' in card and "pipeline(" not in card
+
+
 def test_evaluating_never_touches_the_weights_it_measures(undisturbed, image_folder, tmp_path):
     folder = shutil.copytree(undisturbed, tmp_path / "work_dir" / "finetune_classifier")
     shutil.rmtree(folder / "checkpoints")
@@ -393,7 +429,7 @@ def test_flags_without_what_they_need():
         return finetune_classifier.parse_args(["--path_to_data", "x", *words])[1]
 
     assert not errors() and not errors(WEIGHTS, "y", "--linear_probe")
-    for name in ("--linear_probe", "--adapt_channels", "--eval_only"):
+    for name in ("--linear_probe", "--attentive_probe", "--adapt_channels", "--eval_only"):
         assert any(f"{name} needs trained weights; give {WEIGHTS}" in error for error in errors(name))
     assert "is not valid; expected 0.5 or a whole number" in errors(WEIGHTS, "y", "--trainable_blocks", "1.5")[0]
     assert f"{WEIGHTS} is empty" in errors(WEIGHTS, "")[0]

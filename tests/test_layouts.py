@@ -105,7 +105,7 @@ def test_classifier_of_transformers(pooling, state_of, tmp_path):
     head = {name for name in ours.state_dict() if not name.startswith("encoder.")}
     assert set(report.ignored) == head and len(head) == (4 if pooling == "mean" else 2)
     settings = model_settings(to_ours(state)[1])
-    assert [settings[name] for name in ("num_classes", "pooling", "linear_probe")] == [5, pooling, False]
+    assert [settings[name] for name in ("num_classes", "pooling", "probe")] == [5, pooling, False]
     if state_of is files_of_5:
         weights = open_weights(tmp_path)
         assert weights.stored.classes is None and weights.stored.num_heads == 2  # nobody named the classes
@@ -143,7 +143,7 @@ def test_a_whole_classifier(pooling):
         assert torch.equal(ours(IMAGES), source(IMAGES)) and report.layout == layout
         assert report.loaded == len(state) and report.ignored == report.missing == report.resized == ()
         settings = model_settings(to_ours(state)[1])
-        assert [settings[name] for name in ("num_classes", "pooling", "linear_probe")] == [5, pooling, False]
+        assert [settings[name] for name in ("num_classes", "pooling", "probe")] == [5, pooling, False]
 
 
 def segmenter_settings(state: dict) -> tuple:

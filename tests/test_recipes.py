@@ -6,11 +6,13 @@ from modeling.vit import SIZES
 from training.recipes import LARGER, RECIPES, choose_kind, choose_recipe
 
 KINDS = ("fine-tuning", "linear probe", "from scratch")
+NONE = dict(linear_probe=False, attentive_probe=False)
 
 
 def test_what_trains_chooses_the_kind():
-    chosen = choose_kind("w", linear_probe=False), choose_kind("w", linear_probe=True)
-    assert (*chosen, choose_kind(None, linear_probe=False)) == KINDS
+    probes = [choose_kind("w", **{**NONE, name: True}) for name in NONE]
+    assert probes == ["linear probe", "attentive probe"]
+    assert (choose_kind("w", **NONE), choose_kind(None, **NONE)) == ("fine-tuning", "from scratch")
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,8 @@ def new_autoencoder(*, decoder: dict | None = None, **change) -> MaskedAutoencod
     return MaskedAutoencoder(new_encoder(**change), **DECODER | (decoder or {})).eval()
 
 
-def new_classifier(pooling: str = "mean", *, num_classes: int = 5, linear_probe: bool = False, **change) -> Classifier:
-    return Classifier(new_encoder(**change), num_classes, pooling=pooling, linear_probe=linear_probe).eval()
+def new_classifier(pooling: str = "mean", *, num_classes: int = 5, probe: bool = False, **change) -> Classifier:
+    return Classifier(new_encoder(**change), num_classes, pooling=pooling, probe=probe).eval()
 
 
 def official(model: MaskedAutoencoder | Classifier) -> dict[str, torch.Tensor]:
@@ -231,7 +231,7 @@ def test_report_is_one_line():
 def trained_classifier(pooling: str = "mean", **change) -> Classifier:
     """A classifier whose every number is random, the statistics of a linear probe too."""
     model = randomize(new_classifier(pooling, **change))
-    if model.linear_probe:
+    if model.probe:
         model.head_norm.running_mean.normal_(std=3)
         model.head_norm.running_var.uniform_(0.1, 3)
     return model
@@ -269,7 +269,7 @@ def test_a_head_that_does_not_fit():
     state = trained_classifier("mean").state_dict()
     for model, given, settings in (
         (new_classifier("cls", num_classes=7), official(trained_classifier()), dict(num_classes=5, pooling="mean")),
-        (new_classifier(linear_probe=True), state, dict(linear_probe=False)),
+        (new_classifier(probe=True), state, dict(probe=False)),
         (new_classifier(embed_dim=64), state, dict(encoder_embed_dim=32, encoder_num_heads="N")),
         (new_segmenter(head=LINEAR), new_segmenter().state_dict(), dict(head="upernet", head_width=12, auxiliary=True)),
     ):

@@ -375,12 +375,13 @@ def check_finetuning(args: argparse.Namespace, weights: str) -> list[str]:
     """Return error messages for the flags of `add_finetuning_flags`."""
     path = getattr(args, weights.removeprefix("--"))
     errors = [f"{weights} is empty; give a path, or leave the flag out to train from scratch"] if path == "" else []
-    for name in ("linear_probe", "trainable_blocks", "adapt_channels", "eval_only"):
+    for name in ("linear_probe", "attentive_probe", "trainable_blocks", "adapt_channels", "eval_only"):
         if not path and getattr(args, name, None) not in (None, False):
             errors.append(f"--{name} needs trained weights; give {weights}")
     reasons = {
         "resume_from_checkpoint": f"give the checkpoint's folder as {weights}, and an --experiment_name",
         "linear_probe": "the head is read from the weights",
+        "attentive_probe": "the head is read from the weights",
         "dry_run": "nothing trains",
         "push_to_hub": "nothing trains",
     }
@@ -415,15 +416,23 @@ def check_classifier(args: argparse.Namespace, *, usual_optimizer: str) -> list[
             f"--optimizer {args.optimizer} has no default learning rate here; give --learning_rate, or use "
             f"{usual_optimizer}"
         )
-    if args.linear_probe:
-        none = {"mixup_alpha": 0, "cutmix_alpha": 0, "drop_path": 0, "layer_decay": 1, "trainable_blocks": None}
+    modes = {"linear_probe": args.linear_probe, "attentive_probe": args.attentive_probe}
+    modes["trainable_blocks"] = args.trainable_blocks is not None
+    modes = [f"--{name}" for name, given in modes.items() if given]
+    if len(modes) > 1:
+        errors.append(f"{' and '.join(modes)} contradict each other; give one of them")
+    elif args.linear_probe or args.attentive_probe:
+        none = {"mixup_alpha": 0, "cutmix_alpha": 0, "drop_path": 0, "layer_decay": 1}
         values = {name: getattr(args, name) for name in none}
         given = [f"--{name} {value:g}" for name, value in values.items() if value not in (None, none[name])]
+        if args.attentive_probe and args.pooling:
+            given.append(f"--pooling {args.pooling}")
         if given:
             errors.append(
-                f"--linear_probe trains a linear layer on frozen features, to which {', '.join(given)} does not apply; "
-                "leave that out"
+                f"{modes[0]} trains a head on frozen features, to which {', '.join(given)} does not apply; leave it out"
             )
+    if args.num_queries and not args.attentive_probe:
+        errors.append(f"--num_queries {args.num_queries} has no effect without --attentive_probe; leave it out")
     if args.trainable_blocks is not None and args.trainable_blocks % 1 and args.trainable_blocks != 0.5:
         errors.append(f"--trainable_blocks {args.trainable_blocks:g} is not valid; expected 0.5 or a whole number")
     return errors

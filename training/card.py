@@ -92,6 +92,7 @@ class ModelSummary(NamedTuple):
     task: str  # on the Hub: "image-feature-extraction", "image-classification" or "image-segmentation"
     description: str  # its sizes, in one line
     has_decoder: bool  # the folder has pretraining/
+    loads_elsewhere: bool  # in transformers or timm, as a whole
     img_size: tuple[int, int]  # height and width in pixels
     channels: int
     mean: list[float]  # normalization of images in [0, 1]
@@ -163,9 +164,10 @@ def _metadata(model: ModelSummary, record: RunRecord | None, scores: dict, *, ti
     ]
     base = str(record.initial_weights) if record else model.origin.partition(" ")[0]
     pretrained = model.has_decoder or (record and record.initial_weights)
-    tags = [TAG, "masked-autoencoder" * bool(pretrained), "vit", "timm" * (model.task != "image-segmentation")]
+    in_timm = model.loads_elsewhere and model.task != "image-segmentation"
+    tags = [TAG, "masked-autoencoder" * bool(pretrained), "vit", "timm" * in_timm]
     return ModelCardData(
-        library_name="transformers",
+        library_name="transformers" if model.loads_elsewhere else None,
         pipeline_tag=model.task,
         license=license,
         datasets=list(datasets) or None,

@@ -159,6 +159,23 @@ def segmentation_overlay(
     _write_grid(path, [[picture]], legend=legend)
 
 
+def attention_grid(path: Path, image: np.ndarray, maps: np.ndarray) -> None:
+    """Write a PNG of an image and, over it, the attention of each query: brighter where a query looks.
+
+    `image` is (C, H, W), uint8, C 1 or 3; `maps` are (Q, h, w), each drawn relative to its maximum.
+    """
+    scale = max(1, 112 // image.shape[2])
+    size = (image.shape[2] * scale, image.shape[1] * scale)
+    picture = to_pil_image(torch.as_tensor(image)).convert("RGB").resize(size, Image.Resampling.NEAREST)
+    tiles = [picture]
+    for attention in maps:
+        light = Image.fromarray(np.uint8(255 * attention / attention.max())).resize(size, Image.Resampling.BICUBIC)
+        tiles.append(
+            Image.composite(picture, Image.new("RGB", size, "#101040"), light.point(lambda x: 50 + x * 4 // 5))
+        )
+    _write_grid(path, [tiles[start : start + 9] for start in range(0, len(tiles), 9)])
+
+
 def loss_curve(path: Path, log: Sequence[dict]) -> None:
     """Write a PNG of the training loss in the lines of log.jsonl, and of the validation loss if there is one."""
     figure, axes = _figure(path, (8, 4), "optimizer step", "loss")

@@ -1,6 +1,12 @@
 """Default flags of a classifier: the paper's recipes, by what trains and by the size of the encoder."""
 
 # ViT-B's (He et al. 2021, tables 9 to 11). Partial fine-tuning uses the first ones.
+PROBE = dict(
+    **dict(epochs=90, warmup_epochs=10, base_learning_rate=0.1, min_learning_rate=0.0, layer_decay=1.0),
+    **dict(optimizer="lars", betas=[0.9, 0.999], weight_decay=0.0, max_grad_norm=0.0),
+    **dict(drop_path=0.0, random_aug_magnitude=0, random_erase=0.0),
+    **dict(mixup_alpha=0.0, cutmix_alpha=0.0, label_smoothing=0.0),
+)
 RECIPES = {
     "fine-tuning": dict(
         **dict(epochs=100, warmup_epochs=5, base_learning_rate=5e-4, min_learning_rate=1e-6, layer_decay=0.65),
@@ -8,12 +14,8 @@ RECIPES = {
         **dict(pooling="mean", drop_path=0.1, random_aug_magnitude=9, random_erase=0.25),
         **dict(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1),
     ),
-    "linear probe": dict(
-        **dict(epochs=90, warmup_epochs=10, base_learning_rate=0.1, min_learning_rate=0.0, layer_decay=1.0),
-        **dict(optimizer="lars", betas=[0.9, 0.999], weight_decay=0.0, max_grad_norm=0.0),
-        **dict(pooling="cls", drop_path=0.0, random_aug_magnitude=0, random_erase=0.0),
-        **dict(mixup_alpha=0.0, cutmix_alpha=0.0, label_smoothing=0.0),
-    ),
+    "linear probe": dict(PROBE, pooling="cls"),
+    "attentive probe": dict(PROBE, pooling="attentive"),  # Psomas et al. 2026, arXiv 2506.10178
     "from scratch": dict(
         **dict(epochs=300, warmup_epochs=20, base_learning_rate=1e-4, min_learning_rate=0.0, layer_decay=1.0),
         **dict(optimizer="adamw", betas=[0.9, 0.95], weight_decay=0.3, max_grad_norm=1.0),
@@ -32,8 +34,10 @@ LARGER = {  # what differs for larger encoders
 NAMES = {(1024, 24): "ViT-L", (1280, 32): "ViT-H"}  # width and depth; all other encoders take ViT-B's recipe
 
 
-def choose_kind(weights: str | None, *, linear_probe: bool) -> str:
-    """Return the key in RECIPES that two flags choose."""
+def choose_kind(weights: str | None, *, linear_probe: bool, attentive_probe: bool) -> str:
+    """Return the key in RECIPES that three flags choose."""
+    if attentive_probe:
+        return "attentive probe"
     return "linear probe" if linear_probe else "fine-tuning" if weights else "from scratch"
 
 

@@ -1,5 +1,6 @@
 """Values of flags that follow from the data, the weights, or the run to resume."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -231,7 +232,18 @@ def check_blocks(trainable_blocks: float | None, depth: int) -> None:
         )
 
 
-def check_classifier_batch(size: int, *, mixing: bool, linear_probe: bool) -> list[str]:
+def resolve_queries(num_queries: int | None, width: int) -> int:
+    """Return the queries of attentive pooling: those given, or 32 if they divide the encoder's width.
+
+    Raises:
+        InputError: for queries that do not divide the width.
+    """
+    if num_queries and width % num_queries:
+        raise InputError(f"--num_queries {num_queries} does not divide the encoder's width of {width}; give a divisor")
+    return num_queries or math.gcd(32, width)
+
+
+def check_classifier_batch(size: int, *, mixing: bool, probe: bool) -> list[str]:
     """Return error messages for a classifier's micro-batches of `size` images."""
     errors = []
     if mixing and size % 2:
@@ -239,8 +251,6 @@ def check_classifier_batch(size: int, *, mixing: bool, linear_probe: bool) -> li
             f"--mixup_alpha and --cutmix_alpha mix pairs of images, and the micro-batch of {size} is odd; give an even "
             "one, or 0 for both"
         )
-    if linear_probe and size < 2:
-        errors.append(
-            f"--linear_probe has a BatchNorm, and a micro-batch of {size} image is too small; give at least 2"
-        )
+    if probe and size < 2:
+        errors.append(f"a probe has a BatchNorm, and a micro-batch of {size} image is too small; give at least 2")
     return errors
