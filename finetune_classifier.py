@@ -17,6 +17,7 @@ import math
 from functools import partial
 from itertools import repeat
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast
@@ -177,14 +178,15 @@ def evaluate(run, model, dataset, classes, normalize, *, read, export=None):
     model.eval()
     for buffer in model.buffers():  # BatchNorm's statistics are those of the main process, as in a checkpoint
         broadcast(buffer)
-    rows, damaged = [], []
+    rows, damaged, present = [], [], torch.from_numpy(np.unique(dataset.labels)).to(run.device)
     for batch in read(dataset, range(len(dataset))):
         with run.accelerator.autocast():  # the forward method is not compiled, as sizes vary
             logits = model.forward(normalize(batch.images.to(run.device, non_blocking=True))).float()
         labels = batch.labels.to(run.device, non_blocking=True)
         losses = F.cross_entropy(logits, labels, reduction="none").tolist()
         rankings = logits.topk(min(5, len(classes))).indices.tolist()
-        scored = zip(batch.indices, batch.labels.tolist(), rankings, losses, strict=True)
+        best_present = present[logits[:, present].argmax(dim=1)].tolist()
+        scored = zip(batch.indices, batch.labels.tolist(), rankings, best_present, losses, strict=True)
         rows += [row for row in scored if row[0] not in dict(batch.damaged)]
         damaged += [(dataset.source.name(index), reason) for index, reason in batch.damaged]
     model.train(training)
@@ -207,7 +209,8 @@ def evaluate(run, model, dataset, classes, normalize, *, read, export=None):
 
 def describe_scores(scores):
     """Return the accuracies in words."""
-    return f"top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} %"
+    subset = f" ({scores['subset_top1']:.2f} % among the classes of the data)" if "subset_top1" in scores else ""
+    return f"top-1 {scores['top1']:.2f} %{subset}, top-5 {scores['top5']:.2f} %"
 
 
 def describe_model(model, recipe, augmentation):

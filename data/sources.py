@@ -8,6 +8,7 @@ import contextlib
 import glob
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -276,8 +277,34 @@ def check_pixels(source: Source, pixels: PixelFormat) -> None:
 
 def labels_in(source: Source, classes: list[str]) -> np.ndarray:
     """Return the labels (N,) of a source as indices of `classes`, which has all that its images have."""
+    return np.array(_number_names(source.classes, classes))[source.labels]
+
+
+def _number_names(names: Sequence[str], classes: Sequence[str]) -> list[int]:
+    """Return the index in `classes` of each name, or -1; ImageNet's have a WordNet id or words on either side."""
     numbers = {name: number for number, name in enumerate(classes)}
-    return np.array([numbers.get(name, -1) for name in source.classes])[source.labels]
+    if all(name in numbers for name in names):
+        return [numbers[name] for name in names]
+    ids = _wordnet_ids()
+    by_id = {ids[key]: number for name, number in numbers.items() if (key := _simplified(name)) in ids}
+    return [numbers.get(name, by_id.get(ids.get(_simplified(name)), -1)) for name in names]
+
+
+def _simplified(name: str) -> str:
+    return name.replace("_", " ").casefold()
+
+
+@cache
+def _wordnet_ids() -> dict[str, str]:
+    """Return the WordNet id of each class of ImageNet-1k by its id, its words, and each word that is no other's."""
+    from timm.data import ImageNetInfo  # here, because it takes long to import
+
+    info, found = ImageNetInfo("imagenet-1k"), {}
+    for number, identity in enumerate(info.label_names()):
+        words = info.index_to_description(number)
+        for name in {identity, words, *words.split(", ")}:
+            found.setdefault(_simplified(name), []).append(identity)
+    return {name: identities[0] for name, identities in found.items() if len(identities) == 1}
 
 
 def _present_classes(source: Source) -> list[str]:
@@ -289,8 +316,8 @@ def _present_classes(source: Source) -> list[str]:
 
 def _missing_classes(source: Source, classes: Sequence[str]) -> list[str]:
     """Return the classes of a source's images that `classes` lacks."""
-    known = {*classes}
-    return sorted(name for name in _present_classes(source) if name not in known)
+    present = _present_classes(source)
+    return sorted(name for name, number in zip(present, _number_names(present, classes), strict=True) if number < 0)
 
 
 def check_num_classes(path_to_data: str, source: Source, num_classes: int | None) -> None:

@@ -404,6 +404,38 @@ def test_an_attentive_probe_from_training_to_its_card(image_folder, pretrained, 
     assert 'subfolder="encoder"' in card and "pipeline(" not in card
 
 
+def test_evaluation_on_some_of_the_classes(tmp_path):
+    """Ten classes of ImageNet by WordNet id, then images of three of them, in folders named by words."""
+    ids = [f"n0{number}" for number in (1440764, 1443537, 1484850, 1491361, 1494475, 1496331, 1498041)]
+    ids += ["n01514668", "n01514859", "n01518878"]
+    data = write_images(tmp_path / "data" / "train", 10, classes=10).parent
+    shutil.copytree(data / "train", data / "val")
+    for part in ("train", "val"):
+        for number, name in enumerate(ids):
+            (data / part / f"class_{number}").rename(data / part / name)
+    run(SCRIPT, *TINY[:14], "--path_to_data", data, "--max_steps", 4, "--num_workers", 0, cwd=tmp_path)
+    some = write_images(tmp_path / "some", 30, classes=3, seed=1)
+    for number, name in enumerate(("goldfish", "cock", "great_white_shark")):  # of several words and of one
+        (some / f"class_{number}").rename(some / name)
+    trained = tmp_path / "work_dir" / "finetune_classifier" / "model"
+    words = ["--path_to_data", some, WEIGHTS, trained, "--eval_only", "--experiment_name", "some", "--num_workers", 0]
+    printed = run(SCRIPT, *words, cwd=tmp_path).stdout
+    metrics = metrics_of(tmp_path / "work_dir" / "some")
+
+    run("predict.py", trained, some, "--top_k", 10, "--num_workers", 0, cwd=tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "predictions/predictions.jsonl").read_text().splitlines()]
+    probabilities = np.array(
+        [[{c["class"]: c["probability"] for c in line["classes"]}[i] for i in ids] for line in lines]
+    )
+    folders = [line["image"].split("/")[-2] for line in lines]
+    labels = np.array([{"goldfish": 1, "cock": 7, "great_white_shark": 2}[name] for name in folders])
+    chosen = np.array([1, 2, 7])
+    expected = 100 * (chosen[probabilities[:, chosen].argmax(axis=1)] == labels).mean()
+    assert metrics["subset_top1"] == pytest.approx(expected)
+    assert metrics["top1"] == pytest.approx(100 * (probabilities.argmax(axis=1) == labels).mean())
+    assert f"({expected:.2f} % among the classes of the data)" in printed
+
+
 def test_evaluating_never_touches_the_weights_it_measures(undisturbed, image_folder, tmp_path):
     folder = shutil.copytree(undisturbed, tmp_path / "work_dir" / "finetune_classifier")
     shutil.rmtree(folder / "checkpoints")

@@ -19,7 +19,9 @@ def case(num_classes, count, *, seed=0):
 
 def score(logits, labels, losses):
     best = logits.topk(min(5, logits.shape[1])).indices.tolist()
-    rows = list(zip(range(len(best)), labels.tolist(), best, losses.tolist(), strict=True))
+    present = labels.unique()
+    of_present = present[logits[:, present].argmax(dim=1)].tolist()
+    rows = list(zip(range(len(best)), labels.tolist(), best, of_present, losses.tolist(), strict=True))
     return score_classification(rows, [f"class {i}" for i in range(logits.shape[1])])
 
 
@@ -39,6 +41,10 @@ def test_against_counting_and_torchmetrics(num_classes, count):
     for name, k in (("top1", 1), ("top5", min(5, num_classes))):
         theirs = multiclass_accuracy(logits, labels, num_classes, average="micro", top_k=k)
         assert got[name] == pytest.approx(100 * theirs.item(), abs=1e-4)
+    logits_of_present = logits.numpy().copy()
+    logits_of_present[:, num_classes - 1] = -np.inf  # the class without images
+    expected = 100 * (logits_of_present.argmax(axis=1) == labels.numpy()).mean()
+    assert got["subset_top1"] == pytest.approx(expected) and got["subset_top1"] >= got["top1"]
     theirs = multiclass_accuracy(logits, labels, num_classes, average="none")
     ours = list(got["per_class_accuracy"].values())
     assert ours[:-1] == pytest.approx((100 * theirs).tolist()[:-1], abs=1e-4)
@@ -46,7 +52,7 @@ def test_against_counting_and_torchmetrics(num_classes, count):
 
 def test_labels_without_a_name_are_an_error():
     with pytest.raises(ValueError, match="zip"):
-        score_classification([(0, 2, [0, 1], 1.0)], ["a", "b"])
+        score_classification([(0, 2, [0, 1], 0, 1.0)], ["a", "b"])
 
 
 def masks(num_classes, count, *, seed=0):

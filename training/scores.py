@@ -9,17 +9,22 @@ import numpy as np
 def score_classification(rows: list[tuple], classes: Sequence[str]) -> dict:
     """Return `val_loss`, `top1` and `top5` in percent, and `per_class_accuracy`: name -> percent, None without images.
 
+    If some classes have no image, also `subset_top1`: the accuracy of the best one among those that have.
+
     Args:
-        rows: index of the image, its label, class numbers with the best first (at least 5, or all classes), its loss.
+        rows: index of the image, its label, class numbers with the best first (at least 5, or all classes), the best
+            one among the classes that have images, its loss.
         classes: names.
     """
-    _, labels, rankings, losses = zip(*rows, strict=True)
+    _, labels, rankings, best_present, losses = zip(*rows, strict=True)
     labels = np.asarray(labels)
     hits = np.asarray(rankings) == labels[:, None]  # (images, class numbers of a row)
     images = np.bincount(labels, minlength=len(classes))
     right = np.bincount(labels[hits[:, 0]], minlength=len(classes))
+    subset = {"subset_top1": 100 * int((labels == best_present).sum()) / len(hits)} if not images.all() else {}
     return {
         "val_loss": fmean(losses),
+        **subset,
         "top1": 100 * int(hits[:, 0].sum()) / len(hits),
         "top5": 100 * int(hits[:, :5].sum()) / len(hits),
         "per_class_accuracy": {
