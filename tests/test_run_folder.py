@@ -8,7 +8,7 @@ import torch
 from conftest import run_code
 from safetensors.torch import load_file
 
-from training.files import MARKER, alone_at, own_files, replace_folder, write_json
+from training.files import MARKER, alone_at, clear_beside, own_files, replace_folder, write_json
 from training.launch import InputError, RunError
 from training.run_folder import RunFolder, is_whole, read_state
 
@@ -252,6 +252,20 @@ def test_a_replaced_folder_keeps_what_others_put_there(tmp_path):
     assert (target / "empty").is_dir() and (target / "link").is_symlink() and os.listdir(tmp_path) == ["hub"]
     replace_folder(target, lambda folder: fill(folder, "config.json"))
     assert own_files(target) == ["config.json", MARKER]
+
+
+def test_a_link_to_a_replaced_folder_stays(tmp_path):
+    """The folder lies on a larger disk."""
+    link, real = tmp_path / "run" / "hub", tmp_path / "disk" / "hub"
+    fill(real, "notes.txt")
+    link.parent.mkdir()
+    link.symlink_to(real)
+    for names in (["config.json"], ["model.safetensors"]):
+        replace_folder(link, lambda folder, names=names: fill(folder, *names))
+        assert link.is_symlink() and {*files_in(real)} == {"notes.txt", *names, MARKER}
+    fill(real.parent, f".hub.replacing/{MARKER}")  # of a call that was killed
+    clear_beside(link)
+    assert os.listdir(real.parent) == ["hub"] and os.listdir(link.parent) == ["hub"]
 
 
 def test_what_lies_beside_a_replaced_folder_stays(tmp_path):

@@ -57,7 +57,7 @@ def remove_files(folder: Path, names: Iterable[str]) -> None:
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Replace the folder atomically: readers see the old or the new one, or none for a moment, never a mixture.
 
-    The files of others in it stay.
+    The files of others in it stay, and so does a link at its place: the folder that it names is replaced.
 
     Args:
         target: the folder. If writing fails, it is as it was.
@@ -66,6 +66,7 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     Raises:
         RunError: if the place beside it that the exchange needs is taken.
     """
+    target = target.resolve()
     clear_beside(target)
     work = _beside(target)
     try:
@@ -114,6 +115,7 @@ def clear_beside(target: Path) -> None:
     Raises:
         RunError: if the place holds something else.
     """
+    target = target.resolve()
     work = _beside(target)
     if not work.exists():
         return
