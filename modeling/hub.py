@@ -37,7 +37,7 @@ def find_weights(path: str | Path, *, whole: bool) -> Path:
     encoder = path / "encoder"
     exported = [path / "pretraining", path, encoder / "pretraining"] if whole else [path, encoder]
     exported.append(path / "model")
-    for folder in [*exported, *sorted(path.glob("checkpoints/step_*"), reverse=True)]:
+    for folder in [*exported, *sorted(path.glob("checkpoints/step_" + 8 * "[0-9]"), reverse=True)]:
         # A run writes these files last: without one, the folder is half written or half removed.
         finished = folder == path or (folder / "config.json").is_file() or (folder / "state.json").is_file()
         if finished and any((folder / name).is_file() for name in WEIGHT_FILES):

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -256,6 +257,7 @@ def test_a_run_that_is_not_finished(run_folder):
     assert find_weights(run, whole=False) == new
     (new / "state.json").unlink()  # half removed
     (run / "checkpoints" / ".saving_step_00000200").mkdir()
+    shutil.copytree(old, run / "checkpoints" / "step_best")  # the user's
     assert find_weights(run, whole=True) == find_weights(run, whole=False) == middle
     (middle / "model.safetensors").unlink()
     assert find_weights(run, whole=True) == old

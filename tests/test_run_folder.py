@@ -1,6 +1,7 @@
 """The run folder, its checkpoints, and the files and folders that are whole or absent."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -119,6 +120,18 @@ def test_old_checkpoints_leave_the_files_of_others(folder):
     save(folder, 2, keep=1)
     assert files_in(folder.checkpoints / "step_00000001") == {"merged.pt": "merged.pt"}
     assert [path.name for path in folder.whole_checkpoints()] == ["step_00000002"]
+
+
+def test_copies_of_checkpoints_under_other_names_are_the_users(folder):
+    names = ["step_00000001_keep", "step_best"]
+    for name in names:
+        shutil.copytree(save(folder, 1), folder.checkpoints / name)
+    fill(folder.checkpoints, "step_half/model.safetensors", ".saving_mine/a")
+    before = {path for path in folder.checkpoints.rglob("*") if "step_00000001" not in path.parts}
+    save(folder, 2, keep=1)
+    assert folder.find("latest").name == "step_00000002" and folder.find("step_best").name == "step_best"
+    folder.clear_beyond(0)
+    assert {*folder.checkpoints.rglob("*")} == before
 
 
 @pytest.mark.parametrize("content", [{"flags": {}, "versions": {}}, {"format": "mae-accelerate run 1"}])

@@ -21,6 +21,7 @@ from training.wording import in_one_line
 FORMAT = "mae-accelerate run 1"  # in args.json: the mark of a run's folder
 MODEL, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimizer.pt", "state.json"
 FILES = (MODEL, EMA, OPTIMIZER)
+CHECKPOINT = "step_" + 8 * "[0-9]"  # others, such as a copy step_00000100_keep, are the user's
 PICTURES, EVENTS = "step_*.png", "events.out.tfevents.*"
 # What a run removes or overwrites, and so what a folder that is no run's must not have
 NAMES = ("args.json", "best", "checkpoints", "damaged.jsonl", "encoder", "hub", "hub.log", "log.jsonl", "metrics.json")
@@ -83,7 +84,7 @@ class RunFolder:
 
     def whole_checkpoints(self) -> list[Path]:
         """Return the folders of all whole checkpoints, the oldest first."""
-        return sorted(path for path in self.checkpoints.glob("step_*") if is_whole(path))
+        return sorted(path for path in self.checkpoints.glob(CHECKPOINT) if is_whole(path))
 
     def find(self, name: str | None, *, resumable: bool = True) -> Path | None:
         """Return the checkpoint that --resume_from_checkpoint names, or None for a fresh start.
@@ -134,9 +135,9 @@ class RunFolder:
         if not (self.path / "args.json").exists():  # nothing here is a run's, see `lock`
             return
         (self.path / "metrics.json").unlink(missing_ok=True)
-        for path in self.checkpoints.glob(".saving_*"):
+        for path in self.checkpoints.glob(f".saving_{CHECKPOINT}"):
             shutil.rmtree(path, ignore_errors=True)
-        for path in sorted(self.checkpoints.glob("step_*")):
+        for path in sorted(self.checkpoints.glob(CHECKPOINT)):
             if not (path / STATE).exists() or (is_whole(path) and read_state(path)["step"] > step):
                 remove_checkpoint(path)
         for name in ("encoder", "model", "best"):
