@@ -24,9 +24,9 @@ BACKSLASH = "\\"  # between the folders of a path written on Windows
 class ListSource(FileSource):
     """Read the images of a list, in its order: a CSV file with a column `path`, or JSON lines with that key.
 
-    Paths are absolute, or relative to the list's folder. The list may have a `label` (whole numbers from 0, or names)
-    and a `mask`, a path; other columns are ignored. Raises DataError for a list that cannot be read or is empty, and
-    for missing images.
+    Paths are absolute, relative to the list's folder, or begin with ~/. The list may have a `label` (whole numbers from
+    0, or names) and a `mask`, a path; other columns are ignored. Raises DataError for a list that cannot be read or is
+    empty, and for missing images.
     """
 
     def __init__(self, path: str | Path):
@@ -75,6 +75,9 @@ def _read_list(path: str) -> tuple:
         table = pa.table({name: pc.utf8_trim_whitespace(table[name]) for name in COLUMNS})
         filled = [pc.greater(pc.utf8_length(table[name].fill_null("")), 0) for name in COLUMNS]
         table = table.filter(pc.or_(pc.or_(*filled[:2]), filled[2]))  # spreadsheets end in rows of commas
+    for name in ("path", "mask"):
+        expanded = pc.replace_substring_regex(table[name], "^~/", os.path.expanduser("~/"))
+        table = table.set_column(table.column_names.index(name), name, expanded)
     return table, errors
 
 

@@ -326,6 +326,20 @@ def test_paths_written_on_windows_are_told(tmp_path):
         ListSource(tmp_path / "x.csv")
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_the_home_folder_in_a_list(tmp_path, kind, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    names = ["a.jpg", "b~/c.jpg"]
+    for name in ("home/a.jpg", "home/b~/c.jpg", "home/m.png", "lists/~x.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    rows = [{"path": f"~/{name}", "label": 1.5, "mask": "~/m.png"} for name in names]  # a label that is refused
+    rows += [{"path": "~x.jpg", "label": 1, "mask": "~/m.png"}]
+    source = ListSource(write_list(tmp_path / "lists" / f"x.{kind}", rows))
+    assert source.fetch(range(3)) == [b"home/a.jpg", b"home/b~/c.jpg", b"lists/~x.jpg"]
+    assert source.has_masks and source.fetch_masks([0]) == [b"home/m.png"]
+
+
 def test_a_list_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match=r"x.csv cannot be read .*No such file"):
         ListSource(tmp_path / "x.csv")
