@@ -153,7 +153,7 @@ def number_labels(texts, where: Callable[[int], str], source: str) -> tuple[np.n
 def default_cache() -> Path:
     """Return the default folder for indices."""
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "masked-autoencoders")
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "masked-autoencoders").expanduser()
     except RuntimeError:  # the user has no home, as in containers
         return Path(tempfile.gettempdir(), f"masked-autoencoders-{os.getuid()}")
 

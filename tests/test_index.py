@@ -197,6 +197,9 @@ def test_the_default_cache(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_cache() == tmp_path / ".cache" / "masked-autoencoders"
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/scratch")  # as a file of variables has it, which no shell reads
+    assert default_cache() == tmp_path / "scratch" / "masked-autoencoders"
+    monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a user without an entry, as in containers
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
