@@ -116,7 +116,7 @@ def check_output(features, folder):
     else:
         path = Path(features)
         flag, paths = f"--features {features}", [path, path.with_suffix(".json"), path.with_name(f".{path.name}")]
-    taken = [str(path) for path in paths if path.exists()]
+    taken = [str(path) for path in paths if os.path.lexists(path)]  # also a link whose file is not there
     return [f"{flag} would overwrite {', '.join(taken)}; give another name"] if taken else []
 
 

@@ -329,7 +329,7 @@ def report_statistics(statistics, folder):
     flags = {FLAGS.get(name, name): statistics[name] for name in names if statistics[name] is not None}
     print("statistics " + " ".join(f"--{name} {format_flag(value)}" for name, value in flags.items()))
     path = folder / STATISTICS
-    if path.exists() and not is_statistics(path):
+    if os.path.lexists(path) and not is_statistics(path):
         print(f"           give the scripts these flags: {path} is another program's, and stays as it is")
     elif folder.is_dir() and os.access(folder, os.W_OK):
         write_json(path, statistics)

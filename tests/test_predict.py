@@ -537,10 +537,15 @@ def test_nothing_is_overwritten(models, photos, tmp_path):
     words = [models["mean"], photos[0]]
     for name in ("x.npy", "y.json", "file", ".z.npy"):
         (tmp_path / name).touch()
+    for name in ("link.npy", "linked/predictions.jsonl"):  # to a disk that is not mounted
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to("nowhere")
     for flags, expected in (
         (["--features", "x.npy"], "would overwrite x.npy; give another name"),
         (["--features", "y.npy"], "would overwrite y.json; give another name"),
         (["--features", "z.npy"], "would overwrite .z.npy; give another name"),
+        (["--features", "link.npy"], "would overwrite link.npy; give another name"),
+        (["--output", "linked"], "would overwrite linked/predictions.jsonl; give another name"),
         (["--output", "file"], "the folder file cannot be written (File exists)"),
         (["--output", "file/deeper"], "the folder file/deeper cannot be written (Not a directory)"),
     ):
@@ -550,7 +555,7 @@ def test_nothing_is_overwritten(models, photos, tmp_path):
         (tmp_path / "predictions" / name).mkdir(parents=True)
     (error,) = errors_of(*words, cwd=tmp_path)
     assert "--output predictions would overwrite predictions/labels, predictions/reconstructions; give" in error
-    assert sorted(os.listdir(tmp_path)) == [".z.npy", "file", "predictions", "x.npy", "y.json"]
+    assert sorted(os.listdir(tmp_path)) == [".z.npy", "file", "link.npy", "linked", "predictions", "x.npy", "y.json"]
 
 
 def test_several_processes_are_an_error(models, photos, tmp_path):

@@ -513,6 +513,10 @@ def test_the_statistics_of_another_program_stay(image_folder, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "--mean" in said and "give the scripts these flags" in said and "is another program's" in said
     (folder / "statistics.json").unlink()
+    (folder / "statistics.json").symlink_to("nowhere")  # as git-annex leaves what is not here
+    prepare(folder, "--statistics")
+    assert (folder / "statistics.json").is_symlink()
+    (folder / "statistics.json").unlink()
     for _ in range(2):  # its own are written again
         prepare(folder, "--statistics")
     assert statistics_of(folder)["images"] == 40
