@@ -276,7 +276,8 @@ def prepare(output, encoders, settings, num_workers):
         content["source_bytes"] = {split: round(encoder.source.size_in_bytes()) for split, encoder in encoders.items()}
         if (output / PREPARED).is_file():
             check_same(output, read_prepared(output), content)
-            shutil.rmtree(output / PREPARING, ignore_errors=True)
+            if read_plan(output / PLAN):  # killed while it was removed; a folder of the user's has none
+                shutil.rmtree(output / PREPARING)
             print(f"already finished: {output}; --verify compares it with its checksums")
             return
         plan = start_or_resume(output, encoders, content)

@@ -325,6 +325,10 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     (tmp_path / "killed" / "preparing").mkdir(parents=True)
     (tmp_path / "killed" / "preparing" / ".plan.json.tmp").touch()  # killed while it wrote the plan
     prepare(photos, tmp_path / "killed")
+    (tmp_path / "killed" / "preparing").mkdir()
+    (tmp_path / "killed" / "preparing" / "thesis.txt").touch()  # beside the finished data
+    prepare(photos, tmp_path / "killed")
+    assert (tmp_path / "killed" / "preparing" / "thesis.txt").exists()
 
 
 def test_too_little_room_is_told_before_anything_is_written(mixed, tmp_path, capsys, monkeypatch):
