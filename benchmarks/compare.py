@@ -1,6 +1,7 @@
 """Time two sides in turns, and print the figures as lines or as JSON."""
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -15,14 +16,27 @@ import torch
 from modeling.vit import SIZES
 from training.arguments import Parser, integer
 
+FIGURE = {"name", "ours", "theirs", "unit", "ratio"}  # the keys of a figure
+
 
 def new_parser(description: str, *, rounds: int) -> Parser:
     """Return a parser with the flags of every benchmark; `rounds` is the default of --rounds."""
     parser = Parser(description)
     help_text = f"how often both sides are measured (default {rounds})"
     parser.add_argument("--rounds", type=integer(1), default=rounds, help=help_text)
-    parser.add_argument("--json", metavar="FILE", help="write the figures to this file, as a list")
+    parser.add_argument("--json", type=own_file, metavar="FILE", help="write the figures to this file, as a list")
     return parser
+
+
+def own_file(name: str) -> str:
+    """Read the name of a file to write, which may hold figures and nothing else: an argparse type."""
+    path, error = Path(name), "has no folder; create it"
+    if path.parent.is_dir():
+        error = "holds something else; give another name"
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            if not os.path.lexists(path) or all(row.keys() >= FIGURE for row in json.loads(path.read_text())):
+                return name
+    raise argparse.ArgumentTypeError(f"{name} {error}")
 
 
 def read_step_flags(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:

@@ -319,6 +319,22 @@ def test_bad_flags_are_refused(script, flags, expected, capsys):
     assert ended.value.code == 2 and expected in capsys.readouterr().err
 
 
+def test_only_figures_are_overwritten(tmp_path, capsys):
+    names = {"list.json": "[1]", "object.json": '{"name": 1}', "notes.txt": "mine", "bytes": "\x00", "folder": None}
+    for name, text in names.items():
+        (tmp_path / name).mkdir() if text is None else (tmp_path / name).write_text(text)
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in (*names, "link", "missing/out.json"):
+        with pytest.raises(SystemExit) as ended:
+            step.parse_args(["--json", str(tmp_path / name)])
+        expected = "has no folder; create it" if "/" in name else "holds something else; give another name"
+        assert ended.value.code == 2 and f"--json: {tmp_path / name} {expected}" in capsys.readouterr().err
+    for _ in range(2):
+        path = step.parse_args(["--json", str(tmp_path / "out.json")])[0].json
+        compare.report([compare.figure("a", [1.0], "images/s")], path)
+    assert len(json.loads((tmp_path / "out.json").read_text())) == 1
+
+
 @pytest.mark.parametrize("model", SIZES)
 def test_defaults_suit_every_model(model):
     args, errors = step.parse_args(["--model", model])
