@@ -298,10 +298,14 @@ def test_settings_of_accelerates_file_that_are_no_flags(tmp_path, monkeypatch, l
 def test_a_setting_of_accelerate_ends_a_script_in_one_line(tmp_path):
     flags = [*TINY, "--path_to_data", "builtin:shapes"]
     flags = [flag for flag in flags if flag not in ("--mixed_precision", "no")]
-    for variables in (dict(ACCELERATE_DYNAMO_BACKEND="INDUCTOR"), dict(ACCELERATE_USE_DEEPSPEED="true")):
+    names = ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")  # FSDP 1 by default
+    for variables in ({name: "inductor" if "DYNAMO" in name else "true"} for name in names):
         said = run("pretrain_mae.py", *flags, cwd=tmp_path, code=2, **variables).stderr
         assert said.startswith("error: Accelerate is configured for ") and said.count("\n") == 1
         assert not os.listdir(tmp_path)
+    sagemaker = dict(ACCELERATE_USE_SAGEMAKER="true", ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE="DATA_PARALLEL")
+    said = run("pretrain_mae.py", *flags, cwd=tmp_path, code=2, **sagemaker).stderr
+    assert "does not start with these settings (No module named 'smdistributed')" in said and said.count("\n") == 1
     (error,) = check_settings("fp8")
     assert "the precision fp8, which does not work here; give --mixed_precision bf16, fp16 or no" in error
 

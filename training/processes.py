@@ -51,7 +51,7 @@ def start_accelerator(
     waiting.start()
     try:
         accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[views])
-    except ValueError as error:  # such as a WORLD_SIZE without the variables that belong to it
+    except (ValueError, ImportError) as error:  # such as a WORLD_SIZE without the variables that belong to it
         remedy = "use accelerate launch with one of accelerate_configs/"
         fail([f"Accelerate does not start with these settings ({in_one_line(error)}); {remedy}"])
     finally:
@@ -75,6 +75,9 @@ def check_settings(precision: str) -> list[str]:
         for variable, (name, remedy) in options.items()
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes")
     ]
+    version = os.environ.get("FSDP_VERSION", "1")  # Accelerate's default
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and version != "2":
+        errors.append(f"Accelerate is configured for FSDP {version}; only 2 works: set fsdp_version: 2")
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend != "no":
         errors.append(

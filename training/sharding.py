@@ -36,8 +36,6 @@ def configure_sharding(accelerator, *, compiled: bool, auto_micro_batch: bool) -
         problem = f"Accelerate is configured for FSDP and runs without it on {accelerator.device}"
         return False, [f"{problem}; start it with `accelerate launch` on GPUs, or take a configuration without FSDP"]
     plugin = accelerator.state.fsdp_plugin
-    if plugin.fsdp_version != 2:
-        return False, [f"Accelerate is configured for FSDP {plugin.fsdp_version}; only 2 works: set fsdp_version: 2"]
 
     from torch.distributed.fsdp import CPUOffloadPolicy
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
