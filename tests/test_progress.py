@@ -128,9 +128,10 @@ def test_a_rehearsal_waits_for_the_device_at_the_end_of_a_phase(tmp_path, clock,
 def test_the_log_is_cut_at_the_checkpoint(tmp_path):
     lines = [{"step": 1, "loss": 3.0}, {"step": 4, "top1": 2.0}, {"step": 5, "loss": 1.0}]
     lines += [{"step": 5, "epoch": 1.0, "top1": 2.0}, {"step": 5, "knn_top1": 40.0}, {"step": 6, "loss": 0.5}]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "lo')
+    (tmp_path / "log.jsonl").symlink_to("disk.jsonl")
+    (tmp_path / "disk.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "lo')
     assert truncate_log(tmp_path, 5) == {"top1": 2.0, "knn_top1": 40.0}
-    assert log_of(tmp_path) == lines[:5]
+    assert log_of(tmp_path) == lines[:5] and (tmp_path / "log.jsonl").is_symlink()
     assert best_of(tmp_path, "top1") == (2.0, 4) and truncate_log(tmp_path, 1) == {}
     (tmp_path / "log.jsonl").unlink()
     assert truncate_log(tmp_path, 5) == {} and best_of(tmp_path, "top1") == (-1.0, None)

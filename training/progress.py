@@ -196,7 +196,7 @@ class Rehearsal:
 
 def truncate_log(folder: Path, step: int) -> dict[str, float]:
     """Remove the lines of log.jsonl beyond a step, and return the metrics of the validation after that very step."""
-    path = folder / "log.jsonl"
+    path = (folder / "log.jsonl").resolve()  # a link stays
     lines = [line for line in read_lines(path) if line["step"] <= step]
     temporary = path.with_name(".log.jsonl.tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
