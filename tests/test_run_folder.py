@@ -283,7 +283,11 @@ def test_a_link_to_a_replaced_folder_stays(tmp_path):
 
 def test_what_lies_beside_a_replaced_folder_stays(tmp_path):
     """By their names these could be left over from a replacement."""
-    fill(tmp_path, ".new_hub/mine", ".old_hub/mine", "hub/config.json")
+    fill(tmp_path, ".new_hub/mine", ".old_hub/mine", "hub/config.json", "encoder")
+    with pytest.raises(RunError, match=r"encoder is in the way, a file .*; move it"):
+        replace_folder(tmp_path / "encoder", lambda folder: fill(folder, "config.json"))
+    assert (tmp_path / "encoder").read_text() == "encoder"
+    (tmp_path / "encoder").unlink()
     replace_folder(tmp_path / "hub", lambda folder: fill(folder, "config.json"))
     assert {".new_hub/mine", ".old_hub/mine"} <= files_in(tmp_path).keys()
     fill(tmp_path, ".hub.replacing/old/mine")

@@ -64,9 +64,11 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
         write: fills the empty folder that it is called with.
 
     Raises:
-        RunError: if the place beside it that the exchange needs is taken.
+        RunError: if a file is there, or the place beside it that the exchange needs is taken.
     """
     target = target.resolve()
+    if target.is_file():
+        raise RunError(f"{target} is in the way, a file that was not written by this project; move it")
     clear_beside(target)
     work = _beside(target)
     try:
