@@ -296,9 +296,8 @@ def verify(folder):
     """Compare all shards with their checksums. Raises DataError and RunError."""
     if kind_of_data(str(folder)) != "prepared":
         raise DataError(f"{folder} was not written by this script; give --verify a prepared folder")
-    shards = read_prepared(folder)["shards"]
-    progress = tqdm(shards, unit="shard")
-    changed = [shard["file"] for shard in progress if checksum(folder / shard["file"]) != shard["sha256"]]
+    shards = tqdm(read_prepared(folder)["shards"], unit="shard")
+    changed = [shard["file"] for shard in shards if checksum(folder / shard["file"]) != shard["sha256"]]
     if changed:
         files = first_few(changed, len(changed))
         raise launch.RunError(f"{folder}: shards have changed ({files}); remove the folder and prepare it again")
