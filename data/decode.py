@@ -231,15 +231,24 @@ def _jpeg_orientation(data: bytes | memoryview, max_pixels: int) -> int:
     while end + 4 <= len(data) and data[end] == 0xFF and data[end + 1] != 0xDA:  # up to the scan
         end += 2 + (data[end + 2] << 8 | data[end + 3])
     header = bytes(data[:end])
-    if b"Exif\0\0" not in header and b"tiff:Orientation" not in header:
+    return orientation_of(data, max_pixels) if b"Exif\0\0" in header or b"tiff:Orientation" in header else 1
+
+
+def orientation_of(data, max_pixels: int) -> int:
+    """Return the orientation that an encoded image states, 1 to 8 as in EXIF; 1 if it states none."""
+    if isinstance(data, np.ndarray):
         return 1
-    with warnings.catch_warnings(action="ignore"), _open_image(data, max_pixels) as image:
-        return _orientation_of(image)
+    try:
+        with warnings.catch_warnings(action="ignore"), _open_image(_as_bytes(data), max_pixels) as image:
+            return _orientation_of(image)
+    except DamagedImage:  # decoding tells why
+        return 1
 
 
 def _orientation_of(image: Image.Image) -> int:
     with contextlib.suppress(Exception):  # pixels with broken EXIF data are intact
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return orientation if orientation in range(2, 9) else 1
     return 1
 
 

@@ -1,9 +1,10 @@
-"""Masks: what their numbers or colours mean, and how they are decoded.
+"""Masks: what their numbers or colours mean, how they are decoded, and how other numbers are noticed.
 
 In files a label 0 is void (ignored) and 1 .. N are the classes, as in ADE20K, unless a MaskFormat says otherwise; in
 memory a mask is uint8 (H, W) with 0 .. N-1 for the classes and 255 (IGNORED) for void.
 """
 
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,9 @@ from data.index import DataError
 from data.sources import Fetched
 
 IGNORED = 255
+BACKGROUND = re.compile(  # the first class of masks that are numbered from 0
+    "_*(bg|back_?ground|others?|void|unlabell?ed|unannotated|ignored?|unknown|no.?data)_*", re.IGNORECASE
+)
 
 
 class MaskFormat(NamedTuple):
@@ -102,3 +106,34 @@ def to_classes(labels: np.ndarray, mask_format: MaskFormat) -> np.ndarray:
     if mask_format.void_label is not None:
         classes[labels == mask_format.void_label] = IGNORED
     return classes
+
+
+def check_size(name: str, size: tuple[int, ...], image_size: tuple[int, ...], orientation: int = 1) -> None:
+    """Raise DataError for a mask of another (height, width) than its image, which EXIF's `orientation` turned."""
+    if size != image_size:
+        remedy = "correct the mask"
+        if orientation > 4 and size == image_size[::-1]:
+            remedy = f"turn the mask too, as EXIF orientation {orientation} turns the image"
+        raise DataError(
+            f"{name} is {size[0]} x {size[1]} pixels (height x width), its image {image_size[0]} x {image_size[1]}; "
+            f"expected equal sizes: {remedy}"
+        )
+
+
+def doubt_numbering(mask_format: MaskFormat, classes: list[str], counts: np.ndarray, zeros: int) -> str | None:
+    """Return why masks seem to be numbered otherwise than `mask_format` says, None if nothing shows it.
+
+    Args:
+        counts: pixels of each class in all masks, (N,).
+        zeros: pixels whose label is 0.
+    """
+    first, last = classes[0], classes[-1]
+    if mask_format.offset is None and zeros and not counts[-1]:
+        return (
+            f"the masks may be numbered from 0: the first class is {first!r}, and no mask has the label {len(classes)} "
+            f"of the last class, {last!r}; give --mask_offset 0 if label 0 is {first!r} (and --void_label 0 if that is "
+            f"void), or --mask_offset 1 if 0 is void and 1 is {first!r}"
+        )
+    if mask_format.offset == 0 != mask_format.void_label and not counts[0]:
+        return f"no mask has the label 0 of {first!r}; if 1 is {first!r}, give --mask_offset 1"
+    return None

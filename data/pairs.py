@@ -17,32 +17,29 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from tqdm import tqdm
 
 from data import shapes
 from data.classes import ADE20K, read_classes
-from data.decode import DamagedImage, PixelFormat, decode
+from data.decode import DamagedImage, PixelFormat, decode, orientation_of
 from data.files import FolderSource, choose_splits, note_test
 from data.index import DataError, first_few
-from data.masks import IGNORED, LIKE_ADE20K, MaskFormat, decode_labels, to_classes
+from data.masks import (
+    BACKGROUND,
+    IGNORED,
+    LIKE_ADE20K,
+    MaskFormat,
+    check_size,
+    decode_labels,
+    doubt_numbering,
+    to_classes,
+)
 from data.pool import mapping
 from data.sources import Fetched, ShapesSource, Source, check_pixels, kind_of_data, open_cache, open_sources
 
 ADE20K_NAME = re.compile("(^|/)ADE_(train|val)_[^/]*$")
 LAYOUT = "images/{training,validation}/NAME.jpg and annotations/{training,validation}/NAME.png"
-FULL_ADE20K = (
-    "{} is the full ADE20K, whose masks have thousands of classes in colour; expected the scene parsing set of 150 "
-    "classes: get ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu"
-)
-FULL_ADE20K_FILES = "index_ade20k.*", "images/ADE", "images/**/*_seg.png"
-BACKGROUND = re.compile("_*(bg|back_?ground|others?)_*", re.IGNORECASE)
-VOID = re.compile("_*(void|unlabell?ed|unannotated|ignored?|unknown|no.?data)_*", re.IGNORECASE)
-WRONG_SIZE = "{} is {} x {} pixels (height x width), its image {} x {}; expected equal sizes: correct the mask"
-NOT_TURNED = (
-    "{} is {} x {} pixels (height x width), as its image is stored, but the EXIF orientation {} of the image turns it "
-    "to {} x {}; turn the mask too, or remove the orientation from the image"
-)
 ORIENTED = {"exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow finds an orientation
 MAX_NAMED = 5  # bad masks in messages; the others are counted
 CHUNK = 50  # masks that a worker process checks at a time
@@ -82,10 +79,9 @@ class SegmentationFolder(FolderSource):
         folder = (train if split == "training" else held_out) or split
         images, annotations = root / "images" / folder, root / "annotations" / folder
         if missing := [f"{path.parent.name}/{folder}" for path in (images, annotations) if not path.is_dir()]:
-            if any(any(root.glob(name)) for name in FULL_ADE20K_FILES):
-                raise DataError(FULL_ADE20K.format(root))
             remedy = "; move some pairs there, for evaluation" if split == "validation" else ""
-            raise DataError(f"{root} has no {' and no '.join(missing)}; expected {LAYOUT}{remedy}")
+            expected = f"expected {LAYOUT}, as in ADEChallengeData2016{remedy}"
+            raise DataError(f"{root} has no {' and no '.join(missing)}; {expected}")
         super().__init__(images, cache=cache)
         if split == "validation":
             self.notes += note_test(folder)
@@ -99,10 +95,11 @@ class SegmentationFolder(FolderSource):
         self.class_file = ADE20K if is_ade20k and not class_file.exists() else class_file
         self.classes, colours, errors = read_classes(self.class_file, mask_format.first_label)
         self.mask_format = mask_format._replace(colours=colours)
+        repeated = [stem for stem, count in Counter(stems).items() if count > 1]
         for names, what, remedy in (
             (set(stems) - set(mask_stems), "images without a mask", f"add NAME.png to {annotations}"),
             (set(mask_stems) - set(stems), "masks without an image", f"remove them, or add to {images}"),
-            (_repeated(stems), "images with the same name but for the suffix", "keep one of each"),
+            (repeated, "images with the same name but for the suffix", "keep one of each"),
         ):
             if names:
                 errors.append(f"{root} ({split}) has {what}: {first_few(sorted(names), len(names))}; {remedy}")
@@ -125,10 +122,6 @@ class SegmentationFolder(FolderSource):
 def _stems(source: FolderSource) -> list[str]:
     """Return the relative paths without suffixes."""
     return [os.path.splitext(os.path.relpath(source.name(i), source.root))[0] for i in range(len(source))]
-
-
-def _repeated(names: list[str]) -> list[str]:
-    return [name for name, count in Counter(names).items() if count > 1]
 
 
 class Pairs:
@@ -258,15 +251,24 @@ def check_annotations(
             if source.mask_format.first_label:
                 remedy += ", or --mask_offset 0 if 0 is a class"
             errors.append(f"no pixel of the {name} masks has a class (all are void); {remedy}")
-    total = _join(list(reports.values()))
-    if not errors:
-        errors += describe_mismatch(source, total, strict=strict)
+    classes, mask_format, total = source.classes, source.mask_format, _join(list(reports.values()))
+    doubt = doubt_numbering(mask_format, classes, total.counts, total.zeros)
+    if doubt and not errors and mask_format.offset is None and (strict or BACKGROUND.fullmatch(classes[0])):
+        errors.append(doubt)
     if len(errors) > MAX_NAMED:
         errors[MAX_NAMED:] = [f"and {len(errors) - MAX_NAMED} more masks like these"]
     if errors:
         raise DataError("\n".join(errors))
-    for line in describe_doubts(source, total, reports):
-        say(line)
+    if "training" in reports and (absent := [classes[i] for i in np.flatnonzero(reports["training"].counts == 0)]):
+        what = f"no training mask has a pixel of {len(absent)} of the {len(classes)} classes"
+        say(f"{what}: {first_few(absent, len(absent))}")
+    if doubt:
+        say(f"note: {doubt}")
+    if turned := total.maybe_turned:
+        say(
+            f"note: the EXIF orientation of {len(turned)} images turns or mirrors them, and their masks may not be "
+            f"turned ({first_few(turned, len(turned))}); compare them in predictions/"
+        )
     return {name: report.counts for name, report in reports.items()}
 
 
@@ -296,24 +298,20 @@ def check_masks(
 
 def _check_mask(source: PairSource, pixels: PixelFormat, index: int) -> MaskReport | None:
     """Return what is found in one mask, None if it or its image cannot be read."""
-    (data,), name, num_classes = source.fetch_masks([index]), source.mask_name(index), len(source.classes)
-    (image,), nothing = source.fetch([index]), np.zeros(num_classes, np.int64)
+    (data,), (image,), name = source.fetch_masks([index]), source.fetch([index]), source.mask_name(index)
+    num_classes, max_pixels = len(source.classes), pixels.max_pixels
     try:
-        labels = decode_labels(data, num_classes, source.mask_format, name=name, max_pixels=pixels.max_pixels)
+        labels = decode_labels(data, num_classes, source.mask_format, name=name, max_pixels=max_pixels)
         size, orientation = _size_and_orientation(image, pixels)
+        check_size(name, labels.shape, size, orientation)
     except DamagedImage:
         return None
     except DataError as error:
-        return MaskReport(nothing, 0, [], [str(error)])
-    mask = to_classes(labels, source.mask_format)
-    counts = np.bincount(mask.ravel(), minlength=IGNORED + 1)[:num_classes]
-    stored_size, errors = size[::-1] if orientation > 4 else size, []
-    if mask.shape == stored_size != size:
-        errors.append(NOT_TURNED.format(name, *mask.shape, orientation, *size))
-    elif mask.shape != size:
-        errors.append(WRONG_SIZE.format(name, *mask.shape, *size))
-    unclear = orientation > 1 and mask.shape == stored_size == size and _orientation_of(data) == 1
-    return MaskReport(counts, labels.size - np.count_nonzero(labels), [name] if unclear else [], errors)
+        return MaskReport(np.zeros(num_classes, np.int64), 0, [], [str(error)])
+    counts = np.bincount(to_classes(labels, source.mask_format).ravel(), minlength=IGNORED + 1)[:num_classes]
+    keeps_size = orientation < 5 or size[0] == size[1]
+    unclear = orientation > 1 and keeps_size and orientation_of(data, max_pixels) == 1
+    return MaskReport(counts, labels.size - np.count_nonzero(labels), [name] if unclear else [], [])
 
 
 def _size_and_orientation(data: Fetched, pixels: PixelFormat) -> tuple[tuple[int, ...], int]:
@@ -325,15 +323,7 @@ def _size_and_orientation(data: Fetched, pixels: PixelFormat) -> tuple[tuple[int
         with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(io.BytesIO(data)) as image:
             if image.format in ("JPEG", "PNG") and not ORIENTED & image.info.keys():
                 return image.size[::-1], 1
-    return tuple(decode(data, pixels).shape[1:]), _orientation_of(data)
-
-
-def _orientation_of(data: Fetched) -> int:
-    """Return the orientation that a file states, 1 if it states none."""
-    with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:  # decode() judges what is broken
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return orientation if orientation in range(2, 9) else 1
-    return 1
+    return tuple(decode(data, pixels).shape[1:]), orientation_of(data, pixels.max_pixels)
 
 
 def check_class_weights(weights: list | None, num_classes: int) -> None:
@@ -354,49 +344,6 @@ def check_trained_classes(path_to_data: str, classes: list[str], names: list[str
                 f"{what} calls class {number} {here!r}, the segmenter {there!r}; give data with the segmenter's "
                 "classes, in its order"
             )
-
-
-def describe_mismatch(source: PairSource, total: MaskReport, *, strict: bool) -> list[str]:
-    """Return an error message if the masks seem to be numbered from 0, and nothing says how they are numbered.
-
-    Unless `strict`, this takes a first class whose name is that of a background or of void.
-    """
-    name, last = source.classes[0], len(source.classes)
-    if source.mask_format.offset is not None or not total.zeros or total.counts[-1]:
-        return []
-    if VOID.fullmatch(name):
-        remedy = f"remove {name!r} from the file of classes, as label 0 is void without a name"
-    elif strict or BACKGROUND.fullmatch(name):
-        remedy = f"give --mask_offset 0 if label 0 is {name!r}"
-    else:
-        return []
-    return [
-        f"the masks seem to be numbered from 0: the first class is {name!r}, and no mask has the label {last} of the "
-        f"last class, {source.classes[-1]!r}; {remedy}, or give --mask_offset 1 if 0 is void and 1 is {name!r}"
-    ]
-
-
-def describe_doubts(source: PairSource, total: MaskReport, reports: dict[str, MaskReport]) -> list[str]:
-    """Return lines on what may be wrong with the masks, from the reports on all of them and on those of each split."""
-    names, (offset, void_label, _), lines = source.classes, source.mask_format, []
-    first = source.mask_format.first_label
-    areas = reports["training"].counts if "training" in reports else np.ones(len(names))
-    if absent := [name for name, area in zip(names, areas, strict=True) if not area]:
-        what = f"no training mask has a pixel of {len(absent)} of the {len(names)} classes"
-        lines.append(f"{what}: {first_few(absent, len(absent))}")
-    if offset is None and total.zeros and not total.counts[-1]:
-        lines.append(f"note: label 0 is void and 1 is {names[0]}; if 0 is {names[0]}, give --mask_offset 0")
-    if first == 0 and void_label != 0 and not total.counts[0]:
-        lines.append(f"note: no mask has the label 0 of {names[0]}; if 1 is {names[0]}, give --mask_offset 1")
-    for label, name in enumerate(names, first):
-        if VOID.fullmatch(name) and label != void_label:
-            lines.append(f"note: {name} is a class like others; give --void_label {label} to ignore its pixels")
-    if turned := total.maybe_turned:
-        lines.append(
-            f"note: the EXIF orientation of {len(turned)} images turns or mirrors them, and their masks may not be "
-            f"turned ({first_few(turned, len(turned))}); compare them in predictions/"
-        )
-    return lines
 
 
 def class_weights(weights: list | None, areas: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor | None:

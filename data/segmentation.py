@@ -15,9 +15,8 @@ from torchvision.transforms.v2 import functional as F
 from data.batches import SourceDataset
 from data.classes import ade20k_classes
 from data.decode import DamagedImage, PixelFormat, decode
-from data.index import DataError
-from data.masks import IGNORED, decode_labels, to_classes
-from data.pairs import WRONG_SIZE, PairSource
+from data.masks import IGNORED, check_size, decode_labels, to_classes
+from data.pairs import PairSource
 from data.sampling import sample_generator
 from data.transforms import empty_images
 
@@ -193,8 +192,7 @@ def read_pair(source: PairSource, index: int, pixels: PixelFormat) -> tuple[torc
     except DamagedImage as error:
         raise DamagedImage(f"its mask {name}: {error}") from None
     mask = torch.from_numpy(to_classes(labels, source.mask_format))
-    if mask.shape != image.shape[1:]:
-        raise DataError(WRONG_SIZE.format(name, *mask.shape, *image.shape[1:]))
+    check_size(name, mask.shape, image.shape[1:])
     return image, mask
 
 

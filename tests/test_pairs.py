@@ -184,17 +184,6 @@ def test_other_files_beside_the_masks_are_skipped(pair_folder):
     assert [os.path.basename(train.mask_name(i)) for i in range(6)] == [f"{i}.png" for i in range(6)]
 
 
-@pytest.mark.parametrize(
-    "sign", ["index_ade20k.mat", "index_ade20k.pkl", "images/ADE/x", "images/training/a/b_seg.png"]
-)
-def test_the_full_ade20k_is_recognized(tmp_path, sign):
-    for name in (sign, "images/training/a/b.jpg", "images/validation/a/b.jpg"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (error,) = errors_of(tmp_path)
-    assert "is the full ADE20K" in error and "ADEChallengeData2016" in error
-
-
 # Checking masks
 
 
