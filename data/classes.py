@@ -93,47 +93,43 @@ def _check_numbers(path: Path, rows: list[Row], first_label: int) -> None:
     if not rows or rows[0].number is None:
         return
     rows.sort(key=lambda row: row.number)
-    if first_label and rows[0].number == 0 and [row.number for row in rows] == list(range(len(rows))):
-        raise DataError(
-            f"{path} has the line {rows[0].text!r}, and label 0 is void by default; give --mask_offset 0 if the masks "
-            "have this 0, otherwise number the classes from 1"
-        )
     for row, number in zip(rows, count(first_label)):
         if row.number != number:
             raise DataError(
                 f"{path} has the line {row.text!r}; expected the numbers {first_label}, {first_label + 1}, ... without "
-                f"gaps, or none at all (--mask_offset {first_label} says where masks begin)"
+                f"gaps, or none at all; give --mask_offset {1 - first_label} if the masks have these numbers"
             )
 
 
 def _read_rows(path: Path) -> list[Row]:
     """Return the classes of a file as it has them. Raises DataError."""
+    is_json = path.suffix.lower() == ".json"
     try:
         data = path.read_bytes()
         text = data.decode(text_encoding(data))
-        if path.suffix.lower() == ".json":
-            return list(_rows_of_json(path, json.loads(text)))
+        content = json.loads(text) if is_json else None
     except (OSError, ValueError) as error:
-        what = "JSON" if path.suffix.lower() == ".json" else "text in UTF-8 with a class on each line"
+        what = "JSON" if is_json else "text in UTF-8 with a class on each line"
         raise DataError(f"{path} cannot be read ({error}); expected {what}") from None
+    if is_json:
+        return list(_rows_of_json(path, content))
     lines = [line.strip() for line in text.rstrip().splitlines()]
     lines = list(dropwhile(lambda line: line.startswith("#"), lines))
     if late := [line for line in lines if line.startswith("#")]:
         remedy = "put a name in quotes, and remove what is a comment"
         raise DataError(f"{path} has the line {late[0]!r} below the first class; {remedy}")
-    if not any(lines):
-        raise DataError(f"{path} has no line; expected a name on each, from the first label on")
-    delimiter = next((each for each in "\t,;" if each in lines[0]), ",")
-    header = [_key(cell) for cell in next(csv.reader([lines[0]], delimiter=delimiter), [])]
+    first = lines[0] if lines else ""
+    delimiter = next((each for each in "\t,;" if each in first), ",")
+    header = [_key(cell) for cell in next(csv.reader([first], delimiter=delimiter), [])]
     if len(header) == 1 and header[0] in NAMES:
         return _rows_of_lines(path, lines[1:])
-    known, words = {*NAMES, *NUMBERS, *COLOURS, *sum(CHANNELS, ())}, {_key(word) for word in lines[0].split()}
+    known, words = {*NAMES, *NUMBERS, *COLOURS, *sum(CHANNELS, ())}, {_key(word) for word in first.split()}
     has_name = bool({*header} & {*NAMES})
     if has_name and len({*header} & known) > 1:
         return _rows_of_table(path, header, lines[1:], delimiter)
     if (has_name and len(header) > 1) or (words & {*NAMES} and len(words) > 1 and words <= known):
         raise DataError(
-            f"{path} begins with {lines[0]!r}, which may be a header or a class; give a header a column `id` or `rgb` "
+            f"{path} begins with {first!r}, which may be a header or a class; give a header a column `id` or `rgb` "
             "beside `name` and commas or tabs between them, and put the name of a class in quotes"
         )
     return _rows_of_lines(path, lines)
@@ -142,16 +138,15 @@ def _read_rows(path: Path) -> list[Row]:
 def _rows_of_lines(path: Path, lines: list[str]) -> list[Row]:
     """Return the classes of lines without a header, which all have the form of the first one."""
     if "" in lines or not lines:
-        raise DataError(f"{path} has an empty line; expected a name on each, from the first label on")
+        what = "an empty line" if lines else "no line"
+        raise DataError(f"{path} has {what}; expected a name on each, from the first label on")
     form = next(form for form in FORMS if re.fullmatch(FORMS[form], lines[0]))
     rows = []
     for line in lines:
         found = re.fullmatch(FORMS[form], line)
         if not found:
             raise DataError(f"{path} has the line {line!r}; expected {form}, as on the line {lines[0]!r}")
-        parts = found.groupdict()
-        number, colour = parts.get("number"), [parts.get(name) for name in CHANNELS[1]]
-        rows.append(_row(path, line, parts["name"], number, None if colour[0] is None else colour))
+        rows.append(_row(path, line, found.groupdict()))
     return rows
 
 
@@ -162,7 +157,7 @@ def _rows_of_table(path: Path, header: list[str], lines: list[str], delimiter: s
         if len(cells) != len(header):
             expected = f"expected {len(header)} columns, as in the header; put names with {delimiter!r} in quotes"
             raise DataError(f"{path} has the line {line!r} of {len(cells)} columns; {expected}")
-        rows.append(_row_of_record(path, line, dict(zip(header, cells, strict=True))))
+        rows.append(_row(path, line, dict(zip(header, cells, strict=True))))
     return rows
 
 
@@ -172,47 +167,36 @@ def _rows_of_json(path: Path, content) -> Iterator[Row]:
         content = next((each for each in inner if isinstance(each, list | dict)), content)
     if isinstance(content, dict):
         for key, value in content.items():
-            text = f"{key}: {value}"
-            if re.fullmatch(r"\d+", key):
-                yield _row(path, text, value, key, None)
-            else:
-                yield _row(path, text, key, value, None)
+            number, name = (key, value) if key.isdecimal() else (value, key)
+            yield _row(path, f"{key}: {value}", {"name": name, "number": number})
     elif isinstance(content, list):
         for value in content:
-            if isinstance(value, dict):
-                yield _row_of_record(path, json.dumps(value), {_key(key): value[key] for key in value})
-            else:
-                yield _row(path, str(value), value, None, None)
+            record = {_key(key): value[key] for key in value} if isinstance(value, dict) else {"name": value}
+            yield _row(path, str(value), record)
     else:
         raise DataError(f"{path} holds {type(content).__name__}; expected a list of names, or an object of them")
 
 
-def _row_of_record(path: Path, text: str, record: dict) -> Row:
-    """Return the class of a table's row or of a JSON object; `record` maps columns to values."""
-    name = next((key for key in NAMES if key in record), None)
-    number = next((key for key in NUMBERS if key in record and key != name), None)
-    channels = next((keys for keys in CHANNELS if {*keys} <= {*record}), None)
-    colour = [record[key] for key in channels] if channels else None
-    column = next((key for key in COLOURS if key in record), None)
-    if column is not None:
-        colour = re.findall(r"[\d.]+", str(record[column]))
-    return _row(path, text, record.get(name), record.get(number), colour)
-
-
-def _row(path: Path, text: str, name, number, colour: list | None) -> Row:
-    """Check the parts of a class and return them."""
+def _row(path: Path, text: str, record: dict) -> Row:
+    """Return the class of a line, of a table's row or of a JSON object; `record` maps columns to values."""
+    name_column = next((key for key in NAMES if key in record), None)
+    name = record.get(name_column)
     if not isinstance(name, str) or not name.strip(" \"'"):
         raise DataError(f"{path} has the line {text!r} without a name; expected one for each class")
     name = " ".join(name.split())
     name = name[1:-1] if len(name) > 2 and name[0] == name[-1] and name[0] in "\"'" else name
+    number = next((record[key] for key in NUMBERS if key in record and key != name_column), None)
     if number is not None and not re.fullmatch(r"\s*-?\d+\s*", str(number)):
         raise DataError(f"{path} has the line {text!r} with the number {number!r}; expected a whole number")
-    if colour is not None:
-        values = [str(value).strip() for value in colour]
-        if len(values) != 3 or not all(re.fullmatch(r"\d{1,3}", value) and int(value) < 256 for value in values):
-            raise DataError(f"{path} has the line {text!r}, whose colour is not three whole numbers from 0 to 255")
-        colour = tuple(map(int, values))
-    return Row(text, name, None if number is None else int(number), colour)
+    columns = next((keys for keys in (*((key,) for key in COLOURS), *CHANNELS) if {*keys} <= {*record}), None)
+    return Row(text, name, None if number is None else int(number), columns and _colour(path, text, record, columns))
+
+
+def _colour(path: Path, text: str, record: dict, columns: tuple[str, ...]) -> tuple[int, ...]:
+    values = re.findall(r"-?[\d.]+", " ".join(str(record[column]) for column in columns))
+    if len(values) != 3 or not all(re.fullmatch(r"\d{1,3}", value) and int(value) < 256 for value in values):
+        raise DataError(f"{path} has the line {text!r}, whose colour is not three whole numbers from 0 to 255")
+    return tuple(map(int, values))
 
 
 def _key(cell) -> str:
