@@ -1,5 +1,6 @@
 """Open trained weights of any known layout as the module they belong to, ready for use."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,17 +28,21 @@ class Trained(NamedTuple):
     mean: list[float]  # of the channels, for the normalization of images in [0, 1]
     std: list[float]
     class_names: list[str] | None  # None if no file states them
-    classes: list[str]  # the same or LABEL_0, ... of a classifier or segmenter, otherwise []
     crop_ratio: float  # of an encoder or classifier: side of the centre crop / side of the resized image
     resize: tuple[int, int] | None  # of a segmenter: LONG and SHORT side that images fit
     masks: dict[str, int | None]  # "mask_offset" and "void_label" of the masks that a segmenter was trained on
     value_range: tuple[float, float] | None  # pixels that become 0 and 1; None: 0 and 255
-    assumed: tuple[str, ...]  # assumptions about facts that no file states, in words
+    assumed: tuple[str, ...] = ()  # assumptions about facts that no file states, in words
 
     @property
     def encoder(self) -> VisionTransformer:
         """Return the encoder, which is the whole model or a part of it."""
         return self.model if isinstance(self.model, VisionTransformer) else self.model.encoder
+
+    @property
+    def classes(self) -> list[str]:
+        """Return the names of a classifier's or segmenter's classes, LABEL_0, ... where unknown; otherwise []."""
+        return self.class_names or [f"LABEL_{i}" for i in range(getattr(self.model, "num_classes", 0))]
 
 
 def open_trained(
@@ -65,7 +70,7 @@ def open_trained(
     weights = open_weights(path, whole=whole, given=given)
     stored = weights.stored
     try:
-        model, assumed = _build(weights, whole=whole, img_size=img_size, in_channels=in_channels)
+        model = _build(weights, whole=whole, img_size=img_size, in_channels=in_channels)
         report = load_weights(model, weights.state, stored=stored, adapt_channels=in_channels is not None)
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             raise WeightsError("weights that are not finite; give an earlier checkpoint, before they diverged")
@@ -74,42 +79,31 @@ def open_trained(
         raise WeightsError(f"{weights.path}: {message}", getattr(error, "settings", None)) from error
 
     encoder, num_classes = getattr(model, "encoder", model), getattr(model, "num_classes", 0)
-    class_names = stored.classes if len(stored.classes or []) == num_classes else None
-    if num_classes and not class_names:
-        assumed.append("no names of classes")
-    mean, std = list(stored.mean or []), list(stored.std or [])
-    if not len(mean) == len(std) == encoder.in_channels:
-        mean, std = IMAGENET_MEAN, IMAGENET_STD
-        if encoder.in_channels != 3:
-            mean = std = [0.5] * encoder.in_channels
-        assumed.append(f"images normalized by the mean {mean} and the standard deviation {std}")
-    if stored.norm_eps is not None:
-        assumed.append(f"norms with an epsilon of 1e-6, where these weights had {stored.norm_eps:g}")
-    crop_ratio, resize = (None, None) if img_size else (stored.crop_ratio, stored.resize)
-    if isinstance(model, Segmenter) and resize is None:
-        resize = 4 * encoder.img_size[0], encoder.img_size[0]
-        assumed.append(f"images that fit {resize[0]} x {resize[1]} pixels in evaluation")
-    if isinstance(model, Classifier) and crop_ratio is None and report.layout != "this project":
-        assumed.append("images resized bicubically, proportions kept, and cut to their centre")
-    return Trained(
+    side, channels = encoder.img_size[0], encoder.in_channels
+    if img_size:
+        stored = stored._replace(crop_ratio=None, resize=None)
+    if not len(stored.mean or []) == len(stored.std or []) == channels:
+        stored = stored._replace(mean=None, std=None)
+    if len(stored.classes or []) != num_classes:
+        stored = stored._replace(classes=None)
+    trained = Trained(
         model=model.eval(),
         path=weights.path,
         layout=report.layout,
-        mean=mean,
-        std=std,
-        class_names=class_names,
-        classes=class_names or [f"LABEL_{i}" for i in range(num_classes)],
-        crop_ratio=crop_ratio or (CROP_RATIO if max(encoder.img_size) <= 224 else 1.0),
-        resize=resize and tuple(resize),
+        mean=list(stored.mean or (IMAGENET_MEAN if channels == 3 else [0.5] * channels)),
+        std=list(stored.std or (IMAGENET_STD if channels == 3 else [0.5] * channels)),
+        class_names=stored.classes or None,
+        crop_ratio=stored.crop_ratio or (CROP_RATIO if max(encoder.img_size) <= 224 else 1.0),
+        resize=tuple(stored.resize or (4 * side, side)) if isinstance(model, Segmenter) else None,
         masks=dict(mask_offset=stored.mask_offset, void_label=stored.void_label),
         value_range=stored.value_range and tuple(stored.value_range),
-        assumed=tuple(assumed),
     )
+    return trained._replace(assumed=tuple(_assumptions(trained, stored)))
 
 
-def _build(weights: Weights, *, whole: bool, img_size: Grid | None, in_channels: int | None) -> tuple[Model, list[str]]:
-    """Return the module that fits the weights, newly initialized, and what was assumed about it."""
-    settings, stored, sizes, assumed = weights.settings, weights.stored, dict(weights.sizes), []
+def _build(weights: Weights, *, whole: bool, img_size: Grid | None, in_channels: int | None) -> Model:
+    """Return the module that fits the weights, newly initialized."""
+    settings, stored, sizes = weights.settings, weights.stored, dict(weights.sizes)
     if sizes["num_heads"] is None:
         message = "no file states the number of attention heads; convert the weights with push_to_hub.py"
         raise WeightsError(message, dict(encoder_num_heads="N"))
@@ -117,28 +111,40 @@ def _build(weights: Weights, *, whole: bool, img_size: Grid | None, in_channels:
         raise WeightsError("positions that are no square, of unknown height and width; give a folder with config.json")
     img_size = img_size or tuple(side * sizes["patch_size"] for side in weights.grid)
     sizes["in_channels"] = in_channels or sizes["in_channels"]
-    head = settings.get("head")
     encoder = VisionTransformer(img_size=img_size, **sizes)
-    if head:
+    if head := settings.get("head"):
         scale = 1.0 if settings["layer_scale"] else None
         encoder.add_extras(relative_position_bias=settings["relative_position_bias"], layer_scale=scale)
         options = dict(head_width=settings["head_width"], auxiliary=settings["auxiliary"])
-        segmenter = Segmenter(encoder, settings["num_classes"], head=head, layers=stored.layers, **options)
-        if stored.layers is None:
-            assumed.append(f"the head sees the blocks {' '.join(map(str, segmenter.layers))}")
-        return segmenter, assumed
+        return Segmenter(encoder, settings["num_classes"], head=head, layers=stored.layers, **options)
     if whole and "decoder_embed_dim" in settings:
         options = {name: settings[name] for name in ("decoder_embed_dim", "decoder_depth", "decoder_mlp_ratio")}
-        for name, value in PAPER.items():
-            options[name] = getattr(stored, name)
-            if options[name] is None:
-                options[name] = value
-                assumed.append(f"{name} {value}, as in the paper")
-        return MaskedAutoencoder(encoder, **options), assumed
+        known = {name: getattr(stored, name) for name in PAPER if getattr(stored, name) is not None}
+        return MaskedAutoencoder(encoder, **options, **PAPER | known)
     if "pooling" in settings:
-        if stored.pooling is None and settings["pooling"] != "attentive":
-            pooled = "the cls token" if settings["pooling"] == "cls" else "the mean of the patch tokens"
-            assumed.append(f"a head on {pooled}")
         kind = {name: settings[name] for name in ("pooling", "probe", "num_queries") if name in settings}
-        return Classifier(encoder, settings["num_classes"], **kind), assumed
-    return encoder, assumed
+        return Classifier(encoder, settings["num_classes"], **kind)
+    return encoder
+
+
+def _assumptions(trained: Trained, stored: Stored) -> Iterator[str]:
+    """Yield in words what was assumed where `stored` lacks a fact."""
+    model = trained.model
+    if isinstance(model, Segmenter) and stored.layers is None:
+        yield f"the head sees the blocks {' '.join(map(str, model.layers))}"
+    if isinstance(model, MaskedAutoencoder):
+        yield from (
+            f"{name} {value}, as in the paper" for name, value in PAPER.items() if getattr(stored, name) is None
+        )
+    if isinstance(model, Classifier) and stored.pooling is None and model.pooling != "attentive":
+        yield f"a head on {'the cls token' if model.pooling == 'cls' else 'the mean of the patch tokens'}"
+    if isinstance(model, Classifier | Segmenter) and stored.classes is None:
+        yield "no names of classes"
+    if stored.mean is None:
+        yield f"images normalized by the mean {trained.mean} and the standard deviation {trained.std}"
+    if stored.norm_eps is not None:
+        yield f"norms with an epsilon of 1e-6, where these weights had {stored.norm_eps:g}"
+    if isinstance(model, Segmenter) and stored.resize is None:
+        yield "images that fit {} x {} pixels in evaluation".format(*trained.resize)
+    if isinstance(model, Classifier) and stored.crop_ratio is None and trained.layout != "this project":
+        yield "images resized bicubically, proportions kept, and cut to their centre"
