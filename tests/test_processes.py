@@ -145,7 +145,7 @@ def batches():
 
 def main():
     processes.STALL_SECONDS = 1
-    for batch in processes.Crew().noting(batches()):
+    for batch in processes.Crew().watch(batches()):
         time.sleep(3)  # a step that takes longer does not count
 
 run_script(main)

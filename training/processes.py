@@ -106,8 +106,7 @@ def check_processes(num_processes: int, device: torch.device) -> list[str]:
     train on all samples, and the work of all but one be lost.
     """
     variables = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-    expected = {name: int(os.environ.get(name) or 1) for name in variables}
-    name, most = max(expected.items(), key=lambda item: item[1])
+    name, most = max(((name, int(os.environ.get(name) or 1)) for name in variables), key=lambda item: item[1])
     alone = num_processes == 1 and "RANK" not in os.environ
     if most > num_processes:
         problem = f"the environment asks for {most} processes ({name}), but only {num_processes} started"
@@ -115,13 +114,10 @@ def check_processes(num_processes: int, device: torch.device) -> list[str]:
         problem = "accelerate launch was asked for several processes (MASTER_PORT is set), and started one"
     else:
         return []
-    if name == "SLURM_STEP_NUM_TASKS" and most > num_processes:
-        return [f"{problem}; start them as recipes/slurm/train.sbatch does"]
-    if torch.cuda.is_available() and device.type != "cpu":
-        return [f"{problem}; start them with accelerate_configs/multi_gpu.yaml"]
+    config = "cpu_2_processes.yaml and ACCELERATE_USE_CPU=true" if device.type == "cpu" else "multi_gpu.yaml"
     return [
-        f"{problem}; on CPUs start them with ACCELERATE_USE_CPU=true accelerate launch --config_file "
-        "accelerate_configs/cpu_2_processes.yaml; for one, give --num_processes 1 and unset these variables"
+        f"{problem}; start them with accelerate launch --config_file accelerate_configs/{config}, below Slurm as "
+        "recipes/slurm/train.sbatch does; for one, give --num_processes 1 and unset these variables"
     ]
 
 
@@ -165,8 +161,8 @@ class Crew:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def noting(self, batches: Iterator) -> Iterator:
-        """Yield the batches of training, and note while the step waits for one."""
+    def watch(self, batches: Iterator) -> Iterator:
+        """Yield the batches of training, and let a SIGTERM end the process if one does not come."""
         while True:
             self._waiting_since = time.monotonic()
             batch = next(batches, None)

@@ -286,7 +286,7 @@ class Run:
         self.accelerator.wait_for_everyone()
         options = dict(log_every=flags.log_every, start_step=self.start_step, seconds=self.state.get("seconds", 0.0))
         self.progress = Progress(self.accelerator, self.folder, self.plan, **options)
-        self.timed = lambda batches: self.progress.timed(self.crew.noting(batches))
+        self.timed = lambda batches: self.progress.timed(self.crew.watch(batches))
         self.paused, self.say = self.progress.paused, self.progress.say
         num_images = sum(len(source) for source in {*self.sources} if source)
         replace = flags.on_damaged == "replace"

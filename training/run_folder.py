@@ -43,15 +43,11 @@ class RunFolder:
             InputError: if the folder has a writer, cannot be written to, or holds files that no run wrote.
         """
         try:
-            if (foreign := self.foreign_files()) and self.whole_checkpoints():
-                raise InputError(
-                    f"{self.path / 'args.json'} of the run there is missing or cannot be read; restore it, or give "
-                    "another --experiment_name"
-                )
-            if foreign:
+            if foreign := self.foreign_files():
                 raise InputError(
                     f"{self.path} holds files that no run wrote ({', '.join(foreign[:3])}"
-                    f"{', ...' if foreign[3:] else ''}); give another --experiment_name or --working_directory"
+                    f"{', ...' if foreign[3:] else ''}), or a run without its args.json; give another "
+                    "--experiment_name or --working_directory"
                 )
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.checkpoints).close()
@@ -175,42 +171,51 @@ class RunFolder:
         if is_whole(target):  # a run is a function of its flags
             return target
         temporary = self.checkpoints / f".saving_{target.name}"
+        shutil.rmtree(temporary, ignore_errors=True)
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            weights = {MODEL: model} if ema is None else {MODEL: model, EMA: ema}
-            for name, tensors in weights.items():
-                tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-                save_file(tensors, temporary / name, metadata={"format": "pt"})
-            torch.save(optimizer, temporary / OPTIMIZER)
-            sizes = {path.name: path.stat().st_size for path in temporary.iterdir()}
-            write_json(temporary / STATE, {**state, "files": sizes})
-            for name in weights:  # safetensors makes its files readable by the owner alone
-                shutil.copymode(temporary / STATE, temporary / name)
-            for path in (*temporary.iterdir(), temporary):
-                sync(path)
-            remove_files(target, (*FILES, STATE))  # an incomplete checkpoint
-            if target.exists():  # with files of others
-                for name in (*sizes, STATE):
-                    (temporary / name).rename(target / name)
-                temporary.rmdir()
-                sync(target)
-            else:
-                temporary.rename(target)
-            sync(self.checkpoints)
+            _write_checkpoint(temporary, {MODEL: model} | ({EMA: ema} if ema else {}), optimizer, state)
+            _move_checkpoint(temporary, target)
         except Exception as error:  # safetensors and torch wrap a full disk in errors of their own
             full = shutil.disk_usage(self.path).free < 2**16 or getattr(error, "errno", None) == errno.ENOSPC
+            problem, remedy = ("the disk is full", "make room") if full else (in_one_line(error), "make it writable")
             shutil.rmtree(temporary, ignore_errors=True)
             whole = self.whole_checkpoints()
             raise RunError(
-                f"the checkpoint of step {state['step']} could not be written to {self.checkpoints} "
-                f"({'the disk is full' if full else in_one_line(error)}); "
-                f"{'make room' if full else 'make it writable'} and give --resume_from_checkpoint auto: "
+                f"the checkpoint of step {state['step']} could not be written to {self.checkpoints} ({problem}); "
+                f"{remedy} and give --resume_from_checkpoint auto: "
                 f"{whole[-1].name + ' is whole' if whole else 'no earlier checkpoint exists'}"
             ) from error
         for path in self.whole_checkpoints()[:-keep]:
             remove_checkpoint(path)
         return target
+
+
+def _write_checkpoint(folder: Path, weights: dict[str, dict], optimizer: dict, state: dict) -> None:
+    """Write the files of a checkpoint, of which `weights` are state dicts by file name, and sync them."""
+    folder.mkdir()
+    for name, tensors in weights.items():
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    torch.save(optimizer, folder / OPTIMIZER)
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    write_json(folder / STATE, {**state, "files": sizes})
+    for name in weights:  # safetensors makes its files readable by the owner alone
+        shutil.copymode(folder / STATE, folder / name)
+    for path in (*folder.iterdir(), folder):
+        sync(path)
+
+
+def _move_checkpoint(folder: Path, target: Path) -> None:
+    """Give a checkpoint its name, `target`, where an incomplete one and files of others may be."""
+    remove_checkpoint(target)
+    if target.exists():
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == STATE):
+            path.rename(target / path.name)
+        folder.rmdir()
+        sync(target)
+    else:
+        folder.rename(target)
+    sync(target.parent)
 
 
 def remove_checkpoint(path: Path) -> None:
