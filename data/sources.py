@@ -365,20 +365,13 @@ def _check_all_labelled(path_to_data: str, parts: dict[str, Source]) -> None:
 
 def check_labels(path_to_data: str, train_source: Source, validation_source: Source | None) -> None:
     """Raise DataError unless validation images can be classified by their nearest neighbours among training images."""
-    if validation_source is None:
-        raise DataError(f"--knn_every needs validation images, and {path_to_data} has none; leave the flag out")
-    if errors := [*train_source.label_errors, *validation_source.label_errors]:
-        raise DataError("\n".join(errors))
-    if not train_source.classes or not validation_source.classes:
-        raise DataError(
-            f"--knn_every needs labels, and {path_to_data} has images without a class; expected train/CLASS/IMAGE and "
-            f"val/CLASS/IMAGE, or {LABEL_PLACES}; or leave the flag out"
-        )
-    if missing := _missing_classes(validation_source, _present_classes(train_source)):
-        raise DataError(
-            f"--knn_every needs the classes of val in train, and {path_to_data} lacks {len(missing)} of them there "
-            f"({first_few(missing, len(missing))}); add them, or leave the flag out"
-        )
+    held_out = None if validation_source is None else keep_labelled(validation_source)
+    try:
+        check_classes(path_to_data, keep_labelled(train_source), held_out)
+    except DataError as error:
+        needs = "--knn_every needs validation images of the training images' classes"
+        lines = [f"{needs}: {line}; or leave the flag out" for line in str(error).splitlines()]
+        raise DataError("\n".join(lines)) from None
 
 
 def match_classes(path_to_data: str, source: Source, classes: list[str] | None, num_classes: int) -> list[str]:

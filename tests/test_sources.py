@@ -375,29 +375,28 @@ def of_classes(classes):
 
 
 @pytest.mark.parametrize(
-    ("train", "validation", "of_training", "of_neighbours"),
+    ("train", "validation", "expected"),
     [
-        ("ab", "ab", [], []),
-        ("ab", None, ["D has no validation images"], ["D has none; leave the flag out"]),
-        ("", "ab", ["D has images without a class; expected train/CLASS"], ["D has images without a class"]),
-        ("ab", "", ["D has images without a class; expected val/CLASS"], ["D has images without a class"]),
-        ("a", "a", ["D has one class, a;"], []),
-        ("abcdef", "a", [], []),
-        ("ab", "bc", ["has classes in val that train lacks (c)"], ["lacks 1 of them there (c)"]),
-        ("a-c", "abc", ["has classes in val that train lacks (b)"], ["lacks 1 of them there (b)"]),
-        ("a-c", "a-", [], []),
-        ("-b", "b", ["D has one class, b;"], []),
+        ("ab", "ab", None),
+        ("ab", None, "D has no validation images"),
+        ("", "ab", "D has images without a class; expected train/CLASS"),
+        ("ab", "", "D has images without a class; expected val/CLASS"),
+        ("a", "a", "D has one class, a;"),
+        ("abcdef", "a", None),
+        ("ab", "bc", "has classes in val that train lacks (c)"),
+        ("a-c", "abc", "has classes in val that train lacks (b)"),
+        ("a-c", "a-", None),
+        ("-b", "b", "D has one class, b;"),
     ],
 )
-def test_classes_that_do_not_fit_are_reported_in_a_line_each(train, validation, of_training, of_neighbours):
-    for check, expected in ((check_classes, of_training), (check_labels, of_neighbours)):
-        errors = []
-        try:
-            check("D", of_classes(train), of_classes(validation))
-        except DataError as error:
-            errors = str(error).splitlines()
-        assert len(errors) == len(expected), errors
-        assert all(words in error for words, error in zip(expected, errors, strict=True)), errors
+@pytest.mark.parametrize("check", [check_classes, check_labels])
+def test_classes_that_do_not_fit_are_reported(train, validation, expected, check):
+    if expected is None:
+        check("D", of_classes(train), of_classes(validation))
+        return
+    with pytest.raises(DataError, match=re.escape(expected)) as caught:
+        check("D", of_classes(train), of_classes(validation))
+    assert ("leave the flag out" in str(caught.value)) == (check is check_labels)
 
 
 def test_images_without_a_class_are_refused_or_left_out(tmp_path):
@@ -434,7 +433,7 @@ def test_the_labelled_samples_of_a_source():
 def test_labels_that_cannot_be_used_are_refused_where_they_are_needed(check):
     broken = OfClasses("")
     broken.label_errors = ["x.csv has labels that are no class numbers"]
-    with pytest.raises(DataError, match=r"^x.csv has labels that are no class numbers$"):
+    with pytest.raises(DataError, match=r"x\.csv has labels that are no class numbers"):
         check("D", broken, OfClasses("ab"))
 
 
