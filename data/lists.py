@@ -14,7 +14,8 @@ from data.files import THREADS, FileSource
 from data.index import DataError, Names, first_few, number_labels, with_labels
 from data.values import text_encoding
 
-LISTS = (".csv", ".tsv", ".jsonl", ".ndjson")
+JSON = (".jsonl", ".ndjson")
+LISTS = (".csv", ".tsv", *JSON)
 COLUMNS = ["path", "label", "mask"]
 LONGEST_LINE = 2**25  # bytes of a line of JSON
 CHECKED = 100_000  # paths at most: on a slow file system, millions would take minutes
@@ -33,7 +34,7 @@ class ListSource(FileSource):
         self._path = path = os.fspath(path)
         table, self.label_errors = _read_list(path)
         if table["path"].null_count == len(table):
-            names = ", ".join(_column_names(path)) or "(unknown)"
+            names = ", ".join(_read_header(path)[0]) or "(unknown)"
             expected = "expected `path` in every row, and perhaps `label` and `mask`"
             raise DataError(f"{path} lists no image in its columns {names}; {expected}")
         super().__init__(Names.from_arrow(table["path"]), os.path.dirname(path))
@@ -62,19 +63,13 @@ def _read_list(path: str) -> tuple:
 
     Raises DataError.
     """
-    import pyarrow as pa  # here, because it takes long to import
-    import pyarrow.compute as pc
+    import pyarrow.compute as pc  # here, because it takes long to import
 
     try:
-        is_json = path.lower().endswith((".jsonl", ".ndjson"))
-        table, errors = _read_json(path) if is_json else (_read_csv(path), [])
+        table, errors = _read_json(path) if path.lower().endswith(JSON) else (_read_csv(path), [])
     except (OSError, ValueError, csv.Error) as error:
         expected = "expected CSV with a header, or a JSON object in every line, in UTF-8; correct the list"
         raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}); {expected}") from None
-    if not is_json:
-        table = pa.table({name: pc.utf8_trim_whitespace(table[name]) for name in COLUMNS})
-        filled = [pc.greater(pc.utf8_length(table[name].fill_null("")), 0) for name in COLUMNS]
-        table = table.filter(pc.or_(pc.or_(*filled[:2]), filled[2]))  # spreadsheets end in rows of commas
     for name in ("path", "mask"):
         expanded = pc.replace_substring_regex(table[name], "^~/", os.path.expanduser("~/"))
         table = table.set_column(table.column_names.index(name), name, expanded)
@@ -84,13 +79,11 @@ def _read_list(path: str) -> tuple:
 def _read_csv(path: str):
     """Return the columns of a table whose cells are separated by commas, tabs or semicolons."""
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.csv as arrow_csv
 
-    header = _first_line(path)
-    delimiter = max(",\t;", key=header.count)
-    if delimiter not in header:  # one column, whose paths may have commas
-        delimiter = "\x1f"
-    names = {name.strip().lower(): name for name in _column_names(path)}
+    header, delimiter = _read_header(path)
+    names = {name.strip().lower(): name for name in header}
     columns = [names.get(name, name) for name in COLUMNS]
     parse = arrow_csv.ParseOptions(
         delimiter=delimiter,
@@ -100,7 +93,10 @@ def _read_csv(path: str):
     convert = arrow_csv.ConvertOptions(
         column_types=dict.fromkeys(columns, pa.large_string()), include_columns=columns, include_missing_columns=True
     )
-    return arrow_csv.read_csv(_as_utf8(path), None, parse, convert).rename_columns(COLUMNS)
+    table = arrow_csv.read_csv(_as_utf8(path), None, parse, convert)
+    table = pa.table([pc.utf8_trim_whitespace(column) for column in table.columns], COLUMNS)
+    filled = [pc.greater(pc.utf8_length(column.fill_null("")), 0) for column in table.columns]
+    return table.filter(pc.or_(pc.or_(*filled[:2]), filled[2]))  # spreadsheets end in rows of commas
 
 
 def _read_json(path: str) -> tuple:
@@ -121,6 +117,11 @@ def _read_json(path: str) -> tuple:
                 raise
 
 
+def _encoding(path: str) -> str:
+    with open(path, "rb") as file:
+        return text_encoding(file.read(2))
+
+
 def _as_utf8(path: str):
     """Return the path of a list, or its content in UTF-8 if its byte order mark says UTF-16, as of PowerShell."""
     import pyarrow as pa
@@ -128,25 +129,18 @@ def _as_utf8(path: str):
     return path if _encoding(path) != "utf-16" else pa.BufferReader(Path(path).read_text("utf-16").encode())
 
 
-def _encoding(path: str) -> str:
-    with open(path, "rb") as file:
-        return text_encoding(file.read(2))
-
-
-def _first_line(path: str) -> str:
+def _read_header(path: str) -> tuple[list[str], str]:
+    """Return the names in the header of CSV and what separates them, or the keys in the first line of JSON."""
     with open(path, encoding=_encoding(path), errors="replace") as file:
-        return next(filter(str.strip, file), "")
-
-
-def _column_names(path: str) -> list[str]:
-    """Return the names in the header of CSV, or the keys in the first line of JSON."""
-    if path.lower().endswith((".jsonl", ".ndjson")):
-        with contextlib.suppress(ValueError):  # an object in several lines, or several in one
-            return list(json.loads(_first_line(path)))
-        return []
-    line = _first_line(path)
-    with open(path, encoding=_encoding(path), errors="replace") as file:
-        return next(filter(None, csv.reader(file, delimiter=max(",\t;", key=line.count))), [])
+        line = next(filter(str.strip, file), "")
+        if path.lower().endswith(JSON):
+            with contextlib.suppress(ValueError):  # an object in several lines, or several in one
+                return list(json.loads(line)), ""
+            return [], ""
+        delimiter = max(",\t;", key=line.count)
+        delimiter = delimiter if delimiter in line else "\x1f"  # one column, whose paths may have commas
+        file.seek(0)
+        return next(filter(None, csv.reader(file, delimiter=delimiter)), []), delimiter
 
 
 def _check_files(path: str, column: str, source: FileSource) -> None:

@@ -127,7 +127,9 @@ def _stems(source: FolderSource) -> list[str]:
 class Pairs:
     """Wrap a source that has masks, such as a list, with the names of its classes. Raises DataError."""
 
-    def __init__(self, source: Source, path: str, class_file: str | Path | None, mask_format: MaskFormat):
+    def __init__(self, source: Source | None, path: str, class_file: str | Path | None, mask_format: MaskFormat):
+        if source is None:
+            raise DataError(f"{path} has no validation pairs; give --path_to_validation_data")
         if not getattr(source, "has_masks", False):
             raise DataError(f"{path} has no masks; expected {LAYOUT}, or a column `mask` beside the images")
         if class_file is None:
@@ -177,40 +179,22 @@ def open_pairs(
     default_file = (root if root.is_dir() else root.parent) / "classes.txt"
     if class_file is None and default_file.exists():
         class_file = str(default_file)
-    pairs, errors = [], []
+    pairs, errors, options = [], [], dict(cache=cache, data_format=data_format)
     for split, path in (("training", path_to_data), ("validation", validation or path_to_data)):
         try:
-            options = dict(cache=cache, data_format=data_format, alone=validation is not None)
-            pairs.append(_open_split(path, split, pixels, class_file, mask_format, **options))
+            if kind_of_data(path, data_format) == "folder":
+                source = SegmentationFolder(path, split, class_file, open_cache(cache), mask_format)
+                check_pixels(source, pixels)
+            else:
+                own_path = validation if split == "validation" else None
+                train, held_out = open_sources(path, pixels, validation=own_path, **options)
+                source = Pairs(train if split == "training" else held_out, path, class_file, mask_format)
+            pairs.append(source)
         except DataError as error:
             errors += str(error).splitlines()
     if errors:
         raise DataError("\n".join(dict.fromkeys(errors)))  # an error of both splits is named once
     return tuple(pairs)
-
-
-def _open_split(
-    path: str,
-    split: str,
-    pixels: PixelFormat,
-    class_file: str | None,
-    mask_format: MaskFormat,
-    *,
-    cache: str | None,
-    data_format: str | None,
-    alone: bool,
-) -> PairSource:
-    """Open the pairs of a split, "training" or "validation"; `alone` says that the other one has another path."""
-    if kind_of_data(path, data_format) == "folder":
-        source = SegmentationFolder(path, split, class_file, open_cache(cache), mask_format)
-        check_pixels(source, pixels)
-        return source
-    train_source, validation_source = open_sources(path, pixels, cache=cache, data_format=data_format)
-    if split == "training":
-        return Pairs(train_source, path, class_file, mask_format)
-    if validation_source is None and not alone:
-        raise DataError(f"{path} has no validation pairs; give --path_to_validation_data")
-    return Pairs(validation_source or train_source, path, class_file, mask_format)
 
 
 def check_annotations(

@@ -260,20 +260,13 @@ class Crew:
 
     def differences(self, flags: dict, fingerprints: list[str | None]) -> list[str]:
         """Return error messages for flags, and for training and validation data, that are not the same on all."""
-        shared = {name: value for name, value in flags.items() if name not in MACHINE_FLAGS}
-        own = (shared, fingerprints, f"process {self.rank} on {socket.gethostname()}")
-        (flags, data, place), *others = self.gather([own])
-        errors = []
-        for other_flags, other_data, other_place in others:
-            errors += [
-                f"--{name} is {value} on {place} and {other_flags.get(name)} on {other_place}; give all the same value"
-                for name, value in flags.items()
-                if other_flags.get(name) != value
-            ]
-            errors += [
-                f"the {part} images on {other_place} differ from those on {place}, or have other labels; give all "
-                "processes the same data"
-                for part, here, there in zip(("training", "validation"), data, other_data, strict=True)
-                if here != there
-            ]
-        return errors
+        shared = {f"--{name}": value for name, value in flags.items() if name not in MACHINE_FLAGS}
+        for part, fingerprint in zip(("training", "validation"), fingerprints, strict=True):
+            shared[f"the fingerprint of {part} images and labels"] = fingerprint
+        (first, place), *others = self.gather([(shared, f"process {self.rank} on {socket.gethostname()}")])
+        return [
+            f"{name} is {value} on {place} and {other.get(name)} on {other_place}; give all processes the same"
+            for other, other_place in others
+            for name, value in first.items()
+            if other.get(name) != value
+        ]
