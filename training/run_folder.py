@@ -52,19 +52,14 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.checkpoints).close()
             self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 - stays open until the process ends
-        except OSError as error:
-            message = f"{self.path} is not writable ({error.strerror}); give another --working_directory"
-            raise InputError(message) from None
-        try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loader workers
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise InputError(
-                    f"{self.path} cannot be locked ({error.strerror}); give a --working_directory on a file system "
-                    "with locks"
-                ) from None
+        except BlockingIOError:
             raise InputError(
                 f"{self.path} is being written to by another run; wait for it or give another --experiment_name"
+            ) from None
+        except OSError as error:
+            raise InputError(
+                f"{self.path} is not writable or cannot be locked ({error.strerror}); give another --working_directory"
             ) from None
 
     def foreign_files(self) -> list[str]:
