@@ -218,19 +218,13 @@ def _index_folder(root: bytes, suffixes: tuple[str, ...] | None) -> tuple[dict, 
 
 
 def _describe_left_out(left_out: Counter) -> str:
-    """Return why files are left out, from the counts of `_scan`."""
-    parts, counts = [], sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
-    for why in sorted({why for why, _ in left_out}):
-        names = [f"{count:,} {name}" for (reason, name), count in counts if reason == why]
-        parts.append(f"{why} ({first_few(names, len(names))})")
-    return ", ".join(parts)
+    """Return the kinds of files and folders that are left out, and how many, from the counts of `_scan`."""
+    kinds = sorted(left_out, key=lambda kind: (-left_out[kind], kind))
+    return first_few((f"{left_out[kind]:,} {kind}" for kind in kinds), len(kinds))
 
 
 def _scan(root: bytes, suffixes: tuple[str, ...] | None, folder: bytes) -> tuple[list[int], list, list, Counter]:
-    """Return the stamp of a folder, its folders and images, relative to `root`, and counts of what is left out.
-
-    The counts are by reason and kind.
-    """
+    """Return the stamp of a folder, its folders and images, relative to `root`, and what is left out by kind."""
     path, endings = os.path.join(root, folder), tuple(map(str.encode, suffixes or IMAGE_SUFFIXES))
     time_and_size, folders, images, left_out = stamp(path), [], [], Counter()
     with os.scandir(path) as entries:
@@ -241,16 +235,14 @@ def _scan(root: bytes, suffixes: tuple[str, ...] | None, folder: bytes) -> tuple
                 continue
             suffix = os.fsdecode(os.path.splitext(entry.name)[1].lower())
             if LITTER.search(entry.name + b"/" * is_folder):
-                kind = "hidden" if entry.name.startswith(b".") else os.fsdecode(entry.name)
-                why = "hidden or system folders" if is_folder else "hidden or system files"
-                left_out[why, suffix if len(kind) > 30 else kind] += 1
+                left_out["hidden" if entry.name.startswith(b".") else "system or temporary"] += 1
             elif is_folder:
                 if not (entry.is_symlink() and _is_loop(entry.path)):
                     folders.append(os.path.join(folder, entry.name))
             elif suffixes is None and _begins_as_image(entry, suffix):
                 images.append(os.path.join(folder, entry.name))
             else:
-                left_out["no images", suffix or "without suffix"] += 1
+                left_out[f"{suffix or 'without suffix'} (no image)"] += 1
     return time_and_size, folders, images, left_out
 
 

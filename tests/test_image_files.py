@@ -73,7 +73,7 @@ def test_links_that_lead_to_each_other(tmp_path):
     os.symlink(tmp_path / "nowhere", tmp_path / "one" / "broken.jpg")  # is told when it is read
     os.symlink(tmp_path / "one" / "self", tmp_path / "one" / "self")
     assert FolderSource(tmp_path / "one").notes == [
-        f"left out   2 below {tmp_path / 'one'}: no images (2 without suffix)"
+        f"left out   2 below {tmp_path / 'one'}: 2 without suffix (no image)"
     ]
     assert names_of(FolderSource(tmp_path / "one"), tmp_path / "one") == ["1.jpg", "broken.jpg", "to_two/2.jpg"]
 
