@@ -70,16 +70,16 @@ def decode_labels(
     if low < 0 or high >= num_classes + first:
         wrong = low if low < 0 else high
         expected = f"0 (void) to {num_classes}" if first else f"0 to {num_classes - 1}"
-        remedy = ""
+        remedy = f"--void_label {wrong} if it is void"
         if not first and wrong == num_classes:
-            remedy = ", or --mask_offset 1 if the masks are numbered from 1"
+            remedy += ", or --mask_offset 1 if the masks are numbered from 1"
         elif np.isin(labels, (0, 255)).all():
-            remedy = (
+            remedy += (
                 ", or if 0 and 255 are classes, --path_to_classes a table with the lines 0 0 0 NAME, 255 255 255 NAME"
             )
         raise DataError(
             f"{name} has the label {wrong}; expected {expected}, the number of classes: correct the mask, or "
-            f"classes.txt; give --void_label {wrong} if it is void{remedy}"
+            f"classes.txt; give {remedy}"
         )
     return labels
 

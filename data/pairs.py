@@ -231,9 +231,7 @@ def check_annotations(
         reports[name] = report = _join(gather([part]))
         errors += report.errors
         if not errors and not report.counts.any():
-            remedy = "give other masks"
-            if source.mask_format.first_label:
-                remedy += ", or --mask_offset 0 if 0 is a class"
+            remedy = "give other masks, or --mask_offset 0 if 0 is a class"
             errors.append(f"no pixel of the {name} masks has a class (all are void); {remedy}")
     classes, mask_format, total = source.classes, source.mask_format, _join(list(reports.values()))
     doubt = doubt_numbering(mask_format, classes, total.counts, total.zeros)

@@ -100,12 +100,10 @@ class LabelledSource(StoredSource):
 
     def __init__(self, source: Source):
         self._source, self._indices = source, np.flatnonzero(source.labels >= 0)
+        self.prepare = source.prepare
         self.classes, self.labels = source.classes, source.labels[self._indices]
         count = len(source) - len(self)
         self.notes = [*source.notes, f"left out   {count:,} {'image' if count == 1 else 'images'} without a label"]
-
-    def prepare(self, *, processes: int = 1, progress: bool = False) -> None:
-        self._source.prepare(processes=processes, progress=progress)
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -270,8 +270,8 @@ def test_processes_that_cannot_be_started_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "lines, expected",
     [
-        ("megatron_lm_config: {megatron_lm_tp_degree: 1}", r"configured for Megatron-LM, .*fsdp2.yaml"),
-        ("parallelism_config: {parallelism_config_tp_size: 1}", "configured for parallelism_config, .*leave it out"),
+        ("megatron_lm_config: {megatron_lm_tp_degree: 1}", r"configured for MEGATRON_LM, .*fsdp2.yaml"),
+        ("parallelism_config: {parallelism_config_tp_size: 1}", "configured for PARALLELISM_CONFIG, .*leave it out"),
         ("dynamo_config: {dynamo_backend: INDUCTOR}", "dynamo_backend inductor, .* set it to no, and give --compile"),
         ("dynamo_config: {dynamo_backend: EAGER, dynamo_mode: default}", "dynamo_backend eager, .*give --compile"),
     ],

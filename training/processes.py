@@ -65,15 +65,11 @@ def start_accelerator(
 
 def check_settings(precision: str) -> list[str]:
     """Return error messages for settings of Accelerate's file or launcher that the scripts do not have."""
-    options = {
-        "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "FSDP2 (accelerate_configs/fsdp2.yaml) splits models over GPUs"),
-        "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "FSDP2 (accelerate_configs/fsdp2.yaml) splits models over GPUs"),
-        "ACCELERATE_USE_PARALLELISM_CONFIG": ("parallelism_config", "leave it out"),
-    }
+    remedy = "leave it out (FSDP2, accelerate_configs/fsdp2.yaml, splits models over GPUs)"
     errors = [
         f"Accelerate is configured for {name}, which does not work here; {remedy}"
-        for variable, (name, remedy) in options.items()
-        if os.environ.get(variable, "false").lower() in ("1", "true", "yes")
+        for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes")
     ]
     version = os.environ.get("FSDP_VERSION", "1")  # Accelerate's default
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and version != "2":

@@ -6,7 +6,6 @@ A checkpoint is whole or absent: it is written to a temporary folder beside its 
 import errno
 import fcntl
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,8 +23,8 @@ FILES = (MODEL, EMA, OPTIMIZER)
 CHECKPOINT = "step_" + 8 * "[0-9]"  # others, such as a copy step_00000100_keep, are the user's
 PICTURES, EVENTS = "step_*.png", "events.out.tfevents.*"
 # What a run removes or overwrites, and so what a folder that is no run's must not have
-NAMES = ("args.json", "best", "checkpoints", "damaged.jsonl", "encoder", "hub", "hub.log", "log.jsonl", "metrics.json")
-NAMES += ("model", "predictions", "reconstructions", "tensorboard", "wandb_run_id")
+NAMES = ("args.json", "best", "checkpoints/*", "damaged.jsonl", "encoder", "hub", "hub.log", "log.jsonl")
+NAMES += ("metrics.json", "model", "predictions", "reconstructions", "tensorboard", "wandb_run_id")
 
 
 class RunFolder:
@@ -70,8 +69,7 @@ class RunFolder:
                 return []
         except (OSError, ValueError, AttributeError):
             pass
-        empty = self.checkpoints.is_dir() and not any(self.checkpoints.iterdir())  # made before args.json is
-        return [name for name in NAMES if os.path.lexists(self.path / name) and not (name == "checkpoints" and empty)]
+        return [name for name in NAMES if any(self.path.glob(name))]
 
     def whole_checkpoints(self) -> list[Path]:
         """Return the folders of all whole checkpoints, the oldest first."""
