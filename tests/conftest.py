@@ -191,8 +191,10 @@ def leave():  # the last of all farewells: freeing the libraries takes longer th
 atexit.register(leave)
 
 sys.modules["wandb"] = None  # which timm imports: the first process to end would remove a folder that it makes
-import accelerate, evaluate, numpy, timm, torchmetrics, transformers
+import accelerate, evaluate, matplotlib.figure, multiprocessing.pool, numpy, psutil, simplejpeg, timm, torchmetrics
+import torch.utils.tensorboard, transformers
 del sys.modules["wandb"]
+sys.dont_write_bytecode, sys.pycache_prefix = False, os.environ["XDG_CACHE_HOME"]  # compiles the repository once
 gc.freeze()
 code = 0
 for line in sys.stdin:
