@@ -514,7 +514,7 @@ def test_evaluation_leaves_damaged_images_out(undisturbed, image_folder, tmp_pat
     assert json.loads((folder / "damaged.jsonl").read_text())["path"].endswith("0000.jpg")
 
 
-@pytest.mark.parametrize("name", ["csv", "tar", "parquet", "prepared"])
+@pytest.mark.parametrize("name", ["tar", "parquet"])  # test_sources.py compares the samples of all
 def test_every_source_trains_and_measures_the_same_classifier(name, flags, undisturbed, every_source, tmp_path):
     run(SCRIPT, *flags, *every_source[name], "--save_checkpoint_steps", 3, cwd=tmp_path)
     folder = tmp_path / "work_dir" / "finetune_classifier"
