@@ -331,6 +331,15 @@ def run_code(text: str, *words, cwd: Path, code: int = 0, **variables: str) -> s
         return finish(Start(path, *words, cwd=cwd, **variables), code)
 
 
+def dry_run(script: str, *flags, cwd: Path) -> str:
+    """Runs `SCRIPT flags --dry_run` with a clock that is ten times as fast, as it times steps for 13 seconds. Returns
+    what it said."""
+    code = "import runpy, sys, time; clock = time.perf_counter; time.perf_counter = lambda: 10 * clock()\n"
+    code += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = run_code(code, ROOT / script, *flags, "--dry_run", cwd=cwd)
+    return done.stdout + done.stderr
+
+
 def run_cold(*words, cwd: Path, code: int = 0, **variables: str) -> subprocess.CompletedProcess:
     """Runs `python words` in the folder `cwd`, with all that a new Python has to import; expects its exit code."""
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -11,6 +11,7 @@ from conftest import (
     ROOT,
     SCENES,
     assert_equal_runs,
+    dry_run,
     log_of,
     losses_of,
     metrics_of,
@@ -206,15 +207,10 @@ def test_other_ways_to_train_and_to_evaluate(scenes, tmp_path):
     shared += ["--no-relative_position_bias", "--layer_scale", 0, "--epochs", 1, "--resize", 96, 40]
     scales = ["--evaluate_scales", 0.5, 1, 1.5, "--evaluate_flip"]
     again = ["--path_to_data", data, WEIGHTS, "work_dir/scratch/model", "--input_channels", 1, "--resize", 96, 40]
-    said, _, dry = run_each(
-        SCRIPT,
-        [
-            [*shared, *scales, "--gradient_checkpointing", "--experiment_name", "scratch"],
-            [*again, *scales, "--eval_only", "--num_workers", 0, "--experiment_name", "again"],
-            [*shared, "--dry_run", "--experiment_name", "dry"],
-        ],
-        cwd=tmp_path,
-    )
+    scratch = [*shared, *scales, "--gradient_checkpointing", "--experiment_name", "scratch"]
+    again += [*scales, "--eval_only", "--num_workers", 0, "--experiment_name", "again"]
+    said, _ = run_each(SCRIPT, [scratch, again], cwd=tmp_path)
+    dry = dry_run(SCRIPT, *shared, "--experiment_name", "dry", cwd=tmp_path)
     folder = tmp_path / "work_dir" / "scratch"
     assert "linear head after block 3:" in said and "length     2 steps" in said
     assert metrics_of(tmp_path / "work_dir" / "again")["per_class_iou"] == metrics_of(folder)["per_class_iou"]

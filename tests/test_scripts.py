@@ -15,8 +15,8 @@ from conftest import (
     TINY,
     TWO_PROCESSES,
     assert_equal_runs,
+    dry_run,
     environment,
-    finish,
     finish_several,
     flags_of,
     launch,
@@ -367,29 +367,27 @@ launch.run_script(lambda: pretrain_mae.main(sys.argv[1:]))"""
 
 
 def test_a_dry_run_says_what_will_happen_and_writes_nothing(image_folder, undisturbed, flags, tmp_path):
-    """Nor does that of a resumption, which counts what is left; at the same time, as both wait."""
+    """Nor does that of a resumption, which counts what is left."""
     resumed, fresh = tmp_path / "resumed", tmp_path / "fresh"
     shutil.copytree(undisturbed, resumed / "work_dir" / "pretrain_mae")
     before = sorted((path, path.stat().st_mtime_ns) for path in resumed.rglob("*"))
-    rest = [*flags, "--gradient_accumulation_steps", 2, "--resume_from_checkpoint", "step_00000016", "--dry_run"]
-    resumption = start(SCRIPT, *rest, cwd=resumed)
+    rest = [*flags, "--gradient_accumulation_steps", 2, "--resume_from_checkpoint", "step_00000016"]
+    assert "7 steps take" in dry_run(SCRIPT, *rest, cwd=resumed)
+    assert sorted((path, path.stat().st_mtime_ns) for path in resumed.rglob("*")) == before
     fresh.mkdir()
     flags = [*TINY, "--path_to_data", image_folder, "--gradient_accumulation_steps", 2, "--num_workers", 1]
     flags += ["--epochs", 300, "--repeated_augmentation", 2, "--report_to", "tensorboard"]
-    done = run(SCRIPT, *flags, "--dry_run", cwd=fresh)
+    said = dry_run(SCRIPT, *flags, cwd=fresh)
     for word in (
         *("40 images (about ", "2 views of each, 11 held out", "M parameters", "GFLOP per image and step"),
         *("8 = 1 process x 2 micro-batches x 4", "3000 steps, 10 per epoch, 150 warmup", "peak 0.001, cosine to 0"),
         *("float32 on cpu", "steps timed after", "images/s, data wait", "peak memory"),
         *("3000 steps take", "nothing was written"),
     ):
-        assert word in done.stdout + done.stderr, word
+        assert word in said, word
     assert os.listdir(fresh) == []
     refused = run(SCRIPT, *flags, "--dry_run", "--mask_ratio", 1, cwd=fresh, code=2).stderr
     assert "--mask_ratio 1 keeps 0" in refused and os.listdir(fresh) == []
-    done = finish(resumption, 0)
-    assert "7 steps take" in done.stdout + done.stderr
-    assert sorted((path, path.stat().st_mtime_ns) for path in resumed.rglob("*")) == before
 
 
 def test_neighbours_are_asked_without_disturbing_the_run(undisturbed, flags, tmp_path):
