@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import Start, finish_several
 from torch import nn
 
 from modeling.batch_norm import BatchNorm
@@ -51,7 +52,9 @@ def normalize_half(rank, dtype, backend):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    code = "import sys; from test_batch_norm import work; work(int(sys.argv[1]), sys.argv[2])"
+    (folder / "work.py").write_text(code)
+    finish_several([Start(folder / "work.py", rank, folder, cwd=folder) for rank in range(2)])
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
