@@ -1,4 +1,4 @@
-"""The classifier, against timm: logits, layers of the learning rate's decay; and what trains in every mode."""
+"""The classifier: its logits, against timm's; and what trains in every mode."""
 
 import math
 
@@ -6,11 +6,9 @@ import pytest
 import timm
 import torch
 from random_modules import new_encoder, randomize
-from timm.models._manipulate import group_parameters
 from torch import nn
 
 from modeling.classifier import Classifier
-from modeling.mae import MaskedAutoencoder
 from modeling.vit import SIZES, VisionTransformer
 from modeling.weights import load_weights
 
@@ -51,27 +49,6 @@ def test_logits_equal_timms(pooling, size):
     expected = theirs(images)
     assert expected.abs().max() > 0.5
     torch.testing.assert_close(ours(images), expected, rtol=0, atol=1e-5)
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("pooling", POOLINGS)
-def test_logits_of_an_official_pretraining_equal_timms(pooling):
-    """Its encoder below a new head: what timm computes with the same encoder and head."""
-    decoder = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
-    source = randomize(MaskedAutoencoder(VisionTransformer(**SMALL), **decoder))
-    official = {name.removeprefix("encoder."): value for name, value in source.state_dict().items()}
-    ours = randomize(new_classifier(pooling))
-    report = load_weights(ours.encoder, official)
-    assert {"encoder.norm.weight", "encoder.norm.bias"} <= set(report.ignored) or pooling == "cls"
-    assert report.loaded == len(source.encoder.state_dict()) - (2 if pooling == "mean" else 0)
-
-    left_out = ("decoder_", "mask_token", "norm.") if pooling == "mean" else ("decoder_", "mask_token")
-    weights = {name: value for name, value in official.items() if not name.startswith(left_out)}
-    weights |= {n: value for n, value in ours.state_dict().items() if n.startswith(("head.", "fc_norm."))}
-    theirs = timm.create_model("vit_base_patch16_224", num_classes=5, global_pool=POOLINGS[pooling], **SMALL)
-    theirs.load_state_dict(weights, strict=True)
-    images = torch.randn(3, 3, 32, 32)
-    torch.testing.assert_close(ours(images), theirs.eval()(images), rtol=0, atol=1e-5)
 
 
 def test_mean_pooling_leaves_the_cls_token_out():
@@ -175,36 +152,6 @@ def test_gradients_reach_what_trains_and_nothing_else(mode):
         assert (parameter.grad is not None and parameter.grad.any()) == parameter.requires_grad, name
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == ({f"head_norm.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")} & {*before})
-
-
-# Layers
-
-
-def test_layers_are_those_of_beit():
-    """Parameter by parameter: 4 of the embeddings, 12 of each block, and all of the norm and the head."""
-    for pooling in POOLINGS:
-        model = base(pooling)
-        table = dict.fromkeys(EMBEDDINGS, 0) | dict.fromkeys(HEAD | NORM[pooling], 13)
-        for k in range(12):
-            table |= dict.fromkeys(blocks(k, k), k + 1)
-        assert {name: model.layer_index(name) for name, _ in model.named_parameters()} == table
-        assert model.num_layers == 13
-
-
-def test_layers_are_those_of_timm():
-    """With mean pooling; of a norm before the pooling, timm makes a part of the last block."""
-    model = base()
-    with torch.device("meta"):
-        theirs = timm.create_model("vit_base_patch16_224", global_pool="avg")
-    groups = group_parameters(theirs, theirs.group_matcher(coarse=False))
-    indices = {name: index for index, names in groups.items() for name in names}
-    assert indices == {name.removeprefix("encoder."): model.layer_index(name) for name, _ in model.named_parameters()}
-
-
-def test_what_weight_decay_leaves_alone():
-    names = base().no_weight_decay()
-    assert names == {"encoder.cls_token", "encoder.pos_embed"}  # those that the official fine-tuning leaves alone
-    assert names < {name for name, _ in base().named_parameters()}
 
 
 # Initialization and errors
