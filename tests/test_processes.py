@@ -320,7 +320,10 @@ def many_scenes(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=["pretrain_mae", "finetune_classifier", "finetune_segmentation"])
+FINE_TUNING = ["finetune_classifier", "finetune_segmentation"]
+
+
+@pytest.fixture(params=["pretrain_mae", *FINE_TUNING])
 def kind(request):
     return request.param
 
@@ -358,17 +361,19 @@ def test_one_two_and_three_processes_are_one_run(kind, flags, tmp_path):
     are counted once each; and the main process alone writes."""
     normed = kind == "finetune_segmentation"  # by BatchNorm, which follows the micro-batch
     steps = 20 if kind == "pretrain_mae" else 4
-    for count, micro in ((1, 2 if normed else 12), (2, 2 if normed else 3), (3, 2 if normed else 4)):
-        own = ["--micro_batch_size", micro, "--experiment_name", count, "--max_steps", steps]
+    shares = [(1, 2), (2, 2), (3, 2)] if normed else [(1, 12), (1, 3), (2, 3), (3, 4)]
+    first, *others = (tmp_path / "work_dir" / f"{count}_{micro}" for count, micro in shares)
+    for (count, micro), folder in zip(shares, (first, *others), strict=True):
+        own = ["--micro_batch_size", micro, "--experiment_name", folder.name, "--max_steps", steps]
         done = run_several(count, f"{kind}.py", *flags, *own, cwd=tmp_path)
         assert f"batch      12 = {count} process" in done.stdout
-        folder = tmp_path / "work_dir" / str(count)
         assert [line["step"] for line in log_of(folder) if "loss" in line] == list(range(1, steps + 1))
-        expect_alike(tmp_path / "work_dir" / "1", folder)
+    for folder in others:
+        expect_alike(first, folder)
     if normed:  # what one process found, three find with its statistics
-        own = ["--path_to_backbone_checkpoint", tmp_path / "work_dir" / "1" / "model", "--eval_only"]
+        own = ["--path_to_backbone_checkpoint", first / "model", "--eval_only"]
         run_several(3, f"{kind}.py", *flags[:2], *own, "--num_workers", 0, "--experiment_name", "again", cwd=tmp_path)
-        one, again = (metrics_of(tmp_path / "work_dir" / name) for name in ("1", "again"))
+        one, again = metrics_of(first), metrics_of(tmp_path / "work_dir" / "again")
         assert one["per_class_iou"] == again["per_class_iou"] and one["mean_iou"] == again["mean_iou"]
 
 
@@ -400,6 +405,9 @@ def test_a_checkpoint_goes_on_with_other_processes(kind, flags, tmp_path):
     assert [start["processes"] for start in resumed] == [2, 1]
 
 
+@pytest.mark.parametrize(
+    "kind", ["pretrain_mae", *(pytest.param(name, marks=pytest.mark.slow) for name in FINE_TUNING)]
+)
 def test_a_killed_process_ends_the_others_and_the_same_command_goes_on(kind, flags, tmp_path):
     """kill -9 of one of three in the middle of a step; then every loss and weight is that of an undisturbed run."""
     flags = [*flags, "--max_steps", 12, "--save_checkpoint_steps", 3, "--resume_from_checkpoint", "auto"]
