@@ -33,7 +33,6 @@ from conftest import (
     start_several,
     steps_in,
     wait_for,
-    weights_of,
     write_images,
 )
 from PIL import Image
@@ -189,29 +188,6 @@ def test_one_writer_at_a_time(flags, tmp_path):
     assert "is being written to by another run" in refused.stderr
 
 
-def test_splits_of_one_global_batch_agree(image_folder, tmp_path):
-    """Contract 1: one, two and four micro-batches, and two processes; 20 steps of 8 images."""
-    flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 20, "--validate_every", 0, "--warmup_steps", 2]
-    for count in (1, 2, 4):
-        run(SCRIPT, *flags, "--gradient_accumulation_steps", count, "--experiment_name", count, cwd=tmp_path)
-    flags[flags.index("--per_gpu_batch_size") + 1] = 4
-    two = run_two(SCRIPT, *flags, "--experiment_name", "two", cwd=tmp_path)
-    assert "batch      8 = 2 processes x 1 micro-batch x 4" in two.stdout
-    whole = tmp_path / "work_dir" / "1"
-    for name in ("2", "4", "two"):
-        folder = tmp_path / "work_dir" / name
-        assert losses_of(folder) == pytest.approx(losses_of(whole), rel=1e-5) and len(losses_of(folder)) == 20
-        assert log_of(folder)[0]["grad_norm"] == pytest.approx(log_of(whole)[0]["grad_norm"], rel=1e-5)
-        weights = weights_of(folder, 20)
-        for key, value in weights_of(whole, 20).items():
-            difference = value - weights[key]
-            if key.endswith(
-                "qkv.bias"
-            ):  # softmax cancels the key's bias, whose gradient is rounding that Adam enlarges
-                difference[len(difference) // 3 : -len(difference) // 3] = 0
-            assert difference.norm() <= 1e-4 * value.norm(), (name, key)
-
-
 def test_all_bad_flags_at_once(tmp_path):
     """First the flags by themselves, then data, weights and plan together."""
     flags = ["--path_to_data", tmp_path / "nowhere", "--img_size", 100, "--encoder_num_heads", 7, "--what", 1]
@@ -292,12 +268,13 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(image_folder, tmp_path):
         shutil.copytree(disk, tmp_path / "work_dir")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-    small_disk(tmp_path / "smaller", 60)  # room for the flags and a part of the log
+    small_disk(tmp_path / "smaller", 28)  # room for the flags and a part of the log
     try:
         flags[flags.index(disk)] = tmp_path / "smaller"
         longer = ["--max_steps", 2000, "--save_checkpoint_steps", 2000, "--num_workers", 2]
         stopped = run(SCRIPT, *flags, *longer, cwd=tmp_path, code=1)
         assert "could not be written (the disk is full)" in stopped.stderr
+        assert steps_in(tmp_path / "smaller" / "pretrain_mae") > 9
         assert "Traceback" not in stopped.stderr
     finally:
         subprocess.run(["umount", str(tmp_path / "smaller")], check=True)
@@ -332,13 +309,16 @@ def test_the_blogs_command_runs_unchanged(image_folder, tmp_path):
 
 
 def test_the_launcher_and_the_quickstart_recipe(tmp_path):
-    """The README's first command, cut short: one process, the built-in data set."""
+    """The README's first command, cut short: one process, 700 images of the built-in data set."""
+    few = f"import runpy, sys; sys.path[0] = {str(ROOT)!r}; from data import shapes; shapes.TRAIN_IMAGES = 640; "
+    few += f"shapes.VALIDATION_IMAGES = 60; runpy.run_path({str(ROOT / SCRIPT)!r}, run_name='__main__')"
+    (tmp_path / "few.py").write_text(few)
     recipe = f"@{ROOT}/recipes/quickstart/pretrain.args"
-    done = launch(ROOT / SCRIPT, recipe, "--max_steps", 3, "--num_preview_images", 1, cwd=tmp_path)
+    done = launch(tmp_path / "few.py", recipe, "--max_steps", 3, "--num_preview_images", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "work_dir" / "quickstart_pretrain"
     assert metrics_of(folder)["masked_psnr_visible_mean"] > 10
-    assert "10000 images (about 123 MB), 1000 held out" in done.stdout
+    assert "builtin:shapes: 640 images (about 7.86 MB), 60 held out" in done.stdout
 
 
 def test_real_photographs(real_images, tmp_path):
@@ -411,18 +391,9 @@ def test_neighbours_are_asked_without_disturbing_the_run(undisturbed, flags, tmp
 
 
 def test_neighbours_need_labels(tmp_path):
-    flat = tmp_path / "flat" / "train"
-    for path in list(write_images(flat, 8).rglob("*.jpg")):
-        path.rename(flat / path.name)
-    write_images(tmp_path / "flat" / "val", 4)
-    write_images(tmp_path / "strange" / "train", 8)
-    write_images(tmp_path / "strange" / "val", 9, classes=3)
     alone = write_images(tmp_path / "alone", 8)
-    places = [tmp_path / "flat", tmp_path / "strange", alone]
-    starts = [[*TINY, "--path_to_data", path, "--knn_every", 1] for path in places]
-    words = ("has images without a class", "class_2", "--knn_every needs validation images")
-    for (error,), word in zip(refusals(SCRIPT, *starts, cwd=tmp_path), words, strict=True):
-        assert error.startswith("error: --knn_every needs") and word in error and "leave the flag out" in error
+    ((error,),) = refusals(SCRIPT, [*TINY, "--path_to_data", alone, "--knn_every", 1], cwd=tmp_path)
+    assert error.startswith("error: --knn_every needs validation images") and "leave the flag out" in error
 
 
 def test_compile_and_checkpointing_leave_the_losses_alone(image_folder, tmp_path):
@@ -437,16 +408,15 @@ pretrain_mae.main(sys.argv[1:])
 print(f"breaks {sum(counters['graph_break'].values())} graphs {counters['stats']['unique_graphs']}")"""
 
     run(SCRIPT, *flags, "--experiment_name", "plain", cwd=tmp_path)
-    run(SCRIPT, *flags, "--gradient_checkpointing", "--experiment_name", "checkpointed", cwd=tmp_path)
     code_of_checkpoint = """
 import sys, pretrain_mae, modeling.vit
 calls, checkpoint = [], modeling.vit.checkpoint
 modeling.vit.checkpoint = lambda *given, **options: calls.append(1) or checkpoint(*given, **options)
 pretrain_mae.main(sys.argv[1:])
 print(f"checkpoints {len(calls)}")"""
-    words = [*flags, "--max_steps", 1, "--gradient_checkpointing", "--experiment_name", "counted"]
+    words = [*flags, "--gradient_checkpointing", "--experiment_name", "checkpointed"]
     counted = run_code(code_of_checkpoint, *words, cwd=tmp_path).stdout
-    assert "checkpoints 6" in counted  # three blocks, two micro-batches
+    assert "checkpoints 120" in counted  # 20 steps of two micro-batches through three blocks
     words = [*flags, "--compile", "--gradient_checkpointing", "--experiment_name", "compiled"]
     done = run_cold("-c", code, *words, cwd=tmp_path).stdout  # what is imported later may make it compile again
     assert "breaks 0 graphs 2" in done  # the step's, and that of the compiler's check
