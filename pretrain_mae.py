@@ -96,7 +96,12 @@ def parse_args(argv=None):
 
     flag = parser.add_argument_group("validation").add_argument
     flag("--validate_every", type=integer(0), default=10, help="epochs between validations (0: at the end only)")
-    flag("--knn_every", type=integer(0), default=0, help="epochs between k-NN classifications (0: none, default 0)")
+    flag(
+        "--knn_every",
+        type=integer(0),
+        default=0,
+        help="epochs between RankMe and, with labels, k-NN (0: none, default 0)",
+    )
     flag("--num_preview_images", type=integer(0), default=8, help="rows of the pictures (default 8)")
     arguments.add_preview_flag(flag)
     args, errors = parser.read(argv)
@@ -244,26 +249,20 @@ def features_of(accelerator, model, images, normalize):
     return tokens[:, 1:].float().mean(dim=1)
 
 
-def classify(run, model, bank, queries, normalize, *, read):
-    """Log the accuracy of k-NN and of a linear classifier on the features of the encoder.
+def measure_features(run, model, datasets, normalize, *, read):
+    """Log RankMe of the encoder's features and, with labels, the accuracies of k-NN and of a linear classifier.
 
     Args:
-        bank, queries: the datasets of training and validation images.
+        datasets: those of training and of validation images; without labels, of training images alone.
     """
     model.eval()
     embed = partial(features_of, run.accelerator, model, normalize=normalize)
-    classes, width = bank.source.classes, model.encoder.embed_dim
-    features = [
-        own_features(run, embed, dataset, labels_in(dataset.source, classes), width=width, read=read)
-        for dataset in (bank, queries)
-    ]
+    classes, options = datasets[0].source.classes, dict(width=model.encoder.embed_dim, read=read)
+    labels = [labels_in(dataset.source, classes) if classes else None for dataset in datasets]
+    features = [own_features(run, embed, *pair, **options) for pair in zip(datasets, labels, strict=True)]
     model.train()
-    metrics, k = score_features(*features[0], *features[1], len(classes), crew=run.crew)
-    run.record(
-        metrics,
-        f"epoch {run.epoch:.4g}: top-1 {metrics['knn_top1']:.2f} % by {k} nearest neighbours, "
-        f"{metrics['linear_top1']:.2f} % by a linear classifier",
-    )
+    metrics, text = score_features(*features, num_classes=len(classes), crew=run.crew)
+    run.record(metrics, f"epoch {run.epoch:.4g}: {text}")
 
 
 def export(model, folder, **statistics):
@@ -310,7 +309,7 @@ def main(argv=None):
     with run.refusing(DataError):
         places = dict(validation=args.path_to_validation_data, cache=args.cache_dir, data_format=args.data_format)
         train_source, validation_source = open_sources(args.path_to_data, pixels, **places)
-        if args.knn_every:
+        if args.knn_every and (train_source.classes or train_source.label_errors):
             check_labels(args.path_to_data, train_source, validation_source)
     with run.refusing(InputError):
         views, check_batch = args.repeated_augmentation, partial(check_views, args.repeated_augmentation)
@@ -368,13 +367,12 @@ def main(argv=None):
         if run.is_due(step, args.validate_every * steps_per_epoch, "val_loss"):
             with run.paused():
                 evaluate(run, run.plain_model(), validation_data, indices, normalize, **evaluation)
-        if args.knn_every and run.is_due(step, args.knn_every * steps_per_epoch, "knn_top1"):
+        if args.knn_every and run.is_due(step, args.knn_every * steps_per_epoch, "rankme"):
             with run.paused():
-                knn_crop = CentreCrop(size, CROP_RATIO)  # that of encoder/preprocessor_config.json
-                data = [
-                    PretrainingDataset(part, crop=knn_crop, seed=0, **masks) for part in map(keep_labelled, run.sources)
-                ]
-                classify(run, run.plain_model(), *data, normalize, read=read)
+                crop = CentreCrop(size, CROP_RATIO)  # that of encoder/preprocessor_config.json
+                sources = map(keep_labelled, run.sources) if train_source.classes else run.sources[:1]
+                data = [PretrainingDataset(source, crop=crop, seed=0, **masks) for source in sources]
+                measure_features(run, run.plain_model(), data, normalize, read=read)
         if step == run.plan.length.total_steps:
             break
         set_learning_rate(optimizer, lr_at(step))

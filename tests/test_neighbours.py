@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training.neighbours import linear_sums, linear_vote, own_features, score_features
+from training.neighbours import linear_sums, linear_vote, own_features, rank_me, score_features
 
 
 def test_linear_classifier_is_least_squares():
@@ -45,7 +45,8 @@ def scores_of_processes(count, tensors):
 
     def score(rank):
         crew = SimpleNamespace(gather=partial(gather, rank))
-        return score_features(*(tensor[rank::count] for tensor in tensors), 5, crew=crew)
+        bank, bank_labels, *queries = (tensor[rank::count] for tensor in tensors)
+        return score_features((bank, bank_labels), tuple(queries) or None, num_classes=5, crew=crew)
 
     with ThreadPoolExecutor(count) as pool:
         return [*pool.map(score, range(count))]
@@ -64,9 +65,22 @@ def test_scores_of_any_number_of_processes_equal_a_search_in_numpy(count):
         votes = np.bincount(bank[1][nearest_ones], np.exp(row[nearest_ones] / 0.07), minlength=5)
         right += votes.argmax() == label
     linear = (linear_vote(linear_sums(*bank, 5), queries[0]) == queries[1]).double().mean().item()
-    for metrics, used in scores_of_processes(count, (*bank, *queries)):
-        assert metrics == {"knn_top1": pytest.approx(right), "linear_top1": pytest.approx(100 * linear)} and used == k
+    values = np.linalg.svd(others, compute_uv=False)
+    shares = values / values.sum()
+    expected = {"knn_top1": pytest.approx(right), "linear_top1": pytest.approx(100 * linear)}
+    expected["rankme"] = pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-5)
+    for metrics, text in scores_of_processes(count, (*bank, *queries)):
+        assert metrics == expected and f"{right:.2f} % by {k} nearest neighbours" in text
+    for metrics, text in scores_of_processes(count, bank):
+        assert metrics == {"rankme": expected["rankme"]} and text.endswith("of 16; no labels for k-NN")
     assert 50 < right < 100
+
+
+def test_the_rank_of_features_that_fill_few_directions():
+    directions = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64)).Q[:3]
+    moment = directions.T @ directions  # of three orthogonal features of equal length
+    assert rank_me(moment) == pytest.approx(3, abs=1e-3)
+    assert rank_me(torch.eye(16).double()) == pytest.approx(16, abs=1e-3)
 
 
 def test_damaged_images_have_no_features():

@@ -394,6 +394,12 @@ def test_neighbours_need_labels(tmp_path):
     alone = write_images(tmp_path / "alone", 8)
     ((error,),) = refusals(SCRIPT, [*TINY, "--path_to_data", alone, "--knn_every", 1], cwd=tmp_path)
     assert error.startswith("error: --knn_every needs validation images") and "leave the flag out" in error
+    for path in alone.rglob("*.jpg"):
+        path.rename(alone / path.name)  # no label at all
+    said = run(SCRIPT, *TINY, "--path_to_data", alone, "--knn_every", 1, "--max_steps", 1, cwd=tmp_path).stdout
+    metrics = metrics_of(tmp_path / "work_dir" / "pretrain_mae")
+    assert 1 < metrics["rankme"] < 8 and "knn_top1" not in metrics
+    assert f"RankMe {metrics['rankme']:.1f} of 32; no labels for k-NN" in said
 
 
 def test_compile_and_checkpointing_leave_the_losses_alone(image_folder, tmp_path):

@@ -35,6 +35,7 @@ METRICS = {  # key of metrics.json -> the Hub's type, label
     "prediction_ssim": ("ssim", "SSIM of the whole prediction"),
     "pasted_psnr": ("psnr", "PSNR with the visible patches pasted (dB)"),
     "pasted_ssim": ("ssim", "SSIM with the visible patches pasted"),
+    "rankme": ("rankme", "RankMe of the encoder's features"),
     "knn_top1": ("accuracy", "k-NN top-1 accuracy on the encoder's features (%)"),
     "linear_top1": ("accuracy", "top-1 accuracy of a linear fit to the encoder's features (%)"),
 }

@@ -9,21 +9,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+NUM_UNLABELLED = 25_600  # images whose features RankMe needs (Garrido et al. 2023, section 4)
+
 
 def own_features(
-    run, embed: Callable, dataset, labels: np.ndarray, *, width: int, read: Callable
+    run, embed: Callable, dataset, labels: np.ndarray | None, *, width: int, read: Callable
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return features and classes of this process's share of a dataset, damaged images left out: (N, D), (N,).
 
     Args:
         embed: images (B, C, H, W), as the loader yields them -> features (B, D).
-        labels: the class of each sample of the dataset.
+        labels: the class of each sample of the dataset; None for features of NUM_UNLABELLED images at most, all of
+            class 0.
         width: D.
         read: returns the batches of a dataset's indices.
     """
-    own = np.arange(len(dataset))[run.process_index :: run.num_processes]
+    indices = np.arange(len(dataset))
+    if labels is None:
+        indices, labels = indices[:: -(-len(indices) // NUM_UNLABELLED)], np.zeros(len(indices), np.int64)
+    own = indices[run.process_index :: run.num_processes]
     features, damaged = [torch.empty(0, width, device=run.device)], set()
-    for batch in read(dataset, range(len(dataset))):
+    for batch in read(dataset, indices):
         features.append(embed(batch.images))
         damaged.update(index for index, _ in batch.damaged)
     intact = torch.tensor([i for i, index in enumerate(own) if index not in damaged], dtype=torch.long)
@@ -31,28 +37,32 @@ def own_features(
 
 
 def score_features(
-    bank: torch.Tensor,
-    bank_labels: torch.Tensor,
-    queries: torch.Tensor,
-    labels: torch.Tensor,
-    num_classes: int,
+    bank: tuple[torch.Tensor, torch.Tensor],
+    queries: tuple[torch.Tensor, torch.Tensor] | None = None,
     *,
+    num_classes: int,
     crew,
-) -> tuple[dict[str, float], int]:
-    """Return the accuracies of classifying the queries by their features, in percent, and the k of k-NN.
+) -> tuple[dict[str, float], str]:
+    """Return `rankme` and, with queries, the accuracies of classifying these by their features, in percent.
 
-    Each process passes its share of the images, and searches its own share of the bank. k is 200, or the size of the
-    smallest class.
+    Each process passes its share of the images, and searches its own share of the bank. The k of k-NN is 200, or the
+    size of the smallest class.
 
     Args:
-        bank, bank_labels: features (N, D) and classes (N,) of training images.
-        queries, labels: features (M, D) and classes (M,) of validation images.
+        bank: features (N, D) and classes (N,) of training images.
+        queries: features (M, D) and classes (M,) of validation images.
 
     Returns:
-        `knn_top1` and `linear_top1`, the latter of the least-squares classifier; and k.
+        `rankme`, `knn_top1` and `linear_top1`, the latter of the least-squares classifier; and the same in words.
     """
-    queries, labels = torch.cat(crew.gather([queries.cpu()])), torch.cat(crew.gather([labels.cpu()]))
-    sums = sum(crew.gather([linear_sums(bank, bank_labels, num_classes).cpu()]))
+    bank, bank_labels = bank
+    sums = sum(crew.gather([linear_sums(bank, bank_labels, max(1, num_classes)).cpu()]))
+    width = bank.shape[1]
+    metrics = {"rankme": rank_me(sums[:width, :width])}
+    text = f"RankMe {metrics['rankme']:.1f} of {width}"
+    if queries is None:
+        return metrics, f"{text}; no labels for k-NN"
+    queries, labels = (torch.cat(crew.gather([part.cpu()])) for part in queries)
     counts = sum(crew.gather([torch.bincount(bank_labels, minlength=num_classes).cpu()]))
     k = min(200, int(counts[counts > 0].min()))
     similarity, classes = nearest(bank, bank_labels, queries.to(bank.device), k)  # in this process's share
@@ -62,7 +72,19 @@ def score_features(
         "knn_top1": knn_vote(similarity, classes.gather(1, order), num_classes),
         "linear_top1": linear_vote(sums, queries),
     }
-    return {name: 100 * (vote == labels).double().mean().item() for name, vote in votes.items()}, k
+    metrics |= {name: 100 * (vote == labels).double().mean().item() for name, vote in votes.items()}
+    knn, linear = metrics["knn_top1"], metrics["linear_top1"]
+    return metrics, f"top-1 {knn:.2f} % by {k} nearest neighbours, {linear:.2f} % by a linear classifier; {text}"
+
+
+def rank_me(moment: torch.Tensor) -> float:
+    """Return RankMe of features Z (N, D), given Z^T Z (D, D) in float64: from 1 to D.
+
+    The exponential of the entropy of the singular values' shares (Garrido et al. 2023, arXiv 2210.02885, equation 1).
+    """
+    values = torch.linalg.eigvalsh(moment).clamp(min=0).sqrt()
+    shares = values / values.sum() + 1e-7
+    return (-(shares * shares.log()).sum()).exp().item()
 
 
 def nearest(
