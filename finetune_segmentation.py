@@ -1,10 +1,10 @@
-"""Fine-tune a pre-trained encoder to label every pixel: UperNet on ADE20K, or on any folder with its layout.
+"""Label every pixel with a pre-trained encoder, fine-tuned or frozen: UperNet on ADE20K, or any folder with its layout.
 
     accelerate launch finetune_segmentation.py @recipes/quickstart/finetune_segmentation.args
 
 prints the plan, then a bar with the loss and, every so many steps, the mean IoU, and writes work_dir/EXPERIMENT_NAME/:
 log.jsonl, checkpoints/, predictions/ (image, annotation, prediction), best/ and, at the end, metrics.json and model/:
-folders which transformers loads as UperNetForSemanticSegmentation. Kill it at any moment: the same command with
+folders which transformers loads with AutoModelForSemanticSegmentation. Kill it at any moment: the same command with
 --resume_from_checkpoint auto continues it exactly.
 
     accelerate launch finetune_segmentation.py --path_to_data ADEChallengeData2016 \\
@@ -48,6 +48,7 @@ from training.optimizer import DECAY_FLAGS, adamw, clip_gradients, parameter_gro
 from training.pictures import displayable, segmentation_grid
 from training.resolve import (
     ImageFormat,
+    check_segmenter_batch,
     check_trained,
     encoder_flags,
     resolve_crop,
@@ -104,12 +105,6 @@ def check_flags(args):
     """Return error messages for flags that contradict each other."""
     errors = arguments.check_run(args) + arguments.check_finetuning(args, WEIGHTS)
     return errors + arguments.check_segmenter(args, HEADS[args.head])
-
-
-def check_segmenter_batch(size, *, min_batch):
-    """Return error messages for micro-batches of `size` images, fewer than the head's BatchNorms need."""
-    message = f"the head has BatchNorms that see one value per image; give micro-batches of at least {min_batch} images"
-    return [message] if size < min_batch else []
 
 
 def build_model(encoder, extras, num_classes, head, *, custom_weight_init):
@@ -273,10 +268,11 @@ def evaluate_trained(run):
 def describe_model(model, head, recipe, images):
     """Return the plan's lines about model, recipe and images; the latter two are in words."""
     encoder, layers = model.encoder, head["layers"]
+    kind = "frozen encoder" if model.frozen_encoder else "encoder"
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     name = model.decode_head.title + (f" of width {head['head_width']}" if head["head_width"] else "")
     return [
-        f"model      {encoder.embed_dim} x {len(encoder.blocks)} encoder, {name} after block{'s' * (len(layers) > 1)} "
+        f"model      {encoder.embed_dim} x {len(encoder.blocks)} {kind}, {name} after block{'s' * (len(layers) > 1)} "
         f"{', '.join(map(str, layers))}: {parameters:.3g} M parameters, "
         f"{model.training_flops() / 1e9:.3g} GFLOP per image and step",
         f"recipe     {recipe}",
@@ -332,6 +328,8 @@ def main(argv=None):
         if weights:
             channels = dict(adapt_channels=args.adapt_channels, mean=images.mean, std=images.std)
             run.accelerator.print(f"{WEIGHTS} {weights.path}: {start_from(weights, model.encoder, **channels)}")
+        if args.freeze_encoder:
+            model.freeze_encoder()
     run.gate()
     resolved = {**images._asdict(), **encoder_flags(encoder), **head, **masks.numbering}
     resolved |= dict(crop_size=crop_size, resize=resize)

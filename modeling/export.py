@@ -130,10 +130,12 @@ def export_segmenter(
     value_range: Floats | None = None,
     masks: dict[str, int | None] | None = None,
 ) -> None:
-    """Write a folder for transformers' `UperNetForSemanticSegmentation` and this project.
+    """Write a folder for transformers' `AutoModelForSemanticSegmentation` and this project.
 
-    For transformers, another head becomes an UperNet with the same results, see its `to_upernet`; this project reads
-    the head itself, and the auxiliary head. transformers' pipeline serves models of three channels only.
+    For transformers, a linear head becomes an UperNet with the same results, see its `to_transformers`; this project
+    reads the head itself, and the auxiliary head. transformers' DPT resizes positions otherwise, so its results are
+    the same for images of the encoder's size only, as its processor makes them; the encoder must have no relative
+    position bias and no LayerScale. transformers' pipeline serves models of three channels only.
 
     Args:
         classes: names, in the order of the logits.
@@ -141,20 +143,26 @@ def export_segmenter(
         mean, std, value_range: as in `export_encoder`.
         masks: "mask_offset" and "void_label" of the masks of training.
     """
-    state, upernet = model.state_dict(), model.decode_head.to_upernet()
-    evaluation = {"evaluation": {"resize": list(resize), **(masks or {})}}  # other libraries ignore it
-    config = _upernet_config(model, len(upernet["bottleneck.conv.weight"])) | evaluation | _class_names(classes)
+    state, head = model.state_dict(), model.decode_head.to_transformers()
+    theirs = to_transformers({name: value for name, value in state.items() if not name.startswith("decode_head.")})
+    if model.decode_head.model_type == "dpt":
+        config, theirs = _dpt_config(model), {re.sub(r"^vit\.", "dpt.", name): t for name, t in theirs.items()}
+        dim = model.encoder.embed_dim
+        theirs |= {"dpt.layernorm.weight": torch.ones(dim), "dpt.layernorm.bias": torch.zeros(dim)}  # of no effect
+    else:
+        config = _upernet_config(model, len(head["decode_head.bottleneck.conv.weight"]))
+        theirs = _to_beit(theirs, "backbone.")
+    config |= {"evaluation": {"resize": list(resize), **(masks or {})}}  # other libraries ignore it
+    config |= {"transformers_weights": "transformers_model.safetensors"} | _class_names(classes)
     height, width = model.encoder.img_size
     preprocessor = {
         "image_processor_type": "SegformerImageProcessor",
         "do_resize": True,
         "size": {"height": height, "width": width},
         "resample": 2,  # bilinear
+        "do_reduce_labels": True,  # in annotations, 0 is no class and classes start at 1
     }
-    theirs = {name: value for name, value in state.items() if not name.startswith("decode_head.")}
-    theirs |= {f"decode_head.{name}": value for name, value in upernet.items()}
-    theirs = _to_beit(to_transformers(theirs), "backbone.")
-    weights = {"model.safetensors": state, "transformers_model.safetensors": theirs}
+    weights = {"model.safetensors": state, "transformers_model.safetensors": theirs | head}
     _write(folder, weights, config, preprocessor, (mean, std, value_range))
 
 
@@ -179,7 +187,22 @@ def _upernet_config(model: Segmenter, width: int) -> dict:
         "use_auxiliary_head": model.auxiliary,
         "auxiliary_in_channels": encoder.embed_dim,
         "auxiliary_channels": model.auxiliary_head.classifier.in_channels if model.auxiliary else 256,
-        "transformers_weights": "transformers_model.safetensors",
+    }
+
+
+def _dpt_config(model: Segmenter) -> dict:
+    """Return the configuration of transformers' DPT with its own ViT."""
+    return {
+        "model_type": "dpt",
+        "architectures": ["DPTForSemanticSegmentation"],
+        **_vit_config(model.encoder),
+        "backbone_out_indices": model.layers,
+        "readout_type": "ignore",
+        "neck_hidden_sizes": [model.head_width] * len(model.layers),
+        "fusion_hidden_size": model.head_width,
+        "use_batch_norm_in_fusion_residual": True,
+        "use_bias_in_fusion_residual": False,
+        "use_auxiliary_head": False,
     }
 
 
@@ -289,8 +312,6 @@ def _write(folder: str | Path, weights: dict[str, State], config: dict, preproce
     preprocessor |= {"do_rescale": True, "rescale_factor": 1 / (high - low), "do_normalize": True}
     preprocessor["image_mean"] = [value + low / (high - low) for value in mean]  # other libraries can only multiply
     preprocessor["image_std"] = list(std)
-    if config["model_type"] == "upernet":
-        preprocessor["do_reduce_labels"] = True  # in annotations, 0 is no class and classes start at 1
     if value_range is not None:
         config = {**config, "value_range": list(value_range)}  # other libraries ignore it
     folder = Path(folder)

@@ -98,6 +98,7 @@ def _read_config(config: dict, folder: Path) -> Stored:
     if "image_size" not in sizes:
         return _read_timm_config(config)
     stages = config.get("backbone_config", {}).get("out_features", [])
+    layers = [int(stage.removeprefix("stage")) - 1 for stage in stages] or config.get("backbone_out_indices")
     file = folder / "preprocessor_config.json"
     processor = json.loads(file.read_text()) if file.is_file() else {}
     names = config.get("id2label") or {}
@@ -127,7 +128,7 @@ def _read_config(config: dict, folder: Path) -> Stored:
         std=processor.get("image_std"),
         classes=classes,
         pooling=pooling,
-        layers=[int(stage.removeprefix("stage")) - 1 for stage in stages] or None,
+        layers=layers,
         crop_ratio=config.get("pretrained_cfg", {}).get("crop_pct"),
         **{name: config.get("evaluation", {}).get(name) for name in ("resize", "mask_offset", "void_label")},
         mask_ratio=config.get("mask_ratio"),

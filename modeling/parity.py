@@ -7,7 +7,7 @@ import torch
 from modeling.classifier import Classifier
 from modeling.mae import MaskedAutoencoder
 from modeling.trained import open_trained
-from modeling.upernet import Segmenter
+from modeling.upernet import Segmenter, resize
 from modeling.weights import Model
 
 
@@ -29,9 +29,10 @@ def differences(folder: str | Path, model: Model) -> tuple[dict[str, float], lis
     expected = model(images) if has_head else encoder(images)
     outputs, notes = {}, []  # library -> its outputs and those expected
     if isinstance(model, Segmenter):
-        theirs = transformers.UperNetForSemanticSegmentation.from_pretrained(folder)
-        outputs["transformers UperNetForSemanticSegmentation"] = theirs(images).logits, expected
-        notes.append("timm has no UperNet, so the folder is for transformers and this project.")
+        theirs = transformers.AutoModelForSemanticSegmentation.from_pretrained(folder)
+        logits = resize(theirs(images).logits, images.shape[2:])
+        outputs[f"transformers {type(theirs).__name__}"] = logits, expected
+        notes.append("timm has no segmentation models, so the folder is for transformers and this project.")
     elif getattr(model, "pooling", None) == "attentive":
         theirs = transformers.AutoModel.from_pretrained(folder / "encoder")(images)
         outputs["transformers AutoModel, encoder/"] = theirs.last_hidden_state, encoder(images)

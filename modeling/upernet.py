@@ -1,11 +1,13 @@
-"""Segment images with an encoder and UperNet (Xiao et al. 2018, arXiv 1807.10221) or a linear head.
+"""Segment images with an encoder and UperNet (Xiao et al. 2018, arXiv 1807.10221), DPT or a linear head.
 
-The heads have the parameter names of transformers' `UperNetForSemanticSegmentation`.
+UperNet and the linear head have parameter names of transformers' `UperNetForSemanticSegmentation`, and DPT nearly those
+of `DPTForSemanticSegmentation`.
 
 Legend: B batch, C channels, H W pixels, h w patches, D width of the encoder, N classes.
 """
 
 import copy
+import re
 
 import torch
 import torch.nn.functional as F
@@ -31,14 +33,16 @@ def default_layers(depth: int, count: int) -> list[int]:
     return [round(depth * share) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1)]
 
 
-def resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize(maps: torch.Tensor, size: tuple[int, int], *, align_corners: bool = False) -> torch.Tensor:
     """Resize maps (B, C, h, w) bilinearly to (B, C, *size); on a GPU in float32 and NCHW, as the loss needs logits."""
     if maps.is_cuda:
         maps = maps.float().contiguous()  # here, because they are small yet
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    if maps.shape[2:] == size:
+        return maps
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=align_corners)
 
 
-def resize_features(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize_features(maps: torch.Tensor, size: tuple[int, int], *, align_corners: bool = False) -> torch.Tensor:
     """Resize a head's maps (B, C, h, w) bilinearly to (B, C, *size); on a GPU by matrix products.
 
     A GPU's interpolation sums gradients in the type of the maps and in no fixed order. In bfloat16, enlarging 16 times
@@ -46,14 +50,15 @@ def resize_features(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """
     if maps.shape[2:] == size:
         return maps
-    return resize_by_products(maps, size) if maps.is_cuda else resize(maps, size)
+    return (resize_by_products if maps.is_cuda else resize)(maps, size, align_corners=align_corners)
 
 
-def resize_by_products(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize_by_products(maps: torch.Tensor, size: tuple[int, int], *, align_corners: bool = False) -> torch.Tensor:
     """Resize maps (B, C, h, w) bilinearly to (B, C, *size), in NHWC: first the rows, then the columns."""
     (h, w), (height, width) = maps.shape[2:], size
+    options = dict(mode="linear", align_corners=align_corners)
     rows, columns = (
-        F.interpolate(torch.eye(old, device=maps.device)[None], size=new, mode="linear")[0].T.to(maps.dtype)
+        F.interpolate(torch.eye(old, device=maps.device)[None], size=new, **options)[0].T.to(maps.dtype)
         for old, new in ((h, height), (w, width))
     )  # (height, h) and (width, w): the weights of the old rows and columns
     x = maps.permute(0, 2, 3, 1).flatten(2)  # (B, h, w * C)
@@ -128,9 +133,11 @@ class UperNetHead(nn.Module):
     num_layers = 4  # blocks of the encoder whose outputs the neck sees
     neck = FeaturePyramid
     default_width, default_auxiliary_weight = 512, 0.4  # channels, and loss weight of the auxiliary head
+    plain_encoder = False  # True: it takes no relative position bias and no LayerScale
     min_patches = 2  # a side, which the pyramid halves
     min_batch = 2  # images, for BatchNorms that see one value of each
     own_parameter = "fpn.fpn2.weight"  # of files with this head
+    model_type = "upernet"  # in transformers
 
     def __init__(self, dim: int, num_classes: int, width: int):
         super().__init__()
@@ -155,9 +162,9 @@ class UperNetHead(nn.Module):
         joined = torch.cat([resize_features(level, maps[0].shape[2:]) for level in reversed(levels)], dim=1)
         return self.classifier(self.dropout(self.fpn_bottleneck(joined)))
 
-    def to_upernet(self) -> dict[str, torch.Tensor]:
-        """Return the parameters of the UperNet head that computes the same, which other libraries load: its own."""
-        return self.state_dict()
+    def to_transformers(self) -> dict[str, torch.Tensor]:
+        """Return the parameters, under their names there, of the head of transformers that computes the same."""
+        return self.state_dict(prefix="decode_head.")
 
 
 class AuxiliaryHead(nn.Module):
@@ -182,8 +189,10 @@ class LinearHead(nn.Module):
     title = "linear head"
     num_layers, neck = 1, nn.Identity
     default_width = default_auxiliary_weight = None
+    plain_encoder = False
     min_patches = min_batch = 1
     own_parameter = "decode_head.batch_norm.running_var"
+    model_type = "upernet"
 
     def __init__(self, dim: int, num_classes: int, width: None):
         super().__init__()
@@ -193,7 +202,7 @@ class LinearHead(nn.Module):
     def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
         return self.classifier(self.batch_norm(maps[-1]))
 
-    def to_upernet(self) -> dict[str, torch.Tensor]:
+    def to_transformers(self) -> dict[str, torch.Tensor]:
         """Return the parameters of an UperNet head of one level that computes the same.
 
         BatchNorm is folded into the classifier, z = W x + b. The bottleneck, twice as wide as there are classes,
@@ -218,10 +227,104 @@ class LinearHead(nn.Module):
                 f"{name}.batch_norm.running_var": torch.ones_like(shift) - 1e-5,  # BatchNorm adds it again
                 f"{name}.batch_norm.num_batches_tracked": torch.tensor(0),
             }
+        return {f"decode_head.{name}": value for name, value in state.items()}
+
+
+class ResidualUnit(nn.Module):
+    """Add two 3x3 convolutions, each after a ReLU and before a BatchNorm: (B, D, h, w) -> (B, D, h, w)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.convolution1 = nn.Conv2d(dim, dim, kernel_size=3, padding=1, bias=False)
+        self.batch_norm1 = BatchNorm(dim)
+        self.convolution2 = nn.Conv2d(dim, dim, kernel_size=3, padding=1, bias=False)
+        self.batch_norm2 = BatchNorm(dim)
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        x = self.batch_norm1(self.convolution1(F.relu(maps)))
+        return maps + self.batch_norm2(self.convolution2(F.relu(x)))
+
+
+class Fusion(nn.Module):
+    """Add a `level` to maps (B, D, h, w), unless they are the first, and double their size (Lin et al. 2016).
+
+    ("RefineNet", section 3.2.)
+    """
+
+    def __init__(self, dim: int, *, first: bool):
+        super().__init__()
+        self.residual_layer1 = None if first else ResidualUnit(dim)
+        self.residual_layer2 = ResidualUnit(dim)
+        self.projection = nn.Conv2d(dim, dim, kernel_size=1)
+
+    def forward(self, maps: torch.Tensor, level: torch.Tensor | None = None) -> torch.Tensor:
+        if level is not None:
+            maps = maps + self.residual_layer1(resize_features(level, maps.shape[2:]))
+        x, (h, w) = self.residual_layer2(maps), maps.shape[2:]
+        return self.projection(resize_features(x, (2 * h, 2 * w), align_corners=True))
+
+
+class DPTHead(nn.Module):
+    """Predict logits (B, N, 16h, 16w) from four maps (Ranftl et al. 2021, "Vision Transformers for Dense Prediction").
+
+    Maps are projected, resized by 4, 2, 1 and 1/2 ("reassemble"; strides of 4 to 32 pixels for patches of 16), and
+    fused from the smallest to the largest (section 3 of the paper). The residual units have BatchNorms, as the paper's
+    for segmentation. Class attributes as in UperNetHead; there is no auxiliary head.
+    """
+
+    title = "DPT"
+    num_layers, neck = 4, nn.Identity
+    default_width, default_auxiliary_weight = 256, None
+    plain_encoder = True  # as transformers' is
+    min_patches, min_batch = 3, 1  # so that BatchNorms see 2 x 2 values of an image at least
+    own_parameter = "decode_head.fusion.0.projection.weight"
+    model_type = "dpt"
+
+    def __init__(self, dim: int, num_classes: int, width: int):
+        super().__init__()
+        scales = (
+            nn.ConvTranspose2d(width, width, kernel_size=4, stride=4),
+            nn.ConvTranspose2d(width, width, kernel_size=2, stride=2),
+            nn.Identity(),
+            nn.Conv2d(width, width, kernel_size=3, stride=2, padding=1),
+        )
+        self.projections = nn.ModuleList([nn.Conv2d(dim, width, kernel_size=1) for _ in scales])
+        self.scales = nn.ModuleList(scales)
+        self.convs = nn.ModuleList([nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False) for _ in scales])
+        self.fusion = nn.ModuleList([Fusion(width, first=i == 0) for i in range(len(scales))])
+        self.bottleneck = ConvModule(width, width, 3)
+        self.dropout = nn.Dropout(0.1)
+        self.classifier = nn.Conv2d(width, num_classes, kernel_size=1)
+
+    def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
+        stages = zip(self.projections, self.scales, self.convs, maps, strict=True)
+        *larger, x = [conv(scale(projection(level))) for projection, scale, conv, level in stages]
+        x = self.fusion[0](x)
+        for fusion, level in zip(self.fusion[1:], reversed(larger), strict=True):
+            x = fusion(x, level)
+        logits = self.classifier(self.dropout(self.bottleneck(x)))
+        return resize(logits, (2 * x.shape[2], 2 * x.shape[3]), align_corners=True)
+
+    def to_transformers(self) -> dict[str, torch.Tensor]:
+        """Return the parameters of transformers' DPT; its first fusion has a unit that it does not use."""
+        names = [
+            (r"^projections\.(\d)", r"neck.reassemble_stage.layers.\1.projection"),
+            (r"^scales\.(\d)", r"neck.reassemble_stage.layers.\1.resize"),
+            (r"^convs", "neck.convs"),
+            (r"^fusion", "neck.fusion_stage.layers"),
+            (r"^bottleneck\.conv", "head.head.0"),
+            (r"^bottleneck\.batch_norm", "head.head.1"),
+            (r"^classifier", "head.head.4"),
+        ]
+        state = self.state_dict()
+        unit = {name: value for name, value in state.items() if name.startswith("fusion.1.residual_layer1.")}
+        state |= {name.replace("fusion.1", "fusion.0"): value for name, value in unit.items()}
+        for ours, theirs in names:
+            state = {re.sub(ours, theirs, name): value for name, value in state.items()}
         return state
 
 
-HEADS = {"upernet": UperNetHead, "linear": LinearHead}
+HEADS = {"upernet": UperNetHead, "linear": LinearHead, "dpt": DPTHead}
 
 
 def initialize_head(module: nn.Module) -> None:
@@ -239,11 +342,11 @@ def initialize_head(module: nn.Module) -> None:
 class Segmenter(EncoderWithHead):
     """Segment images with an encoder and a head: (B, C, H, W) -> logits (B, N, H, W), at least two patches a side.
 
-    All parameters train, except blocks above the highest of `layers`, which never run.
+    All parameters train, except blocks above the highest of `layers`, which never run, and after `freeze_encoder`.
 
     Args:
         encoder: becomes a part of the segmenter and loses its final norm, so load weights into it afterwards.
-        head: one of HEADS: "upernet", on the outputs of four blocks, or "linear", on those of one.
+        head: one of HEADS: "upernet" or "dpt", on the outputs of four blocks, or "linear", on those of one.
         layers: these blocks, from 0, in rising order; by default `default_layers`.
         head_width: channels of the head's layers; None for its default.
         auxiliary: add an auxiliary head, for training, if the head takes one.
@@ -275,6 +378,7 @@ class Segmenter(EncoderWithHead):
             )
         self.num_classes, self.head, self.layers, self.head_width = num_classes, head, list(layers), width
         self.auxiliary = auxiliary and kind.default_auxiliary_weight is not None
+        self.frozen_encoder = False
 
         dim = encoder.embed_dim
         self.encoder = encoder
@@ -287,6 +391,17 @@ class Segmenter(EncoderWithHead):
 
         self.requires_grad_(True)
         encoder.blocks[layers[-1] + 1 :].requires_grad_(False)
+
+    def freeze_encoder(self) -> None:
+        """Train the head alone; autograd then keeps nothing of the encoder, which stays in evaluation mode."""
+        self.frozen_encoder = True
+        self.encoder.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Segmenter":
+        """Set the mode of all modules, except a frozen encoder."""
+        super().train(mode)
+        self.encoder.train(mode and not self.frozen_encoder)
+        return self
 
     def synchronize_batch_norms(self) -> None:
         """Let every BatchNorm train on the statistics of the micro-batches of all processes."""

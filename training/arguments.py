@@ -12,7 +12,7 @@ from typing import NoReturn
 from training.command_line import expand
 from training.launch import default_workers, fail, is_main_process
 from training.upload import check_hub
-from training.wording import as_typed
+from training.wording import as_flags, as_typed
 
 # Flags that may differ between a run and its resumption: they decide neither samples nor losses. The data set is
 # compared by its fingerprint, the batch by its global size.
@@ -282,10 +282,13 @@ def add_augmentation_flags(parser: Parser) -> None:
 def add_segmenter_flags(parser: Parser, *, heads: Iterable[str]) -> None:
     """Add the head of a segmenter, its loss, and how it is evaluated; `heads` are the names that --head takes."""
     flag = parser.add_argument_group("segmenter").add_argument
-    flag("--relative_position_bias", action=Pair, default=True, help="add a learned relative position bias (on)")
-    flag("--layer_scale", type=number(), default=1.0, help="initial LayerScale of the blocks (0: off, default 1)")
+    help_text = "train the head alone, on frozen features: --drop_path, --layer_decay and the next two are off (off)"
+    flag("--freeze_encoder", action=Pair, default=False, help=help_text)
+    flag("--relative_position_bias", action=Pair, help="add a learned relative position bias (on; dpt: off)")
+    flag("--layer_scale", type=number(), help="initial LayerScale of the blocks (0: off, default 1; dpt: 0)")
+    parser.set_defaults(drop_path=None, layer_decay=None)  # check_segmenter fills them in
     flag("--head", choices=tuple(heads), default="upernet", help="head on the encoder (default upernet)")
-    flag("--head_width", type=integer(1), help="channels of UperNet's layers (default 512)")
+    flag("--head_width", type=integer(1), help="channels of the head's layers (default upernet: 512, dpt: 256)")
     layers = "blocks, from 0, that feed the head (default: after 1/3, 1/2, 2/3 and all of them; linear: the last)"
     flag("--layers", type=integer(0), nargs="+", metavar="I", help=layers)
     flag("--auxiliary_weight", type=number(), help="loss weight of UperNet's auxiliary head (0: off, default 0.4)")
@@ -393,7 +396,10 @@ def check_finetuning(args: argparse.Namespace, weights: str) -> list[str]:
 
 
 def check_segmenter(args: argparse.Namespace, head_class) -> list[str]:
-    """Return error messages for the flags of `add_segmenter_flags` and --resize; `head_class` is that of the head."""
+    """Return error messages for the flags of a segmenter and --resize, and fill in the defaults of its encoder's.
+
+    `head_class` is that of the head.
+    """
     errors, weights = [], args.class_weights
     if args.resize and args.resize[0] < args.resize[1]:
         errors.append(f"--resize {args.resize[0]} {args.resize[1]} has its longer side last; give LONG SHORT")
@@ -401,10 +407,19 @@ def check_segmenter(args: argparse.Namespace, head_class) -> list[str]:
         errors.append("--class_weights mixes balanced and numbers; give one or the other")
     elif weights and not any(weights):
         errors.append("--class_weights are all 0, so that there is nothing to learn; give at least one above 0")
-    given = {name: getattr(args, name) for name in ("head_width", "auxiliary_weight")}
-    text = " ".join(f"--{name} {value:g}" for name, value in given.items() if value is not None)
-    if text and head_class.default_width is None:
-        errors.append(f"{text} does not go with --head {args.head}; leave it out")
+    if args.freeze_encoder and not args.path_to_backbone_checkpoint:
+        errors.append("--freeze_encoder needs trained weights; give --path_to_backbone_checkpoint")
+    extras = dict(relative_position_bias=False, layer_scale=0.0)
+    of_head = dict(head_width=head_class.default_width, auxiliary_weight=head_class.default_auxiliary_weight)
+    of_head = {name: None for name, default in of_head.items() if default is None}
+    of_head |= extras if head_class.plain_encoder else {}
+    frozen = dict(drop_path=0.0, layer_decay=1.0, **extras) if args.freeze_encoder else {}
+    defaults = dict(drop_path=0.1, layer_decay=0.65, relative_position_bias=True, layer_scale=1.0)
+    for cause, fixed in ((f"--head {args.head}", of_head), ("--freeze_encoder", frozen)):
+        wrong = {name: vars(args)[name] for name in fixed if vars(args)[name] not in (None, fixed[name])}
+        errors += [f"{as_flags(wrong)} does not go with {cause}; leave it out"] if wrong else []
+        defaults |= fixed
+    vars(args).update({name: value for name, value in defaults.items() if vars(args)[name] is None})
     return errors
 
 

@@ -254,3 +254,9 @@ def check_classifier_batch(size: int, *, mixing: bool, probe: bool) -> list[str]
     if probe and size < 2:
         errors.append(f"a probe has a BatchNorm, and a micro-batch of {size} image is too small; give at least 2")
     return errors
+
+
+def check_segmenter_batch(size: int, *, min_batch: int) -> list[str]:
+    """Return error messages for micro-batches of `size` images, fewer than a segmenter's BatchNorms need."""
+    message = f"the head has BatchNorms that see one value per image; give micro-batches of at least {min_batch} images"
+    return [message] if size < min_batch else []
