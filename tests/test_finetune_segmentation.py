@@ -20,6 +20,7 @@ from conftest import (
     run_code,
     run_cold,
     run_each,
+    run_two,
     start,
     wait_for,
     weights_of,
@@ -221,6 +222,87 @@ def test_other_ways_to_train_and_to_evaluate(scenes, tmp_path):
     assert "dry run" in dry and not (tmp_path / "work_dir" / "dry").exists()
 
 
+def without(flags, name):
+    """`flags` without one of them and its value."""
+    return [*flags[: flags.index(name)], *flags[flags.index(name) + 2 :]]
+
+
+@pytest.fixture(scope="module")
+def frozen(scenes, encoder, tmp_path_factory):
+    """Flags and folder of a run that trains a DPT head on a frozen encoder."""
+    cwd = tmp_path_factory.mktemp("frozen")
+    flags = ["--path_to_data", scenes, WEIGHTS, encoder, *without(SMALL, "--drop_path"), "--freeze_encoder"]
+    flags += [
+        "--head",
+        "dpt",
+        "--head_width",
+        16,
+        "--max_steps",
+        7,
+        "--evaluate",
+        "whole",
+        "--save_checkpoint_steps",
+        3,
+    ]
+    done = run(SCRIPT, *flags, cwd=cwd)
+    assert "32 x 4 frozen encoder, DPT of width 16 after blocks 0, 1, 2, 3" in done.stdout
+    return flags, cwd / "work_dir" / "finetune_segmentation"
+
+
+def assert_frozen(folder, encoder, step):
+    """The encoder's weights are those that it had; the optimizer holds those of the head alone."""
+    before, after = read_state_dict(encoder), weights_of(folder, step)
+    ours = {name.removeprefix("encoder."): value for name, value in after.items() if name.startswith("encoder.")}
+    assert ours.keys() == before.keys() - {"norm.weight", "norm.bias"}
+    assert all(torch.equal(value, before[name]) for name, value in ours.items())
+    state = torch.load(folder / "checkpoints" / f"step_{step:08d}" / "optimizer.pt", weights_only=True)["optimizer"]
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    of_head = [name for name in after if not name.startswith("encoder.") and not name.endswith(statistics)]
+    assert len(state["state"]) == len(of_head)
+
+
+def test_a_frozen_encoder_keeps_its_weights_and_transformers_agrees(frozen, scenes, encoder, tmp_path):
+    """From the model/ of a DPT head, whose crops are 4 x 4 patches."""
+    import transformers
+
+    folder = frozen[1]
+    assert_frozen(folder, encoder, 7)
+    words = ["--path_to_data", scenes, "--eval_only", "--num_workers", 0, "--evaluate", "whole"]
+    run(SCRIPT, *words, WEIGHTS, folder / "model", cwd=tmp_path)
+    measured = metrics_of(tmp_path / "work_dir" / "finetune_segmentation")
+    assert measured["per_class_iou"] == metrics_of(folder)["per_class_iou"]
+    segment = transformers.pipeline("image-segmentation", model=str(folder / "model"))
+    paths = sorted((scenes / "images" / "validation").glob("*.jpg"))
+    masks = []
+    for path in paths:
+        classes = np.zeros(Image.open(path).size[::-1], int)
+        for part in segment(str(path)):
+            classes[np.array(part["mask"]) > 0] = SCENES.index(part["label"])
+        masks.append(classes)
+    found = mean_iou(masks, map(annotation, paths), len(SCENES))
+    assert found == pytest.approx(measured["mean_iou"], abs=0.5)
+
+
+def test_kill_and_resume_with_a_frozen_encoder(frozen, tmp_path):
+    flags, undisturbed = frozen
+    folder = tmp_path / "work_dir" / "finetune_segmentation"
+    process = start(SCRIPT, *flags, "--num_workers", 1, cwd=tmp_path)
+    wait_for(5, folder, process)
+    process.kill()
+    process.communicate()
+    run(SCRIPT, *flags, "--resume_from_checkpoint", "auto", cwd=tmp_path)
+    assert_equal_runs(undisturbed, folder, 7)
+
+
+def test_two_processes_with_a_frozen_encoder(frozen, encoder, tmp_path):
+    """Micro-batches of two images, as one process has them, so that BatchNorm sees the same."""
+    flags, undisturbed = frozen
+    run_two(SCRIPT, *flags, cwd=tmp_path)
+    folder = tmp_path / "work_dir" / "finetune_segmentation"
+    assert_frozen(folder, encoder, 7)
+    assert losses_of(folder)[1] == pytest.approx(losses_of(undisturbed)[1], rel=1e-5)
+
+
 def test_two_flags_are_the_published_recipe():
     args, errors = finetune_segmentation.parse_args(["--path_to_data", "ADE", WEIGHTS, "pretrained"])
     assert not errors and args.max_steps == 160_000 and args.learning_rate == 1e-4 and args.layer_decay == 0.65
@@ -342,6 +424,16 @@ def test_flags_that_do_not_fit_are_refused_together(scenes, encoder, flags, undi
     assert "mixes balanced and numbers" in parse("--class_weights", "balanced", "2")
     assert "are all 0" in parse("--class_weights", "0", "0")
     assert "--eval_only needs trained weights" in parse("--eval_only")
+    assert "--freeze_encoder needs trained weights" in parse("--freeze_encoder")
+    encoder = [WEIGHTS, "encoder", "--freeze_encoder"]
+    extras = ["--relative_position_bias", "--layer_scale", "0.1", "--drop_path", "0.2", "--layer_decay", "0.9"]
+    said = "--drop_path 0.2 --layer_decay 0.9 --relative_position_bias --layer_scale 0.1 does not go with "
+    assert parse(*encoder, *extras).startswith(said + "--freeze_encoder; leave it out")
+    none = ["--no-relative_position_bias", "--layer_scale", "0", "--drop_path", "0", "--layer_decay", "1"]
+    for words in (encoder, [*encoder, *none], [*encoder, "--head", "dpt"], ["--head", "dpt", *none]):
+        assert not finetune_segmentation.parse_args(["--path_to_data", "ADE", *words])[1], words
+    said = "--auxiliary_weight 0.4 --layer_scale 1 does not go with --head dpt; leave it out"
+    assert parse("--head", "dpt", "--layer_scale", "1", "--auxiliary_weight", "0.4") == said
 
 
 def test_data_that_do_not_fit_are_refused_with_their_names(scenes, undisturbed, tmp_path):

@@ -1,4 +1,4 @@
-"""The segmenter, against transformers' UperNet; its loss against sums by hand, its cost against PyTorch's count."""
+"""The segmenter, against UperNet and DPT of transformers; its loss against sums by hand, its cost against a count."""
 
 import copy
 import math
@@ -9,11 +9,14 @@ from random_modules import new_encoder
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BeitConfig, UperNetConfig, UperNetForSemanticSegmentation
+from transformers import BeitConfig, DPTConfig, UperNetConfig, UperNetForSemanticSegmentation
+from transformers.models.dpt.modeling_dpt import DPTNeck, DPTSemanticSegmentationHead
 
 from modeling.upernet import (
+    HEADS,
     POOL_SCALES,
     AveragePool,
+    ConvModule,
     Segmenter,
     default_layers,
     resize,
@@ -119,6 +122,30 @@ def test_the_linear_head_by_hand():
     assert names == {f"decode_head.{name}" for name in norms | {"classifier.weight", "classifier.bias"}}
 
 
+@torch.inference_mode()
+def test_the_logits_of_dpt_equal_transformers():
+    """Its neck and its head, on maps of even, odd and unequal sides."""
+    model = randomized(new_segmenter(head="dpt"))
+    config = DPTConfig(
+        hidden_size=32,
+        num_labels=7,
+        neck_hidden_sizes=[24] * 4,
+        fusion_hidden_size=24,
+        readout_type="ignore",
+        use_batch_norm_in_fusion_residual=True,
+    )
+    theirs = nn.ModuleDict({"neck": DPTNeck(config), "head": DPTSemanticSegmentationHead(config)}).eval()
+    theirs.load_state_dict(model.decode_head.to_transformers())
+    for h, w in ((4, 4), (6, 8), (5, 7), (3, 6), (1, 2)):
+        maps = torch.randn(4, 2, 32, h, w)
+        tokens = [nn.functional.pad(level.flatten(2).transpose(1, 2), (0, 0, 1, 0)) for level in maps]
+        expected = theirs["head"](theirs["neck"](tokens, h, w))
+        assert expected.std() > 0.1
+        torch.testing.assert_close(model.decode_head(maps), expected, rtol=0, atol=1e-4)
+        logits = model(torch.randn(2, 3, 8 * h, 8 * w))
+        assert logits.shape == (2, 7, 8 * h, 8 * w)
+
+
 # Training
 
 
@@ -136,18 +163,43 @@ def test_outputs_and_dropout_in_training():
     assert model.eval()(images).shape == (2, 7, 32, 48)
     assert new_segmenter(auxiliary=False).train()(images).shape == (2, 7, 32, 48)
     assert new_segmenter(head="linear").train()(images).shape == (2, 7, 32, 48)
+    assert new_segmenter(head="dpt").train()(images[:1, :, :24, :24]).shape == (1, 7, 24, 24)  # the least it takes
 
 
 def test_blocks_above_the_highest_layer_are_frozen():
     model = new_segmenter(encoder=dict(depth=6), layers=[0, 1, 2, 4])
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == {f"encoder.blocks.5.{name}" for name, _ in model.encoder.blocks[5].named_parameters()}
-    for head in ("upernet", "linear"):
+    for head in HEADS:
         model = randomized(new_segmenter(head=head, encoder=BEIT | dict(depth=5))).train()
         outputs = model(torch.randn(2, 3, 32, 32))
         sum(one.square().sum() for one in (outputs if head == "upernet" else [outputs])).backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None and parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_frozen_encoder_computes_as_in_evaluation_and_keeps_nothing(head):
+    model = randomized(new_segmenter(head=head, encoder=dict(drop_path=0.9, gradient_checkpointing=True)))
+    model.freeze_encoder()
+    images, maps, saved = torch.randn(2, 3, 32, 32), [], []
+    expected = model.encoder.forward_layers(images, model.layers)
+    model.train().fpn.register_forward_pre_hook(lambda _, inputs: maps.extend(inputs[0]))
+    assert model.decode_head.training and not any(module.training for module in model.encoder.modules())
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: saved.append(value) or value, lambda value: value):
+        outputs = model(images)
+    assert all(map(torch.equal, maps, expected)) and not any(level.requires_grad for level in maps)
+    tokens = 2 * 17 * 32  # no hidden layer of the encoder, of 4 x as many numbers, is saved for a backward pass
+    assert not any(value.shape[1:] == (17, 128) or value.numel() == 3 * tokens for value in saved)
+    compiled = copy.deepcopy(model)
+    compiled.compile(fullgraph=True, dynamic=False, backend="eager")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        expected = model(images)
+    torch.manual_seed(0)
+    torch.testing.assert_close(compiled(images), expected)
+    sum(one.sum() for one in (outputs if isinstance(outputs, tuple) else [outputs])).backward()
+    assert {name.partition(".")[0] for name, p in model.named_parameters() if p.grad is None} == {"encoder"}
 
 
 def random_masks(count: int, size: int = 32, *, classes: int = 7) -> torch.Tensor:
@@ -270,19 +322,20 @@ def test_default_layers_increase_for_every_depth():
 
 def test_initialization_of_the_heads():
     torch.manual_seed(0)
-    for head in ("upernet", "linear"):
+    for head in HEADS:
         encoder = VisionTransformer(**SMALL)
         before = copy.deepcopy(encoder.state_dict())
         model = Segmenter(encoder, 150, head=head, head_width=64)
         assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
-        heads = [model.decode_head] if head == "linear" else [model.decode_head, model.auxiliary_head]
+        heads = [model.decode_head, model.auxiliary_head] if model.auxiliary else [model.decode_head]
         for one in heads:
             assert one.classifier.weight.std().item() == pytest.approx(0.01, rel=0.05)
             assert not one.classifier.bias.any()
             for name, module in one.named_modules():
-                if name.endswith("conv"):  # He et al. 2015, for the backward pass
-                    std = math.sqrt(2 / (module.out_channels * module.kernel_size[0] ** 2))
-                    assert module.weight.std().item() == pytest.approx(std, rel=0.05), name
+                if isinstance(module, ConvModule):  # He et al. 2015, for the backward pass
+                    conv = module.conv
+                    std = math.sqrt(2 / (conv.out_channels * conv.kernel_size[0] ** 2))
+                    assert conv.weight.std().item() == pytest.approx(std, rel=0.05), name
     plain = new_segmenter(150, custom_weight_init=False)
     bound = 1 / math.sqrt(24)
     assert 0.9 * bound < plain.decode_head.classifier.weight.abs().max() <= bound
@@ -309,7 +362,7 @@ def test_impossible_settings_are_refused(change, message):
 # Costs
 
 
-@pytest.mark.parametrize(("head", "extras"), [("upernet", {}), ("upernet", BEIT), ("linear", {})])
+@pytest.mark.parametrize(("head", "extras"), [("upernet", {}), ("upernet", BEIT), ("linear", {}), ("dpt", {})])
 def test_flops_of_a_step_are_those_that_torch_counts(head, extras):
     size = SIZES["tiny"] | dict(img_size=96, depth=4, drop_path=0.2)
     model = Segmenter(new_encoder(**size, **extras), 10, head=head, head_width=64)
