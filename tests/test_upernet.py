@@ -260,11 +260,12 @@ def test_synchronized_batch_norms_keep_all_names():
 
 
 @pytest.mark.parametrize(("old", "new"), [((1, 1), (4, 6)), ((3, 3), (16, 17)), ((4, 5), (32, 40)), ((9, 7), (5, 9))])
-def test_resizing_by_products_equals_interpolation(old, new):
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_resizing_by_products_equals_interpolation(old, new, align_corners):
     maps, grad, results = torch.randn(2, 5, *old), torch.rand(2, 5, *new), []
     for function, dtype in ((resize, torch.float32), (resize_by_products, torch.float32), (resize_by_products, BF16)):
         leaf = maps.to(dtype).requires_grad_()
-        resized = function(leaf, new)
+        resized = function(leaf, new, align_corners=align_corners)
         results.append((resized.float(), torch.autograd.grad(resized, leaf, grad.to(dtype))[0].float()))
     torch.testing.assert_close(results[1], results[0])
     for one, other in zip(results[2], results[0], strict=True):
