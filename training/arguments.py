@@ -378,7 +378,8 @@ def check_finetuning(args: argparse.Namespace, weights: str) -> list[str]:
     """Return error messages for the flags of `add_finetuning_flags`."""
     path = getattr(args, weights.removeprefix("--"))
     errors = [f"{weights} is empty; give a path, or leave the flag out to train from scratch"] if path == "" else []
-    for name in ("linear_probe", "attentive_probe", "trainable_blocks", "adapt_channels", "eval_only"):
+    names = ("linear_probe", "attentive_probe", "trainable_blocks", "freeze_encoder", "adapt_channels", "eval_only")
+    for name in names:
         if not path and getattr(args, name, None) not in (None, False):
             errors.append(f"--{name} needs trained weights; give {weights}")
     reasons = {
@@ -396,10 +397,7 @@ def check_finetuning(args: argparse.Namespace, weights: str) -> list[str]:
 
 
 def check_segmenter(args: argparse.Namespace, head_class) -> list[str]:
-    """Return error messages for the flags of a segmenter and --resize, and fill in the defaults of its encoder's.
-
-    `head_class` is that of the head.
-    """
+    """Return error messages for the flags of a segmenter and --resize, and fill in those that its encoder trains by."""
     errors, weights = [], args.class_weights
     if args.resize and args.resize[0] < args.resize[1]:
         errors.append(f"--resize {args.resize[0]} {args.resize[1]} has its longer side last; give LONG SHORT")
@@ -407,8 +405,6 @@ def check_segmenter(args: argparse.Namespace, head_class) -> list[str]:
         errors.append("--class_weights mixes balanced and numbers; give one or the other")
     elif weights and not any(weights):
         errors.append("--class_weights are all 0, so that there is nothing to learn; give at least one above 0")
-    if args.freeze_encoder and not args.path_to_backbone_checkpoint:
-        errors.append("--freeze_encoder needs trained weights; give --path_to_backbone_checkpoint")
     extras = dict(relative_position_bias=False, layer_scale=0.0)
     of_head = dict(head_width=head_class.default_width, auxiliary_weight=head_class.default_auxiliary_weight)
     of_head = {name: None for name, default in of_head.items() if default is None}
