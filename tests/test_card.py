@@ -70,6 +70,7 @@ def export(model: torch.nn.Module, folder: Path) -> ModelSummary:
         task=TASKS.get(type(model).__name__.lower(), "image-feature-extraction"),
         description="ViT of 32 x 2",
         has_decoder=isinstance(model, MaskedAutoencoder),
+        loads_elsewhere=True,
         img_size=encoder.img_size,
         channels=encoder.in_channels,
         **statistics,
