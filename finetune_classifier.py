@@ -218,7 +218,7 @@ def describe_model(model, recipe, augmentation):
     encoder, (height, width) = model.encoder, model.encoder.img_size
     count = sum(p.numel() for p in model.parameters()) / 1e6
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    head = {"cls": "cls token", "mean": "mean of the patches", "attentive": "attention of queries"}[model.pooling]
+    head = {"cls": "cls token", "mean": "mean of the patches", "attentive": "attentive pooling"}[model.pooling]
     return [
         f"model      {encoder.embed_dim} x {len(encoder.blocks)} encoder, head on the {head}: {count:.3g} M parameters "
         f"({trained:.3g} M train), {model.training_flops() / 1e9:.3g} GFLOP per image and step",
