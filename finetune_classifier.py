@@ -98,7 +98,7 @@ def parse_args(argv=None):
     flag("--attentive_probe", action=Pair, default=False, help="attentive pooling and the head, on frozen features")
     flag("--trainable_blocks", type=number(), metavar="N", help="the last N blocks (0.5: one MLP) and the head")
     flag = parser.add_argument_group("head").add_argument
-    flag("--num_queries", type=integer(1), metavar="Q", help="queries of attentive pooling (default 32)")
+    flag("--num_queries", type=integer(1), metavar="Q", help="queries of attentive pooling (default at most 32)")
     flag("--num_classes", type=integer(2), help="number of classes (default: that of the data)")
     flag("--pooling", choices=("mean", "cls"), help="input of the head: mean of the patch tokens, or cls token")
     arguments.add_augmentation_flags(parser)

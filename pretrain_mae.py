@@ -96,12 +96,8 @@ def parse_args(argv=None):
 
     flag = parser.add_argument_group("validation").add_argument
     flag("--validate_every", type=integer(0), default=10, help="epochs between validations (0: at the end only)")
-    flag(
-        "--knn_every",
-        type=integer(0),
-        default=0,
-        help="epochs between RankMe and, with labels, k-NN (0: none, default 0)",
-    )
+    help_text = "epochs between measures of the features: RankMe and, with labels, k-NN (0: none, default 0)"
+    flag("--knn_every", type=integer(0), default=0, help=help_text)
     flag("--num_preview_images", type=integer(0), default=8, help="rows of the pictures (default 8)")
     arguments.add_preview_flag(flag)
     args, errors = parser.read(argv)
@@ -257,7 +253,8 @@ def measure_features(run, model, datasets, normalize, *, read):
     """
     model.eval()
     embed = partial(features_of, run.accelerator, model, normalize=normalize)
-    classes, options = datasets[0].source.classes, dict(width=model.encoder.embed_dim, read=read)
+    options = dict(width=model.encoder.embed_dim, read=read)
+    classes = datasets[0].source.classes if len(datasets) > 1 else []
     labels = [labels_in(dataset.source, classes) if classes else None for dataset in datasets]
     features = [own_features(run, embed, *pair, **options) for pair in zip(datasets, labels, strict=True)]
     model.train()
@@ -309,7 +306,8 @@ def main(argv=None):
     with run.refusing(DataError):
         places = dict(validation=args.path_to_validation_data, cache=args.cache_dir, data_format=args.data_format)
         train_source, validation_source = open_sources(args.path_to_data, pixels, **places)
-        if args.knn_every and (train_source.classes or train_source.label_errors):
+        has_labels = bool(validation_source and (train_source.classes or train_source.label_errors))
+        if args.knn_every and has_labels:
             check_labels(args.path_to_data, train_source, validation_source)
     with run.refusing(InputError):
         views, check_batch = args.repeated_augmentation, partial(check_views, args.repeated_augmentation)
@@ -370,7 +368,7 @@ def main(argv=None):
         if args.knn_every and run.is_due(step, args.knn_every * steps_per_epoch, "rankme"):
             with run.paused():
                 crop = CentreCrop(size, CROP_RATIO)  # that of encoder/preprocessor_config.json
-                sources = map(keep_labelled, run.sources) if train_source.classes else run.sources[:1]
+                sources = map(keep_labelled, run.sources) if has_labels else run.sources[:1]
                 data = [PretrainingDataset(source, crop=crop, seed=0, **masks) for source in sources]
                 measure_features(run, run.plain_model(), data, normalize, read=read)
         if step == run.plan.length.total_steps:

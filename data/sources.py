@@ -8,7 +8,6 @@ import contextlib
 import glob
 import hashlib
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +16,7 @@ import numpy as np
 from data import shapes
 from data.decode import DamagedImage, PixelFormat, WrongPixels, decode, own_values
 from data.files import FolderSource, find_splits
+from data.imagenet import find_ids, imagenet_ids
 from data.index import DataError, StoredSource, check_cache, default_cache, first_few
 from data.lists import LISTS, ListSource
 from data.prepared import is_prepared, open_prepared
@@ -283,26 +283,8 @@ def _number_names(names: Sequence[str], classes: Sequence[str]) -> list[int]:
     numbers = {name: number for number, name in enumerate(classes)}
     if all(name in numbers for name in names):
         return [numbers[name] for name in names]
-    ids = _wordnet_ids()
-    by_id = {ids[key]: number for name, number in numbers.items() if (key := _simplified(name)) in ids}
-    return [numbers.get(name, by_id.get(ids.get(_simplified(name)), -1)) for name in names]
-
-
-def _simplified(name: str) -> str:
-    return name.replace("_", " ").casefold()
-
-
-@cache
-def _wordnet_ids() -> dict[str, str]:
-    """Return the WordNet id of each class of ImageNet-1k by its id, its words, and each word that is no other's."""
-    from timm.data import ImageNetInfo  # here, because it takes long to import
-
-    info, found = ImageNetInfo("imagenet-1k"), {}
-    for number, identity in enumerate(info.label_names()):
-        words = info.index_to_description(number)
-        for name in {identity, words, *words.split(", ")}:
-            found.setdefault(_simplified(name), []).append(identity)
-    return {name: identities[0] for name, identities in found.items() if len(identities) == 1}
+    by_id = {identity: number for number, identity in enumerate(find_ids(classes)) if identity}
+    return [numbers.get(name, by_id.get(identity, -1)) for name, identity in zip(names, find_ids(names), strict=True)]
 
 
 def _present_classes(source: Source) -> list[str]:
@@ -381,6 +363,8 @@ def match_classes(path_to_data: str, source: Source, classes: list[str] | None, 
     what = f"--path_to_data {path_to_data}"
     _check_all_labelled(path_to_data, {"val": source})
     if classes is None:
+        if num_classes == len(imagenet_ids()) and {*source.classes} <= {*imagenet_ids()}:
+            return imagenet_ids()
         if len(source.classes) != num_classes:
             raise DataError(
                 f"{what} has {len(source.classes)} classes, and the classifier {num_classes} without names; give data "

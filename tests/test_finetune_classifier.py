@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -225,7 +227,7 @@ def test_flags_that_contradict_each_other_are_refused_together(image_folder, pre
         "--attentive_probe trains a head on frozen features, to which --pooling cls does not apply" in of_attentive[0]
     )
     assert any("--linear_probe and --attentive_probe contradict each other; give one" in error for error in of_both)
-    assert len(of_one) == 1 and "a micro-batch of 1 image is too small" in of_one[0]
+    assert len(of_one) == 1 and "--micro_batch_size 1 is too small" in of_one[0]
     (error,) = [error for error in of_probe if "--linear_probe" in error]
     assert all(word in error for word in ("--mixup_alpha 0.8", "--drop_path 0.1", "--layer_decay 0.75"))
     for words in (
@@ -402,6 +404,24 @@ def test_an_attentive_probe_from_training_to_its_card(image_folder, pretrained, 
     card = (folder / "hub" / "README.md").read_text()
     assert "attentive pooling and a linear head on a frozen encoder" in card and "timm" not in card.partition("# ")[0]
     assert 'subfolder="encoder"' in card and "pipeline(" not in card
+
+
+@pytest.mark.slow
+def test_all_measures_of_an_encoder_in_one_table(image_folder, pretrained, tmp_path):
+    words = ["bash", "recipes/evaluate.sh", pretrained, image_folder, tmp_path / "out", "--max_steps", 4]
+    words += ["--per_gpu_batch_size", 8, "--learning_rate", 0.001, "--num_workers", 0, "--optimizer", "adamw"]
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    for _ in range(2):  # the second call has nothing to do
+        done = subprocess.run(
+            [*map(str, words)], cwd=ROOT, env=os.environ | {"PATH": path}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    ours = table["this encoder"]
+    for name in ("linear", "attentive", "fine-tuning"):
+        assert ours[name] == metrics_of(tmp_path / "out" / name)["top1"]
+    assert 0 <= ours["k-NN"] <= 100 and 1 <= table["rankme"] <= 32
+    assert "| MAE ViT-B on ImageNet, published |  | 67.8 | 75.5 | 83.6 |" in done.stdout
 
 
 def test_evaluation_on_some_of_the_classes(tmp_path):

@@ -1,4 +1,4 @@
-"""Classification by features alone: nearest neighbours, and a linear classifier in closed form.
+"""Measures of features: nearest neighbours, a linear classifier in closed form, and their effective rank.
 
 Legend: N images of the bank, M queries, D width of the features.
 """
@@ -78,10 +78,12 @@ def score_features(
 
 
 def rank_me(moment: torch.Tensor) -> float:
-    """Return RankMe of features Z (N, D), given Z^T Z (D, D) in float64: from 1 to D.
+    """Return RankMe of features Z (N, D), given Z^T Z (D, D) in float64: from 1 to D, NaN for features that have it.
 
     The exponential of the entropy of the singular values' shares (Garrido et al. 2023, arXiv 2210.02885, equation 1).
     """
+    if not moment.isfinite().all():
+        return float("nan")
     values = torch.linalg.eigvalsh(moment).clamp(min=0).sqrt()
     shares = values / values.sum() + 1e-7
     return (-(shares * shares.log()).sum()).exp().item()

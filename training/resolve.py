@@ -233,7 +233,7 @@ def check_blocks(trainable_blocks: float | None, depth: int) -> None:
 
 
 def resolve_queries(num_queries: int | None, width: int) -> int:
-    """Return the queries of attentive pooling: those given, or 32 if they divide the encoder's width.
+    """Return the queries of attentive pooling: those given, or the largest power of two up to 32 that divides `width`.
 
     Raises:
         InputError: for queries that do not divide the width.
@@ -252,7 +252,7 @@ def check_classifier_batch(size: int, *, mixing: bool, probe: bool) -> list[str]
             "one, or 0 for both"
         )
     if probe and size < 2:
-        errors.append(f"a probe has a BatchNorm, and a micro-batch of {size} image is too small; give at least 2")
+        errors.append(f"a probe has a BatchNorm: --micro_batch_size {size} is too small; give at least 2")
     return errors
 
 

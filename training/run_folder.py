@@ -23,7 +23,7 @@ FILES = (MODEL, EMA, OPTIMIZER)
 CHECKPOINT = "step_" + 8 * "[0-9]"  # others, such as a copy step_00000100_keep, are the user's
 PICTURES, EVENTS = "step_*.png", "events.out.tfevents.*"
 # What a run removes or overwrites, and so what a folder that is no run's must not have
-NAMES = ("args.json", "best", "checkpoints/*", "damaged.jsonl", "encoder", "hub", "hub.log", "log.jsonl")
+NAMES = ("args.json", "best", "checkpoints", "damaged.jsonl", "encoder", "hub", "hub.log", "log.jsonl")
 NAMES += ("metrics.json", "model", "predictions", "reconstructions", "tensorboard", "wandb_run_id")
 
 
@@ -69,7 +69,10 @@ class RunFolder:
                 return []
         except (OSError, ValueError, AttributeError):
             pass
-        return [name for name in NAMES if any(self.path.glob(name))]
+        present = {path.name for path in self.path.glob("*")}  # links to missing files too
+        if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):  # made before args.json is
+            present -= {self.checkpoints.name}
+        return [name for name in NAMES if name in present]
 
     def whole_checkpoints(self) -> list[Path]:
         """Return the folders of all whole checkpoints, the oldest first."""
