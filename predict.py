@@ -135,15 +135,15 @@ def picture_names(source):
 @torch.no_grad()
 def predict_classes(batch, *, model, normalize, device, classes, top_k, folder, names):
     """Return the likeliest classes of each image and their probabilities; write the maps of attentive pooling."""
-    images = normalize(batch.inputs[0].to(device))
-    probabilities = model(images).softmax(dim=1)
+    tokens = model.encoder(normalize(batch.inputs[0].to(device)))
+    probabilities = model.classify(tokens).softmax(dim=1)
     values, numbers = (each[:, :top_k].tolist() for each in probabilities.sort(dim=1, descending=True, stable=True))
     results = [
         {"classes": [{"class": classes[i], "probability": value} for i, value in zip(*row, strict=True)]}
         for row in zip(numbers, values, strict=True)
     ]
     if model.pooling == "attentive":
-        maps = model.attention_maps(images).cpu().numpy()
+        maps = model.attention_maps(tokens).cpu().numpy()
         for image, attention, index, result in zip(batch.inputs[0], maps, batch.indices, results, strict=True):
             result["attention"] = f"attention/{names[index]}"
             attention_grid(folder / result["attention"], displayable(image).numpy(), attention)
@@ -188,7 +188,7 @@ def encode_images(batch, *, trained, normalize, device):
     """Return features (B, D): the input of a classifier's head, or the mean of an encoder's patch tokens."""
     images = normalize(batch.inputs[0].to(device))
     if isinstance(trained.model, Classifier):
-        return trained.model.features(images).cpu().numpy()
+        return trained.model.pool(trained.encoder(images)).cpu().numpy()
     return trained.encoder(images)[:, 1:].mean(dim=1).cpu().numpy()
 
 

@@ -89,19 +89,22 @@ class Classifier(EncoderWithHead):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the logits (B, num_classes) of images (B, C, H, W)."""
-        return self.head(self.head_norm(self.features(images)))
+        return self.classify(self.encoder(images))
 
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the pooled and normed tokens (B, D) of images (B, C, H, W), before any BatchNorm."""
-        tokens = self.encoder(images)
+    def classify(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, num_classes) of the encoder's tokens (B, 1 + L, D)."""
+        return self.head(self.head_norm(self.pool(tokens)))
+
+    def pool(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Pool the encoder's tokens (B, 1 + L, D) to what the BatchNorm of a probe, or the head, sees: (B, D)."""
         if self.pooling == "attentive":
             return self.attentive_pool(tokens[:, 1:])
         pooled = tokens[:, 1:].mean(dim=1) if self.pooling == "mean" else tokens[:, 0]
         return self.fc_norm(pooled)
 
-    def attention_maps(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the attention (B, Q, h, w) of attentive pooling's queries to the patches of images (B, C, H, W)."""
-        return self.attentive_pool.attention(self.encoder(images)[:, 1:]).unflatten(-1, self.encoder.grid)
+    def attention_maps(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return the attention (B, Q, h, w) of attentive pooling's queries to the encoder's tokens (B, 1 + L, D)."""
+        return self.attentive_pool.attention(tokens[:, 1:]).unflatten(-1, self.encoder.grid)
 
     def train_last_blocks(self, n: float) -> None:
         """Freeze all but the head, the last `n` blocks and the norm (section 4.3, "Partial fine-tuning").

@@ -85,9 +85,10 @@ def test_attentive_pooling_is_a_loop_over_queries():
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert trained == 32 * 32 + 4 * 32 + 5 * 32 + 5
     images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(model.features(images), pool(model.encoder(images)[:, 1:]))
-    assert model.attention_maps(images).shape == (2, 4, *model.encoder.grid)
-    torch.testing.assert_close(model.attention_maps(images).sum(dim=(2, 3)), torch.ones(2, 4))
+    tokens = model.encoder(images)
+    torch.testing.assert_close(model.pool(tokens), pool(tokens[:, 1:]))
+    assert model.attention_maps(tokens).shape == (2, 4, *model.encoder.grid)
+    torch.testing.assert_close(model.attention_maps(tokens).sum(dim=(2, 3)), torch.ones(2, 4))
     with pytest.raises(ValueError, match="5 queries do not divide a width of 32"):
         new_classifier("attentive", num_queries=5)
 
