@@ -327,11 +327,12 @@ def test_the_help_tells_the_defaults_of_every_kind(capsys):
     with pytest.raises(SystemExit):
         finetune_classifier.parse_args(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    larger = "ViT-L fine-tuning: 50, ViT-H fine-tuning: 50, ViT-L linear probe: 50, ViT-H linear probe: 50, "
-    larger += "ViT-L from scratch: 200, ViT-H from scratch: 200"
-    assert f"(default fine-tuning: 100, linear probe: 90, from scratch: 300, {larger})" in text
-    assert "(default fine-tuning: 1, linear probe: 0, from scratch: 1)" in text
-    assert "(default fine-tuning: 0.9 0.999, linear probe: 0.9 0.999, from scratch: 0.9 0.95)" in text
+    larger = "ViT-L fine-tuning, ViT-H fine-tuning, ViT-L linear probe, ViT-H linear probe: 50; "
+    larger += "ViT-L from scratch, ViT-H from scratch: 200"
+    probes = "linear probe, attentive probe"
+    assert f"(default fine-tuning: 100; {probes}: 90; from scratch: 300; {larger})" in text
+    assert f"(default fine-tuning, from scratch: 1; {probes}: 0)" in text
+    assert f"(default fine-tuning, {probes}: 0.9 0.999; from scratch: 0.9 0.95)" in text
 
 
 def test_weights_of_every_layout_with_their_own_sizes(image_folder, pretrained, tmp_path):

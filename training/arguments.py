@@ -20,8 +20,7 @@ FREE_FLAGS = {
     *("experiment_name", "working_directory", "path_to_data", "resume_from_checkpoint", "num_workers", "pin_memory"),
     *("path_to_validation_data", "data_format", "drop_unlabelled", "cache_dir", "on_damaged", "preview_channels"),
     *("wandb_run_name", "log_wandb", "report_to", "log_every", "validate_every", "knn_every", "num_preview_images"),
-    "evaluate_every",
-    *("compile", "deterministic", "gradient_checkpointing", "dry_run"),
+    *("evaluate_every", "compile", "deterministic", "gradient_checkpointing", "dry_run"),
     *("save_checkpoint_interval", "save_checkpoint_steps", "keep_checkpoints"),
     *("push_to_hub", "hub_model_id", "hub_every", "hub_private"),
     *("per_gpu_batch_size", "micro_batch_size", "gradient_accumulation_steps", "time_limit"),
@@ -96,10 +95,12 @@ class Parser(argparse.ArgumentParser):
         """Add to the help of each flag its default by kind of run: `recipes` maps kind -> flag -> value."""
         for action in self._actions:
             name = action.dest
-            defaults = {kind: as_typed(recipe[name]) for kind, recipe in recipes.items() if name in recipe}
-            if defaults:
-                same = len(set(defaults.values())) == 1
-                text = next(iter(defaults.values())) if same else ", ".join(f"{k}: {v}" for k, v in defaults.items())
+            kinds = {}  # by their default
+            for kind in [kind for kind, recipe in recipes.items() if name in recipe]:
+                kinds.setdefault(as_typed(recipes[kind][name]), []).append(kind)
+            if kinds:
+                text = "; ".join(f"{', '.join(same)}: {value}" for value, same in kinds.items())
+                text = text if len(kinds) > 1 else next(iter(kinds))
                 action.help = f"{action.help.partition('(default')[0].rstrip()} (default {text})"
 
     def read(self, argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
