@@ -296,6 +296,10 @@ def test_attentive_pooling_is_for_this_project_and_its_encoder_for_all(tmp_path)
         AutoModelForImageClassification.from_pretrained(folder)
     encoder = AutoModel.from_pretrained(folder / "encoder").eval()
     torch.testing.assert_close(encoder(images).last_hidden_state, model.encoder(images), rtol=0, atol=1e-5)
+    encoder = VisionTransformer(**SHAPES["32 x 64"]).eval()  # another training starts from it
+    report = load_weights(encoder, read_state_dict(folder), stored=read_stored(folder))
+    assert not report.missing and {"attentive_pool.queries", "head.weight"} <= {*report.ignored}
+    torch.testing.assert_close(encoder(images), model.encoder(images), rtol=0, atol=1e-5)
 
 
 @torch.inference_mode()

@@ -127,10 +127,10 @@ def test_resume_refuses_what_would_change_the_run(undisturbed, flags, tmp_path):
     )
 
 
-def test_two_processes_evaluate_a_linear_probe_by_the_same_statistics(image_folder, pretrained, tmp_path):
+def test_two_processes_evaluate_a_probe_by_the_same_statistics(image_folder, pretrained, tmp_path):
     """Those of the main process, which are in the checkpoint, though each process has seen other images."""
     flags = ["--path_to_data", image_folder, WEIGHTS]
-    probe = [*flags, pretrained, "--linear_probe", "--max_steps", 4, "--global_batch_size", 8, "--num_workers", 0]
+    probe = [*flags, pretrained, "--attentive_probe", "--max_steps", 4, "--global_batch_size", 8, "--num_workers", 0]
     run_two(SCRIPT, *probe, "--experiment_name", "probe", cwd=tmp_path)
     folder = tmp_path / "work_dir" / "probe"
     run(SCRIPT, *flags, folder / "checkpoints" / "step_00000004", "--eval_only", cwd=tmp_path)
