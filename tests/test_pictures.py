@@ -6,6 +6,7 @@ from PIL import Image
 
 from training.pictures import (
     MOST_CLASSES,
+    attention_grid,
     confusion_matrix,
     label_picture,
     loss_curve,
@@ -32,6 +33,18 @@ def test_reconstruction_grid(tmp_path, channels):
     assert tops == [[0, 128, 64, 64], [255, 128, 64, 64]]
     assert bottoms == [[0, 0, 64, 0], [255, 255, 64, 255]]
     assert pixels[:48].min() < 100  # captions
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_attention_is_bright_where_a_query_looks(tmp_path, channels):
+    maps = np.full((10, 4, 4), 1 / 16, np.float32)  # the others look everywhere
+    maps[8], maps[8, 0, 0] = 0, 1
+    attention_grid(tmp_path / "x.png", np.full((channels, 64, 64), 200, np.uint8), maps)
+    pixels = np.asarray(Image.open(tmp_path / "x.png")).astype(int)
+    assert pixels.shape == (8 + 2 * 136, 8 + 9 * 136, 3)
+    image, looking = pixels[8:136, 8:136], pixels[144:272, 8:136]  # of the ninth query
+    assert (image == 200).all()
+    assert looking[10:20, 10:20].min() > 150 > 60 > looking[100:120, 20:30, 0].max()
 
 
 def test_title_says_true_statistics(tmp_path):

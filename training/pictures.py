@@ -162,17 +162,16 @@ def segmentation_overlay(
 def attention_grid(path: Path, image: np.ndarray, maps: np.ndarray) -> None:
     """Write a PNG of an image and, over it, the attention of each query: brighter where a query looks.
 
-    `image` is (C, H, W), uint8, C 1 or 3; `maps` are (Q, h, w), each drawn relative to its maximum.
+    `image` is (C, H, W), uint8, C 1 or 3; `maps` are (Q, h, w), each drawn from its minimum to its maximum.
     """
-    scale = max(1, 112 // image.shape[2])
+    scale = max(1, 128 // image.shape[2])
     size = (image.shape[2] * scale, image.shape[1] * scale)
     picture = to_pil_image(torch.as_tensor(image)).convert("RGB").resize(size, Image.Resampling.NEAREST)
-    tiles = [picture]
+    tiles, dark = [picture], Image.new("RGB", size, "#101040")
     for attention in maps:
-        light = Image.fromarray(np.uint8(255 * attention / attention.max())).resize(size, Image.Resampling.BICUBIC)
-        tiles.append(
-            Image.composite(picture, Image.new("RGB", size, "#101040"), light.point(lambda x: 50 + x * 4 // 5))
-        )
+        share = (attention - attention.min()) / max(np.ptp(attention), 1e-12)
+        light = Image.fromarray(np.uint8(20 + 230 * share)).resize(size, Image.Resampling.BICUBIC)
+        tiles.append(Image.composite(picture, dark, light))
     _write_grid(path, [tiles[start : start + 9] for start in range(0, len(tiles), 9)])
 
 
