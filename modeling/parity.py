@@ -36,7 +36,6 @@ def differences(folder: str | Path, model: Model) -> tuple[dict[str, float], lis
     elif getattr(model, "pooling", None) == "attentive":
         theirs = transformers.AutoModel.from_pretrained(folder / "encoder")(images)
         outputs["transformers AutoModel, encoder/"] = theirs.last_hidden_state, encoder(images)
-        notes.append("No library has attentive pooling, so the classifier is for this project; encoder/ is for all.")
     else:
         name = "AutoModelForImageClassification" if has_head else "AutoModel"
         theirs = getattr(transformers, name).from_pretrained(folder)(images)

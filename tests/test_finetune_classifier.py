@@ -365,16 +365,23 @@ def test_weights_of_every_layout_with_their_own_sizes(image_folder, pretrained, 
     assert flags_of(tmp_path / "work_dir" / "timm")["mean"] == [0.5, 0.5, 0.5]
 
 
+def resume_probe(*flags, cwd):
+    """Runs a probe with averaged weights, resumes it from step 3, compares the two, and returns the run's folder."""
+    flags = [*flags, "--num_workers", 0, "--per_gpu_batch_size", 8, "--micro_batch_size", 4, "--max_steps", 8]
+    flags += ["--ema_decay", 0.8]
+    flags += ["--save_checkpoint_steps", 3, "--log_every", 1, "--mixed_precision", "no", "--learning_rate", 0.5]
+    run_each(SCRIPT, [flags], cwd=cwd)
+    folder = cwd / "work_dir" / "finetune_classifier"
+    before = shutil.copytree(folder, cwd / "before")
+    run_each(SCRIPT, [[*flags, "--resume_from_checkpoint", "step_00000003"]], cwd=cwd)
+    assert_equal_runs(before, folder, 8, "ema.safetensors")
+    return folder
+
+
 def test_a_linear_probe_resumes_exactly(image_folder, pretrained, tmp_path):
     """LARS, the statistics of BatchNorm, averaged weights, micro-batches."""
-    flags = ["--path_to_data", image_folder, WEIGHTS, pretrained, "--linear_probe", "--ema_decay", 0.8]
-    flags += ["--num_workers", 0, "--per_gpu_batch_size", 8, "--micro_batch_size", 4, "--max_steps", 8]
-    flags += ["--save_checkpoint_steps", 3, "--log_every", 1, "--mixed_precision", "no", "--learning_rate", 0.5]
-    run_each(SCRIPT, [flags], cwd=tmp_path)
-    folder = tmp_path / "work_dir" / "finetune_classifier"
-    before = shutil.copytree(folder, tmp_path / "before")
-    run_each(SCRIPT, [[*flags, "--resume_from_checkpoint", "step_00000003"]], cwd=tmp_path)
-    assert_equal_runs(before, folder, 8, "ema.safetensors")
+    flags = ["--path_to_data", image_folder, WEIGHTS, pretrained, "--linear_probe"]
+    folder = resume_probe(*flags, cwd=tmp_path)
     ema, last = weights_of(folder, 8, "ema.safetensors"), weights_of(folder, 8)
     assert torch.equal(ema["head_norm.running_var"], last["head_norm.running_var"])  # statistics are not averaged
     assert not torch.equal(ema["head.weight"], last["head.weight"])
@@ -383,13 +390,7 @@ def test_a_linear_probe_resumes_exactly(image_folder, pretrained, tmp_path):
 def test_an_attentive_probe_from_training_to_its_card(image_folder, pretrained, tmp_path):
     """It resumes exactly, leaves the encoder's bits alone, shows where its queries look, and is evaluated again."""
     flags = ["--path_to_data", image_folder, WEIGHTS, pretrained, "--attentive_probe", "--num_queries", 4]
-    flags += ["--num_workers", 0, "--per_gpu_batch_size", 8, "--micro_batch_size", 4, "--max_steps", 8]
-    flags += ["--save_checkpoint_steps", 3, "--log_every", 1, "--mixed_precision", "no", "--learning_rate", 0.5]
-    run_each(SCRIPT, [flags], cwd=tmp_path)
-    folder = tmp_path / "work_dir" / "finetune_classifier"
-    before = shutil.copytree(folder, tmp_path / "before")
-    run_each(SCRIPT, [[*flags, "--resume_from_checkpoint", "step_00000003"]], cwd=tmp_path)
-    assert_equal_runs(before, folder, 8)
+    folder = resume_probe(*flags, cwd=tmp_path)
     start, last = load_file(pretrained / "encoder" / "model.safetensors"), weights_of(folder, 8)
     assert all(torch.equal(last[f"encoder.{name}"], value) for name, value in start.items())
     assert last["attentive_pool.queries"].shape == (1, 4, 32) and flags_of(folder)["num_queries"] == 4
