@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 GIGABYTE = 1e9
 SCRIPTS = {"mae": "pretrain_mae", "classifier": "finetune_classifier", "segmenter": "finetune_segmentation"}
 ENCODER = ["--patch_size", "8", "--encoder_embed_dim", "128", "--encoder_depth", "4", "--encoder_num_heads", "4"]
+TINY_ENCODER = ["--patch_size", "8", "--encoder_embed_dim", "32", "--encoder_depth", "4", "--encoder_num_heads", "2"]
 DECODER = ["--decoder_embed_dim", "64", "--decoder_depth", "2", "--decoder_num_heads", "2"]
 
 
@@ -208,16 +209,17 @@ def write_pictures(folder: Path) -> None:
 def flags_of(lab: Lab, task: str, *, steps: int, weights: Path | None = None) -> list[str]:
     """Return flags of a short run on the pictures; fine-tuning starts from `weights`, or from scratch."""
     flags = f"--max_steps {steps} --warmup_steps 2 --learning_rate 1e-3 --log_every 1 --num_workers 2".split()
+    side = 32 if lab.tiny else 64
     flags += ["--path_to_data", str(lab.folder / ("pairs" if task == "segmenter" else "classes"))]
     flags += {
-        "mae": "--img_size 64 --global_batch_size 32 --num_preview_images 2 --save_checkpoint_interval 0",
-        "classifier": "--img_size 64 --global_batch_size 32 --save_checkpoint_interval 0",
-        "segmenter": "--crop_size 64 --global_batch_size 8 --num_preview_images 2 --head_width 32",
+        "mae": f"--img_size {side} --global_batch_size 32 --num_preview_images 2 --save_checkpoint_interval 0",
+        "classifier": f"--img_size {side} --global_batch_size 32 --save_checkpoint_interval 0",
+        "segmenter": f"--crop_size {side} --global_batch_size 8 --num_preview_images 2 --head_width 32",
     }[task].split()
     if weights:
         name = {"classifier": "--path_to_pretrained_mae_weights", "segmenter": "--path_to_backbone_checkpoint"}[task]
         return [*flags, name, str(weights)]
-    return flags + ENCODER + (DECODER if task == "mae" else [])
+    return flags + (TINY_ENCODER if lab.tiny else ENCODER) + (DECODER if task == "mae" else [])
 
 
 def losses_of(run: Path) -> list[float]:

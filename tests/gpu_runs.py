@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from gpu_lab import DECODER, ENCODER, ROOT, SCRIPTS, Child, Lab, flags_of, losses_of, write_pictures
+from gpu_lab import DECODER, ROOT, SCRIPTS, TINY_ENCODER, Child, Lab, flags_of, losses_of, write_pictures
 from safetensors.torch import load_file
 
 from benchmarks import data as data_benchmark
@@ -216,7 +216,7 @@ def check_loader(lab: Lab) -> None:
     speeds = {}
     model = ["--model", "base", "--compile", "--global_batch_size", "256", "--mixed_precision", "bf16"]
     if lab.tiny:
-        model = [*ENCODER, *DECODER, *["--img_size", "32", "--num_workers", "1", "--global_batch_size", "32"]]
+        model = [*TINY_ENCODER, *DECODER, *["--img_size", "32", "--num_workers", "1", "--global_batch_size", "32"]]
     runs = [("arrays", "pinned"), ("arrays", "pageable"), ("JPEG", "pinned")]
     for title, memory in runs[:1] if lab.tiny else runs:
         name, pin = f"training from {title}, {memory}", "--pin_memory" if memory == "pinned" else "--no-pin_memory"
@@ -323,7 +323,8 @@ def check_learning(lab: Lab) -> None:
     batch, workers, source = (16, 1, lab.folder / "classes") if lab.tiny else (1024, 14, lab.cifar10)
     data = f"--num_workers {workers} --global_batch_size {batch} --log_every 20 --mixed_precision bf16".split()
     data += ["--path_to_data", source, "--save_checkpoint_interval", "0"]
-    model = "--img_size 32 --patch_size 4 --encoder_embed_dim 192 --encoder_depth 12 --encoder_num_heads 3"
+    model = f"--img_size 32 --patch_size 4 --encoder_embed_dim 192 --encoder_depth {2 if lab.tiny else 12}"
+    model += " --encoder_num_heads 3"
     model += " --decoder_embed_dim 128 --decoder_depth 2 --decoder_num_heads 4 --base_learning_rate 3e-4"
     flags = [*data, *model.split(), "--validate_every", "0", "--num_preview_images", "0"]
     epochs = 1
