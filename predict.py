@@ -2,11 +2,11 @@
 
     python predict.py work_dir/quickstart_pretrain photos/ one_more.jpg
 
-writes predictions/predictions.jsonl, one line per image in the order given. A classifier predicts classes; one with
-attentive pooling also writes attention/, where each query looks. A segmentation model writes labels/ (pixel values 1 to
-N: the classes in the model's order) and overlays/; a masked autoencoder writes reconstructions/, with their PSNR and
-SSIM. Images are files, folders, or patterns such as 'photos/**/*.jpg'. Unreadable images are named and skipped; the
-exit code is then 1.
+writes predictions/predictions.jsonl, one line per image in the order given. A classifier predicts classes, labels or
+numbers, as it was trained; one with attentive pooling also writes attention/, where each query looks. A segmentation
+model writes labels/ (pixel values 1 to N: the classes in the model's order) and overlays/; a masked autoencoder writes
+reconstructions/, with their PSNR and SSIM. Images are files, folders, or patterns such as 'photos/**/*.jpg'. Unreadable
+images are named and skipped; the exit code is then 1.
 
     python predict.py work_dir/quickstart_pretrain photos/ --features features.npy
 
@@ -75,7 +75,7 @@ def parse_args(argv=None):
     flag("--nodata", type=number(-math.inf), help="pixel value without data, besides a GeoTIFF's own and NaN")
     flag("--max_pixels", type=integer(1), default=MAX_PIXELS, help=f"skip larger images (default {MAX_PIXELS})")
     flag = parser.add_argument_group("classification").add_argument
-    flag("--top_k", type=integer(1), help="classes per image (default 5)")
+    flag("--top_k", type=integer(1), help="classes or labels per image (default 5 classes, all labels)")
     flag = parser.add_argument_group("segmentation").add_argument
     flag("--evaluate", choices=("slide", "whole"), help="sliding windows, or the image as one crop (default slide)")
     flag = parser.add_argument_group("masked autoencoder").add_argument
@@ -97,6 +97,8 @@ def check_model(trained, given, *, features):
         errors.append(f"--features: {trained.path} is {name}, whose encoder has no norm; give what it started from")
     if not features and isinstance(model, VisionTransformer):
         errors.append(f"{trained.path} is {name}, which computes features alone; give --features FILE.npy")
+    if getattr(model, "target", None) == "numbers":
+        name, flags = "a model of numbers", []
     unused = [flag for flag in given if features or flag not in flags]
     use = "features" if features else f"the predictions of {name}"
     errors += [f"--{flag} has no effect on {use}; leave it out" for flag in unused]
@@ -134,14 +136,21 @@ def picture_names(source):
 
 @torch.no_grad()
 def predict_classes(batch, *, model, normalize, device, classes, top_k, folder, names):
-    """Return the likeliest classes of each image and their probabilities; write the maps of attentive pooling."""
+    """Return the likeliest classes or labels of each image with probabilities, or its numbers.
+
+    Maps of attentive pooling are written.
+    """
     tokens = model.encoder(normalize(batch.inputs[0].to(device)))
-    probabilities = model.classify(tokens).softmax(dim=1)
-    values, numbers = (each[:, :top_k].tolist() for each in probabilities.sort(dim=1, descending=True, stable=True))
-    results = [
-        {"classes": [{"class": classes[i], "probability": value} for i, value in zip(*row, strict=True)]}
-        for row in zip(numbers, values, strict=True)
-    ]
+    answers = model.answer(model.classify(tokens))
+    if model.target == "numbers":
+        results = [{"numbers": dict(zip(classes, row, strict=True))} for row in answers.tolist()]
+    else:
+        values, numbers = (each[:, :top_k].tolist() for each in answers.sort(dim=1, descending=True, stable=True))
+        key, word = ("labels", "label") if model.target == "labels" else ("classes", "class")
+        results = [
+            {key: [{word: classes[i], "probability": value} for i, value in zip(*row, strict=True)]}
+            for row in zip(numbers, values, strict=True)
+        ]
     if model.pooling == "attentive":
         maps = model.attention_maps(tokens).cpu().numpy()
         for image, attention, index, result in zip(batch.inputs[0], maps, batch.indices, results, strict=True):
@@ -222,7 +231,11 @@ def write_lines(path, results):
 
 
 def describe_result(result):
-    """Return one line on a result: the first classes, or the PSNR of the reconstruction."""
+    """Return one line on a result: the first classes, labels or numbers, or the PSNR of the reconstruction."""
+    if "numbers" in result:
+        return ", ".join(f"{name} {value:.6g}" for name, value in list(result["numbers"].items())[:5])
+    if "classes" not in result and "labels" in result:
+        return ", ".join(f"{entry['label']} {100 * entry['probability']:.1f} %" for entry in result["labels"][:5])
     if "classes" not in result:
         return f"removed patches {result['masked_psnr']:.2f} dB"
     key = "pixels" if "pixels" in result["classes"][0] else "probability"
@@ -288,10 +301,9 @@ def main(argv=None):
         task = f"features of width {encoder.embed_dim}"
         predict_batch = partial(encode_images, trained=trained, **shared)
     elif isinstance(model, Classifier):
-        task = f"one of {len(classes)} classes per image"
-        predict_batch = partial(
-            predict_classes, model=model, classes=classes, top_k=args.top_k or 5, **pictures, **shared
-        )
+        task = f"{'one of ' if model.target == 'classes' else ''}{len(classes)} {model.target} per image"
+        top_k = args.top_k or (5 if model.target == "classes" else len(classes))
+        predict_batch = partial(predict_classes, model=model, classes=classes, top_k=top_k, **pictures, **shared)
     elif isinstance(model, Segmenter):
         mode, crop_size = args.evaluate or "slide", encoder.img_size[0]
         view = "windows over images that fit {} x {}".format(*trained.resize) if mode == "slide" else "one crop"

@@ -83,7 +83,8 @@ def select_weights(path, checkpoint):
     if record.flags.get("eval_only"):
         raise RunError(f"{path} is an --eval_only run without weights of its own; give the run that it evaluated")
     if checkpoint == "best":
-        _, step = best_of(record.folder, "mean_iou" if "crop_size" in record.flags else "top1")
+        of_classifier = {"labels": "mean_ap", "numbers": "mean_r2"}.get(record.flags.get("target"), "top1")
+        _, step = best_of(record.folder, "mean_iou" if "crop_size" in record.flags else of_classifier)
         if step is None or not (record.folder / "best" / "config.json").is_file():
             raise RunError(f"--checkpoint best: {path} has no best/; expected a validated fine-tuning run; give last")
         return record.folder / "best", record, step
@@ -119,7 +120,7 @@ def describe_model(trained):
         words += f", decoder {model.decoder_embed.out_features} wide, {len(model.decoder_blocks)} deep"
     elif isinstance(model, Classifier):
         pooled = {"cls": "the class token", "mean": "the mean patch token", "attentive": "attentive pooling"}
-        words += f", classifier of {model.num_classes} classes on {pooled[model.pooling]}"
+        words += f", head for {model.num_classes} {model.target} on {pooled[model.pooling]}"
     elif isinstance(model, Segmenter):
         words += f", {model.decode_head.title} for {model.num_classes} classes"
     images = "images of {} x {} pixels".format(*encoder.img_size)
@@ -168,6 +169,7 @@ def write_folder(folder, *, trained, record, step, origin, **card):
     summary = ModelSummary(
         task=TASKS.get(type(trained.model), "image-feature-extraction"),
         description=describe_model(trained),
+        target=getattr(trained.model, "target", None),
         has_decoder=isinstance(trained.model, MaskedAutoencoder),
         loads_elsewhere=getattr(trained.model, "pooling", None) != "attentive",
         img_size=trained.encoder.img_size,

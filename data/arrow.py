@@ -93,7 +93,7 @@ class ArrowSource(StoredSource):
         self, table: pa.Table | Sequence[str | Path], name: str, columns: Columns, fingerprint: str | None = None
     ):
         self._arguments = table, name, columns, fingerprint
-        table = map_files(table) if isinstance(table, list | tuple) else table
+        self._table = table = map_files(table) if isinstance(table, list | tuple) else table
         try:  # wrong offsets would crash the process
             table.select([column for column in columns[:3] if column]).validate(full=True)
         except pa.ArrowInvalid as error:
@@ -121,6 +121,21 @@ class ArrowSource(StoredSource):
 
     def mask_name(self, index: int) -> str:
         return f"{self._name}/{index} (mask{f' {path}' if (path := self._masks.path(index)) else ''})"
+
+    @property
+    def column_names(self) -> list[str]:
+        """Return the names of the table's columns."""
+        return self._table.column_names
+
+    def read_columns(self, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
+        """Return columns of the table, one value for each image."""
+        return {name: self._table[name] for name in names}
+
+    def names_in_lists(self, column: str) -> list[str]:
+        """Return the names of the classes whose numbers a column of lists holds, [] if the table has none."""
+        feature = _read_features(self._table.schema).get(column) or {}
+        inner = feature[0] if isinstance(feature, list) else feature.get("feature") or {}
+        return list(inner.get("names") or [])
 
     def fetch(self, indices: Sequence[int]) -> list[memoryview | bytes | OSError]:
         return [self._images.read(int(index)) for index in indices]
@@ -170,7 +185,7 @@ def map_files(files: Sequence[str | Path]) -> pa.Table:
 
 def choose_columns(schema: pa.Schema, name: str) -> Columns:
     """Choose the columns of images, labels and masks by their types and names. Raises DataError if it is ambiguous."""
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    features = _read_features(schema)
     kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
     images = [field.name for field in schema if kinds.get(field.name) == "Image" and _is_encoded(field.type)]
     images = images or [field.name for field in schema if _is_encoded(field.type)]
@@ -186,6 +201,11 @@ def choose_columns(schema: pa.Schema, name: str) -> Columns:
     mask = _first_of(MASK_COLUMNS, [column for column in images if column != image])
     classes = features[label].get("names") if kinds.get(label) == "ClassLabel" else None
     return Columns(image, label, mask, classes or [])
+
+
+def _read_features(schema: pa.Schema) -> dict:
+    """Return what `datasets` says about the columns of a table, {} of tables that it did not write."""
+    return json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
 
 
 def _first_of(names: Sequence[str], columns: list[str]) -> str | None:

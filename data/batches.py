@@ -36,7 +36,7 @@ class ClassificationBatch(NamedTuple):
     """Hold a micro-batch."""
 
     images: torch.Tensor  # (B, C, H, W), uint8, or float32 in [0, 1]
-    labels: torch.Tensor  # (B,), int64
+    labels: torch.Tensor  # (B,), int64: classes; or (B, T), float32
     indices: list[int]  # of the samples; for those in `damaged`, image and label are another sample's
     damaged: list[tuple[int, str]]  # index and reason of every image that could not be read
 
@@ -119,7 +119,8 @@ class PretrainingDataset(ImageDataset):
 class ClassificationDataset(ImageDataset):
     """Make a ClassificationBatch of a list of (epoch, sample index).
 
-    `labels` (N,) has a class for each sample. `augment` is applied to the crops; `options` are those of ImageDataset.
+    `labels` are a class for each sample (N,), or several targets (N, T). `augment` is applied to the crops; `options`
+    are those of ImageDataset.
     """
 
     def __init__(self, source: Source, labels: np.ndarray, *, augment: RandAugment | None = None, **options):
@@ -131,7 +132,8 @@ class ClassificationDataset(ImageDataset):
         if self.augment:
             for image, (rng, _) in zip(images.permute(0, 2, 3, 1).numpy(), samples, strict=True):
                 image[:] = self.augment(image, int(rng.integers(2**64, dtype=np.uint64)))
-        labels = torch.tensor([int(self.labels[index]) for _, index in samples])
+        labels = torch.from_numpy(self.labels[[index for _, index in samples]])
+        labels = labels.long() if labels.ndim == 1 else labels.float()
         return ClassificationBatch(images, labels, [index for _, index in items], damaged)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -46,6 +47,18 @@ class ListSource(FileSource):
         self.mask_name, self.fetch_masks = self._masks.name, self._masks.fetch
         _check_files(path, "path", self)
 
+    def read_columns(self, names: Sequence[str]) -> dict:
+        """Return columns as pyarrow arrays, one value for each image: text if the list is CSV. Raises DataError."""
+        path = self._path
+        with _readable(path):
+            table = _read_json(path, names)[0] if path.lower().endswith(JSON) else _read_csv(path, names)
+        return {name: table[name] for name in names}
+
+    @property
+    def column_names(self) -> list[str]:
+        """Return the names of the list's columns, those in its first line if it is JSON."""
+        return [name.strip() for name in _read_header(self._path)[0]]
+
     @cached_property
     def has_masks(self) -> bool:
         """Return True if all images have masks. Raises DataError if only some have, or if files are missing."""
@@ -65,26 +78,35 @@ def _read_list(path: str) -> tuple:
     """
     import pyarrow.compute as pc  # here, because it takes long to import
 
-    try:
+    with _readable(path):
         table, errors = _read_json(path) if path.lower().endswith(JSON) else (_read_csv(path), [])
-    except (OSError, ValueError, csv.Error) as error:
-        expected = "expected CSV with a header, or a JSON object in every line, in UTF-8; correct the list"
-        raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}); {expected}") from None
     for name in ("path", "mask"):
         expanded = pc.replace_substring_regex(table[name], "^~/", os.path.expanduser("~/"))
         table = table.set_column(table.column_names.index(name), name, expanded)
     return table, errors
 
 
-def _read_csv(path: str):
-    """Return the columns of a table whose cells are separated by commas, tabs or semicolons."""
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """Raise DataError for what libraries raise while they read a list."""
+    try:
+        yield
+    except (OSError, ValueError, csv.Error) as error:
+        expected = "expected CSV with a header, or a JSON object in every line, in UTF-8; correct the list"
+        raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}); {expected}") from None
+
+
+def _read_csv(path: str, more: Sequence[str] = ()):
+    """Return COLUMNS and `more` of a table whose cells are separated by commas, tabs or semicolons."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.csv as arrow_csv
 
     header, delimiter = _read_header(path)
     names = {name.strip().lower(): name for name in header}
-    columns = [names.get(name, name) for name in COLUMNS]
+    wanted = [*COLUMNS, *(name for name in more if name not in COLUMNS)]
+    own = {name.strip(): name for name in header}
+    columns = [names.get(name, name) if name in COLUMNS else own[name] for name in wanted]
     parse = arrow_csv.ParseOptions(
         delimiter=delimiter,
         newlines_in_values=True,
@@ -94,17 +116,22 @@ def _read_csv(path: str):
         column_types=dict.fromkeys(columns, pa.large_string()), include_columns=columns, include_missing_columns=True
     )
     table = arrow_csv.read_csv(_as_utf8(path), None, parse, convert)
-    table = pa.table([pc.utf8_trim_whitespace(column) for column in table.columns], COLUMNS)
-    filled = [pc.greater(pc.utf8_length(column.fill_null("")), 0) for column in table.columns]
+    table = pa.table([pc.utf8_trim_whitespace(column) for column in table.columns], wanted)
+    filled = [pc.greater(pc.utf8_length(table[name].fill_null("")), 0) for name in COLUMNS]
     return table.filter(pc.or_(pc.or_(*filled[:2]), filled[2]))  # spreadsheets end in rows of commas
 
 
-def _read_json(path: str) -> tuple:
-    """Return the columns of a list of JSON objects, and errors of labels, which are then null."""
+def _read_json(path: str, names: Sequence[str] = ()) -> tuple:
+    """Return the columns of a list of JSON objects, and errors of labels, which are then null.
+
+    With `names`, return these columns, of any type, instead.
+    """
     import pyarrow as pa
     import pyarrow.json as arrow_json
 
     text, errors = pa.large_string(), []
+    if names:
+        return arrow_json.read_json(_as_utf8(path), arrow_json.ReadOptions(block_size=LONGEST_LINE)), []
     for label in (pa.int64(), pa.float64(), pa.bool_(), text, None):
         schema = pa.schema({"path": text, "label": label, "mask": text} if label else {"path": text, "mask": text})
         parse = arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")

@@ -143,7 +143,8 @@ def build_mixing(random_erase: float, *, device: torch.device, **options) -> tup
         options: those of timm's Mixup; an alpha of 0 turns mixup or CutMix off.
 
     Returns:
-        Erasing, images -> images; and mixing, images, labels (B,) -> images, soft labels (B, num_classes), or None.
+        Erasing, images -> images; and mixing, images, labels (B,), or (B, num_classes) with `multi_label`, -> images,
+        soft labels (B, num_classes), or None.
     """
     from timm.data.mixup import Mixup
     from timm.data.random_erasing import RandomErasing

@@ -3,6 +3,9 @@
 Legend: B batch, C channels, H W pixels, L patches, D width, Q queries.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import nn
 
@@ -48,6 +51,8 @@ class Classifier(EncoderWithHead):
         probe: train only the head, behind a BatchNorm without parameters (appendix A.1, "Linear probing"), and
             attentive pooling. The encoder stays in evaluation mode.
         num_queries: those of attentive pooling.
+        target: "classes", "labels" or "numbers": what the outputs are. Numbers are standardized by `number_mean` and
+            `number_std` (num_classes,), which are 0 and 1 at first.
         custom_weight_init: draw the head's weight from N(0, 2e-5), for a probe from N(0, 0.01), as the official code
             does, instead of PyTorch's initialization.
     """
@@ -60,10 +65,14 @@ class Classifier(EncoderWithHead):
         pooling: str = "mean",
         probe: bool = False,
         num_queries: int = 32,
+        target: str = "classes",
         custom_weight_init: bool = True,
     ):
         super().__init__()
-        self.num_classes, self.pooling, self.probe = num_classes, pooling, probe
+        self.num_classes, self.pooling, self.probe, self.target = num_classes, pooling, probe, target
+        if target == "numbers":
+            self.register_buffer("number_mean", torch.zeros(num_classes))
+            self.register_buffer("number_std", torch.ones(num_classes))
 
         dim = encoder.embed_dim
         self.encoder = encoder
@@ -88,8 +97,15 @@ class Classifier(EncoderWithHead):
         return self
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, num_classes) of images (B, C, H, W)."""
-        return self.classify(self.encoder(images))
+        """Return the logits (B, num_classes) of images (B, C, H, W), or of their `features` (B, N, D)."""
+        return self.classify(images if images.ndim == 3 else self.encoder(images))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Return what `classify` needs of the encoder's tokens: (B, 1 + L, D), or less if the head pools less."""
+        tokens = self.encoder(images)
+        if self.pooling == "mean":
+            return torch.cat([tokens[:, :1], tokens[:, 1:].mean(dim=1, keepdim=True)], dim=1)
+        return tokens[:, :1] if self.pooling == "cls" else tokens
 
     def classify(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the logits (B, num_classes) of the encoder's tokens (B, 1 + L, D)."""
@@ -101,6 +117,22 @@ class Classifier(EncoderWithHead):
             return self.attentive_pool(tokens[:, 1:])
         pooled = tokens[:, 1:].mean(dim=1) if self.pooling == "mean" else tokens[:, 0]
         return self.fc_norm(pooled)
+
+    def set_scale(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Set the mean and standard deviation (num_classes,) of the numbers that training standardized."""
+        self.number_mean.copy_(torch.as_tensor(mean))
+        self.number_std.copy_(torch.as_tensor(std))
+
+    @property
+    def scale(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return mean and standard deviation of the numbers, as `set_scale` takes them; None for other targets."""
+        return (self.number_mean.cpu().numpy(), self.number_std.cpu().numpy()) if self.target == "numbers" else None
+
+    def answer(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return probabilities of classes or labels, or numbers in their own units, of logits (B, num_classes)."""
+        if self.target == "numbers":
+            return logits.float() * self.number_std + self.number_mean
+        return logits.sigmoid() if self.target == "labels" else logits.softmax(dim=1)
 
     def attention_maps(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the attention (B, Q, h, w) of attentive pooling's queries to the encoder's tokens (B, 1 + L, D)."""

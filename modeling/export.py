@@ -79,21 +79,26 @@ def export_classifier(
 ) -> None:
     """Write a folder for transformers' `AutoModelForImageClassification`, timm's `local-dir:FOLDER` and this project.
 
-    The BatchNorm of a probe is folded into the head. In transformers, mean pooling is BEiT's; images that are
-    not square use its wrapper of timm, because BEiT's positions are square. transformers' pipeline converts images to
-    RGB, so it serves models of three channels only. No library has attentive pooling: only this project loads such a
-    model, but its encoder, in `encoder/`, is for all.
+    The BatchNorm of a probe and the standardization of numbers are folded into the head. In transformers, mean pooling
+    is BEiT's; images that are not square use its wrapper of timm, because BEiT's positions are square. transformers'
+    pipeline converts images to RGB, so it serves models of three channels only. No library has attentive pooling: only
+    this project loads such a model, but its encoder, in `encoder/`, is for all.
 
     Args:
-        classes: names, in the order of the logits.
+        classes: names of classes, labels or numbers, in the order of the logits.
         crop_ratio: side of the centre crop / side of the resized image, in evaluation.
         mean, std, value_range: as in `export_encoder`.
     """
     encoder, mean_pooled = model.encoder, model.pooling == "mean"
-    state = _fold_batch_norm(model)
+    state = _fold_into_head(model)
+    names = _class_names(classes)
+    if model.target != "classes":
+        names["problem_type"] = {"labels": "multi_label_classification", "numbers": "regression"}[model.target]
+    if model.target == "numbers":
+        names["standardization"] = [model.number_mean.tolist(), model.number_std.tolist()]  # other libraries ignore it
     if model.pooling == "attentive":
         config = {"model_type": "attentive_probe", **_vit_config(encoder), "pretrained_cfg": {"crop_pct": crop_ratio}}
-        config |= _class_names(classes)
+        config |= names
         statistics = (mean, std, value_range)
         _write(folder, {"model.safetensors": state}, config, _preprocessor(encoder, crop_ratio), statistics)
         return export_encoder(encoder, Path(folder) / "encoder", mean=mean, std=std, value_range=value_range)
@@ -107,7 +112,8 @@ def export_classifier(
             theirs = _to_beit(theirs, "beit.")
             library |= {"architectures": ["BeitForImageClassification"], **BEIT}
         weights["transformers_model.safetensors"] = theirs
-        library |= {"transformers_weights": "transformers_model.safetensors"} | _class_names(classes)
+        library |= {"transformers_weights": "transformers_model.safetensors"}
+    library |= names
     pooling = "avg" if mean_pooled else "token"
     config = library | _timm_config(encoder, mean, std, crop_ratio, classes=classes, global_pool=pooling)
     _write(folder, weights, config, _preprocessor(encoder, crop_ratio), (mean, std, value_range))
@@ -213,15 +219,19 @@ def _class_names(classes: Sequence[str]) -> dict:
     }
 
 
-def _fold_batch_norm(model: Classifier) -> State:
-    """Return the parameters of `model` on the CPU, with the BatchNorm of a probe folded into the head."""
-    state = {name: value.cpu() for name, value in model.state_dict().items() if not name.startswith("head_norm.")}
+def _fold_into_head(model: Classifier) -> State:
+    """Return the parameters of `model` on the CPU, with what stands before and after its head folded into the head."""
+    apart = ("head_norm.", "number_")
+    state = {name: value.cpu() for name, value in model.state_dict().items() if not name.startswith(apart)}
+    weight, bias = state["head.weight"].double(), state["head.bias"].double()
     if model.probe:
         norm = model.head_norm
-        mean, variance = norm.running_mean.cpu().double(), norm.running_var.cpu().double()
-        weight = state["head.weight"].double() * (variance + norm.eps).rsqrt()
-        state |= {"head.weight": weight, "head.bias": state["head.bias"].double() - weight @ mean}
-    return state
+        weight = weight * (norm.running_var.cpu().double() + norm.eps).rsqrt()
+        bias = bias - weight @ norm.running_mean.cpu().double()
+    if model.target == "numbers":
+        std = model.number_std.cpu().double()
+        weight, bias = weight * std[:, None], bias * std + model.number_mean.cpu().double()
+    return state | {"head.weight": weight, "head.bias": bias}
 
 
 def export_autoencoder(

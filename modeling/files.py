@@ -45,6 +45,8 @@ class Stored(NamedTuple):
     std: list[float] | None = None
     classes: list[str] | None = None  # in the order of the head's outputs
     pooling: str | None = None  # "mean", "cls" or "attentive"; timm has others
+    problem: str | None = None  # of a classifier: "labels" or "numbers"; None for classes
+    standardization: list[list[float]] | None = None  # mean and std that a head's numbers were multiplied by in export
     layers: list[int] | None = None  # blocks, from 0, that feed a segmentation head
     crop_ratio: float | None = None  # side of the centre crop / side of the resized image, in evaluation
     resize: list[int] | None = None  # LONG and SHORT side that images fit in a segmenter's evaluation
@@ -83,6 +85,7 @@ def read_stored(path: str | Path) -> Stored:
             grid=_grid(flags.get("img_size") or flags["crop_size"], flags["patch_size"]),
             num_heads=flags["encoder_num_heads"],
             classes=run.get("classes"),
+            problem=flags.get("target"),
         )
     return Stored()
 
@@ -128,6 +131,8 @@ def _read_config(config: dict, folder: Path) -> Stored:
         std=processor.get("image_std"),
         classes=classes,
         pooling=pooling,
+        problem={"multi_label_classification": "labels", "regression": "numbers"}.get(config.get("problem_type")),
+        standardization=config.get("standardization"),
         layers=layers,
         crop_ratio=config.get("pretrained_cfg", {}).get("crop_pct"),
         **{name: config.get("evaluation", {}).get(name) for name in ("resize", "mask_offset", "void_label")},

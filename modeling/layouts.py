@@ -60,7 +60,8 @@ TRANSFORMERS_5_NAMES = [
 
 SEGMENTATION_HEADS = ("decode_head.", "auxiliary_head.")  # the same names here and in transformers
 # All that follows an encoder
-HEAD_PREFIXES = ("head.", "head_norm.", "fc_norm.", "attentive_pool.", "vit.pooler.", "fpn.", *SEGMENTATION_HEADS)
+HEAD_PREFIXES = ("head.", "head_norm.", "fc_norm.", "attentive_pool.", "number_", "vit.pooler.", "fpn.")
+HEAD_PREFIXES += SEGMENTATION_HEADS
 DECODER = ("mask_token", "decoder_")
 BLOCKS = {"encoder": "encoder.blocks.", "decoder": "decoder_blocks."}
 QUERIES = "attentive_pool.queries"  # (1, Q, D)

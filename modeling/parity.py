@@ -27,6 +27,7 @@ def differences(folder: str | Path, model: Model) -> tuple[dict[str, float], lis
     images = torch.randn(2, encoder.in_channels, *encoder.img_size, generator=generator)
     has_head = isinstance(model, Classifier | Segmenter)
     expected = model(images) if has_head else encoder(images)
+    in_units = model.answer(expected) if getattr(model, "target", None) == "numbers" else expected
     outputs, notes = {}, []  # library -> its outputs and those expected
     if isinstance(model, Segmenter):
         theirs = transformers.AutoModelForSemanticSegmentation.from_pretrained(folder)
@@ -39,9 +40,9 @@ def differences(folder: str | Path, model: Model) -> tuple[dict[str, float], lis
     else:
         name = "AutoModelForImageClassification" if has_head else "AutoModel"
         theirs = getattr(transformers, name).from_pretrained(folder)(images)
-        outputs[f"transformers {name}"] = theirs.logits if has_head else theirs.last_hidden_state, expected
+        outputs[f"transformers {name}"] = theirs.logits if has_head else theirs.last_hidden_state, in_units
         theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        outputs["timm"] = theirs(images) if has_head else theirs.forward_features(images), expected
+        outputs["timm"] = theirs(images) if has_head else theirs.forward_features(images), in_units
     outputs["this project"] = open_trained(folder, whole=False).model(images), expected
     if isinstance(model, MaskedAutoencoder):
         noise = torch.rand(2, encoder.grid[0] * encoder.grid[1], generator=generator)

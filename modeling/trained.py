@@ -4,9 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from modeling.classifier import Classifier
 from modeling.export import CROP_RATIO
 from modeling.files import Stored, WeightsError
+from modeling.layouts import State
 from modeling.mae import MaskedAutoencoder
 from modeling.upernet import Segmenter
 from modeling.vit import Grid, VisionTransformer
@@ -71,6 +74,8 @@ def open_trained(
     stored = weights.stored
     try:
         model = _build(weights, whole=whole, img_size=img_size, in_channels=in_channels)
+        if getattr(model, "target", None) == "numbers":
+            _take_out_of_head(weights.state, model.num_classes, stored)
         report = load_weights(model, weights.state, stored=stored, adapt_channels=in_channels is not None)
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             raise WeightsError("weights that are not finite; give an earlier checkpoint, before they diverged")
@@ -123,8 +128,22 @@ def _build(weights: Weights, *, whole: bool, img_size: Grid | None, in_channels:
         return MaskedAutoencoder(encoder, **options, **PAPER | known)
     if "pooling" in settings:
         kind = {name: settings[name] for name in ("pooling", "probe", "num_queries") if name in settings}
-        return Classifier(encoder, settings["num_classes"], **kind)
+        target = stored.problem if stored.problem in ("labels", "numbers") else "classes"
+        return Classifier(encoder, settings["num_classes"], target=target, **kind)
     return encoder
+
+
+def _take_out_of_head(state: State, num_classes: int, stored: Stored) -> None:
+    """Take the standardization of numbers out of the head of an exported classifier, see `export_classifier`."""
+    if "number_mean" in state:  # a checkpoint
+        return
+    mean, std = torch.tensor(stored.standardization or [[0.0] * num_classes, [1.0] * num_classes])
+    state.update(number_mean=mean, number_std=std)
+    if stored.standardization:
+        state["head.weight"], state["head.bias"] = (
+            state["head.weight"] / std[:, None],
+            (state["head.bias"] - mean) / std,
+        )
 
 
 def _assumptions(trained: Trained, stored: Stored) -> Iterator[str]:

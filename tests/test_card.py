@@ -69,6 +69,7 @@ def export(model: torch.nn.Module, folder: Path) -> ModelSummary:
     return ModelSummary(
         task=TASKS.get(type(model).__name__.lower(), "image-feature-extraction"),
         description="ViT of 32 x 2",
+        target=getattr(model, "target", None),
         has_decoder=isinstance(model, MaskedAutoencoder),
         loads_elsewhere=True,
         img_size=encoder.img_size,

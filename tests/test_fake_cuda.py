@@ -26,6 +26,7 @@ from modeling.upernet import HEADS, Segmenter
 from modeling.vit import VisionTransformer
 from training.metrics import reconstruction_metrics
 from training.neighbours import knn_vote, nearest
+from training.objectives import Classes, Labels
 from training.optimizer import adamw, parameter_groups
 
 CUDA = torch.device("cuda:0")
@@ -94,7 +95,16 @@ def pretraining():
 def classification():
     batch = ClassificationBatch(torch.empty(4, 3, 32, 32, dtype=torch.uint8), torch.empty(4, dtype=torch.long), [], [])
     mixing = build_mixing(0.25, device=CUDA, num_classes=5, **MIXING)
-    return finetune_classifier, Classifier(encoder(), 5), batch, dict(mixing=mixing, label_smoothing=0.1)
+    return finetune_classifier, Classifier(encoder(), 5), batch, dict(mixing=mixing, loss_of=Classes("abcde").loss)
+
+
+def labels():
+    batch = ClassificationBatch(torch.empty(4, 3, 32, 32, dtype=torch.uint8), torch.empty(4, 5), [], [])
+    mixing = build_mixing(0.25, device=CUDA, num_classes=5, multi_label=True, **MIXING | dict(label_smoothing=0.0))
+    objective = Labels("abcde")
+    objective.weights = torch.empty(5, device=CUDA)
+    model = Classifier(encoder(), 5, target="labels")
+    return finetune_classifier, model, batch, dict(mixing=mixing, loss_of=objective.loss)
 
 
 def segmentation():
@@ -104,7 +114,7 @@ def segmentation():
     return finetune_segmentation, model, batch, dict(weights=torch.empty(5, device=CUDA), auxiliary_weight=0.4)
 
 
-@pytest.mark.parametrize("task", [pretraining, classification, segmentation])
+@pytest.mark.parametrize("task", [pretraining, classification, labels, segmentation])
 def test_a_step_neither_waits_nor_mixes_devices(fake, task):
     script, model, batch, options = task()
     on_gpu(model).train()

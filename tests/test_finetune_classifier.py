@@ -5,10 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from conftest import (
     ROOT,
@@ -33,9 +36,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import finetune_classifier
-from data.batches import ClassificationBatch
-from data.transforms import build_mixing
+from data.batches import ClassificationBatch, ClassificationDataset, own_batches
+from data.decode import PixelFormat
+from data.features import cache_features
+from data.files import FolderSource
+from data.transforms import CentreCrop, build_mixing
 from modeling.files import read_state_dict
+from training.objectives import Classes
 
 SCRIPT = "finetune_classifier.py"
 # Everything random that a run can have, in steps of two micro-batches
@@ -244,8 +251,9 @@ def test_every_flag_of_training_reaches_what_it_is_for(image_folder, pretrained,
     """The first step is looked at instead of taken. None of the values is a default, or equal to another one."""
     code = """
 import json, sys, finetune_classifier as script
+from training import objectives
 found = {}
-training_batches, cross_entropy = script.training_batches, script.F.cross_entropy
+training_batches, cross_entropy = script.training_batches, objectives.F.cross_entropy
 def loader(dataset, *given, **options):
     augment = dataset.augment
     found.update(crop_scale=dataset.crop.scale, fast=dataset.crop.min_sides is not None)
@@ -273,7 +281,7 @@ def step(accelerator, model, optimizer, batches, normalize, **options):
     optimizer_step(accelerator, model, optimizer, batches, normalize, **options)
     print(json.dumps(found))
     raise SystemExit(0)
-script.training_batches, script.F.cross_entropy = loader, loss
+script.training_batches, objectives.F.cross_entropy = loader, loss
 optimizer_step, script.optimizer_step = script.optimizer_step, step
 script.main(sys.argv[1:])
 """
@@ -319,7 +327,8 @@ def test_labels_are_smoothed_without_mixing_too():
     expected = -(targets * model(images).log_softmax(dim=1)).sum(dim=1).mean()
     optimizer = accelerator.prepare(torch.optim.SGD(model.parameters(), lr=0.0))
     given = (accelerator, model, optimizer, iter(enumerate(batches)), lambda x: x)
-    loss, _, damaged = finetune_classifier.optimizer_step(*given, mixing=mixing, label_smoothing=0.1, max_grad_norm=0)
+    loss_of = Classes("abcde", label_smoothing=0.1).loss
+    loss, _, damaged = finetune_classifier.optimizer_step(*given, mixing=mixing, loss_of=loss_of, max_grad_norm=0)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6) and damaged == []
 
 
@@ -588,3 +597,137 @@ def test_images_without_a_label_and_classes_without_held_out_images(tmp_path):
     assert list(scores) == ["0", "1", "2"] and scores["2"] is None and None not in (scores["0"], scores["1"])
     end = run("pretrain_mae.py", *TINY, *data, "--knn_every", 1, cwd=tmp_path)
     assert "24 images" in end.stdout and "16 held out" in end.stdout and "nearest neighbours" in end.stdout
+
+
+@pytest.fixture(scope="session")
+def tables(image_folder, tmp_path_factory):
+    """Lists of the images with columns of labels and of numbers: the flags that name them."""
+    folder, rng = tmp_path_factory.mktemp("tables"), np.random.default_rng(0)
+    for split in ("train", "val"):
+        rows = ["path,red,odd,size,depth"]
+        for number, path in enumerate(sorted((image_folder / split).rglob("*.*"))):
+            red = np.asarray(Image.open(path).convert("RGB"))[..., 0].mean()
+            rows.append(f"{path},{int(red > 120)},{number % 2},{1e3 + red},{rng.normal():.3f}")
+        (folder / f"{split}.csv").write_text("\n".join(rows) + "\n")
+    return ["--path_to_data", folder / "train.csv", "--path_to_validation_data", folder / "val.csv"]
+
+
+LABELS = ["--target", "labels", "--label_columns", "red", "odd"]
+NUMBERS = ["--target", "numbers", "--label_columns", "size", "depth"]
+
+
+@pytest.mark.parametrize("target", [LABELS, NUMBERS], ids=["labels", "numbers"])
+def test_other_targets_than_classes(tables, pretrained, tmp_path, target):
+    """A run resumes exactly; two processes are as one; its model answers alike in every library and is scored again."""
+    flags = [*tables, *target, WEIGHTS, pretrained, "--per_gpu_batch_size", 8, "--num_workers", 0, "--max_steps", 8]
+    flags += ["--log_every", 1, "--learning_rate", 1e-3, "--positive_weights", "balanced"]
+    flags = flags if target is LABELS else [*flags[:-2], "--regression_loss", "huber"]
+    run(SCRIPT, *flags, "--experiment_name", "whole", cwd=tmp_path)
+    whole, part = tmp_path / "work_dir" / "whole", tmp_path / "work_dir" / "part"
+    process = start(SCRIPT, *flags, "--experiment_name", "part", "--save_checkpoint_steps", 3, cwd=tmp_path)
+    wait_for(4, part, process)
+    process.kill()
+    process.communicate()
+    run(SCRIPT, *flags, "--experiment_name", "part", "--resume_from_checkpoint", "auto", cwd=tmp_path)
+    assert_equal_runs(whole, part, 8)
+    assert flags_of(whole)["label_smoothing"] == 0
+    assert flags_of(whole)["mixup_alpha"] == (0.8 if target is LABELS else 0)
+
+    again = [*tables, WEIGHTS, whole / "model", "--eval_only", "--num_workers", 0]
+    again += [] if target is LABELS else ["--target", "numbers", "--regression_loss", "huber"]
+    run(SCRIPT, *again, "--experiment_name", "one", cwd=tmp_path)
+    run_two(SCRIPT, *again, "--experiment_name", "two", cwd=tmp_path)
+    expected = json.loads((whole / "metrics.json").read_text())
+    keys = [key for key in expected if key.startswith(("mean_", "per_"))]
+    assert len(keys) == (6 if target is LABELS else 4)
+    for name in ("one", "two"):
+        found = json.loads((tmp_path / "work_dir" / name / "metrics.json").read_text())
+        for key in keys:
+            assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-3)
+        unweighted = target is LABELS  # --positive_weights are those of training
+        assert unweighted or found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-4)
+
+    image = tables[3].read_text().splitlines()[1].partition(",")[0]
+    run("predict.py", whole, image, "--num_workers", 0, cwd=tmp_path)
+    line = json.loads((tmp_path / "predictions" / "predictions.jsonl").read_text())
+    answers = transformers.pipeline("image-classification", model=str(whole / "model"))(image)
+    theirs = {answer["label"]: answer["score"] for answer in answers}
+    ours = line.get("numbers") or {entry["label"]: entry["probability"] for entry in line["labels"]}
+    assert theirs == {name: pytest.approx(value, rel=0.02) for name, value in ours.items()}  # they resize otherwise
+    run("push_to_hub.py", whole, "--checkpoint", "best", cwd=tmp_path)
+    card = (whole / "hub" / "README.md").read_text()
+    kind, metric = ("multi-label image classifier", "roc_auc") if target is LABELS else ("regression", "r_squared")
+    assert kind in card and metric in card
+
+
+def test_targets_that_do_not_fit_are_refused(tables, image_folder, pretrained, tmp_path):
+    given = [WEIGHTS, pretrained, "--num_workers", 0]
+    mixed = [*tables, *NUMBERS, *given, "--cutmix_alpha", 1, "--positive_weights", "balanced"]
+    alone = [*tables, *given, "--label_columns", "red"]
+    folder = ["--path_to_data", image_folder, *NUMBERS, *given]
+    of_mixed, of_alone, of_folder = refusals(SCRIPT, mixed, alone, folder, cwd=tmp_path)
+    assert any("--cutmix_alpha has no meaning for --target numbers" in error for error in of_mixed)
+    assert any("--positive_weights has no meaning for --target numbers" in error for error in of_mixed)
+    assert any("--label_columns has no meaning for --target classes" in error for error in of_alone)
+    assert any("has no columns, from which --target numbers is read" in error for error in of_folder)
+
+
+@pytest.mark.parametrize("probe", [["--linear_probe"], ["--linear_probe", "--pooling", "mean"], ["--attentive_probe"]])
+def test_features_are_computed_once(image_folder, pretrained, tmp_path, probe):
+    """The log is that of a probe that encodes the same crops in every step; a killed run leaves nothing and resumes."""
+    flags = [WEIGHTS, pretrained, *probe, "--cache_features", "--optimizer", "adamw", "--learning_rate", 1e-2]
+    flags += ["--path_to_data", image_folder, "--per_gpu_batch_size", 8, "--max_steps", 12, "--log_every", 1]
+    flags += ["--save_checkpoint_steps", 3, "--num_workers", 0, "--mixed_precision", "no"]
+    run(SCRIPT, *flags, "--experiment_name", "whole", cwd=tmp_path)
+    whole, part = tmp_path / "work_dir" / "whole", tmp_path / "work_dir" / "part"
+    process = start(SCRIPT, *flags, "--experiment_name", "part", cwd=tmp_path)
+    wait_for(4, part, process)
+    process.kill()
+    process.communicate()
+    run(SCRIPT, *flags, "--experiment_name", "part", "--resume_from_checkpoint", "auto", cwd=tmp_path)
+    assert_equal_runs(whole, part, 12)
+    assert not (part / ".features").exists()
+    run(
+        SCRIPT,
+        "--path_to_data",
+        image_folder,
+        WEIGHTS,
+        whole / "model",
+        "--eval_only",
+        "--num_workers",
+        0,
+        cwd=tmp_path,
+    )
+    measured, again = metrics_of(whole), metrics_of(tmp_path / "work_dir" / "finetune_classifier")
+    assert again["top1"] == measured["top1"] and again["val_loss"] == pytest.approx(measured["val_loss"], abs=1e-5)
+    run_two(SCRIPT, *flags, "--experiment_name", "two", cwd=tmp_path)
+    both = (losses_of(whole), losses_of(tmp_path / "work_dir" / "two"))
+    assert both[0][1] == pytest.approx(both[1][1], rel=0.1)  # the BatchNorm of each process sees its own images
+
+
+def test_cached_features_of_damaged_images(image_folder, tmp_path):
+    """They are those of the next readable image, with its label, and the image is reported whenever it is drawn."""
+    images = shutil.copytree(image_folder / "train", tmp_path / "images")
+    source = FolderSource(images)
+    path = Path(source.name(2))
+    path.write_bytes(path.read_bytes()[:40])
+    options = dict(crop=CentreCrop((16, 16)), pixels=PixelFormat(3), seed=0)
+    dataset = ClassificationDataset(source, np.arange(len(source)), **options)
+    read = partial(own_batches, batch_size=8, num_workers=0, process_index=0, num_processes=1, watch=iter)
+    shared = dict(folder=tmp_path, read=read, gather=list, is_main_process=True)
+    cached = cache_features(dataset, lambda images: images.float().mean(dim=(2, 3))[:, None], (1, 3), **shared)
+    batch = cached.__getitems__([(0, 2), (5, 3), (0, 4)])
+    expected = dataset.__getitems__([(0, 3), (0, 4)])
+    assert batch.labels.tolist() == [3, 3, 4] and [index for index, _ in batch.damaged] == [2]
+    means = expected.images.float().mean(dim=(2, 3))[:, None]
+    assert torch.equal(batch.images[1:], means) and torch.equal(batch.images[0], batch.images[1])
+    assert not [*tmp_path.glob(".features")]
+
+
+def test_cached_features_have_no_augmentation(image_folder, pretrained, tmp_path):
+    flags = ["--path_to_data", image_folder, WEIGHTS, pretrained, "--cache_features", "--random_erase", 0.1]
+    (errors,) = refusals(SCRIPT, flags, cwd=tmp_path)
+    assert any(
+        "--cache_features has no augmentation, so --random_erase 0.1 does not apply" in error for error in errors
+    )
+    assert any("--cache_features needs a frozen encoder; add --linear_probe" in error for error in errors)

@@ -117,11 +117,11 @@ class Images(SimpleNamespace):
 
 def test_classes_without_images_are_named():
     train, validation = Images(labels=np.array([1, 2, 3, 1])), Images(labels=np.array([1, 2]))
-    assert describe_images("D", train, validation, classes=4)[1:] == [
+    assert describe_images("D", train, validation, targets="4 classes")[1:] == [
         "untrained  1 of 4 classes, without training images: 0",
         "unmeasured 2 of 4 classes, without held-out images: 0, 3",
     ]
     assert len(describe_images("D", train, validation)) == len(describe_images("D", train, None)) == 1
     train = Images(labels=np.array([7, 200_002]), classes=list(map(str, range(200_003))))
-    (line,) = describe_images("D", train, None, classes=200_003)[1:]
+    (line,) = describe_images("D", train, None, targets="200003 classes")[1:]
     assert line == "untrained  200001 of 200003 classes, without training images: 0, 1, 2, ..."

@@ -26,7 +26,7 @@ def test_what_trains_chooses_the_kind():
 )
 def test_the_size_chooses_the_recipe(model, name, epochs, learning_rate, layer_decay, drop_path):
     for number, kind in enumerate(KINDS):
-        found, recipe = choose_recipe(kind, SIZES[model], learning_rate=None)
+        found, recipe = choose_recipe(kind, SIZES[model], learning_rate=None, target="classes")
         assert found == f"{name} {kind}"
         assert (recipe["epochs"], recipe["drop_path"]) == (epochs[number], drop_path[number])
         assert recipe["warmup_epochs"] == (5, 10, 20)[number]
@@ -41,5 +41,6 @@ def test_a_table_of_the_larger_encoders_has_no_flag_of_its_own():
 
 
 def test_a_default_minimum_is_no_higher_than_the_peak():
-    recipes = [choose_recipe("fine-tuning", SIZES["base"], learning_rate=peak)[1] for peak in (None, 1.0, 1e-8)]
+    options = dict(kind="fine-tuning", encoder=SIZES["base"], target="classes")
+    recipes = [choose_recipe(**options, learning_rate=peak)[1] for peak in (None, 1.0, 1e-8)]
     assert [recipe["min_learning_rate"] for recipe in recipes] == [1e-6, 1e-6, 1e-8]

@@ -106,7 +106,7 @@ def lines_of(run):
 
 def test_a_run_from_its_start_to_its_end(tmp_path, capsys):
     run = begin(tmp_path)
-    run.print_plan(["model      none"], ImageFormat(3, None, None, [0.5], [0.25]), classes=2)
+    run.print_plan(["model      none"], ImageFormat(3, None, None, [0.5], [0.25]), targets="2 classes")
     go(run)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     plan = ["data", "model", "pixels", "batch", "length", "lr", "precision"]
@@ -238,7 +238,7 @@ def test_an_evaluation_trains_nothing(tmp_path, capsys):
 
 
 READERS = {"parse_args", "check_flags", "read", "check_run", "check_crops", "check_finetuning"}
-READERS |= {"check_classifier", "check_segmenter"}
+READERS |= {"check_classifier", "_check_target", "check_segmenter"}
 SCRIPTS = [ROOT / name for name in ("pretrain_mae.py", "finetune_classifier.py", "finetune_segmentation.py")]
 
 

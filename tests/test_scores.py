@@ -2,10 +2,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchmetrics.functional.classification import multiclass_accuracy
+from torchmetrics.functional import regression
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multilabel_auroc,
+    multilabel_average_precision,
+    multilabel_f1_score,
+)
 
 from training.metrics import segmentation_areas
-from training.scores import score_classification, score_segmentation
+from training.scores import score_classification, score_labels, score_numbers, score_segmentation
 
 
 def case(num_classes, count, *, seed=0):
@@ -21,7 +27,7 @@ def score(logits, labels, losses):
     best = logits.topk(min(5, logits.shape[1])).indices.tolist()
     present = labels.unique()
     of_present = present[logits[:, present].argmax(dim=1)].tolist()
-    rows = list(zip(range(len(best)), labels.tolist(), best, of_present, losses.tolist(), strict=True))
+    rows = list(zip(labels.tolist(), best, of_present, losses.tolist(), strict=True))
     return score_classification(rows, [f"class {i}" for i in range(logits.shape[1])])
 
 
@@ -52,7 +58,44 @@ def test_against_counting_and_torchmetrics(num_classes, count):
 
 def test_labels_without_a_name_are_an_error():
     with pytest.raises(ValueError, match="zip"):
-        score_classification([(0, 2, [0, 1], 0, 1.0)], ["a", "b"])
+        score_classification([(2, [0, 1], 0, 1.0)], ["a", "b"])
+
+
+def test_labels_against_torchmetrics():
+    """A label that all or no images have is left out of the means."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(2, (57, 4), generator=generator)
+    labels[:, 2], labels[:, 3] = 0, 1
+    probabilities = (torch.randn(57, 4, generator=generator) + labels).sigmoid()
+    rows = list(zip(labels.tolist(), probabilities.tolist(), [0.5] * 57, strict=True))
+    got = score_labels(rows, list("abcd"))
+    for key, theirs in (
+        ("ap", multilabel_average_precision),
+        ("auroc", multilabel_auroc),
+        ("f1", multilabel_f1_score),
+    ):
+        expected = (100 * theirs(probabilities[:, :2], labels[:, :2], 2, average="none")).tolist()
+        *known, of_none, of_all = got[f"per_label_{key}"].values()
+        assert known == pytest.approx(expected, abs=1e-4) and of_none is None and of_all is None
+        assert got[f"mean_{key}"] == pytest.approx(sum(expected) / 2, abs=1e-4)
+    assert got["val_loss"] == 0.5
+
+
+def test_numbers_against_torchmetrics():
+    """A column of one value has no R2 and is left out of the mean."""
+    rng = np.random.default_rng(0)
+    true = np.stack([rng.normal(1e6, 10, 43), rng.normal(0, 1, 43), np.full(43, 7.0)], axis=1)
+    predicted = true + rng.normal(0, [5, 2, 1], true.shape)
+    got = score_numbers(list(zip(true.tolist(), predicted.tolist(), [0.25] * 43, strict=True)), list("abc"))
+    for column, name in enumerate("abc"):
+        both = [torch.from_numpy(np.ascontiguousarray(values[:, column])) for values in (predicted, true)]
+        assert got["per_column_mae"][name] == pytest.approx(regression.mean_absolute_error(*both).item(), rel=1e-9)
+        squares = regression.mean_squared_error(*both, squared=False)
+        assert got["per_column_rmse"][name] == pytest.approx(squares.item(), rel=1e-9)
+        centred = [values - true[:, column].mean() for values in both]  # theirs sums squares of the values themselves
+        expected = None if name == "c" else pytest.approx(regression.r2_score(*centred).item(), rel=1e-6)
+        assert got["per_column_r2"][name] == expected
+    assert got["mean_r2"] == (got["per_column_r2"]["a"] + got["per_column_r2"]["b"]) / 2
 
 
 def masks(num_classes, count, *, seed=0):

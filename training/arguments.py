@@ -265,21 +265,6 @@ def add_finetuning_flags(parser: Parser, *, weights: str, betas: list[float] | N
     flag("--eval_only", action=Pair, default=False, help=help_text)
 
 
-def add_augmentation_flags(parser: Parser) -> None:
-    """Add the augmentation of a classifier's images."""
-    flag = parser.add_argument_group("augmentation").add_argument
-    help_text = "draw random crops as torchvision, or as the official linear probe, whose crops are larger"
-    styles = ("torchvision", "official")
-    flag("--crop_style", choices=styles, default=styles[0], help=f"{help_text} (default {styles[0]})")
-    flag("--random_aug_magnitude", type=integer(0, 10), help="RandAugment magnitude (0: off)")
-    flag("--random_erase", type=number(0, 1), help="probability of erasing a part of an image (0: off)")
-    flag("--mixup_alpha", type=number(), help="mixup alpha (0: off)")
-    flag("--cutmix_alpha", type=number(), help="CutMix alpha (0: off)")
-    flag("--mixup_probability", type=number(0, 1), default=1.0, help="share of mixed micro-batches (default 1)")
-    flag("--mixup_switch", type=number(0, 1), default=0.5, help="share of CutMix if both are on (default 0.5)")
-    flag("--label_smoothing", type=number(0, 0.99), help="label smoothing (0: off)")
-
-
 def add_segmenter_flags(parser: Parser, *, heads: Iterable[str]) -> None:
     """Add the head of a segmenter, its loss, and how it is evaluated; `heads` are the names that --head takes."""
     flag = parser.add_argument_group("segmenter").add_argument
@@ -417,34 +402,4 @@ def check_segmenter(args: argparse.Namespace, head_class) -> list[str]:
         errors += [f"{as_flags(wrong)} does not go with {cause}; leave it out"] if wrong else []
         defaults |= fixed
     vars(args).update({name: value for name, value in defaults.items() if vars(args)[name] is None})
-    return errors
-
-
-def check_classifier(args: argparse.Namespace, *, usual_optimizer: str) -> list[str]:
-    """Return error messages for what trains and how; `usual_optimizer` is the one with a default learning rate."""
-    errors = []
-    if args.optimizer not in (None, usual_optimizer) and args.learning_rate is None:
-        errors.append(
-            f"--optimizer {args.optimizer} has no default learning rate here; give --learning_rate, or use "
-            f"{usual_optimizer}"
-        )
-    modes = {"linear_probe": args.linear_probe, "attentive_probe": args.attentive_probe}
-    modes["trainable_blocks"] = args.trainable_blocks is not None
-    modes = [f"--{name}" for name, given in modes.items() if given]
-    if len(modes) > 1:
-        errors.append(f"{' and '.join(modes)} contradict each other; give one of them")
-    elif args.linear_probe or args.attentive_probe:
-        none = {"mixup_alpha": 0, "cutmix_alpha": 0, "drop_path": 0, "layer_decay": 1}
-        values = {name: getattr(args, name) for name in none}
-        given = [f"--{name} {value:g}" for name, value in values.items() if value not in (None, none[name])]
-        if args.attentive_probe and args.pooling:
-            given.append(f"--pooling {args.pooling}")
-        if given:
-            errors.append(
-                f"{modes[0]} trains a head on frozen features, to which {', '.join(given)} does not apply; leave it out"
-            )
-    if args.num_queries and not args.attentive_probe:
-        errors.append(f"--num_queries {args.num_queries} has no effect without --attentive_probe; leave it out")
-    if args.trainable_blocks is not None and args.trainable_blocks % 1 and args.trainable_blocks != 0.5:
-        errors.append(f"--trainable_blocks {args.trainable_blocks:g} is not valid; expected 0.5 or a whole number")
     return errors

@@ -24,6 +24,10 @@ INITIAL_WEIGHTS = ("init_from", "path_to_pretrained_mae_weights", "path_to_backb
 METRICS = {  # key of metrics.json -> the Hub's type, label
     "top1": ("accuracy", "top-1 accuracy (%)"),
     "top5": ("top_5_accuracy", "top-5 accuracy (%)"),
+    "mean_ap": ("mean_average_precision", "mean average precision of the labels (%)"),
+    "mean_auroc": ("roc_auc", "mean AUROC of the labels (%)"),
+    "mean_f1": ("f1", "mean F1 of the labels at a probability of 0.5 (%)"),
+    "mean_r2": ("r_squared", "mean coefficient of determination (R2)"),
     "mean_iou": ("mean_iou", "mean IoU (%)"),
     "mean_accuracy": ("mean_accuracy", "mean class accuracy (%)"),
     "overall_accuracy": ("overall_accuracy", "pixel accuracy (%)"),
@@ -92,6 +96,7 @@ class ModelSummary(NamedTuple):
 
     task: str  # on the Hub: "image-feature-extraction", "image-classification" or "image-segmentation"
     description: str  # its sizes, in one line
+    target: str | None  # of a classifier: "classes", "labels" or "numbers"
     has_decoder: bool  # the folder has pretraining/
     loads_elsewhere: bool  # in transformers or timm, as a whole
     img_size: tuple[int, int]  # height and width in pixels

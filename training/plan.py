@@ -185,20 +185,20 @@ def plan_length(
     return LengthPlan(steps_per_epoch, total_steps, warmup)
 
 
-def describe_images(path_to_data: str, train, validation, *, classes: int | None = None, views: int = 1) -> list[str]:
+def describe_images(path_to_data: str, train, validation, *, targets: str = "", views: int = 1) -> list[str]:
     """Return the plan's lines about the data.
 
     Args:
-        classes: their number; None where labels do not matter.
+        targets: "10 classes", "5 labels" or the like; "" where they do not matter.
         views: the crops of each image that is read.
     """
-    images = f"{len(train)} images" + (f" of {classes} classes" if classes else "")
+    images = f"{len(train)} images" + (f" {'of' if 'classes' in targets else 'with'} {targets}" if targets else "")
     repeated = f", {views} views of each" if views > 1 else ""
     validated = f"{len(validation)} held out" if validation else "none held out: validated on training images"
     lines = [f"data       {path_to_data}: {images} (about {in_bytes(train.size_in_bytes())}){repeated}, {validated}"]
     lines += [note for source in (train, validation) for note in getattr(source, "notes", ())]
     for word, source, kind in (("untrained ", train, "training"), ("unmeasured", validation, "held-out")):
-        if classes and getattr(source, "labels", None) is not None:
+        if "classes" in targets and getattr(source, "labels", None) is not None:
             present = {source.classes[label] for label in {*source.labels.tolist()}}
             absent = [name for name in train.classes if name not in present]
             names = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")

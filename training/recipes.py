@@ -31,6 +31,7 @@ LARGER = {  # what differs for larger encoders
     "ViT-L from scratch": dict(epochs=200, drop_path=0.2),
     "ViT-H from scratch": dict(epochs=200, drop_path=0.2),
 }
+UNFIT = {"classes": (), "labels": ("label_smoothing",), "numbers": ("label_smoothing", "mixup_alpha", "cutmix_alpha")}
 NAMES = {(1024, 24): "ViT-L", (1280, 32): "ViT-H"}  # width and depth; all other encoders take ViT-B's recipe
 
 
@@ -41,16 +42,30 @@ def choose_kind(weights: str | None, *, linear_probe: bool, attentive_probe: boo
     return "linear probe" if linear_probe else "fine-tuning" if weights else "from scratch"
 
 
-def choose_recipe(kind: str, encoder: dict, *, learning_rate: float | None) -> tuple[str, dict]:
+def choose_recipe(kind: str, encoder: dict, *, learning_rate: float | None, target: str) -> tuple[str, dict]:
     """Return the name of the recipe for an encoder, and its flags.
 
     Args:
         kind: a key in RECIPES.
         encoder: its sizes, `embed_dim` and `depth` among them.
         learning_rate: the flag, which a default minimum does not exceed.
+        target: the flag, see UNFIT.
     """
     name = f"{NAMES.get((encoder['embed_dim'], encoder['depth']), 'ViT-B')} {kind}"
     recipe = {**RECIPES[kind], **LARGER.get(name, {})}
     if learning_rate is not None:
         recipe["min_learning_rate"] = min(recipe["min_learning_rate"], learning_rate)
-    return name, recipe
+    return name, {**recipe, **dict.fromkeys(UNFIT[target], 0.0)}
+
+
+def describe_recipe(name: str, flags: dict) -> tuple[str, str]:
+    """Return the recipe and its augmentation in words, given its name and the resolved flags."""
+    blocks = flags["trainable_blocks"]
+    name += "" if blocks is None else f" of the last {blocks:g} blocks, norm and head"
+    summary = f"{name}: {flags['optimizer']}, weight decay {flags['weight_decay']:g}, layer decay "
+    summary += f"{flags['layer_decay']:g}, drop path {flags['drop_path']:g}"
+    summary += f", weights averaged by {flags['ema_decay']:g}" if flags["ema_decay"] else ""
+    augmentation = f"RandAugment {flags['random_aug_magnitude']}, erasing {flags['random_erase']:g}, mixup "
+    augmentation += f"{flags['mixup_alpha']:g}, CutMix {flags['cutmix_alpha']:g}, smoothing "
+    augmentation += f"{flags['label_smoothing']:g}"
+    return summary, "each encoded once, as its centre crop" if flags["cache_features"] else augmentation

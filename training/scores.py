@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 import numpy as np
+import torch
 
 
 def score_classification(rows: list[tuple], classes: Sequence[str]) -> dict:
@@ -12,11 +13,11 @@ def score_classification(rows: list[tuple], classes: Sequence[str]) -> dict:
     If some classes have no image, also `subset_top1`: the accuracy of the best one among those that have.
 
     Args:
-        rows: index of the image, its label, class numbers with the best first (at least 5, or all classes), the best
-            one among the classes that have images, its loss.
+        rows: label of the image, class numbers with the best first (at least 5, or all classes), the best one among the
+            classes that have images, loss.
         classes: names.
     """
-    _, labels, rankings, best_present, losses = zip(*rows, strict=True)
+    labels, rankings, best_present, losses = zip(*rows, strict=True)
     labels = np.asarray(labels)
     hits = np.asarray(rankings) == labels[:, None]  # (images, class numbers of a row)
     images = np.bincount(labels, minlength=len(classes))
@@ -30,6 +31,63 @@ def score_classification(rows: list[tuple], classes: Sequence[str]) -> dict:
         "per_class_accuracy": {
             name: 100 * int(r) / int(n) if n else None for name, r, n in zip(classes, right, images, strict=True)
         },
+    }
+
+
+def score_labels(rows: list[tuple], names: Sequence[str]) -> dict:
+    """Return `val_loss` and, in percent, average precision, AUROC, and F1 at a probability of 0.5.
+
+    `mean_ap`, `mean_auroc` and `mean_f1` are averaged over the labels that some images have and some have not;
+    `per_label_ap`, `per_label_auroc` and `per_label_f1` are None for the others. Without any, the means are NaN.
+
+    Args:
+        rows: labels of the image (T,), 0 and 1, their probabilities (T,), loss.
+        names: those of the labels.
+    """
+    from torchmetrics.functional import classification
+
+    labels, probabilities, losses = zip(*rows, strict=True)
+    labels, probabilities = torch.tensor(labels), torch.tensor(probabilities, dtype=torch.float64)
+    mixed = (labels.amax(dim=0) > labels.amin(dim=0)).tolist()
+    metrics = {
+        "ap": classification.binary_average_precision,
+        "auroc": classification.binary_auroc,
+        "f1": classification.binary_f1_score,
+    }
+    scores = {"val_loss": fmean(losses)}
+    for key, metric in metrics.items():
+        values = {
+            name: 100 * metric(probabilities[:, i], labels[:, i]).item() if mixed[i] else None
+            for i, name in enumerate(names)
+        }
+        known = [value for value in values.values() if value is not None]
+        scores |= {f"mean_{key}": fmean(known) if known else float("nan"), f"per_label_{key}": values}
+    return scores
+
+
+def score_numbers(rows: list[tuple], names: Sequence[str]) -> dict:
+    """Return `val_loss`, and the errors of every column in its own units.
+
+    `per_column_mae` and `per_column_rmse` are the mean absolute and the root of the mean squared error,
+    `per_column_r2` the coefficient of determination, None for a column of one value; `mean_r2` is the mean of the
+    others, NaN without any.
+
+    Args:
+        rows: true values of the image (T,), predicted values (T,), loss.
+        names: those of the columns.
+    """
+    true, predicted, losses = zip(*rows, strict=True)
+    true = np.array(true)
+    errors, spread = np.array(predicted) - true, true - true.mean(axis=0)
+    squares, total = (errors**2).sum(axis=0), (spread**2).sum(axis=0)
+    r2 = [1 - square / own if own > 0 else None for square, own in zip(squares.tolist(), total.tolist(), strict=True)]
+    known = [value for value in r2 if value is not None]
+    return {
+        "val_loss": fmean(losses),
+        "mean_r2": fmean(known) if known else float("nan"),
+        "per_column_mae": dict(zip(names, np.abs(errors).mean(axis=0).tolist(), strict=True)),
+        "per_column_rmse": dict(zip(names, np.sqrt(squares / len(true)).tolist(), strict=True)),
+        "per_column_r2": dict(zip(names, r2, strict=True)),
     }
 
 
