@@ -41,7 +41,7 @@ from training.files import replace_folder
 from training.launch import InputError, check, put_back, run_script
 from training.metrics import reconstruction_metrics
 from training.neighbours import own_features, score_features
-from training.optimizer import adamw, clip_gradients, parameter_groups, set_learning_rate
+from training.optimizer import adamw, check_muon, clip_gradients, muon, parameter_groups, set_learning_rate
 from training.pictures import reconstruction_grid
 from training.resolve import (
     ENCODER_FLAGS,
@@ -72,6 +72,8 @@ def parse_args(argv=None):
     arguments.add_length_flags(parser, epochs=EPOCHS, warmup=WARMUP_EPOCHS)
     arguments.add_batch_flags(parser)
     arguments.add_optimizer_flags(parser, base_learning_rate=1.5e-4, weight_decay=0.05)
+    flag = parser.add_argument_group("optimizer of pre-training").add_argument
+    flag("--optimizer", choices=("adamw", "muon"), default="adamw", help="Muon: for matrices of blocks (default adamw)")
     arguments.add_speed_flags(parser)
     arguments.add_logging_flags(parser)
     arguments.add_saving_flags(parser, interval=10)
@@ -121,7 +123,7 @@ def check_flags(args):
             f"--mask_ratio {args.mask_ratio:g} keeps {num_kept} of {num_patches} patches; expected a ratio that keeps "
             "and removes at least one"
         )
-    return errors + size_errors
+    return errors + size_errors + check_muon(args.optimizer)
 
 
 def check_views(views, micro_batch_size):
@@ -140,9 +142,10 @@ def build_model(encoder, decoder, *, drop_path, custom_weight_init):
     return MaskedAutoencoder(encoder, **decoder, custom_weight_init=custom_weight_init)
 
 
-def build_optimizer(model, weight_decay, **decay):
-    """Build AdamW as in the paper (table 8); `decay` says whether biases and norms decay too."""
-    return adamw(parameter_groups(model, weight_decay, **decay), betas=(0.9, 0.95))
+def build_optimizer(model, name, weight_decay, **decay):
+    """Build AdamW as in the paper (table 8), or Muon; `decay` says whether biases and norms decay too."""
+    groups, betas = parameter_groups(model, weight_decay, **decay), (0.9, 0.95)
+    return muon(groups, model, betas=betas) if name == "muon" else adamw(groups, betas=betas)
 
 
 def optimizer_step(accelerator, model, optimizer, batches, normalize, *, max_grad_norm):
@@ -335,7 +338,7 @@ def main(argv=None):
 
     # Optimizer
     decay = dict(bias_weight_decay=args.bias_weight_decay, norm_weight_decay=args.norm_weight_decay)
-    optimizer = build_optimizer(model, args.weight_decay, **decay)
+    optimizer = build_optimizer(model, args.optimizer, args.weight_decay, **decay)
     if args.micro_batch_size == "auto":
         try_step = partial(empty_step, run.accelerator, normalize=normalize, pixels=pixels)
         run.fit_micro_batch(try_step, model, optimizer)

@@ -1,3 +1,4 @@
+import copy
 import io
 from functools import partial
 
@@ -7,10 +8,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+import pretrain_mae
 from modeling.classifier import Classifier
 from modeling.mae import MaskedAutoencoder
 from modeling.vit import SIZES, VisionTransformer
-from training.optimizer import adamw, clip_gradients, lars, parameter_groups, set_learning_rate
+from training.optimizer import adamw, check_muon, clip_gradients, lars, muon, parameter_groups, set_learning_rate
 
 # 0.65 to the power 13 - i, for layer i of ViT-B: 0 the embeddings, 1 to 12 the blocks, 13 the head
 SCALES = [
@@ -151,3 +153,117 @@ def test_gradients_are_clipped_or_left_as_they_are():
         torch.testing.assert_close(clip_gradients(accelerator, model, max_norm), norm)
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
             torch.testing.assert_close(parameter.grad, factor * gradient)
+
+
+def orthogonalized(matrix):
+    """Return five Newton-Schulz steps from a matrix, by the post of Jordan et al., in bfloat16 as there."""
+    x = matrix.bfloat16()
+    x = x.T if len(x) > len(x.T) else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        product = x @ x.T
+        x = 3.4445 * x + (-4.7750 * product + 2.0315 * product @ product) @ x
+    return (x.T if len(matrix) > len(matrix.T) else x).float()
+
+
+def muon_of_the_post(weight, gradients, *, rate, decay, parts):
+    """Return the weight after a step for each gradient, with the learning rates of Liu et al. 2025, equation 4."""
+    momentum = torch.zeros_like(weight)
+    for gradient in gradients:
+        momentum = 0.95 * momentum + 0.05 * gradient
+        updates = [orthogonalized(part) for part in (0.05 * gradient + 0.95 * momentum).chunk(parts)]
+        scale = 0.2 * max(updates[0].shape) ** 0.5
+        weight = weight - rate * (scale * torch.cat(updates) + decay * weight)
+    return weight
+
+
+def small_mae():
+    torch.manual_seed(0)
+    encoder = VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2)
+    return MaskedAutoencoder(encoder, decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2)
+
+
+def test_muon_takes_the_matrices_of_the_blocks():
+    model = base_mae()
+    optimizer = muon(parameter_groups(model, 0.05), model, betas=(0.9, 0.95))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parts = {names[id(p)]: group["muon_parts"] for group in optimizer.param_groups for p in group["params"]}
+    blocks = [f"encoder.blocks.{i}" for i in range(12)] + [f"decoder_blocks.{i}" for i in range(8)]
+    expected = {f"{block}.attn.qkv.weight": 3 for block in blocks}
+    expected |= {f"{block}.{name}.weight": 1 for block in blocks for name in ("attn.proj", "mlp.fc1", "mlp.fc2")}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert parts == dict.fromkeys(trained, 0) | expected
+    decays = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name for name in trained if decays[name] == 0.05} == {n for n in trained if model.get_parameter(n).ndim > 1}
+
+
+def test_steps_of_muon_against_newton_schulz_and_of_adamw():
+    model = small_mae()
+    groups = parameter_groups(model, 0.3)
+    optimizer = muon(groups, model, betas=(0.9, 0.95))
+    set_learning_rate(optimizer, 0.01)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    rest = [name for name in before if "blocks." not in name or before[name].ndim == 1]
+    reference = copy.deepcopy(model)
+    adam = adamw(parameter_groups(reference, 0.3), betas=(0.9, 0.95))
+    set_learning_rate(adam, 0.01)
+    gradients = {name: [torch.randn_like(value) for _ in range(3)] for name, value in before.items()}
+    for i in range(3):
+        for one in (model, reference):
+            for name, parameter in one.named_parameters():
+                parameter.grad = gradients[name][i].clone() if parameter.requires_grad else None
+        optimizer.step()
+        adam.step()
+    after = dict(model.named_parameters())
+    for name, value in before.items():
+        if name in rest:
+            assert torch.equal(after[name], reference.get_parameter(name)), name
+            continue
+        parts = 3 if "qkv" in name else 1
+        expected = muon_of_the_post(value, gradients[name], rate=0.01, decay=0.3, parts=parts)
+        torch.testing.assert_close(after[name].detach(), expected, rtol=0, atol=1e-3)  # bfloat16's rounding
+        other = muon_of_the_post(
+            value, gradients[name], rate=0.01, decay=0.3, parts=4 - parts if len(value) == 24 else 2
+        )
+        assert (expected - other).abs().max() > 3e-3 and (expected - value).abs().max() > 0.01, name
+
+
+def test_muon_survives_copies_accelerate_and_a_checkpoint():
+    model, file = small_mae(), io.BytesIO()
+    accelerator = Accelerator(cpu=True)
+    optimizer = accelerator.prepare(muon(parameter_groups(model, 0.05), model, betas=(0.9, 0.95)))
+    noise, batches = torch.rand(5, 4), torch.rand(4, 5, 3, 8, 8)
+
+    def take_step(model, optimizer, images):
+        model(images, noise, loss_only=True).backward()
+        set_learning_rate(optimizer, 0.01)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    take_step(model, optimizer, batches[0])
+    torch.save([model.state_dict(), optimizer.state_dict()], file)
+    plain = copy.deepcopy((model, optimizer.optimizer))  # as trials of a micro-batch do
+    loaded = small_mae()
+    resumed = accelerator.prepare(muon(parameter_groups(loaded, 0.05), loaded, betas=(0.9, 0.95)))
+    take_step(loaded, resumed, batches[3])
+    file.seek(0)
+    weights, state = torch.load(file, weights_only=True)
+    loaded.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    for images in batches[1:3]:
+        for pair in ((model, optimizer), plain, (loaded, resumed)):
+            take_step(*pair, images)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, plain[0].get_parameter(name)), name
+        assert torch.equal(parameter, loaded.get_parameter(name)), name
+    assert not torch.equal(model.decoder_pred.weight, weights["decoder_pred.weight"])
+
+
+def test_muon_is_refused_by_an_older_torch(monkeypatch):
+    assert check_muon("muon") == []
+    monkeypatch.delattr(torch.optim, "Muon")
+    monkeypatch.setattr(torch, "__version__", "2.8.0")
+    assert check_muon("adamw") == []
+    expected = "--optimizer muon needs torch 2.9, this is torch 2.8.0; upgrade it, or leave the flag out"
+    assert check_muon("muon") == [expected]
+    assert pretrain_mae.parse_args(["--path_to_data", "x", "--optimizer", "muon"])[1] == [expected]

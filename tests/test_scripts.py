@@ -468,6 +468,26 @@ def test_repeated_augmentation_is_the_same_on_one_process_and_two(image_folder, 
     assert "--repeated_augmentation 2 does not divide" in run(SCRIPT, *flags, cwd=tmp_path, code=2).stderr
 
 
+def test_muon_resumes_exactly_and_is_the_same_on_one_process_and_two(image_folder, tmp_path):
+    flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 12, "--optimizer", "muon", "--validate_every", 2]
+    folder = tmp_path / "work_dir"
+    run(SCRIPT, *flags, "--experiment_name", "one", cwd=tmp_path)
+    killed = [*flags, "--experiment_name", "killed", "--save_checkpoint_steps", 2]
+    process = start(SCRIPT, *killed, cwd=tmp_path)
+    wait_for(5, folder / "killed", process)
+    process.kill()
+    process.communicate()
+    assert not (folder / "killed" / "metrics.json").exists()
+    resume = [*killed, "--resume_from_checkpoint", "auto"]
+    refused = run(SCRIPT, *resume, "--optimizer", "adamw", cwd=tmp_path, code=2).stderr
+    assert "--optimizer adamw differs from the run to resume, which has muon" in refused
+    assert "resuming from" in run(SCRIPT, *resume, cwd=tmp_path).stdout
+    assert_equal_runs(folder / "one", folder / "killed", 12)
+    flags[flags.index("--per_gpu_batch_size") + 1] = "4"
+    run_two(SCRIPT, *flags, "--experiment_name", "two", cwd=tmp_path)
+    assert losses_of(folder / "one") == pytest.approx(losses_of(folder / "two"), rel=1e-4)
+
+
 def test_init_from_every_layout(undisturbed, flags, tmp_path):
     """A run's folder, its checkpoint, its encoder alone, other sizes and channels; and what does not fit."""
     flags = [*flags, "--max_steps", 1, "--validate_every", 0, "--init_from"]

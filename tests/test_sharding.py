@@ -58,7 +58,7 @@ encoder = {name: getattr(args, f"encoder_{name}") for name in ("embed_dim", "dep
 encoder |= dict(img_size=tuple(args.img_size), patch_size=args.patch_size)
 decoder = {name: getattr(args, name) for name in vars(args) if name.startswith("decoder_")}
 model = pretrain_mae.build_model(encoder, decoder, drop_path=0.0, custom_weight_init=True)
-optimizer = pretrain_mae.build_optimizer(model, args.weight_decay)
+optimizer = pretrain_mae.build_optimizer(model, args.optimizer, args.weight_decay)
 model, optimizer, plain_model = wrap(accelerator, model, optimizer)
 load_training(checkpoint, accelerator, model, optimizer)
 folder.checkpoints.mkdir(exist_ok=True)
@@ -247,8 +247,10 @@ def test_what_does_not_work_is_refused(flags, tmp_path):
         return [line for line in said.splitlines() if line.startswith("error: ")]
 
     variables = dict(FSDP_OFFLOAD_PARAMS="true", FSDP_ACTIVATION_CHECKPOINTING="false")
-    (said,) = run_sharded(PRETRAIN, *flags, "--compile", cwd=tmp_path, code=2, processes=1, **variables)
-    offload, compiled = refused(said)
+    bad = ["--compile", "--optimizer", "muon"]
+    (said,) = run_sharded(PRETRAIN, *flags, *bad, cwd=tmp_path, code=2, processes=1, **variables)
+    offload, compiled, optimizer = refused(said)
+    assert optimizer == "error: --optimizer muon does not work with FSDP2; leave it out, or run without FSDP"
     assert "fsdp_offload_params does not work" in offload and "--compile does not work with FSDP2" in compiled
     first = dict(FSDP_VERSION="1", FSDP_SYNC_MODULE_STATES="false")
     (said,) = run_sharded(PRETRAIN, *flags, cwd=tmp_path, code=2, processes=1, **first)

@@ -1,4 +1,4 @@
-"""AdamW, LARS and their parameter groups."""
+"""AdamW, LARS, Muon and their parameter groups."""
 
 import torch
 from torch import nn
@@ -7,6 +7,7 @@ from torch.nn.utils import get_total_norm
 from training.sharding import whole
 
 DECAY_FLAGS = ("weight_decay", "bias_weight_decay", "norm_weight_decay", "layer_decay")
+MUON_PARTS = {"qkv": 3, "kv": 2}  # matrices in the weight of a layer, by its name; 1 in others
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
@@ -66,6 +67,70 @@ def lars(groups: list[dict]) -> torch.optim.Optimizer:
             new = {"params": own, "weight_decay": decay, "lr_scale": group["lr_scale"], "always_adapt": adapted}
             split += [new] if own else []
     return Lars(split, lr=0.0, momentum=0.9, trust_coeff=0.001)
+
+
+def check_muon(optimizer: str) -> list[str]:
+    """Return an error message if --optimizer is muon and torch has none."""
+    if optimizer != "muon" or hasattr(torch.optim, "Muon"):
+        return []
+    return [f"--optimizer muon needs torch 2.9, this is torch {torch.__version__}; upgrade it, or leave the flag out"]
+
+
+def muon(groups: list[dict], model: nn.Module, *, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """Return Muon for the weights of the Linear layers in a model's blocks, and AdamW for all other parameters."""
+    parts = {
+        module.weight: MUON_PARTS.get(name.rpartition(".")[2], 1)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "blocks." in name
+    }
+    split = []
+    for group in groups:
+        for number in (0, *sorted(set(parts.values()))):
+            own = [parameter for parameter in group["params"] if parts.get(parameter, 0) == number]
+            split += [group | {"params": own, "muon_parts": number}] if own else []
+    return MuonWithAdamW(split, betas=betas)
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) and AdamW as one optimizer.
+
+    Groups whose `muon_parts` is 0 take steps of AdamW. The other weights take steps of Muon, each as that many matrices
+    of equal height: queries, keys and values are orthogonalized separately, as Jordan et al. recommend. Steps of Muon
+    are scaled to the root mean square of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2),
+    so that one learning rate and weight decay suit both.
+    """
+
+    def __init__(self, groups: list[dict], *, betas: tuple[float, float]):
+        super().__init__(groups, {"lr": 0.0})
+        self.adamw = adamw([group for group in self.param_groups if not group["muon_parts"]], betas=betas)
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "adamw": self.adamw}  # for copies
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Take a step; `closure` is not supported."""
+        self.adamw.state = self.state  # loading a checkpoint replaces state and groups
+        self.adamw.param_groups = [group for group in self.param_groups if not group["muon_parts"]]
+        self.adamw.step()
+        for group in self.param_groups:
+            if group["muon_parts"]:
+                self._step_matrices(group)
+
+    def _step_matrices(self, group: dict) -> None:
+        state = {}
+        for weight in group["params"]:
+            if weight not in self.state:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+            tensors = weight, weight.grad, self.state[weight]["momentum_buffer"]
+            views = (tensor.detach().chunk(group["muon_parts"]) for tensor in tensors)
+            for matrix, gradient, buffer in zip(*views, strict=True):
+                matrix.grad = gradient
+                state[matrix] = {"momentum_buffer": buffer}
+        options = dict(lr=group["lr"], weight_decay=group["weight_decay"], adjust_lr_fn="match_rms_adamw")
+        optimizer = torch.optim.Muon(list(state), **options)  # a new one, as views do not follow weights to a device
+        optimizer.state.update(state)
+        optimizer.step()
 
 
 def clip_gradients(accelerator, model: nn.Module, max_norm: float) -> torch.Tensor:

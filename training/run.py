@@ -70,7 +70,7 @@ class Run:
         self.loading = dict(num_workers=flags.num_workers, pin_memory=pin_memory)  # the options of `training_batches`
         trains = not getattr(flags, "eval_only", False)
         automatic = trains and flags.micro_batch_size == "auto"
-        options = dict(compiled=flags.compile, auto_micro_batch=automatic)
+        options = dict(compiled=flags.compile, auto_micro_batch=automatic, optimizer=getattr(flags, "optimizer", None))
         checkpointing, problems = configure_sharding(self.accelerator, **options)
         self.gradient_checkpointing = flags.gradient_checkpointing or checkpointing
         self.errors += problems + (check_device(self.device) if automatic else [])

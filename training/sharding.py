@@ -18,12 +18,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def configure_sharding(accelerator, *, compiled: bool, auto_micro_batch: bool) -> tuple[bool, list[str]]:
+def configure_sharding(
+    accelerator, *, compiled: bool, auto_micro_batch: bool, optimizer: str | None = None
+) -> tuple[bool, list[str]]:
     """Make FSDP2, if Accelerate runs it, compute what DDP would.
 
     Args:
         compiled: --compile.
         auto_micro_batch: --micro_batch_size auto.
+        optimizer: --optimizer.
 
     Returns:
         Whether it is configured to checkpoint activations, and error messages, one per problem. Accelerate's
@@ -52,6 +55,7 @@ def configure_sharding(accelerator, *, compiled: bool, auto_micro_batch: bool) -
         "--compile": compiled,
         "--mixed_precision fp16": accelerator.mixed_precision == "fp16",
         "--micro_batch_size auto": auto_micro_batch,  # which tries steps that are not sharded
+        "--optimizer muon": optimizer == "muon",  # which needs whole matrices
     }
     return checkpointing, [
         f"{name} does not work with FSDP2; leave it out, or run without FSDP" for name, on in options.items() if on
