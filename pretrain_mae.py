@@ -98,8 +98,8 @@ def parse_args(argv=None):
 
     flag = parser.add_argument_group("validation").add_argument
     flag("--validate_every", type=integer(0), default=10, help="epochs between validations (0: at the end only)")
-    help_text = "epochs between measures of the features: RankMe and, with labels, k-NN (0: none, default 0)"
-    flag("--knn_every", type=integer(0), default=0, help=help_text)
+    flag("--knn_every", type=number(), default=0, help="epochs, or 0.5, between RankMe and k-NN (0: none, default 0)")
+    flag("--knn_images", type=integer(1), metavar="N", help="training, and held-out, images for these (default all)")
     flag("--num_preview_images", type=integer(0), default=8, help="rows of the pictures (default 8)")
     arguments.add_preview_flag(flag)
     args, errors = parser.read(argv)
@@ -248,15 +248,16 @@ def features_of(accelerator, model, images, normalize):
     return tokens[:, 1:].float().mean(dim=1)
 
 
-def measure_features(run, model, datasets, normalize, *, read):
+def measure_features(run, model, datasets, normalize, *, read, most):
     """Log RankMe of the encoder's features and, with labels, the accuracies of k-NN and of a linear classifier.
 
     Args:
         datasets: those of training and of validation images; without labels, of training images alone.
+        most: images of each at most, evenly spread; None for all.
     """
     model.eval()
     embed = partial(features_of, run.accelerator, model, normalize=normalize)
-    options = dict(width=model.encoder.embed_dim, read=read)
+    options = dict(width=model.encoder.embed_dim, read=read, most=most)
     classes = datasets[0].source.classes if len(datasets) > 1 else []
     labels = [labels_in(dataset.source, classes) if classes else None for dataset in datasets]
     features = [own_features(run, embed, *pair, **options) for pair in zip(datasets, labels, strict=True)]
@@ -368,12 +369,12 @@ def main(argv=None):
         if run.is_due(step, args.validate_every * steps_per_epoch, "val_loss"):
             with run.paused():
                 evaluate(run, run.plain_model(), validation_data, indices, normalize, **evaluation)
-        if args.knn_every and run.is_due(step, args.knn_every * steps_per_epoch, "rankme"):
+        if args.knn_every and run.is_due(step, max(1, round(args.knn_every * steps_per_epoch)), "rankme"):
             with run.paused():
                 crop = CentreCrop(size, CROP_RATIO)  # that of encoder/preprocessor_config.json
                 sources = map(keep_labelled, run.sources) if has_labels else run.sources[:1]
                 data = [PretrainingDataset(source, crop=crop, seed=0, **masks) for source in sources]
-                measure_features(run, run.plain_model(), data, normalize, read=read)
+                measure_features(run, run.plain_model(), data, normalize, read=read, most=args.knn_images)
         if step == run.plan.length.total_steps:
             break
         set_learning_rate(optimizer, lr_at(step))

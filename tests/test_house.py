@@ -13,6 +13,7 @@ from conftest import ROOT
 
 import benchmarks.data
 import benchmarks.evaluation
+import benchmarks.quality
 import benchmarks.scaling
 import benchmarks.step
 import finetune_classifier
@@ -33,6 +34,7 @@ SCRIPTS = {
     "push_to_hub.py": push_to_hub,
     "benchmarks/data.py": benchmarks.data,
     "benchmarks/evaluation.py": benchmarks.evaluation,
+    "benchmarks/quality.py": benchmarks.quality,
     "benchmarks/scaling.py": benchmarks.scaling,
     "benchmarks/step.py": benchmarks.step,
 }

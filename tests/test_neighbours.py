@@ -96,3 +96,19 @@ def test_damaged_images_have_no_features():
     run = SimpleNamespace(process_index=1, num_processes=2, device=torch.device("cpu"))
     values, labels = own_features(run, lambda x: 2 * x, range(7), np.arange(7) % 4, width=3, read=read)
     assert values.tolist() == [[6.0, 6.0, 6.0]] and labels.tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"), [(None, range(7)), (7, range(7)), (4, [0, 2, 4, 6]), (2, [0, 4]), (9, range(7))]
+)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_at_most_so_many_features_evenly_spread(most, expected, labelled):
+    def read(dataset, indices):
+        images = torch.tensor([[float(index)] for index in indices])
+        yield SimpleNamespace(images=images, damaged=[])
+
+    run = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
+    given = np.arange(7) % 4 if labelled else None
+    values, labels = own_features(run, lambda x: x, range(7), given, width=1, read=read, most=most)
+    assert values.flatten().tolist() == [*expected]
+    assert labels.tolist() == [i % 4 if labelled else 0 for i in expected]

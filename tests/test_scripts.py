@@ -390,6 +390,14 @@ def test_neighbours_are_asked_without_disturbing_the_run(undisturbed, flags, tmp
     assert again["val_loss"] == pytest.approx(metrics["val_loss"], rel=1e-6)
 
 
+def test_features_of_few_images_are_measured_between_epochs(flags, tmp_path):
+    """Five steps an epoch: 0.4 of one are two steps."""
+    run(SCRIPT, *flags, "--max_steps", 5, "--knn_every", 0.4, "--knn_images", 10, cwd=tmp_path)
+    lines = [line for line in log_of(tmp_path / "work_dir" / "pretrain_mae") if "knn_top1" in line]
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    assert all(line["linear_top1"] * 6 % 100 == pytest.approx(0, abs=1e-6) for line in lines)  # of 11 images, six
+
+
 def test_the_rank_of_features_needs_no_labels(tmp_path):
     alone = write_images(tmp_path / "alone", 8)  # classes, but no held-out images
     said = run(SCRIPT, *TINY, "--path_to_data", alone, "--knn_every", 1, "--max_steps", 1, cwd=tmp_path).stdout

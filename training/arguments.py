@@ -20,7 +20,7 @@ FREE_FLAGS = {
     *("experiment_name", "working_directory", "path_to_data", "resume_from_checkpoint", "num_workers", "pin_memory"),
     *("path_to_validation_data", "data_format", "drop_unlabelled", "cache_dir", "on_damaged", "preview_channels"),
     *("wandb_run_name", "log_wandb", "report_to", "log_every", "validate_every", "knn_every", "num_preview_images"),
-    *("evaluate_every", "compile", "deterministic", "gradient_checkpointing", "dry_run"),
+    *("knn_images", "evaluate_every", "compile", "deterministic", "gradient_checkpointing", "dry_run"),
     *("save_checkpoint_interval", "save_checkpoint_steps", "keep_checkpoints"),
     *("push_to_hub", "hub_model_id", "hub_every", "hub_private"),
     *("per_gpu_batch_size", "micro_batch_size", "gradient_accumulation_steps", "time_limit"),

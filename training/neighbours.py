@@ -13,7 +13,7 @@ NUM_UNLABELLED = 25_600  # images whose features RankMe needs (Garrido et al. 20
 
 
 def own_features(
-    run, embed: Callable, dataset, labels: np.ndarray | None, *, width: int, read: Callable
+    run, embed: Callable, dataset, labels: np.ndarray | None, *, width: int, read: Callable, most: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return features and classes of this process's share of a dataset, damaged images left out: (N, D), (N,).
 
@@ -23,10 +23,12 @@ def own_features(
             class 0.
         width: D.
         read: returns the batches of a dataset's indices.
+        most: number of images at most, evenly spread over the dataset; None for all.
     """
-    indices = np.arange(len(dataset))
+    most = most or len(dataset)
     if labels is None:
-        indices, labels = indices[:: -(-len(indices) // NUM_UNLABELLED)], np.zeros(len(indices), np.int64)
+        most, labels = min(most, NUM_UNLABELLED), np.zeros(len(dataset), np.int64)
+    indices = np.arange(0, len(dataset), -(-len(dataset) // most))
     own = indices[run.process_index :: run.num_processes]
     features, damaged = [torch.empty(0, width, device=run.device)], set()
     for batch in read(dataset, indices):
