@@ -20,7 +20,7 @@ import re
 import shlex
 import signal
 import sys
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, stdev
 from subprocess import DEVNULL, Popen
@@ -35,6 +35,7 @@ from training.arguments import Parser, integer, number
 from training.files import write_json
 from training.launch import RunError, cores_per_process, fail, run_script
 from training.progress import BAR
+from training.wording import several
 
 ROOT = Path(__file__).parent.parent
 METRICS = {"linear_top1": "linear top-1 (%)", "knn_top1": "k-NN top-1 (%)", "rankme": "RankMe"}
@@ -77,7 +78,7 @@ def read_words(text: str) -> list[str]:
 def read_recipe(text: str) -> tuple[str, list[str]]:
     """Read NAME=FLAGS, the name of a folder and flags: an argparse type."""
     name, sign, flags = text.partition("=")
-    if not sign or not re.fullmatch(r"\w[\w.+-]*", name):
+    if not sign or not re.fullmatch(r"\w[\w+-]*", name):
         raise argparse.ArgumentTypeError(f'{text!r} is not valid; expected a name and flags, NAME="FLAGS"')
     return name, read_words(flags)
 
@@ -284,6 +285,21 @@ def draw(path: Path, results: dict[str, dict], title: str) -> None:
     figure.savefig(path, format="png")
 
 
+def report(out: Path, results: dict[str, dict], context: dict) -> None:
+    """Print the table, and write quality.json, quality.md and quality.png; `context` is what the JSON holds besides."""
+    baseline = next(iter(results))
+    target = results[baseline]["curve"][-1]["linear_top1"][0]
+    for result in results.values():
+        result["seconds_to_baseline"] = seconds_to_reach(result["curve"], target)
+    settings, count = context["settings"], len(context["seeds"])
+    title = f"{settings['path_to_data']}, {settings['seconds']:g} s of training, {several(count, 'seed')}"
+    text = f"{title}; {context['machine']}\n\n{table(results, target)}"
+    write_json(out / "quality.json", context | dict(baseline=baseline, recipes=results))
+    (out / "quality.md").write_text(text)
+    draw(out / "quality.png", results, title)
+    print(f"\n{text}")
+
+
 def main(argv=None):
     """Run the benchmark; see the module's docstring."""
     args, errors = parse_args(argv)
@@ -309,31 +325,26 @@ def main(argv=None):
     for name in recipes:
         print(f"{name:20} {known[name]['step_seconds']:.3g} s a step, {known[name]['steps']} steps")
 
-    # Runs
-    options, probe_flags = dict(points=args.points), [*data, "--max_steps", args.probe_steps, *args.probe]
-    runs, probes = {}, {}
-    for seed, name in product(args.seeds, recipes):
-        runs[f"{name}/pretrain_{seed}"] = pretrain(out / name, flags[name], known[name], seed=seed, **options)
-        probes[f"{name}/probe_{seed}"] = probe(out / name, probe_flags, seed=seed)
-    for title, commands in (("pre-training", runs), ("probes", probes if args.probe_steps else {})):
-        left = [(words, out / f"{run}.log") for run, words in commands.items() if not is_finished(out / run)]
-        run_all(left, parallel=args.parallel, title=title)
-
-    # Results
-    results = {
-        name: summarize(known[name], [read_run(out / name, seed, known[name], **options) for seed in args.seeds])
-        for name in recipes
-    }
-    baseline = next(iter(results))
-    target = results[baseline]["curve"][-1]["linear_top1"][0]
-    for result in results.values():
-        result["seconds_to_baseline"] = seconds_to_reach(result["curve"], target)
-    title = f"{args.path_to_data}, {args.seconds:g} s of training, mean of {len(args.seeds)} seeds"
-    text = table(results, target)
-    write_json(out / "quality.json", dict(machine=machine, settings=settings, baseline=baseline, recipes=results))
-    (out / "quality.md").write_text(f"{title}; {machine}\n\n{text}")
-    draw(out / "quality.png", results, title)
-    print(f"\n{text}\nfinished: {out / 'quality.md'}, {out / 'quality.json'}, {out / 'quality.png'}")
+    # Runs, and results of the seeds so far
+    probe_flags = [*data, "--max_steps", args.probe_steps, *args.probe]
+    for count, seed in enumerate(args.seeds, 1):
+        runs, probes = {}, {}
+        for name in recipes:
+            options = dict(seed=seed, points=args.points)
+            runs[f"{name}/pretrain_{seed}"] = pretrain(out / name, flags[name], known[name], **options)
+            probes[f"{name}/probe_{seed}"] = probe(out / name, probe_flags, seed=seed)
+        for title, commands in (("pre-training", runs), ("probes", probes if args.probe_steps else {})):
+            left = [(words, out / f"{run}.log") for run, words in commands.items() if not is_finished(out / run)]
+            run_all(left, parallel=args.parallel, title=f"{title}, seed {seed}")
+        seeds = args.seeds[:count]
+        results = {
+            name: summarize(
+                known[name], [read_run(out / name, seed, known[name], points=args.points) for seed in seeds]
+            )
+            for name in recipes
+        }
+        report(out, results, dict(machine=machine, settings=settings, seeds=seeds))
+    print(f"finished: {out / 'quality.md'}, {out / 'quality.json'}, {out / 'quality.png'}")
 
 
 if __name__ == "__main__":

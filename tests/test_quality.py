@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, Start, log_of, losses_of, metrics_of, run_cold, weights_of
+from conftest import ROOT, Start, log_of, losses_of, metrics_of, run_code, weights_of
 from PIL import Image
 
 from benchmarks import quality
@@ -114,8 +114,10 @@ def test_finished_runs_are_not_run_again_and_recipes_may_be_added(compared, imag
     before, started = json.loads((out / "quality.json").read_text()), []
     popen = quality.Popen
     monkeypatch.setattr(quality, "Popen", lambda words, **options: started.append(words) or popen(words, **options))
-    flags = ["--path_to_data", str(image_folder), *FLAGS, "--out", str(out)]
+    flags, reported, report = ["--path_to_data", str(image_folder), *FLAGS, "--out", str(out)], [], quality.report
+    monkeypatch.setattr(quality, "report", lambda *given: reported.append(given[2]["seeds"]) or report(*given))
     quality.main(flags)
+    assert reported == [[0], [0, 3]]  # after each seed
     assert not started and json.loads((out / "quality.json").read_text()) == before
     quality.main([*flags, "--recipe", "half=--mask_ratio 0.5", "--seeds", "0"])
     assert len(started) == 2 and all("again/half" in " ".join(words) for words in started)
@@ -132,21 +134,21 @@ def test_an_interrupted_comparison_goes_on_exactly(compared, image_folder, quick
         if sum((run / "log.jsonl").exists() and len(losses_of(run)) > 5 for run in out.glob("*/pretrain_0")) == 2:
             raise KeyboardInterrupt
 
-    flags = ["--path_to_data", str(image_folder), *FLAGS, "--out", str(out)]
+    flags = ["--path_to_data", str(image_folder), *FLAGS, "--seeds", "0", "--out", str(out)]
     monkeypatch.setattr(quality, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
         quality.main(flags)
     monkeypatch.setattr(quality, "sleep", time.sleep)
-    assert not list(out.glob("*/pretrain_3")) and len(list(out.glob("*/pretrain_0/checkpoints/step_*"))) == 2
+    assert not (out / "quality.json").exists() and len(list(out.glob("*/pretrain_0/checkpoints/step_*"))) == 2
     quality.main(flags)
-    curves = [json.loads((place / "quality.json").read_text())["recipes"] for place in (compared, out)]
+    results = [json.loads((place / "quality.json").read_text())["recipes"] for place in (compared, out)]
     for name, steps in (("baseline", 40), ("grid", 20)):
         one, other = (place / name / "pretrain_0" for place in (compared, out))
         assert losses_of(one) == losses_of(other)
         weights, others = (weights_of(run, steps) for run in (one, other))
         assert all((weights[key] == others[key]).all() for key in weights)
-        assert curves[0][name]["curve"] == curves[1][name]["curve"]
-        assert curves[0][name]["attentive_top1"] == curves[1][name]["attentive_top1"]
+        one, other = (result[name]["runs"][0] for result in results)
+        assert one["curve"] == other["curve"] and one["attentive_top1"] == other["attentive_top1"]
 
 
 def test_sigterm_ends_the_runs_too(image_folder, tmp_path):
@@ -156,7 +158,7 @@ def test_sigterm_ends_the_runs_too(image_folder, tmp_path):
     code += "    if list(quality.Path('work_dir').rglob('log.jsonl')): os.kill(os.getpid(), signal.SIGTERM)\n"
     code += "quality.sleep = end\nrun_script(lambda: quality.main(sys.argv[1:]), remedy='the same command')"
     flags = ["--path_to_data", image_folder, f"--common={COMMON}", "--recipe", "a=", "--seeds", 0]
-    ended = run_cold("-c", code, *flags, cwd=tmp_path, code=130).stderr
+    ended = run_code(code, *flags, cwd=tmp_path, code=130).stderr
     assert ended.strip().endswith("error: interrupted; the same command")
     assert len(list(tmp_path.rglob("checkpoints/step_*"))) == 1
     assert "stopped by SIGTERM" in (tmp_path / "work_dir/quality/a/pretrain_0.log").read_text()
@@ -247,6 +249,7 @@ def test_data_without_labels_and_stopped_runs_have_no_curves(compared, tmp_path)
         ("--recipe a=", "--path_to_data"),
         ("--path_to_data x --recipe a", "--recipe: 'a' is not valid; expected a name and flags"),
         ("--path_to_data x --recipe a/b=", "--recipe: 'a/b=' is not valid"),
+        ("--path_to_data x --recipe quality.md=", "--recipe: 'quality.md=' is not valid"),
         ("--path_to_data x --recipe a= --recipe a=", "--recipe has a name twice (a a)"),
         ("--path_to_data x --recipe a='", "No closing quotation"),
         ("--path_to_data x --seconds 0", "--seconds"),
