@@ -73,7 +73,7 @@ def parse_args(argv=None):
     arguments.add_batch_flags(parser)
     arguments.add_optimizer_flags(parser, base_learning_rate=1.5e-4, weight_decay=0.05)
     flag = parser.add_argument_group("optimizer of pre-training").add_argument
-    flag("--optimizer", choices=("adamw", "muon"), default="adamw", help="Muon: for matrices of blocks (default adamw)")
+    flag("--optimizer", choices=("adamw", "muon"), default="adamw", help="AdamW, or Muon for blocks (default adamw)")
     arguments.add_speed_flags(parser)
     arguments.add_logging_flags(parser)
     arguments.add_saving_flags(parser, interval=10)
@@ -98,7 +98,7 @@ def parse_args(argv=None):
 
     flag = parser.add_argument_group("validation").add_argument
     flag("--validate_every", type=integer(0), default=10, help="epochs between validations (0: at the end only)")
-    flag("--knn_every", type=number(), default=0, help="epochs, or 0.5, between RankMe and k-NN (0: none, default 0)")
+    flag("--knn_every", type=number(), default=0, help="epochs between RankMe and k-NN, or 0.5 (0: none, default 0)")
     flag("--knn_images", type=integer(1), metavar="N", help="training, and held-out, images for these (default all)")
     flag("--num_preview_images", type=integer(0), default=8, help="rows of the pictures (default 8)")
     arguments.add_preview_flag(flag)

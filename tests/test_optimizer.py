@@ -197,6 +197,16 @@ def test_muon_takes_the_matrices_of_the_blocks():
     assert {name for name in trained if decays[name] == 0.05} == {n for n in trained if model.get_parameter(n).ndim > 1}
 
 
+def test_muon_splits_keys_from_values_and_leaves_what_is_no_block():
+    model = nn.ModuleDict({"embed": nn.Linear(6, 4), "blocks": nn.ModuleList([nn.ModuleDict()])})
+    model["blocks"][0].update({"q": nn.Linear(4, 4), "kv": nn.Linear(6, 8), "norm": nn.LayerNorm(4)})
+    model.no_weight_decay = set
+    groups = muon(parameter_groups(model, 0.05), model, betas=(0.9, 0.95)).param_groups
+    parts = {id(p): group["muon_parts"] for group in groups for p in group["params"]}
+    taken = {name: parts[id(p)] for name, p in model.named_parameters() if parts[id(p)]}
+    assert taken == {"blocks.0.q.weight": 1, "blocks.0.kv.weight": 2} and len(parts) == 8
+
+
 def test_steps_of_muon_against_newton_schulz_and_of_adamw():
     model = small_mae()
     groups = parameter_groups(model, 0.3)
