@@ -251,6 +251,7 @@ def table(results: dict[str, dict], target: float) -> str:
     rows = [header, ["---"] * len(header)]
     for name, result in results.items():
         last, reached = result["curve"][-1], result["seconds_to_baseline"]
+        form = "{:.2f} ± {:.2f}" if len(result["runs"]) > 1 else "{:.2f}"
         values = [*(last[metric] for metric in METRICS), result["attentive_top1"]]
         bound = "at most " if reached == result["curve"][0]["seconds"] else ""
         row = [
@@ -259,7 +260,7 @@ def table(results: dict[str, dict], target: float) -> str:
             f"{result['step_seconds']:.3g}",
             str(last["step"]),
         ]
-        row += ["-" if value is None else "{:.2f} ± {:.2f}".format(*value) for value in (result["trained"], *values)]
+        row += ["-" if value is None else form.format(*value) for value in (result["trained"], *values)]
         rows.append([*row, "not reached" if reached is None else f"{bound}{reached:.0f}"])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 

@@ -124,6 +124,7 @@ def test_finished_runs_are_not_run_again_and_recipes_may_be_added(compared, imag
     after = json.loads((out / "quality.json").read_text())["recipes"]
     assert after.keys() == {"baseline", "grid", "half"}
     assert after["grid"]["runs"] == before["recipes"]["grid"]["runs"][:1]
+    assert "±" not in (out / "quality.md").read_text()  # of one seed
 
 
 def test_an_interrupted_comparison_goes_on_exactly(compared, image_folder, quick, monkeypatch, capsys):
