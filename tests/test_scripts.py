@@ -370,6 +370,26 @@ def test_a_dry_run_says_what_will_happen_and_writes_nothing(image_folder, undist
     assert "--mask_ratio 1 keeps 0" in refused and os.listdir(fresh) == []
 
 
+def test_muon_resumes_exactly_and_is_the_same_on_one_process_and_two(image_folder, tmp_path):
+    flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 12, "--optimizer", "muon", "--validate_every", 2]
+    folder = tmp_path / "work_dir"
+    run(SCRIPT, *flags, "--experiment_name", "one", cwd=tmp_path)
+    killed = [*flags, "--experiment_name", "killed", "--save_checkpoint_steps", 2]
+    process = start(SCRIPT, *killed, cwd=tmp_path)
+    wait_for(5, folder / "killed", process)
+    process.kill()
+    process.communicate()
+    assert not (folder / "killed" / "metrics.json").exists()
+    resume = [*killed, "--resume_from_checkpoint", "auto"]
+    refused = run(SCRIPT, *resume, "--optimizer", "adamw", cwd=tmp_path, code=2).stderr
+    assert "--optimizer adamw differs from the run to resume, which has muon" in refused
+    assert "resuming from" in run(SCRIPT, *resume, cwd=tmp_path).stdout
+    assert_equal_runs(folder / "one", folder / "killed", 12)
+    flags[flags.index("--per_gpu_batch_size") + 1] = "4"
+    run_two(SCRIPT, *flags, "--experiment_name", "two", cwd=tmp_path)
+    assert losses_of(folder / "one") == pytest.approx(losses_of(folder / "two"), rel=1e-4)
+
+
 def test_neighbours_are_asked_without_disturbing_the_run(undisturbed, flags, tmp_path):
     flags = [*flags, "--gradient_accumulation_steps", 2, "--save_checkpoint_steps", 4]
     run(SCRIPT, *flags, "--knn_every", 1, "--report_to", "tensorboard", cwd=tmp_path)
@@ -475,26 +495,6 @@ def test_repeated_augmentation_is_the_same_on_one_process_and_two(image_folder, 
     assert log_of(one)[9]["epoch"] == 1  # 40 images, twice each, in batches of 8
     flags += ["--micro_batch_size", 1]
     assert "--repeated_augmentation 2 does not divide" in run(SCRIPT, *flags, cwd=tmp_path, code=2).stderr
-
-
-def test_muon_resumes_exactly_and_is_the_same_on_one_process_and_two(image_folder, tmp_path):
-    flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 12, "--optimizer", "muon", "--validate_every", 2]
-    folder = tmp_path / "work_dir"
-    run(SCRIPT, *flags, "--experiment_name", "one", cwd=tmp_path)
-    killed = [*flags, "--experiment_name", "killed", "--save_checkpoint_steps", 2]
-    process = start(SCRIPT, *killed, cwd=tmp_path)
-    wait_for(5, folder / "killed", process)
-    process.kill()
-    process.communicate()
-    assert not (folder / "killed" / "metrics.json").exists()
-    resume = [*killed, "--resume_from_checkpoint", "auto"]
-    refused = run(SCRIPT, *resume, "--optimizer", "adamw", cwd=tmp_path, code=2).stderr
-    assert "--optimizer adamw differs from the run to resume, which has muon" in refused
-    assert "resuming from" in run(SCRIPT, *resume, cwd=tmp_path).stdout
-    assert_equal_runs(folder / "one", folder / "killed", 12)
-    flags[flags.index("--per_gpu_batch_size") + 1] = "4"
-    run_two(SCRIPT, *flags, "--experiment_name", "two", cwd=tmp_path)
-    assert losses_of(folder / "one") == pytest.approx(losses_of(folder / "two"), rel=1e-4)
 
 
 def test_init_from_every_layout(undisturbed, flags, tmp_path):
