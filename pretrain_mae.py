@@ -29,13 +29,14 @@ from data.sampling import StepSampler
 from data.sources import check_labels, describe_data, keep_labelled, labels_in, open_sources
 from data.statistics import read_statistics
 from data.transforms import CROP_RATIO, CentreCrop, RandomCrop, empty_images
+from modeling.decoder import Decoder
 from modeling.export import export_autoencoder, export_encoder
 from modeling.files import WeightsError
 from modeling.mae import MaskedAutoencoder
 from modeling.vit import SIZES, VisionTransformer
 from modeling.weights import open_weights, start_from
-from training import arguments
-from training.arguments import Pair, integer, number
+from training import arguments, pretraining
+from training.arguments import integer
 from training.checkpoint import check_outside
 from training.files import replace_folder
 from training.launch import InputError, check, put_back, run_script
@@ -43,6 +44,7 @@ from training.metrics import reconstruction_metrics
 from training.neighbours import own_features, score_features
 from training.optimizer import adamw, check_muon, clip_gradients, muon, parameter_groups, set_learning_rate
 from training.pictures import reconstruction_grid
+from training.pretraining import DECODER_FLAGS
 from training.resolve import (
     ENCODER_FLAGS,
     ImageFormat,
@@ -58,10 +60,6 @@ from training.schedule import learning_rate_at
 from training.wording import several
 
 WARMUP_EPOCHS, EPOCHS = 40, 800
-MODEL_FLAGS = (
-    *("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "decoder_mlp_ratio"),
-    *("mask_ratio", "norm_pix_loss"),
-)
 
 
 def parse_args(argv=None):
@@ -82,19 +80,8 @@ def parse_args(argv=None):
     arguments.add_crop_flags(parser, crop_scale=(0.2, 1.0))
     arguments.add_encoder_flags(parser, sizes=SIZES)
 
-    flag = parser.add_argument_group("views and masks").add_argument
-    flag("--repeated_augmentation", type=integer(1), default=1, metavar="K", help="views of each image (default 1)")
-    flag("--mask_ratio", type=number(0, 1), default=0.75, help="share of patches to remove (default 0.75)")
-    flag("--mask_strategy", choices=MASK_STRATEGIES, default="random", help="how patches are chosen (default random)")
-
-    flag = parser.add_argument_group("decoder and target").add_argument
-    flag("--decoder_embed_dim", type=integer(1), default=512, help="width (default 512)")
-    flag("--decoder_depth", type=integer(1), default=8, help="number of blocks (default 8)")
-    flag("--decoder_num_heads", type=integer(1), default=16, help="attention heads (default 16)")
-    flag("--decoder_mlp_ratio", type=number(0.1), default=4.0, help="hidden width of the MLPs / width (default 4)")
-    flag("--init_from", metavar="PATH", help="weights to start from: of this project, the official MAE, transformers")
-    flag("--norm_pix_loss", action=Pair, default=True, help="predict pixels normalized per patch, not plain (on)")
-    flag("--adapt_channels", action=Pair, default=False, help="convert --init_from to --input_channels (off)")
+    pretraining.add_mask_flags(parser, strategies=MASK_STRATEGIES)
+    pretraining.add_decoder_flags(parser)
 
     flag = parser.add_argument_group("validation").add_argument
     flag("--validate_every", type=integer(0), default=10, help="epochs between validations (0: at the end only)")
@@ -110,36 +97,18 @@ def parse_args(argv=None):
 def check_flags(args):
     """Return error messages for the flags of this script, and fill in the encoder sizes that --model implies."""
     errors = arguments.check_run(args) + arguments.check_crops(args) + check_preview(args.preview_channels)
-    if args.adapt_channels and not args.init_from:
-        errors.append("--adapt_channels converts the weights of --init_from, which is missing; give both or none")
-    errors += check_width("decoder", args.decoder_embed_dim, args.decoder_num_heads)
+    errors += pretraining.check_decoder(args)
     vars(args).update(encoder_flags(encoder_sizes(vars(args), SIZES[args.model])))
     errors += check_width("encoder", args.encoder_embed_dim, args.encoder_num_heads)
     size_errors = check_size("img_size", args.img_size, args.patch_size)
-    num_patches = math.prod(side // args.patch_size for side in args.img_size)
-    num_kept = int(num_patches * (1 - args.mask_ratio))
-    if not size_errors and not 0 < num_kept < num_patches:
-        errors.append(
-            f"--mask_ratio {args.mask_ratio:g} keeps {num_kept} of {num_patches} patches; expected a ratio that keeps "
-            "and removes at least one"
-        )
-    return errors + size_errors + check_muon(args.optimizer)
+    return errors + check_muon(args.optimizer) + (size_errors or pretraining.check_masks(args))
 
 
-def check_views(views, micro_batch_size):
-    """Return an error message if --repeated_augmentation does not divide the micro-batch."""
-    if micro_batch_size % views == 0:
-        return []
-    return [
-        f"--repeated_augmentation {views} does not divide the micro-batch of {micro_batch_size} images; give a batch "
-        "and micro-batch that are multiples of it"
-    ]
-
-
-def build_model(encoder, decoder, *, drop_path, custom_weight_init):
-    """Build the masked autoencoder from the arguments of VisionTransformer and MaskedAutoencoder."""
+def build_model(encoder, decoder, *, drop_path, custom_weight_init, **options):
+    """Build the masked autoencoder from the arguments of VisionTransformer, Decoder and MaskedAutoencoder."""
     encoder = VisionTransformer(**encoder, custom_weight_init=custom_weight_init).add_extras(drop_path=drop_path)
-    return MaskedAutoencoder(encoder, **decoder, custom_weight_init=custom_weight_init)
+    decoder = Decoder(encoder, **decoder, custom_weight_init=custom_weight_init)
+    return MaskedAutoencoder(encoder, decoder, **options)
 
 
 def build_optimizer(model, name, weight_decay, **decay):
@@ -280,12 +249,12 @@ def spread(count, total):
 
 def describe_model(model, mask_strategy):
     """Return the plan's lines about model and images."""
-    encoder, decoder_dim = model.encoder, model.decoder_embed.out_features
+    encoder, decoder = model.encoder, model.decoder
     parameters, in_encoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, encoder))
     height, width = encoder.img_size
     target = "pixels normalized per patch" if model.norm_pix_loss else "plain pixels"
     return [
-        f"model      {encoder.embed_dim} x {len(encoder.blocks)} encoder, {decoder_dim} x {len(model.decoder_blocks)} "
+        f"model      {encoder.embed_dim} x {len(encoder.blocks)} encoder, {decoder.embed_dim} x {decoder.depth} "
         f"decoder: {parameters:.3g} M parameters ({in_encoder:.3g} M encoder), "
         f"{model.training_flops() / 1e9:.3g} GFLOP per image and step",
         f"images     {height} x {width}, {several(encoder.in_channels, 'channel')}, {math.prod(encoder.grid)} patches "
@@ -314,14 +283,15 @@ def main(argv=None):
         if args.knn_every and has_labels:
             check_labels(args.path_to_data, train_source, validation_source)
     with run.refusing(InputError):
-        views, check_batch = args.repeated_augmentation, partial(check_views, args.repeated_augmentation)
+        views, check_batch = args.repeated_augmentation, partial(pretraining.check_views, args.repeated_augmentation)
         run.plan_steps(len(train_source) * views, check_batch, recipe_epochs=(WARMUP_EPOCHS, EPOCHS))
     with run.refusing(InputError, WeightsError, flag="--init_from"):
         torch.manual_seed(args.seed)
         encoder_args = {name: getattr(args, flag) for name, flag in ENCODER_FLAGS.items()}
         encoder_args |= dict(img_size=tuple(args.img_size), in_channels=pixels.channels)
-        decoder_args = {name: getattr(args, name) for name in MODEL_FLAGS}
+        decoder_args = {name: getattr(args, flag) for name, flag in DECODER_FLAGS.items()}
         options = dict(drop_path=args.drop_path, custom_weight_init=args.custom_weight_init)
+        options |= dict(mask_ratio=args.mask_ratio, norm_pix_loss=args.norm_pix_loss)
         model = build_model(encoder_args, decoder_args, **options)
         model.encoder.gradient_checkpointing = run.gradient_checkpointing
         if args.init_from and not run.checkpoint:

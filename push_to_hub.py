@@ -117,7 +117,7 @@ def describe_model(trained):
     words = f"ViT {encoder.embed_dim} wide, {encoder.depth} deep, {encoder.num_heads} heads"
     words += f", {encoder.patch_size}-pixel patches"
     if isinstance(model, MaskedAutoencoder):
-        words += f", decoder {model.decoder_embed.out_features} wide, {len(model.decoder_blocks)} deep"
+        words += f", decoder {model.decoder.embed_dim} wide, {model.decoder.depth} deep"
     elif isinstance(model, Classifier):
         pooled = {"cls": "the class token", "mean": "the mean patch token", "attentive": "attentive pooling"}
         words += f", head for {model.num_classes} {model.target} on {pooled[model.pooling]}"

@@ -28,30 +28,30 @@ class OfficialManner(nn.Module):
         super().__init__()
         self.num_kept, self.norm_pix_loss = model.num_kept, model.norm_pix_loss
         self.encoder = timm_encoder(model.encoder, num_classes=0)
-        width, num_heads = model.mask_token.shape[-1], model.decoder_blocks[0].attn.num_heads
         # An encoder of the decoder's size, for its blocks
-        decoder = timm.models.VisionTransformer(embed_dim=width, depth=len(model.decoder_blocks), num_heads=num_heads)
-        self.decoder_embed = nn.Linear(model.encoder.embed_dim, width)
+        sizes = {name: getattr(model.decoder, name) for name in ("embed_dim", "depth", "num_heads")}
+        self.decoder = timm.models.VisionTransformer(num_classes=0, **sizes)
+        del self.decoder.patch_embed, self.decoder.cls_token
+        self.decoder.embed = nn.Linear(model.encoder.embed_dim, model.decoder.embed_dim)
         self.mask_token = nn.Parameter(torch.zeros_like(model.mask_token))
-        self.decoder_pos_embed = nn.Parameter(torch.zeros_like(model.decoder_pos_embed), requires_grad=False)
-        self.decoder_blocks, self.decoder_norm = decoder.blocks, decoder.norm
-        self.decoder_pred = nn.Linear(width, model.decoder_pred.out_features)
+        self.decoder.pos_embed = nn.Parameter(torch.zeros_like(model.decoder.pos_embed), requires_grad=False)
+        self.decoder.pred = nn.Linear(model.decoder.embed_dim, model.decoder.pred.out_features)
         self.load_state_dict(model.state_dict())
         self.encoder.pos_embed.requires_grad_(False)
-        for block in (*self.encoder.blocks, *self.decoder_blocks):
+        for block in (*self.encoder.blocks, *self.decoder.blocks):
             block.attn.fused_attn = False
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        encoder = self.encoder
+        encoder, decoder = self.encoder, self.decoder
         order = noise.argsort(dim=1)
         restore = order.argsort(dim=1)
         x = take(encoder.patch_embed(images) + encoder.pos_embed[:, 1:], order[:, : self.num_kept])
         cls_token = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(x), -1, -1)
-        x = self.decoder_embed(encoder.norm(encoder.blocks(torch.cat([cls_token, x], dim=1))))
+        x = decoder.embed(encoder.norm(encoder.blocks(torch.cat([cls_token, x], dim=1))))
         masks = self.mask_token.expand(len(x), noise.shape[1] - self.num_kept, -1)
         tokens = take(torch.cat([x[:, 1:], masks.to(x.dtype)], dim=1), restore)
-        x = self.decoder_blocks(torch.cat([x[:, :1], tokens], dim=1) + self.decoder_pos_embed)
-        prediction = self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        x = decoder.blocks(torch.cat([x[:, :1], tokens], dim=1) + decoder.pos_embed)
+        prediction = decoder.pred(decoder.norm(x))[:, 1:]
         target = patchify(images, encoder.patch_embed.patch_size[0])
         if self.norm_pix_loss:
             target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()

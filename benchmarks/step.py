@@ -33,6 +33,7 @@ from benchmarks.official import OfficialManner, timm_encoder
 from data.batches import Normalization
 from data.transforms import empty_images
 from modeling.classifier import Classifier
+from modeling.decoder import Decoder
 from modeling.export import export_autoencoder
 from modeling.mae import MaskedAutoencoder
 from modeling.vit import SIZES, VisionTransformer
@@ -95,7 +96,7 @@ def new_model(task: str, size: dict) -> nn.Module:
     """Return our model of a task; `size` are arguments of the encoder."""
     encoder = VisionTransformer(**size)
     if task == "mae":
-        return MaskedAutoencoder(encoder)
+        return MaskedAutoencoder(encoder, Decoder(encoder))
     if task == "encoder":
         return encoder
     model = Classifier(encoder, NUM_CLASSES)

@@ -38,7 +38,7 @@ def to_transformers(state: State) -> State:
 
 def to_official(state: State) -> State:
     """Rename the parameters of a MaskedAutoencoder or Classifier to those of the official MAE, or timm."""
-    return {name.removeprefix("encoder."): value for name, value in state.items()}
+    return {re.sub(r"^decoder\.", "decoder_", name.removeprefix("encoder.")): t for name, t in state.items()}
 
 
 def export_encoder(
@@ -238,15 +238,15 @@ def export_autoencoder(
     model: MaskedAutoencoder, folder: str | Path, *, mean: Floats, std: Floats, value_range: Floats | None = None
 ) -> None:
     """Write a folder for transformers' `ViTMAEForPreTraining`, if images are square, and for this project."""
-    block = model.decoder_blocks[0]
+    decoder = model.decoder
     config = {
         "model_type": "vit_mae",
         "architectures": ["ViTMAEForPreTraining"],
         **_vit_config(model.encoder),
-        "decoder_hidden_size": model.decoder_embed.out_features,
-        "decoder_num_hidden_layers": len(model.decoder_blocks),
-        "decoder_num_attention_heads": block.attn.num_heads,
-        "decoder_intermediate_size": block.mlp.fc1.out_features,
+        "decoder_hidden_size": decoder.embed_dim,
+        "decoder_num_hidden_layers": decoder.depth,
+        "decoder_num_attention_heads": decoder.num_heads,
+        "decoder_intermediate_size": int(decoder.embed_dim * decoder.mlp_ratio),
         "mask_ratio": model.mask_ratio,
         "norm_pix_loss": model.norm_pix_loss,
     }

@@ -24,11 +24,11 @@ TRANSFORMERS_NAMES = [
     ("fc_norm.", "vit.pooler.layernorm."),  # BEiT's
     ("head.", "classifier."),
     ("mask_token", "decoder.mask_token"),
-    ("decoder_pos_embed", "decoder.decoder_pos_embed"),
-    ("decoder_embed.", "decoder.decoder_embed."),
-    ("decoder_blocks.", "decoder.decoder_layers."),
-    ("decoder_norm.", "decoder.decoder_norm."),
-    ("decoder_pred.", "decoder.decoder_pred."),
+    ("decoder.pos_embed", "decoder.decoder_pos_embed"),
+    ("decoder.embed.", "decoder.decoder_embed."),
+    ("decoder.blocks.", "decoder.decoder_layers."),
+    ("decoder.norm.", "decoder.decoder_norm."),
+    ("decoder.pred.", "decoder.decoder_pred."),
     ("fpn.fpn1.", "backbone.fpn1."),
     ("fpn.fpn2.", "backbone.fpn2.0."),
     (".gamma_", ".lambda_"),  # BEiT's
@@ -62,8 +62,9 @@ SEGMENTATION_HEADS = ("decode_head.", "auxiliary_head.")  # the same names here 
 # All that follows an encoder
 HEAD_PREFIXES = ("head.", "head_norm.", "fc_norm.", "attentive_pool.", "number_", "vit.pooler.", "fpn.")
 HEAD_PREFIXES += SEGMENTATION_HEADS
-DECODER = ("mask_token", "decoder_")
-BLOCKS = {"encoder": "encoder.blocks.", "decoder": "decoder_blocks."}
+DECODER = ("mask_token", "decoder.")
+OFFICIAL_DECODER = ("mask_token", "decoder_")  # in the official MAE and in older checkpoints of this project
+BLOCKS = {"encoder": "encoder.blocks.", "decoder": "decoder.blocks."}
 QUERIES = "attentive_pool.queries"  # (1, Q, D)
 PROJECTION = "encoder.patch_embed.proj.weight"  # (D, C, P, P)
 # Options of an encoder -> endings of the parameters that they add to every block
@@ -93,11 +94,13 @@ def to_ours(state: State) -> tuple[str, State]:
     # Older versions of transformers and of BEiT store these indices, which follow from the grid.
     state = {name: value for name, value in state.items() if not name.endswith(".relative_position_index")}
     if any(name.startswith("encoder.blocks.") for name in state):
-        return "this project", state
+        return "this project", {re.sub("^decoder_", "decoder.", name): value for name, value in state.items()}
     if {"blocks.0.attn.qkv.weight", "patch_embed.proj.weight"} <= state.keys():
         layout = f"a timm or MAE {'classifier' if 'head.weight' in state else 'encoder'}"
-        layout = "the official MAE" if any(name.startswith(DECODER) for name in state) else layout
-        return layout, {n if n.startswith(DECODER + HEAD_PREFIXES) else f"encoder.{n}": t for n, t in state.items()}
+        layout = "the official MAE" if any(name.startswith(OFFICIAL_DECODER) for name in state) else layout
+        others = OFFICIAL_DECODER + HEAD_PREFIXES
+        state = {n if n.startswith(others) else f"encoder.{n}": t for n, t in state.items()}
+        return layout, {re.sub("^decoder_", "decoder.", name): value for name, value in state.items()}
     if any(f"backbone.{part}embeddings.cls_token" in state for part in ("", "beit.")):
         layout, prefix = "transformers' UperNet", r"^backbone\.(beit\.)?(?!fpn)"
     elif "beit.embeddings.cls_token" in state:

@@ -9,17 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from modeling.position import sincos_positions
-from modeling.vit import (
-    Block,
-    VisionTransformer,
-    initialize_like_paper,
-    patchify,
-    run_blocks,
-    take,
-    training_flops,
-    unpatchify,
-)
+from modeling.decoder import Decoder
+from modeling.vit import VisionTransformer, patchify, take, training_flops, unpatchify
 
 
 class MAEOutput(NamedTuple):
@@ -34,52 +25,25 @@ class MaskedAutoencoder(nn.Module):
     """Encode the kept patches of an image, and predict the pixels of the removed ones with a light decoder.
 
     Args:
-        encoder: becomes a part of the model; the decoder uses gradient checkpointing if the encoder does.
+        encoder, decoder: become parts of the model; the decoder uses gradient checkpointing if the encoder does.
         mask_ratio: share of patches that is removed.
         norm_pix_loss: normalize each patch of the target by its own mean and standard deviation.
-        custom_weight_init: initialize the decoder as the paper does instead of as PyTorch does.
 
     Raises:
-        ValueError: if `mask_ratio` keeps or removes no patch, `decoder_depth` is 0, or `decoder_num_heads` does not
-            divide `decoder_embed_dim`.
+        ValueError: if `mask_ratio` keeps or removes no patch.
     """
 
     def __init__(
-        self,
-        encoder: VisionTransformer,
-        *,
-        decoder_embed_dim: int = 512,
-        decoder_depth: int = 8,
-        decoder_num_heads: int = 16,
-        decoder_mlp_ratio: float = 4.0,
-        mask_ratio: float = 0.75,
-        norm_pix_loss: bool = True,
-        custom_weight_init: bool = True,
+        self, encoder: VisionTransformer, decoder: Decoder, *, mask_ratio: float = 0.75, norm_pix_loss: bool = True
     ):
         super().__init__()
         num_patches = encoder.grid[0] * encoder.grid[1]
         self.num_kept = int(num_patches * (1 - mask_ratio))
         if not 0 < self.num_kept < num_patches:
             raise ValueError(f"a mask ratio of {mask_ratio} keeps {self.num_kept} of {num_patches} patches")
-        if decoder_depth < 1:
-            raise ValueError(f"a decoder of {decoder_depth} blocks; expected at least 1")
-        if decoder_embed_dim % decoder_num_heads:
-            raise ValueError(f"{decoder_num_heads} heads do not divide a decoder width of {decoder_embed_dim}")
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
-
-        self.encoder = encoder
-        self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_embed_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim).normal_(std=0.02))
-        self.decoder_pos_embed = nn.Parameter(sincos_positions(encoder.grid, decoder_embed_dim), requires_grad=False)
-        self.decoder_blocks = nn.ModuleList(
-            [Block(decoder_embed_dim, decoder_num_heads, decoder_mlp_ratio) for _ in range(decoder_depth)]
-        )
-        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, encoder.patch_size**2 * encoder.in_channels)
-        if custom_weight_init:
-            for name, module in self.named_children():
-                if name != "encoder":  # which is initialized already
-                    module.apply(initialize_like_paper)
+        self.mask_token = nn.Parameter(decoder.new_mask_token)
+        self.encoder, self.decoder = encoder, decoder
 
     def forward(
         self,
@@ -101,28 +65,14 @@ class MaskedAutoencoder(nn.Module):
         if normalize is not None:
             kept, removed = normalize(kept), normalize(removed)
         tokens = self.encoder.encode(self.encoder.embed(kept, order[:, : self.num_kept]))
-        prediction = self.decode(tokens, order, removed.shape[1] if loss_only else None)
+        checkpointed = self.encoder.gradient_checkpointing and self.training
+        last = removed.shape[1] if loss_only else None
+        prediction = self.decoder(tokens, order, self.mask_token, last, checkpointed=checkpointed)
         loss = self.loss(removed, prediction[:, -removed.shape[1] :])
         if loss_only:
             return loss
         restore = order.argsort(dim=1)  # position of each patch in `order`
         return MAEOutput(loss, take(prediction, restore), mask=(restore >= self.num_kept).float())
-
-    def decode(self, tokens: torch.Tensor, order: torch.Tensor, last: int | None = None) -> torch.Tensor:
-        """Predict patches from encoded tokens (B, 1 + K, D) and the order of patches (B, L), kept ones first.
-
-        Attention is permutation-equivariant and positions are added per patch, so the tokens stay in this order.
-        Returns (B, L, P*P*C), or (B, M, P*P*C) with `last=M`, in this order.
-        """
-        x = self.decoder_embed(tokens)
-        positions = self.decoder_pos_embed.squeeze(0)
-        mask_tokens = self.mask_token.to(x.dtype).expand(x.shape[0], order.shape[1] - self.num_kept, -1)
-        x = torch.cat(
-            [x[:, :1] + positions[:1], torch.cat([x[:, 1:], mask_tokens], dim=1) + positions[1 + order]], dim=1
-        )
-        checkpointed = self.encoder.gradient_checkpointing and self.training
-        x = run_blocks(self.decoder_blocks, x, checkpointed=checkpointed, last=last or order.shape[1])
-        return self.decoder_pred(self.decoder_norm(x))
 
     def loss(self, patches: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
         """Return the mean squared error of removed patches (B, L - K, P*P*C), in float32 (section 3)."""

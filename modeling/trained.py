@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from modeling.classifier import Classifier
+from modeling.decoder import Decoder
 from modeling.export import CROP_RATIO
 from modeling.files import Stored, WeightsError
 from modeling.layouts import State
@@ -123,9 +124,10 @@ def _build(weights: Weights, *, whole: bool, img_size: Grid | None, in_channels:
         options = dict(head_width=settings["head_width"], auxiliary=settings["auxiliary"])
         return Segmenter(encoder, settings["num_classes"], head=head, layers=stored.layers, **options)
     if whole and "decoder_embed_dim" in settings:
-        options = {name: settings[name] for name in ("decoder_embed_dim", "decoder_depth", "decoder_mlp_ratio")}
-        known = {name: getattr(stored, name) for name in PAPER if getattr(stored, name) is not None}
-        return MaskedAutoencoder(encoder, **options, **PAPER | known)
+        options = {name: settings[f"decoder_{name}"] for name in ("embed_dim", "depth", "mlp_ratio")}
+        known = PAPER | {name: getattr(stored, name) for name in PAPER if getattr(stored, name) is not None}
+        decoder = Decoder(encoder, num_heads=known.pop("decoder_num_heads"), **options)
+        return MaskedAutoencoder(encoder, decoder, **known)
     if "pooling" in settings:
         kind = {name: settings[name] for name in ("pooling", "probe", "num_queries") if name in settings}
         target = stored.problem if stored.problem in ("labels", "numbers") else "classes"

@@ -179,7 +179,7 @@ def _check_settings(
     theirs |= dict(encoder_num_heads=stored.num_heads, decoder_num_heads=stored.decoder_num_heads)
     ours |= dict(encoder_num_heads=getattr(model, "encoder", model).num_heads)
     if isinstance(model, MaskedAutoencoder):
-        ours["decoder_num_heads"] = model.decoder_blocks[0].attn.num_heads
+        ours["decoder_num_heads"] = model.decoder.num_heads
     if not isinstance(model, Segmenter):  # other models initialize the extras that weights lack
         theirs |= {option: theirs[option] or ours[option] for option in EXTRAS}
     if adapt_channels:
@@ -215,7 +215,7 @@ def _list_misfits(state: State, target: State, expected: set[str]) -> list[str]:
 def _resize_tables(state: State, target: State, grid: Grid, old_grid: Grid | None) -> tuple[list[str], list[str]]:
     """Resize positions (1, 1 + L, D) and relative position biases in `state`; return a report and problems."""
     resized, problems, their_grid = [], [], grid
-    for name in ("encoder.pos_embed", "decoder_pos_embed"):
+    for name in ("encoder.pos_embed", "decoder.pos_embed"):
         if name in target and name in state and state[name].ndim == 3:
             count = state[name].shape[1] - 1
             side = math.isqrt(count)
@@ -253,7 +253,7 @@ def _adapt_channels(state: State, target: State) -> list[str]:
 
     state[PROJECTION] = torch.einsum("ji,dihw->djhw", to_input, state[PROJECTION].float())
     adapted, pixels = [PROJECTION], math.prod(target[PROJECTION].shape[2:])
-    for name in ("decoder_pred.weight", "decoder_pred.bias"):
+    for name in ("decoder.pred.weight", "decoder.pred.bias"):
         if name in target and name in state and state[name].shape[:1] == (pixels * old,):
             value = state[name].float().unflatten(0, (pixels, old))  # (P*P, C, ...), in the order of `patchify`
             state[name] = torch.einsum("ji,pi...->pj...", to_output, value).flatten(0, 1)

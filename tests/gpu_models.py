@@ -11,6 +11,7 @@ from contextlib import nullcontext
 import torch
 from accelerate import Accelerator
 from gpu_lab import GIGABYTE, SCRIPTS, Lab
+from random_modules import build_autoencoder
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,7 +21,6 @@ from benchmarks import step as step_benchmark
 from data.batches import Normalization
 from data.decode import PixelFormat
 from modeling.classifier import Classifier
-from modeling.mae import MaskedAutoencoder
 from modeling.upernet import Segmenter, segmentation_loss
 from modeling.vit import SIZES, VisionTransformer
 from training.launch import prepare_compiler, set_speed
@@ -53,7 +53,7 @@ def new_task(task: str, size: str, batch_size: int, device: str) -> tuple[nn.Mod
     images, noise = torch.randn(batch_size, 3, height, width), torch.rand(batch_size, encoder.grid[0] * encoder.grid[1])
     labels, masks = torch.arange(batch_size) % 10, torch.randint(0, 10, (batch_size, height, width), dtype=torch.uint8)
     if task == "mae":
-        model = MaskedAutoencoder(encoder, **{"tiny": TINY_DECODER, "shallow": dict(decoder_depth=2)}.get(size, {}))
+        model = build_autoencoder(encoder, **{"tiny": TINY_DECODER, "shallow": dict(decoder_depth=2)}.get(size, {}))
     elif task == "classifier":
         model = Classifier(encoder, 10)
         nn.init.normal_(model.head.weight, std=0.02)  # below the small initial head, gradients are rounding errors
@@ -355,7 +355,7 @@ def fit_one(lab: Lab, size: str) -> int:
     accelerator = Accelerator(mixed_precision="bf16", cpu=not lab.on_gpu)
     sizes = TINY if lab.tiny else SIZES[size]
     decoder = TINY_DECODER if lab.tiny else {}
-    model = MaskedAutoencoder(VisionTransformer(**sizes), **decoder).to(accelerator.device)
+    model = build_autoencoder(VisionTransformer(**sizes), **decoder).to(accelerator.device)
     optimizer = adamw(parameter_groups(model, 0.05), betas=(0.9, 0.95))
     set_learning_rate(optimizer, 1e-4)
     fixed = dict(normalize=Normalization([0.5] * 3, [0.5] * 3, accelerator.device), pixels=PixelFormat(3))

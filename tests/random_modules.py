@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from modeling.decoder import Decoder
+from modeling.mae import MaskedAutoencoder
 from modeling.vit import VisionTransformer
 
 EXTRAS = ("drop_path", "relative_position_bias", "layer_scale")
@@ -24,3 +26,11 @@ def new_encoder(**options) -> VisionTransformer:
     encoder = VisionTransformer(**options).add_extras(**extras)
     encoder.gradient_checkpointing = checkpointed
     return encoder
+
+
+def build_autoencoder(encoder: VisionTransformer, **options) -> MaskedAutoencoder:
+    """Build an autoencoder around an encoder, from the names of the scripts' flags."""
+    names = [name for name in options if name.startswith("decoder_")]
+    sizes = {name.removeprefix("decoder_"): options.pop(name) for name in names}
+    decoder = Decoder(encoder, custom_weight_init=options.pop("custom_weight_init", True), **sizes)
+    return MaskedAutoencoder(encoder, decoder, **options)

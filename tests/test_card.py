@@ -12,6 +12,7 @@ import torch
 from hub import metadata_errors
 from huggingface_hub import ModelCard
 from PIL import Image
+from random_modules import build_autoencoder
 
 from modeling.classifier import Classifier
 from modeling.export import export_autoencoder, export_classifier, export_encoder, export_segmenter
@@ -43,7 +44,7 @@ def build_model(kind: str) -> torch.nn.Module:
     model = VisionTransformer(**sizes)
     if kind == "autoencoder":
         decoder = dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
-        model = MaskedAutoencoder(model, **decoder, norm_pix_loss=True)
+        model = build_autoencoder(model, **decoder, norm_pix_loss=True)
     elif kind == "classifier":
         model = Classifier(model, len(NAMES), pooling="mean")
     elif kind == "segmenter":

@@ -13,6 +13,7 @@ import timm
 import timm.data
 import torch
 from PIL import Image
+from random_modules import build_autoencoder
 from random_modules import new_encoder as build_encoder
 from random_modules import randomize as randomize_by
 from safetensors import safe_open
@@ -42,7 +43,6 @@ from modeling.export import (
 )
 from modeling.files import Stored, read_state_dict, read_stored
 from modeling.layouts import to_ours
-from modeling.mae import MaskedAutoencoder
 from modeling.trained import open_trained
 from modeling.upernet import Segmenter
 from modeling.vit import SIZES, VisionTransformer
@@ -157,7 +157,7 @@ def test_image_processor_of_other_sizes(exported):
 def test_transformers_loads_the_autoencoder_and_agrees(size, norm_pix_loss, mask_ratio, tmp_path):
     encoder = VisionTransformer(**ENCODERS[size])
     settings = dict(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4, decoder_mlp_ratio=3.0)
-    model = MaskedAutoencoder(encoder, **settings, norm_pix_loss=norm_pix_loss, mask_ratio=mask_ratio)
+    model = build_autoencoder(encoder, **settings, norm_pix_loss=norm_pix_loss, mask_ratio=mask_ratio)
     randomize(model)
     export_encoder(encoder, tmp_path, **statistics(encoder))
     export_autoencoder(model, tmp_path / "pretraining", **statistics(encoder))
@@ -175,7 +175,7 @@ def test_transformers_loads_the_autoencoder_and_agrees(size, norm_pix_loss, mask
         torch.testing.assert_close(output.loss, expected.loss, rtol=0, atol=1e-5)
     assert theirs.config.norm_pix_loss is norm_pix_loss
 
-    again = MaskedAutoencoder(VisionTransformer(**ENCODERS[size]), **settings)
+    again = build_autoencoder(VisionTransformer(**ENCODERS[size]), **settings)
     load_weights(again, read_state_dict(tmp_path / "pretraining"))
     assert_equal(again.state_dict(), model.state_dict())
 
@@ -187,7 +187,7 @@ def test_the_mask_ratio_keeps_as_many_patches(grid, tmp_path):
     num_patches = grid[0] * grid[1]
     for kept in range(1, num_patches, max(1, num_patches // 20)):
         decoder = dict(decoder_embed_dim=4, decoder_depth=1, decoder_num_heads=1)
-        model = MaskedAutoencoder(encoder, **decoder, mask_ratio=1 - (kept + 0.3) / num_patches)
+        model = build_autoencoder(encoder, **decoder, mask_ratio=1 - (kept + 0.3) / num_patches)
         assert model.num_kept == kept
         export_autoencoder(model, tmp_path, **statistics(encoder))
         ratio = json.loads((tmp_path / "config.json").read_text())["mask_ratio"]
@@ -196,13 +196,13 @@ def test_the_mask_ratio_keeps_as_many_patches(grid, tmp_path):
 
 def test_an_autoencoder_that_is_not_square_is_for_this_project_alone(tmp_path):
     size, decoder = ENCODERS["32 x 64, 4 channels"], dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
-    model = randomize(MaskedAutoencoder(VisionTransformer(**size), **decoder))
+    model = randomize(build_autoencoder(VisionTransformer(**size), **decoder))
     export_autoencoder(model, tmp_path, **statistics(model.encoder))
     assert_equal(open_trained(tmp_path).model.state_dict(), model.state_dict())
 
 
 def test_renaming_and_back_is_bit_equal():
-    model = randomize(MaskedAutoencoder(VisionTransformer(**ENCODERS["32 x 64, 4 channels"]), decoder_depth=2))
+    model = randomize(build_autoencoder(VisionTransformer(**ENCODERS["32 x 64, 4 channels"]), decoder_depth=2))
     state = model.state_dict()
     theirs = to_transformers(state)
     assert len(theirs) == len(state) + 2 * 2 * (4 + 2)  # q, k, v of two parameters a block
@@ -222,12 +222,12 @@ def test_renaming_and_back_is_bit_equal():
 def test_files_of_the_official_code_and_of_timm_come_back_bit_equal(tmp_path):
     """Ours -> theirs -> ours, and theirs -> ours -> theirs."""
     for size in ("128 x 4, 64 pixels", "32 x 64, 4 channels"):
-        model = randomize(MaskedAutoencoder(VisionTransformer(**ENCODERS[size]), decoder_depth=2))
+        model = randomize(build_autoencoder(VisionTransformer(**ENCODERS[size]), decoder_depth=2))
         official = to_official(model.state_dict())
         assert {"pos_embed", "blocks.0.attn.qkv.weight", "decoder_blocks.1.mlp.fc2.bias"} <= official.keys()
         torch.save({"model": official}, tmp_path / "mae.pth")
         layout, ours = to_ours(read_state_dict(tmp_path / "mae.pth"))
-        again = MaskedAutoencoder(VisionTransformer(**ENCODERS[size]), decoder_depth=2)
+        again = build_autoencoder(VisionTransformer(**ENCODERS[size]), decoder_depth=2)
         load_weights(again, read_state_dict(tmp_path / "mae.pth"), stored=Stored(grid=model.encoder.grid))
         assert layout == "the official MAE" and ours.keys() == model.state_dict().keys()
         assert_equal(to_official(again.state_dict()), official)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from random_modules import build_autoencoder
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,7 +21,6 @@ from data.batches import ClassificationBatch, Normalization, PretrainingBatch
 from data.segmentation import SegmentationBatch
 from data.transforms import build_mixing
 from modeling.classifier import Classifier
-from modeling.mae import MaskedAutoencoder
 from modeling.sliding_window import predict
 from modeling.upernet import HEADS, Segmenter
 from modeling.vit import VisionTransformer
@@ -87,7 +87,7 @@ def encoder(**extras):
 
 
 def pretraining():
-    model = MaskedAutoencoder(encoder(), decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    model = build_autoencoder(encoder(), decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
     batch = PretrainingBatch(torch.empty(4, 3, 32, 32, dtype=torch.uint8), torch.empty(4, 16), [])
     return pretrain_mae, model, batch, {}
 
@@ -129,7 +129,7 @@ def test_a_step_neither_waits_nor_mixes_devices(fake, task):
 
 
 def test_evaluations_neither_wait_nor_mix_devices(fake):
-    model, images = on_gpu(MaskedAutoencoder(encoder(), decoder_depth=1)).eval(), torch.empty(4, 3, 32, 32)
+    model, images = on_gpu(build_autoencoder(encoder(), decoder_depth=1)).eval(), torch.empty(4, 3, 32, 32)
     batch = PretrainingBatch(images, torch.empty(4, 16), [])
     parts = pretrain_mae.reconstruct(Accelerator(), model, batch, Normalization([0.5] * 3, [0.5] * 3, CUDA))
     metrics = reconstruction_metrics(*parts[1:])

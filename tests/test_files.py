@@ -225,7 +225,7 @@ def test_the_weights_of_a_run(run_folder):
 def test_heads_and_grid_stand_beside_the_weights(tmp_path):
     """In the configuration of an export, and in the flags of a checkpoint's run; they are held against the model."""
     wide = randomize(new_autoencoder(img_size=(16, 64), patch_size=8))
-    heads, decoder_heads = wide.encoder.num_heads, wide.decoder_blocks[0].attn.num_heads
+    heads, decoder_heads = wide.encoder.num_heads, wide.decoder.num_heads
     run, statistics = tmp_path / "run", dict(mean=[0.5] * 3, std=[0.5] * 3)
     export_encoder(wide.encoder, run / "encoder", **statistics)
     export_autoencoder(wide, run / "encoder" / "pretraining", **statistics)
@@ -241,7 +241,7 @@ def test_heads_and_grid_stand_beside_the_weights(tmp_path):
 
     larger = new_autoencoder(img_size=(32, 64), patch_size=8)
     report = load_weights(larger, wide.state_dict(), stored=read_stored(checkpoint))
-    assert report.resized == ("encoder.pos_embed 2x8 -> 4x8", "decoder_pos_embed 2x8 -> 4x8")
+    assert report.resized == ("encoder.pos_embed 2x8 -> 4x8", "decoder.pos_embed 2x8 -> 4x8")
     with pytest.raises(WeightsError, match=f"encoder_num_heads is 16 instead of {heads}"):
         load_weights(wide, wide.state_dict(), stored=Stored(num_heads=16))
     with pytest.raises(WeightsError, match="set decoder_num_heads=16"):

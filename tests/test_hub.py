@@ -3,6 +3,7 @@
 import hub as server
 import pytest
 import torch
+from random_modules import build_autoencoder
 from safetensors.torch import save_file
 
 from modeling.export import export_autoencoder, export_encoder
@@ -27,7 +28,7 @@ def folder(encoder, tmp_path):
     """Export the weights of a pre-training as push_to_hub.py does."""
     folder = tmp_path / "published"
     export_encoder(encoder, folder, **STATISTICS)
-    model = MaskedAutoencoder(encoder, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+    model = build_autoencoder(encoder, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
     export_autoencoder(model, folder / "pretraining", **STATISTICS)
     (folder / "loss.png").write_bytes(b"a picture")
     return folder

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from random_modules import randomize
+from random_modules import build_autoencoder, randomize
 from test_weights import (
     BEIT,
     EXTRAS,
@@ -39,7 +39,6 @@ from transformers import (
 from modeling.export import to_transformers
 from modeling.files import Stored, WeightsError, read_stored
 from modeling.layouts import model_settings, to_ours
-from modeling.mae import MaskedAutoencoder
 from modeling.vit import SIZES, VisionTransformer
 from modeling.weights import load_weights, open_weights
 
@@ -218,7 +217,7 @@ def test_weights_without_an_encoder():
     head = {n: t for n, t in new_classifier().state_dict().items() if not n.startswith("encoder.")}
     other = {"layer1.weight": torch.ones(1), "layer2.weight": torch.ones(1)}
     for state, names in (
-        (decoder, "mask_token, decoder_pos_embed"),
+        (decoder, "mask_token, decoder.pos_embed"),
         (head, "fc_norm.weight, fc_norm.bias, head.weight"),
         (other, "layer1.weight, layer2.weight"),
     ):
@@ -246,7 +245,7 @@ def test_the_number_of_heads_is_the_stored_one_or_that_of_the_known_size(tmp_pat
 
 def test_sizes_of_other_encoders(tmp_path):
     thin = dict(img_size=48, patch_size=16, in_channels=4, embed_dim=48, depth=3, num_heads=3, mlp_ratio=113 / 48)
-    for model in (VisionTransformer(**thin), MaskedAutoencoder(VisionTransformer(**thin))):
+    for model in (VisionTransformer(**thin), build_autoencoder(VisionTransformer(**thin))):
         torch.save(model.state_dict(), tmp_path / "thin.pth")
         sizes = open_weights(tmp_path / "thin.pth").sizes
         assert sizes.pop("num_heads") is None

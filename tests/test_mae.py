@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from random_modules import new_encoder
+from random_modules import build_autoencoder, new_encoder
 from torch import nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from data.batches import Normalization
-from modeling.mae import MaskedAutoencoder
 from modeling.vit import SIZES, VisionTransformer, patchify
 from modeling.weights import load_weights
 
@@ -39,7 +38,7 @@ def transformers_model(size: dict, *, mask_ratio: float = 0.75) -> ViTMAEForPreT
 @pytest.mark.parametrize("name, batch, mask_ratio", [("tiny", 4, 0.75), ("tiny", 2, 0.6), ("base", 1, 0.75)])
 def test_loss_prediction_and_mask_equal_transformers(name, batch, mask_ratio):
     theirs = transformers_model(SIZES[name], mask_ratio=mask_ratio)
-    ours = MaskedAutoencoder(VisionTransformer(**SIZES[name]), mask_ratio=mask_ratio).eval()
+    ours = build_autoencoder(VisionTransformer(**SIZES[name]), mask_ratio=mask_ratio).eval()
     load_weights(ours, theirs.state_dict())
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(batch, 3, 224, 224, generator=generator)
@@ -57,7 +56,7 @@ def test_gradients_equal_transformers():
     size = SIZES["tiny"] | dict(depth=2)
     theirs = transformers_model(size)
     theirs.config.norm_pix_loss = True
-    ours = MaskedAutoencoder(VisionTransformer(**size))
+    ours = build_autoencoder(VisionTransformer(**size))
     load_weights(ours, theirs.state_dict())
     images, noise = torch.randn(2, 3, 224, 224), torch.rand(2, 196)
     ours(images, noise).loss.backward()
@@ -66,24 +65,24 @@ def test_gradients_equal_transformers():
         (ours.mask_token, theirs.decoder.mask_token),
         (ours.encoder.cls_token, theirs.vit.embeddings.cls_token),
         (ours.encoder.patch_embed.proj.weight, theirs.vit.embeddings.patch_embeddings.projection.weight),
-        (ours.decoder_pred.weight, theirs.decoder.decoder_pred.weight),
+        (ours.decoder.pred.weight, theirs.decoder.decoder_pred.weight),
     ]
     for mine, other in pairs:
         scale = other.grad.abs().max()
         torch.testing.assert_close(mine.grad / scale, other.grad / scale, rtol=0, atol=1e-5)
-    assert ours.encoder.pos_embed.grad is None and ours.decoder_pos_embed.grad is None
+    assert ours.encoder.pos_embed.grad is None and ours.decoder.pos_embed.grad is None
 
 
 @pytest.fixture
 def small():
     torch.manual_seed(0)
-    model = MaskedAutoencoder(VisionTransformer(**SMALL), **DECODER)
+    model = build_autoencoder(VisionTransformer(**SMALL), **DECODER)
     return model, torch.randn(3, 3, 32, 32), torch.rand(3, 16)
 
 
 @pytest.mark.parametrize("ratio", [0.75, 0.5, 0.6, 0.9, 0.1])
 def test_number_of_kept_patches(ratio):
-    model = MaskedAutoencoder(VisionTransformer(**SMALL), **DECODER, mask_ratio=ratio)
+    model = build_autoencoder(VisionTransformer(**SMALL), **DECODER, mask_ratio=ratio)
     mask = model(torch.randn(2, 3, 32, 32), torch.rand(2, 16)).mask
     assert (mask == 0).sum(dim=1).tolist() == [int(16 * (1 - ratio))] * 2
 
@@ -112,7 +111,7 @@ def test_loss_counts_removed_patches_only(small, norm_pix_loss):
 @pytest.mark.parametrize(("drop_path", "checkpointed"), [(0.0, False), (0.3, False), (0.3, True)])
 def test_the_loss_alone_has_the_same_value_and_gradients(drop_path, checkpointed):
     encoder = new_encoder(**SMALL, drop_path=drop_path, gradient_checkpointing=checkpointed)
-    model = MaskedAutoencoder(encoder, **{**DECODER, "decoder_depth": 2})
+    model = build_autoencoder(encoder, **{**DECODER, "decoder_depth": 2})
     images, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 16)
     results = []
     for loss_only in (False, True):
@@ -167,7 +166,7 @@ def test_pixel_mask_is_the_patches(small):
 
 def test_images_that_are_not_square_with_four_channels():
     encoder = VisionTransformer(**SMALL | dict(img_size=(24, 64), in_channels=4))
-    model = MaskedAutoencoder(encoder, **DECODER)
+    model = build_autoencoder(encoder, **DECODER)
     images = torch.randn(2, 4, 24, 64)
     output = model(images, torch.rand(2, 24))
     assert output.prediction.shape == (2, 24, 8 * 8 * 4) and output.mask.shape == (2, 24)
@@ -188,7 +187,7 @@ def test_loss_stays_in_float32_under_bfloat16(small):
 
 def test_initialization_of_the_decoder_is_the_papers():
     torch.manual_seed(0)
-    model = MaskedAutoencoder(VisionTransformer(**SMALL), decoder_embed_dim=256, decoder_depth=1)
+    model = build_autoencoder(VisionTransformer(**SMALL), decoder_embed_dim=256, decoder_depth=1)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not name.startswith("encoder."):
             bound = math.sqrt(6 / sum(module.weight.shape))
@@ -197,12 +196,12 @@ def test_initialization_of_the_decoder_is_the_papers():
             assert not module.bias.any(), name
         if isinstance(module, nn.LayerNorm):
             assert (module.weight == 1).all() and not module.bias.any() and module.eps == 1e-6, name
-    tokens = torch.stack([MaskedAutoencoder(VisionTransformer(**SMALL)).mask_token.detach() for _ in range(10)])
+    tokens = torch.stack([build_autoencoder(VisionTransformer(**SMALL)).mask_token.detach() for _ in range(10)])
     assert tokens.std().item() == pytest.approx(0.02, rel=0.05) and abs(tokens.mean()) < 0.002
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    assert frozen == ["decoder_pos_embed", "encoder.pos_embed"]
-    plain = MaskedAutoencoder(VisionTransformer(**SMALL), custom_weight_init=False)
-    assert plain.decoder_blocks[0].mlp.fc1.bias.any() and plain.decoder_pred.bias.any()
+    assert frozen == ["encoder.pos_embed", "decoder.pos_embed"]
+    plain = build_autoencoder(VisionTransformer(**SMALL), custom_weight_init=False)
+    assert plain.decoder.blocks[0].mlp.fc1.bias.any() and plain.decoder.pred.bias.any()
 
 
 @pytest.mark.parametrize(
@@ -218,11 +217,11 @@ def test_initialization_of_the_decoder_is_the_papers():
 )
 def test_impossible_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        MaskedAutoencoder(VisionTransformer(**SMALL), **DECODER | change)
+        build_autoencoder(VisionTransformer(**SMALL), **DECODER | change)
 
 
 def test_flops_of_a_step_by_hand():
-    model = MaskedAutoencoder(new_encoder(**SIZES["base"], gradient_checkpointing=True))
+    model = build_autoencoder(new_encoder(**SIZES["base"], gradient_checkpointing=True))
     random = torch.get_rng_state()
     blocks = 12 * (50 * 12 * 768**2 + 2 * 50**2 * 768)
     decoder = 7 * (197 * 12 * 512**2 + 2 * 197**2 * 512) + 512**2 * (3 * 197 + 9 * 147) + 2 * 197 * 147 * 512

@@ -6,11 +6,11 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
+from random_modules import build_autoencoder
 from torch import nn
 
 import pretrain_mae
 from modeling.classifier import Classifier
-from modeling.mae import MaskedAutoencoder
 from modeling.vit import SIZES, VisionTransformer
 from training.optimizer import adamw, check_muon, clip_gradients, lars, muon, parameter_groups, set_learning_rate
 
@@ -29,7 +29,7 @@ def names_of(model, groups):
 
 def base_mae():
     with torch.device("meta"):
-        return MaskedAutoencoder(VisionTransformer(**SIZES["base"]))
+        return build_autoencoder(VisionTransformer(**SIZES["base"]))
 
 
 def base_classifier(pooling):

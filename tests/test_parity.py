@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from random_modules import build_autoencoder
 from safetensors.torch import load_file, save_file
 
 from modeling.classifier import Classifier
 from modeling.export import export_autoencoder, export_classifier, export_encoder, export_segmenter
-from modeling.mae import MaskedAutoencoder
 from modeling.parity import differences
 from modeling.upernet import Segmenter
 from modeling.vit import VisionTransformer
@@ -24,7 +24,7 @@ def exported(kind: str, folder, **change):
     statistics = dict(mean=[0.5] * encoder.in_channels, std=[0.5] * encoder.in_channels)
     model = encoder
     if kind == "autoencoder":
-        model = MaskedAutoencoder(encoder, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+        model = build_autoencoder(encoder, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
     elif kind == "classifier":
         model = Classifier(encoder, 3, custom_weight_init=False)
     elif kind == "segmenter":

@@ -12,6 +12,7 @@ import timm
 import torch
 from conftest import SCENES, TINY, run, write_images
 from PIL import Image, ImageOps
+from random_modules import build_autoencoder
 from torch.nn import functional as F
 from torchvision.transforms import v2
 from transformers import UperNetForSemanticSegmentation, ViTMAEForPreTraining, pipeline
@@ -24,7 +25,6 @@ from data.sampling import sample_generator
 from data.segmentation import palette
 from modeling.classifier import Classifier
 from modeling.export import export_autoencoder, export_classifier, export_encoder, export_segmenter
-from modeling.mae import MaskedAutoencoder
 from modeling.upernet import Segmenter
 from modeling.vit import VisionTransformer
 
@@ -75,7 +75,7 @@ def models(tmp_path_factory) -> dict[str, Path]:
     classifier("cls", COLOUR, pooling="cls", crop_ratio=1.0, **SIZE)
     classifier("flat classifier", GREY, **flat)
     for name, size, statistics in (("autoencoder", SIZE, COLOUR), ("flat autoencoder", flat, GREY)):
-        model = randomized(MaskedAutoencoder(VisionTransformer(**size), **DECODER, norm_pix_loss=size is SIZE))
+        model = randomized(build_autoencoder(VisionTransformer(**size), **DECODER, norm_pix_loss=size is SIZE))
         export_encoder(model.encoder, root / name, **statistics)
         export_autoencoder(model, root / name / "pretraining", **statistics)
     shutil.copytree(root / "autoencoder", root / "encoder", ignore=lambda *_: ["pretraining"])

@@ -56,7 +56,7 @@ errors += configure_sharding(accelerator, compiled=False, auto_micro_batch=False
 assert not errors
 encoder = {name: getattr(args, f"encoder_{name}") for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
 encoder |= dict(img_size=tuple(args.img_size), patch_size=args.patch_size)
-decoder = {name: getattr(args, name) for name in vars(args) if name.startswith("decoder_")}
+decoder = {name: getattr(args, f"decoder_{name}") for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
 model = pretrain_mae.build_model(encoder, decoder, drop_path=0.0, custom_weight_init=True)
 optimizer = pretrain_mae.build_optimizer(model, args.optimizer, args.weight_decay)
 model, optimizer, plain_model = wrap(accelerator, model, optimizer)

@@ -3,13 +3,14 @@
 import ast
 import math
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from random_modules import build_autoencoder, randomize
 from random_modules import new_encoder as build_encoder
-from random_modules import randomize
 from safetensors.torch import save_file
 from transformers import (
     BeitConfig,
@@ -46,7 +47,7 @@ def new_encoder(**change) -> VisionTransformer:
 
 
 def new_autoencoder(*, decoder: dict | None = None, **change) -> MaskedAutoencoder:
-    return MaskedAutoencoder(new_encoder(**change), **DECODER | (decoder or {})).eval()
+    return build_autoencoder(new_encoder(**change), **DECODER | (decoder or {})).eval()
 
 
 def new_classifier(pooling: str = "mean", *, num_classes: int = 5, probe: bool = False, **change) -> Classifier:
@@ -55,7 +56,7 @@ def new_classifier(pooling: str = "mean", *, num_classes: int = 5, probe: bool =
 
 def official(model: MaskedAutoencoder | Classifier) -> dict[str, torch.Tensor]:
     """The names of the official code: one flat module."""
-    return {name.removeprefix("encoder."): value for name, value in model.state_dict().items()}
+    return {n.removeprefix("encoder.").replace("decoder.", "decoder_"): t for n, t in model.state_dict().items()}
 
 
 def written_by(model, folder: Path) -> dict[str, torch.Tensor]:
@@ -87,10 +88,10 @@ def test_both_tables_of_an_autoencoder_are_resized_as_transformers_does(img_size
     theirs = randomize(ViTMAEForPreTraining(ViTMAEConfig(**THEIRS, **THEIR_DECODER)))
     ours = new_autoencoder(img_size=img_size)
     report = load_weights(ours, written_by(theirs, tmp_path))
-    assert report.resized == (f"encoder.pos_embed 4x4 -> {name}", f"decoder_pos_embed 4x4 -> {name}")
+    assert report.resized == (f"encoder.pos_embed 4x4 -> {name}", f"decoder.pos_embed 4x4 -> {name}")
     for resized, table in (
         (ours.encoder.pos_embed, theirs.vit.embeddings.position_embeddings),
-        (ours.decoder_pos_embed, theirs.decoder.decoder_pos_embed),
+        (ours.decoder.pos_embed, theirs.decoder.decoder_pos_embed),
     ):  # by ViTModel's method, as that of ViTMAE's decoder takes the grid for a line
         embeddings = ViTModel(ViTConfig(**THEIRS | dict(hidden_size=table.shape[2]))).embeddings
         embeddings.position_embeddings.data = table.data
@@ -198,7 +199,7 @@ def test_a_hole_is_not_taken_for_another_depth():
     state = official(randomize(new_autoencoder()))
     holed = {name: value for name, value in state.items() if not name.startswith("decoder_blocks.1.")}
     message = refused(new_autoencoder(), holed)
-    assert "decoder_blocks.1.norm1.weight is missing" in message and message.count("is missing") == 12
+    assert "decoder.blocks.1.norm1.weight is missing" in message and message.count("is missing") == 12
 
 
 def test_near_relatives_are_refused():
@@ -220,9 +221,18 @@ def test_report_is_one_line():
     state = official(new_autoencoder()) | {"head.weight": torch.ones(1)}
     line = str(load_weights(new_encoder(img_size=64), state))
     assert line == (
-        "weights of the official MAE: 30 loaded, 0 missing, 45 ignored (decoder_blocks, decoder_embed, decoder_norm, "
-        "decoder_pos_embed, decoder_pred, head, mask_token), resized: encoder.pos_embed 4x4 -> 8x8"
+        "weights of the official MAE: 30 loaded, 0 missing, 45 ignored (decoder, head, mask_token), resized: "
+        "encoder.pos_embed 4x4 -> 8x8"
     )
+
+
+def test_checkpoints_of_older_versions_have_other_names_of_the_decoder():
+    model = randomize(new_autoencoder())
+    state = {re.sub("^decoder.", "decoder_", name): value for name, value in model.state_dict().items()}
+    again = new_autoencoder()
+    assert {"encoder.norm.bias", "decoder_norm.bias", "mask_token"} < state.keys()
+    assert load_weights(again, state).layout == "this project"
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
 
 
 # Classifiers
@@ -399,10 +409,10 @@ def test_a_new_decoder_is_not_for_weights_that_hold_one_or_a_part_of_one():
     source, ours = randomize(new_autoencoder()), new_autoencoder()
     assert load_weights(ours, official(source)).missing == ()
     assert torch.equal(ours(IMAGES, NOISE).prediction, source(IMAGES, NOISE).prediction)
-    for kept in ("mask_token", "decoder_pred.bias", "decoder_blocks.2."):
+    for kept in ("mask_token", "decoder.pred.bias", "decoder.blocks.2."):
         part = {n: v for n, v in source.state_dict().items() if n.startswith(("encoder.", kept))}
         message = refused(new_autoencoder(), part)
-        assert "decoder_embed.weight is missing" in message and f"{kept} is missing" not in message
+        assert "decoder.embed.weight is missing" in message and f"{kept} is missing" not in message
     holed = source.encoder.state_dict()
     del holed["norm.bias"]
     assert "do not fit: encoder.norm.bias is missing; give" in refused(new_autoencoder(), holed)
@@ -433,9 +443,9 @@ def test_other_channels(old, new):
     source = randomize(new_autoencoder(in_channels=old))
     ours, encoder = new_autoencoder(in_channels=new), new_encoder(in_channels=new)
     report = load_weights(ours, source.state_dict(), adapt_channels=True)
-    names = ("encoder.patch_embed.proj.weight", "decoder_pred.weight", "decoder_pred.bias")
+    names = ("encoder.patch_embed.proj.weight", "decoder.pred.weight", "decoder.pred.bias")
     assert report.adapted == tuple(f"{name} {old} -> {new} channels" for name in names)
-    assert f"adapted: encoder.patch_embed.proj.weight {old} -> {new} channels, decoder_pred" in str(report)
+    assert f"adapted: encoder.patch_embed.proj.weight {old} -> {new} channels, decoder.pred" in str(report)
     assert report.missing == report.resized == () and report.loaded == len(ours.state_dict())
 
     images = torch.randn(2, new, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -457,7 +467,7 @@ def test_other_channels_are_refused_unless_asked_for():
         assert refused(model, state).endswith("input_channels is 3 instead of 1; set adapt_channels=True")
     assert load_weights(new_autoencoder(), state, adapt_channels=True).adapted == ()  # nothing to adapt
     message = refused(new_autoencoder(in_channels=1), state | {"decoder_pred.bias": torch.ones(7)}, adapt_channels=True)
-    assert "decoder_pred.bias is (7,) instead of (64,)" in message
+    assert "decoder.pred.bias is (7,) instead of (64,)" in message
 
 
 def test_channels_size_and_decoder_change_at_once():

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -99,7 +100,8 @@ def load_training(checkpoint: Path, accelerator, model, optimizer, *, ema: nn.Mo
     """
     model = accelerator.unwrap_model(model)
     present = model.state_dict()
-    weights = load_file(checkpoint / MODEL)
+    # Older runs write the names of the decoder's parameters without a dot
+    weights = {re.sub("^decoder_", "decoder.", name): tensor for name, tensor in load_file(checkpoint / MODEL).items()}
     model.load_state_dict({name: share_of(tensor, present.get(name)) for name, tensor in weights.items()})
     if ema is not None:
         ema.load_state_dict(load_file(checkpoint / EMA))
