@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from typing import NamedTuple
@@ -102,17 +103,26 @@ class ImageDataset(SourceDataset):
 class PretrainingDataset(ImageDataset):
     """Make a PretrainingBatch of a list of (epoch, sample index).
 
-    `grid` are the patches (h, w) of a crop, of which `num_kept` are not removed by `mask_strategy`, see `mask_noise`;
-    `options` are those of ImageDataset.
+    `grid` are the patches (h, w) of a crop, of which `num_kept` are not removed by `mask_strategy`, in blocks of
+    `mask_block`, see `mask_noise`; `options` are those of ImageDataset.
     """
 
-    def __init__(self, source: Source, *, grid: tuple[int, int], num_kept: int, mask_strategy: str, **options):
+    def __init__(
+        self,
+        source: Source,
+        *,
+        grid: tuple[int, int],
+        num_kept: int,
+        mask_strategy: str,
+        mask_block: int = 1,
+        **options,
+    ):
         super().__init__(source, **options)
-        self.grid, self.num_kept, self.mask_strategy = grid, num_kept, mask_strategy
+        self.draw_noise = partial(mask_noise, mask_strategy, grid=grid, num_kept=num_kept, block=mask_block)
 
     def __getitems__(self, items: list[tuple[int, int]]) -> PretrainingBatch:
         images, samples, damaged = self.cut_crops(items)
-        noise = [mask_noise(self.mask_strategy, rng, self.grid, self.num_kept) for rng, _ in samples]
+        noise = [self.draw_noise(rng) for rng, _ in samples]
         return PretrainingBatch(images, torch.from_numpy(np.stack(noise)), damaged)
 
 

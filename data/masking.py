@@ -40,15 +40,33 @@ def grid_noise(rng: np.random.Generator, grid: tuple[int, int]) -> np.ndarray:
     return (rank.astype(np.float32) + rng.random(rank.size, dtype=np.float32)) / np.float32(4)
 
 
+def random_noise(rng: np.random.Generator, grid: tuple[int, int], block: int = 1) -> np.ndarray:
+    """Remove patches uniformly (He et al. 2021, section 3), or whole blocks of `block` x `block`: noise (L,).
+
+    Where K is no multiple of a block's patches, one block keeps a random part of them.
+    """
+    noise = rng.random(grid[0] * grid[1], dtype=np.float32)
+    if block == 1:
+        return noise
+    rows, columns = grid[0] // block, grid[1] // block
+    rank = rng.permutation(rows * columns).astype(np.float32).reshape(rows, columns)  # blocks with the lowest are kept
+    return (rank.repeat(block, 0).repeat(block, 1).reshape(-1) + noise) / np.float32(rank.size)
+
+
 MASK_STRATEGIES = ("random", "block", "grid")
 
 
-def mask_noise(strategy: str, rng: np.random.Generator, grid: tuple[int, int], num_kept: int) -> np.ndarray:
-    """Draw the noise (L,), float32 in [0, 1), of one image under one of `MASK_STRATEGIES`."""
+def mask_noise(
+    strategy: str, rng: np.random.Generator, grid: tuple[int, int], num_kept: int, *, block: int = 1
+) -> np.ndarray:
+    """Draw the noise (L,), float32 in [0, 1), of one image under one of `MASK_STRATEGIES`.
+
+    `block` is for "random": the side of the blocks, in patches, that are removed as a whole.
+    """
     if strategy == "block":
         return block_noise(rng, grid, num_kept)
     if strategy == "grid":
         return grid_noise(rng, grid)
     if strategy == "random":
-        return rng.random(grid[0] * grid[1], dtype=np.float32)  # uniform (He et al. 2021, section 3)
+        return random_noise(rng, grid, block)
     raise ValueError(f"mask strategy {strategy!r} is unknown; expected one of {', '.join(MASK_STRATEGIES)}")

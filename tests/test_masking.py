@@ -6,9 +6,9 @@ from data.masking import MASK_STRATEGIES, mask_noise
 GRIDS = [(14, 14), (8, 8), (4, 8), (7, 5), (1, 9), (2, 2)]
 
 
-def mask(strategy, grid, ratio, seed=0):
+def mask(strategy, grid, ratio, seed=0, **options):
     num_kept = int(grid[0] * grid[1] * (1 - ratio))
-    noise = mask_noise(strategy, np.random.default_rng(seed), grid, num_kept)
+    noise = mask_noise(strategy, np.random.default_rng(seed), grid, num_kept, **options)
     assert noise.shape == (grid[0] * grid[1],) and noise.dtype == np.float32
     assert noise.min() >= 0 and noise.max() < 1.0001
     result = np.zeros(noise.size, dtype=bool)
@@ -23,6 +23,26 @@ def test_noise_keeps_exactly_that_many_patches_and_is_repeatable(strategy, grid,
     first = mask(strategy, grid, ratio, seed=1)
     assert first.sum() == int(grid[0] * grid[1] * (1 - ratio))
     np.testing.assert_array_equal(first, mask(strategy, grid, ratio, seed=1))
+
+
+@pytest.mark.parametrize("block, grid", [(2, (8, 8)), (4, (16, 16)), (3, (6, 9)), (4, (4, 8))])
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.6, 0.75, 0.9])
+def test_blocks_are_aligned_and_exactly_that_many_patches_are_kept(block, grid, ratio):
+    num_kept = int(grid[0] * grid[1] * (1 - ratio))
+    counts = []
+    for seed in range(20):
+        kept = mask("random", grid, ratio, seed, block=block)
+        assert kept.sum() == num_kept
+        sums = kept.reshape(grid[0] // block, block, grid[1] // block, block).sum(axis=(1, 3))
+        partial = (sums > 0) & (sums < block**2)
+        assert partial.sum() == (num_kept % block**2 > 0)  # all blocks are whole but one, where K needs it
+        counts.append(sums)
+    assert any((other != counts[0]).any() for other in counts)  # other blocks for another image
+
+
+def test_blocks_are_kept_equally_often():
+    shares = np.mean([mask("random", (8, 8), 0.75, seed, block=2) for seed in range(2000)], axis=0)
+    assert abs(shares - 0.25).max() < 5 * np.sqrt(0.25 * 0.75 / 2000)
 
 
 def test_random_keeps_every_patch_equally_often():
