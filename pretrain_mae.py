@@ -29,7 +29,7 @@ from data.sampling import StepSampler
 from data.sources import check_labels, describe_data, keep_labelled, labels_in, open_sources
 from data.statistics import read_statistics
 from data.transforms import CROP_RATIO, CentreCrop, RandomCrop, empty_images
-from modeling.decoder import Decoder
+from modeling.decoder import DECODERS
 from modeling.export import export_autoencoder, export_encoder
 from modeling.files import WeightsError
 from modeling.mae import MaskedAutoencoder
@@ -60,6 +60,7 @@ from training.schedule import learning_rate_at
 from training.wording import several
 
 WARMUP_EPOCHS, EPOCHS = 40, 800
+MODEL_FLAGS = ("drop_path", "custom_weight_init", "mask_ratio", "predict_ratio", "norm_pix_loss")
 
 
 def parse_args(argv=None):
@@ -81,7 +82,7 @@ def parse_args(argv=None):
     arguments.add_encoder_flags(parser, sizes=SIZES)
 
     pretraining.add_mask_flags(parser, strategies=MASK_STRATEGIES)
-    pretraining.add_decoder_flags(parser)
+    pretraining.add_decoder_flags(parser, decoders=DECODERS)
 
     flag = parser.add_argument_group("validation").add_argument
     flag("--validate_every", type=integer(0), default=10, help="epochs between validations (0: at the end only)")
@@ -97,17 +98,17 @@ def parse_args(argv=None):
 def check_flags(args):
     """Return error messages for the flags of this script, and fill in the encoder sizes that --model implies."""
     errors = arguments.check_run(args) + arguments.check_crops(args) + check_preview(args.preview_channels)
-    errors += pretraining.check_decoder(args)
+    errors += pretraining.check_decoder(args, DECODERS[args.decoder])
     vars(args).update(encoder_flags(encoder_sizes(vars(args), SIZES[args.model])))
     errors += check_width("encoder", args.encoder_embed_dim, args.encoder_num_heads)
     size_errors = check_size("img_size", args.img_size, args.patch_size)
     return errors + check_muon(args.optimizer) + (size_errors or pretraining.check_masks(args))
 
 
-def build_model(encoder, decoder, *, drop_path, custom_weight_init, **options):
-    """Build the masked autoencoder from the arguments of VisionTransformer, Decoder and MaskedAutoencoder."""
+def build_model(encoder, decoder, *, kind="self", drop_path, custom_weight_init, **options):
+    """Build the masked autoencoder from the arguments of VisionTransformer, of a `kind` of decoder, and of itself."""
     encoder = VisionTransformer(**encoder, custom_weight_init=custom_weight_init).add_extras(drop_path=drop_path)
-    decoder = Decoder(encoder, **decoder, custom_weight_init=custom_weight_init)
+    decoder = DECODERS[kind](encoder, **decoder, custom_weight_init=custom_weight_init)
     return MaskedAutoencoder(encoder, decoder, **options)
 
 
@@ -247,18 +248,22 @@ def spread(count, total):
     return [i * total // count for i in range(count)]
 
 
-def describe_model(model, mask_strategy):
-    """Return the plan's lines about model and images."""
+def describe_model(model, masks):
+    """Return the plan's lines about model and images; `masks` describes how patches are chosen."""
     encoder, decoder = model.encoder, model.decoder
     parameters, in_encoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, encoder))
     height, width = encoder.img_size
+    num_patches = math.prod(encoder.grid)
+    chosen = f"{model.num_kept} kept"
+    if model.num_predicted < num_patches - model.num_kept:
+        chosen += f", {model.num_predicted} of {num_patches - model.num_kept} others predicted"
     target = "pixels normalized per patch" if model.norm_pix_loss else "plain pixels"
     return [
         f"model      {encoder.embed_dim} x {len(encoder.blocks)} encoder, {decoder.embed_dim} x {decoder.depth} "
-        f"decoder: {parameters:.3g} M parameters ({in_encoder:.3g} M encoder), "
+        f"{decoder.title}: {parameters:.3g} M parameters ({in_encoder:.3g} M encoder), "
         f"{model.training_flops() / 1e9:.3g} GFLOP per image and step",
-        f"images     {height} x {width}, {several(encoder.in_channels, 'channel')}, {math.prod(encoder.grid)} patches "
-        f"of {encoder.patch_size}, {model.num_kept} kept ({mask_strategy}); target: {target}",
+        f"images     {height} x {width}, {several(encoder.in_channels, 'channel')}, {num_patches} patches "
+        f"of {encoder.patch_size}, {chosen} ({masks}); target: {target}",
     ]
 
 
@@ -290,9 +295,10 @@ def main(argv=None):
         encoder_args = {name: getattr(args, flag) for name, flag in ENCODER_FLAGS.items()}
         encoder_args |= dict(img_size=tuple(args.img_size), in_channels=pixels.channels)
         decoder_args = {name: getattr(args, flag) for name, flag in DECODER_FLAGS.items()}
-        options = dict(drop_path=args.drop_path, custom_weight_init=args.custom_weight_init)
-        options |= dict(mask_ratio=args.mask_ratio, norm_pix_loss=args.norm_pix_loss)
-        model = build_model(encoder_args, decoder_args, **options)
+        if args.decoder == "cross":
+            decoder_args["inputs"] = args.decoder_inputs
+        options = {name: getattr(args, name) for name in MODEL_FLAGS}
+        model = build_model(encoder_args, decoder_args, kind=args.decoder, **options)
         model.encoder.gradient_checkpointing = run.gradient_checkpointing
         if args.init_from and not run.checkpoint:
             check_outside(args.init_from, run.folder)
@@ -313,8 +319,10 @@ def main(argv=None):
     if args.micro_batch_size == "auto":
         try_step = partial(empty_step, run.accelerator, normalize=normalize, pixels=pixels)
         run.fit_micro_batch(try_step, model, optimizer)
-    run.print_plan(describe_model(model, args.mask_strategy), images, views=args.repeated_augmentation)
-    masks = dict(mask_strategy=args.mask_strategy, grid=model.encoder.grid, num_kept=model.num_kept, pixels=pixels)
+    words = args.mask_strategy + (f", blocks of {args.mask_block} x {args.mask_block}" if args.mask_block > 1 else "")
+    run.print_plan(describe_model(model, words), images, views=args.repeated_augmentation)
+    masks = dict(mask_strategy=args.mask_strategy, mask_block=args.mask_block, pixels=pixels)
+    masks |= dict(grid=model.encoder.grid, num_kept=model.num_kept)
     model, optimizer = run.prepare(model, optimizer)
     run.prepare_sources()
     if run.needs_warm_up:

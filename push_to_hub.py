@@ -19,7 +19,13 @@ from functools import partial
 from pathlib import Path
 
 from modeling.classifier import Classifier
-from modeling.export import export_autoencoder, export_classifier, export_encoder, export_segmenter
+from modeling.export import (
+    export_autoencoder,
+    export_classifier,
+    export_encoder,
+    export_segmenter,
+    vit_mae_misfit,
+)
 from modeling.files import Stored, WeightsError
 from modeling.hub import is_on_hub
 from modeling.mae import MaskedAutoencoder
@@ -117,7 +123,7 @@ def describe_model(trained):
     words = f"ViT {encoder.embed_dim} wide, {encoder.depth} deep, {encoder.num_heads} heads"
     words += f", {encoder.patch_size}-pixel patches"
     if isinstance(model, MaskedAutoencoder):
-        words += f", decoder {model.decoder.embed_dim} wide, {model.decoder.depth} deep"
+        words += f", {model.decoder.title} {model.decoder.embed_dim} wide, {model.decoder.depth} deep"
     elif isinstance(model, Classifier):
         pooled = {"cls": "the class token", "mean": "the mean patch token", "attentive": "attentive pooling"}
         words += f", head for {model.num_classes} {model.target} on {pooled[model.pooling]}"
@@ -171,6 +177,7 @@ def write_folder(folder, *, trained, record, step, origin, **card):
         description=describe_model(trained),
         target=getattr(trained.model, "target", None),
         has_decoder=isinstance(trained.model, MaskedAutoencoder),
+        is_vit_mae=isinstance(trained.model, MaskedAutoencoder) and not vit_mae_misfit(trained.model),
         loads_elsewhere=getattr(trained.model, "pooling", None) != "attentive",
         img_size=trained.encoder.img_size,
         channels=trained.encoder.in_channels,

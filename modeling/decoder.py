@@ -1,13 +1,15 @@
 """Decoders of a masked autoencoder: from the encoded tokens of the kept patches to a prediction of the others.
 
-Legend: B batch, C channels, L patches, K kept patches, D width, P patch side.
+Legend: B batch, C channels, L patches, K kept patches, M predicted patches, N tokens, D width, E width of the encoder,
+P patch side.
 """
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from modeling.position import sincos_positions
-from modeling.vit import Block, VisionTransformer, initialize_like_paper, run_blocks
+from modeling.vit import MLP, Block, VisionTransformer, attend, initialize_like_paper, run_blocks
 
 
 class Decoder(nn.Module):
@@ -15,6 +17,7 @@ class Decoder(nn.Module):
 
     Args:
         encoder: the one whose tokens are decoded; only its sizes are read.
+        depth: number of blocks, by default `default_depth`.
         custom_weight_init: initialize as the paper does instead of as PyTorch does.
 
     `new_mask_token` is the initial value (1, 1, D) of the mask token, which is a parameter of the autoencoder.
@@ -23,31 +26,41 @@ class Decoder(nn.Module):
         ValueError: if `depth` is 0, or `num_heads` does not divide `embed_dim`.
     """
 
+    title = "decoder"
+    default_depth = 8
+    reads_layers = False  # whether `forward` takes the tokens of all layers of the encoder, see `encode_layers`
+
     def __init__(
         self,
         encoder: VisionTransformer,
         *,
         embed_dim: int = 512,
-        depth: int = 8,
+        depth: int | None = None,
         num_heads: int = 16,
         mlp_ratio: float = 4.0,
         custom_weight_init: bool = True,
     ):
         super().__init__()
+        depth = self.default_depth if depth is None else depth
         if depth < 1:
             raise ValueError(f"a decoder of {depth} blocks; expected at least 1")
         if embed_dim % num_heads:
             raise ValueError(f"{num_heads} heads do not divide a decoder width of {embed_dim}")
         self.embed_dim, self.depth, self.num_heads, self.mlp_ratio = embed_dim, depth, num_heads, mlp_ratio
 
-        self.embed = nn.Linear(encoder.embed_dim, embed_dim)
-        self.new_mask_token = torch.zeros(1, 1, embed_dim).normal_(std=0.02)
         self.pos_embed = nn.Parameter(sincos_positions(encoder.grid, embed_dim), requires_grad=False)
-        self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)])
+        self.add_blocks(encoder.embed_dim)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.pred = nn.Linear(embed_dim, encoder.patch_size**2 * encoder.in_channels)
         if custom_weight_init:
             self.apply(initialize_like_paper)
+
+    def add_blocks(self, encoder_dim: int) -> None:
+        """Create what comes before the final norm."""
+        self.embed = nn.Linear(encoder_dim, self.embed_dim)
+        self.new_mask_token = torch.zeros(1, 1, self.embed_dim).normal_(std=0.02)
+        blocks = [Block(self.embed_dim, self.num_heads, self.mlp_ratio) for _ in range(self.depth)]
+        self.blocks = nn.ModuleList(blocks)
 
     def forward(
         self,
@@ -71,3 +84,93 @@ class Decoder(nn.Module):
         )
         x = run_blocks(self.blocks, x, checkpointed=checkpointed, last=last or order.shape[1])
         return self.pred(self.norm(x))
+
+
+class CrossAttention(nn.Module):
+    """Attend from queries (B, M, D) to other tokens (B, N, E) (Vaswani et al. 2017, section 3.2.2): -> (B, M, D)."""
+
+    def __init__(self, dim: int, encoder_dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(encoder_dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        q = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, M, D / heads)
+        kv = self.kv(tokens).unflatten(2, (2, self.num_heads, -1))
+        k, v = (part.transpose(1, 2) for part in kv.unbind(2))  # (B, heads, N, D / heads)
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class CrossBlock(nn.Module):
+    """Apply a pre-norm block of cross-attention and an MLP to queries (B, M, D), given tokens (B, N, E)."""
+
+    def __init__(self, dim: int, encoder_dim: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = CrossAttention(dim, encoder_dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x), tokens)
+        return x + self.mlp(self.norm2(x))
+
+
+class CrossDecoder(Decoder):
+    """Predict each patch by itself: mask tokens attend to the encoded kept patches, and not to each other.
+
+    (Fu et al. 2024, "Rethinking Patch Dependence for Masked Autoencoders", CrossMAE, arXiv 2401.14391, section 3.)
+
+    Args:
+        inputs: "last", if every block reads the encoder's last tokens, or "weighted", if each reads its own learned
+            weighted sum of the tokens after all blocks of the encoder.
+        options: those of Decoder.
+    """
+
+    title = "cross-attention decoder"
+    default_depth = 12
+
+    def __init__(self, encoder: VisionTransformer, *, inputs: str = "last", **options):
+        super().__init__(encoder, **options)
+        self.reads_layers = inputs == "weighted"
+        if self.reads_layers:
+            k = encoder.depth
+            self.layer_weights = nn.Parameter(torch.empty(self.depth, k).normal_(std=k**-0.5))
+            # The last layer has the encoder's own norm
+            self.layer_norms = nn.ModuleList([nn.LayerNorm(encoder.embed_dim, eps=1e-6) for _ in range(k - 1)])
+
+    def add_blocks(self, encoder_dim: int) -> None:
+        """Create what comes before the final norm."""
+        self.new_mask_token = torch.zeros(1, 1, self.embed_dim).normal_(std=0.02)
+        sizes = (self.embed_dim, encoder_dim, self.num_heads, self.mlp_ratio)
+        self.blocks = nn.ModuleList([CrossBlock(*sizes) for _ in range(self.depth)])
+
+    def forward(
+        self,
+        tokens: torch.Tensor | list[torch.Tensor],
+        order: torch.Tensor,
+        mask_token: torch.Tensor,
+        last: int | None = None,
+        *,
+        checkpointed: bool = False,
+    ) -> torch.Tensor:
+        """Predict patches as `Decoder.forward` does, kept ones too: from their positions and all encoded tokens.
+
+        `tokens` (B, 1 + K, E) is a list of those after every block of the encoder if `reads_layers`.
+        """
+        predicted = order if last is None else order[:, order.shape[1] - last :]
+        x = mask_token + self.pos_embed.squeeze(0)[1 + predicted]  # (B, M, D)
+        inputs = self.weigh(tokens) if self.reads_layers else [tokens] * self.depth
+        for block, own in zip(self.blocks, inputs, strict=True):
+            x = checkpoint(block, x, own, use_reentrant=False) if checkpointed else block(x, own)
+        return self.pred(self.norm(x))
+
+    def weigh(self, layers: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Return the weighted sum (B, N, E) of the layers' tokens for each block."""
+        normed = [norm(layer) for norm, layer in zip(self.layer_norms, layers[:-1], strict=True)]
+        return torch.einsum("jk,kbne->jbne", self.layer_weights, torch.stack([*normed, layers[-1]])).unbind()
+
+
+DECODERS = {"self": Decoder, "cross": CrossDecoder}

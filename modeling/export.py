@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save
 
 from modeling.classifier import Classifier
+from modeling.decoder import CrossDecoder
 from modeling.layouts import QKV, TRANSFORMERS_NAMES, TRANSFORMERS_QKV, State, rename
 from modeling.mae import MaskedAutoencoder
 from modeling.upernet import POOL_SCALES, FeaturePyramid, Segmenter
@@ -234,14 +235,26 @@ def _fold_into_head(model: Classifier) -> State:
     return state | {"head.weight": weight, "head.bias": bias}
 
 
+def vit_mae_misfit(model: MaskedAutoencoder) -> str | None:
+    """Return the reason why transformers' ViTMAE cannot hold an autoencoder, None if it can."""
+    height, width = model.encoder.img_size
+    if isinstance(model.decoder, CrossDecoder):
+        return "has no cross-attention decoder"
+    return None if height == width else "takes square images only"
+
+
 def export_autoencoder(
     model: MaskedAutoencoder, folder: str | Path, *, mean: Floats, std: Floats, value_range: Floats | None = None
 ) -> None:
-    """Write a folder for transformers' `ViTMAEForPreTraining`, if images are square, and for this project."""
-    decoder = model.decoder
+    """Write a folder for this project, and for transformers' `ViTMAEForPreTraining` unless `vit_mae_misfit`."""
+    decoder, state = model.decoder, model.state_dict()
+    library = {"model_type": "vit_mae", "architectures": ["ViTMAEForPreTraining"]}
+    if isinstance(decoder, CrossDecoder):
+        library = {"model_type": "cross_mae", "decoder_inputs": "weighted" if decoder.reads_layers else "last"}
+    else:
+        state = to_transformers(state)
     config = {
-        "model_type": "vit_mae",
-        "architectures": ["ViTMAEForPreTraining"],
+        **library,
         **_vit_config(model.encoder),
         "decoder_hidden_size": decoder.embed_dim,
         "decoder_num_hidden_layers": decoder.depth,
@@ -250,8 +263,7 @@ def export_autoencoder(
         "mask_ratio": model.mask_ratio,
         "norm_pix_loss": model.norm_pix_loss,
     }
-    weights = {"model.safetensors": to_transformers(model.state_dict())}
-    _write(folder, weights, config, _preprocessor(model.encoder), (mean, std, value_range))
+    _write(folder, {"model.safetensors": state}, config, _preprocessor(model.encoder), (mean, std, value_range))
 
 
 def _vit_config(encoder: VisionTransformer) -> dict:

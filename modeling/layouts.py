@@ -142,8 +142,8 @@ def extra_names(state: State, option: str) -> list[str]:
 def model_settings(state: State) -> dict[str, object]:
     """Return the arguments that parameters under our names show, as the scripts name them.
 
-    They have `encoder_embed_dim` if they show an encoder, `decoder_embed_dim` if they show a decoder, `pooling` if they
-    have a classification head, and `head` if they have a segmentation head.
+    They have `encoder_embed_dim` if they show an encoder, `decoder_embed_dim` and `decoder` if they show a decoder,
+    `pooling` if they have a classification head, and `head` if they have a segmentation head.
     """
     settings = {option: bool(extra_names(state, option)) for option in EXTRAS}
     for part, blocks in BLOCKS.items():
@@ -154,6 +154,9 @@ def model_settings(state: State) -> dict[str, object]:
             # Rounded up, because a model rounds width * mlp_ratio down.
             ratio = math.ceil(round(fc1.shape[0] / fc1.shape[1] * 1e4, 3)) / 1e4
             settings |= {f"{part}_embed_dim": fc1.shape[1], f"{part}_depth": depth, f"{part}_mlp_ratio": ratio}
+    if "decoder_embed_dim" in settings:
+        settings["decoder"] = "cross" if f"{BLOCKS['decoder']}0.attn.kv.weight" in state else "self"
+        settings["decoder_inputs"] = "weighted" if "decoder.layer_weights" in state else "last"
     if PROJECTION in state:
         settings |= dict(patch_size=state[PROJECTION].shape[-1], input_channels=state[PROJECTION].shape[1])
     if "head.weight" in state:

@@ -27,20 +27,30 @@ class MaskedAutoencoder(nn.Module):
     Args:
         encoder, decoder: become parts of the model; the decoder uses gradient checkpointing if the encoder does.
         mask_ratio: share of patches that is removed.
+        predict_ratio: share of the removed patches that `forward` predicts for a loss alone.
         norm_pix_loss: normalize each patch of the target by its own mean and standard deviation.
 
     Raises:
-        ValueError: if `mask_ratio` keeps or removes no patch.
+        ValueError: if `mask_ratio` keeps or removes no patch, or `predict_ratio` predicts none.
     """
 
     def __init__(
-        self, encoder: VisionTransformer, decoder: Decoder, *, mask_ratio: float = 0.75, norm_pix_loss: bool = True
+        self,
+        encoder: VisionTransformer,
+        decoder: Decoder,
+        *,
+        mask_ratio: float = 0.75,
+        predict_ratio: float = 1.0,
+        norm_pix_loss: bool = True,
     ):
         super().__init__()
         num_patches = encoder.grid[0] * encoder.grid[1]
         self.num_kept = int(num_patches * (1 - mask_ratio))
         if not 0 < self.num_kept < num_patches:
             raise ValueError(f"a mask ratio of {mask_ratio} keeps {self.num_kept} of {num_patches} patches")
+        self.num_predicted = round((num_patches - self.num_kept) * predict_ratio)
+        if not self.num_predicted:
+            raise ValueError(f"a ratio of {predict_ratio} predicts none of {num_patches - self.num_kept} patches")
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
         self.mask_token = nn.Parameter(decoder.new_mask_token)
         self.encoder, self.decoder = encoder, decoder
@@ -57,14 +67,17 @@ class MaskedAutoencoder(nn.Module):
 
         Args:
             normalize: normalizes patches (B, N, P*P*C) of images that are not, so that 8-bit pixels are gathered.
-            loss_only: return the loss (), and predict only the removed patches, which is all that it needs.
+            loss_only: return the loss (), of `num_predicted` removed patches, and predict no others.
         """
         patches = patchify(images, self.encoder.patch_size)
         order = noise.argsort(dim=1, stable=True)  # kept patches first
+        if loss_only:
+            order = self.leave_out(order)
         kept, removed = (take(patches, part) for part in (order[:, : self.num_kept], order[:, self.num_kept :]))
         if normalize is not None:
             kept, removed = normalize(kept), normalize(removed)
-        tokens = self.encoder.encode(self.encoder.embed(kept, order[:, : self.num_kept]))
+        tokens = self.encoder.embed(kept, order[:, : self.num_kept])
+        tokens = self.encoder.encode_layers(tokens) if self.decoder.reads_layers else self.encoder.encode(tokens)
         checkpointed = self.encoder.gradient_checkpointing and self.training
         last = removed.shape[1] if loss_only else None
         prediction = self.decoder(tokens, order, self.mask_token, last, checkpointed=checkpointed)
@@ -73,6 +86,17 @@ class MaskedAutoencoder(nn.Module):
             return loss
         restore = order.argsort(dim=1)  # position of each patch in `order`
         return MAEOutput(loss, take(prediction, restore), mask=(restore >= self.num_kept).float())
+
+    def leave_out(self, order: torch.Tensor) -> torch.Tensor:
+        """Return the order of patches (B, L) without removed ones that are not predicted: (B, K + M).
+
+        The M are evenly spaced in the order of the noise: under every mask strategy a random share of the removed.
+        """
+        kept, removed = order[:, : self.num_kept], order[:, self.num_kept :]
+        if self.num_predicted == removed.shape[1]:
+            return order
+        chosen = torch.arange(self.num_predicted, device=order.device) * removed.shape[1] // self.num_predicted
+        return torch.cat([kept, removed[:, chosen]], dim=1)
 
     def loss(self, patches: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
         """Return the mean squared error of removed patches (B, L - K, P*P*C), in float32 (section 3)."""

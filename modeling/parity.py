@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from modeling.classifier import Classifier
+from modeling.export import vit_mae_misfit
 from modeling.mae import MaskedAutoencoder
 from modeling.trained import open_trained
 from modeling.upernet import Segmenter, resize
@@ -47,11 +48,11 @@ def differences(folder: str | Path, model: Model) -> tuple[dict[str, float], lis
     if isinstance(model, MaskedAutoencoder):
         noise = torch.rand(2, encoder.grid[0] * encoder.grid[1], generator=generator)
         loss = model(images, noise).loss
-        if encoder.img_size[0] == encoder.img_size[1]:
+        if reason := vit_mae_misfit(model):
+            notes.append(f"transformers' ViTMAE {reason}, so pretraining/ is for this project alone.")
+        else:
             theirs = transformers.ViTMAEForPreTraining.from_pretrained(folder / "pretraining")
             outputs["transformers ViTMAEForPreTraining"] = theirs(images, noise=noise).loss, loss
-        else:
-            notes.append("transformers' ViTMAE takes square images only, so pretraining/ is for this project alone.")
         outputs["this project, pretraining/"] = open_trained(folder).model(images, noise).loss, loss
     distances = {
         library: ((theirs - ours).abs().max() / ours.abs().max().clamp(min=1)).nan_to_num(torch.inf).item()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from modeling.classifier import Classifier
-from modeling.decoder import Decoder
+from modeling.decoder import DECODERS
 from modeling.export import CROP_RATIO
 from modeling.files import Stored, WeightsError
 from modeling.layouts import State
@@ -126,7 +126,9 @@ def _build(weights: Weights, *, whole: bool, img_size: Grid | None, in_channels:
     if whole and "decoder_embed_dim" in settings:
         options = {name: settings[f"decoder_{name}"] for name in ("embed_dim", "depth", "mlp_ratio")}
         known = PAPER | {name: getattr(stored, name) for name in PAPER if getattr(stored, name) is not None}
-        decoder = Decoder(encoder, num_heads=known.pop("decoder_num_heads"), **options)
+        if settings["decoder"] == "cross":
+            options["inputs"] = settings["decoder_inputs"]
+        decoder = DECODERS[settings["decoder"]](encoder, num_heads=known.pop("decoder_num_heads"), **options)
         return MaskedAutoencoder(encoder, decoder, **known)
     if "pooling" in settings:
         kind = {name: settings[name] for name in ("pooling", "probe", "num_queries") if name in settings}

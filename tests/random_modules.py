@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from modeling.decoder import Decoder
+from modeling.decoder import DECODERS
 from modeling.mae import MaskedAutoencoder
 from modeling.vit import VisionTransformer
 
@@ -31,6 +31,7 @@ def new_encoder(**options) -> VisionTransformer:
 def build_autoencoder(encoder: VisionTransformer, **options) -> MaskedAutoencoder:
     """Build an autoencoder around an encoder, from the names of the scripts' flags."""
     names = [name for name in options if name.startswith("decoder_")]
+    kind = options.pop("decoder", "self")
     sizes = {name.removeprefix("decoder_"): options.pop(name) for name in names}
-    decoder = Decoder(encoder, custom_weight_init=options.pop("custom_weight_init", True), **sizes)
+    decoder = DECODERS[kind](encoder, custom_weight_init=options.pop("custom_weight_init", True), **sizes)
     return MaskedAutoencoder(encoder, decoder, **options)

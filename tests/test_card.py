@@ -15,7 +15,7 @@ from PIL import Image
 from random_modules import build_autoencoder
 
 from modeling.classifier import Classifier
-from modeling.export import export_autoencoder, export_classifier, export_encoder, export_segmenter
+from modeling.export import export_autoencoder, export_classifier, export_encoder, export_segmenter, vit_mae_misfit
 from modeling.mae import MaskedAutoencoder
 from modeling.upernet import Segmenter
 from modeling.vit import VisionTransformer
@@ -72,6 +72,7 @@ def export(model: torch.nn.Module, folder: Path) -> ModelSummary:
         description="ViT of 32 x 2",
         target=getattr(model, "target", None),
         has_decoder=isinstance(model, MaskedAutoencoder),
+        is_vit_mae=isinstance(model, MaskedAutoencoder) and not vit_mae_misfit(model),
         loads_elsewhere=True,
         img_size=encoder.img_size,
         channels=encoder.in_channels,

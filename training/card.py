@@ -98,6 +98,7 @@ class ModelSummary(NamedTuple):
     description: str  # its sizes, in one line
     target: str | None  # of a classifier: "classes", "labels" or "numbers"
     has_decoder: bool  # the folder has pretraining/
+    is_vit_mae: bool  # transformers' ViTMAE loads it
     loads_elsewhere: bool  # in transformers or timm, as a whole
     img_size: tuple[int, int]  # height and width in pixels
     channels: int

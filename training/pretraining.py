@@ -17,13 +17,22 @@ def add_mask_flags(parser: Parser, *, strategies: Iterable[str]) -> None:
     flag("--repeated_augmentation", type=integer(1), default=1, metavar="K", help="views of each image (default 1)")
     flag("--mask_ratio", type=number(0, 1), default=0.75, help="share of patches to remove (default 0.75)")
     flag("--mask_strategy", choices=tuple(strategies), default="random", help="how patches are chosen (default random)")
+    help_text = "side of the square blocks, in patches, that are removed as a whole under random masks (default 1)"
+    flag("--mask_block", type=integer(1), default=1, metavar="N", help=help_text)
+    help_text = "share of the removed patches that is predicted in training, evenly spread (default 1)"
+    flag("--predict_ratio", type=number(0, 1), default=1.0, metavar="R", help=help_text)
 
 
-def add_decoder_flags(parser: Parser) -> None:
-    """Add the sizes of the decoder, its target, and the weights to start from."""
+def add_decoder_flags(parser: Parser, *, decoders: Iterable[str]) -> None:
+    """Add the decoder, its target, and the weights to start from; `decoders` are the names that --decoder takes."""
     flag = parser.add_argument_group("decoder and target").add_argument
+    help_text = "attention among all tokens, or from mask tokens to visible tokens only, as in CrossMAE (default self)"
+    flag("--decoder", choices=tuple(decoders), default="self", help=help_text)
+    help_text = "what the blocks of a cross decoder read: the encoder's last tokens, or each a learned weighted sum of "
+    help_text += "all its layers (default last)"
+    flag("--decoder_inputs", choices=("last", "weighted"), default="last", help=help_text)
     flag("--decoder_embed_dim", type=integer(1), default=512, help="width (default 512)")
-    flag("--decoder_depth", type=integer(1), default=8, help="number of blocks (default 8)")
+    flag("--decoder_depth", type=integer(1), help="number of blocks (default self: 8, cross: 12)")
     flag("--decoder_num_heads", type=integer(1), default=16, help="attention heads (default 16)")
     flag("--decoder_mlp_ratio", type=number(0.1), default=4.0, help="hidden width of the MLPs / width (default 4)")
     flag("--init_from", metavar="PATH", help="weights to start from: of this project, the official MAE, transformers")
@@ -33,19 +42,39 @@ def add_decoder_flags(parser: Parser) -> None:
 
 def check_masks(args: argparse.Namespace) -> list[str]:
     """Return error messages for the flags of masks on the grid of --img_size and --patch_size, which fit."""
-    num_patches = math.prod(side // args.patch_size for side in args.img_size)
+    grid = [side // args.patch_size for side in args.img_size]
+    num_patches, block, errors = math.prod(grid), args.mask_block, []
     num_kept = int(num_patches * (1 - args.mask_ratio))
-    if 0 < num_kept < num_patches:
-        return []
-    return [
-        f"--mask_ratio {args.mask_ratio:g} keeps {num_kept} of {num_patches} patches; expected a ratio that keeps and "
-        "removes at least one"
-    ]
+    num_removed = num_patches - num_kept
+    if not 0 < num_kept < num_patches:
+        errors.append(
+            f"--mask_ratio {args.mask_ratio:g} keeps {num_kept} of {num_patches} patches; expected a ratio that keeps "
+            "and removes at least one"
+        )
+    elif not round(num_removed * args.predict_ratio):
+        errors.append(
+            f"--predict_ratio {args.predict_ratio:g} predicts none of {num_removed} removed patches; expected a ratio "
+            "that predicts at least one"
+        )
+    if any(side % block for side in grid):
+        errors.append(
+            f"--mask_block {block} does not divide the grid of {grid[0]} x {grid[1]} patches; take a divisor of both"
+        )
+    if block > 1 and args.mask_strategy != "random":
+        errors.append(f"--mask_block {block} does not go with --mask_strategy {args.mask_strategy}; leave one out")
+    return errors
 
 
-def check_decoder(args: argparse.Namespace) -> list[str]:
-    """Return error messages for the flags of `add_decoder_flags`."""
+def check_decoder(args: argparse.Namespace, decoder_class) -> list[str]:
+    """Return error messages for the flags of `add_decoder_flags`, and fill in the depth that --decoder implies."""
+    if args.decoder_depth is None:
+        args.decoder_depth = decoder_class.default_depth
     errors = check_width("decoder", args.decoder_embed_dim, args.decoder_num_heads)
+    if args.decoder_inputs == "weighted" and args.decoder != "cross":
+        errors.append(
+            "--decoder_inputs weighted needs --decoder cross, whose blocks all read the encoder's tokens; give both or "
+            "none"
+        )
     if args.adapt_channels and not args.init_from:
         errors.append("--adapt_channels converts the weights of --init_from, which is missing; give both or none")
     return errors
