@@ -193,12 +193,17 @@ def test_all_bad_flags_at_once(tmp_path):
     flags = ["--path_to_data", tmp_path / "nowhere", "--img_size", 100, "--encoder_num_heads", 7, "--what", 1]
     plan = ["--path_to_data", tmp_path / "nowhere", "--init_from", "lost.pth", "--gradient_accumulation_steps", 3]
     ratio = ["--mask_ratio", 0.999, "@missing.args"]
+    data = ["--path_to_data", tmp_path / "nowhere"]
+    share = [*data, "--predict_ratio", 0.003, "--mask_block", 3, "--mask_strategy", "grid"]
     starts = [[*flags, "--mask_ratio", 0.999], plan, ratio, ["--epochs", "x", "--what"]]
+    starts += [share, [*data, "--decoder_inputs", "weighted"]]
     words = (
         ("--img_size 100 100", "--encoder_num_heads 7", "--what"),  # patches cannot be counted: no mask ratio
         ("nowhere", "--init_from lost.pth", "does not divide"),
         ("--mask_ratio 0.999 keeps 0 of 196", "--path_to_data is missing", "the recipe missing.args"),
         ("--epochs: 'x' is not valid; expected a whole number of at least 1",),
+        ("predicts none of 147", "does not divide the grid of 14 x 14", "does not go with --mask_strategy grid"),
+        ("--decoder_inputs weighted needs --decoder cross",),
     )
     for errors, expected in zip(refusals(SCRIPT, *starts, cwd=tmp_path), words, strict=True):
         assert len(errors) == len(expected), errors
@@ -495,6 +500,29 @@ def test_repeated_augmentation_is_the_same_on_one_process_and_two(image_folder, 
     assert log_of(one)[9]["epoch"] == 1  # 40 images, twice each, in batches of 8
     flags += ["--micro_batch_size", 1]
     assert "--repeated_augmentation 2 does not divide" in run(SCRIPT, *flags, cwd=tmp_path, code=2).stderr
+
+
+def test_a_cross_decoder_on_a_share_of_blocks(image_folder, tmp_path):
+    """Resumed, to the last bit; on two processes; and what the run leaves behind is opened by the other scripts."""
+    flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 7, "--save_checkpoint_steps", 3, "--mask_block", 2]
+    flags += ["--decoder", "cross", "--decoder_inputs", "weighted", "--predict_ratio", 0.34]
+    said = run(SCRIPT, *flags, "--experiment_name", "one", cwd=tmp_path).stdout
+    assert "32 x 1 cross-attention decoder" in said
+    assert "4 kept, 4 of 12 others predicted (random, blocks of 2 x 2)" in said
+    one, resumed, two = (tmp_path / "work_dir" / name for name in ("one", "resumed", "two"))
+    shutil.copytree(one, resumed)
+    resume = ["--experiment_name", "resumed", "--resume_from_checkpoint", "step_00000003"]
+    run(SCRIPT, *flags, *resume, cwd=tmp_path)
+    assert_equal_runs(one, resumed, 7)
+    flags[flags.index("--per_gpu_batch_size") + 1] = "4"
+    run_two(SCRIPT, *flags, "--micro_batch_size", 2, "--experiment_name", "two", cwd=tmp_path)
+    assert losses_of(two) == pytest.approx(losses_of(one), rel=1e-5)
+    card = ["--output", tmp_path / "published"]
+    assert "cross-attention decoder 32 wide, 1 deep" in run("push_to_hub.py", one, *card, cwd=tmp_path).stdout
+    card = (tmp_path / "published" / "README.md").read_text()
+    assert "ViTMAE has no cross-attention decoder" in card and "ViTMAEForPreTraining" not in card
+    photos = next(image_folder.rglob("*.png"), None) or next(image_folder.rglob("*.jpg"))
+    run("predict.py", tmp_path / "published", photos, cwd=tmp_path)
 
 
 def test_init_from_every_layout(undisturbed, flags, tmp_path):
