@@ -36,7 +36,7 @@ from modeling.mae import MaskedAutoencoder
 from modeling.vit import SIZES, VisionTransformer
 from modeling.weights import open_weights, start_from
 from training import arguments, pretraining
-from training.arguments import integer
+from training.arguments import integer, number
 from training.checkpoint import check_outside
 from training.files import replace_folder
 from training.launch import InputError, check, put_back, run_script

@@ -180,7 +180,7 @@ def muon_of_the_post(weight, gradients, *, rate, decay, parts):
 def small_mae():
     torch.manual_seed(0)
     encoder = VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2)
-    return MaskedAutoencoder(encoder, decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2)
+    return build_autoencoder(encoder, decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2)
 
 
 def test_muon_takes_the_matrices_of_the_blocks():
@@ -188,7 +188,7 @@ def test_muon_takes_the_matrices_of_the_blocks():
     optimizer = muon(parameter_groups(model, 0.05), model, betas=(0.9, 0.95))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     parts = {names[id(p)]: group["muon_parts"] for group in optimizer.param_groups for p in group["params"]}
-    blocks = [f"encoder.blocks.{i}" for i in range(12)] + [f"decoder_blocks.{i}" for i in range(8)]
+    blocks = [f"encoder.blocks.{i}" for i in range(12)] + [f"decoder.blocks.{i}" for i in range(8)]
     expected = {f"{block}.attn.qkv.weight": 3 for block in blocks}
     expected |= {f"{block}.{name}.weight": 1 for block in blocks for name in ("attn.proj", "mlp.fc1", "mlp.fc2")}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -235,7 +235,7 @@ def test_steps_of_muon_against_newton_schulz_and_of_adamw():
         other = muon_of_the_post(
             value, gradients[name], rate=0.01, decay=0.3, parts=4 - parts if len(value) == 24 else 2
         )
-        assert (expected - other).abs().max() > 3e-3 and (expected - value).abs().max() > 0.01, name
+        assert (expected - other).abs().max() > 2e-3 and (expected - value).abs().max() > 0.01, name
 
 
 def test_muon_survives_copies_accelerate_and_a_checkpoint():
@@ -266,7 +266,7 @@ def test_muon_survives_copies_accelerate_and_a_checkpoint():
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, plain[0].get_parameter(name)), name
         assert torch.equal(parameter, loaded.get_parameter(name)), name
-    assert not torch.equal(model.decoder_pred.weight, weights["decoder_pred.weight"])
+    assert not torch.equal(model.decoder.pred.weight, weights["decoder.pred.weight"])
 
 
 def test_muon_is_refused_by_an_older_torch(monkeypatch):
