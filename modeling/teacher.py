@@ -1,0 +1,121 @@
+"""A frozen encoder whose patch tokens are the target of a pre-training.
+
+Legend: as in targets.py.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from modeling.files import WeightsError
+from modeling.hub import download, is_on_hub
+from modeling.trained import open_trained
+from modeling.vit import Grid
+from modeling.weights import open_weights
+
+RESIZED = {"interpolate_pos_encoding": True}
+# `model_type` of encoders that transformers computes -> options of their forward pass. "clip" and "siglip" are models
+# of images and text, of which the vision tower is taken.
+TOWERS = {"dinov2": {}, "dinov2_with_registers": {}, "dinov3_vit": {}}
+TOWERS |= {"clip": RESIZED, "clip_vision_model": RESIZED, "siglip": RESIZED, "siglip_vision_model": RESIZED}
+
+
+class Teacher(nn.Module):
+    """Compute the layer-normalized patch tokens of images.
+
+    Images are resized, if needed, to make the teacher's patches those of the student.
+
+    Args:
+        model: returns tokens (B, N, T), the patches last, or an output of transformers with `last_hidden_state`.
+        size: H and W of the images that the model sees.
+        num_patches: L.
+        width: T.
+        statistics: mean and standard deviation of the channels, for the normalization of images in [0, 1].
+        options: keyword arguments of the model.
+    """
+
+    def __init__(self, model: nn.Module, *, size: Grid, num_patches: int, width: int, statistics: tuple, options: dict):
+        super().__init__()
+        self.model, self.options = model.eval().requires_grad_(False), options
+        self.size, self.num_patches, self.width = size, num_patches, width
+        self.register_buffer("mean", torch.tensor(statistics[0]).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(statistics[1]).view(-1, 1, 1))
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the tokens of images (B, C, H, W), uint8 or float32 in [0, 1], in float32: (B, L, T)."""
+        images = images if images.is_floating_point() else images.float() / 255
+        images = (images - self.mean) / self.std
+        if images.shape[2:] != self.size:
+            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
+        output = self.model(images, **self.options)
+        tokens = getattr(output, "last_hidden_state", output)[:, -self.num_patches :].float()
+        return F.layer_norm(tokens, tokens.shape[-1:])
+
+    def fingerprint(self) -> str:
+        """Return a hash of the weights."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+
+def open_teacher(path: str, *, grid: Grid, in_channels: int, value_range: tuple | None = None) -> Teacher:
+    """Open a frozen encoder for images whose patches form `grid`.
+
+    Args:
+        path: weights that `open_trained` reads, or a folder or hf:OWNER/NAME with a DINOv2, DINOv3, CLIP or SigLIP.
+        value_range: pixels that become 0 and 1; None: 0 and 255.
+
+    Raises:
+        WeightsError: with a message that begins with the path, for weights that cannot be read or see other images.
+    """
+    folder = download(path, whole=False) if is_on_hub(path) else Path(path)
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):  # a file, a run, or a configuration that `open_trained` explains
+        kind = None
+    if kind in TOWERS:
+        return _open_tower(folder, grid, in_channels, TOWERS[kind])
+    sizes = open_weights(folder).sizes
+    _check_channels(path, sizes["in_channels"], in_channels)
+    size = tuple(sizes["patch_size"] * count for count in grid)
+    trained = open_trained(folder, whole=False, img_size=size)
+    if list(trained.value_range or (0, 255)) != list(value_range or (0, 255)):
+        theirs, ours = ("{:g} to {:g}".format(*(each or (0, 255))) for each in (trained.value_range, value_range))
+        raise WeightsError(f"{path}: a teacher of pixels from {theirs}, the data have {ours}; give another teacher")
+    statistics = trained.mean, trained.std
+    shape = dict(size=size, num_patches=grid[0] * grid[1], width=trained.encoder.embed_dim)
+    return Teacher(trained.encoder, **shape, statistics=statistics, options={})
+
+
+def _open_tower(folder: Path, grid: Grid, in_channels: int, options: dict) -> Teacher:
+    """Open an encoder that transformers computes; no code of its folder is run."""
+    from transformers import AutoModel
+
+    try:
+        processor = json.loads((folder / "preprocessor_config.json").read_text())
+        statistics = processor["image_mean"], processor["image_std"]
+        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    except Exception as error:  # transformers raises many types
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise WeightsError(
+            f"{folder}: cannot be read ({reason}); expected config.json, preprocessor_config.json with image_mean and "
+            "image_std, and weights; copy the folder again"
+        ) from error
+    model = getattr(model, "vision_model", model)
+    config = model.config
+    _check_channels(folder, config.num_channels, in_channels)
+    size = tuple(config.patch_size * count for count in grid)
+    shape = dict(size=size, num_patches=grid[0] * grid[1], width=config.hidden_size)
+    return Teacher(model, **shape, statistics=statistics, options=options)
+
+
+def _check_channels(path: str | Path, theirs: int, ours: int) -> None:
+    if theirs != ours:
+        raise WeightsError(f"{path}: input_channels of the teacher is {theirs} instead of {ours}; give another teacher")
