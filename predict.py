@@ -99,6 +99,9 @@ def check_model(trained, given, *, features):
         errors.append(f"{trained.path} is {name}, which computes features alone; give --features FILE.npy")
     if getattr(model, "target", None) == "numbers":
         name, flags = "a model of numbers", []
+    if not features and isinstance(model, MaskedAutoencoder) and not model.target.invertible:
+        words = f"predicts {model.target.title}, which have no picture; give --features FILE.npy"
+        errors.append(f"{trained.path} {words}")
     unused = [flag for flag in given if features or flag not in flags]
     use = "features" if features else f"the predictions of {name}"
     errors += [f"--{flag} has no effect on {use}; leave it out" for flag in unused]
@@ -182,7 +185,7 @@ def predict_patches(batch, *, model, normalize, device, channels, folder, names)
     prediction = normalize.undo(model.reconstruct(images, prediction))
     images, removed = normalize.undo(images), model.pixel_mask(removed)
     metrics = {name: values.tolist() for name, values in reconstruction_metrics(images, prediction, removed).items()}
-    results, statistics = [], dict(uses_true_patch_statistics=model.norm_pix_loss)
+    results, statistics = [], dict(uses_true_patch_statistics=model.target.uses_true_patch_statistics)
     for row, index in enumerate(batch.indices):
         values = {name: column[row] for name, column in metrics.items()}
         title = f"removed patches: {values['masked_psnr']:.2f} dB, SSIM {values['masked_ssim']:.3f}"

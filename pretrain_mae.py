@@ -33,7 +33,9 @@ from modeling.decoder import DECODERS
 from modeling.export import export_autoencoder, export_encoder
 from modeling.files import WeightsError
 from modeling.mae import MaskedAutoencoder
-from modeling.vit import SIZES, VisionTransformer
+from modeling.targets import TARGETS
+from modeling.teacher import open_teacher
+from modeling.vit import SIZES, VisionTransformer, patchify
 from modeling.weights import open_weights, start_from
 from training import arguments, pretraining
 from training.arguments import integer, number
@@ -60,7 +62,7 @@ from training.schedule import learning_rate_at
 from training.wording import several
 
 WARMUP_EPOCHS, EPOCHS = 40, 800
-MODEL_FLAGS = ("drop_path", "custom_weight_init", "mask_ratio", "predict_ratio", "norm_pix_loss")
+MODEL_FLAGS = ("drop_path", "custom_weight_init", "mask_ratio", "predict_ratio", "target")
 
 
 def parse_args(argv=None):
@@ -82,7 +84,7 @@ def parse_args(argv=None):
     arguments.add_encoder_flags(parser, sizes=SIZES)
 
     pretraining.add_mask_flags(parser, strategies=MASK_STRATEGIES)
-    pretraining.add_decoder_flags(parser, decoders=DECODERS)
+    pretraining.add_decoder_flags(parser, decoders=DECODERS, targets=TARGETS)
 
     flag = parser.add_argument_group("validation").add_argument
     flag("--validate_every", type=integer(0), default=10, help="epochs between validations (0: at the end only)")
@@ -98,18 +100,21 @@ def parse_args(argv=None):
 def check_flags(args):
     """Return error messages for the flags of this script, and fill in the encoder sizes that --model implies."""
     errors = arguments.check_run(args) + arguments.check_crops(args) + check_preview(args.preview_channels)
-    errors += pretraining.check_decoder(args, DECODERS[args.decoder])
+    errors += pretraining.check_decoder(args, DECODERS[args.decoder]) + pretraining.check_target(args)
     vars(args).update(encoder_flags(encoder_sizes(vars(args), SIZES[args.model])))
     errors += check_width("encoder", args.encoder_embed_dim, args.encoder_num_heads)
     size_errors = check_size("img_size", args.img_size, args.patch_size)
     return errors + check_muon(args.optimizer) + (size_errors or pretraining.check_masks(args))
 
 
-def build_model(encoder, decoder, *, kind="self", drop_path, custom_weight_init, **options):
-    """Build the masked autoencoder from the arguments of VisionTransformer, of a `kind` of decoder, and of itself."""
+def build_model(
+    encoder, decoder, *, kind="self", target="normalized", width=None, drop_path, custom_weight_init, **options
+):
+    """Build the masked autoencoder from the arguments of its encoder, of a `kind` of decoder, its target and itself."""
     encoder = VisionTransformer(**encoder, custom_weight_init=custom_weight_init).add_extras(drop_path=drop_path)
-    decoder = DECODERS[kind](encoder, **decoder, custom_weight_init=custom_weight_init)
-    return MaskedAutoencoder(encoder, decoder, **options)
+    target = TARGETS[target](encoder, width)
+    decoder = DECODERS[kind](encoder, **decoder, num_outputs=target.width, custom_weight_init=custom_weight_init)
+    return MaskedAutoencoder(encoder, decoder, target, **options)
 
 
 def build_optimizer(model, name, weight_decay, **decay):
@@ -118,12 +123,13 @@ def build_optimizer(model, name, weight_decay, **decay):
     return muon(groups, model, betas=betas) if name == "muon" else adamw(groups, betas=betas)
 
 
-def optimizer_step(accelerator, model, optimizer, batches, normalize, *, max_grad_norm):
+def optimizer_step(accelerator, model, optimizer, batches, normalize, *, max_grad_norm, teacher=None):
     """Take one optimizer step, accumulating gradients over the micro-batches.
 
     Args:
         batches: an iterator over (seed of the model's randomness, PretrainingBatch).
         max_grad_norm: the norm that gradients are clipped to; 0 for none.
+        teacher: makes the features that are predicted, see `modeling.teacher`; None for other targets.
 
     Returns:
         Loss () and gradient norm (), both left on the device, and [(index, reason)] of damaged images.
@@ -136,7 +142,8 @@ def optimizer_step(accelerator, model, optimizer, batches, normalize, *, max_gra
             images = batch.images.to(accelerator.device, non_blocking=True)  # (B, C, H, W)
             noise = batch.noise.to(accelerator.device, non_blocking=True)  # (B, L)
             with accelerator.autocast():
-                micro_loss = model(images, noise, normalize=normalize.patches, loss_only=True)
+                features = teacher(images) if teacher else None
+                micro_loss = model(images, noise, normalize=normalize.patches, features=features, loss_only=True)
             accelerator.backward(micro_loss)
             loss += micro_loss.detach() / accelerator.gradient_accumulation_steps
             if accelerator.sync_gradients:
@@ -147,27 +154,29 @@ def optimizer_step(accelerator, model, optimizer, batches, normalize, *, max_gra
     return loss, grad_norm, damaged
 
 
-def empty_step(accelerator, model, optimizer, size, *, normalize, pixels):
+def empty_step(accelerator, model, optimizer, size, *, normalize, teacher, pixels):
     """Take one optimizer step on black images: to measure memory, or to warm up DDP before a checkpoint is loaded."""
     encoder = accelerator.unwrap_model(model).encoder
     images = empty_images(size, pixels.channels, encoder.img_size, pixels.dtype).zero_()
     batch = PretrainingBatch(images, torch.zeros(size, math.prod(encoder.grid)), [])
-    optimizer_step(accelerator, model, optimizer, repeat((0, batch)), normalize, max_grad_norm=1.0)
+    optimizer_step(accelerator, model, optimizer, repeat((0, batch)), normalize, max_grad_norm=1.0, teacher=teacher)
 
 
 @torch.no_grad()
-def reconstruct(accelerator, model, batch, normalize):
-    """Return a batch's loss, its images and predictions (B, C, H, W) in [0, 1], and its masks (B, 1, H, W)."""
+def reconstruct(accelerator, model, batch, normalize, teacher=None):
+    """Return a batch's loss and, of an invertible target, images, predictions (B, C, H, W) in [0, 1], pixel masks."""
     images, noise = (part.to(accelerator.device, non_blocking=True) for part in batch[:2])
-    images = normalize(images)
     with accelerator.autocast():
-        loss, prediction, mask = model.forward(images, noise)  # not compiled: sizes vary
+        features, images = teacher(images) if teacher else None, normalize(images)
+        loss, prediction, mask = model.forward(images, noise, features=features)  # not compiled: sizes vary
+    if not model.target.invertible:
+        return (loss,)
     prediction = normalize.undo(model.reconstruct(images, prediction))
     return loss, normalize.undo(images), prediction, model.pixel_mask(mask)
 
 
-def evaluate(run, model, dataset, indices, normalize, *, read, preview):
-    """Log masked loss, PSNR and SSIM, averaged over `indices`; each image is evaluated under a fixed mask.
+def evaluate(run, model, dataset, indices, normalize, *, teacher, read, preview):
+    """Log masked loss and, of an invertible target, PSNR and SSIM; each image is evaluated under a fixed mask.
 
     Args:
         read: returns the batches of indices, see `own_batches`; the next readable image replaces a damaged one.
@@ -176,9 +185,9 @@ def evaluate(run, model, dataset, indices, normalize, *, read, preview):
     model.eval()
     sums, total, damaged = Counter(), Counter(), []
     for batch in read(dataset, indices):
-        loss, images, prediction, mask = reconstruct(run.accelerator, model, batch, normalize)
-        sums.update({"count": len(images), "val_loss": loss.item() * len(images)})
-        for name, value in reconstruction_metrics(images, prediction, mask).items():
+        loss, *pictures = reconstruct(run.accelerator, model, batch, normalize, teacher)
+        sums.update({"count": len(batch.images), "val_loss": loss.item() * len(batch.images)})
+        for name, value in (reconstruction_metrics(*pictures) if pictures else {}).items():
             sums[name] += value.cpu().double().sum().item()
         damaged += [(dataset.source.name(index), reason) for index, reason in batch.damaged]
     run.note_damage(damaged)
@@ -187,26 +196,23 @@ def evaluate(run, model, dataset, indices, normalize, *, read, preview):
     metrics = {name: total[name] / total["count"] for name in sorted(total) if name != "count"}
 
     count, channels = preview
-    if count and run.is_main_process:
+    if count and model.target.invertible and run.is_main_process:
         rows = [(FIXED_EPOCH, indices[i]) for i in spread(count, len(indices))]
-        _, images, prediction, mask = reconstruct(run.accelerator, model, dataset.__getitems__(rows), normalize)
+        _, *pictures = reconstruct(run.accelerator, model, dataset.__getitems__(rows), normalize)
         path = run.folder / "reconstructions" / f"step_{run.step:08d}.png"
         reconstruction_grid(
             path,
-            images,
-            prediction,
-            mask,
+            *pictures,
             title=f"step {run.step}, epoch {run.epoch:.4g}",
-            uses_true_patch_statistics=model.norm_pix_loss,
+            uses_true_patch_statistics=model.target.uses_true_patch_statistics,
             channels=channels,
         )
         run.progress.picture(path, "reconstructions", run.step)
-    baseline = metrics["masked_psnr_visible_mean"]
-    run.record(
-        metrics,
-        f"epoch {run.epoch:.4g}: validation loss {metrics['val_loss']:.4f}, removed patches "
-        f"{metrics['masked_psnr']:.2f} dB (visible mean: {baseline:.2f} dB)",
-    )
+    text = f"epoch {run.epoch:.4g}: validation loss {metrics['val_loss']:.4f}"
+    if model.target.invertible:
+        baseline = metrics["masked_psnr_visible_mean"]
+        text += f", removed patches {metrics['masked_psnr']:.2f} dB (visible mean: {baseline:.2f} dB)"
+    run.record(metrics, text)
     model.train()
 
 
@@ -242,6 +248,15 @@ def export(model, folder, **statistics):
     export_autoencoder(model, folder / "pretraining", **statistics)
 
 
+def fit_components(model, dataset, normalize, *, device, read):
+    """Find the principal components that the model predicts in 500 images, the same on all processes; once a run."""
+    if model.target.components.any():  # those of the checkpoint, or of --init_from
+        return
+    batches = read(dataset, spread(500, len(dataset)), process_index=0, num_processes=1, watch=iter)
+    side = model.encoder.patch_size
+    model.target.fit(normalize.patches(patchify(batch.images.to(device), side)) for batch in batches)
+
+
 def spread(count, total):
     """Return at most `count` indices, evenly spread over `total`."""
     count = min(count, total)
@@ -257,13 +272,12 @@ def describe_model(model, masks):
     chosen = f"{model.num_kept} kept"
     if model.num_predicted < num_patches - model.num_kept:
         chosen += f", {model.num_predicted} of {num_patches - model.num_kept} others predicted"
-    target = "pixels normalized per patch" if model.norm_pix_loss else "plain pixels"
     return [
         f"model      {encoder.embed_dim} x {len(encoder.blocks)} encoder, {decoder.embed_dim} x {decoder.depth} "
         f"{decoder.title}: {parameters:.3g} M parameters ({in_encoder:.3g} M encoder), "
         f"{model.training_flops() / 1e9:.3g} GFLOP per image and step",
         f"images     {height} x {width}, {several(encoder.in_channels, 'channel')}, {num_patches} patches "
-        f"of {encoder.patch_size}, {chosen} ({masks}); target: {target}",
+        f"of {encoder.patch_size}, {chosen} ({masks}); target: {model.target.title}",
     ]
 
 
@@ -281,6 +295,8 @@ def main(argv=None):
     with run.refusing(InputError):
         shown_channels = args.preview_channels or preview_channels(pixels)
         check(check_preview(shown_channels, pixels.channels))
+        check(pretraining.check_components(args.num_components, args.patch_size**2 * pixels.channels))
+        num_components = args.num_components
     with run.refusing(DataError):
         places = dict(validation=args.path_to_validation_data, cache=args.cache_dir, data_format=args.data_format)
         train_source, validation_source = open_sources(args.path_to_data, pixels, **places)
@@ -290,6 +306,9 @@ def main(argv=None):
     with run.refusing(InputError):
         views, check_batch = args.repeated_augmentation, partial(pretraining.check_views, args.repeated_augmentation)
         run.plan_steps(len(train_source) * views, check_batch, recipe_epochs=(WARMUP_EPOCHS, EPOCHS))
+    with run.refusing(WeightsError, flag="--teacher"):
+        shape = dict(grid=[side // args.patch_size for side in args.img_size], in_channels=pixels.channels)
+        teacher = args.teacher and open_teacher(args.teacher, value_range=pixels.value_range, **shape).to(run.device)
     with run.refusing(InputError, WeightsError, flag="--init_from"):
         torch.manual_seed(args.seed)
         encoder_args = {name: getattr(args, flag) for name, flag in ENCODER_FLAGS.items()}
@@ -298,7 +317,8 @@ def main(argv=None):
         if args.decoder == "cross":
             decoder_args["inputs"] = args.decoder_inputs
         options = {name: getattr(args, name) for name in MODEL_FLAGS}
-        model = build_model(encoder_args, decoder_args, kind=args.decoder, **options)
+        width = teacher.width if teacher else num_components
+        model = build_model(encoder_args, decoder_args, kind=args.decoder, width=width, **options)
         model.encoder.gradient_checkpointing = run.gradient_checkpointing
         if args.init_from and not run.checkpoint:
             check_outside(args.init_from, run.folder)
@@ -308,16 +328,18 @@ def main(argv=None):
             run.accelerator.print(f"--init_from {weights.path}: {report}")
     run.gate()
     resolved = dict(images._asdict(), preview_channels=shown_channels)
+    resolved["teacher"] = teacher and f"{args.teacher} (sha256 {teacher.fingerprint()})"
     run.compare(resolved, train_source, validation_source, defaults=vars(parse_args([])[0]))
     if args.compile:
         model.compile(fullgraph=True, dynamic=False)
     normalize = Normalization(images.mean, images.std, run.device)
+    step_options = dict(normalize=normalize, teacher=teacher, pixels=pixels)
 
     # Optimizer
     decay = dict(bias_weight_decay=args.bias_weight_decay, norm_weight_decay=args.norm_weight_decay)
     optimizer = build_optimizer(model, args.optimizer, args.weight_decay, **decay)
     if args.micro_batch_size == "auto":
-        try_step = partial(empty_step, run.accelerator, normalize=normalize, pixels=pixels)
+        try_step = partial(empty_step, run.accelerator, **step_options)
         run.fit_micro_batch(try_step, model, optimizer)
     words = args.mask_strategy + (f", blocks of {args.mask_block} x {args.mask_block}" if args.mask_block > 1 else "")
     run.print_plan(describe_model(model, words), images, views=args.repeated_augmentation)
@@ -326,7 +348,7 @@ def main(argv=None):
     model, optimizer = run.prepare(model, optimizer)
     run.prepare_sources()
     if run.needs_warm_up:
-        empty_step(run.accelerator, model, optimizer, run.batch.micro, normalize=normalize, pixels=pixels)
+        empty_step(run.accelerator, model, optimizer, run.batch.micro, **step_options)
     run.resume({"data": describe_data(train_source, validation_source)})
 
     # Batches
@@ -338,7 +360,9 @@ def main(argv=None):
     read = partial(own_batches, batch_size=min(run.batch.micro, 256), **run.reading)
     validation_data = PretrainingDataset(validation_source or train_source, crop=CentreCrop(size), seed=0, **masks)
     indices = range(len(validation_source)) if validation_source else spread(1000, len(train_source))
-    evaluation = dict(read=read, preview=(args.num_preview_images, shown_channels))
+    evaluation = dict(teacher=teacher, read=read, preview=(args.num_preview_images, shown_channels))
+    if args.target == "pca":
+        fit_components(run.accelerator.unwrap_model(model), train_data, normalize, device=run.device, read=read)
 
     # Loop
     lr_at, steps_per_epoch = partial(learning_rate_at, **run.plan.schedule), run.plan.length.steps_per_epoch
@@ -357,7 +381,7 @@ def main(argv=None):
             break
         set_learning_rate(optimizer, lr_at(step))
         loss, grad_norm, damaged = optimizer_step(
-            run.accelerator, model, optimizer, batches, normalize, max_grad_norm=args.max_grad_norm
+            run.accelerator, model, optimizer, batches, normalize, max_grad_norm=args.max_grad_norm, teacher=teacher
         )
         run.completed(step + 1, loss, grad_norm, damaged)  # logs, saves, raises Stopped if the run is asked to stop
 
@@ -366,11 +390,12 @@ def main(argv=None):
     if run.is_main_process:
         statistics = dict(mean=images.mean, std=images.std, value_range=images.value_range)
         replace_folder(folder, partial(export, trained, **statistics))
+    pictures = f", pictures in {run.folder / 'reconstructions'}" if trained.target.invertible else ""
     run.end(
-        f"{run.folder / 'metrics.json'}, pictures in {run.folder / 'reconstructions'}. Use the encoder:\n"
+        f"{run.folder / 'metrics.json'}{pictures}. Use the encoder:\n"
         f"  python -c \"import timm; timm.create_model('local-dir:{folder}', pretrained=True)\"\n"
         f"  python -c \"from transformers import AutoModel; AutoModel.from_pretrained('{folder}')\"",
-        uses_true_patch_statistics=trained.norm_pix_loss,
+        uses_true_patch_statistics=trained.target.uses_true_patch_statistics,
     )
 
 

@@ -66,7 +66,10 @@ def parse_args(argv=None):
     flag("--decoder_num_heads", type=integer(1), help="attention heads (default 16)")
     flag("--mean", type=number(), nargs="+", help="channel means of images in [0, 1] (default ImageNet's)")
     flag("--std", type=number(1e-6), nargs="+", help="channel standard deviations (default ImageNet's)")
-    flag("--norm_pix_loss", action=argparse.BooleanOptionalAction, help="targets are normalized per patch (on)")
+    flag("--target", choices=("normalized", "pixels"), help="what an autoencoder predicts (default normalized)")
+    pixels = dict(dest="target", action="store_const")
+    flag("--norm_pix_loss", const="normalized", help="the same as --target normalized", **pixels)
+    flag("--no-norm_pix_loss", const="pixels", help="the same as --target pixels", **pixels)
     args, errors = parser.read(argv)
     if args.repo_id is None:
         given = [name for name in ("private", "revision") if getattr(args, name)]
@@ -124,6 +127,7 @@ def describe_model(trained):
     words += f", {encoder.patch_size}-pixel patches"
     if isinstance(model, MaskedAutoencoder):
         words += f", {model.decoder.title} {model.decoder.embed_dim} wide, {model.decoder.depth} deep"
+        words += f", predicting {model.target.title}"
     elif isinstance(model, Classifier):
         pooled = {"cls": "the class token", "mean": "the mean patch token", "attentive": "attentive pooling"}
         words += f", head for {model.num_classes} {model.target} on {pooled[model.pooling]}"
@@ -172,12 +176,14 @@ def write_folder(folder, *, trained, record, step, origin, **card):
     """Write and check the exported model, and write its card; `card` goes to `write_card`."""
     export_model(trained, folder)
     notes = compare_libraries(trained, folder)
+    has_decoder = isinstance(trained.model, MaskedAutoencoder)
     summary = ModelSummary(
         task=TASKS.get(type(trained.model), "image-feature-extraction"),
         description=describe_model(trained),
-        target=getattr(trained.model, "target", None),
-        has_decoder=isinstance(trained.model, MaskedAutoencoder),
-        is_vit_mae=isinstance(trained.model, MaskedAutoencoder) and not vit_mae_misfit(trained.model),
+        target=trained.model.target if isinstance(trained.model, Classifier) else None,
+        has_decoder=has_decoder,
+        is_vit_mae=has_decoder and not vit_mae_misfit(trained.model),
+        reconstructs=has_decoder and trained.model.target.invertible,
         loads_elsewhere=getattr(trained.model, "pooling", None) != "attentive",
         img_size=trained.encoder.img_size,
         channels=trained.encoder.in_channels,
@@ -198,7 +204,7 @@ def main(argv=None):
     try:
         weights, record, step = select_weights(args.path, args.checkpoint)
         output = resolve_output(args.output, args.path, record)
-        names = ("decoder_num_heads", "mean", "std", "norm_pix_loss")
+        names = ("decoder_num_heads", "mean", "std", "target")
         stored = Stored(num_heads=args.encoder_num_heads, **{name: getattr(args, name) for name in names})
         trained = None if errors else open_trained(weights, given=stored)
         for name in ("mean", "std") if trained else ():

@@ -26,7 +26,7 @@ class OfficialManner(nn.Module):
 
     def __init__(self, model: MaskedAutoencoder):
         super().__init__()
-        self.num_kept, self.norm_pix_loss = model.num_kept, model.norm_pix_loss
+        self.num_kept, self.norm_pix_loss = model.num_kept, model.target.name == "normalized"
         self.encoder = timm_encoder(model.encoder, num_classes=0)
         # An encoder of the decoder's size, for its blocks
         sizes = {name: getattr(model.decoder, name) for name in ("embed_dim", "depth", "num_heads")}

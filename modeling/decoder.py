@@ -1,7 +1,7 @@
 """Decoders of a masked autoencoder: from the encoded tokens of the kept patches to a prediction of the others.
 
 Legend: B batch, C channels, L patches, K kept patches, M predicted patches, N tokens, D width, E width of the encoder,
-P patch side.
+P patch side, T outputs per patch.
 """
 
 import torch
@@ -18,6 +18,7 @@ class Decoder(nn.Module):
     Args:
         encoder: the one whose tokens are decoded; only its sizes are read.
         depth: number of blocks, by default `default_depth`.
+        num_outputs: T, the numbers that are predicted for a patch; None: its pixels, P*P*C.
         custom_weight_init: initialize as the paper does instead of as PyTorch does.
 
     `new_mask_token` is the initial value (1, 1, D) of the mask token, which is a parameter of the autoencoder.
@@ -38,6 +39,7 @@ class Decoder(nn.Module):
         depth: int | None = None,
         num_heads: int = 16,
         mlp_ratio: float = 4.0,
+        num_outputs: int | None = None,
         custom_weight_init: bool = True,
     ):
         super().__init__()
@@ -51,7 +53,7 @@ class Decoder(nn.Module):
         self.pos_embed = nn.Parameter(sincos_positions(encoder.grid, embed_dim), requires_grad=False)
         self.add_blocks(encoder.embed_dim)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.pred = nn.Linear(embed_dim, encoder.patch_size**2 * encoder.in_channels)
+        self.pred = nn.Linear(embed_dim, num_outputs or encoder.patch_size**2 * encoder.in_channels)
         if custom_weight_init:
             self.apply(initialize_like_paper)
 
@@ -74,7 +76,7 @@ class Decoder(nn.Module):
         """Predict patches from encoded tokens (B, 1 + K, D) and the order of patches (B, L), kept ones first.
 
         Attention is permutation-equivariant and positions are added per patch, so the tokens stay in this order.
-        `checkpointed` is that of `run_blocks`. Returns (B, L, P*P*C), or (B, M, P*P*C) with `last=M`, in this order.
+        `checkpointed` is that of `run_blocks`. Returns (B, L, T), or (B, M, T) with `last=M`, in this order.
         """
         x = self.embed(tokens)
         positions = self.pos_embed.squeeze(0)

@@ -12,6 +12,7 @@ from modeling.classifier import Classifier
 from modeling.decoder import CrossDecoder
 from modeling.layouts import QKV, TRANSFORMERS_NAMES, TRANSFORMERS_QKV, State, rename
 from modeling.mae import MaskedAutoencoder
+from modeling.targets import NormalizedPixels, Pixels
 from modeling.upernet import POOL_SCALES, FeaturePyramid, Segmenter
 from modeling.vit import SIZES, VisionTransformer
 
@@ -240,6 +241,8 @@ def vit_mae_misfit(model: MaskedAutoencoder) -> str | None:
     height, width = model.encoder.img_size
     if isinstance(model.decoder, CrossDecoder):
         return "has no cross-attention decoder"
+    if not isinstance(model.target, Pixels | NormalizedPixels):
+        return "predicts pixels only"
     return None if height == width else "takes square images only"
 
 
@@ -251,6 +254,8 @@ def export_autoencoder(
     library = {"model_type": "vit_mae", "architectures": ["ViTMAEForPreTraining"]}
     if isinstance(decoder, CrossDecoder):
         library = {"model_type": "cross_mae", "decoder_inputs": "weighted" if decoder.reads_layers else "last"}
+    elif not isinstance(model.target, Pixels | NormalizedPixels):
+        library = {"model_type": "masked_autoencoder"}
     else:
         state = to_transformers(state)
     config = {
@@ -261,7 +266,8 @@ def export_autoencoder(
         "decoder_num_attention_heads": decoder.num_heads,
         "decoder_intermediate_size": int(decoder.embed_dim * decoder.mlp_ratio),
         "mask_ratio": model.mask_ratio,
-        "norm_pix_loss": model.norm_pix_loss,
+        "norm_pix_loss": isinstance(model.target, NormalizedPixels),
+        "target": model.target.name,
     }
     _write(folder, {"model.safetensors": state}, config, _preprocessor(model.encoder), (mean, std, value_range))
 

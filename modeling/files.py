@@ -53,7 +53,7 @@ class Stored(NamedTuple):
     mask_offset: int | None = None  # label of a segmenter's first class in the masks that it was trained on
     void_label: int | None = None  # a further label there that is void
     mask_ratio: float | None = None  # of an autoencoder
-    norm_pix_loss: bool | None = None
+    target: str | None = None  # what it predicts, see `modeling.targets`
     value_range: list[float] | None = None  # pixels that become 0 and 1; None: 0 and 255
     norm_eps: float | None = None  # of LayerNorm, unless it is 1e-6 as here
     unsupported: str | None = None  # a feature of the weights that no model here has, in words
@@ -81,6 +81,7 @@ def read_stored(path: str | Path) -> Stored:
         run = json.loads((folder.resolve().parent.parent / "args.json").read_text())
         flags = run["flags"]
         facts = {name: flags[name] for name in Stored._fields if name in flags}
+        facts.setdefault("target", _pixel_target(flags))
         return Stored(**facts)._replace(
             grid=_grid(flags.get("img_size") or flags["crop_size"], flags["patch_size"]),
             num_heads=flags["encoder_num_heads"],
@@ -88,6 +89,11 @@ def read_stored(path: str | Path) -> Stored:
             problem=flags.get("target"),
         )
     return Stored()
+
+
+def _pixel_target(settings: dict) -> str | None:
+    """Return the target that `norm_pix_loss` means, in transformers' config.json and in args.json of older runs."""
+    return {True: "normalized", False: "pixels"}.get(settings.get("norm_pix_loss"))
 
 
 def _grid(img_size: int | list[int], patch_size: int) -> tuple[int, int]:
@@ -137,7 +143,7 @@ def _read_config(config: dict, folder: Path) -> Stored:
         crop_ratio=config.get("pretrained_cfg", {}).get("crop_pct"),
         **{name: config.get("evaluation", {}).get(name) for name in ("resize", "mask_offset", "void_label")},
         mask_ratio=config.get("mask_ratio"),
-        norm_pix_loss=config.get("norm_pix_loss"),
+        target=config.get("target") or _pixel_target(config),
         value_range=value_range,
         norm_eps=None if norm_eps == 1e-6 else norm_eps,
         unsupported=unsupported,

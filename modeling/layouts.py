@@ -62,7 +62,7 @@ SEGMENTATION_HEADS = ("decode_head.", "auxiliary_head.")  # the same names here 
 # All that follows an encoder
 HEAD_PREFIXES = ("head.", "head_norm.", "fc_norm.", "attentive_pool.", "number_", "vit.pooler.", "fpn.")
 HEAD_PREFIXES += SEGMENTATION_HEADS
-DECODER = ("mask_token", "decoder.")
+DECODER = ("mask_token", "decoder.", "target.")
 OFFICIAL_DECODER = ("mask_token", "decoder_")  # in the official MAE and in older checkpoints of this project
 BLOCKS = {"encoder": "encoder.blocks.", "decoder": "decoder.blocks."}
 QUERIES = "attentive_pool.queries"  # (1, Q, D)

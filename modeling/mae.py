@@ -1,6 +1,6 @@
 """Masked autoencoder: He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners", section 3.
 
-Legend: B batch, C channels, H W pixels, L patches, K kept patches, D width, P patch side.
+Legend: B batch, C channels, H W pixels, L patches, K kept patches, D width, P patch side, T outputs per patch.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from modeling.decoder import Decoder
+from modeling.targets import NormalizedPixels, Target
 from modeling.vit import VisionTransformer, patchify, take, training_flops, unpatchify
 
 
@@ -17,18 +18,18 @@ class MAEOutput(NamedTuple):
     """Hold the results of `MaskedAutoencoder.forward`."""
 
     loss: torch.Tensor  # (), float32
-    prediction: torch.Tensor  # (B, L, P*P*C), in the space of the target
+    prediction: torch.Tensor  # (B, L, T), in the space of the target
     mask: torch.Tensor  # (B, L), 1 = removed, 0 = kept
 
 
 class MaskedAutoencoder(nn.Module):
-    """Encode the kept patches of an image, and predict the pixels of the removed ones with a light decoder.
+    """Encode the kept patches of an image, and predict a target of the removed ones with a light decoder.
 
     Args:
         encoder, decoder: become parts of the model; the decoder uses gradient checkpointing if the encoder does.
+        target: says what is predicted for a patch; None: pixels normalized per patch.
         mask_ratio: share of patches that is removed.
         predict_ratio: share of the removed patches that `forward` predicts for a loss alone.
-        norm_pix_loss: normalize each patch of the target by its own mean and standard deviation.
 
     Raises:
         ValueError: if `mask_ratio` keeps or removes no patch, or `predict_ratio` predicts none.
@@ -38,10 +39,10 @@ class MaskedAutoencoder(nn.Module):
         self,
         encoder: VisionTransformer,
         decoder: Decoder,
+        target: Target | None = None,
         *,
         mask_ratio: float = 0.75,
         predict_ratio: float = 1.0,
-        norm_pix_loss: bool = True,
     ):
         super().__init__()
         num_patches = encoder.grid[0] * encoder.grid[1]
@@ -51,9 +52,9 @@ class MaskedAutoencoder(nn.Module):
         self.num_predicted = round((num_patches - self.num_kept) * predict_ratio)
         if not self.num_predicted:
             raise ValueError(f"a ratio of {predict_ratio} predicts none of {num_patches - self.num_kept} patches")
-        self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
+        self.mask_ratio = mask_ratio
         self.mask_token = nn.Parameter(decoder.new_mask_token)
-        self.encoder, self.decoder = encoder, decoder
+        self.encoder, self.decoder, self.target = encoder, decoder, target or NormalizedPixels(encoder)
 
     def forward(
         self,
@@ -61,12 +62,14 @@ class MaskedAutoencoder(nn.Module):
         noise: torch.Tensor,
         *,
         normalize: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        features: torch.Tensor | None = None,
         loss_only: bool = False,
     ) -> MAEOutput | torch.Tensor:
         """Reconstruct images (B, C, H, W); the K smallest values of `noise` (B, L) mark the kept patches.
 
         Args:
             normalize: normalizes patches (B, N, P*P*C) of images that are not, so that 8-bit pixels are gathered.
+            features: the target (B, L, T) of all patches, if it is a teacher's.
             loss_only: return the loss (), of `num_predicted` removed patches, and predict no others.
         """
         patches = patchify(images, self.encoder.patch_size)
@@ -81,7 +84,10 @@ class MaskedAutoencoder(nn.Module):
         checkpointed = self.encoder.gradient_checkpointing and self.training
         last = removed.shape[1] if loss_only else None
         prediction = self.decoder(tokens, order, self.mask_token, last, checkpointed=checkpointed)
-        loss = self.loss(removed, prediction[:, -removed.shape[1] :])
+        if features is None and self.target.whole_image:
+            features = self.target(patches if normalize is None else normalize(patches))
+        target = self.target(removed) if features is None else take(features, order[:, self.num_kept :])
+        loss = self.target.loss(prediction[:, -removed.shape[1] :], target)
         if loss_only:
             return loss
         restore = order.argsort(dim=1)  # position of each patch in `order`
@@ -98,33 +104,14 @@ class MaskedAutoencoder(nn.Module):
         chosen = torch.arange(self.num_predicted, device=order.device) * removed.shape[1] // self.num_predicted
         return torch.cat([kept, removed[:, chosen]], dim=1)
 
-    def loss(self, patches: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
-        """Return the mean squared error of removed patches (B, L - K, P*P*C), in float32 (section 3)."""
-        return (prediction.float() - self.target(patches)).square().mean()
-
-    def target(self, patches: torch.Tensor) -> torch.Tensor:
-        """Return the target of patches (B, L - K, P*P*C), in float32 (section 3, "Reconstruction target").
-
-        `reconstruct` inverts it.
-        """
-        patches = patches.float()
-        if not self.norm_pix_loss:
-            return patches
-        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # unbiased, as in the official code
-        return (patches - mean) / (variance + 1e-6).sqrt()
-
     def reconstruct(self, images: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
-        """Turn a prediction (B, L, P*P*C) into images (B, C, H, W) in the space of `images`.
+        """Turn a prediction (B, L, T) into images (B, C, H, W) in the space of `images`.
 
         If the target is normalized, this uses the true mean and standard deviation of each patch, which shows detail
         but leaks information of removed patches.
         """
-        prediction = prediction.float()
-        if self.norm_pix_loss:
-            patches = patchify(images, self.encoder.patch_size).float()
-            variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-            prediction = prediction * (variance + 1e-6).sqrt() + mean
-        return unpatchify(prediction, self.encoder.patch_size, self.encoder.grid)
+        patches = patchify(images, self.encoder.patch_size)
+        return unpatchify(self.target.invert(prediction.float(), patches), self.encoder.patch_size, self.encoder.grid)
 
     def pixel_mask(self, mask: torch.Tensor) -> torch.Tensor:
         """Turn a mask of patches (B, L) into one of pixels (B, 1, H, W)."""
@@ -133,8 +120,9 @@ class MaskedAutoencoder(nn.Module):
 
     def training_flops(self) -> float:
         """Return the floating-point operations of the matrix products of a training step, per image."""
-        noise = torch.empty(2, self.encoder.grid[0] * self.encoder.grid[1], device="meta")
-        return training_flops(self, noise, loss_only=True)
+        num_patches = self.encoder.grid[0] * self.encoder.grid[1]
+        noise, features = (torch.empty(2, num_patches, *size, device="meta") for size in ((), (self.target.width,)))
+        return training_flops(self, noise, features=features, loss_only=True)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters, besides biases and norms, without weight decay: none in the paper."""

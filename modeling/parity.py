@@ -47,13 +47,16 @@ def differences(folder: str | Path, model: Model) -> tuple[dict[str, float], lis
     outputs["this project"] = open_trained(folder, whole=False).model(images), expected
     if isinstance(model, MaskedAutoencoder):
         noise = torch.rand(2, encoder.grid[0] * encoder.grid[1], generator=generator)
-        loss = model(images, noise).loss
+        shape = 2, noise.shape[1], model.target.width
+        features = torch.randn(shape, generator=generator) if model.target.name == "teacher" else None
+        loss = model(images, noise, features=features).loss
         if reason := vit_mae_misfit(model):
             notes.append(f"transformers' ViTMAE {reason}, so pretraining/ is for this project alone.")
         else:
             theirs = transformers.ViTMAEForPreTraining.from_pretrained(folder / "pretraining")
             outputs["transformers ViTMAEForPreTraining"] = theirs(images, noise=noise).loss, loss
-        outputs["this project, pretraining/"] = open_trained(folder).model(images, noise).loss, loss
+        theirs = open_trained(folder).model(images, noise, features=features)
+        outputs["this project, pretraining/"] = theirs.loss, loss
     distances = {
         library: ((theirs - ours).abs().max() / ours.abs().max().clamp(min=1)).nan_to_num(torch.inf).item()
         for library, (theirs, ours) in outputs.items()

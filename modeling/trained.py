@@ -12,12 +12,13 @@ from modeling.export import CROP_RATIO
 from modeling.files import Stored, WeightsError
 from modeling.layouts import State
 from modeling.mae import MaskedAutoencoder
+from modeling.targets import TARGETS
 from modeling.upernet import Segmenter
 from modeling.vit import Grid, VisionTransformer
 from modeling.weights import Model, Weights, load_weights, open_weights
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-PAPER = dict(decoder_num_heads=16, mask_ratio=0.75, norm_pix_loss=True)
+PAPER = dict(decoder_num_heads=16, mask_ratio=0.75, target="normalized")
 
 
 class Trained(NamedTuple):
@@ -126,10 +127,12 @@ def _build(weights: Weights, *, whole: bool, img_size: Grid | None, in_channels:
     if whole and "decoder_embed_dim" in settings:
         options = {name: settings[f"decoder_{name}"] for name in ("embed_dim", "depth", "mlp_ratio")}
         known = PAPER | {name: getattr(stored, name) for name in PAPER if getattr(stored, name) is not None}
+        outputs = weights.state.get("decoder.pred.bias", ())  # of this project, the only one with other targets
+        target = TARGETS[known.pop("target")](encoder, len(outputs) or None)
+        options |= dict(num_heads=known.pop("decoder_num_heads"), num_outputs=target.width)
         if settings["decoder"] == "cross":
             options["inputs"] = settings["decoder_inputs"]
-        decoder = DECODERS[settings["decoder"]](encoder, num_heads=known.pop("decoder_num_heads"), **options)
-        return MaskedAutoencoder(encoder, decoder, **known)
+        return MaskedAutoencoder(encoder, DECODERS[settings["decoder"]](encoder, **options), target, **known)
     if "pooling" in settings:
         kind = {name: settings[name] for name in ("pooling", "probe", "num_queries") if name in settings}
         target = stored.problem if stored.problem in ("labels", "numbers") else "classes"

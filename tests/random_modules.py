@@ -5,6 +5,7 @@ from torch import nn
 
 from modeling.decoder import DECODERS
 from modeling.mae import MaskedAutoencoder
+from modeling.targets import TARGETS
 from modeling.vit import VisionTransformer
 
 EXTRAS = ("drop_path", "relative_position_bias", "layer_scale")
@@ -33,5 +34,6 @@ def build_autoencoder(encoder: VisionTransformer, **options) -> MaskedAutoencode
     names = [name for name in options if name.startswith("decoder_")]
     kind = options.pop("decoder", "self")
     sizes = {name.removeprefix("decoder_"): options.pop(name) for name in names}
-    decoder = DECODERS[kind](encoder, custom_weight_init=options.pop("custom_weight_init", True), **sizes)
-    return MaskedAutoencoder(encoder, decoder, **options)
+    target = TARGETS[options.pop("target", "normalized")](encoder, options.pop("width", None))
+    sizes |= dict(num_outputs=target.width, custom_weight_init=options.pop("custom_weight_init", True))
+    return MaskedAutoencoder(encoder, DECODERS[kind](encoder, **sizes), target, **options)

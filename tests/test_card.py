@@ -44,7 +44,7 @@ def build_model(kind: str) -> torch.nn.Module:
     model = VisionTransformer(**sizes)
     if kind == "autoencoder":
         decoder = dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
-        model = build_autoencoder(model, **decoder, norm_pix_loss=True)
+        model = build_autoencoder(model, **decoder)
     elif kind == "classifier":
         model = Classifier(model, len(NAMES), pooling="mean")
     elif kind == "segmenter":
@@ -73,6 +73,7 @@ def export(model: torch.nn.Module, folder: Path) -> ModelSummary:
         target=getattr(model, "target", None),
         has_decoder=isinstance(model, MaskedAutoencoder),
         is_vit_mae=isinstance(model, MaskedAutoencoder) and not vit_mae_misfit(model),
+        reconstructs=isinstance(model, MaskedAutoencoder) and model.target.invertible,
         loads_elsewhere=True,
         img_size=encoder.img_size,
         channels=encoder.in_channels,
@@ -147,7 +148,7 @@ def write_run(folder: Path, script: str = "pretrain_mae.py", *, finished: bool =
     folder.mkdir(parents=True)
     flags = dict(experiment_name="x", path_to_data="/data/beans", epochs=4, max_steps=40, global_batch_size=16)
     flags |= {
-        "pretrain_mae.py": dict(mask_ratio=0.75, mask_strategy="random", norm_pix_loss=True, init_from=None),
+        "pretrain_mae.py": dict(mask_ratio=0.75, mask_strategy="random", target="normalized", init_from=None),
         "finetune_classifier.py": dict(path_to_pretrained_mae_weights=None, linear_probe=False, trainable_blocks=None),
         "finetune_segmentation.py": dict(path_to_backbone_checkpoint=None, crop_size=32, evaluate="slide"),
     }[script]

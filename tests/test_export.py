@@ -152,12 +152,12 @@ def test_image_processor_of_other_sizes(exported):
     assert config["crop_size"] == {"height": height, "width": width}
 
 
-@pytest.mark.parametrize("norm_pix_loss, mask_ratio", [(True, 0.75), (False, 0.6)])
+@pytest.mark.parametrize("target, mask_ratio", [("normalized", 0.75), ("pixels", 0.6)])
 @pytest.mark.parametrize("size", ["tiny, 2 blocks", "128 x 4, 64 pixels", "a thin MLP"])
-def test_transformers_loads_the_autoencoder_and_agrees(size, norm_pix_loss, mask_ratio, tmp_path):
+def test_transformers_loads_the_autoencoder_and_agrees(size, target, mask_ratio, tmp_path):
     encoder = VisionTransformer(**ENCODERS[size])
     settings = dict(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=4, decoder_mlp_ratio=3.0)
-    model = build_autoencoder(encoder, **settings, norm_pix_loss=norm_pix_loss, mask_ratio=mask_ratio)
+    model = build_autoencoder(encoder, **settings, target=target, mask_ratio=mask_ratio)
     randomize(model)
     export_encoder(encoder, tmp_path, **statistics(encoder))
     export_autoencoder(model, tmp_path / "pretraining", **statistics(encoder))
@@ -173,7 +173,7 @@ def test_transformers_loads_the_autoencoder_and_agrees(size, norm_pix_loss, mask
         assert torch.equal(output.mask, expected.mask)
         torch.testing.assert_close(output.prediction, expected.logits, rtol=0, atol=1e-5)
         torch.testing.assert_close(output.loss, expected.loss, rtol=0, atol=1e-5)
-    assert theirs.config.norm_pix_loss is norm_pix_loss
+    assert theirs.config.norm_pix_loss is (target == "normalized")
 
     again = build_autoencoder(VisionTransformer(**ENCODERS[size]), **settings)
     load_weights(again, read_state_dict(tmp_path / "pretraining"))

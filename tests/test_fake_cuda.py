@@ -5,6 +5,7 @@ nondeterministic kernels need a real GPU.
 """
 
 from contextlib import nullcontext
+from functools import partial
 from itertools import repeat
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from data.segmentation import SegmentationBatch
 from data.transforms import build_mixing
 from modeling.classifier import Classifier
 from modeling.sliding_window import predict
+from modeling.teacher import Teacher
 from modeling.upernet import HEADS, Segmenter
 from modeling.vit import VisionTransformer
 from training.metrics import reconstruction_metrics
@@ -86,10 +88,18 @@ def encoder(**extras):
     return VisionTransformer(**SIZE).add_extras(drop_path=0.2, **extras)
 
 
-def pretraining():
-    model = build_autoencoder(encoder(), decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+def pretraining(target="normalized"):
+    sizes = dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    model = build_autoencoder(encoder(), target=target, width=32, **sizes)
     batch = PretrainingBatch(torch.empty(4, 3, 32, 32, dtype=torch.uint8), torch.empty(4, 16), [])
     return pretrain_mae, model, batch, {}
+
+
+def distillation():
+    larger = VisionTransformer(**SIZE | dict(img_size=64, patch_size=16))
+    shape = dict(size=(64, 64), num_patches=16, width=32)
+    teacher = Teacher(larger, **shape, statistics=([0.5] * 3, [0.5] * 3), options={})
+    return *pretraining("teacher")[:3], dict(teacher=on_gpu(teacher))
 
 
 def classification():
@@ -114,7 +124,10 @@ def segmentation():
     return finetune_segmentation, model, batch, dict(weights=torch.empty(5, device=CUDA), auxiliary_weight=0.4)
 
 
-@pytest.mark.parametrize("task", [pretraining, classification, labels, segmentation])
+PRETRAININGS = [pretraining, partial(pretraining, "pca"), partial(pretraining, "hog"), distillation]
+
+
+@pytest.mark.parametrize("task", [*PRETRAININGS, classification, labels, segmentation])
 def test_a_step_neither_waits_nor_mixes_devices(fake, task):
     script, model, batch, options = task()
     on_gpu(model).train()

@@ -235,7 +235,7 @@ def test_heads_and_grid_stand_beside_the_weights(tmp_path):
     (run / "args.json").write_text(json.dumps({"flags": flags}))
     assert read_stored(run / "encoder") == Stored((2, 8), heads, None, *statistics.values(), crop_ratio=0.875)
     whole = (run / "encoder" / "pretraining", checkpoint, checkpoint / "model.safetensors")
-    known = Stored((2, 8), heads, decoder_heads, *statistics.values(), mask_ratio=0.75, norm_pix_loss=True)
+    known = Stored((2, 8), heads, decoder_heads, *statistics.values(), mask_ratio=0.75, target="normalized")
     assert [read_stored(path)._replace(crop_ratio=None) for path in whole] == [known] * 3
     assert read_stored(tmp_path) == read_stored(tmp_path / "mae.pth") == Stored()
 

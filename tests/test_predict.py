@@ -75,7 +75,9 @@ def models(tmp_path_factory) -> dict[str, Path]:
     classifier("cls", COLOUR, pooling="cls", crop_ratio=1.0, **SIZE)
     classifier("flat classifier", GREY, **flat)
     for name, size, statistics in (("autoencoder", SIZE, COLOUR), ("flat autoencoder", flat, GREY)):
-        model = randomized(build_autoencoder(VisionTransformer(**size), **DECODER, norm_pix_loss=size is SIZE))
+        model = randomized(
+            build_autoencoder(VisionTransformer(**size), **DECODER, target="normalized" if size is SIZE else "pixels")
+        )
         export_encoder(model.encoder, root / name, **statistics)
         export_autoencoder(model, root / name / "pretraining", **statistics)
     shutil.copytree(root / "autoencoder", root / "encoder", ignore=lambda *_: ["pretraining"])

@@ -52,7 +52,7 @@ def test_an_autoencoder_of_transformers(tmp_path):
     theirs = randomize(ViTMAEForPreTraining(config))
     ours = open_trained(written(theirs, tmp_path))
     assert isinstance(ours.model, MaskedAutoencoder) and not ours.model.training
-    assert (ours.model.mask_ratio, ours.model.norm_pix_loss) == (0.5, False)
+    assert (ours.model.mask_ratio, ours.model.target.name) == (0.5, "pixels")
     assert ours.model.encoder.num_heads == 4 and ours.model.decoder.num_heads == 2
     torch.testing.assert_close(ours.model(IMAGES, NOISE).loss, theirs(IMAGES, noise=NOISE).loss, rtol=0, atol=1e-5)
     assert ours.assumed == (f"images normalized by the mean {MEAN} and the standard deviation {STD}",)
@@ -108,9 +108,9 @@ def test_files_of_timm_and_of_the_official_code(tmp_path):
         assert "images resized bicubically, proportions kept, and cut to their centre" in ours.assumed
 
     encoder = VisionTransformer(**SIZES["tiny"] | dict(depth=12), img_size=32)
-    model = randomize(build_autoencoder(encoder, decoder_depth=2, norm_pix_loss=False))
+    model = randomize(build_autoencoder(encoder, decoder_depth=2, target="pixels"))
     torch.save({"model": to_official(model.state_dict())}, tmp_path / "mae.pth")
-    for given, same in ((Stored(norm_pix_loss=False), True), (Stored(), False)):
+    for given, same in ((Stored(target="pixels"), True), (Stored(), False)):
         ours = open_trained(tmp_path / "mae.pth", given=given)
         images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 4)
         assert torch.equal(ours.model(images, noise).loss, model(images, noise).loss) is same

@@ -99,6 +99,7 @@ class ModelSummary(NamedTuple):
     target: str | None  # of a classifier: "classes", "labels" or "numbers"
     has_decoder: bool  # the folder has pretraining/
     is_vit_mae: bool  # transformers' ViTMAE loads it
+    reconstructs: bool  # its predictions can be turned into pixels
     loads_elsewhere: bool  # in transformers or timm, as a whole
     img_size: tuple[int, int]  # height and width in pixels
     channels: int

@@ -130,11 +130,14 @@ def saved_flags(checkpoint: Path | None) -> dict:
         return {}
     path = checkpoint.parent.parent / "args.json"
     try:
-        return json.loads(path.read_text())["flags"]
+        flags = json.loads(path.read_text())["flags"]
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(
             f"{path} of the run to resume cannot be read; expected the file written at its start"
         ) from None
+    if "norm_pix_loss" in flags:  # of an older run
+        flags["target"] = "normalized" if flags.pop("norm_pix_loss") else "pixels"
+    return flags
 
 
 def compare_with_run(checkpoint: Path, flags: dict, fingerprint: str, *, before: dict) -> list[str]:

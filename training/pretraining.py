@@ -23,8 +23,11 @@ def add_mask_flags(parser: Parser, *, strategies: Iterable[str]) -> None:
     flag("--predict_ratio", type=number(0, 1), default=1.0, metavar="R", help=help_text)
 
 
-def add_decoder_flags(parser: Parser, *, decoders: Iterable[str]) -> None:
-    """Add the decoder, its target, and the weights to start from; `decoders` are the names that --decoder takes."""
+def add_decoder_flags(parser: Parser, *, decoders: Iterable[str], targets: Iterable[str]) -> None:
+    """Add the decoder, its target, and the weights to start from.
+
+    `decoders` and `targets` are the names that --decoder and --target take.
+    """
     flag = parser.add_argument_group("decoder and target").add_argument
     help_text = "attention among all tokens, or from mask tokens to visible tokens only, as in CrossMAE (default self)"
     flag("--decoder", choices=tuple(decoders), default="self", help=help_text)
@@ -36,7 +39,14 @@ def add_decoder_flags(parser: Parser, *, decoders: Iterable[str]) -> None:
     flag("--decoder_num_heads", type=integer(1), default=16, help="attention heads (default 16)")
     flag("--decoder_mlp_ratio", type=number(0.1), default=4.0, help="hidden width of the MLPs / width (default 4)")
     flag("--init_from", metavar="PATH", help="weights to start from: of this project, the official MAE, transformers")
-    flag("--norm_pix_loss", action=Pair, default=True, help="predict pixels normalized per patch, not plain (on)")
+    help_text = "what is predicted for a patch; HOG and a teacher's features have no pictures (default normalized)"
+    flag("--target", choices=tuple(targets), help=help_text)
+    flag("--norm_pix_loss", action=Pair, help="the same as --target normalized; --no-norm_pix_loss: --target pixels")
+    flag("--num_components", type=integer(1), metavar="N", help="principal components of --target pca (default 96)")
+    help_text = (
+        "frozen encoder of --target teacher: as --init_from, or a DINOv2, DINOv3, CLIP or SigLIP of transformers"
+    )
+    flag("--teacher", metavar="PATH|hf:NAME", help=help_text)
     flag("--adapt_channels", action=Pair, default=False, help="convert --init_from to --input_channels (off)")
 
 
@@ -78,6 +88,32 @@ def check_decoder(args: argparse.Namespace, decoder_class) -> list[str]:
     if args.adapt_channels and not args.init_from:
         errors.append("--adapt_channels converts the weights of --init_from, which is missing; give both or none")
     return errors
+
+
+def check_target(args: argparse.Namespace) -> list[str]:
+    """Return error messages for the flags of the target, and make --norm_pix_loss the --target that it means."""
+    errors, normalized = [], vars(args).pop("norm_pix_loss")
+    if normalized is not None:
+        flag, same = ("--norm_pix_loss", "normalized") if normalized else ("--no-norm_pix_loss", "pixels")
+        if args.target not in (None, same):
+            contradiction = f"contradicts --target {args.target}; leave one of them out"
+            errors.append(f"{flag} means --target {same}, which {contradiction}")
+        args.target = args.target or same
+    args.target = args.target or "normalized"
+    for name, target in (("num_components", "pca"), ("teacher", "teacher")):
+        value = getattr(args, name)
+        if value is not None and args.target != target:
+            errors.append(f"--{name} {value} has no effect without --target {target}; leave it out")
+    if args.target == "teacher" and not args.teacher:
+        errors.append("--target teacher needs --teacher PATH, the encoder whose features are predicted; give it")
+    return errors
+
+
+def check_components(num_components: int | None, num_values: int) -> list[str]:
+    """Return an error message if --num_components is more than a patch has values."""
+    if (num_components or 0) <= num_values:
+        return []
+    return [f"--num_components {num_components} is more than the {num_values} values of a patch; give at most that"]
 
 
 def check_views(views: int, micro_batch_size: int) -> list[str]:
