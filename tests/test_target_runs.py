@@ -25,7 +25,7 @@ from modeling.export import export_encoder
 from modeling.hub import find_weights
 from modeling.targets import TARGETS
 from modeling.trained import open_trained
-from modeling.vit import patchify
+from modeling.vit import patchify, take
 
 SCRIPT = "pretrain_mae.py"
 WIDTHS = {"pixels": 192, "pca": 10, "hog": 27, "teacher": 32}
@@ -179,6 +179,25 @@ def test_loss_and_gradients_equal_those_of_a_few_lines(name):
     for key, value in model.named_parameters():
         if value.requires_grad:
             torch.testing.assert_close(gradients[key], value.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_a_cross_decoder_predicts_a_share_of_the_removed_patches(name):
+    torch.manual_seed(0)
+    encoder = new_encoder(**SMALL)
+    options = dict(target=name, width=WIDTHS[name], predict_ratio=1 / 3, decoder_embed_dim=16, decoder_num_heads=2)
+    model = build_autoencoder(encoder, decoder="cross", decoder_depth=1, **options)
+    images, noise, features = torch.randn(3, 3, 32, 32), torch.rand(3, 16), None
+    patches = patchify(images, 8)
+    if name == "pca":
+        model.target.fit([patches])
+    if name == "teacher":
+        features = torch.randn(3, 16, 32)
+    values = model.target(patches) if features is None else features
+    chosen = noise.argsort(dim=1)[:, 4::3]  # every third of the twelve removed ones
+    prediction = model(images, noise, features=features).prediction
+    expected = model.target.loss(take(prediction, chosen), take(values, chosen))
+    torch.testing.assert_close(model(images, noise, features=features, loss_only=True), expected, rtol=1e-5, atol=0)
 
 
 def test_bad_flags(image_folder, targets, tmp_path):
