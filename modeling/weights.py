@@ -149,7 +149,10 @@ def load_weights(
     ignored = sorted(name for name in state.keys() - target.keys() if name.startswith(planned))
     problems += _list_misfits(state, target, expected={*new, *ignored})
     if problems:
-        raise WeightsError(f"weights of {layout} do not fit: {'; '.join(problems)}; give those of a plain ViT or MAE")
+        remedy = "give those of a plain ViT or MAE"
+        if any(problem.startswith(("decoder.pred.", "target.")) for problem in problems):
+            remedy = "the decoder predicts another target: give the file of its encoder alone"
+        raise WeightsError(f"weights of {layout} do not fit: {'; '.join(problems)}; {remedy}")
     values = {name: state.get(name, value) for name, value in target.items()}
     model.load_state_dict({name.removeprefix(prefix): value for name, value in values.items()})
     return LoadReport(layout, len(target) - len(new), tuple(new), tuple(ignored), tuple(resized), tuple(adapted))

@@ -21,7 +21,7 @@ from random_modules import build_autoencoder, new_encoder
 from test_teacher import write_tower
 
 from data.batches import Normalization
-from modeling.export import export_encoder
+from modeling.export import export_autoencoder, export_encoder
 from modeling.hub import find_weights
 from modeling.targets import TARGETS
 from modeling.trained import open_trained
@@ -226,6 +226,19 @@ def test_bad_flags(image_folder, targets, tmp_path):
     starts = [[*TINY, "--path_to_data", image_folder, *words] for words in starts]
     for (error,), expected in zip(refusals(SCRIPT, *starts, cwd=tmp_path), errors, strict=True):
         assert expected in error
+
+
+def test_starting_from_weights_of_another_target(image_folder, tmp_path):
+    sizes = dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    statistics = dict(mean=[0.5] * 3, std=[0.5] * 3)
+    model = build_autoencoder(new_encoder(**SMALL), **sizes)
+    export_encoder(model.encoder, tmp_path / "encoder", **statistics)
+    export_autoencoder(model, tmp_path / "encoder" / "pretraining", **statistics)
+    flags = [*TINY, "--path_to_data", image_folder, "--target", "hog", "--max_steps", 1, "--init_from"]
+    refused = run(SCRIPT, *flags, "encoder", cwd=tmp_path, code=2).stderr
+    assert "decoder.pred.bias is (192,) instead of (27,); the decoder predicts another target: give the file" in refused
+    said = run(SCRIPT, *flags, "encoder/model.safetensors", cwd=tmp_path).stdout
+    assert "0 ignored, newly initialized: decoder" in said
 
 
 def test_resuming_with_another_teacher_is_refused(flags, tmp_path):
