@@ -94,3 +94,13 @@ def test_no_code_of_a_folder_is_run(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "remote.py").write_text("raise SystemExit('run')\n")
     assert open_teacher(str(tmp_path), grid=(4, 4), in_channels=3).width == 32
+
+
+def test_a_teacher_on_the_hub(hub, tmp_path, monkeypatch):
+    write_tower(tmp_path / "tower", "DINOv3ViTModel")
+    hub.enter(monkeypatch, tmp_path)
+    hub.add("owner/tower", tmp_path / "tower")
+    local, remote = (
+        open_teacher(path, grid=(4, 4), in_channels=3) for path in (str(tmp_path / "tower"), "hf:owner/tower")
+    )
+    assert remote.fingerprint() == local.fingerprint()
