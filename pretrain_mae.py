@@ -25,7 +25,7 @@ from data.batches import (
 from data.decode import PixelFormat, preview_channels
 from data.index import DataError
 from data.masking import MASK_STRATEGIES
-from data.sampling import StepSampler
+from data.sampling import StepSampler, spread
 from data.sources import check_labels, describe_data, keep_labelled, labels_in, open_sources
 from data.statistics import read_statistics
 from data.transforms import CROP_RATIO, CentreCrop, RandomCrop, empty_images
@@ -255,12 +255,6 @@ def fit_components(model, dataset, normalize, *, device, read):
     batches = read(dataset, spread(500, len(dataset)), process_index=0, num_processes=1, watch=iter)
     side = model.encoder.patch_size
     model.target.fit(normalize.patches(patchify(batch.images.to(device), side)) for batch in batches)
-
-
-def spread(count, total):
-    """Return at most `count` indices, evenly spread over `total`."""
-    count = min(count, total)
-    return [i * total // count for i in range(count)]
 
 
 def describe_model(model, masks):

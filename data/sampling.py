@@ -45,6 +45,12 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def spread(count: int, total: int) -> list[int]:
+    """Return at most `count` indices, evenly spread over `total`."""
+    count = min(count, total)
+    return [i * total // count for i in range(count)]
+
+
 class StepSampler:
     """Yield one process's micro-batches, lists of (epoch, sample index), of the optimizer steps `steps`.
 
