@@ -154,7 +154,7 @@ def optimizer_step(accelerator, model, optimizer, batches, normalize, *, max_gra
     return loss, grad_norm, damaged
 
 
-def empty_step(accelerator, model, optimizer, size, *, normalize, teacher, pixels):
+def empty_step(accelerator, model, optimizer, size, *, normalize, pixels, teacher=None):
     """Take one optimizer step on black images: to measure memory, or to warm up DDP before a checkpoint is loaded."""
     encoder = accelerator.unwrap_model(model).encoder
     images = empty_images(size, pixels.channels, encoder.img_size, pixels.dtype).zero_()

@@ -42,14 +42,21 @@ def check_scripts(lab: Lab) -> None:
         "compiled": ["--mixed_precision", "bf16", "--compile"],
         "compiled, checkpointing": ["--mixed_precision", "bf16", "--compile", "--gradient_checkpointing"],
     }
+    others = {  # with losses of their own
+        "mae": "--decoder cross --predict_ratio 0.5 --mask_block 2 --target hog --optimizer muon --compile",
+        "classifier": "--attentive_probe --cache_features --optimizer adamw --compile",
+        "segmenter": "--freeze_encoder --head dpt --compile",
+    }
     if lab.tiny:  # Accelerate has no fp16 on a CPU, and compiling takes long there
         modes = {name: modes[name] for name in ("float32", "bf16")}
+        others = {task: words.replace(" --compile", "") for task, words in others.items()}
     folder = lab.folder / "work_dir"
     for tasks, weights in ((["mae"], None), (["classifier", "segmenter"], folder / "mae float32")):
         starts = {}
         for task in tasks:
             own = flags_of(lab, task, steps=4 if lab.tiny else 20, weights=weights)
-            for mode, flags in modes.items():
+            other = ["--mixed_precision", "bf16", *others[task].split()]
+            for mode, flags in {**modes, "with other options": other}.items():
                 name = f"{task} {mode}"
                 words = [*own, *flags, "--experiment_name", name]
                 starts[name] = partial(lab.start, SCRIPTS[task], *words, log=name)
