@@ -15,6 +15,7 @@ defaults are the published recipe that the plan names, except that weights are n
 import math
 from functools import partial
 from itertools import repeat
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -24,12 +25,12 @@ from torch import nn
 from data.augment import RandAugment
 from data.batches import ClassificationBatch, ClassificationDataset, Normalization, own_batches, training_batches
 from data.decode import PixelFormat
-from data.features import cache_features
+from data.features import encode_dataset
 from data.index import DataError
 from data.sampling import StepSampler, seed_everything
 from data.sources import check_num_classes, describe_data, match_classes, open_sources
 from data.statistics import read_statistics
-from data.targets import TargetSource, read_targets, targets_of
+from data.targets import TargetSource, check_held_out, read_targets, targets_of
 from data.transforms import CentreCrop, RandomCrop, build_mixing, empty_images, evaluation_crop_ratio
 from modeling.classifier import Classifier
 from modeling.export import export_classifier
@@ -42,7 +43,8 @@ from training.arguments import integer
 from training.checkpoint import check_outside
 from training.files import replace_folder
 from training.launch import InputError, RunError, put_back, run_script
-from training.objectives import Classes, build_objective
+from training.memory import check_memory
+from training.objectives import build_objective
 from training.optimizer import (
     DECAY_FLAGS,
     adamw,
@@ -67,7 +69,7 @@ from training.resolve import (
 )
 from training.run import Run
 from training.schedule import learning_rate_at
-from training.wording import several
+from training.wording import count_targets, several
 
 WEIGHTS = "--path_to_pretrained_mae_weights"
 
@@ -148,13 +150,12 @@ def optimizer_step(accelerator, model, optimizer, batches, normalize, *, mixing,
     return loss, grad_norm, damaged
 
 
-def empty_step(accelerator, model, optimizer, size, *, normalize, mixing, pixels, loss_of):
+def empty_step(accelerator, model, optimizer, size, *, normalize, pixels, **options):
     """Take one optimizer step on black images: to measure memory, or to warm up DDP before a checkpoint is loaded."""
     plain = accelerator.unwrap_model(model)
     images = empty_images(size, pixels.channels, plain.encoder.img_size, pixels.dtype).zero_()
     labels = torch.zeros(size, dtype=torch.int64) if plain.target == "classes" else torch.zeros(size, plain.num_classes)
     batch = ClassificationBatch(images, labels, [], [])
-    options = dict(mixing=mixing, loss_of=loss_of, max_grad_norm=1.0)
     optimizer_step(accelerator, model, optimizer, repeat((0, batch)), normalize, **options)
 
 
@@ -171,46 +172,45 @@ def evaluate(run, model, dataset, objective, normalize, *, read, export=None):
     for buffer in model.buffers():  # BatchNorm's statistics are those of the main process, as in a checkpoint
         broadcast(buffer)
     rows, damaged = [], []
-    if isinstance(objective, Classes):
-        objective.present = torch.from_numpy(np.unique(dataset.labels)).to(run.device)
+    present = torch.from_numpy(np.unique(dataset.labels)).to(run.device)  # the classes, of --target classes
     for batch in read(dataset, range(len(dataset))):
         with run.accelerator.autocast():  # the forward method is not compiled, as sizes vary
             outputs = model.forward(normalize(batch.images.to(run.device, non_blocking=True))).float()
-        answers = objective.answers(outputs, batch.labels.to(run.device, non_blocking=True))
+        answers = objective.to_rows(outputs, batch.labels.to(run.device, non_blocking=True), present)
         rows += [row for row in zip(batch.indices, answers, strict=True) if row[0] not in dict(batch.damaged)]
         damaged += [(dataset.source.name(index), reason) for index, reason in batch.damaged]
     model.train(training)
     run.note_damage(damaged)
-    rows, scores = sorted(run.crew.gather(rows)), []
+    rows, scores = [row for _, row in sorted(run.crew.gather(rows), key=itemgetter(0))], []
     if not rows:
         raise RunError(f"none of the {len(dataset)} held-out images can be read; damaged.jsonl says why: repair them")
     if run.is_main_process:
-        answers = [answer for _, answer in rows]
-        scores = [objective.score(answers)]
+        scores = [objective.score(rows)]
         path = run.folder / "predictions" / f"step_{run.step:08d}.png"
         title = f"step {run.step}, epoch {run.epoch:.4g}: {objective.describe(scores[0])}"
-        if isinstance(objective, Classes) and objective.draw(path, answers, title=title):
+        if objective.draw(path, rows, title=title):
             run.progress.picture(path, "confusion", run.step)
     (scores,) = run.crew.gather(scores)
     if export and run.is_best(objective.best, scores):
         replace_folder(run.folder / "best", partial(export, model))
-    described = f"{objective.describe(scores)}, validation loss {scores['val_loss']:.4f}"
-    run.record(scores, f"epoch {run.epoch:.4g}: {described}")
+    run.record(scores, f"epoch {run.epoch:.4g}: {objective.describe(scores)}, validation loss {scores['val_loss']:.4f}")
 
 
 @torch.no_grad()
-def cache(run, normalize, datasets, *, read):
+def encode_once(run, normalize, datasets, *, read):
     """Return data sets of features that the head of a probe sees, computed once, in place of images."""
     model = run.plain_model().eval()
 
-    def embed(images):
+    def encode(images):
         with run.accelerator.autocast():
-            return model.features(normalize(images.to(run.device, non_blocking=True)))
+            return model.encode_for_head(normalize(images.to(run.device, non_blocking=True)))
 
-    shape = embed(datasets[0].__getitems__([(0, 0)]).images).shape[1:]
-    options = dict(folder=run.folder, read=read, gather=run.crew.gather, is_main_process=run.is_main_process)
+    shape = encode(datasets[0].__getitems__([(0, 0)]).images).shape[1:]
+    check_memory("--cache_features", 4 * math.prod(shape) * sum(map(len, datasets)))
+    options = dict(read=partial(read, watch=partial(run.watch, title="features")), gather=run.crew.gather)
+    options["share"] = slice(run.process_index, None, run.num_processes)
     with run.paused():
-        return [cache_features(dataset, embed, shape, **options) for dataset in datasets]
+        return [encode_dataset(dataset, encode, shape, **options) for dataset in datasets]
 
 
 def describe_model(model, recipe, augmentation):
@@ -258,12 +258,12 @@ def evaluate_trained(run):
             names = match_classes(flags.path_to_data, source, trained.class_names, model.num_classes)
         else:
             source = TargetSource.read(model.target, flags.path_to_data, source, flags.label_columns, names)
+            check_held_out(flags.path_to_data, source)
         objective = build_objective(model.target, names, scale=model.scale, regression_loss=flags.regression_loss)
     run.gate()
     sizes = dict(encoder_flags(vars(encoder)), img_size=list(encoder.img_size), num_classes=model.num_classes)
-    sizes["target"] = model.target
     content = {"classes": objective.names, "data": describe_data(source, source)}
-    run.start_evaluation({**images._asdict(), **sizes}, source, content)
+    run.start_evaluation({**images._asdict(), **sizes, "target": model.target}, source, content)
     if source.notes:
         run.say("\n".join(source.notes))
     crop = CentreCrop(encoder.img_size, evaluation_crop_ratio(encoder.img_size))
@@ -308,8 +308,8 @@ def main(argv=None):
         train_source, validation_source = sources = open_sources(given.path_to_data, pixels, **places)
         train_source, validation_source = read_targets(given.target, given.path_to_data, given.label_columns, *sources)
         classes = train_source.classes
-        options = {name: vars(args)[name] for name in ("label_smoothing", "positive_weights", "regression_loss")}
-        objective = build_objective(args.target, classes, labels=train_source.labels, **options)
+        losses = {name: vars(args)[name] for name in ("label_smoothing", "positive_weights", "regression_loss")}
+        objective = build_objective(args.target, classes, labels=train_source.labels, device=run.device, **losses)
         check_num_classes(given.path_to_data, train_source, given.num_classes)
     with run.refusing(InputError):
         is_mixed = bool(args.mixup_alpha or args.cutmix_alpha)
@@ -321,8 +321,7 @@ def main(argv=None):
         options = dict(drop_path=args.drop_path, custom_weight_init=args.custom_weight_init)
         model = build_model(encoder, len(classes), **head, **options)
         model.encoder.gradient_checkpointing = run.gradient_checkpointing
-        if args.target == "numbers":
-            model.set_scale(*objective.scale)
+        model.set_scale(objective.scale)
         if weights:
             channels = dict(adapt_channels=args.adapt_channels, mean=images.mean, std=images.std)
             run.accelerator.print(f"{WEIGHTS} {weights.path}: {start_from(weights, model.encoder, **channels)}")
@@ -339,16 +338,18 @@ def main(argv=None):
 
     # Optimizer
     normalize = Normalization(images.mean, images.std, run.device)
-    labels = dict(num_classes=len(classes), label_smoothing=args.label_smoothing, multi_label=args.target == "labels")
+    soft = dict(num_classes=len(classes), label_smoothing=args.label_smoothing, multi_label=args.target == "labels")
     mixes = dict(mixup_alpha=args.mixup_alpha, cutmix_alpha=args.cutmix_alpha, switch_prob=args.mixup_switch)
-    mixing = build_mixing(args.random_erase, device=run.device, prob=args.mixup_probability, **mixes, **labels)
+    mixing = build_mixing(args.random_erase, device=run.device, prob=args.mixup_probability, **mixes, **soft)
     optimizer = build_optimizer(model, args.optimizer, args.betas, **{name: vars(args)[name] for name in DECAY_FLAGS})
-    options = dict(mixing=mixing, loss_of=objective.loss)
-    empty = partial(empty_step, run.accelerator, normalize=normalize, pixels=pixels, **options)
+    fixed = dict(mixing=mixing, loss_of=objective.loss, max_grad_norm=args.max_grad_norm)
+    empty = partial(empty_step, run.accelerator, normalize=normalize, pixels=pixels, **fixed)
     if args.micro_batch_size == "auto":
         run.fit_micro_batch(empty, model, optimizer)
     summary, augmentation = describe_recipe(recipe_name, vars(args) | dict(random_aug_magnitude=magnitude))
-    run.print_plan(describe_model(model, summary, augmentation), images, targets=f"{len(classes)} {args.target}")
+    run.print_plan(
+        describe_model(model, summary, augmentation), images, targets=count_targets(len(classes), args.target)
+    )
     model, optimizer = run.prepare(model, optimizer, average=ema and ema.module)
     run.prepare_sources()
     if run.needs_warm_up:
@@ -365,7 +366,7 @@ def main(argv=None):
     validation_data = ClassificationDataset(validation_source, labels[1], **samples | dict(crop=crop, augment=None))
     read = partial(own_batches, batch_size=min(run.batch.micro, 256), **run.reading)
     if args.cache_features:
-        train_data, validation_data = cache(run, normalize, (train_data, validation_data), read=read)
+        train_data, validation_data = encode_once(run, normalize, (train_data, validation_data), read=read)
         normalize = nn.Identity()
     sampler = StepSampler(len(train_source), **run.sampling)
     batches = run.timed(training_batches(train_data, sampler, **run.loading))
@@ -374,7 +375,6 @@ def main(argv=None):
 
     # Loop
     lr_at, steps_per_epoch = partial(learning_rate_at, **run.plan.schedule), run.plan.length.steps_per_epoch
-    options |= dict(max_grad_norm=args.max_grad_norm)
     model.train()
     for step in run.steps:  # completed optimizer steps
         if run.is_due(step, args.validate_every * steps_per_epoch, objective.best):
@@ -384,7 +384,7 @@ def main(argv=None):
         if step == run.plan.length.total_steps:
             break
         set_learning_rate(optimizer, lr_at(step))
-        loss, grad_norm, damaged = optimizer_step(run.accelerator, model, optimizer, batches, normalize, **options)
+        loss, grad_norm, damaged = optimizer_step(run.accelerator, model, optimizer, batches, normalize, **fixed)
         if ema:
             ema.update(run.plain_model())
         run.completed(step + 1, loss, grad_norm, damaged)  # logs, saves, raises Stopped if the run is asked to stop

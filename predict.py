@@ -47,7 +47,7 @@ from training.metrics import reconstruction_metrics
 from training.pictures import attention_grid, displayable, label_picture, reconstruction_grid, segmentation_overlay
 from training.processes import check_settings
 from training.resolve import check_preview
-from training.wording import several
+from training.wording import count_targets, several
 
 LINES, PICTURES = "predictions.jsonl", ("attention", "labels", "overlays", "reconstructions")  # in the output folder
 PREVIEW_SIZE = 1024  # longer side of an overlay, in pixels, at most
@@ -304,7 +304,7 @@ def main(argv=None):
         task = f"features of width {encoder.embed_dim}"
         predict_batch = partial(encode_images, trained=trained, **shared)
     elif isinstance(model, Classifier):
-        task = f"{'one of ' if model.target == 'classes' else ''}{len(classes)} {model.target} per image"
+        task = f"{'one of ' * (model.target == 'classes')}{count_targets(len(classes), model.target)} per image"
         top_k = args.top_k or (5 if model.target == "classes" else len(classes))
         predict_batch = partial(predict_classes, model=model, classes=classes, top_k=top_k, **pictures, **shared)
     elif isinstance(model, Segmenter):

@@ -40,7 +40,7 @@ from training.launch import RunError, fail
 from training.progress import best_of
 from training.run_folder import RunFolder, read_state
 from training.upload import check_repo_id, upload
-from training.wording import in_one_line, several
+from training.wording import count_targets, in_one_line, several
 
 MAX_DIFFERENCE = 1e-4  # between the outputs of a library and of our own module
 REMEDY = "nothing was written; install the versions of transformers and timm in requirements.txt"
@@ -130,7 +130,7 @@ def describe_model(trained):
         words += f", predicting {model.target.title}"
     elif isinstance(model, Classifier):
         pooled = {"cls": "the class token", "mean": "the mean patch token", "attentive": "attentive pooling"}
-        words += f", head for {model.num_classes} {model.target} on {pooled[model.pooling]}"
+        words += f", head for {count_targets(model.num_classes, model.target)} on {pooled[model.pooling]}"
     elif isinstance(model, Segmenter):
         words += f", {model.decode_head.title} for {model.num_classes} classes"
     images = "images of {} x {} pixels".format(*encoder.img_size)

@@ -128,8 +128,18 @@ class ArrowSource(StoredSource):
         return self._table.column_names
 
     def read_columns(self, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
-        """Return columns of the table, one value for each image."""
-        return {name: self._table[name] for name in names}
+        """Return columns of the table, one value for each image. Raises DataError if they are damaged."""
+        table = self._table.select(list(names))
+        try:
+            table.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{self._name} has damaged Arrow data ({_one_line(error)}); write it again") from None
+        return {name: table[name] for name in names}
+
+    @property
+    def title(self) -> str:
+        """Return the name of the table in messages."""
+        return self._name
 
     def names_in_lists(self, column: str) -> list[str]:
         """Return the names of the classes whose numbers a column of lists holds, [] if the table has none."""

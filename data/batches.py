@@ -36,7 +36,7 @@ class PretrainingBatch(NamedTuple):
 class ClassificationBatch(NamedTuple):
     """Hold a micro-batch."""
 
-    images: torch.Tensor  # (B, C, H, W), uint8, or float32 in [0, 1]
+    images: torch.Tensor  # (B, C, H, W), uint8, or float32 in [0, 1]; or features (B, N, D), see data/features.py
     labels: torch.Tensor  # (B,), int64: classes; or (B, T), float32
     indices: list[int]  # of the samples; for those in `damaged`, image and label are another sample's
     damaged: list[tuple[int, str]]  # index and reason of every image that could not be read
@@ -129,8 +129,8 @@ class PretrainingDataset(ImageDataset):
 class ClassificationDataset(ImageDataset):
     """Make a ClassificationBatch of a list of (epoch, sample index).
 
-    `labels` are a class for each sample (N,), or several targets (N, T). `augment` is applied to the crops; `options`
-    are those of ImageDataset.
+    `labels` are a class for each sample (N,), int64, or targets (N, T), float32. `augment` is applied to the crops;
+    `options` are those of ImageDataset.
     """
 
     def __init__(self, source: Source, labels: np.ndarray, *, augment: RandAugment | None = None, **options):
@@ -143,7 +143,6 @@ class ClassificationDataset(ImageDataset):
             for image, (rng, _) in zip(images.permute(0, 2, 3, 1).numpy(), samples, strict=True):
                 image[:] = self.augment(image, int(rng.integers(2**64, dtype=np.uint64)))
         labels = torch.from_numpy(self.labels[[index for _, index in samples]])
-        labels = labels.long() if labels.ndim == 1 else labels.float()
         return ClassificationBatch(images, labels, [index for _, index in items], damaged)
 
 

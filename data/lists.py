@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from multiprocessing.pool import ThreadPool
@@ -20,6 +21,7 @@ LISTS = (".csv", ".tsv", *JSON)
 COLUMNS = ["path", "label", "mask"]
 LONGEST_LINE = 2**25  # bytes of a line of JSON
 CHECKED = 100_000  # paths at most: on a slow file system, millions would take minutes
+SOME_TEXT = re.compile(r"\S")
 BACKSLASH = "\\"  # between the folders of a path written on Windows
 
 
@@ -48,16 +50,25 @@ class ListSource(FileSource):
         _check_files(path, "path", self)
 
     def read_columns(self, names: Sequence[str]) -> dict:
-        """Return columns as pyarrow arrays, one value for each image: text if the list is CSV. Raises DataError."""
-        path = self._path
-        with _readable(path):
-            table = _read_json(path, names)[0] if path.lower().endswith(JSON) else _read_csv(path, names)
-        return {name: table[name] for name in names}
+        """Return columns as pyarrow arrays, one value for each image: lists or text. Raises DataError."""
+        with _readable(self._path):
+            if not self._path.lower().endswith(JSON):
+                table = _read_csv(self._path, names)
+                return {name: table[name] for name in names}
+            rows = _read_objects(self._path)
+            return {name: _to_arrow([row.get(name) for row in rows]) for name in names}
 
     @property
     def column_names(self) -> list[str]:
-        """Return the names of the list's columns, those in its first line if it is JSON."""
+        """Return the names of the list's columns."""
+        if self._path.lower().endswith(JSON):
+            return list(dict.fromkeys(name for row in _read_objects(self._path) for name in row))
         return [name.strip() for name in _read_header(self._path)[0]]
+
+    @property
+    def title(self) -> str:
+        """Return the name of the list in messages."""
+        return self._path
 
     @cached_property
     def has_masks(self) -> bool:
@@ -96,17 +107,17 @@ def _readable(path: str) -> Iterator[None]:
         raise DataError(f"{path} cannot be read ({' '.join(str(error).split())}); {expected}") from None
 
 
-def _read_csv(path: str, more: Sequence[str] = ()):
-    """Return COLUMNS and `more` of a table whose cells are separated by commas, tabs or semicolons."""
+def _read_csv(path: str, targets: Sequence[str] = ()):
+    """Return COLUMNS and `targets` of a table whose cells are separated by commas, tabs or semicolons."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.csv as arrow_csv
 
     header, delimiter = _read_header(path)
     names = {name.strip().lower(): name for name in header}
-    wanted = [*COLUMNS, *(name for name in more if name not in COLUMNS)]
-    own = {name.strip(): name for name in header}
-    columns = [names.get(name, name) if name in COLUMNS else own[name] for name in wanted]
+    names |= {name.strip(): name for name in header if name.strip() not in COLUMNS}
+    result_names = [*COLUMNS, *(name for name in targets if name not in COLUMNS)]
+    columns = [names.get(name, name) for name in result_names]
     parse = arrow_csv.ParseOptions(
         delimiter=delimiter,
         newlines_in_values=True,
@@ -116,22 +127,17 @@ def _read_csv(path: str, more: Sequence[str] = ()):
         column_types=dict.fromkeys(columns, pa.large_string()), include_columns=columns, include_missing_columns=True
     )
     table = arrow_csv.read_csv(_as_utf8(path), None, parse, convert)
-    table = pa.table([pc.utf8_trim_whitespace(column) for column in table.columns], wanted)
+    table = pa.table([pc.utf8_trim_whitespace(column) for column in table.columns], result_names)
     filled = [pc.greater(pc.utf8_length(table[name].fill_null("")), 0) for name in COLUMNS]
     return table.filter(pc.or_(pc.or_(*filled[:2]), filled[2]))  # spreadsheets end in rows of commas
 
 
-def _read_json(path: str, names: Sequence[str] = ()) -> tuple:
-    """Return the columns of a list of JSON objects, and errors of labels, which are then null.
-
-    With `names`, return these columns, of any type, instead.
-    """
+def _read_json(path: str) -> tuple:
+    """Return the columns of a list of JSON objects, and errors of labels, which are then null."""
     import pyarrow as pa
     import pyarrow.json as arrow_json
 
     text, errors = pa.large_string(), []
-    if names:
-        return arrow_json.read_json(_as_utf8(path), arrow_json.ReadOptions(block_size=LONGEST_LINE)), []
     for label in (pa.int64(), pa.float64(), pa.bool_(), text, None):
         schema = pa.schema({"path": text, "label": label, "mask": text} if label else {"path": text, "mask": text})
         parse = arrow_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
@@ -142,6 +148,26 @@ def _read_json(path: str, names: Sequence[str] = ()) -> tuple:
             errors.append(f"{path} has labels that cannot be read ({' '.join(str(error).split())})")
             if label is None:
                 raise
+
+
+def _read_objects(path: str) -> list[dict]:
+    """Return the objects of a list in JSON, of which several may stand in a line."""
+    text, decoder, rows, position = Path(path).read_text(_encoding(path)), json.JSONDecoder(), [], 0
+    while start := SOME_TEXT.search(text, position):
+        row, position = decoder.raw_decode(text, start.start())
+        rows.append(row)
+    return rows
+
+
+def _to_arrow(values: list):
+    """Return values of JSON as a pyarrow array: lists if all are lists or null, otherwise text."""
+    import pyarrow as pa
+
+    known = [value for value in values if value is not None]
+    if known and all(isinstance(value, list) for value in known):
+        return pa.chunked_array([pa.array(values)])
+    texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+    return pa.chunked_array([pa.array(texts, pa.large_string())])
 
 
 def _encoding(path: str) -> str:

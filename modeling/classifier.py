@@ -3,8 +3,6 @@
 Legend: B batch, C channels, H W pixels, L patches, D width, Q queries.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import nn
@@ -97,10 +95,10 @@ class Classifier(EncoderWithHead):
         return self
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, num_classes) of images (B, C, H, W), or of their `features` (B, N, D)."""
+        """Return the logits (B, num_classes) of images (B, C, H, W), or of what `encode_for_head` returned for them."""
         return self.classify(images if images.ndim == 3 else self.encoder(images))
 
-    def features(self, images: torch.Tensor) -> torch.Tensor:
+    def encode_for_head(self, images: torch.Tensor) -> torch.Tensor:
         """Return what `classify` needs of the encoder's tokens: (B, 1 + L, D), or less if the head pools less."""
         tokens = self.encoder(images)
         if self.pooling == "mean":
@@ -118,10 +116,11 @@ class Classifier(EncoderWithHead):
         pooled = tokens[:, 1:].mean(dim=1) if self.pooling == "mean" else tokens[:, 0]
         return self.fc_norm(pooled)
 
-    def set_scale(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Set the mean and standard deviation (num_classes,) of the numbers that training standardized."""
-        self.number_mean.copy_(torch.as_tensor(mean))
-        self.number_std.copy_(torch.as_tensor(std))
+    def set_scale(self, scale: tuple[np.ndarray, np.ndarray] | None) -> None:
+        """Set mean and standard deviation (num_classes,) of the numbers that training standardizes, if it does."""
+        if scale is not None:
+            self.number_mean.copy_(torch.from_numpy(scale[0]))
+            self.number_std.copy_(torch.from_numpy(scale[1]))
 
     @property
     def scale(self) -> tuple[np.ndarray, np.ndarray] | None:

@@ -97,7 +97,11 @@ def export_classifier(
     if model.target != "classes":
         names["problem_type"] = {"labels": "multi_label_classification", "numbers": "regression"}[model.target]
     if model.target == "numbers":
-        names["standardization"] = [model.number_mean.tolist(), model.number_std.tolist()]  # other libraries ignore it
+        # Other libraries ignore it; their bias has the mean, by which this project's could not be found again exactly
+        parts = dict(
+            mean=model.number_mean, std=model.number_std, bias=_fold_into_head(model, in_units=False)["head.bias"]
+        )
+        names["standardization"] = {name: part.tolist() for name, part in parts.items()}
     if model.pooling == "attentive":
         config = {"model_type": "attentive_probe", **_vit_config(encoder), "pretrained_cfg": {"crop_pct": crop_ratio}}
         config |= names
@@ -221,8 +225,11 @@ def _class_names(classes: Sequence[str]) -> dict:
     }
 
 
-def _fold_into_head(model: Classifier) -> State:
-    """Return the parameters of `model` on the CPU, with what stands before and after its head folded into the head."""
+def _fold_into_head(model: Classifier, *, in_units: bool = True) -> State:
+    """Return the parameters of `model` on the CPU, with what stands before its head folded into the head.
+
+    So are, with `in_units`, the mean and standard deviation of numbers.
+    """
     apart = ("head_norm.", "number_")
     state = {name: value.cpu() for name, value in model.state_dict().items() if not name.startswith(apart)}
     weight, bias = state["head.weight"].double(), state["head.bias"].double()
@@ -230,7 +237,7 @@ def _fold_into_head(model: Classifier) -> State:
         norm = model.head_norm
         weight = weight * (norm.running_var.cpu().double() + norm.eps).rsqrt()
         bias = bias - weight @ norm.running_mean.cpu().double()
-    if model.target == "numbers":
+    if model.target == "numbers" and in_units:
         std = model.number_std.cpu().double()
         weight, bias = weight * std[:, None], bias * std + model.number_mean.cpu().double()
     return state | {"head.weight": weight, "head.bias": bias}

@@ -46,7 +46,9 @@ class Stored(NamedTuple):
     classes: list[str] | None = None  # in the order of the head's outputs
     pooling: str | None = None  # "mean", "cls" or "attentive"; timm has others
     problem: str | None = None  # of a classifier: "labels" or "numbers"; None for classes
-    standardization: list[list[float]] | None = None  # mean and std that a head's numbers were multiplied by in export
+    standardization: dict[str, list[float]] | None = (
+        None  # mean, std, bias: an export's numbers, see `export_classifier`
+    )
     layers: list[int] | None = None  # blocks, from 0, that feed a segmentation head
     crop_ratio: float | None = None  # side of the centre crop / side of the resized image, in evaluation
     resize: list[int] | None = None  # LONG and SHORT side that images fit in a segmenter's evaluation

@@ -144,13 +144,11 @@ def _take_out_of_head(state: State, num_classes: int, stored: Stored) -> None:
     """Take the standardization of numbers out of the head of an exported classifier, see `export_classifier`."""
     if "number_mean" in state:  # a checkpoint
         return
-    mean, std = torch.tensor(stored.standardization or [[0.0] * num_classes, [1.0] * num_classes])
-    state.update(number_mean=mean, number_std=std)
+    known = stored.standardization or dict(mean=[0.0] * num_classes, std=[1.0] * num_classes)
+    state.update({f"number_{name}": torch.tensor(known[name]) for name in ("mean", "std")})
     if stored.standardization:
-        state["head.weight"], state["head.bias"] = (
-            state["head.weight"] / std[:, None],
-            (state["head.bias"] - mean) / std,
-        )
+        state["head.weight"] = state["head.weight"] / state["number_std"][:, None]
+        state["head.bias"] = torch.tensor(known["bias"])
 
 
 def _assumptions(trained: Trained, stored: Stored) -> Iterator[str]:

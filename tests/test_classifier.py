@@ -209,3 +209,12 @@ def test_gradient_checkpointing_changes_no_gradient(mode):
         model(images).square().sum().backward()
     for one, other in zip(plain.parameters(), saving.parameters(), strict=True):
         assert (one.grad is None and other.grad is None) or torch.equal(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "attentive"])
+def test_heads_see_the_same_of_images_and_of_what_was_encoded_for_them(pooling):
+    model = randomize(new_classifier(pooling, probe=True, num_queries=4)).eval()
+    images = torch.randn(3, 3, 32, 32)
+    encoded = model.encode_for_head(images)
+    torch.testing.assert_close(model(encoded), model(images))
+    assert encoded.shape == (3, {"mean": 2, "cls": 1, "attentive": 17}[pooling], 32)

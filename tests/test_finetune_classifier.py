@@ -5,8 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -36,9 +38,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import finetune_classifier
+from data import features
 from data.batches import ClassificationBatch, ClassificationDataset, own_batches
 from data.decode import PixelFormat
-from data.features import cache_features
+from data.features import encode_dataset
 from data.files import FolderSource
 from data.transforms import CentreCrop, build_mixing
 from modeling.files import read_state_dict
@@ -607,7 +610,7 @@ def tables(image_folder, tmp_path_factory):
         rows = ["path,red,odd,size,depth"]
         for number, path in enumerate(sorted((image_folder / split).rglob("*.*"))):
             red = np.asarray(Image.open(path).convert("RGB"))[..., 0].mean()
-            rows.append(f"{path},{int(red > 120)},{number % 2},{1e3 + red},{rng.normal():.3f}")
+            rows.append(f"{path},{int(red > 120)},{number % 2},{5e6 + red},{rng.normal():.3f}")
         (folder / f"{split}.csv").write_text("\n".join(rows) + "\n")
     return ["--path_to_data", folder / "train.csv", "--path_to_validation_data", folder / "val.csv"]
 
@@ -634,7 +637,7 @@ def test_other_targets_than_classes(tables, pretrained, tmp_path, target):
     assert flags_of(whole)["mixup_alpha"] == (0.8 if target is LABELS else 0)
 
     again = [*tables, WEIGHTS, whole / "model", "--eval_only", "--num_workers", 0]
-    again += [] if target is LABELS else ["--target", "numbers", "--regression_loss", "huber"]
+    again += [] if target is LABELS else ["--regression_loss", "huber"]
     run(SCRIPT, *again, "--experiment_name", "one", cwd=tmp_path)
     run_two(SCRIPT, *again, "--experiment_name", "two", cwd=tmp_path)
     expected = json.loads((whole / "metrics.json").read_text())
@@ -644,8 +647,7 @@ def test_other_targets_than_classes(tables, pretrained, tmp_path, target):
         found = json.loads((tmp_path / "work_dir" / name / "metrics.json").read_text())
         for key in keys:
             assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-3)
-        unweighted = target is LABELS  # --positive_weights are those of training
-        assert unweighted or found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-4)
+        assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-4)
 
     image = tables[3].read_text().splitlines()[1].partition(",")[0]
     run("predict.py", whole, image, "--num_workers", 0, cwd=tmp_path)
@@ -654,10 +656,35 @@ def test_other_targets_than_classes(tables, pretrained, tmp_path, target):
     theirs = {answer["label"]: answer["score"] for answer in answers}
     ours = line.get("numbers") or {entry["label"]: entry["probability"] for entry in line["labels"]}
     assert theirs == {name: pytest.approx(value, rel=0.02) for name, value in ours.items()}  # they resize otherwise
+    run("push_to_hub.py", whole / "checkpoints" / "step_00000008", "--output", tmp_path / "pushed", cwd=tmp_path)
     run("push_to_hub.py", whole, "--checkpoint", "best", cwd=tmp_path)
     card = (whole / "hub" / "README.md").read_text()
     kind, metric = ("multi-label image classifier", "roc_auc") if target is LABELS else ("regression", "r_squared")
     assert kind in card and metric in card
+
+
+@pytest.mark.parametrize("target", [LABELS, NUMBERS], ids=["labels", "numbers"])
+def test_two_processes_learn_other_targets_as_one(tables, pretrained, tmp_path, target):
+    flags = [*tables, *target, WEIGHTS, pretrained, "--global_batch_size", 16, "--num_workers", 0, "--max_steps", 6]
+    flags += [
+        "--log_every",
+        1,
+        "--learning_rate",
+        1e-3,
+        "--drop_path",
+        0,
+        "--random_erase",
+        0,
+        "--mixed_precision",
+        "no",
+    ]
+    flags += ["--mixup_alpha", 0, "--cutmix_alpha", 0] if target is LABELS else []
+    run(SCRIPT, *flags, "--experiment_name", "one", cwd=tmp_path)
+    run_two(SCRIPT, *flags, "--experiment_name", "two", cwd=tmp_path)
+    one, two = tmp_path / "work_dir" / "one", tmp_path / "work_dir" / "two"
+    assert losses_of(two) == pytest.approx(losses_of(one), rel=1e-5)
+    best = "mean_ap" if target is LABELS else "mean_r2"
+    assert metrics_of(two)[best] == pytest.approx(metrics_of(one)[best], rel=1e-3)
 
 
 def test_targets_that_do_not_fit_are_refused(tables, image_folder, pretrained, tmp_path):
@@ -674,7 +701,7 @@ def test_targets_that_do_not_fit_are_refused(tables, image_folder, pretrained, t
 
 @pytest.mark.parametrize("probe", [["--linear_probe"], ["--linear_probe", "--pooling", "mean"], ["--attentive_probe"]])
 def test_features_are_computed_once(image_folder, pretrained, tmp_path, probe):
-    """The log is that of a probe that encodes the same crops in every step; a killed run leaves nothing and resumes."""
+    """A killed run resumes to the last bit, and its model is measured alike on images."""
     flags = [WEIGHTS, pretrained, *probe, "--cache_features", "--optimizer", "adamw", "--learning_rate", 1e-2]
     flags += ["--path_to_data", image_folder, "--per_gpu_batch_size", 8, "--max_steps", 12, "--log_every", 1]
     flags += ["--save_checkpoint_steps", 3, "--num_workers", 0, "--mixed_precision", "no"]
@@ -686,42 +713,45 @@ def test_features_are_computed_once(image_folder, pretrained, tmp_path, probe):
     process.communicate()
     run(SCRIPT, *flags, "--experiment_name", "part", "--resume_from_checkpoint", "auto", cwd=tmp_path)
     assert_equal_runs(whole, part, 12)
-    assert not (part / ".features").exists()
-    run(
-        SCRIPT,
-        "--path_to_data",
-        image_folder,
-        WEIGHTS,
-        whole / "model",
-        "--eval_only",
-        "--num_workers",
-        0,
-        cwd=tmp_path,
-    )
+    again = ["--path_to_data", image_folder, WEIGHTS, whole / "model", "--eval_only", "--num_workers", 0]
+    run(SCRIPT, *again, cwd=tmp_path)
     measured, again = metrics_of(whole), metrics_of(tmp_path / "work_dir" / "finetune_classifier")
     assert again["top1"] == measured["top1"] and again["val_loss"] == pytest.approx(measured["val_loss"], abs=1e-5)
-    run_two(SCRIPT, *flags, "--experiment_name", "two", cwd=tmp_path)
-    both = (losses_of(whole), losses_of(tmp_path / "work_dir" / "two"))
-    assert both[0][1] == pytest.approx(both[1][1], rel=0.1)  # the BatchNorm of each process sees its own images
+    run(SCRIPT, *flags, "--experiment_name", "dry", "--dry_run", cwd=tmp_path)
 
 
-def test_cached_features_of_damaged_images(image_folder, tmp_path):
-    """They are those of the next readable image, with its label, and the image is reported whenever it is drawn."""
-    images = shutil.copytree(image_folder / "train", tmp_path / "images")
-    source = FolderSource(images)
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_encoded_data_sets(image_folder, tmp_path, num_processes, monkeypatch):
+    """All processes have all features and labels; a damaged image's are those of the next, and it is reported."""
+    monkeypatch.setattr(features, "CHUNK", 4)
+    source = FolderSource(shutil.copytree(image_folder / "train", tmp_path / "images"))
     path = Path(source.name(2))
     path.write_bytes(path.read_bytes()[:40])
     options = dict(crop=CentreCrop((16, 16)), pixels=PixelFormat(3), seed=0)
     dataset = ClassificationDataset(source, np.arange(len(source)), **options)
-    read = partial(own_batches, batch_size=8, num_workers=0, process_index=0, num_processes=1, watch=iter)
-    shared = dict(folder=tmp_path, read=read, gather=list, is_main_process=True)
-    cached = cache_features(dataset, lambda images: images.float().mean(dim=(2, 3))[:, None], (1, 3), **shared)
-    batch = cached.__getitems__([(0, 2), (5, 3), (0, 4)])
-    expected = dataset.__getitems__([(0, 3), (0, 4)])
-    assert batch.labels.tolist() == [3, 3, 4] and [index for index, _ in batch.damaged] == [2]
-    means = expected.images.float().mean(dim=(2, 3))[:, None]
-    assert torch.equal(batch.images[1:], means) and torch.equal(batch.images[0], batch.images[1])
-    assert not [*tmp_path.glob(".features")]
+    barrier, lists = Barrier(num_processes), [None] * num_processes
+
+    def encode_share(rank):
+        def gather(own):
+            lists[rank] = own
+            barrier.wait()
+            joined = [item for part in lists for item in part]
+            barrier.wait()
+            return joined
+
+        place = dict(process_index=rank, num_processes=num_processes)
+        read = partial(own_batches, batch_size=8, num_workers=0, watch=iter, **place)
+        shared = dict(read=read, gather=gather, share=slice(rank, None, num_processes))
+        return encode_dataset(dataset, lambda images: images.float().mean(dim=(2, 3))[:, None], (1, 3), **shared)
+
+    with ThreadPoolExecutor(num_processes) as pool:
+        encoded = list(pool.map(encode_share, range(num_processes)))
+    expected = dataset.__getitems__([(0, index if index != 2 else 3) for index in range(len(source))])
+    for each in encoded:
+        batch = each.__getitems__([(5, index) for index in range(len(source))])
+        assert torch.equal(batch.images, expected.images.float().mean(dim=(2, 3))[:, None])
+        assert batch.labels.tolist() == [0, 1, 3, *range(3, len(source))]
+        assert [index for index, _ in batch.damaged] == [2] and batch.indices == list(range(len(source)))
 
 
 def test_cached_features_have_no_augmentation(image_folder, pretrained, tmp_path):

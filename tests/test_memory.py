@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from training.launch import RunError
-from training.memory import fit_micro_batch
+from training.memory import check_memory, fit_micro_batch
 
 
 def fit(sizes, limit, *, elsewhere=100):
@@ -53,3 +53,13 @@ def test_the_peak_memory_of_the_trials_is_forgotten(monkeypatch):
         assert fit_micro_batch([1, 2, 4], step, device=device, any_process=bool) == 2
     end = [("empty_cache",), ("reset_peak_memory_stats", device)]
     assert calls == [4, *end, 2, *end]
+
+
+def test_memory_that_the_machine_lacks(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    check_memory("--cache_features", 1000)
+    expected = (
+        r"--cache_features needs 1e.15 GB of memory in each of 4 processes of this machine, .* free; leave it out"
+    )
+    with pytest.raises(RunError, match=expected):
+        check_memory("--cache_features", 10**24)

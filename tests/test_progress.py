@@ -134,7 +134,7 @@ def test_the_log_is_cut_at_the_checkpoint(tmp_path):
     assert log_of(tmp_path) == lines[:5] and (tmp_path / "log.jsonl").is_symlink()
     assert best_of(tmp_path, "top1") == (2.0, 4) and truncate_log(tmp_path, 1) == {}
     (tmp_path / "log.jsonl").unlink()
-    assert truncate_log(tmp_path, 5) == {} and best_of(tmp_path, "top1") == (-1.0, None)
+    assert truncate_log(tmp_path, 5) == {} and best_of(tmp_path, "top1") == (float("-inf"), None)
 
 
 def test_damaged_images_are_named_once_and_limited(tmp_path, capsys):

@@ -67,7 +67,7 @@ def test_labels_against_torchmetrics():
     labels = torch.randint(2, (57, 4), generator=generator)
     labels[:, 2], labels[:, 3] = 0, 1
     probabilities = (torch.randn(57, 4, generator=generator) + labels).sigmoid()
-    rows = list(zip(labels.tolist(), probabilities.tolist(), [0.5] * 57, strict=True))
+    rows = list(zip(labels.numpy(), probabilities.numpy(), [0.5] * 57, strict=True))
     got = score_labels(rows, list("abcd"))
     for key, theirs in (
         ("ap", multilabel_average_precision),
@@ -79,6 +79,8 @@ def test_labels_against_torchmetrics():
         assert known == pytest.approx(expected, abs=1e-4) and of_none is None and of_all is None
         assert got[f"mean_{key}"] == pytest.approx(sum(expected) / 2, abs=1e-4)
     assert got["val_loss"] == 0.5
+    alone = score_labels([row for row in rows if row[0].tolist() == rows[0][0].tolist()], list("abcd"))
+    assert alone["mean_ap"] is alone["mean_auroc"] is alone["mean_f1"] is None  # as there is nothing to rank
 
 
 def test_numbers_against_torchmetrics():
@@ -86,7 +88,7 @@ def test_numbers_against_torchmetrics():
     rng = np.random.default_rng(0)
     true = np.stack([rng.normal(1e6, 10, 43), rng.normal(0, 1, 43), np.full(43, 7.0)], axis=1)
     predicted = true + rng.normal(0, [5, 2, 1], true.shape)
-    got = score_numbers(list(zip(true.tolist(), predicted.tolist(), [0.25] * 43, strict=True)), list("abc"))
+    got = score_numbers(list(zip(true, predicted, [0.25] * 43, strict=True)), list("abc"))
     for column, name in enumerate("abc"):
         both = [torch.from_numpy(np.ascontiguousarray(values[:, column])) for values in (predicted, true)]
         assert got["per_column_mae"][name] == pytest.approx(regression.mean_absolute_error(*both).item(), rel=1e-9)

@@ -4,15 +4,16 @@ import json
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from conftest import write_images
 from PIL import Image
 
-from data.arrow import open_datasets
+from data.arrow import ArrowSource, choose_columns, open_datasets
 from data.files import FolderSource
 from data.index import DataError
 from data.lists import ListSource
-from data.targets import TargetSource, read_targets
+from data.targets import TargetSource, check_held_out, read_targets
 
 
 def new_list(folder, text, name="list.csv"):
@@ -41,6 +42,37 @@ def test_labels_of_json_lines(tmp_path):
     assert source.fingerprint() != other.fingerprint()
     with pytest.raises(DataError, match=r"has labels that the training images or the model lack \(bird\)"):
         read("labels", ListSource(tmp_path / "list.jsonl"), names=["cat", "dog"])
+
+
+def test_class_numbers_may_begin_anywhere_and_have_gaps(tmp_path):
+    lines = [json.dumps({"path": f"{i}.png", "tags": tags}) for i, tags in enumerate([[17], [2_084_071], [17, 3], []])]
+    source = read("labels", new_list(tmp_path, "\n".join(lines), "list.jsonl"), ["tags"])
+    assert source.classes == ["3", "17", "2084071"]
+    assert source.labels.tolist() == [[0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 0, 0]]
+
+
+def test_other_columns_of_json_do_not_matter(tmp_path):
+    """Neither their types, nor that the first line lacks the column; dates are names."""
+    lines = [{"meta": 1}, {"meta": "x", "labels": ["2020-01-01"]}, {"labels": []}, {"labels": ["b"]}]
+    lines = [json.dumps({"path": f"{i}.png"} | line) for i, line in enumerate(lines)]
+    with pytest.raises(DataError, match="no value in the column labels of row 1"):
+        read("labels", new_list(tmp_path, " ".join(lines), "list.jsonl"))
+    lines[0] = json.dumps({"path": "0.png", "meta": None, "labels": ["b"]})
+    source = read("labels", new_list(tmp_path, " ".join(lines), "list.jsonl"))
+    assert source.classes == ["2020-01-01", "b"] and source.labels.tolist() == [[0, 1], [1, 0], [0, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("kind", [pa.large_list(pa.string()), pa.list_(pa.string(), 2), pa.list_(pa.int8())])
+def test_lists_of_every_type_in_parquet(tmp_path, kind):
+    data = {
+        "image": [b"", b""],
+        "labels": [["1", "2"], ["2", "3"]] if kind.value_type == pa.string() else [[1, 2], [2, 3]],
+    }
+    table = pa.table({"image": pa.array(data["image"]), "labels": pa.array(data["labels"], kind)})
+    source = ArrowSource(table, "T", choose_columns(table.schema, "T"))
+    assert read("labels", source).labels.tolist() == [[1, 1, 0], [0, 1, 1]]
+    with pytest.raises(DataError, match=r"T has .*list.* in the column labels; expected a number; correct --label_col"):
+        read("numbers", source)
 
 
 def test_labels_of_parquet_with_named_numbers(tmp_path):
@@ -73,16 +105,20 @@ def test_labels_and_numbers_of_a_table(tmp_path, form):
         ("numbers", ["size"], r"'big' in the column size of row 2 \(.*1\.png\); expected a number"),
         ("numbers", ["gap"], r"no value in the column gap of row 3 \(.*2\.png\); expected a number"),
         ("numbers", ["huge"], r"'1e999' in the column huge of row 1"),
-        ("labels", ["odd", "gap"], r"no value in the column gap of row 3 .* expected 0 or 1 for a label"),
+        ("labels", ["odd", "gap"], r"no value in the column gap of row 3 .* expected 0 or 1, or lists of labels"),
         ("labels", ["odd", "size"], r"'5' in the column size of row 1 .* expected 0 or 1"),
-        ("labels", ["odd"], "has one label per image in the column odd; expected lists of labels; give --target"),
-        ("labels", ["even"], "has no column even; it has path, odd, gap, size, huge; name the labels by --label_col"),
+        ("labels", ["name"], r"'cat' in the column name of row 1 .* \(for one class per image give --target classes\)"),
+        (
+            "labels",
+            ["even"],
+            "has no column even; it has path, odd, gap, size, huge, name; name the labels by --label_col",
+        ),
         ("numbers", None, r"has no column label or labels; it has path"),
     ],
 )
 def test_columns_that_cannot_be_read(tmp_path, target, columns, match):
-    rows = ["0.png,0,1,5,1e999", "1.png,1,0,big,1", "2.png,0,,7,1", "3.png,1,1,8,1"]
-    source = new_list(tmp_path, "\n".join(["path,odd,gap,size,huge", *rows]))
+    rows = ["0.png,0,1,5,1e999,cat", "1.png,1,0,big,1,dog", "2.png,0,,7,1,cat", "3.png,1,1,8,1,dog"]
+    source = new_list(tmp_path, "\n".join(["path,odd,gap,size,huge,name", *rows]))
     with pytest.raises(DataError, match=match):
         read(target, source, columns)
 
@@ -92,8 +128,11 @@ def test_columns_that_cannot_be_read(tmp_path, target, columns, match):
     [
         ([["cat"], None, [], []], r"no value in the column labels of row 2 .* \[\] for none"),
         ([[], [], [], []], "only empty lists"),
-        ([[1], [-1], [], []], "labels from -1 to 1"),
         ([[0.5], [], [], []], r"0\.5 in the column labels of row 1"),
+        ([["cat"], [1], [], []], "cannot be read"),
+        ([["cat"], "dog", [], []], r"'\[\"cat\"\]' in the column labels of row 1"),
+        ([{"cat": 1}, {}, {}, {}], r"'\{\"cat\": 1\}' in the column labels of row 1"),
+        ([None, None, None, None], "no value in the column labels of row 1"),
     ],
 )
 def test_lists_that_cannot_be_read(tmp_path, values, match):
@@ -110,6 +149,8 @@ def test_data_from_which_nothing_can_be_learned(tmp_path):
     with pytest.raises(DataError, match="for three: 3"):
         read_targets("numbers", "DATA", ["three"], source, source)
     same = new_list(tmp_path, "path,odd\n1.png,1\n3.png,1", "same.csv")
+    with pytest.raises(DataError, match="the same targets in all of 2 held-out images"):
+        check_held_out("DATA", read("numbers", same, ["odd"]))
     with pytest.raises(DataError, match="the same targets in all of 2 held-out images"):
         read_targets("numbers", "DATA", ["odd"], source, same)
     with pytest.raises(DataError, match="has no validation images"):

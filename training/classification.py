@@ -20,14 +20,14 @@ def add_target_flags(parser: Parser) -> None:
     flag("--linear_probe", action=Pair, default=False, help="the head alone, on frozen features")
     flag("--attentive_probe", action=Pair, default=False, help="attentive pooling and the head, on frozen features")
     flag("--trainable_blocks", type=number(), metavar="N", help="the last N blocks (0.5: one MLP) and the head")
-    help_text = "encode every image once, as its centre crop without augmentation: for probes (off)"
+    help_text = "encode every image once, as its centre crop without augmentation; for probes (default off)"
     flag("--cache_features", action=Pair, default=False, help=help_text)
     flag = parser.add_argument_group("what is learned").add_argument
     help_text = "one class per image, several labels, or numbers (default classes)"
     flag("--target", choices=tuple(UNFIT), default="classes", help=help_text)
     help_text = "columns of labels (0 or 1; or one column of lists) or numbers (default: column label or labels)"
     flag("--label_columns", nargs="+", metavar="COLUMN", help=help_text)
-    help_text = "weight of a label's positive images: balanced for negatives / positives (default none: 1)"
+    help_text = "weight of a label's positive images: none (1), or balanced (negatives / positives; default none)"
     flag("--positive_weights", choices=("none", "balanced"), help=help_text)
     flag("--regression_loss", choices=tuple(LOSSES), help="loss of standardized numbers (default l2)")
     flag = parser.add_argument_group("head").add_argument
@@ -87,7 +87,7 @@ def check_classifier(args: argparse.Namespace) -> list[str]:
         errors.append(f"--num_queries {args.num_queries} has no effect without --attentive_probe; leave it out")
     if args.trainable_blocks is not None and args.trainable_blocks % 1 and args.trainable_blocks != 0.5:
         errors.append(f"--trainable_blocks {args.trainable_blocks:g} is not valid; expected 0.5 or a whole number")
-    return errors + _check_target(args)
+    return errors + ([] if args.eval_only else _check_target(args))
 
 
 def _check_target(args: argparse.Namespace) -> list[str]:

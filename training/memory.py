@@ -1,10 +1,21 @@
-"""The largest micro-batch that fits on a GPU."""
+"""What fits into the memory of a GPU, and of the machine."""
 
+import os
 from collections.abc import Callable
 
+import psutil
 import torch
 
 from training.launch import RunError
+from training.wording import in_bytes
+
+
+def check_memory(flag: str, size: int) -> None:
+    """Raise RunError if the processes of this machine cannot hold so many bytes each, which a flag asks for."""
+    processes, free = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), psutil.virtual_memory().available
+    if size * processes > free:
+        words = f"{in_bytes(size)} of memory in each of {processes} processes of this machine"
+        raise RunError(f"{flag} needs {words}, of which {in_bytes(free)} are free; leave it out")
 
 
 def check_device(device: torch.device) -> list[str]:

@@ -1,10 +1,9 @@
 """What a classifier is trained for: one class for each image, several labels, or numbers.
 
-Each objective is a loss, and says how outputs become answers and how these are scored. Legend: B batch, T outputs.
+Each objective is a loss, and says how outputs become rows and how these are scored. Legend: B batch, T outputs.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,32 +17,32 @@ NUM_NAMED = 3  # columns in a line of text
 
 
 class Classes:
-    """One class for each image: cross-entropy. Set `present`, the classes of the validation images, on their device."""
+    """One class for each image: cross-entropy."""
 
     best, scale = "top1", None
 
     def __init__(self, names: Sequence[str], *, label_smoothing: float = 0.0):
-        self.names, self.label_smoothing, self.present = names, label_smoothing, torch.arange(len(names))
+        self.names, self.label_smoothing = names, label_smoothing
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the mean loss () of outputs (B, T) and classes (B,), or soft labels (B, T) after mixing."""
         smoothing = self.label_smoothing if targets.ndim == 1 else 0.0
         return F.cross_entropy(outputs, targets, label_smoothing=smoothing)
 
-    def answers(self, outputs: torch.Tensor, targets: torch.Tensor) -> list[tuple]:
-        """Return for each image what `score` needs: class, best classes, the best one of those present, loss."""
+    def to_rows(self, outputs: torch.Tensor, targets: torch.Tensor, present: torch.Tensor) -> list[tuple]:
+        """Return for each image what `score` needs: class, best classes, the best one of those `present`, loss."""
         losses = F.cross_entropy(outputs, targets, reduction="none").tolist()
         rankings = outputs.topk(min(5, len(self.names))).indices.tolist()
-        best_present = self.present[outputs[:, self.present].argmax(dim=1)].tolist()
+        best_present = present[outputs[:, present].argmax(dim=1)].tolist()
         return list(zip(targets.tolist(), rankings, best_present, losses, strict=True))
 
-    def score(self, answers: list[tuple]) -> dict:
+    def score(self, rows: list[tuple]) -> dict:
         """Return the metrics, see `score_classification`."""
-        return score_classification(answers, self.names)
+        return score_classification(rows, self.names)
 
-    def draw(self, path: Path, answers: list[tuple], *, title: str) -> bool:
+    def draw(self, path: Path, rows: list[tuple], *, title: str) -> bool:
         """Draw the confusion matrix, unless there are too many classes to read it; return whether it was drawn."""
-        labels, predictions = [answer[0] for answer in answers], [answer[1][0] for answer in answers]
+        labels, predictions = [row[0] for row in rows], [row[1][0] for row in rows]
         return confusion_matrix(path, labels, predictions, self.names, title=title)
 
     def describe(self, scores: dict) -> str:
@@ -56,40 +55,38 @@ class Labels:
     """Several labels for each image: binary cross-entropy.
 
     Args:
-        positive_weights: the weight of each label's positive images in the loss; None for 1.
+        positive_weights: the weight (T,) in the loss of each label's positive images; None for 1.
     """
 
     best, scale = "mean_ap", None
 
-    def __init__(self, names: Sequence[str], *, positive_weights: np.ndarray | None = None):
-        self.names, self.weights = names, None
-        if positive_weights is not None:
-            self.weights = torch.from_numpy(positive_weights).float()
-
-    def _losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        if self.weights is not None:
-            self.weights = self.weights.to(outputs.device)  # a copy, for which the device waits, at the first step only
-        return F.binary_cross_entropy_with_logits(outputs, targets.float(), pos_weight=self.weights, reduction="none")
+    def __init__(self, names: Sequence[str], *, positive_weights: torch.Tensor | None = None):
+        self.names, self.positive_weights = names, positive_weights
 
     def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the mean loss () of outputs (B, T) and labels (B, T) from 0 to 1."""
-        return self._losses(outputs, targets).mean()
+        return F.binary_cross_entropy_with_logits(outputs, targets, pos_weight=self.positive_weights)
 
-    def answers(self, outputs: torch.Tensor, targets: torch.Tensor) -> list[tuple]:
-        """Return for each image what `score` needs: labels, their probabilities, loss."""
-        losses = self._losses(outputs, targets).mean(dim=1).tolist()
-        return list(zip(targets.int().tolist(), outputs.sigmoid().tolist(), losses, strict=True))
+    def to_rows(self, outputs: torch.Tensor, targets: torch.Tensor, present: torch.Tensor) -> list[tuple]:
+        """Return for each image what `score` needs: labels, their probabilities, and the loss without weights."""
+        losses = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(dim=1).tolist()
+        labels, probabilities = targets.to(torch.uint8).cpu().numpy(), outputs.sigmoid().cpu().numpy()
+        return list(zip(labels, probabilities, losses, strict=True))
 
-    def score(self, answers: list[tuple]) -> dict:
+    def score(self, rows: list[tuple]) -> dict:
         """Return the metrics, see `score_labels`."""
-        return score_labels(answers, self.names)
+        return score_labels(rows, self.names)
+
+    def draw(self, path: Path, rows: list[tuple], *, title: str) -> bool:
+        """Draw nothing, and return False."""
+        return False
 
     def describe(self, scores: dict) -> str:
         """Return the means over the labels in words."""
-        return ", ".join(f"{title} {scores[name]:.2f} %" for name, title in LABEL_SCORES.items())
+        titles = {"mean_ap": "mAP", "mean_auroc": "AUROC", "mean_f1": "F1"}
+        return ", ".join(f"{title} {in_words(scores[name], '{:.2f} %')}" for name, title in titles.items())
 
 
-LABEL_SCORES = {"mean_ap": "mAP", "mean_auroc": "AUROC", "mean_f1": "F1"}
 LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
 
 
@@ -97,32 +94,41 @@ class Numbers:
     """Numbers for each image, standardized by the mean and standard deviation of the training images.
 
     Args:
-        scale: mean and standard deviation (T,), float64, by which the targets are standardized.
+        scale: mean and standard deviation (T,), by which the targets are standardized.
         loss: a key in LOSSES; Huber's threshold is one standard deviation.
     """
 
     best = "mean_r2"
 
     def __init__(self, names: Sequence[str], scale: tuple[np.ndarray, np.ndarray], *, loss: str = "l2"):
-        self.names, self.scale = names, scale
-        self.loss, self._losses = LOSSES[loss], partial(LOSSES[loss], reduction="none")
+        self.names, self.scale, self.loss = names, scale, LOSSES[loss]
 
-    def answers(self, outputs: torch.Tensor, targets: torch.Tensor) -> list[tuple]:
+    def to_rows(self, outputs: torch.Tensor, targets: torch.Tensor, present: torch.Tensor) -> list[tuple]:
         """Return for each image what `score` needs: true and predicted values in the columns' own units, loss."""
-        losses = self._losses(outputs, targets).mean(dim=1).tolist()
-        mean, std = self.scale
+        losses = self.loss(outputs, targets, reduction="none").mean(dim=1).tolist()
+        mean, std = (np.asarray(part, np.float64) for part in self.scale)
         true, predicted = (part.cpu().double().numpy() * std + mean for part in (targets, outputs))
-        return list(zip(true.tolist(), predicted.tolist(), losses, strict=True))
+        return list(zip(true, predicted, losses, strict=True))
 
-    def score(self, answers: list[tuple]) -> dict:
+    def score(self, rows: list[tuple]) -> dict:
         """Return the metrics, see `score_numbers`."""
-        return score_numbers(answers, self.names)
+        return score_numbers(rows, self.names)
+
+    def draw(self, path: Path, rows: list[tuple], *, title: str) -> bool:
+        """Draw nothing, and return False."""
+        return False
 
     def describe(self, scores: dict) -> str:
         """Return the mean errors of the first columns, and R2, in words."""
         errors = [f"{name} {scores['per_column_mae'][name]:.4g}" for name in self.names[:NUM_NAMED]]
-        more = ", ..." if len(self.names) > NUM_NAMED else ""
-        return f"mean absolute error: {', '.join(errors)}{more}; R2 {scores['mean_r2']:.4f}"
+        remainder = ", ..." if len(self.names) > NUM_NAMED else ""
+        r2 = in_words(scores["mean_r2"], "{:.4f}")
+        return f"mean absolute error: {', '.join(errors)}{remainder}; R2 {r2}"
+
+
+def in_words(value: float | None, form: str) -> str:
+    """Return a value formatted, or "unknown"."""
+    return "unknown" if value is None else form.format(value)
 
 
 def build_objective(
@@ -134,6 +140,7 @@ def build_objective(
     label_smoothing: float = 0.0,
     positive_weights: str | None = None,
     regression_loss: str | None = None,
+    device: torch.device | None = None,
 ) -> Classes | Labels | Numbers:
     """Return the objective of --target.
 
@@ -144,8 +151,11 @@ def build_objective(
     if target == "classes":
         return Classes(names, label_smoothing=label_smoothing)
     if target == "labels":
-        return Labels(names, positive_weights=balance(labels) if positive_weights == "balanced" else None)
-    return Numbers(names, scale or (labels.mean(axis=0), labels.std(axis=0)), loss=regression_loss or "l2")
+        weights = torch.from_numpy(balance(labels)).float().to(device) if positive_weights == "balanced" else None
+        return Labels(names, positive_weights=weights)
+    if scale is None:  # in the precision of the model, which keeps it
+        scale = labels.mean(axis=0).astype(np.float32), labels.std(axis=0).astype(np.float32)
+    return Numbers(names, scale, loss=regression_loss or "l2")
 
 
 def balance(labels: np.ndarray) -> np.ndarray:

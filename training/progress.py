@@ -207,7 +207,7 @@ def truncate_log(folder: Path, step: int) -> dict[str, float]:
 
 def best_of(folder: Path, metric: str) -> tuple[float, int | None]:
     """Return the highest value of a metric in log.jsonl and the first step that reached it; -inf, None without one."""
-    lines = [line for line in read_lines(folder / "log.jsonl") if metric in line]
+    lines = [line for line in read_lines(folder / "log.jsonl") if line.get(metric) is not None]
     best = max(lines, key=lambda line: line[metric], default={})
     return best.get(metric, -math.inf), best.get("step")
 

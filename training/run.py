@@ -364,13 +364,13 @@ class Run:
         """The options of `own_batches` for this process."""
         return dict(self.loading, process_index=self.process_index, num_processes=self.num_processes, watch=self.watch)
 
-    def watch(self, batches: range) -> Iterator[int]:
+    def watch(self, batches: range, title: str = "validation") -> Iterator[int]:
         """Yield the numbers of the batches of a validation under a bar, until the run is asked to stop.
 
         Raises:
             Stopped: at the end, on all processes, after a checkpoint was saved.
         """
-        for batch in tqdm(batches, desc="validation", unit="batch", disable=not self.is_main_process, **BAR):
+        for batch in tqdm(batches, desc=title, unit="batch", disable=not self.is_main_process, **BAR):
             if self.crew.stop_requested():
                 break
             yield batch
@@ -395,7 +395,8 @@ class Run:
 
     def is_best(self, metric: str, metrics: dict) -> bool:
         """Return True on the main process if a metric is better than all in the log."""
-        return self.is_main_process and metrics[metric] > best_of(self.folder, metric)[0]
+        value = metrics[metric]
+        return self.is_main_process and value is not None and value > best_of(self.folder, metric)[0]
 
     def note_damage(self, images: Iterable[tuple[str, str]] = ()) -> None:
         """Write damaged images, (path, reason) each, and those met in training, to damaged.jsonl."""

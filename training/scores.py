@@ -38,16 +38,17 @@ def score_labels(rows: list[tuple], names: Sequence[str]) -> dict:
     """Return `val_loss` and, in percent, average precision, AUROC, and F1 at a probability of 0.5.
 
     `mean_ap`, `mean_auroc` and `mean_f1` are averaged over the labels that some images have and some have not;
-    `per_label_ap`, `per_label_auroc` and `per_label_f1` are None for the others. Without any, the means are NaN.
+    `per_label_ap`, `per_label_auroc` and `per_label_f1` are None for the others. Without any, the means are None.
 
     Args:
-        rows: labels of the image (T,), 0 and 1, their probabilities (T,), loss.
+        rows: labels of the image (T,), 0 and 1, their probabilities (T,), loss; arrays of NumPy.
         names: those of the labels.
     """
     from torchmetrics.functional import classification
 
     labels, probabilities, losses = zip(*rows, strict=True)
-    labels, probabilities = torch.tensor(labels), torch.tensor(probabilities, dtype=torch.float64)
+    labels, probabilities = (torch.from_numpy(np.stack(part)) for part in (labels, probabilities))
+    labels, probabilities = labels.long(), probabilities.double()
     mixed = (labels.amax(dim=0) > labels.amin(dim=0)).tolist()
     metrics = {
         "ap": classification.binary_average_precision,
@@ -61,7 +62,7 @@ def score_labels(rows: list[tuple], names: Sequence[str]) -> dict:
             for i, name in enumerate(names)
         }
         known = [value for value in values.values() if value is not None]
-        scores |= {f"mean_{key}": fmean(known) if known else float("nan"), f"per_label_{key}": values}
+        scores |= {f"mean_{key}": fmean(known) if known else None, f"per_label_{key}": values}
     return scores
 
 
@@ -70,21 +71,21 @@ def score_numbers(rows: list[tuple], names: Sequence[str]) -> dict:
 
     `per_column_mae` and `per_column_rmse` are the mean absolute and the root of the mean squared error,
     `per_column_r2` the coefficient of determination, None for a column of one value; `mean_r2` is the mean of the
-    others, NaN without any.
+    others, None without any.
 
     Args:
-        rows: true values of the image (T,), predicted values (T,), loss.
+        rows: true values of the image (T,), predicted values (T,), loss; arrays of NumPy.
         names: those of the columns.
     """
     true, predicted, losses = zip(*rows, strict=True)
-    true = np.array(true)
-    errors, spread = np.array(predicted) - true, true - true.mean(axis=0)
+    true = np.stack(true)
+    errors, spread = np.stack(predicted) - true, true - true.mean(axis=0)
     squares, total = (errors**2).sum(axis=0), (spread**2).sum(axis=0)
     r2 = [1 - square / own if own > 0 else None for square, own in zip(squares.tolist(), total.tolist(), strict=True)]
     known = [value for value in r2 if value is not None]
     return {
         "val_loss": fmean(losses),
-        "mean_r2": fmean(known) if known else float("nan"),
+        "mean_r2": fmean(known) if known else None,
         "per_column_mae": dict(zip(names, np.abs(errors).mean(axis=0).tolist(), strict=True)),
         "per_column_rmse": dict(zip(names, np.sqrt(squares / len(true)).tolist(), strict=True)),
         "per_column_r2": dict(zip(names, r2, strict=True)),

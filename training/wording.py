@@ -23,6 +23,11 @@ def several(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else plural}"
 
 
+def count_targets(count: int, target: str) -> str:
+    """Return a number of classes, labels or numbers in words: "10 classes", "1 label"."""
+    return several(count, {"classes": "class", "labels": "label", "numbers": "number"}[target])
+
+
 def in_one_line(error: BaseException) -> str:
     """Return the message of an exception in one line."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
