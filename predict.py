@@ -45,6 +45,7 @@ from training.files import write_json
 from training.launch import RunError, fail
 from training.metrics import reconstruction_metrics
 from training.pictures import attention_grid, displayable, label_picture, reconstruction_grid, segmentation_overlay
+from training.pretraining import check_mask_block
 from training.processes import check_settings
 from training.resolve import check_preview
 from training.wording import count_targets, several
@@ -56,7 +57,10 @@ NOT_FINITE = "the outputs are not finite: training diverged or the weights are d
 KINDS = {  # model -> name, flags for this model alone
     Classifier: ("a classifier", ["top_k"]),
     Segmenter: ("a segmentation model", ["evaluate"]),
-    MaskedAutoencoder: ("a masked autoencoder", ["mask_ratio", "mask_strategy", "seed", "preview_channels"]),
+    MaskedAutoencoder: (
+        "a masked autoencoder",
+        ["mask_ratio", "mask_strategy", "mask_block", "seed", "preview_channels"],
+    ),
     VisionTransformer: ("an encoder without a head", []),
 }
 
@@ -81,6 +85,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("masked autoencoder").add_argument
     flag("--mask_ratio", type=number(0, 1), help="share of removed patches (default as in training)")
     flag("--mask_strategy", choices=MASK_STRATEGIES, help="pattern of removed patches (default random)")
+    flag("--mask_block", type=integer(1), metavar="N", help="side of removed blocks, in patches (default 1)")
     flag("--seed", type=integer(0, 2**32 - 1), help="seed of the masks (default 0)")
     arguments.add_preview_flag(flag)
     args, errors = parser.read(argv)
@@ -111,6 +116,8 @@ def check_model(trained, given, *, features):
         num_kept = int(patches * (1 - given["mask_ratio"]))
         words = f"keeps {num_kept} of {patches} patches; expected a ratio that keeps and removes at least one"
         errors += [] if 0 < num_kept < patches else [f"--mask_ratio {given['mask_ratio']:g} {words}"]
+    if isinstance(model, MaskedAutoencoder):
+        errors += check_mask_block(given.get("mask_block", 1), given.get("mask_strategy", "random"), encoder.grid)
     return errors
 
 
@@ -322,7 +329,7 @@ def main(argv=None):
         patches = math.prod(encoder.grid)
         model.num_kept = int(patches * (1 - ratio))
         task = f"{model.num_kept} of {patches} patches seen, the others predicted"
-        mask = dict(mask_strategy=args.mask_strategy or "random", seed=args.seed or 0)
+        mask = dict(mask_strategy=args.mask_strategy or "random", mask_block=args.mask_block or 1, seed=args.seed or 0)
         transform = partial(masked_crop, size=encoder.img_size, grid=encoder.grid, num_kept=model.num_kept, **mask)
         channels = args.preview_channels or preview_channels(pixels)
         predict_batch = partial(predict_patches, model=model, channels=channels, **pictures, **shared)

@@ -252,7 +252,8 @@ def fit_components(model, dataset, normalize, *, device, read):
     """Find the principal components that the model predicts in 500 images, the same on all processes; once a run."""
     if model.target.components.any():  # those of the checkpoint, or of --init_from
         return
-    batches = read(dataset, spread(500, len(dataset)), process_index=0, num_processes=1, watch=iter)
+    # The same batches whatever the micro-batch: the order of sums decides directions without variance
+    batches = read(dataset, spread(500, len(dataset)), batch_size=50, process_index=0, num_processes=1, watch=iter)
     side = model.encoder.patch_size
     model.target.fit(normalize.patches(patchify(batch.images.to(device), side)) for batch in batches)
 
@@ -303,6 +304,8 @@ def main(argv=None):
     with run.refusing(WeightsError, flag="--teacher"):
         shape = dict(grid=[side // args.patch_size for side in args.img_size], in_channels=pixels.channels)
         teacher = args.teacher and open_teacher(args.teacher, value_range=pixels.value_range, **shape).to(run.device)
+        if teacher:
+            run.accelerator.print(f"--teacher {args.teacher}: {teacher.description}")
     with run.refusing(InputError, WeightsError, flag="--init_from"):
         torch.manual_seed(args.seed)
         encoder_args = {name: getattr(args, flag) for name, flag in ENCODER_FLAGS.items()}
@@ -322,7 +325,7 @@ def main(argv=None):
             run.accelerator.print(f"--init_from {weights.path}: {report}")
     run.gate()
     resolved = dict(images._asdict(), preview_channels=shown_channels)
-    resolved["teacher"] = teacher and f"{args.teacher} (sha256 {teacher.fingerprint()})"
+    resolved["teacher"] = teacher and f"sha256 {teacher.fingerprint()}"
     run.compare(resolved, train_source, validation_source, defaults=vars(parse_args([])[0]))
     if args.compile:
         model.compile(fullgraph=True, dynamic=False)

@@ -209,7 +209,7 @@ def read_run(folder: Path, seed: int, recipe: dict, *, points: int) -> dict:
     return dict(seed=seed, seconds=trained, curve=curve, attentive_top1=top1)
 
 
-def spread(values: list[float]) -> list[float]:
+def mean_and_deviation(values: list[float]) -> list[float]:
     """Return mean and standard deviation, the latter 0 for one value."""
     return [mean(values), stdev(values) if len(values) > 1 else 0.0]
 
@@ -218,12 +218,12 @@ def summarize(recipe: dict, runs: list[dict]) -> dict:
     """Return the means over the runs of a recipe: of the curves, the trained time and the attentive probe."""
     curve = [
         dict(step=points[0]["step"], seconds=points[0]["seconds"])
-        | {name: spread([point[name] for point in points]) for name in METRICS}
+        | {name: mean_and_deviation([point[name] for point in points]) for name in METRICS}
         for points in zip(*(run["curve"] for run in runs), strict=True)
     ]
     top1 = [run["attentive_top1"] for run in runs]
-    attentive = None if None in top1 else spread(top1)
-    trained = spread([run["seconds"] for run in runs])
+    attentive = None if None in top1 else mean_and_deviation(top1)
+    trained = mean_and_deviation([run["seconds"] for run in runs])
     return recipe | dict(runs=runs, curve=curve, trained=trained, attentive_top1=attentive)
 
 
@@ -306,7 +306,8 @@ def main(argv=None):
     args, errors = parse_args(argv)
     if errors:
         fail(errors)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the runs, which save
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.default_int_handler)  # ends the runs, which save
     out, recipes = Path(args.out), dict(args.recipes)
     names = ("path_to_data", "common", "seconds", "points", "parallel", "probe_steps", "probe")
     settings = {name: getattr(args, name) for name in names}

@@ -192,13 +192,14 @@ def masked_crop(
     grid: tuple[int, int],
     num_kept: int,
     mask_strategy: str,
+    mask_block: int,
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the input of a masked autoencoder: (crop (C, *size), noise (L,)).
 
-    The noise is drawn from (seed, index) alone; with seed 0 it is that of validation.
+    The noise is drawn from (seed, index) alone; with seed 0, and the masks of the training, it is that of validation.
     """
-    noise = mask_noise(mask_strategy, sample_generator(seed, FIXED_EPOCH, index), grid, num_kept)
+    noise = mask_noise(mask_strategy, sample_generator(seed, FIXED_EPOCH, index), grid, num_kept, block=mask_block)
     return CentreCrop(size)(image), torch.from_numpy(noise)
 
 

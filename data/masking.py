@@ -59,7 +59,7 @@ MASK_STRATEGIES = ("random", "block", "grid")
 def mask_noise(
     strategy: str, rng: np.random.Generator, grid: tuple[int, int], num_kept: int, *, block: int = 1
 ) -> np.ndarray:
-    """Draw the noise (L,), float32 in [0, 1), of one image under one of `MASK_STRATEGIES`.
+    """Draw the noise (L,), float32 in [0, 1], of one image under one of `MASK_STRATEGIES`.
 
     `block` is for "random": the side of the blocks, in patches, that are removed as a whole.
     """

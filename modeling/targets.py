@@ -132,7 +132,7 @@ class HOG(Target):
         columns = F.pad(images[..., 2:] - images[..., :-2], (1, 1))
         magnitude = torch.hypot(rows, columns)
         angle = torch.atan2(rows, columns) * (self.num_bins / torch.pi)  # a half turn has all bins
-        bins = angle.floor().long() % self.num_bins
+        bins = angle.floor() % self.num_bins
         histograms = [F.avg_pool2d(magnitude * (bins == i), self.cell) for i in range(self.num_bins)]
         cells = torch.stack(histograms, dim=2)  # (B, C, bins, H / cell, W / cell)
         cells = cells / (cells.square().sum(2, keepdim=True) + self.epsilon**2).sqrt()

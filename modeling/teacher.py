@@ -5,6 +5,7 @@ Legend: as in targets.py.
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,8 @@ TOWERS |= {"clip": RESIZED, "clip_vision_model": RESIZED, "siglip": RESIZED, "si
 class Teacher(nn.Module):
     """Compute the layer-normalized patch tokens of images.
 
-    Images are resized, if needed, to make the teacher's patches those of the student.
+    Images are resized, if needed, to make the teacher's patches those of the student. `description` says in words what
+    was opened and assumed.
 
     Args:
         model: returns tokens (B, N, T), the patches last, or an output of transformers with `last_hidden_state`.
@@ -42,6 +44,10 @@ class Teacher(nn.Module):
         super().__init__()
         self.model, self.options = model.eval().requires_grad_(False), options
         self.size, self.num_patches, self.width = size, num_patches, width
+        self.description = (
+            f"{type(model).__name__}, {width} wide, images of {size[0]} x {size[1]}, mean {statistics[0]}, "
+        )
+        self.description += f"std {statistics[1]}"
         self.register_buffer("mean", torch.tensor(statistics[0]).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(statistics[1]).view(-1, 1, 1))
 
@@ -57,10 +63,9 @@ class Teacher(nn.Module):
         return F.layer_norm(tokens, tokens.shape[-1:])
 
     def fingerprint(self) -> str:
-        """Return a hash of the weights."""
+        """Return a hash of the weights, whatever their names, which differ between versions of transformers."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
+        for tensor in self.model.state_dict().values():
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
@@ -86,12 +91,15 @@ def open_teacher(path: str, *, grid: Grid, in_channels: int, value_range: tuple 
     _check_channels(path, sizes["in_channels"], in_channels)
     size = tuple(sizes["patch_size"] * count for count in grid)
     trained = open_trained(folder, whole=False, img_size=size)
-    if list(trained.value_range or (0, 255)) != list(value_range or (0, 255)):
-        theirs, ours = ("{:g} to {:g}".format(*(each or (0, 255))) for each in (trained.value_range, value_range))
+    # No range may mean 8 bits, or that a file of another library does not tell it
+    if trained.value_range and list(trained.value_range) != list(value_range or (0, 255)):
+        theirs, ours = ("{:g} to {:g}".format(*each) for each in (trained.value_range, value_range or (0, 255)))
         raise WeightsError(f"{path}: a teacher of pixels from {theirs}, the data have {ours}; give another teacher")
     statistics = trained.mean, trained.std
     shape = dict(size=size, num_patches=grid[0] * grid[1], width=trained.encoder.embed_dim)
-    return Teacher(trained.encoder, **shape, statistics=statistics, options={})
+    teacher = Teacher(trained.encoder, **shape, statistics=statistics, options={})
+    teacher.description += "".join(f"; assumed: {assumption}" for assumption in trained.assumed)
+    return teacher
 
 
 def _open_tower(folder: Path, grid: Grid, in_channels: int, options: dict) -> Teacher:
@@ -101,19 +109,33 @@ def _open_tower(folder: Path, grid: Grid, in_channels: int, options: dict) -> Te
     try:
         processor = json.loads((folder / "preprocessor_config.json").read_text())
         statistics = processor["image_mean"], processor["image_std"]
-        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        load = partial(AutoModel.from_pretrained, local_files_only=True, dtype=torch.float32, output_loading_info=True)
+        model, report = load(folder)
+        model = getattr(model, "vision_model", model)
+        _check_tower(model, report)
     except Exception as error:  # transformers raises many types
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise WeightsError(
             f"{folder}: cannot be read ({reason}); expected config.json, preprocessor_config.json with image_mean and "
             "image_std, and weights; copy the folder again"
         ) from error
-    model = getattr(model, "vision_model", model)
     config = model.config
     _check_channels(folder, config.num_channels, in_channels)
+    if not all(isinstance(values, list) and len(values) == in_channels for values in statistics):
+        expected = f"expected lists of {in_channels} numbers in image_mean and image_std"
+        raise WeightsError(f"{folder}: preprocessor_config.json has {statistics}; {expected}; copy the folder again")
     size = tuple(config.patch_size * count for count in grid)
     shape = dict(size=size, num_patches=grid[0] * grid[1], width=config.hidden_size)
     return Teacher(model, **shape, statistics=statistics, options=options)
+
+
+def _check_tower(model: nn.Module, report: dict) -> None:
+    """Raise ValueError for weights that are missing, unfit or not finite."""
+    bad = sorted(name for name in report["missing_keys"] if "pooler" not in name and "head" not in name)
+    if bad or report["mismatched_keys"]:
+        raise ValueError(f"missing or unfit weights: {', '.join([*bad, *map(str, report['mismatched_keys'])][:4])}")
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise ValueError("weights that are not finite")
 
 
 def _check_channels(path: str | Path, theirs: int, ours: int) -> None:

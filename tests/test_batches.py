@@ -41,7 +41,7 @@ def labelled(source, **options):
     options = dict(crop=RandomCrop(SIZE, (0.08, 1.0)), pixels=PixelFormat(3), seed=0) | options
     if isinstance(options["crop"], RandomCrop):
         options.setdefault("augment", RandAugment(9, (0.5,) * options["pixels"].channels))
-    return ClassificationDataset(source, options.pop("labels", source.labels), **options)
+    return ClassificationDataset(source, options.pop("labels", source.labels).astype(np.int64), **options)
 
 
 def truncate(path):
@@ -204,7 +204,7 @@ def test_listed_images_are_prepared_or_told(source, num_workers):
     """One after the other, so that one image is in memory at its own size, and in the order of the indices."""
     with open(source.name(2), "wb") as file:
         file.write(b"damaged")
-    prepare = partial(masked_crop, size=SIZE, grid=(2, 3), num_kept=1, mask_strategy="random", seed=5)
+    prepare = partial(masked_crop, size=SIZE, grid=(2, 3), num_kept=1, mask_strategy="random", mask_block=1, seed=5)
     data = ListedDataset(source, pixels=PixelFormat(3), prepare=prepare)
     batches = list(make_loader(data, [range(3), range(3, 5), [2]], num_workers=num_workers))
     assert [batch.indices for batch in batches] == [[0, 1], [3, 4], []]

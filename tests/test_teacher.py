@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from random_modules import new_encoder, randomize
+from safetensors.torch import load_file, save_file
 
 from modeling.export import export_encoder
 from modeling.files import WeightsError
@@ -72,8 +73,29 @@ def test_an_encoder_of_this_project(tmp_path):
     assert resized.size == (64, 64) and resized(images).shape == (2, 64, 32)
     with pytest.raises(WeightsError, match="input_channels of the teacher is 4 instead of 3; give another teacher"):
         open_teacher(str(tmp_path), grid=(4, 4), in_channels=3)
-    with pytest.raises(WeightsError, match="a teacher of pixels from 0 to 255, the data have 0 to 10000; give another"):
-        open_teacher(str(tmp_path), grid=(4, 4), in_channels=4, value_range=(0, 10000))
+    open_teacher(str(tmp_path), grid=(4, 4), in_channels=4, value_range=(0, 10000))  # its files state no range
+    export_encoder(encoder, tmp_path, mean=[0.5] * 4, std=[0.25] * 4, value_range=(0, 1000))
+    with pytest.raises(WeightsError, match="a teacher of pixels from 0 to 1000, the data have 0 to 255; give another"):
+        open_teacher(str(tmp_path), grid=(4, 4), in_channels=4)
+
+
+@pytest.mark.parametrize("fault", ["missing", "not finite", "one mean"])
+def test_damaged_towers(tmp_path, fault):
+    """transformers itself draws missing weights at random, and only warns."""
+    write_tower(tmp_path, "Dinov2Model")
+    path, processor = tmp_path / "model.safetensors", tmp_path / "preprocessor_config.json"
+    state = load_file(path)
+    name = next(name for name in state if name.endswith("fc1.weight"))
+    if fault == "missing":
+        state.pop(name)
+    elif fault == "not finite":
+        state[name] = torch.full_like(state[name], torch.nan)
+    else:
+        processor.write_text(json.dumps(json.loads(processor.read_text()) | {"image_mean": [0.5]}))
+    save_file(state, path, metadata={"format": "pt"})
+    expected = {"missing": f"missing or unfit weights: .*{name}", "not finite": "weights that are not finite"}
+    with pytest.raises(WeightsError, match=expected.get(fault, "expected lists of 3 numbers in image_mean")):
+        open_teacher(str(tmp_path), grid=(4, 4), in_channels=3)
 
 
 def test_towers_that_cannot_be_used(tmp_path):

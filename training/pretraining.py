@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from training.arguments import Pair, Parser, integer, number
 from training.resolve import check_width
@@ -53,7 +53,7 @@ def add_decoder_flags(parser: Parser, *, decoders: Iterable[str], targets: Itera
 def check_masks(args: argparse.Namespace) -> list[str]:
     """Return error messages for the flags of masks on the grid of --img_size and --patch_size, which fit."""
     grid = [side // args.patch_size for side in args.img_size]
-    num_patches, block, errors = math.prod(grid), args.mask_block, []
+    num_patches, errors = math.prod(grid), []
     num_kept = int(num_patches * (1 - args.mask_ratio))
     num_removed = num_patches - num_kept
     if not 0 < num_kept < num_patches:
@@ -66,12 +66,18 @@ def check_masks(args: argparse.Namespace) -> list[str]:
             f"--predict_ratio {args.predict_ratio:g} predicts none of {num_removed} removed patches; expected a ratio "
             "that predicts at least one"
         )
+    return errors + check_mask_block(args.mask_block, args.mask_strategy, grid)
+
+
+def check_mask_block(block: int, strategy: str, grid: Sequence[int]) -> list[str]:
+    """Return error messages for masks of `block` x `block` patches that do not fit the grid or --mask_strategy."""
+    errors = []
     if any(side % block for side in grid):
         errors.append(
             f"--mask_block {block} does not divide the grid of {grid[0]} x {grid[1]} patches; take a divisor of both"
         )
-    if block > 1 and args.mask_strategy != "random":
-        errors.append(f"--mask_block {block} does not go with --mask_strategy {args.mask_strategy}; leave one out")
+    if block > 1 and strategy != "random":
+        errors.append(f"--mask_block {block} does not go with --mask_strategy {strategy}; leave one out")
     return errors
 
 
@@ -103,7 +109,7 @@ def check_target(args: argparse.Namespace) -> list[str]:
     for name, target in (("num_components", "pca"), ("teacher", "teacher")):
         value = getattr(args, name)
         if value is not None and args.target != target:
-            errors.append(f"--{name} {value} has no effect without --target {target}; leave it out")
+            errors.append(f"--{name} {value} has no effect without --target {target}; add it, or leave --{name} out")
     if args.target == "teacher" and not args.teacher:
         errors.append("--target teacher needs --teacher PATH, the encoder whose features are predicted; give it")
     return errors
