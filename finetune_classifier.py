@@ -106,7 +106,7 @@ def parse_args(argv=None):
 
 def build_model(encoder, num_classes, *, drop_path, custom_weight_init, **head):
     """Build the classifier from the arguments of VisionTransformer and Classifier."""
-    encoder = VisionTransformer(**encoder, custom_weight_init=custom_weight_init).add_extras(drop_path=drop_path)
+    encoder = VisionTransformer(**encoder).initialize(custom_weight_init).add_extras(drop_path=drop_path)
     return Classifier(encoder, num_classes, custom_weight_init=custom_weight_init, **head)
 
 
@@ -218,10 +218,10 @@ def describe_model(model, recipe, augmentation):
     encoder, (height, width) = model.encoder, model.encoder.img_size
     count = sum(p.numel() for p in model.parameters()) / 1e6
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    head = {"cls": "cls token", "mean": "mean of the patches", "attentive": "attentive pooling"}[model.pooling]
     return [
-        f"model      {encoder.embed_dim} x {len(encoder.blocks)} encoder, head on the {head}: {count:.3g} M parameters "
-        f"({trained:.3g} M train), {model.training_flops() / 1e9:.3g} GFLOP per image and step",
+        f"model      {encoder.embed_dim} x {len(encoder.blocks)} encoder, head on {model.pooled}: "
+        f"{count:.3g} M parameters ({trained:.3g} M train), "
+        f"{model.training_flops() / 1e9:.3g} GFLOP per image and step",
         f"recipe     {recipe}",
         f"images     {height} x {width}, {several(encoder.in_channels, 'channel')}, {math.prod(encoder.grid)} patches "
         f"of {encoder.patch_size}; {augmentation}",

@@ -109,7 +109,7 @@ def check_flags(args):
 
 def build_model(encoder, extras, num_classes, head, *, custom_weight_init):
     """Build the segmenter from arguments of VisionTransformer and add_extras, and the values of `resolve_head`."""
-    encoder = VisionTransformer(**encoder, custom_weight_init=custom_weight_init).add_extras(**extras)
+    encoder = VisionTransformer(**encoder).initialize(custom_weight_init).add_extras(**extras)
     options = dict(head=head["head"], layers=head["layers"], head_width=head["head_width"])
     options["auxiliary"] = bool(head["auxiliary_weight"])
     return Segmenter(encoder, num_classes, custom_weight_init=custom_weight_init, **options)

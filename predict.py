@@ -208,7 +208,7 @@ def encode_images(batch, *, trained, normalize, device):
     images = normalize(batch.inputs[0].to(device))
     if isinstance(trained.model, Classifier):
         return trained.model.pool(trained.encoder(images)).cpu().numpy()
-    return trained.encoder(images)[:, 1:].mean(dim=1).cpu().numpy()
+    return trained.encoder.split(trained.encoder(images))[1].mean(dim=1).cpu().numpy()
 
 
 def predict_all(loader, predict_batch, source):

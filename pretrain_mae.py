@@ -30,7 +30,7 @@ from data.sources import check_labels, describe_data, keep_labelled, labels_in, 
 from data.statistics import read_statistics
 from data.transforms import CROP_RATIO, CentreCrop, RandomCrop, empty_images
 from modeling.decoder import DECODERS
-from modeling.export import export_autoencoder, export_encoder
+from modeling.export import export_autoencoder, export_encoder, loading_commands
 from modeling.files import WeightsError
 from modeling.mae import MaskedAutoencoder
 from modeling.targets import TARGETS
@@ -111,7 +111,7 @@ def build_model(
     encoder, decoder, *, kind="self", target="normalized", width=None, drop_path, custom_weight_init, **options
 ):
     """Build the masked autoencoder from the arguments of its encoder, of a `kind` of decoder, its target and itself."""
-    encoder = VisionTransformer(**encoder, custom_weight_init=custom_weight_init).add_extras(drop_path=drop_path)
+    encoder = VisionTransformer(**encoder).initialize(custom_weight_init).add_extras(drop_path=drop_path)
     target = TARGETS[target](encoder, width)
     decoder = DECODERS[kind](encoder, **decoder, num_outputs=target.width, custom_weight_init=custom_weight_init)
     return MaskedAutoencoder(encoder, decoder, target, **options)
@@ -221,7 +221,7 @@ def features_of(accelerator, model, images, normalize):
     """Return the mean-pooled patch tokens of the unmasked encoder: (B, C, H, W) -> (B, D)."""
     with accelerator.autocast():
         tokens = model.encoder.forward_features(normalize(images.to(accelerator.device, non_blocking=True)))
-    return tokens[:, 1:].float().mean(dim=1)
+    return model.encoder.split(tokens)[1].float().mean(dim=1)
 
 
 def measure_features(run, model, datasets, normalize, *, read, most):
@@ -264,12 +264,14 @@ def describe_model(model, masks):
     parameters, in_encoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, encoder))
     height, width = encoder.img_size
     num_patches = math.prod(encoder.grid)
+    tokens = f" of {encoder.num_cls_tokens} class tokens" if encoder.num_cls_tokens > 1 else ""
     chosen = f"{model.num_kept} kept"
     if model.num_predicted < num_patches - model.num_kept:
         chosen += f", {model.num_predicted} of {num_patches - model.num_kept} others predicted"
     return [
-        f"model      {encoder.embed_dim} x {len(encoder.blocks)} encoder, {decoder.embed_dim} x {decoder.depth} "
-        f"{decoder.title}: {parameters:.3g} M parameters ({in_encoder:.3g} M encoder), "
+        f"model      {encoder.embed_dim} x {len(encoder.blocks)} encoder{tokens}, "
+        f"{decoder.embed_dim} x {decoder.depth} {decoder.title}: "
+        f"{parameters:.3g} M parameters ({in_encoder:.3g} M encoder), "
         f"{model.training_flops() / 1e9:.3g} GFLOP per image and step",
         f"images     {height} x {width}, {several(encoder.in_channels, 'channel')}, {num_patches} patches "
         f"of {encoder.patch_size}, {chosen} ({masks}); target: {model.target.title}",
@@ -388,12 +390,8 @@ def main(argv=None):
         statistics = dict(mean=images.mean, std=images.std, value_range=images.value_range)
         replace_folder(folder, partial(export, trained, **statistics))
     pictures = f", pictures in {run.folder / 'reconstructions'}" if trained.target.invertible else ""
-    run.end(
-        f"{run.folder / 'metrics.json'}{pictures}. Use the encoder:\n"
-        f"  python -c \"import timm; timm.create_model('local-dir:{folder}', pretrained=True)\"\n"
-        f"  python -c \"from transformers import AutoModel; AutoModel.from_pretrained('{folder}')\"",
-        uses_true_patch_statistics=trained.target.uses_true_patch_statistics,
-    )
+    results = f"{run.folder / 'metrics.json'}{pictures}.{loading_commands(trained.encoder, folder)}"
+    run.end(results, uses_true_patch_statistics=trained.target.uses_true_patch_statistics)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from modeling.export import (
     export_classifier,
     export_encoder,
     export_segmenter,
+    libraries_of,
     vit_mae_misfit,
 )
 from modeling.files import Stored, WeightsError
@@ -125,12 +126,12 @@ def describe_model(trained):
     encoder, model = trained.encoder, trained.model
     words = f"ViT {encoder.embed_dim} wide, {encoder.depth} deep, {encoder.num_heads} heads"
     words += f", {encoder.patch_size}-pixel patches"
+    words += f", {encoder.num_cls_tokens} class tokens" if encoder.num_cls_tokens > 1 else ""
     if isinstance(model, MaskedAutoencoder):
         words += f", {model.decoder.title} {model.decoder.embed_dim} wide, {model.decoder.depth} deep"
         words += f", predicting {model.target.title}"
     elif isinstance(model, Classifier):
-        pooled = {"cls": "the class token", "mean": "the mean patch token", "attentive": "attentive pooling"}
-        words += f", head for {count_targets(model.num_classes, model.target)} on {pooled[model.pooling]}"
+        words += f", head for {count_targets(model.num_classes, model.target)} on {model.pooled}"
     elif isinstance(model, Segmenter):
         words += f", {model.decode_head.title} for {model.num_classes} classes"
     images = "images of {} x {} pixels".format(*encoder.img_size)
@@ -184,7 +185,9 @@ def write_folder(folder, *, trained, record, step, origin, **card):
         has_decoder=has_decoder,
         is_vit_mae=has_decoder and not vit_mae_misfit(trained.model),
         reconstructs=has_decoder and trained.model.target.invertible,
-        loads_elsewhere=getattr(trained.model, "pooling", None) != "attentive",
+        libraries=libraries_of(trained.model),
+        has_encoder=(folder / "encoder").is_dir() and bool(libraries_of(trained.encoder)),
+        num_cls_tokens=trained.encoder.num_cls_tokens,
         img_size=trained.encoder.img_size,
         channels=trained.encoder.in_channels,
         mean=trained.mean,

@@ -1,6 +1,6 @@
 """Classify images with an encoder, pooled tokens and a linear head (He et al. 2021, section 4 and appendix A.1).
 
-Legend: B batch, C channels, H W pixels, L patches, D width, Q queries.
+Legend: B batch, C channels, H W pixels, L patches, T class tokens, D width, Q queries.
 """
 
 import numpy as np
@@ -44,7 +44,8 @@ class Classifier(EncoderWithHead):
     Args:
         encoder: becomes a part of the classifier; with "mean" pooling it loses its final norm, so load weights into it
             afterwards.
-        pooling: "mean" of the patch tokens, with the norm (`fc_norm`) after it; the "cls" token after the norm; or
+        pooling: "mean" of the patch tokens, with the norm (`fc_norm`) after it; "cls", the mean of the class tokens
+            after the norm; or
             "attentive", AttentivePooling of the patch tokens after the norm.
         probe: train only the head, behind a BatchNorm without parameters (appendix A.1, "Linear probing"), and
             attentive pooling. The encoder stays in evaluation mode.
@@ -99,22 +100,29 @@ class Classifier(EncoderWithHead):
         return self.classify(images if images.ndim == 3 else self.encoder(images))
 
     def encode_for_head(self, images: torch.Tensor) -> torch.Tensor:
-        """Return what `classify` needs of the encoder's tokens: (B, 1 + L, D), or less if the head pools less."""
+        """Return what `classify` needs of the encoder's tokens: (B, T + L, D), or less if the head pools less."""
         tokens = self.encoder(images)
+        cls_tokens, patches = self.encoder.split(tokens)
         if self.pooling == "mean":
-            return torch.cat([tokens[:, :1], tokens[:, 1:].mean(dim=1, keepdim=True)], dim=1)
-        return tokens[:, :1] if self.pooling == "cls" else tokens
+            return torch.cat([cls_tokens, patches.mean(dim=1, keepdim=True)], dim=1)
+        return cls_tokens if self.pooling == "cls" else tokens
 
     def classify(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, num_classes) of the encoder's tokens (B, 1 + L, D)."""
+        """Return the logits (B, num_classes) of the encoder's tokens (B, T + L, D)."""
         return self.head(self.head_norm(self.pool(tokens)))
 
     def pool(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Pool the encoder's tokens (B, 1 + L, D) to what the BatchNorm of a probe, or the head, sees: (B, D)."""
+        """Pool the encoder's tokens (B, T + L, D) to what the BatchNorm of a probe, or the head, sees: (B, D)."""
+        cls_tokens, patches = self.encoder.split(tokens)
         if self.pooling == "attentive":
-            return self.attentive_pool(tokens[:, 1:])
-        pooled = tokens[:, 1:].mean(dim=1) if self.pooling == "mean" else tokens[:, 0]
-        return self.fc_norm(pooled)
+            return self.attentive_pool(patches)
+        return self.fc_norm((patches if self.pooling == "mean" else cls_tokens).mean(dim=1))
+
+    @property
+    def pooled(self) -> str:
+        """Return in words what the head sees."""
+        cls = "the mean class token" if self.encoder.num_cls_tokens > 1 else "the class token"
+        return {"cls": cls, "mean": "the mean patch token", "attentive": "attentive pooling"}[self.pooling]
 
     def set_scale(self, scale: tuple[np.ndarray, np.ndarray] | None) -> None:
         """Set mean and standard deviation (num_classes,) of the numbers that training standardizes, if it does."""
@@ -134,8 +142,8 @@ class Classifier(EncoderWithHead):
         return logits.sigmoid() if self.target == "labels" else logits.softmax(dim=1)
 
     def attention_maps(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the attention (B, Q, h, w) of attentive pooling's queries to the encoder's tokens (B, 1 + L, D)."""
-        return self.attentive_pool.attention(tokens[:, 1:]).unflatten(-1, self.encoder.grid)
+        """Return the attention (B, Q, h, w) of attentive pooling's queries to the encoder's tokens (B, T + L, D)."""
+        return self.attentive_pool.attention(self.encoder.split(tokens)[1]).unflatten(-1, self.encoder.grid)
 
     def train_last_blocks(self, n: float) -> None:
         """Freeze all but the head, the last `n` blocks and the norm (section 4.3, "Partial fine-tuning").

@@ -1,7 +1,7 @@
 """Decoders of a masked autoencoder: from the encoded tokens of the kept patches to a prediction of the others.
 
-Legend: B batch, C channels, L patches, K kept patches, M predicted patches, N tokens, D width, E width of the encoder,
-P patch side, T outputs per patch.
+Legend: B batch, C channels, L patches, K kept patches, M predicted patches, S class tokens, N tokens, D width, E width
+of the encoder, P patch side, T outputs per patch.
 """
 
 import torch
@@ -50,7 +50,9 @@ class Decoder(nn.Module):
             raise ValueError(f"{num_heads} heads do not divide a decoder width of {embed_dim}")
         self.embed_dim, self.depth, self.num_heads, self.mlp_ratio = embed_dim, depth, num_heads, mlp_ratio
 
-        self.pos_embed = nn.Parameter(sincos_positions(encoder.grid, embed_dim), requires_grad=False)
+        self.num_cls_tokens = encoder.num_cls_tokens
+        positions = sincos_positions(encoder.grid, embed_dim, prefix_tokens=self.num_cls_tokens)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.add_blocks(encoder.embed_dim)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.pred = nn.Linear(embed_dim, num_outputs or encoder.patch_size**2 * encoder.in_channels)
@@ -73,17 +75,16 @@ class Decoder(nn.Module):
         *,
         checkpointed: bool = False,
     ) -> torch.Tensor:
-        """Predict patches from encoded tokens (B, 1 + K, D) and the order of patches (B, L), kept ones first.
+        """Predict patches from encoded tokens (B, S + K, D) and the order of patches (B, L), kept ones first.
 
         Attention is permutation-equivariant and positions are added per patch, so the tokens stay in this order.
         `checkpointed` is that of `run_blocks`. Returns (B, L, T), or (B, M, T) with `last=M`, in this order.
         """
-        x = self.embed(tokens)
-        positions = self.pos_embed.squeeze(0)
-        mask_tokens = mask_token.to(x.dtype).expand(x.shape[0], 1 + order.shape[1] - x.shape[1], -1)
-        x = torch.cat(
-            [x[:, :1] + positions[:1], torch.cat([x[:, 1:], mask_tokens], dim=1) + positions[1 + order]], dim=1
-        )
+        n, positions = self.num_cls_tokens, self.pos_embed.squeeze(0)
+        cls_tokens, kept = self.embed(tokens).split([n, tokens.shape[1] - n], dim=1)
+        mask_tokens = mask_token.to(kept.dtype).expand(len(kept), order.shape[1] - kept.shape[1], -1)
+        patches = torch.cat([kept, mask_tokens], dim=1) + positions[n + order]
+        x = torch.cat([cls_tokens + positions[:n], patches], dim=1)
         x = run_blocks(self.blocks, x, checkpointed=checkpointed, last=last or order.shape[1])
         return self.pred(self.norm(x))
 
@@ -160,10 +161,10 @@ class CrossDecoder(Decoder):
     ) -> torch.Tensor:
         """Predict patches as `Decoder.forward` does, kept ones too: from their positions and all encoded tokens.
 
-        `tokens` (B, 1 + K, E) is a list of those after every block of the encoder if `reads_layers`.
+        `tokens` (B, T + K, E) is a list of those after every block of the encoder if `reads_layers`.
         """
         predicted = order if last is None else order[:, order.shape[1] - last :]
-        x = mask_token + self.pos_embed.squeeze(0)[1 + predicted]  # (B, M, D)
+        x = mask_token + self.pos_embed.squeeze(0)[self.num_cls_tokens + predicted]  # (B, M, D)
         inputs = self.weigh(tokens) if self.reads_layers else [tokens] * self.depth
         for block, own in zip(self.blocks, inputs, strict=True):
             x = checkpoint(block, x, own, use_reentrant=False) if checkpointed else block(x, own)

@@ -15,6 +15,7 @@ from modeling.mae import MaskedAutoencoder
 from modeling.targets import NormalizedPixels, Pixels
 from modeling.upernet import POOL_SCALES, FeaturePyramid, Segmenter
 from modeling.vit import SIZES, VisionTransformer
+from modeling.weights import Model
 
 CROP_RATIO = 0.875  # side of the centre crop / side of the resized image, in evaluation at 224 pixels
 Floats = Sequence[float]
@@ -43,17 +44,52 @@ def to_official(state: State) -> State:
     return {re.sub(r"^decoder\.", "decoder_", name.removeprefix("encoder.")): t for name, t in state.items()}
 
 
+def libraries_of(model: Model) -> list[str]:
+    """Return the libraries that load the exported folder of a model as a whole: transformers and timm, one or none."""
+    encoder = getattr(model, "encoder", model)
+    has_head = isinstance(model, Classifier | Segmenter)
+    if getattr(model, "pooling", None) == "attentive" or (has_head and encoder.num_cls_tokens > 1):
+        return []
+    if encoder.num_cls_tokens > 1:
+        return [] if pixio_misfit(encoder) else ["transformers"]
+    return ["transformers"] if isinstance(model, Segmenter) else ["transformers", "timm"]
+
+
+def pixio_misfit(encoder: VisionTransformer) -> str | None:
+    """Return the reason why transformers' PixioModel cannot hold an encoder of several class tokens, None if it can."""
+    if encoder.img_size[0] != encoder.img_size[1]:
+        return "takes square images only"
+    return "takes whole MLP ratios only" if encoder.mlp_ratio % 1 else None
+
+
+def loading_commands(encoder: VisionTransformer, folder: Path) -> str:
+    """Return lines with a command for each library that loads the encoder in a folder; "" without any."""
+    code = {
+        "timm": f"import timm; timm.create_model('local-dir:{folder}', pretrained=True)",
+        "transformers": f"from transformers import AutoModel; AutoModel.from_pretrained('{folder}')",
+    }
+    commands = [f'  python -c "{line}"' for library, line in code.items() if library in libraries_of(encoder)]
+    return "\n".join([" Use the encoder:", *commands] if commands else [])
+
+
 def export_encoder(
     encoder: VisionTransformer, folder: str | Path, *, mean: Floats, std: Floats, value_range: Floats | None = None
 ) -> None:
     """Write a folder for transformers' `AutoModel`, timm's `local-dir:FOLDER` and this project.
 
-    It needs transformers 4.52, whose `transformers_weights` lets one config.json name a file for each library. Images
+    An encoder of several class tokens becomes transformers' `PixioModel`, see `pixio_misfit`; timm has none. For others
+    it needs transformers 4.52, whose `transformers_weights` lets one config.json name a file for each library. Images
     in [0, 1] were normalized by `mean` and `std`, one number a channel; `value_range` are the pixels that became 0 and
     1, by default 0 and 255.
     """
     theirs = to_transformers({f"encoder.{name}": value for name, value in encoder.state_dict().items()})
     theirs = {name.removeprefix("vit."): value for name, value in theirs.items()}
+    statistics = (mean, std, value_range)
+    if encoder.num_cls_tokens > 1:
+        ratio = encoder.mlp_ratio if encoder.mlp_ratio % 1 else int(encoder.mlp_ratio)
+        config = {"model_type": "pixio", "architectures": ["PixioModel"], **_vit_config(encoder), "mlp_ratio": ratio}
+        config["pretrained_cfg"] = {"crop_pct": CROP_RATIO}  # other libraries ignore it
+        return _write(folder, {"model.safetensors": theirs}, config, _preprocessor(encoder), statistics)
     # AutoModel always adds a pooler: this one, with the linear activation below, returns the cls token as it is.
     theirs["pooler.dense.weight"] = torch.eye(encoder.embed_dim)
     theirs["pooler.dense.bias"] = torch.zeros(encoder.embed_dim)
@@ -66,7 +102,7 @@ def export_encoder(
         **_timm_config(encoder, mean, std),
     }
     weights = {"model.safetensors": encoder.state_dict(), "transformers_model.safetensors": theirs}
-    _write(folder, weights, config, _preprocessor(encoder), (mean, std, value_range))
+    _write(folder, weights, config, _preprocessor(encoder), statistics)
 
 
 def export_classifier(
@@ -83,8 +119,9 @@ def export_classifier(
 
     The BatchNorm of a probe and the standardization of numbers are folded into the head. In transformers, mean pooling
     is BEiT's; images that are not square use its wrapper of timm, because BEiT's positions are square. transformers'
-    pipeline converts images to RGB, so it serves models of three channels only. No library has attentive pooling: only
-    this project loads such a model, but its encoder, in `encoder/`, is for all.
+    pipeline converts images to RGB, so it serves models of three channels only. No library has attentive pooling, or
+    classifiers with several class tokens: only this project loads such a model, but its encoder, in `encoder/`, is for
+    all unless mean pooling removed its final norm.
 
     Args:
         classes: names of classes, labels or numbers, in the order of the logits.
@@ -102,12 +139,15 @@ def export_classifier(
             mean=model.number_mean, std=model.number_std, bias=_fold_into_head(model, in_units=False)["head.bias"]
         )
         names["standardization"] = {name: part.tolist() for name, part in parts.items()}
-    if model.pooling == "attentive":
-        config = {"model_type": "attentive_probe", **_vit_config(encoder), "pretrained_cfg": {"crop_pct": crop_ratio}}
-        config |= names
+    if not libraries_of(model):
+        kind = {"model_type": "vit_classifier", "pooling": model.pooling}
+        kind = {"model_type": "attentive_probe"} if model.pooling == "attentive" else kind
+        config = {**kind, **_vit_config(encoder), "pretrained_cfg": {"crop_pct": crop_ratio}} | names
         statistics = (mean, std, value_range)
         _write(folder, {"model.safetensors": state}, config, _preprocessor(encoder, crop_ratio), statistics)
-        return export_encoder(encoder, Path(folder) / "encoder", mean=mean, std=std, value_range=value_range)
+        if not mean_pooled:
+            export_encoder(encoder, Path(folder) / "encoder", mean=mean, std=std, value_range=value_range)
+        return
     weights = {"model.safetensors": to_official(state)}
     if encoder.img_size[0] != encoder.img_size[1]:
         library = {"model_type": "timm_wrapper", "architectures": ["TimmWrapperForImageClassification"]}
@@ -147,7 +187,8 @@ def export_segmenter(
     For transformers, a linear head becomes an UperNet with the same results, see its `to_transformers`; this project
     reads the head itself, and the auxiliary head. transformers' DPT resizes positions otherwise, so its results are
     the same for images of the encoder's size only, as its processor makes them; the encoder must have no relative
-    position bias and no LayerScale. transformers' pipeline serves models of three channels only.
+    position bias and no LayerScale. transformers' pipeline serves models of three channels only. It has no models with
+    several class tokens: only this project loads these.
 
     Args:
         classes: names, in the order of the logits.
@@ -157,7 +198,9 @@ def export_segmenter(
     """
     state, head = model.state_dict(), model.decode_head.to_transformers()
     theirs = to_transformers({name: value for name, value in state.items() if not name.startswith("decode_head.")})
-    if model.decode_head.model_type == "dpt":
+    if not libraries_of(model):
+        config = {"model_type": "vit_segmenter", **_vit_config(model.encoder), "backbone_out_indices": model.layers}
+    elif model.decode_head.model_type == "dpt":
         config, theirs = _dpt_config(model), {re.sub(r"^vit\.", "dpt.", name): t for name, t in theirs.items()}
         dim = model.encoder.embed_dim
         theirs |= {"dpt.layernorm.weight": torch.ones(dim), "dpt.layernorm.bias": torch.zeros(dim)}  # of no effect
@@ -165,7 +208,11 @@ def export_segmenter(
         config = _upernet_config(model, len(head["decode_head.bottleneck.conv.weight"]))
         theirs = _to_beit(theirs, "backbone.")
     config |= {"evaluation": {"resize": list(resize), **(masks or {})}}  # other libraries ignore it
-    config |= {"transformers_weights": "transformers_model.safetensors"} | _class_names(classes)
+    weights = {"model.safetensors": state}
+    if libraries_of(model):
+        config["transformers_weights"] = "transformers_model.safetensors"
+        weights["transformers_model.safetensors"] = theirs | head
+    config |= _class_names(classes)
     height, width = model.encoder.img_size
     preprocessor = {
         "image_processor_type": "SegformerImageProcessor",
@@ -174,7 +221,6 @@ def export_segmenter(
         "resample": 2,  # bilinear
         "do_reduce_labels": True,  # in annotations, 0 is no class and classes start at 1
     }
-    weights = {"model.safetensors": state, "transformers_model.safetensors": theirs | head}
     _write(folder, weights, config, preprocessor, (mean, std, value_range))
 
 
@@ -250,6 +296,8 @@ def vit_mae_misfit(model: MaskedAutoencoder) -> str | None:
         return "has no cross-attention decoder"
     if not isinstance(model.target, Pixels | NormalizedPixels):
         return "predicts pixels only"
+    if model.encoder.num_cls_tokens > 1:
+        return "has one class token"
     return None if height == width else "takes square images only"
 
 
@@ -263,6 +311,8 @@ def export_autoencoder(
         library = {"model_type": "cross_mae", "decoder_inputs": "weighted" if decoder.reads_layers else "last"}
     elif not isinstance(model.target, Pixels | NormalizedPixels):
         library = {"model_type": "masked_autoencoder"}
+    elif model.encoder.num_cls_tokens > 1:
+        library = {"model_type": "pixio_mae"}
     else:
         state = to_transformers(state)
     config = {
@@ -281,7 +331,8 @@ def export_autoencoder(
 
 def _vit_config(encoder: VisionTransformer) -> dict:
     height, width = encoder.img_size
-    return {
+    several = {"n_cls_tokens": encoder.num_cls_tokens} if encoder.num_cls_tokens > 1 else {}
+    return several | {
         "image_size": height if height == width else [height, width],
         "patch_size": encoder.patch_size,
         "num_channels": encoder.in_channels,

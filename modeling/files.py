@@ -116,7 +116,7 @@ def _read_config(config: dict, folder: Path) -> Stored:
     classes = [str(names[index]) for index in sorted(names, key=int)]
     if classes == [f"LABEL_{i}" for i in range(len(classes))]:
         classes = None  # transformers' own names
-    pooling = None
+    pooling = config.get("pooling")  # in this project's own layout
     if any("ForImageClassification" in name for name in config.get("architectures") or []):
         pooling = "mean" if config["model_type"] == "beit" and config.get("use_mean_pooling", True) else "cls"
     activation = sizes.get("hidden_act", "gelu")

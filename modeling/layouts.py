@@ -66,6 +66,7 @@ DECODER = ("mask_token", "decoder.", "target.")
 OFFICIAL_DECODER = ("mask_token", "decoder_")  # in the official MAE and in older checkpoints of this project
 BLOCKS = {"encoder": "encoder.blocks.", "decoder": "decoder.blocks."}
 QUERIES = "attentive_pool.queries"  # (1, Q, D)
+CLS_TOKEN = "encoder.cls_token"  # (1, T, D)
 PROJECTION = "encoder.patch_embed.proj.weight"  # (D, C, P, P)
 # Options of an encoder -> endings of the parameters that they add to every block
 EXTRAS = {
@@ -106,13 +107,15 @@ def to_ours(state: State) -> tuple[str, State]:
     elif "beit.embeddings.cls_token" in state:
         layout, prefix = "transformers' BEiT", r"^beit\."
     elif "vit.embeddings.cls_token" in state or "embeddings.cls_token" in state:
-        layout = "transformers' ViTMAE" if "decoder.mask_token" in state else "transformers' ViT"
+        kind = "ViTMAE" if "decoder.mask_token" in state else "ViT"
+        kind = "Pixio" if state.get("embeddings.cls_token", torch.empty(1, 1)).shape[1] > 1 else kind
+        layout = f"transformers' {kind}"
         prefix = "^" if "embeddings.cls_token" in state else r"^vit\."  # ViTModel and ViTMAEModel have no prefix
     else:
         raise WeightsError(
             f"weights without an encoder, or of an unknown layout ({', '.join(list(state)[:4])}, ...); expected those "
-            "of this project, facebookresearch/mae, timm's ViT or transformers' ViT, ViTMAE, BEiT and UperNet with a "
-            "BEiT; give or rename them to one of these"
+            "of this project, facebookresearch/mae, timm's ViT or transformers' ViT, ViTMAE, Pixio, BEiT and UperNet "
+            "with a BEiT; give or rename them to one of these"
         )
     state = {re.sub(prefix, "vit.", name): value for name, value in state.items()}
     return layout, _from_transformers({rename(name, TRANSFORMERS_5_NAMES): value for name, value in state.items()})
@@ -159,6 +162,7 @@ def model_settings(state: State) -> dict[str, object]:
         settings["decoder_inputs"] = "weighted" if "decoder.layer_weights" in state else "last"
     if PROJECTION in state:
         settings |= dict(patch_size=state[PROJECTION].shape[-1], input_channels=state[PROJECTION].shape[1])
+        settings["num_cls_tokens"] = state[CLS_TOKEN].shape[1] if CLS_TOKEN in state else 1
     if "head.weight" in state:
         pooling = "mean" if "fc_norm.weight" in state else "cls"
         if QUERIES in state:

@@ -1,11 +1,12 @@
 """Compare an exported folder, as transformers and timm load it, with the module it was made of."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from modeling.classifier import Classifier
-from modeling.export import vit_mae_misfit
+from modeling.export import libraries_of, pixio_misfit, vit_mae_misfit
 from modeling.mae import MaskedAutoencoder
 from modeling.trained import open_trained
 from modeling.upernet import Segmenter, resize
@@ -29,21 +30,22 @@ def differences(folder: str | Path, model: Model) -> tuple[dict[str, float], lis
     has_head = isinstance(model, Classifier | Segmenter)
     expected = model(images) if has_head else encoder(images)
     in_units = model.answer(expected) if getattr(model, "target", None) == "numbers" else expected
-    outputs, notes = {}, []  # library -> its outputs and those expected
-    if isinstance(model, Segmenter):
+    outputs, libraries = {}, libraries_of(model)  # library -> its outputs and those expected
+    notes = list(_limits(model, libraries))
+    if "transformers" in libraries and isinstance(model, Segmenter):
         theirs = transformers.AutoModelForSemanticSegmentation.from_pretrained(folder)
         logits = resize(theirs(images).logits, images.shape[2:])
         outputs[f"transformers {type(theirs).__name__}"] = logits, expected
-        notes.append("timm has no segmentation models, so the folder is for transformers and this project.")
-    elif getattr(model, "pooling", None) == "attentive":
-        theirs = transformers.AutoModel.from_pretrained(folder / "encoder")(images)
-        outputs["transformers AutoModel, encoder/"] = theirs.last_hidden_state, encoder(images)
-    else:
+    elif "transformers" in libraries:
         name = "AutoModelForImageClassification" if has_head else "AutoModel"
         theirs = getattr(transformers, name).from_pretrained(folder)(images)
         outputs[f"transformers {name}"] = theirs.logits if has_head else theirs.last_hidden_state, in_units
+    if "timm" in libraries:
         theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         outputs["timm"] = theirs(images) if has_head else theirs.forward_features(images), in_units
+    if (folder / "encoder").is_dir() and libraries_of(encoder):
+        theirs = transformers.AutoModel.from_pretrained(folder / "encoder")(images)
+        outputs["transformers AutoModel, encoder/"] = theirs.last_hidden_state, encoder(images)
     outputs["this project"] = open_trained(folder, whole=False).model(images), expected
     if isinstance(model, MaskedAutoencoder):
         noise = torch.rand(2, encoder.grid[0] * encoder.grid[1], generator=generator)
@@ -62,3 +64,18 @@ def differences(folder: str | Path, model: Model) -> tuple[dict[str, float], lis
         for library, (theirs, ours) in outputs.items()
     }
     return distances, notes
+
+
+def _limits(model: Model, libraries: list[str]) -> Iterator[str]:
+    """Yield in sentences which libraries do not load the folder of a model, and why."""
+    encoder = getattr(model, "encoder", model)
+    if encoder.num_cls_tokens > 1 and isinstance(model, Classifier | Segmenter):
+        yield "No other library has a head on an encoder of several class tokens, so this project alone loads it."
+    elif encoder.num_cls_tokens > 1:
+        yield "timm has no encoders with several class tokens."
+        if reason := pixio_misfit(encoder):
+            yield f"transformers' PixioModel {reason}, so the folder is for this project alone."
+    elif getattr(model, "pooling", None) == "attentive":
+        yield "No other library has attentive pooling, so this project alone loads the whole model."
+    elif libraries == ["transformers"]:
+        yield "timm has no segmentation models, so the folder is for transformers and this project."

@@ -1,6 +1,7 @@
 """Vision Transformer (Dosovitskiy et al. 2020), with the parameter names of timm and of the official MAE.
 
-Legend: B batch, C channels, H W pixels, h w patches, L = h * w, K kept patches, N tokens, D width, P patch side.
+Legend: B batch, C channels, H W pixels, h w patches, L = h * w, K kept patches, T class tokens, N tokens, D width,
+P patch side.
 """
 
 import copy
@@ -107,16 +108,20 @@ class Attention(nn.Module):
         table = torch.zeros(offsets + 3, self.num_heads)  # the last three: cls to patch, patch to cls, cls to cls
         self.bias_grid, self.relative_position_bias_table = grid, nn.Parameter(table)
 
-    def relative_position_bias(self, grid: Grid) -> torch.Tensor:
-        """Return the bias (heads, 1 + L, 1 + L), queries first, for a grid of this size; the cls token comes first."""
+    def relative_position_bias(self, grid: Grid, num_cls_tokens: int = 1) -> torch.Tensor:
+        """Return the bias (heads, T + L, T + L), queries first, for a grid of this size; class tokens come first.
+
+        Class tokens share their entries of the table.
+        """
         (h, w), table = grid, resize_biases(self.relative_position_bias_table, self.bias_grid, grid)
         offsets = table[:-3].T.reshape(-1, 2 * h - 1, 2 * w - 1)  # of the query's row and column minus the key's
         # The keys of a query at (y, x) are the h x w window of `offsets` at (y, x), in reverse order. Windows are used
         # because indexing would sum gradients in a nondeterministic order.
         windows = offsets.unfold(1, h, 1).unfold(2, w, 1).flip(3, 4)  # (heads, h, w, h, w)
         cls_to_patch, patch_to_cls, cls_to_cls = table[-3:, :, None, None]  # (heads, 1, 1) each
-        cls = torch.cat([cls_to_cls, cls_to_patch.expand(-1, 1, h * w)], dim=2)
-        patches = torch.cat([patch_to_cls.expand(-1, h * w, 1), windows.reshape(-1, h * w, h * w)], dim=2)
+        n = num_cls_tokens
+        cls = torch.cat([cls_to_cls.expand(-1, n, n), cls_to_patch.expand(-1, n, h * w)], dim=2)
+        patches = torch.cat([patch_to_cls.expand(-1, h * w, n), windows.reshape(-1, h * w, h * w)], dim=2)
         return torch.cat([cls, patches], dim=1)
 
     def forward(self, x: torch.Tensor, last: int | None = None, grid: Grid | None = None) -> torch.Tensor:
@@ -124,7 +129,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, d // self.num_heads)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, N, D / heads)
         q = q if last is None else q[:, :, n - last :]
-        bias = self.relative_position_bias(grid) if self.bias_grid else None
+        bias = self.relative_position_bias(grid, n - grid[0] * grid[1]) if self.bias_grid else None
         x = attend(q, k, v, bias)
         return self.proj(x.transpose(1, 2).reshape(b, -1, d))
 
@@ -206,14 +211,14 @@ def training_flops(model: nn.Module, *inputs: torch.Tensor, **options) -> float:
 
 
 class VisionTransformer(nn.Module):
-    """Encode images (B, C, H, W) as tokens (B, 1 + L, D), the cls token first.
+    """Encode images (B, C, H, W) as tokens (B, T + L, D), class tokens first.
 
     Positions are the fixed sine-cosine table, a parameter without gradient by default. With `gradient_checkpointing`
     set, activations are computed again in the backward pass, to save memory in training.
 
     Args:
         img_size: H and W, or the side of square images, in pixels.
-        custom_weight_init: initialize as the paper does (appendix A.1) instead of as PyTorch does.
+        num_cls_tokens: T; more than one as in Pixio (Yang et al. 2025, arXiv 2512.15715).
 
     Raises:
         ValueError: if `patch_size` does not divide `img_size`, or `num_heads` does not divide `embed_dim`.
@@ -229,7 +234,7 @@ class VisionTransformer(nn.Module):
         depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
-        custom_weight_init: bool = True,
+        num_cls_tokens: int = 1,
     ):
         super().__init__()
         self.gradient_checkpointing = False
@@ -243,15 +248,19 @@ class VisionTransformer(nn.Module):
         self.grid = (self.img_size[0] // patch_size, self.img_size[1] // patch_size)
         self.patch_size, self.in_channels, self.embed_dim = patch_size, in_channels, embed_dim
         self.depth, self.num_heads, self.mlp_ratio = depth, num_heads, mlp_ratio
+        self.num_cls_tokens = num_cls_tokens
         self.relative_position_bias, self.layer_scale = False, None  # see `add_extras`
 
         self.patch_embed = PatchEmbedding(patch_size, in_channels, embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim).normal_(std=0.02))
-        self.pos_embed = nn.Parameter(sincos_positions(self.grid, embed_dim), requires_grad=False)
+        self.cls_token = nn.Parameter(torch.zeros(1, num_cls_tokens, embed_dim).normal_(std=0.02))
+        positions = sincos_positions(self.grid, embed_dim, prefix_tokens=num_cls_tokens)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList([Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth)])
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        if custom_weight_init:
-            self.apply(initialize_like_paper)
+
+    def initialize(self, custom: bool = True) -> "VisionTransformer":
+        """Draw the weights as the paper does (appendix A.1) unless `custom` is off, and return the encoder itself."""
+        return self.apply(initialize_like_paper) if custom else self
 
     def add_extras(
         self, *, drop_path: float = 0.0, relative_position_bias: bool = False, layer_scale: float | None = None
@@ -274,17 +283,21 @@ class VisionTransformer(nn.Module):
         return self
 
     def embed(self, patches: torch.Tensor, indices: torch.Tensor | None = None, grid: Grid | None = None):
-        """Embed patches (B, K, P*P*C), all of the grid or those at `indices` (B, K), as tokens (B, 1 + K, D).
+        """Embed patches (B, K, P*P*C), all of the grid or those at `indices` (B, K), as tokens (B, T + K, D).
 
         Positions are resized if the patches form another `grid` than the model's own.
         """
-        table = resize_positions(self.pos_embed, self.grid, grid or self.grid)
-        positions = table[:, 1:]
+        table = resize_positions(self.pos_embed, self.grid, grid or self.grid, prefix_tokens=self.num_cls_tokens)
+        cls_positions, positions = self.split(table)
         if indices is not None:
             positions = positions.squeeze(0)[indices]  # (B, K, D)
         x = self.patch_embed(patches) + positions
-        cls_token = (self.cls_token + table[:, :1]).expand(x.shape[0], -1, -1)
-        return torch.cat([cls_token.to(x.dtype), x], dim=1)
+        cls_tokens = (self.cls_token + cls_positions).expand(x.shape[0], -1, -1)
+        return torch.cat([cls_tokens.to(x.dtype), x], dim=1)
+
+    def split(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Split tokens (B, T + K, D) into class tokens (B, T, D) and patch tokens (B, K, D)."""
+        return tokens[:, : self.num_cls_tokens], tokens[:, self.num_cls_tokens :]
 
     def encode(self, tokens: torch.Tensor) -> torch.Tensor:
         """Apply all blocks and the final norm: (B, N, D) -> (B, N, D)."""
@@ -300,7 +313,7 @@ class VisionTransformer(nn.Module):
         return [*layers[:-1], self.norm(tokens)]
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode images (B, C, H, W) as tokens (B, 1 + L, D) after the final norm, as timm's method of this name."""
+        """Encode images (B, C, H, W) as tokens (B, T + L, D) after the final norm, as timm's method of this name."""
         return self.encode(self.embed(patchify(images, self.patch_size)))
 
     forward = forward_features
@@ -319,7 +332,7 @@ class VisionTransformer(nn.Module):
         checkpointed, maps, start = self.gradient_checkpointing and self.training, {}, 0
         for i in sorted(indices):
             x = run_blocks(self.blocks[start : i + 1], x, checkpointed=checkpointed, grid=(h, w))
-            maps[i], start = x[:, 1:].transpose(1, 2).reshape(x.shape[0], -1, h, w), i + 1
+            maps[i], start = self.split(x)[1].transpose(1, 2).reshape(x.shape[0], -1, h, w), i + 1
         return [maps[i] for i in indices]
 
 

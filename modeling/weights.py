@@ -86,11 +86,13 @@ def open_weights(
         )
     sizes = {name: settings[f"encoder_{name}"] for name in ("embed_dim", "depth", "mlp_ratio")}
     sizes |= dict(patch_size=settings["patch_size"], in_channels=settings["input_channels"])
+    sizes["num_cls_tokens"] = settings["num_cls_tokens"]
     sizes["num_heads"] = stored.num_heads or NUM_HEADS.get((sizes["embed_dim"], sizes["depth"]))
     grid, positions = stored.grid, shapes.get("encoder.pos_embed")
     if grid is None and positions is not None and positions.ndim == 3:
-        side = math.isqrt(positions.shape[1] - 1)
-        grid = (side, side) if side * side == positions.shape[1] - 1 else None
+        count = positions.shape[1] - sizes["num_cls_tokens"]
+        side = math.isqrt(max(0, count))
+        grid = (side, side) if side * side == count else None
     return Weights(path, state, stored, settings, sizes, grid)
 
 
@@ -216,17 +218,18 @@ def _list_misfits(state: State, target: State, expected: set[str]) -> list[str]:
 
 
 def _resize_tables(state: State, target: State, grid: Grid, old_grid: Grid | None) -> tuple[list[str], list[str]]:
-    """Resize positions (1, 1 + L, D) and relative position biases in `state`; return a report and problems."""
+    """Resize positions (1, T + L, D) and relative position biases in `state`; return a report and problems."""
     resized, problems, their_grid = [], [], grid
+    prefix_tokens = model_settings(target)["num_cls_tokens"]
     for name in ("encoder.pos_embed", "decoder.pos_embed"):
         if name in target and name in state and state[name].ndim == 3:
-            count = state[name].shape[1] - 1
+            count = state[name].shape[1] - prefix_tokens
             side = math.isqrt(count)
             their_grid = old_grid or (grid if count == math.prod(grid) else (side, side))
             if math.prod(their_grid) != count:
                 problems.append(f"{name} has {count} positions, which are no grid of {their_grid}")
             elif their_grid != grid:
-                state[name] = resize_positions(state[name], their_grid, grid)
+                state[name] = resize_positions(state[name], their_grid, grid, prefix_tokens=prefix_tokens)
                 resized.append(f"{name} {their_grid[0]}x{their_grid[1]} -> {grid[0]}x{grid[1]}")
     h, w = their_grid
     biases = [name for name in extra_names(state, "relative_position_bias") if name in target]

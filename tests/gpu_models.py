@@ -48,7 +48,7 @@ MEMORY = {"base": (45.6, 2.0), "large": (73.3, 5.9), "huge": (133.7, 11.8)}  # M
 def new_task(task: str, size: str, batch_size: int, device: str) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
     """Return a model, and its loss on images that are the same on every device."""
     torch.manual_seed(0)
-    encoder = VisionTransformer(**{"tiny": TINY, "shallow": SHALLOW}.get(size) or SIZES[size])
+    encoder = VisionTransformer(**{"tiny": TINY, "shallow": SHALLOW}.get(size) or SIZES[size]).initialize()
     height, width = encoder.img_size
     images, noise = torch.randn(batch_size, 3, height, width), torch.rand(batch_size, encoder.grid[0] * encoder.grid[1])
     labels, masks = torch.arange(batch_size) % 10, torch.randint(0, 10, (batch_size, height, width), dtype=torch.uint8)

@@ -24,7 +24,7 @@ def new_encoder(**options) -> VisionTransformer:
     """Build an encoder from its sizes and the options of `add_extras`, and with `gradient_checkpointing`."""
     extras = {name: options.pop(name) for name in EXTRAS if name in options}
     checkpointed = options.pop("gradient_checkpointing", False)
-    encoder = VisionTransformer(**options).add_extras(**extras)
+    encoder = VisionTransformer(**options).initialize().add_extras(**extras)
     encoder.gradient_checkpointing = checkpointed
     return encoder
 

@@ -15,7 +15,14 @@ from PIL import Image
 from random_modules import build_autoencoder
 
 from modeling.classifier import Classifier
-from modeling.export import export_autoencoder, export_classifier, export_encoder, export_segmenter, vit_mae_misfit
+from modeling.export import (
+    export_autoencoder,
+    export_classifier,
+    export_encoder,
+    export_segmenter,
+    libraries_of,
+    vit_mae_misfit,
+)
 from modeling.mae import MaskedAutoencoder
 from modeling.upernet import Segmenter
 from modeling.vit import VisionTransformer
@@ -24,6 +31,7 @@ from training.launch import RunError
 
 NAMES = ["cat", "dog", "owl", "gnu"]
 SHAPES = {"": {}, ", grey": dict(in_channels=1), ", 32 x 64": dict(img_size=(32, 64))}
+SHAPES[", 3 class tokens"] = dict(num_cls_tokens=3)
 KINDS = [
     *(f"{kind}{shape}" for kind in ("encoder", "autoencoder", "classifier") for shape in SHAPES),
     *("segmenter", "segmenter, grey"),
@@ -74,7 +82,9 @@ def export(model: torch.nn.Module, folder: Path) -> ModelSummary:
         has_decoder=isinstance(model, MaskedAutoencoder),
         is_vit_mae=isinstance(model, MaskedAutoencoder) and not vit_mae_misfit(model),
         reconstructs=isinstance(model, MaskedAutoencoder) and model.target.invertible,
-        loads_elsewhere=True,
+        libraries=libraries_of(model),
+        has_encoder=(folder / "encoder").is_dir(),
+        num_cls_tokens=encoder.num_cls_tokens,
         img_size=encoder.img_size,
         channels=encoder.in_channels,
         **statistics,
@@ -111,7 +121,11 @@ def test_code_runs_unchanged(kind, photo, tmp_path, monkeypatch, capsys, hub):
         card = (folder / "README.md").read_text()
         codes = code_blocks(card, "python")
         square_autoencoder = kind.startswith("autoencoder") and "32 x 64" not in kind
-        assert len(codes) == (3 if square_autoencoder else 1 if kind.startswith("segmenter") else 2)
+        expected = 3 if square_autoencoder else 1 if kind.startswith("segmenter") else 2
+        if "class tokens" in kind:  # transformers alone has the encoder, and no head on it
+            expected = 0 if kind.startswith("classifier") else 1
+            assert kind.startswith("classifier") or "(1, 3 + patches, width), the class tokens first" in codes[0]
+        assert len(codes) == expected
         for code in codes:
             assert name in code and ("photo.jpg" in code) == (summary.channels == 3)
             variables = {}
@@ -120,7 +134,7 @@ def test_code_runs_unchanged(kind, photo, tmp_path, monkeypatch, capsys, hub):
         (commands,) = code_blocks(card, "bash")
         for words in map(shlex.split, commands.splitlines()):
             assert words[0] == "python" and (f"hf:{name}" if repo_id else name) in words
-        assert bool(hub.requests) == bool(repo_id)  # a local folder needs no network
+        assert bool(hub.requests) == bool(repo_id and codes)  # a local folder needs no network
 
 
 @torch.inference_mode()

@@ -60,6 +60,24 @@ def test_mean_pooling_leaves_the_cls_token_out():
     assert torch.equal(model(torch.empty(0)), before)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("pooling", [*POOLINGS, "attentive"])
+def test_pooling_with_several_class_tokens(pooling):
+    """The cls head sees their mean, the others none of them; features that were cached give the same logits."""
+    model = randomize(new_classifier(pooling, encoder=dict(num_cls_tokens=3), num_queries=4))
+    images = torch.randn(2, 3, 32, 32)
+    tokens = model.encoder(images)
+    expected = {
+        "mean": lambda: model.fc_norm(tokens[:, 3:].mean(dim=1)),
+        "cls": lambda: (tokens[:, 0] + tokens[:, 1] + tokens[:, 2]) / 3,
+        "attentive": lambda: model.attentive_pool(tokens[:, 3:]),
+    }[pooling]()
+    torch.testing.assert_close(model.pool(tokens), expected)
+    torch.testing.assert_close(model(model.encode_for_head(images)), model(images))
+    if pooling == "attentive":
+        assert model.attention_maps(tokens).shape == (2, 4, 4, 4)
+
+
 def test_the_batch_norm_of_a_linear_probe():
     model = randomize(new_classifier("cls", probe=True)).train()
     images = torch.randn(64, 3, 32, 32)

@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
     BeitForImageClassification,
+    PixioModel,
     TimmWrapperForImageClassification,
     ViTForImageClassification,
     ViTMAEForPreTraining,
@@ -44,7 +45,7 @@ from modeling.export import (
 from modeling.files import Stored, read_state_dict, read_stored
 from modeling.layouts import to_ours
 from modeling.trained import open_trained
-from modeling.upernet import Segmenter
+from modeling.upernet import HEADS, Segmenter
 from modeling.vit import SIZES, VisionTransformer
 from modeling.weights import load_weights
 
@@ -300,6 +301,47 @@ def test_attentive_pooling_is_for_this_project_and_its_encoder_for_all(tmp_path)
     report = load_weights(encoder, read_state_dict(folder), stored=read_stored(folder))
     assert not report.missing and {"attentive_pool.queries", "head.weight"} <= {*report.ignored}
     torch.testing.assert_close(encoder(images), model.encoder(images), rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("img_size", [32, (16, 32)])
+def test_an_encoder_of_several_class_tokens_is_a_pixio(img_size, tmp_path):
+    """Equal in transformers, and read again, from all models that keep its final norm."""
+    size = dict(img_size=img_size, patch_size=8, in_channels=4, embed_dim=32, depth=2, num_heads=2, num_cls_tokens=3)
+    encoder = randomize(VisionTransformer(**size))
+    head = new_classifier(size, dict(pooling="cls", probe=True))
+    export_encoder(encoder, tmp_path / "alone", **statistics(encoder))
+    export_classifier(head, tmp_path / "head", classes=NAMES, **statistics(encoder), crop_ratio=0.9)
+    for folder, model in (("alone", encoder), ("head/encoder", head.encoder)):
+        images = torch.randn(2, 4, *encoder.img_size)
+        again = open_trained(tmp_path / folder)
+        assert torch.equal(again.model(images), model(images)) and not again.assumed
+        assert not (tmp_path / folder / "transformers_model.safetensors").exists()
+        if img_size == 32:
+            theirs = AutoModel.from_pretrained(tmp_path / folder)
+            assert isinstance(theirs, PixioModel) and theirs.config.n_cls_tokens == 3
+            output, tokens = theirs(images), model(images)
+            torch.testing.assert_close(output.last_hidden_state, tokens, rtol=0, atol=1e-5)
+            torch.testing.assert_close(output.pooler_output, tokens[:, :3].mean(dim=1), rtol=0, atol=1e-5)
+    again = open_trained(tmp_path / "head")
+    torch.testing.assert_close(again.model(images), head(images), rtol=0, atol=1e-5)
+    assert again.model.pooling == "cls" and again.class_names == NAMES and not again.assumed
+    with pytest.raises(ValueError, match="vit_classifier"):
+        AutoModelForImageClassification.from_pretrained(tmp_path / "head")
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_on_several_class_tokens_are_for_this_project(head, tmp_path):
+    size = dict(img_size=32, patch_size=8, embed_dim=32, depth=5, num_heads=2, num_cls_tokens=3)
+    options = dict(layers=[0, 1, 2, 4][-HEADS[head].num_layers :], head_width=HEADS[head].default_width and 16)
+    model = randomize(Segmenter(VisionTransformer(**size), len(NAMES), head=head, **options))
+    export_segmenter(model, tmp_path, classes=NAMES, **statistics(model.encoder), resize=(128, 32))
+    again, images = open_trained(tmp_path), torch.randn(2, 3, 48, 32)
+    assert torch.equal(again.model(images), model(images)) and not again.assumed
+    assert again.model.layers == options["layers"] and again.class_names == NAMES
+    with pytest.raises(ValueError, match="vit_segmenter"):
+        AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
 
 
 @torch.inference_mode()

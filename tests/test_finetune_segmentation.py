@@ -50,7 +50,7 @@ def encoder(tmp_path_factory):
     """The folder of an encoder, as pre-training leaves it."""
     folder = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
-    encoder = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
+    encoder = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2).initialize()
     export_encoder(encoder, folder, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
     return folder
 

@@ -29,6 +29,8 @@ from test_weights import (
 from transformers import (
     BeitConfig,
     BeitForImageClassification,
+    PixioConfig,
+    PixioModel,
     ViTConfig,
     ViTForImageClassification,
     ViTMAEConfig,
@@ -38,7 +40,7 @@ from transformers import (
 
 from modeling.export import to_transformers
 from modeling.files import Stored, WeightsError, read_stored
-from modeling.layouts import model_settings, to_ours
+from modeling.layouts import model_settings, rename, to_ours
 from modeling.vit import SIZES, VisionTransformer
 from modeling.weights import load_weights, open_weights
 
@@ -109,6 +111,29 @@ def test_classifier_of_transformers(pooling, state_of, tmp_path):
         weights = open_weights(tmp_path)
         assert weights.stored.classes is None and weights.stored.num_heads == 2  # nobody named the classes
         assert weights.sizes == SIZES_OF_SMALL and weights.grid == weights.stored.grid == (4, 4)
+
+
+def older_files(model, folder):
+    """Rename parameters as the first version of transformers' Pixio did."""
+    names = [(".layernorm_before.", ".norm1."), (".layernorm_after.", ".norm2."), (".intermediate.dense.", ".mlp.fc1.")]
+    names += [(".attention.output.", ".attention.o_proj."), (".output.dense.", ".mlp.fc2."), (".o_proj.", ".output.")]
+    return {rename(name, names): value for name, value in written_by(model, folder).items()}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("state_of", [modules_of_5, files_of_5, older_files])
+def test_pixio_of_transformers(state_of, tmp_path):
+    sizes = {name: value for name, value in THEIRS.items() if name != "intermediate_size"}
+    theirs = randomize(PixioModel(PixioConfig(**sizes, n_cls_tokens=3)))
+    ours = new_encoder(num_cls_tokens=3)
+    report = load_weights(ours, state_of(theirs, tmp_path))
+    assert report.layout == "transformers' Pixio" and (report.missing, report.ignored) == ((), ())
+    torch.testing.assert_close(ours(IMAGES), theirs(IMAGES).last_hidden_state, rtol=0, atol=1e-5)
+    if state_of is files_of_5:
+        weights = open_weights(tmp_path)
+        assert weights.sizes == SIZES_OF_SMALL | dict(num_cls_tokens=3) and weights.grid == (4, 4)
+        (tmp_path / "config.json").unlink()
+        assert open_weights(tmp_path).grid == (4, 4)  # the class tokens have no place in it
 
 
 def test_official_autoencoder_and_ours():
@@ -239,7 +264,7 @@ def test_sizes_of_known_encoders(name, tmp_path):
 def test_the_number_of_heads_is_the_stored_one_or_that_of_the_known_size(tmp_path):
     file = tmp_path / "tiny.pth"
     torch.save(VisionTransformer(**SIZES["tiny"] | dict(img_size=32)).state_dict(), file)
-    assert open_weights(file).sizes == SIZES["tiny"] | dict(mlp_ratio=4.0, in_channels=3)
+    assert open_weights(file).sizes == SIZES["tiny"] | dict(mlp_ratio=4.0, in_channels=3, num_cls_tokens=1)
     assert open_weights(file).grid == (2, 2)
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from random_modules import build_autoencoder, new_encoder
+from random_modules import build_autoencoder, new_encoder, randomize
 from torch import nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -80,6 +80,36 @@ def small():
     torch.manual_seed(0)
     model = build_autoencoder(VisionTransformer(**SMALL), **DECODER)
     return model, torch.randn(3, 3, 32, 32), torch.rand(3, 16)
+
+
+@pytest.mark.parametrize("kind", ["self", "cross"])
+def test_several_class_tokens_pass_through_encoder_and_decoder(kind):
+    """The prediction equals that of all patches in their own order."""
+    encoder = new_encoder(**SMALL, num_cls_tokens=3)
+    model = randomize(build_autoencoder(encoder, **DECODER, decoder=kind))
+    images, noise = torch.randn(1, 3, 32, 32), torch.rand(1, 16)
+    output, kept = model(images, noise), noise[0].argsort().argsort() < 4
+    x = encoder.patch_embed(patchify(images, 8))[:, kept] + encoder.pos_embed[:, 3:][:, kept]
+    x = torch.cat([encoder.cls_token + encoder.pos_embed[:, :3], x], dim=1)
+    for block in encoder.blocks:
+        x = block(x)
+    x, decoder, positions = encoder.norm(x), model.decoder, model.decoder.pos_embed
+    patches = model.mask_token.repeat(1, 16, 1)
+    if kind == "self":
+        x = decoder.embed(x)
+        patches[:, kept] = x[:, 3:]
+        patches = torch.cat([x[:, :3], patches], dim=1) + positions
+        for block in decoder.blocks:
+            patches = block(patches)
+        patches = patches[:, 3:]
+    else:
+        patches = patches + positions[:, 3:]
+        for block in decoder.blocks:
+            patches = block(patches, x)
+    torch.testing.assert_close(output.prediction, decoder.pred(decoder.norm(patches)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(images, noise, loss_only=True), output.loss)
+    output.loss.backward()
+    assert (encoder.cls_token.grad.norm(dim=2) > 0).all()
 
 
 @pytest.mark.parametrize("ratio", [0.75, 0.5, 0.6, 0.9, 0.1])

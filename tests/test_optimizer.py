@@ -179,7 +179,7 @@ def muon_of_the_post(weight, gradients, *, rate, decay, parts):
 
 def small_mae():
     torch.manual_seed(0)
-    encoder = VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2)
+    encoder = VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2).initialize()
     return build_autoencoder(encoder, decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2)
 
 

@@ -45,6 +45,7 @@ def exported(kind: str, folder, **change):
 
 
 WIDE = dict(img_size=(16, 32), in_channels=4)
+SEVERAL = dict(num_cls_tokens=3)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,12 @@ WIDE = dict(img_size=(16, 32), in_channels=4)
         ("classifier", {}, ["transformers AutoModelForImageClassification", "timm", OWN], 0),
         ("classifier", WIDE, ["transformers AutoModelForImageClassification", "timm", OWN], 0),
         ("segmenter", {}, ["transformers UperNetForSemanticSegmentation", OWN], 1),
+        ("encoder", SEVERAL, [ENCODER, OWN], 1),
+        ("encoder", SEVERAL | WIDE, [OWN], 2),
+        ("encoder", SEVERAL | dict(mlp_ratio=2.5), [OWN], 2),
+        ("autoencoder", SEVERAL, [ENCODER, OWN, OWN_MAE], 2),
+        ("classifier", SEVERAL, [OWN], 1),
+        ("segmenter", SEVERAL, [OWN], 1),
     ],
 )
 def test_what_the_libraries_agree_on(kind, change, libraries, notes, tmp_path):

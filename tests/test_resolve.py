@@ -73,13 +73,16 @@ def test_inputs_follow_from_the_weights_the_run_to_resume_or_a_named_size():
         image_format = resolve_inputs(flags(**given), statistics=None, **options)
         return image_format, resolve_encoder(flags(**given), SIZES, **options)
 
-    tiny, base = (dict(SIZES[name], mlp_ratio=4.0) for name in ("tiny", "base"))
+    tiny, base = (dict(SIZES[name], mlp_ratio=4.0, num_cls_tokens=1) for name in ("tiny", "base"))
     stored = SimpleNamespace(mean=[0.5], std=[0.25], value_range=None)
     weights = SimpleNamespace(sizes=dict(tiny, in_channels=1), stored=stored, grid=(2, 3))
     assert inputs() == (COLOUR, dict(base, img_size=(224, 224)))
     assert inputs(weights) == (of_weights(1), dict(tiny, img_size=(32, 48)))
     assert inputs(weights, model="base", img_size=[64, 64])[1] == dict(base, img_size=(64, 64))
     assert inputs(weights, patch_size=8)[1]["img_size"] == (16, 24)
+    weights.sizes["num_cls_tokens"] = 8
+    assert inputs(weights, model="base")[1]["num_cls_tokens"] == 8  # no named size has a number of them
+    assert inputs(weights, num_cls_tokens=2)[1]["num_cls_tokens"] == 2  # refused later
     previous = dict(resolve.encoder_flags(tiny), img_size=[48, 48], **STATISTICS._asdict())
     assert inputs(previous=previous) == (STATISTICS, dict(tiny, img_size=(48, 48)))
 
@@ -106,12 +109,13 @@ def test_errors_of_the_encoder_are_told_together():
         (dict(model="tiny", patch_size=16, input_channels=1), None),
         (dict(input_channels=3, adapt_channels=True), None),
         (dict(model="base"), "--model base: encoder_embed_dim 768 is not the trained model's 192; leave it out"),
+        (dict(num_cls_tokens=2), "--num_cls_tokens 2 is not the trained model's 1; leave it out"),
         (dict(encoder_depth=4), "--encoder_depth 4 is not the trained model's 12; leave it out"),
         (dict(input_channels=3), "--input_channels 3 does not fit the trained model, of 1; leave it out, or give"),
     ],
 )
 def test_flags_must_fit_a_trained_model(given, expected):
-    encoder = SimpleNamespace(**SIZES["tiny"], mlp_ratio=4.0, in_channels=1)
+    encoder = SimpleNamespace(**SIZES["tiny"], mlp_ratio=4.0, num_cls_tokens=1, in_channels=1)
     with pytest.raises(InputError, match=expected) if expected else nullcontext():
         resolve.check_trained(flags(**given), SIZES, encoder)
 

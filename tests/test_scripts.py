@@ -33,10 +33,12 @@ from conftest import (
     start_several,
     steps_in,
     wait_for,
+    weights_of,
     write_images,
 )
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import PixioConfig, PixioModel
 
 SCRIPT = "pretrain_mae.py"
 
@@ -523,6 +525,96 @@ def test_a_cross_decoder_on_a_share_of_blocks(image_folder, tmp_path):
     assert "ViTMAE has no cross-attention decoder" in card and "ViTMAEForPreTraining" not in card
     photos = next(image_folder.rglob("*.png"), None) or next(image_folder.rglob("*.jpg"))
     run("predict.py", tmp_path / "published", photos, cwd=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def pixio(tmp_path_factory):
+    """Weights of three class tokens as transformers writes them, and sizes of the model."""
+    config = PixioConfig(
+        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, n_cls_tokens=3
+    )
+    folder = tmp_path_factory.mktemp("pixio")
+    PixioModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_several_class_tokens_from_pre_training_to_features(image_folder, pixio, tmp_path):
+    """Start from transformers' weights; resume to the last bit; run on two processes; publish; write features."""
+    flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 7, "--save_checkpoint_steps", 3, "--mask_block", 2]
+    flags += ["--num_cls_tokens", 3, "--init_from", pixio, "--knn_every", 1]
+    said = run(SCRIPT, *flags, "--experiment_name", "one", cwd=tmp_path).stdout
+    assert "weights of transformers' Pixio: 30 loaded" in said and "32 x 2 encoder of 3 class tokens" in said
+    assert "AutoModel.from_pretrained('work_dir/one/encoder')" in said and "timm" not in said
+    one, resumed, two = (tmp_path / "work_dir" / name for name in ("one", "resumed", "two"))
+    shutil.copytree(one, resumed)
+    resume = ["--experiment_name", "resumed", "--resume_from_checkpoint", "step_00000003"]
+    run(SCRIPT, *flags, *resume, cwd=tmp_path)
+    assert_equal_runs(one, resumed, 7)
+    before, after = load_file(pixio / "model.safetensors"), weights_of(one, 7)
+    assert torch.equal(before["embeddings.position_embeddings"], after["encoder.pos_embed"])
+    assert (before["embeddings.cls_token"] != after["encoder.cls_token"]).any(dim=2).all()
+    flags[flags.index("--per_gpu_batch_size") + 1] = "4"
+    run_two(SCRIPT, *flags, "--micro_batch_size", 2, "--experiment_name", "two", cwd=tmp_path)
+    assert losses_of(two) == pytest.approx(losses_of(one), rel=1e-5)
+    said = run("push_to_hub.py", one, cwd=tmp_path).stdout
+    assert "3 class tokens, decoder 32 wide" in said and "transformers AutoModel" in said and "timm" not in said
+    card = (one / "hub" / "README.md").read_text()
+    assert "- timm has no encoders with several class tokens." in card and "import timm" not in card
+    assert "transformers' ViTMAE has one class token" in card
+    run("predict.py", one / "hub", image_folder / "val", "--num_workers", 0, cwd=tmp_path)
+    run("predict.py", pixio, image_folder / "val", "--features", "own.npy", "--num_workers", 0, cwd=tmp_path)
+    assert np.load(tmp_path / "own.npy").shape == (11, 32)
+
+
+def test_several_class_tokens_in_fine_tuning(image_folder, scenes, pixio, tmp_path):
+    """Their number follows from the weights, and a resumed run ends with the same bits."""
+    shared = ["--num_workers", 0, "--per_gpu_batch_size", 4, "--max_steps", 4, "--mixed_precision", "no"]
+    shared += ["--save_checkpoint_steps", 2, "--log_every", 1]
+    classifier = ["finetune_classifier.py", image_folder, "--path_to_pretrained_mae_weights"]
+    segmenter = ["finetune_segmentation.py", scenes, "--path_to_backbone_checkpoint"]
+    starts = {
+        "cls": (*classifier, ["--pooling", "cls"]),
+        "mean": (*classifier, ["--pooling", "mean"]),
+        "attentive": (*classifier, ["--attentive_probe", "--cache_features"]),
+        "frozen": (*segmenter, ["--head", "linear", "--freeze_encoder", "--crop_size", 48]),
+        "biases": (*segmenter, ["--head", "linear", "--relative_position_bias", "--crop_size", 32]),
+    }
+    for name, (script, data, weights, own) in starts.items():
+        flags = ["--path_to_data", data, weights, pixio, *shared, *own]
+        run(script, *flags, "--experiment_name", name, cwd=tmp_path)
+        folder, again = tmp_path / "work_dir" / name, tmp_path / "work_dir" / f"{name}_again"
+        assert flags_of(folder)["num_cls_tokens"] == 3
+        shutil.copytree(folder, again)
+        resume = ["--resume_from_checkpoint", "step_00000002", "--experiment_name", again.name]
+        run(script, *flags, *resume, cwd=tmp_path)
+        assert_equal_runs(folder, again, 4)
+        evaluation = ["--path_to_data", data, weights, folder / "model", "--eval_only", "--experiment_name", "eval"]
+        run(script, *evaluation, "--num_workers", 0, cwd=tmp_path)
+        metric = "top1" if script == classifier[0] else "mean_iou"
+        assert metrics_of(tmp_path / "work_dir" / "eval")[metric] == metrics_of(folder)[metric]
+        shutil.rmtree(tmp_path / "work_dir" / "eval")
+        said = run("push_to_hub.py", folder, cwd=tmp_path).stdout
+        assert "differences from this model: " in said and "3 class tokens" in said
+        card = (folder / "hub" / "README.md").read_text()
+        assert ('subfolder="encoder"' in card) == (name in ("cls", "attentive"))
+        assert "No other library has a head on an encoder of several class tokens" in card
+
+
+def test_numbers_of_class_tokens_that_do_not_fit(image_folder, pixio, tmp_path):
+    flags, weights = ["--path_to_data", image_folder, "--num_workers", 0], "--path_to_pretrained_mae_weights"
+    (error,), (other,) = refusals(
+        SCRIPT,
+        [*TINY, *flags, "--init_from", pixio],
+        [*TINY, *flags, "--init_from", pixio, "--num_cls_tokens", 2, "--encoder_num_heads", 4],
+        cwd=tmp_path,
+    )
+    assert "num_cls_tokens is 3 instead of 1; give --num_cls_tokens 3" in error
+    assert "num_cls_tokens is 3 instead of 2, encoder_num_heads is 2 instead of 4" in other
+    ((error,),) = refusals(
+        "finetune_classifier.py", [*flags, weights, pixio, *TINY[6:8], "--num_cls_tokens", 1], cwd=tmp_path
+    )
+    assert "num_cls_tokens is 3 instead of 1; give --num_cls_tokens 3" in error
+    assert "expected a whole number of at least 1" in run(SCRIPT, "--num_cls_tokens", 0, cwd=tmp_path, code=2).stderr
 
 
 def test_init_from_every_layout(undisturbed, flags, tmp_path):

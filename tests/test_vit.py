@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from random_modules import new_encoder
 from random_modules import randomize as randomize_by
 from torch import nn
+from transformers import PixioConfig, PixioModel
 
 from modeling.vit import SIZES, Attention, VisionTransformer, patchify, take, unpatchify
 from modeling.weights import load_weights
@@ -85,9 +86,46 @@ def test_embedding_some_patches_is_taking_some_tokens():
         torch.testing.assert_close(some[image, 1:], every[image, 1:][kept[image]])
 
 
+def new_pixio(num_cls_tokens: int) -> PixioModel:
+    """Build transformers' model of SMALL, with random positions of class tokens too."""
+    sizes = dict(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=4, num_attention_heads=2)
+    return randomize(PixioModel(PixioConfig(**sizes, n_cls_tokens=num_cls_tokens)))
+
+
+@pytest.mark.parametrize("num_cls_tokens", [2, 8])
+def test_several_class_tokens_equal_pixio(num_cls_tokens):
+    """Tokens and gradients, and maps of images of another size, for which positions are resized."""
+    theirs, ours = new_pixio(num_cls_tokens), VisionTransformer(**SMALL, num_cls_tokens=num_cls_tokens)
+    load_weights(ours, theirs.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    expected, tokens = theirs(images), ours(images)
+    torch.testing.assert_close(tokens, expected.last_hidden_state, rtol=0, atol=1e-5)
+    cls_tokens, patches = ours.split(tokens)
+    assert patches.shape == (2, 16, 32)
+    torch.testing.assert_close(cls_tokens.mean(dim=1), expected.pooler_output, rtol=0, atol=1e-5)
+    for output in (expected.last_hidden_state, tokens):
+        output.pow(3).sum().backward()
+    embeddings = theirs.embeddings
+    pairs = [(ours.cls_token, embeddings.cls_token), (ours.norm.weight, theirs.layernorm.weight)]
+    pairs += [(ours.patch_embed.proj.weight, embeddings.patch_embeddings.projection.weight)]
+    for mine, other in pairs:
+        scale = other.grad.abs().max()
+        torch.testing.assert_close(mine.grad / scale, other.grad / scale, rtol=0, atol=1e-5)
+    images = torch.randn(2, 3, 48, 64)
+    (last,) = ours.forward_layers(images, [3])
+    last = ours.norm(last.flatten(2).transpose(1, 2))
+    torch.testing.assert_close(last, theirs(images).last_hidden_state[:, num_cls_tokens:], rtol=0, atol=1e-5)
+
+
+def test_positions_of_class_tokens_are_zero():
+    one, three = VisionTransformer(**SMALL), VisionTransformer(**SMALL, num_cls_tokens=3)
+    assert three.cls_token.shape == (1, 3, 32) and not three.pos_embed[:, :3].any()
+    assert torch.equal(three.pos_embed[:, 2:], one.pos_embed)
+
+
 def test_initialization_is_the_papers():
     torch.manual_seed(0)
-    model = VisionTransformer(**SIZES["tiny"] | dict(depth=2))
+    model = VisionTransformer(**SIZES["tiny"] | dict(depth=2)).initialize()
     weights = {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     weights["patch_embed.proj"] = model.patch_embed.proj.weight.flatten(1)  # (D, P*P*C), as a Linear layer
     assert len(weights) == 2 * 4 + 1
@@ -107,7 +145,7 @@ def test_initialization_is_the_papers():
 
 
 def test_without_the_papers_initialization_layers_keep_pytorchs():
-    model = VisionTransformer(**SIZES["tiny"] | dict(depth=1), custom_weight_init=False)
+    model = VisionTransformer(**SIZES["tiny"] | dict(depth=1)).initialize(custom=False)
     fc1, proj = model.blocks[0].mlp.fc1, model.patch_embed.proj
     for layer, fan_in in ((fc1, 192), (proj, 768)):  # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), weights and biases alike
         assert 0.95 / math.sqrt(fan_in) < layer.weight.abs().max() <= 1 / math.sqrt(fan_in) + 1e-7
@@ -201,6 +239,19 @@ def test_the_bias_of_two_patches_is_that_of_their_offset():
                 torch.testing.assert_close(bias[:, 1 + query, 1 + key], expected)
         assert (bias[:, 0, 1:] == table[15, :, None]).all() and (bias[:, 1:, 0] == table[16, :, None]).all()
         assert torch.equal(bias[:, 0, 0], table[17])
+
+
+def test_class_tokens_share_their_biases():
+    attention = Attention(8, 2)
+    attention.add_relative_position_bias((2, 3))
+    nn.init.normal_(attention.relative_position_bias_table)
+    one, three = attention.relative_position_bias((2, 3)), attention.relative_position_bias((2, 3), 3)
+    places = [0, 0, 0, *range(1, 7)]
+    assert torch.equal(three, one[:, places][:, :, places])
+    model = randomize(new_encoder(**SMALL, **BEIT, num_cls_tokens=3))
+    images = torch.randn(2, 3, 32, 32)
+    last = model.norm(model.forward_layers(images, [3])[0].flatten(2).transpose(1, 2))
+    torch.testing.assert_close(last, model(images)[:, 3:])
 
 
 @pytest.mark.parametrize("change", [dict(), BEIT])

@@ -28,6 +28,7 @@ from modeling.export import export_autoencoder, export_encoder, export_segmenter
 from modeling.files import Stored, WeightsError, read_state_dict
 from modeling.layouts import model_settings, to_ours
 from modeling.mae import MaskedAutoencoder
+from modeling.position import resize_positions
 from modeling.upernet import Segmenter
 from modeling.vit import SIZES, VisionTransformer
 from modeling.weights import load_weights, open_weights, start_from
@@ -39,7 +40,7 @@ THEIRS |= dict(image_size=32, patch_size=8, layer_norm_eps=1e-6)
 THEIR_DECODER = dict(decoder_hidden_size=16, decoder_num_hidden_layers=3, decoder_num_attention_heads=2)
 THEIR_DECODER |= dict(decoder_intermediate_size=64, norm_pix_loss=True)
 BEIT = dict(use_absolute_position_embeddings=True, use_mean_pooling=True, layer_scale_init_value=0.0, drop_path_rate=0)
-SIZES_OF_SMALL = dict(embed_dim=32, depth=2, num_heads=2, mlp_ratio=4.0, patch_size=8, in_channels=3)
+SIZES_OF_SMALL = dict(embed_dim=32, depth=2, num_heads=2, mlp_ratio=4.0, patch_size=8, in_channels=3, num_cls_tokens=1)
 
 
 def new_encoder(**change) -> VisionTransformer:
@@ -81,6 +82,16 @@ def test_positions_are_resized_as_transformers_does():
         expected = theirs(images, interpolate_pos_encoding=True).last_hidden_state
         torch.testing.assert_close(ours(images), expected, rtol=0, atol=1e-5)
         assert report.resized == (f"encoder.pos_embed 4x4 -> {name}",)
+
+
+def test_positions_of_several_class_tokens_stay_as_they_are():
+    theirs, ours = (randomize(new_autoencoder(img_size=side, num_cls_tokens=3)) for side in (32, 48))
+    report = load_weights(ours, theirs.state_dict())
+    assert report.resized == ("encoder.pos_embed 4x4 -> 6x6", "decoder.pos_embed 4x4 -> 6x6")
+    for mine, other in ((ours.encoder, theirs.encoder), (ours.decoder, theirs.decoder)):
+        assert torch.equal(mine.pos_embed[:, :3], other.pos_embed[:, :3])
+        expected = resize_positions(other.pos_embed[:, 2:], (4, 4), (6, 6))[:, 1:]
+        assert torch.equal(mine.pos_embed[:, 3:], expected)
 
 
 @pytest.mark.parametrize(("img_size", "name"), [((64, 64), "8x8"), ((24, 64), "3x8")])
@@ -156,6 +167,7 @@ def test_every_wrong_shape_is_named():
             {},
             dict(encoder_mlp_ratio=2.6563, decoder_mlp_ratio=2.0),
         ),
+        (dict(num_cls_tokens=3), {}, dict(num_cls_tokens=3)),
     ],
 )
 def test_other_sizes_are_refused_with_those_that_fit(there, here, settings):

@@ -246,6 +246,7 @@ def add_encoder_flags(parser: Parser, *, sizes: Iterable[str], drop_path: float 
     flag("--encoder_depth", type=integer(1), help="number of blocks")
     flag("--encoder_num_heads", type=integer(1), help="attention heads")
     flag("--encoder_mlp_ratio", type=number(0.1), help="hidden width of the MLPs / width (default 4)")
+    flag("--num_cls_tokens", type=integer(1), help="class tokens (default 1, or those of the weights to fine-tune)")
     flag("--drop_path", type=number(0, 0.99), default=drop_path, help="stochastic depth rate" + _default(drop_path))
     flag("--custom_weight_init", action=Pair, default=True, help="use the paper's initialization, not PyTorch's (on)")
 

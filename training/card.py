@@ -100,7 +100,9 @@ class ModelSummary(NamedTuple):
     has_decoder: bool  # the folder has pretraining/
     is_vit_mae: bool  # transformers' ViTMAE loads it
     reconstructs: bool  # its predictions can be turned into pixels
-    loads_elsewhere: bool  # in transformers or timm, as a whole
+    libraries: Sequence[str]  # that load the folder as a whole: transformers, timm
+    has_encoder: bool  # the folder has encoder/, which transformers loads
+    num_cls_tokens: int
     img_size: tuple[int, int]  # height and width in pixels
     channels: int
     mean: list[float]  # normalization of images in [0, 1]
@@ -172,10 +174,9 @@ def _metadata(model: ModelSummary, record: RunRecord | None, scores: dict, *, ti
     ]
     base = str(record.initial_weights) if record else model.origin.partition(" ")[0]
     pretrained = model.has_decoder or (record and record.initial_weights)
-    in_timm = model.loads_elsewhere and model.task != "image-segmentation"
-    tags = [TAG, "masked-autoencoder" * bool(pretrained), "vit", "timm" * in_timm]
+    tags = [TAG, "masked-autoencoder" * bool(pretrained), "vit", "timm" * ("timm" in model.libraries)]
     return ModelCardData(
-        library_name="transformers" if model.loads_elsewhere else None,
+        library_name="transformers" if "transformers" in model.libraries else None,
         pipeline_tag=model.task,
         license=license,
         datasets=list(datasets) or None,

@@ -137,7 +137,7 @@ def saved_flags(checkpoint: Path | None) -> dict:
         ) from None
     if "norm_pix_loss" in flags:  # of an older run
         flags["target"] = "normalized" if flags.pop("norm_pix_loss") else "pixels"
-    return flags
+    return {"num_cls_tokens": 1, **flags}  # which older runs do not state
 
 
 def compare_with_run(checkpoint: Path, flags: dict, fingerprint: str, *, before: dict) -> list[str]:

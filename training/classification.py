@@ -33,7 +33,9 @@ def add_target_flags(parser: Parser) -> None:
     flag = parser.add_argument_group("head").add_argument
     flag("--num_queries", type=integer(1), metavar="Q", help="queries of attentive pooling (default at most 32)")
     flag("--num_classes", type=integer(2), help="number of classes (default: that of the data)")
-    flag("--pooling", choices=("mean", "cls"), help="input of the head: mean of the patch tokens, or cls token")
+    flag(
+        "--pooling", choices=("mean", "cls"), help="input of the head: mean of the patch tokens, or of the class tokens"
+    )
 
 
 def add_augmentation_flags(parser: Parser) -> None:

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from training.launch import InputError, check
 
-ENCODER_FLAGS = {"patch_size": "patch_size"}  # argument of the model -> flag
+ENCODER_FLAGS = {name: name for name in ("patch_size", "num_cls_tokens")}  # argument of the model -> flag
 ENCODER_FLAGS |= {name: f"encoder_{name}" for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
+USUAL_SIZES = dict(mlp_ratio=4.0, num_cls_tokens=1)
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
@@ -82,10 +83,10 @@ def encoder_sizes(flags: dict, defaults: dict) -> dict:
 
     Args:
         flags: `patch_size`, `encoder_embed_dim`, ...; None for those that were left out.
-        defaults: `patch_size`, `embed_dim`, `depth`, `num_heads`, `mlp_ratio` of a named size or of trained weights.
+        defaults: `patch_size`, `embed_dim`, `depth`, `num_heads`, ... of a named size or of trained weights.
     """
-    given = {name: flags[flag] for name, flag in ENCODER_FLAGS.items()}
-    return {name: defaults.get(name, 4.0) if value is None else value for name, value in given.items()}
+    given, defaults = {name: flags[flag] for name, flag in ENCODER_FLAGS.items()}, USUAL_SIZES | defaults
+    return {name: defaults[name] if value is None else value for name, value in given.items()}
 
 
 def resolve_inputs(flags: dict, *, previous: dict, statistics: dict | None, weights=None) -> ImageFormat:
@@ -114,8 +115,9 @@ def resolve_encoder(flags: dict, named_sizes: dict[str, dict], *, previous: dict
         InputError: for sizes that contradict each other, one line each.
     """
     defaults = named_sizes[flags["model"] or "base"]
-    if not flags["model"] and (previous or weights):
-        defaults = {name: previous[flag] for name, flag in ENCODER_FLAGS.items()} if previous else weights.sizes
+    if previous or weights:
+        known = {name: previous[flag] for name, flag in ENCODER_FLAGS.items()} if previous else weights.sizes
+        defaults = defaults | {"num_cls_tokens": known["num_cls_tokens"]} if flags["model"] else known
     sizes = encoder_sizes(flags, defaults)
     if sizes["num_heads"] is None:
         raise InputError("the weights do not store the encoder's number of heads; give --encoder_num_heads")
@@ -131,7 +133,8 @@ def resolve_encoder(flags: dict, named_sizes: dict[str, dict], *, previous: dict
 def check_trained(flags: dict, named_sizes: dict[str, dict], encoder) -> None:
     """Raise InputError for sizes that were given for a trained model and are not those of its encoder."""
     model, actual = flags["model"], encoder_flags(vars(encoder))
-    prefix, defaults = (f"--model {model}: ", named_sizes[model]) if model else ("--", vars(encoder))
+    named = {"num_cls_tokens": encoder.num_cls_tokens, **named_sizes[model]} if model else {}
+    prefix, defaults = (f"--model {model}: ", named) if model else ("--", vars(encoder))
     for flag, value in encoder_flags(encoder_sizes(flags, defaults)).items():
         if value != actual[flag]:
             raise InputError(f"{prefix}{flag} {value:g} is not the trained model's {actual[flag]:g}; leave it out")
