@@ -128,7 +128,8 @@ class CrossDecoder(Decoder):
 
     Args:
         inputs: "last", if every block reads the encoder's last tokens, or "weighted", if each reads its own learned
-            weighted sum of the tokens after all blocks of the encoder.
+            weighted sum, normed, of the tokens before the first and after every block of the encoder. The last of them
+            have the encoder's norm, unlike in the published code, so that this norm trains too.
         options: those of Decoder.
     """
 
@@ -139,10 +140,10 @@ class CrossDecoder(Decoder):
         super().__init__(encoder, **options)
         self.reads_layers = inputs == "weighted"
         if self.reads_layers:
-            k = encoder.depth
+            k = encoder.depth + 1
             self.layer_weights = nn.Parameter(torch.empty(self.depth, k).normal_(std=k**-0.5))
-            # The last layer has the encoder's own norm
-            self.layer_norms = nn.ModuleList([nn.LayerNorm(encoder.embed_dim, eps=1e-6) for _ in range(k - 1)])
+            norms = [nn.LayerNorm(encoder.embed_dim, eps=1e-6) for _ in range(self.depth)]
+            self.input_norms = nn.ModuleList(norms)
 
     def add_blocks(self, encoder_dim: int) -> None:
         """Create what comes before the final norm."""
@@ -161,7 +162,7 @@ class CrossDecoder(Decoder):
     ) -> torch.Tensor:
         """Predict patches as `Decoder.forward` does, kept ones too: from their positions and all encoded tokens.
 
-        `tokens` (B, T + K, E) is a list of those after every block of the encoder if `reads_layers`.
+        `tokens` (B, S + K, E) is the list of `VisionTransformer.encode_layers` if `reads_layers`.
         """
         predicted = order if last is None else order[:, order.shape[1] - last :]
         x = mask_token + self.pos_embed.squeeze(0)[self.num_cls_tokens + predicted]  # (B, M, D)
@@ -170,10 +171,10 @@ class CrossDecoder(Decoder):
             x = checkpoint(block, x, own, use_reentrant=False) if checkpointed else block(x, own)
         return self.pred(self.norm(x))
 
-    def weigh(self, layers: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Return the weighted sum (B, N, E) of the layers' tokens for each block."""
-        normed = [norm(layer) for norm, layer in zip(self.layer_norms, layers[:-1], strict=True)]
-        return torch.einsum("jk,kbne->jbne", self.layer_weights, torch.stack([*normed, layers[-1]])).unbind()
+    def weigh(self, layers: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the normed weighted sum (B, N, E) of the layers' tokens for each block."""
+        sums = torch.einsum("jk,kbne->jbne", self.layer_weights, torch.stack(layers))
+        return [norm(tokens) for norm, tokens in zip(self.input_norms, sums, strict=True)]
 
 
 DECODERS = {"self": Decoder, "cross": CrossDecoder}

@@ -305,8 +305,8 @@ class VisionTransformer(nn.Module):
         return self.norm(run_blocks(self.blocks, tokens, checkpointed=checkpointed, grid=self.grid))
 
     def encode_layers(self, tokens: torch.Tensor) -> list[torch.Tensor]:
-        """Apply all blocks: (B, N, D) -> the tokens (B, N, D) after every block, the last ones after the final norm."""
-        checkpointed, layers = self.gradient_checkpointing and self.training, []
+        """Return the tokens (B, N, D) before the first and after every block, the last ones after the final norm."""
+        checkpointed, layers = self.gradient_checkpointing and self.training, [tokens]
         for block in self.blocks:
             tokens = run_blocks([block], tokens, checkpointed=checkpointed, grid=self.grid)
             layers.append(tokens)

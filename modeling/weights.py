@@ -150,10 +150,12 @@ def load_weights(
     planned += ("encoder.norm.",) if prefix or isinstance(model, Segmenter) else ()
     ignored = sorted(name for name in state.keys() - target.keys() if name.startswith(planned))
     problems += _list_misfits(state, target, expected={*new, *ignored})
+    if isinstance(model, MaskedAutoencoder) and has_decoder and stored.target not in (None, model.target.name):
+        problems.append(f"target is {stored.target} instead of {model.target.name}")
     if problems:
         remedy = "give those of a plain ViT or MAE"
-        if any(problem.startswith(("decoder.pred.", "target.")) for problem in problems):
-            remedy = "the decoder predicts another target: give the file of its encoder alone"
+        if any(problem.startswith(("decoder.pred.", "target")) for problem in problems):
+            remedy = "the decoder predicts other values: give the file of its encoder alone"
         raise WeightsError(f"weights of {layout} do not fit: {'; '.join(problems)}; {remedy}")
     values = {name: state.get(name, value) for name, value in target.items()}
     model.load_state_dict({name.removeprefix(prefix): value for name, value in values.items()})
@@ -203,6 +205,8 @@ def _check_settings(
             settings.setdefault("encoder_num_heads", stored.num_heads or known or "N")
         if "decoder_embed_dim" in settings:
             settings.setdefault("decoder_num_heads", stored.decoder_num_heads or "N")
+        if {"decoder", "decoder_inputs"} & settings.keys():
+            words += " (the file of its encoder alone fits)"
         raise WeightsError(f"weights of {layout} do not fit the model: {words}", settings)
 
 

@@ -54,19 +54,18 @@ def plain_loss(model, images, noise, share=1.0):
     kept, removed = order[:, : model.num_kept], order[:, model.num_kept :]
     count = round(share * removed.shape[1])
     removed = removed[:, [i * removed.shape[1] // count for i in range(count)]]
-    x, layers = encoder.embed(take(patches, kept), kept), []
+    x = encoder.embed(take(patches, kept), kept)
+    layers = [x]
     for block in encoder.blocks:
         x = block(x)
         layers.append(x)
     layers[-1] = encoder.norm(x)
-    normed = layers
-    if decoder.reads_layers:
-        normed = [*(norm(layer) for norm, layer in zip(decoder.layer_norms, layers, strict=False)), layers[-1]]
     x = torch.stack([model.mask_token[0, 0] + decoder.pos_embed[0, 1 + row] for row in removed])
     for j, block in enumerate(decoder.blocks):
         tokens = layers[-1]
         if decoder.reads_layers:
-            tokens = sum(weight * layer for weight, layer in zip(decoder.layer_weights[j], normed, strict=True))
+            tokens = sum(weight * layer for weight, layer in zip(decoder.layer_weights[j], layers, strict=True))
+            tokens = decoder.input_norms[j](tokens)
         x = TorchBlock(block)(x, tokens)
     target = take(patches, removed)
     target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
@@ -81,7 +80,7 @@ def test_loss_and_gradients_equal_torchs_attention(kind, ratio):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     # Copies have no gradient, so that those of attention are compared by what lies below it
     names = ["mask_token", "encoder.cls_token", "decoder.blocks.1.mlp.fc1.weight", "encoder.blocks.0.attn.qkv.weight"]
-    names += ["encoder.norm.weight"] + ["decoder.layer_weights", "decoder.layer_norms.0.weight"] * (kind == "weighted")
+    names += ["encoder.norm.weight"] + ["decoder.layer_weights", "decoder.input_norms.0.weight"] * (kind == "weighted")
     parameters = [dict(model.named_parameters())[name] for name in names]
     gradients = [torch.autograd.grad(value, parameters) for value in (loss, expected)]
     for ours, theirs in zip(*gradients, strict=True):
@@ -164,8 +163,8 @@ def test_sums_of_layers_are_initialized_as_in_the_paper():
     decoder = CrossDecoder(
         new_encoder(**SMALL | dict(depth=16)), embed_dim=16, num_heads=2, depth=200, inputs="weighted"
     )
-    assert decoder.layer_weights.shape == (200, 16) and len(decoder.layer_norms) == 15
-    assert decoder.layer_weights.std().item() == pytest.approx(16**-0.5, rel=0.05)
+    assert decoder.layer_weights.shape == (200, 17) and len(decoder.input_norms) == 200
+    assert decoder.layer_weights.std().item() == pytest.approx(17**-0.5, rel=0.05)
     assert CrossDecoder(new_encoder(**SMALL)).depth == 12
 
 
@@ -181,7 +180,7 @@ def test_an_exported_autoencoder_comes_back(kind, tmp_path):
 
 def test_weights_of_another_decoder_are_refused():
     state = build_autoencoder(new_encoder(**SMALL), **CROSS).state_dict()
-    with pytest.raises(WeightsError, match="decoder is cross instead of self; set decoder=cross"):
+    with pytest.raises(WeightsError, match="decoder is cross instead of self .*alone fits.; set decoder=cross"):
         load_weights(build_autoencoder(new_encoder(**SMALL), **SIZES), state)
     with pytest.raises(WeightsError, match="decoder_inputs is last instead of weighted"):
         load_weights(build_autoencoder(new_encoder(**SMALL), **KINDS["weighted"]), state)

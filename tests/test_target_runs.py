@@ -247,7 +247,8 @@ def test_starting_from_weights_of_another_target(image_folder, tmp_path):
     export_autoencoder(model, tmp_path / "encoder" / "pretraining", **statistics)
     flags = [*TINY, "--path_to_data", image_folder, "--target", "hog", "--max_steps", 1, "--init_from"]
     refused = run(SCRIPT, *flags, "encoder", cwd=tmp_path, code=2).stderr
-    assert "decoder.pred.bias is (192,) instead of (27,); the decoder predicts another target: give the file" in refused
+    expected = "decoder.pred.bias is (192,) instead of (27,); target is normalized instead of hog; the decoder predicts"
+    assert f"{expected} other values: give the file of its encoder alone" in refused
     said = run(SCRIPT, *flags, "encoder/model.safetensors", cwd=tmp_path).stdout
     assert "0 ignored, newly initialized: decoder" in said
 

@@ -48,7 +48,6 @@ def configure_sharding(
     plugin.mixed_precision_policy = None  # the loop autocasts: weights and residuals stay in float32
     plugin.cpu_ram_efficient_loading = False  # every process has the weights already
     plugin.auto_wrap_policy = transformer_auto_wrap_policy
-    plugin.transformer_cls_names_to_wrap = ["Block"]
 
     options = {
         "Accelerate's fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
@@ -73,6 +72,8 @@ def wrap(accelerator, model: nn.Module, optimizer) -> tuple[nn.Module, torch.opt
         model, optimizer = accelerator.prepare(model, optimizer)
         plain = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the loop autocasts itself
         return model, optimizer, lambda: plain
+    classes = {type(module).__name__ for module in model.modules()}
+    accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(classes & {"Block", "CrossBlock"})
     # In torch 2.14 about outputs that are views, as those of every Linear; the loop changes none in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     plain = copy.deepcopy(model).to(accelerator.device)
