@@ -24,13 +24,13 @@ from torch import nn
 
 from data.augment import RandAugment
 from data.batches import ClassificationBatch, ClassificationDataset, Normalization, own_batches, training_batches
+from data.columns import TargetSource, check_held_out, read_targets, targets_of
 from data.decode import PixelFormat
 from data.features import encode_dataset
 from data.index import DataError
 from data.sampling import StepSampler, seed_everything
 from data.sources import check_num_classes, describe_data, match_classes, open_sources
 from data.statistics import read_statistics
-from data.targets import TargetSource, check_held_out, read_targets, targets_of
 from data.transforms import CentreCrop, RandomCrop, build_mixing, empty_images, evaluation_crop_ratio
 from modeling.classifier import Classifier
 from modeling.export import export_classifier
@@ -154,7 +154,7 @@ def empty_step(accelerator, model, optimizer, size, *, normalize, pixels, **opti
     """Take one optimizer step on black images: to measure memory, or to warm up DDP before a checkpoint is loaded."""
     plain = accelerator.unwrap_model(model)
     images = empty_images(size, pixels.channels, plain.encoder.img_size, pixels.dtype).zero_()
-    labels = torch.zeros(size, dtype=torch.int64) if plain.target == "classes" else torch.zeros(size, plain.num_classes)
+    labels = torch.zeros(size).long() if plain.problem == "classes" else torch.zeros(size, plain.num_classes)
     batch = ClassificationBatch(images, labels, [], [])
     optimizer_step(accelerator, model, optimizer, repeat((0, batch)), normalize, **options)
 
@@ -251,19 +251,19 @@ def evaluate_trained(run):
         source = validation_source or train_source
         if flags.num_classes not in (None, model.num_classes):
             raise InputError(f"--num_classes {flags.num_classes} does not fit the classifier of {model.num_classes}")
-        if flags.target not in ("classes", model.target):
-            raise InputError(f"--target {flags.target}: {trained.path} predicts {model.target}; leave the flag out")
+        if flags.target not in ("classes", model.problem):
+            raise InputError(f"--target {flags.target}: {trained.path} predicts {model.problem}; leave the flag out")
         names = trained.classes
-        if model.target == "classes":
+        if model.problem == "classes":
             names = match_classes(flags.path_to_data, source, trained.class_names, model.num_classes)
         else:
-            source = TargetSource.read(model.target, flags.path_to_data, source, flags.label_columns, names)
+            source = TargetSource.read(model.problem, flags.path_to_data, source, flags.label_columns, names)
             check_held_out(flags.path_to_data, source)
-        objective = build_objective(model.target, names, scale=model.scale, regression_loss=flags.regression_loss)
+        objective = build_objective(model.problem, names, scale=model.scale, regression_loss=flags.regression_loss)
     run.gate()
     sizes = dict(encoder_flags(vars(encoder)), img_size=list(encoder.img_size), num_classes=model.num_classes)
     content = {"classes": objective.names, "data": describe_data(source, source)}
-    run.start_evaluation({**images._asdict(), **sizes, "target": model.target}, source, content)
+    run.start_evaluation({**images._asdict(), **sizes, "target": model.problem}, source, content)
     if source.notes:
         run.say("\n".join(source.notes))
     crop = CentreCrop(encoder.img_size, evaluation_crop_ratio(encoder.img_size))
@@ -296,7 +296,7 @@ def main(argv=None):
         kind = choose_kind(given.path_to_pretrained_mae_weights, **probes)
         recipe_name, recipe = choose_recipe(kind, encoder, learning_rate=given.learning_rate, target=given.target)
         args = run.fill_in(recipe)
-        head = dict(pooling=args.pooling, probe=any(probes.values()), target=args.target)
+        head = dict(pooling=args.pooling, probe=any(probes.values()), problem=args.target)
         if args.attentive_probe:
             head["num_queries"] = resolve_queries(args.num_queries, encoder["embed_dim"])
         check_blocks(args.trainable_blocks, encoder["depth"])

@@ -102,7 +102,7 @@ def check_model(trained, given, *, features):
         errors.append(f"--features: {trained.path} is {name}, whose encoder has no norm; give what it started from")
     if not features and isinstance(model, VisionTransformer):
         errors.append(f"{trained.path} is {name}, which computes features alone; give --features FILE.npy")
-    if getattr(model, "target", None) == "numbers":
+    if getattr(model, "problem", None) == "numbers":
         name, flags = "a model of numbers", []
     if not features and isinstance(model, MaskedAutoencoder) and not model.target.invertible:
         words = f"predicts {model.target.title}, which have no picture; give --features FILE.npy"
@@ -152,11 +152,11 @@ def predict_classes(batch, *, model, normalize, device, classes, top_k, folder, 
     """
     tokens = model.encoder(normalize(batch.inputs[0].to(device)))
     answers = model.answer(model.classify(tokens))
-    if model.target == "numbers":
+    if model.problem == "numbers":
         results = [{"numbers": dict(zip(classes, row, strict=True))} for row in answers.tolist()]
     else:
         values, numbers = (each[:, :top_k].tolist() for each in answers.sort(dim=1, descending=True, stable=True))
-        key, word = ("labels", "label") if model.target == "labels" else ("classes", "class")
+        key, word = ("labels", "label") if model.problem == "labels" else ("classes", "class")
         results = [
             {key: [{word: classes[i], "probability": value} for i, value in zip(*row, strict=True)]}
             for row in zip(numbers, values, strict=True)
@@ -311,8 +311,8 @@ def main(argv=None):
         task = f"features of width {encoder.embed_dim}"
         predict_batch = partial(encode_images, trained=trained, **shared)
     elif isinstance(model, Classifier):
-        task = f"{'one of ' * (model.target == 'classes')}{count_targets(len(classes), model.target)} per image"
-        top_k = args.top_k or (5 if model.target == "classes" else len(classes))
+        task = f"{'one of ' * (model.problem == 'classes')}{count_targets(len(classes), model.problem)} per image"
+        top_k = args.top_k or (5 if model.problem == "classes" else len(classes))
         predict_batch = partial(predict_classes, model=model, classes=classes, top_k=top_k, **pictures, **shared)
     elif isinstance(model, Segmenter):
         mode, crop_size = args.evaluate or "slide", encoder.img_size[0]

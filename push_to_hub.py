@@ -131,7 +131,7 @@ def describe_model(trained):
         words += f", {model.decoder.title} {model.decoder.embed_dim} wide, {model.decoder.depth} deep"
         words += f", predicting {model.target.title}"
     elif isinstance(model, Classifier):
-        words += f", head for {count_targets(model.num_classes, model.target)} on {model.pooled}"
+        words += f", head for {count_targets(model.num_classes, model.problem)} on {model.pooled}"
     elif isinstance(model, Segmenter):
         words += f", {model.decode_head.title} for {model.num_classes} classes"
     images = "images of {} x {} pixels".format(*encoder.img_size)
@@ -181,7 +181,7 @@ def write_folder(folder, *, trained, record, step, origin, **card):
     summary = ModelSummary(
         task=TASKS.get(type(trained.model), "image-feature-extraction"),
         description=describe_model(trained),
-        target=trained.model.target if isinstance(trained.model, Classifier) else None,
+        target=trained.model.problem if isinstance(trained.model, Classifier) else None,
         has_decoder=has_decoder,
         is_vit_mae=has_decoder and not vit_mae_misfit(trained.model),
         reconstructs=has_decoder and trained.model.target.invertible,

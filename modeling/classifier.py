@@ -50,7 +50,7 @@ class Classifier(EncoderWithHead):
         probe: train only the head, behind a BatchNorm without parameters (appendix A.1, "Linear probing"), and
             attentive pooling. The encoder stays in evaluation mode.
         num_queries: those of attentive pooling.
-        target: "classes", "labels" or "numbers": what the outputs are. Numbers are standardized by `number_mean` and
+        problem: "classes", "labels" or "numbers": what the outputs are. Numbers are standardized by `number_mean` and
             `number_std` (num_classes,), which are 0 and 1 at first.
         custom_weight_init: draw the head's weight from N(0, 2e-5), for a probe from N(0, 0.01), as the official code
             does, instead of PyTorch's initialization.
@@ -64,12 +64,12 @@ class Classifier(EncoderWithHead):
         pooling: str = "mean",
         probe: bool = False,
         num_queries: int = 32,
-        target: str = "classes",
+        problem: str = "classes",
         custom_weight_init: bool = True,
     ):
         super().__init__()
-        self.num_classes, self.pooling, self.probe, self.target = num_classes, pooling, probe, target
-        if target == "numbers":
+        self.num_classes, self.pooling, self.probe, self.problem = num_classes, pooling, probe, problem
+        if problem == "numbers":
             self.register_buffer("number_mean", torch.zeros(num_classes))
             self.register_buffer("number_std", torch.ones(num_classes))
 
@@ -132,14 +132,14 @@ class Classifier(EncoderWithHead):
 
     @property
     def scale(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return mean and standard deviation of the numbers, as `set_scale` takes them; None for other targets."""
-        return (self.number_mean.cpu().numpy(), self.number_std.cpu().numpy()) if self.target == "numbers" else None
+        """Return mean and standard deviation of the numbers, as `set_scale` takes them; None otherwise."""
+        return (self.number_mean.cpu().numpy(), self.number_std.cpu().numpy()) if self.problem == "numbers" else None
 
     def answer(self, logits: torch.Tensor) -> torch.Tensor:
         """Return probabilities of classes or labels, or numbers in their own units, of logits (B, num_classes)."""
-        if self.target == "numbers":
+        if self.problem == "numbers":
             return logits.float() * self.number_std + self.number_mean
-        return logits.sigmoid() if self.target == "labels" else logits.softmax(dim=1)
+        return logits.sigmoid() if self.problem == "labels" else logits.softmax(dim=1)
 
     def attention_maps(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the attention (B, Q, h, w) of attentive pooling's queries to the encoder's tokens (B, T + L, D)."""

@@ -131,9 +131,9 @@ def export_classifier(
     encoder, mean_pooled = model.encoder, model.pooling == "mean"
     state = _fold_into_head(model)
     names = _class_names(classes)
-    if model.target != "classes":
-        names["problem_type"] = {"labels": "multi_label_classification", "numbers": "regression"}[model.target]
-    if model.target == "numbers":
+    if model.problem != "classes":
+        names["problem_type"] = {"labels": "multi_label_classification", "numbers": "regression"}[model.problem]
+    if model.problem == "numbers":
         # Other libraries ignore it; their bias has the mean, by which this project's could not be found again exactly
         parts = dict(
             mean=model.number_mean, std=model.number_std, bias=_fold_into_head(model, in_units=False)["head.bias"]
@@ -283,7 +283,7 @@ def _fold_into_head(model: Classifier, *, in_units: bool = True) -> State:
         norm = model.head_norm
         weight = weight * (norm.running_var.cpu().double() + norm.eps).rsqrt()
         bias = bias - weight @ norm.running_mean.cpu().double()
-    if model.target == "numbers" and in_units:
+    if model.problem == "numbers" and in_units:
         std = model.number_std.cpu().double()
         weight, bias = weight * std[:, None], bias * std + model.number_mean.cpu().double()
     return state | {"head.weight": weight, "head.bias": bias}

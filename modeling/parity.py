@@ -29,7 +29,7 @@ def differences(folder: str | Path, model: Model) -> tuple[dict[str, float], lis
     images = torch.randn(2, encoder.in_channels, *encoder.img_size, generator=generator)
     has_head = isinstance(model, Classifier | Segmenter)
     expected = model(images) if has_head else encoder(images)
-    in_units = model.answer(expected) if getattr(model, "target", None) == "numbers" else expected
+    in_units = model.answer(expected) if getattr(model, "problem", None) == "numbers" else expected
     outputs, libraries = {}, libraries_of(model)  # library -> its outputs and those expected
     notes = list(_limits(model, libraries))
     if "transformers" in libraries and isinstance(model, Segmenter):

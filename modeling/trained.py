@@ -76,7 +76,7 @@ def open_trained(
     stored = weights.stored
     try:
         model = _build(weights, whole=whole, img_size=img_size, in_channels=in_channels)
-        if getattr(model, "target", None) == "numbers":
+        if getattr(model, "problem", None) == "numbers":
             _take_out_of_head(weights.state, model.num_classes, stored)
         report = load_weights(model, weights.state, stored=stored, adapt_channels=in_channels is not None)
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
@@ -135,8 +135,8 @@ def _build(weights: Weights, *, whole: bool, img_size: Grid | None, in_channels:
         return MaskedAutoencoder(encoder, DECODERS[settings["decoder"]](encoder, **options), target, **known)
     if "pooling" in settings:
         kind = {name: settings[name] for name in ("pooling", "probe", "num_queries") if name in settings}
-        target = stored.problem if stored.problem in ("labels", "numbers") else "classes"
-        return Classifier(encoder, settings["num_classes"], target=target, **kind)
+        problem = stored.problem if stored.problem in ("labels", "numbers") else "classes"
+        return Classifier(encoder, settings["num_classes"], problem=problem, **kind)
     return encoder
 
 

@@ -78,7 +78,7 @@ def export(model: torch.nn.Module, folder: Path) -> ModelSummary:
     return ModelSummary(
         task=TASKS.get(type(model).__name__.lower(), "image-feature-extraction"),
         description="ViT of 32 x 2",
-        target=model.target if isinstance(model, Classifier) else None,
+        target=model.problem if isinstance(model, Classifier) else None,
         has_decoder=isinstance(model, MaskedAutoencoder),
         is_vit_mae=isinstance(model, MaskedAutoencoder) and not vit_mae_misfit(model),
         reconstructs=isinstance(model, MaskedAutoencoder) and model.target.invertible,

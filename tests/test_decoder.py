@@ -180,7 +180,7 @@ def test_an_exported_autoencoder_comes_back(kind, tmp_path):
 
 def test_weights_of_another_decoder_are_refused():
     state = build_autoencoder(new_encoder(**SMALL), **CROSS).state_dict()
-    with pytest.raises(WeightsError, match="decoder is cross instead of self .*alone fits.; set decoder=cross"):
+    with pytest.raises(WeightsError, match=r"decoder is cross instead of self .*alone fits.; set decoder=cross"):
         load_weights(build_autoencoder(new_encoder(**SMALL), **SIZES), state)
     with pytest.raises(WeightsError, match="decoder_inputs is last instead of weighted"):
         load_weights(build_autoencoder(new_encoder(**SMALL), **KINDS["weighted"]), state)

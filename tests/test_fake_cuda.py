@@ -112,7 +112,7 @@ def labels():
     batch = ClassificationBatch(torch.empty(4, 3, 32, 32, dtype=torch.uint8), torch.empty(4, 5), [], [])
     mixing = build_mixing(0.25, device=CUDA, num_classes=5, multi_label=True, **MIXING | dict(label_smoothing=0.0))
     objective = Labels("abcde", positive_weights=torch.empty(5, device=CUDA))
-    model = Classifier(encoder(), 5, target="labels")
+    model = Classifier(encoder(), 5, problem="labels")
     return finetune_classifier, model, batch, dict(mixing=mixing, loss_of=objective.loss)
 
 

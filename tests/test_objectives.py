@@ -3,8 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data.columns import TargetSource, targets_of
 from data.sources import ShapesSource
-from data.targets import TargetSource, targets_of
 from data.transforms import build_mixing
 from training.objectives import Labels, balance, build_objective
 

@@ -1,167 +1,107 @@
-"""Labels and numbers from the columns of lists and tables."""
+"""Targets, against independent implementations of a few lines."""
 
-import json
-
-import datasets
 import numpy as np
-import pyarrow as pa
 import pytest
-from conftest import write_images
-from PIL import Image
+import torch
+from skimage.feature import hog
+from torch import nn
 
-from data.arrow import ArrowSource, choose_columns, open_datasets
-from data.files import FolderSource
-from data.index import DataError
-from data.lists import ListSource
-from data.targets import TargetSource, check_held_out, read_targets
+from modeling.targets import HOG, TARGETS, PrincipalComponents, TeacherFeatures
+from modeling.vit import VisionTransformer, patchify, unpatchify
 
-
-def new_list(folder, text, name="list.csv"):
-    """Return a list of the images 0.png, 1.png, ... in a folder; `text` is its content."""
-    for number in range(4):
-        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
-    (folder / name).write_text(text)
-    return ListSource(folder / name)
+SMALL = dict(embed_dim=16, depth=1, num_heads=1)
 
 
-def read(target, source, columns=None, names=None):
-    return TargetSource.read(target, "DATA", source, columns, names)
+def new_encoder(patch_size=8, img_size=(32, 48), in_channels=3):
+    return VisionTransformer(**SMALL, patch_size=patch_size, img_size=img_size, in_channels=in_channels)
 
 
-LISTS = [["cat", "dog"], [], ["dog"], ["bird", "cat"]]
-FLAGS = [[0, 1, 1], [0, 0, 0], [0, 0, 1], [1, 1, 0]]
-
-
-def test_labels_of_json_lines(tmp_path):
-    lines = [json.dumps({"path": f"{i}.png", "labels": names}) for i, names in enumerate(LISTS)]
-    source = read("labels", new_list(tmp_path, "\n".join(lines), "list.jsonl"))
-    assert source.classes == ["bird", "cat", "dog"] and source.labels.tolist() == FLAGS
-    names = ["dog", "cat", "fish", "bird"]
-    other = read("labels", ListSource(tmp_path / "list.jsonl"), names=names)
-    assert other.classes == names and other.labels[:, [3, 1, 0]].tolist() == FLAGS and not other.labels[:, 2].any()
-    assert source.fingerprint() != other.fingerprint()
-    with pytest.raises(DataError, match=r"has labels that the training images or the model lack \(bird\)"):
-        read("labels", ListSource(tmp_path / "list.jsonl"), names=["cat", "dog"])
-
-
-def test_class_numbers_may_begin_anywhere_and_have_gaps(tmp_path):
-    lines = [json.dumps({"path": f"{i}.png", "tags": tags}) for i, tags in enumerate([[17], [2_084_071], [17, 3], []])]
-    source = read("labels", new_list(tmp_path, "\n".join(lines), "list.jsonl"), ["tags"])
-    assert source.classes == ["3", "17", "2084071"]
-    assert source.labels.tolist() == [[0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 0, 0]]
-
-
-def test_other_columns_of_json_do_not_matter(tmp_path):
-    """Neither their types, nor that the first line lacks the column; dates are names."""
-    lines = [{"meta": 1}, {"meta": "x", "labels": ["2020-01-01"]}, {"labels": []}, {"labels": ["b"]}]
-    lines = [json.dumps({"path": f"{i}.png"} | line) for i, line in enumerate(lines)]
-    with pytest.raises(DataError, match="no value in the column labels of row 1"):
-        read("labels", new_list(tmp_path, " ".join(lines), "list.jsonl"))
-    lines[0] = json.dumps({"path": "0.png", "meta": None, "labels": ["b"]})
-    source = read("labels", new_list(tmp_path, " ".join(lines), "list.jsonl"))
-    assert source.classes == ["2020-01-01", "b"] and source.labels.tolist() == [[0, 1], [1, 0], [0, 0], [0, 1]]
-
-
-@pytest.mark.parametrize("kind", [pa.large_list(pa.string()), pa.list_(pa.string(), 2), pa.list_(pa.int8())])
-def test_lists_of_every_type_in_parquet(tmp_path, kind):
-    data = {
-        "image": [b"", b""],
-        "labels": [["1", "2"], ["2", "3"]] if kind.value_type == pa.string() else [[1, 2], [2, 3]],
-    }
-    table = pa.table({"image": pa.array(data["image"]), "labels": pa.array(data["labels"], kind)})
-    source = ArrowSource(table, "T", choose_columns(table.schema, "T"))
-    assert read("labels", source).labels.tolist() == [[1, 1, 0], [0, 1, 1]]
-    with pytest.raises(DataError, match=r"T has .*list.* in the column labels; expected a number; correct --label_col"):
-        read("numbers", source)
-
-
-def test_labels_of_parquet_with_named_numbers(tmp_path):
-    features = datasets.Features(
-        image=datasets.Image(), labels=datasets.List(datasets.ClassLabel(names=["bird", "cat", "dog"]))
-    )
-    numbers = [[i for i, flag in enumerate(row) if flag] for row in FLAGS]
-    rows = {"image": [Image.new("RGB", (8, 8))] * 4, "labels": numbers}
-    datasets.DatasetDict(train=datasets.Dataset.from_dict(rows, features)).save_to_disk(tmp_path / "data")
-    source = read("labels", open_datasets(tmp_path / "data")["train"])
-    assert source.classes == ["bird", "cat", "dog"] and source.labels.tolist() == FLAGS
-
-
-@pytest.mark.parametrize("form", ["{}", "{}.0", "{:d}"])
-def test_labels_and_numbers_of_a_table(tmp_path, form):
-    """Blank rows are no images, and columns may be named in any order."""
-    rows = [f"{i}.png,{form.format(i % 2)},{bool(i // 2)},{i - 1}e-1" for i in range(4)]
-    source = new_list(tmp_path, "\n".join(["path,odd, Large ,size", *rows[:2], ",,,", *rows[2:], ""]))
-    labels = read("labels", source, ["Large", "odd"])
-    assert labels.classes == ["Large", "odd"] and labels.labels.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
-    assert len(labels) == 4 and labels.name(3).endswith("3.png")
-    numbers = read("numbers", source, ["size"])
-    assert numbers.labels.dtype == np.float64 and numbers.labels[:, 0].tolist() == [-0.1, 0, 0.1, 0.2]
-    assert read("labels", source, names=["odd", "Large"]).classes == ["odd", "Large"]  # without --label_columns
+def photographs(*shape, seed=0):
+    """Return smooth random images, whose gradients have every direction."""
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    return nn.functional.avg_pool2d(images, 3, stride=1, padding=1)
 
 
 @pytest.mark.parametrize(
-    ("target", "columns", "match"),
-    [
-        ("numbers", ["size"], r"'big' in the column size of row 2 \(.*1\.png\); expected a number"),
-        ("numbers", ["gap"], r"no value in the column gap of row 3 \(.*2\.png\); expected a number"),
-        ("numbers", ["huge"], r"'1e999' in the column huge of row 1"),
-        ("labels", ["odd", "gap"], r"no value in the column gap of row 3 .* expected 0 or 1, or lists of labels"),
-        ("labels", ["odd", "size"], r"'5' in the column size of row 1 .* expected 0 or 1"),
-        ("labels", ["name"], r"'cat' in the column name of row 1 .* \(for one class per image give --target classes\)"),
-        (
-            "labels",
-            ["even"],
-            "has no column even; it has path, odd, gap, size, huge, name; name the labels by --label_col",
-        ),
-        ("numbers", None, r"has no column label or labels; it has path"),
-    ],
+    ("patch_size", "cell", "img_size"), [(16, 8, (32, 48)), (8, 8, (32, 48)), (4, 4, (32, 32)), (14, 14, (28, 42))]
 )
-def test_columns_that_cannot_be_read(tmp_path, target, columns, match):
-    rows = ["0.png,0,1,5,1e999,cat", "1.png,1,0,big,1,dog", "2.png,0,,7,1,cat", "3.png,1,1,8,1,dog"]
-    source = new_list(tmp_path, "\n".join(["path,odd,gap,size,huge,name", *rows]))
-    with pytest.raises(DataError, match=match):
-        read(target, source, columns)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_hog_equals_scikit_image(patch_size, cell, img_size, channels):
+    """Its blocks of one cell are normalized by their own L2 norm, and so is each cell here."""
+    target = HOG(new_encoder(patch_size, img_size, channels))
+    images = photographs(2, channels, *img_size)
+    result = target(patchify(images, patch_size))
+    side = patch_size // cell
+    assert target.width == result.shape[-1] == side * side * channels * 9
+    grid = (img_size[0] // patch_size, img_size[1] // patch_size)
+    for image, own in zip(images, unpatchify(result, side, grid), strict=True):
+        for channel, histograms in zip(image, own.unflatten(0, (channels, 9)), strict=True):
+            options = dict(orientations=9, pixels_per_cell=(cell, cell), cells_per_block=(1, 1), block_norm="L2")
+            expected = hog(channel.double().numpy(), **options, feature_vector=False)[:, :, 0, 0]
+            np.testing.assert_allclose(histograms.permute(1, 2, 0), expected, rtol=0, atol=1e-4)
+            assert expected.std() > 0.05
 
 
-@pytest.mark.parametrize(
-    ("values", "match"),
-    [
-        ([["cat"], None, [], []], r"no value in the column labels of row 2 .* \[\] for none"),
-        ([[], [], [], []], "only empty lists"),
-        ([[0.5], [], [], []], r"0\.5 in the column labels of row 1"),
-        ([["cat"], [1], [], []], "cannot be read"),
-        ([["cat"], "dog", [], []], r"'\[\"cat\"\]' in the column labels of row 1"),
-        ([{"cat": 1}, {}, {}, {}], r"'\{\"cat\": 1\}' in the column labels of row 1"),
-        ([None, None, None, None], "no value in the column labels of row 1"),
-    ],
-)
-def test_lists_that_cannot_be_read(tmp_path, values, match):
-    lines = [json.dumps({"path": f"{i}.png", "labels": value}) for i, value in enumerate(values)]
-    with pytest.raises(DataError, match=match):
-        read("labels", new_list(tmp_path, "\n".join(lines), "list.jsonl"))
+def test_hog_does_not_change_with_brightness_and_contrast():
+    """So the normalization of a run's images does not matter."""
+    target, images = HOG(new_encoder()), photographs(1, 3, 32, 48)
+    scale = torch.tensor([4.0, 5.0, 0.5]).view(3, 1, 1)
+    result = target(patchify(images * scale - 1, 8))
+    torch.testing.assert_close(result, target(patchify(images, 8)), rtol=0, atol=1e-4)
+    assert not target(torch.full((1, 24, 192), 0.3)).any()  # a flat image has no orientation, and no NaN
 
 
-def test_data_from_which_nothing_can_be_learned(tmp_path):
-    rows = ["0.png,0,0,3", "1.png,0,1,3", "2.png,0,0,3", "3.png,0,1,3"]
-    source = new_list(tmp_path, "\n".join(["path,never,odd,three", *rows]))
-    with pytest.raises(DataError, match="the same value in all training images for never: 0; expected values that"):
-        read_targets("labels", "DATA", ["never", "odd"], source, source)
-    with pytest.raises(DataError, match="for three: 3"):
-        read_targets("numbers", "DATA", ["three"], source, source)
-    same = new_list(tmp_path, "path,odd\n1.png,1\n3.png,1", "same.csv")
-    with pytest.raises(DataError, match="the same targets in all of 2 held-out images"):
-        check_held_out("DATA", read("numbers", same, ["odd"]))
-    with pytest.raises(DataError, match="the same targets in all of 2 held-out images"):
-        read_targets("numbers", "DATA", ["odd"], source, same)
-    with pytest.raises(DataError, match="has no validation images"):
-        read_targets("numbers", "DATA", ["odd"], source, None)
+def test_principal_components_equal_numpy():
+    """Found in batches of unequal size, and for patches whose mean is far from 0."""
+    encoder = new_encoder(4, (16, 16))
+    patches = patchify(photographs(60, 3, 16, 16) + torch.tensor([5.0, -3.0, 0.0]).view(3, 1, 1), 4)
+    target = PrincipalComponents(encoder, 10)
+    target.fit(patches.split([1, 32, 27]))
+    rows = patches.flatten(0, 1).double().numpy()
+    _, _, vectors = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    np.testing.assert_allclose(target.mean, rows.mean(0), rtol=1e-6)
+    products = target.components.double().numpy() @ vectors[:10].T
+    np.testing.assert_allclose(np.abs(products), np.eye(10), atol=1e-4)  # the same up to their signs
+    expected = (rows - rows.mean(0)) @ vectors[:10].T * np.sign(np.diag(products))
+    np.testing.assert_allclose(target(patches).flatten(0, 1), expected, atol=1e-4)
 
 
-def test_targets_need_a_table_and_classes_need_no_lists(tmp_path):
-    folder = FolderSource(write_images(tmp_path / "images", 4))
-    with pytest.raises(DataError, match="has no columns, from which --target numbers is read; expected a list"):
-        read("numbers", folder)
-    lines = [json.dumps({"path": f"{i}.png", "labels": names}) for i, names in enumerate(LISTS)]
-    source = new_list(tmp_path, "\n".join(lines), "list.jsonl")
-    with pytest.raises(DataError, match=r"has lists in the column labels; .* give --target labels"):
-        read_targets("classes", "DATA", None, source, source)
+def test_the_inverse_of_principal_components_is_the_projection():
+    encoder, patches = new_encoder(4, (16, 16)), patchify(photographs(60, 3, 16, 16), 4)
+    errors = []
+    for width in (4, 20, 48):
+        target = PrincipalComponents(encoder, width)
+        target.fit([patches])
+        errors.append((target.invert(target(patches), patches) - patches).square().mean())
+    assert errors[0] > 2 * errors[1] > 1e-4 and errors[2] < 1e-10
+    rows = patches.flatten(0, 1) - patches.flatten(0, 1).mean(0)
+    lost = torch.linalg.svdvals(rows)[4:].square().sum() / rows.numel()
+    torch.testing.assert_close(errors[0], lost, rtol=1e-3, atol=0)
+
+
+def test_number_of_components():
+    assert PrincipalComponents(new_encoder(16)).width == 96  # as in the paper
+    assert PrincipalComponents(new_encoder(4)).width == 48  # all that there are
+    with pytest.raises(ValueError, match="49 components of patches of 48 values; expected at most 48"):
+        PrincipalComponents(new_encoder(4), 49)
+
+
+def test_the_loss_of_features_is_smooth_l1():
+    target = TeacherFeatures(new_encoder(), 5)
+    prediction, features = 3 * torch.randn(2, 4, 5), torch.randn(2, 4, 5)
+    error = (prediction - features).abs()
+    expected = torch.where(error < 1, error.square() / 2, error - 0.5).mean()
+    torch.testing.assert_close(target.loss(prediction.requires_grad_(), features), expected)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_targets_stay_in_float32_under_bfloat16(name):
+    target, patches = TARGETS[name](new_encoder(), 24), patchify(photographs(2, 3, 32, 48), 8)
+    if name == "pca":
+        target.fit([patches])
+    values = torch.randn(2, 24, 24) if name == "teacher" else target(patches)
+    assert values.shape == (2, 24, target.width)
+    with torch.autocast("cpu", torch.bfloat16):
+        if name != "teacher":
+            assert torch.equal(target(patches), values)
+        assert target.loss(values.bfloat16(), values).dtype == torch.float32
