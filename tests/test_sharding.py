@@ -234,8 +234,12 @@ def test_a_linear_probe_and_its_average(image_folder, sharded, tmp_path):
     assert not torch.equal(b["head.weight"], weights_of(two, 6)["head.weight"])
 
 
-def test_segmentation(scenes, tmp_path):
-    flags = ["--path_to_data", scenes, *ENCODER, *HEAD, "--crop_size", 32, "--global_batch_size", 8]
+@pytest.mark.parametrize("frozen", [False, True])
+def test_segmentation(scenes, sharded, tmp_path, frozen):
+    model = [*ENCODER, *HEAD]
+    if frozen:
+        model = ["--path_to_backbone_checkpoint", sharded, "--freeze_encoder", "--head", "linear"]
+    flags = ["--path_to_data", scenes, *model, "--crop_size", 32, "--global_batch_size", 8]
     flags += ["--micro_batch_size", 2, "--learning_rate", 1e-3, "--num_workers", 0, "--mixed_precision", "no"]
     flags += ["--log_every", 1, "--max_steps", 2, "--evaluate_every", 1, "--evaluate", "whole"]
     fine_tune_both(SEGMENTATION, flags, tmp_path, 2)
