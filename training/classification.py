@@ -27,8 +27,8 @@ def add_target_flags(parser: Parser) -> None:
     flag("--target", choices=tuple(UNFIT), default="classes", help=help_text)
     help_text = "columns of labels (0 or 1; or one column of lists) or numbers (default: column label or labels)"
     flag("--label_columns", nargs="+", metavar="COLUMN", help=help_text)
-    help_text = "weight of a label's positive images: none (1), or balanced (negatives / positives; default none)"
-    flag("--positive_weights", choices=("none", "balanced"), help=help_text)
+    help_text = "weight of a label's positive images: balanced is negatives / positives (default 1)"
+    flag("--positive_weights", choices=("balanced",), help=help_text)
     flag("--regression_loss", choices=tuple(LOSSES), help="loss of standardized numbers (default l2)")
     flag = parser.add_argument_group("head").add_argument
     flag("--num_queries", type=integer(1), metavar="Q", help="queries of attentive pooling (default at most 32)")
