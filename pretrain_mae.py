@@ -59,7 +59,6 @@ from training.resolve import (
 )
 from training.run import Run
 from training.schedule import learning_rate_at
-from training.wording import several
 
 WARMUP_EPOCHS, EPOCHS = 40, 800
 MODEL_FLAGS = ("drop_path", "custom_weight_init", "mask_ratio", "predict_ratio", "target")
@@ -258,26 +257,6 @@ def fit_components(model, dataset, normalize, *, device, read):
     model.target.fit(normalize.patches(patchify(batch.images.to(device), side)) for batch in batches)
 
 
-def describe_model(model, masks):
-    """Return the plan's lines about model and images; `masks` describes how patches are chosen."""
-    encoder, decoder = model.encoder, model.decoder
-    parameters, in_encoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, encoder))
-    height, width = encoder.img_size
-    num_patches = math.prod(encoder.grid)
-    tokens = f" of {encoder.num_cls_tokens} class tokens" if encoder.num_cls_tokens > 1 else ""
-    chosen = f"{model.num_kept} kept"
-    if model.num_predicted < num_patches - model.num_kept:
-        chosen += f", {model.num_predicted} of {num_patches - model.num_kept} others predicted"
-    return [
-        f"model      {encoder.embed_dim} x {len(encoder.blocks)} encoder{tokens}, "
-        f"{decoder.embed_dim} x {decoder.depth} {decoder.title}: "
-        f"{parameters:.3g} M parameters ({in_encoder:.3g} M encoder), "
-        f"{model.training_flops() / 1e9:.3g} GFLOP per image and step",
-        f"images     {height} x {width}, {several(encoder.in_channels, 'channel')}, {num_patches} patches "
-        f"of {encoder.patch_size}, {chosen} ({masks}); target: {model.target.title}",
-    ]
-
-
 @put_back()
 def main(argv=None):
     """Run the script; see the module's docstring."""
@@ -341,7 +320,7 @@ def main(argv=None):
         try_step = partial(empty_step, run.accelerator, **step_options)
         run.fit_micro_batch(try_step, model, optimizer)
     words = args.mask_strategy + (f", blocks of {args.mask_block} x {args.mask_block}" if args.mask_block > 1 else "")
-    run.print_plan(describe_model(model, words), images, views=args.repeated_augmentation)
+    run.print_plan(pretraining.describe_model(model, words), images, views=args.repeated_augmentation)
     masks = dict(mask_strategy=args.mask_strategy, mask_block=args.mask_block, pixels=pixels)
     masks |= dict(grid=model.encoder.grid, num_kept=model.num_kept)
     model, optimizer = run.prepare(model, optimizer)

@@ -1,4 +1,4 @@
-"""Flags of a pre-training's views, masks, decoder and target, and how they are checked."""
+"""Flags of a pre-training's views, masks, decoder and target: how they are checked and described."""
 
 import argparse
 import math
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from training.arguments import Pair, Parser, integer, number
 from training.resolve import check_width
+from training.wording import several
 
 # Argument of the decoder -> flag
 DECODER_FLAGS = {name: f"decoder_{name}" for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
@@ -129,4 +130,24 @@ def check_views(views: int, micro_batch_size: int) -> list[str]:
     return [
         f"--repeated_augmentation {views} does not divide the micro-batch of {micro_batch_size} images; give a batch "
         "and micro-batch that are multiples of it"
+    ]
+
+
+def describe_model(model, masks: str) -> list[str]:
+    """Return the plan's lines about a masked autoencoder and its images; `masks` says how patches are chosen."""
+    encoder, decoder = model.encoder, model.decoder
+    parameters, in_encoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, encoder))
+    height, width = encoder.img_size
+    num_patches = math.prod(encoder.grid)
+    tokens = f" of {encoder.num_cls_tokens} class tokens" if encoder.num_cls_tokens > 1 else ""
+    chosen = f"{model.num_kept} kept"
+    if model.num_predicted < num_patches - model.num_kept:
+        chosen += f", {model.num_predicted} of {num_patches - model.num_kept} others predicted"
+    return [
+        f"model      {encoder.embed_dim} x {len(encoder.blocks)} encoder{tokens}, "
+        f"{decoder.embed_dim} x {decoder.depth} {decoder.title}: "
+        f"{parameters:.3g} M parameters ({in_encoder:.3g} M encoder), "
+        f"{model.training_flops() / 1e9:.3g} GFLOP per image and step",
+        f"images     {height} x {width}, {several(encoder.in_channels, 'channel')}, {num_patches} patches "
+        f"of {encoder.patch_size}, {chosen} ({masks}); target: {model.target.title}",
     ]
