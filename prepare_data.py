@@ -4,13 +4,10 @@
 
 SOURCE is anything that --path_to_data of the training scripts takes; OUT can then be given to --path_to_data instead.
 OUT holds shards of JPEG files whose shorter side has at most 256 pixels (datasets.load_from_disk("prepared") loads them
-too), or with --format array of decoded pixels (uint8; float32 with --value_range), which take more space and are read
-fastest. Without --short_side and --quality files are kept unchanged, and a run on OUT equals one on SOURCE. A folder
-with images/ and annotations/ becomes pairs for finetune_segmentation.py. damaged.jsonl lists the images that cannot be
-read. After an interruption, repeat the command. --verify compares the shards with their checksums. --statistics writes
-statistics.json into OUT, from which the scripts take --mean and --std; without OUT it measures SOURCE:
-
-    python prepare_data.py elevation/ --statistics --input_channels 1
+too), or with --format array of decoded pixels, which are larger and read fastest. Without --short_side and --quality
+files are kept unchanged, and a run on OUT equals one on SOURCE. A folder with images/ and annotations/ becomes pairs
+for finetune_segmentation.py. damaged.jsonl lists the images that cannot be read. After an interruption, repeat the
+command. --statistics writes statistics.json into OUT, or into SOURCE, from which the scripts take --mean and --std.
 """
 
 import hashlib
@@ -27,7 +24,7 @@ from tqdm import tqdm
 
 from data.batches import make_loader
 from data.classes import ADE20K
-from data.decode import MAX_PIXELS, PixelFormat
+from data.decode import MAX_PIXELS, VALIDITY, PixelFormat
 from data.index import DataError, first_few, write_array
 from data.masks import MaskFormat
 from data.pairs import SegmentationFolder, open_pairs
@@ -67,6 +64,7 @@ def parse_args(argv=None):
     flag("--input_channels", type=integer(1), default=3, help="3 (colour), 1 (grey), or bands (default 3)")
     flag("--value_range", type=real, nargs=2, metavar=("LO", "HI"), help="values that become 0 and 1 (default: 8 bits)")
     flag("--nodata", type=real, help="value of pixels without data, besides a GeoTIFF's own and NaN")
+    flag("--validity", choices=VALIDITY, help="what marks invalid pixels, as in pretrain_mae.py")
     flag("--max_pixels", type=integer(1), default=MAX_PIXELS, help=f"larger images are damaged (default {MAX_PIXELS})")
     args, errors = parser.read(argv)
     if args.out is None:
@@ -84,6 +82,8 @@ def parse_args(argv=None):
     encodes = args.format == "jpeg" and (args.short_side or args.quality)
     if encodes and (args.value_range or args.input_channels not in (1, 3)):
         errors.append("JPEG holds 1 or 3 channels of 8 bits; with --value_range or other channels give --format array")
+    if args.validity and (encodes or args.format == "array"):
+        errors.append("--validity needs images as they are; leave out --format array, --short_side and --quality")
     return args, errors
 
 
@@ -364,7 +364,7 @@ def main(argv=None):
         launch.fail(errors)
     num_workers = min(32, launch.cores_per_process()) if args.num_workers is None else args.num_workers
     value_range = tuple(args.value_range) if args.value_range else None
-    pixels = PixelFormat(args.input_channels, value_range, args.nodata, args.max_pixels)
+    pixels = PixelFormat(args.input_channels, value_range, args.nodata, args.max_pixels, args.validity)
     settings = {name: getattr(args, FLAGS.get(name, name)) for name in OWN_SETTINGS}
     folder = Path(args.out or args.source)
 

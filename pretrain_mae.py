@@ -22,7 +22,7 @@ from data.batches import (
     own_batches,
     training_batches,
 )
-from data.decode import PixelFormat, preview_channels
+from data.decode import VALIDITY, PixelFormat, preview_channels
 from data.index import DataError
 from data.masking import MASK_STRATEGIES
 from data.sampling import StepSampler, spread
@@ -42,7 +42,7 @@ from training.arguments import integer, number
 from training.checkpoint import check_outside
 from training.files import replace_folder
 from training.launch import InputError, check, put_back, run_script
-from training.metrics import reconstruction_metrics
+from training.metrics import sum_reconstruction_metrics
 from training.neighbours import own_features, score_features
 from training.optimizer import adamw, check_muon, clip_gradients, muon, parameter_groups, set_learning_rate
 from training.pictures import reconstruction_grid
@@ -82,7 +82,7 @@ def parse_args(argv=None):
     arguments.add_crop_flags(parser, crop_scale=(0.2, 1.0))
     arguments.add_encoder_flags(parser, sizes=SIZES)
 
-    pretraining.add_mask_flags(parser, strategies=MASK_STRATEGIES)
+    pretraining.add_mask_flags(parser, strategies=MASK_STRATEGIES, validities=VALIDITY)
     pretraining.add_decoder_flags(parser, decoders=DECODERS, targets=TARGETS)
 
     flag = parser.add_argument_group("validation").add_argument
@@ -122,6 +122,11 @@ def build_optimizer(model, name, weight_decay, **decay):
     return muon(groups, model, betas=betas) if name == "muon" else adamw(groups, betas=betas)
 
 
+def to_device(batch, device):
+    """Return images (B, C, H, W), noise (B, L) and valid pixels (B, 1, H, W), or None, of a PretrainingBatch."""
+    return [part if part is None else part.to(device, non_blocking=True) for part in batch[:3]]
+
+
 def optimizer_step(accelerator, model, optimizer, batches, normalize, *, max_grad_norm, teacher=None):
     """Take one optimizer step, accumulating gradients over the micro-batches.
 
@@ -138,11 +143,10 @@ def optimizer_step(accelerator, model, optimizer, batches, normalize, *, max_gra
         seed, batch = next(batches)
         with accelerator.accumulate(model):
             torch.manual_seed(seed)
-            images = batch.images.to(accelerator.device, non_blocking=True)  # (B, C, H, W)
-            noise = batch.noise.to(accelerator.device, non_blocking=True)  # (B, L)
+            images, noise, valid = to_device(batch, accelerator.device)
             with accelerator.autocast():
-                features = teacher(images) if teacher else None
-                micro_loss = model(images, noise, normalize=normalize.patches, features=features, loss_only=True)
+                options = dict(features=teacher(images) if teacher else None, valid=valid, loss_only=True)
+                micro_loss = model(images, noise, normalize=normalize.patches, **options)
             accelerator.backward(micro_loss)
             loss += micro_loss.detach() / accelerator.gradient_accumulation_steps
             if accelerator.sync_gradients:
@@ -157,21 +161,25 @@ def empty_step(accelerator, model, optimizer, size, *, normalize, pixels, teache
     """Take one optimizer step on black images: to measure memory, or to warm up DDP before a checkpoint is loaded."""
     encoder = accelerator.unwrap_model(model).encoder
     images = empty_images(size, pixels.channels, encoder.img_size, pixels.dtype).zero_()
-    batch = PretrainingBatch(images, torch.zeros(size, math.prod(encoder.grid)), [])
+    valid = torch.ones(size, 1, *encoder.img_size, dtype=torch.bool) if pixels.validity else None
+    batch = PretrainingBatch(images, torch.zeros(size, math.prod(encoder.grid)), valid, [])
     optimizer_step(accelerator, model, optimizer, repeat((0, batch)), normalize, max_grad_norm=1.0, teacher=teacher)
 
 
 @torch.no_grad()
 def reconstruct(accelerator, model, batch, normalize, teacher=None):
-    """Return a batch's loss and, of an invertible target, images, predictions (B, C, H, W) in [0, 1], pixel masks."""
-    images, noise = (part.to(accelerator.device, non_blocking=True) for part in batch[:2])
+    """Return a batch's loss and, of an invertible target, images, predictions in [0, 1], pixel masks and valid pixels.
+
+    Shapes: (B, C, H, W) twice, (B, 1, H, W) twice; valid pixels may be None.
+    """
+    images, noise, valid = to_device(batch, accelerator.device)
     with accelerator.autocast():
         features, images = teacher(images) if teacher else None, normalize(images)
-        loss, prediction, mask = model.forward(images, noise, features=features)  # not compiled: sizes vary
+        loss, prediction, mask = model.forward(images, noise, features=features, valid=valid)  # uncompiled: sizes vary
     if not model.target.invertible:
         return (loss,)
-    prediction = normalize.undo(model.reconstruct(images, prediction))
-    return loss, normalize.undo(images), prediction, model.pixel_mask(mask)
+    prediction = normalize.undo(model.reconstruct(images, prediction, valid))
+    return loss, normalize.undo(images), prediction, model.pixel_mask(mask), valid
 
 
 def evaluate(run, model, dataset, indices, normalize, *, teacher, read, preview):
@@ -185,14 +193,14 @@ def evaluate(run, model, dataset, indices, normalize, *, teacher, read, preview)
     sums, total, damaged = Counter(), Counter(), []
     for batch in read(dataset, indices):
         loss, *pictures = reconstruct(run.accelerator, model, batch, normalize, teacher)
-        sums.update({"count": len(batch.images), "val_loss": loss.item() * len(batch.images)})
-        for name, value in (reconstruction_metrics(*pictures) if pictures else {}).items():
-            sums[name] += value.cpu().double().sum().item()
+        sums.update({"images": len(batch.images), "val_loss": loss.item() * len(batch.images)})
+        sums.update(sum_reconstruction_metrics(*pictures) if pictures else {})
         damaged += [(dataset.source.name(index), reason) for index, reason in batch.damaged]
     run.note_damage(damaged)
     for part in run.crew.gather([sums]):
         total.update(part)
-    metrics = {name: total[name] / total["count"] for name in sorted(total) if name != "count"}
+    num_images, count = total.pop("images"), total.pop("count", 0)
+    metrics = {name: total[name] / (num_images if name == "val_loss" else count) for name in sorted(total)}
 
     count, channels = preview
     if count and model.target.invertible and run.is_main_process:
@@ -201,7 +209,7 @@ def evaluate(run, model, dataset, indices, normalize, *, teacher, read, preview)
         path = run.folder / "reconstructions" / f"step_{run.step:08d}.png"
         reconstruction_grid(
             path,
-            *pictures,
+            *pictures[:3],
             title=f"step {run.step}, epoch {run.epoch:.4g}",
             uses_true_patch_statistics=model.target.uses_true_patch_statistics,
             channels=channels,
@@ -267,7 +275,8 @@ def main(argv=None):
     with run.refusing(InputError, DataError):
         known = ImageFormat.from_dict(run.previous) or ImageFormat.from_dict(read_statistics(args.path_to_data))
         images = resolve_images(ImageFormat.from_dict(vars(args)), known=known)
-        pixels = PixelFormat(images.input_channels, images.value_range, images.nodata, args.max_pixels)
+        validity = pretraining.resolve_validity(args.validity, args.target, images.nodata, run.previous)
+        pixels = PixelFormat(images.input_channels, images.value_range, images.nodata, args.max_pixels, validity)
     with run.refusing(InputError):
         shown_channels = args.preview_channels or preview_channels(pixels)
         check(check_preview(shown_channels, pixels.channels))
@@ -305,7 +314,7 @@ def main(argv=None):
             report = start_from(weights, model, **channels)
             run.accelerator.print(f"--init_from {weights.path}: {report}")
     run.gate()
-    resolved = dict(images._asdict(), preview_channels=shown_channels)
+    resolved = dict(images._asdict(), preview_channels=shown_channels, validity=validity)
     resolved["teacher"] = teacher and f"sha256 {teacher.fingerprint()}"
     run.compare(resolved, train_source, validation_source, defaults=vars(parse_args([])[0]))
     if args.compile:
@@ -319,7 +328,8 @@ def main(argv=None):
     if args.micro_batch_size == "auto":
         try_step = partial(empty_step, run.accelerator, **step_options)
         run.fit_micro_batch(try_step, model, optimizer)
-    words = args.mask_strategy + (f", blocks of {args.mask_block} x {args.mask_block}" if args.mask_block > 1 else "")
+    words = args.mask_strategy + ", of patches with valid pixels" * bool(validity)
+    words += f", blocks of {args.mask_block} x {args.mask_block}" if args.mask_block > 1 else ""
     run.print_plan(pretraining.describe_model(model, words), images, views=args.repeated_augmentation)
     masks = dict(mask_strategy=args.mask_strategy, mask_block=args.mask_block, pixels=pixels)
     masks |= dict(grid=model.encoder.grid, num_kept=model.num_kept)

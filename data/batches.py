@@ -12,15 +12,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import adaptive_max_pool2d
 from torch.utils.data import DataLoader, Dataset
 
 from data.augment import RandAugment
-from data.decode import DamagedImage, PixelFormat, decode
+from data.decode import DamagedImage, PixelFormat
 from data.masking import mask_noise
 from data.pool import check_shared_memory, guarded_batches, report_unsent, watch_parent
 from data.sampling import StepSampler, sample_generator
-from data.sources import Source
-from data.transforms import CentreCrop, RandomCrop, empty_images
+from data.sources import Source, read_image
+from data.transforms import CentreCrop, RandomCrop, empty_images, split_validity
 
 FIXED_EPOCH = 2**32 - 1  # the "epoch" of validation: its noise is the same in every epoch and run
 
@@ -30,6 +31,7 @@ class PretrainingBatch(NamedTuple):
 
     images: torch.Tensor  # (B, C, H, W), uint8, or float32 in [0, 1]
     noise: torch.Tensor  # (B, L), float32: the K smallest values of a row mark the patches that are kept
+    valid: torch.Tensor | None  # (B, 1, H, W), bool: which pixels are valid; None: all
     damaged: list[tuple[int, str]]  # index and reason of every image that could not be read
 
 
@@ -55,7 +57,7 @@ class SourceDataset(Dataset):
 
     def read(self, index: int):
         """Return the decoded sample. Raises DamagedImage."""
-        return decode(*self.source.fetch([index]), self.pixels, self.min_sides)
+        return read_image(self.source, index, self.pixels, self.min_sides)
 
     def first_readable(self, index: int, damaged: list[tuple[int, str]]) -> tuple:
         """Return the sample `index`, or the next one that can be read, and its index; append to `damaged`.
@@ -86,7 +88,7 @@ class ImageDataset(SourceDataset):
 
         An index that is repeated in a row is read and decoded once.
         """
-        images = empty_images(len(items), self.pixels.channels, self.crop.size, self.pixels.dtype)
+        images = empty_images(len(items), self.pixels.decoded_channels, self.crop.size, self.pixels.dtype)
         samples, damaged = [], []
         for index, views in groupby(items, key=itemgetter(1)):
             image, image_index = self.first_readable(index, damaged)
@@ -118,12 +120,17 @@ class PretrainingDataset(ImageDataset):
         **options,
     ):
         super().__init__(source, **options)
+        self.grid = grid
         self.draw_noise = partial(mask_noise, mask_strategy, grid=grid, num_kept=num_kept, block=mask_block)
 
     def __getitems__(self, items: list[tuple[int, int]]) -> PretrainingBatch:
         images, samples, damaged = self.cut_crops(items)
-        noise = [self.draw_noise(rng) for rng, _ in samples]
-        return PretrainingBatch(images, torch.from_numpy(np.stack(noise)), damaged)
+        noise, valid = torch.from_numpy(np.stack([self.draw_noise(rng) for rng, _ in samples])), None
+        if self.pixels.validity:
+            images, valid = split_validity(images)
+            holds_data = adaptive_max_pool2d(valid.float(), self.grid).flatten(1)  # (B, L)
+            noise += 2 * (1 - holds_data)  # patches without a valid pixel come last
+        return PretrainingBatch(images, noise, valid, damaged)
 
 
 class ClassificationDataset(ImageDataset):

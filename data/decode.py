@@ -21,7 +21,9 @@ from simplejpeg import decode_jpeg, decode_jpeg_header
 from data.tiff import GDAL_NODATA, parse_nodata, read_tiff
 from data.values import (
     DamagedImage,
+    WrongChannels,
     WrongPixels,
+    add_invalid,
     channels_last,
     check_channels,
     check_size,
@@ -41,6 +43,11 @@ IMAGE_STARTS = re.compile(  # of formats that hold photographs; TGA has none, an
     rb"|\x01\xda[\x00\x01][\x01\x02]|\x59\xa6\x6a\x95|\n[\x00\x02\x03\x05]\x01[\x01\x02\x04\x08]",
     re.DOTALL,
 )
+# What marks invalid pixels: missing values; besides these, the last channel of an image, or a mask beside it
+VALIDITY = ("nodata", "channel", "mask")
+# Valid pixels in the channel that `decode` adds, of uint8 and float images; invalid ones are 0. These values are in the
+# middle of the range, so that a cubic filter changes them visibly by invalid pixels of negative weights too.
+VALID_BYTE, VALID_FLOAT = 128, 0.5
 BITS, PLANAR = 258, 284  # TIFF tags: bits per sample; 2 where each band is stored separately
 
 for library in ("tifffile", "PIL.TiffImagePlugin"):  # what matters is raised as an error
@@ -58,10 +65,19 @@ class PixelFormat(NamedTuple):
     value_range: tuple[float, float] | None = None  # numbers that become 0 and 1, others are clipped; None: 8 bits
     nodata: float | None = None  # the number that marks pixels without data
     max_pixels: int = MAX_PIXELS
+    validity: str | None = None  # one of VALIDITY: what says which pixels are valid, in a channel of its own
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.uint8 if self.value_range is None else torch.float32
+
+    @property
+    def stored_channels(self) -> int:
+        return self.channels + (self.validity == "channel")
+
+    @property
+    def decoded_channels(self) -> int:
+        return self.channels + (self.validity is not None)
 
 
 def is_image(start: bytes, suffix: str) -> bool:
@@ -79,7 +95,7 @@ def preview_channels(pixels: PixelFormat) -> list[int] | None:
     return [0, 1, 2] if pixels.channels >= 3 else [0]
 
 
-def decode(data, pixels: PixelFormat, min_sides: tuple[int, int] | None = None) -> torch.Tensor:
+def decode(data, pixels: PixelFormat, min_sides: tuple[int, int] | None = None, mask=None) -> torch.Tensor:
     """Decode an image and turn it upright by its orientation tag.
 
     Without a value range the pixels have 8 bits, scaled from 16 if needed. For 3 or 1 channels, colour and grey are
@@ -88,22 +104,23 @@ def decode(data, pixels: PixelFormat, min_sides: tuple[int, int] | None = None) 
     file's own, but transparency is dropped where the others then match. Missing values become the mean of the others
     in their channel: those equal to `pixels.nodata` or to the number that the file declares, and those not finite.
 
+    With `pixels.validity`, one more channel is 0 where a pixel is invalid: where a value is missing, or where the last
+    channel of the image, or a mask, is 0. All values of invalid pixels count as missing. See VALIDITY.
+
     Args:
         data: what a source fetched: an encoded file in any buffer, of which the first image of an animation, of pages
             or of an array (T, H, W, C) is decoded; numbers (H, W, C) of `own_values`; or the OSError in reading it.
         min_sides: (height, width): decode a JPEG at 1/2, 1/4 or 1/8 of its size if both sides stay at least so long.
+        mask: what a source fetched as the image's mask, for the validity "mask".
 
     Returns:
-        (channels, H, W) of `pixels.dtype`, in memory (H, W, channels): crops resize fastest from it.
+        (`pixels.decoded_channels`, H, W) of `pixels.dtype`, in memory (H, W, channels): crops resize fastest from it.
 
     Raises:
         DamagedImage: for empty, truncated or unknown data, too many pixels, and a channel without data.
-        WrongPixels: for other channels than requested, and for numbers that need a value range.
+        WrongPixels: for other channels than requested, for numbers that need a value range, and for an unfit mask.
     """
-    values, own_nodata = _read(data, pixels, exact=pixels.value_range is not None, min_sides=min_sides)
-    if pixels.value_range is None and values.dtype not in (np.uint8, np.uint16):
-        raise WrongPixels(f"has {values.dtype} numbers, whose range no file states; give --value_range MIN MAX")
-    values, missing = find_missing(values, pixels.nodata, own_nodata)
+    values, missing = _read_valid(data, pixels, mask, exact=pixels.value_range is not None, min_sides=min_sides)
     if pixels.value_range is not None:
         values = values.astype(np.float32, order="C")
     if missing is not None:
@@ -116,16 +133,22 @@ def decode(data, pixels: PixelFormat, min_sides: tuple[int, int] | None = None) 
         np.clip(values, 0, 1, out=values)
     elif values.dtype == np.uint16:
         values = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if pixels.validity:
+        valid = np.full((*values.shape[:2], 1), VALID_BYTE if values.dtype == np.uint8 else VALID_FLOAT, values.dtype)
+        if missing is not None:
+            valid[missing[:, :, :1]] = 0
+        if not valid.any():
+            raise DamagedImage("no pixel with data")
+        values = np.concatenate([values, valid], axis=2)
     return torch.from_numpy(values).permute(2, 0, 1)
 
 
-def own_values(data, pixels: PixelFormat) -> np.ndarray:
+def own_values(data, pixels: PixelFormat, mask=None) -> np.ndarray:
     """Return the numbers that a file stores, upright: (H, W, channels) uint8 or uint16, else float32.
 
     If some are missing (see `decode`), the result is float32 with NaN in their places. Raises the errors of `decode`.
     """
-    values, own_nodata = _read(data, pixels, exact=True)
-    values, missing = find_missing(values, pixels.nodata, own_nodata)
+    values, missing = _read_valid(data, pixels, mask, exact=True)
     if missing is not None:
         values = values.astype(np.float32)
         values[missing] = np.nan
@@ -134,7 +157,7 @@ def own_values(data, pixels: PixelFormat) -> np.ndarray:
 
 def stores_bytes(data, pixels: PixelFormat) -> bool:
     """Return True if a file stores 8-bit numbers, some of which may be nodata. Raises the errors of `decode`."""
-    return _read(data, pixels, exact=True)[0].dtype == np.uint8
+    return _read(data, pixels._replace(channels=pixels.stored_channels), exact=True)[0].dtype == np.uint8
 
 
 def decode_stored(data, max_pixels: int = MAX_PIXELS, *, in_colour: bool = False) -> np.ndarray:
@@ -158,6 +181,33 @@ def decode_stored(data, max_pixels: int = MAX_PIXELS, *, in_colour: bool = False
             if data[:4] not in TIFF_STARTS:
                 raise
             return _read_tiff(data, PixelFormat(1, max_pixels=max_pixels))[0][:, :, 0]
+
+
+def _read_valid(
+    data, pixels: PixelFormat, mask=None, *, exact: bool, min_sides: tuple[int, int] | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return upright numbers (H, W, channels) of the type that `find_missing` returns, and a mask of missing ones."""
+    with_mask = pixels.validity == "channel"
+    stored = pixels._replace(channels=pixels.stored_channels)
+    try:
+        values, own_nodata = _read(data, stored, exact=exact, min_sides=min_sides)
+    except WrongChannels as error:
+        if not with_mask:
+            raise
+        expected = f"expected {pixels.channels} and, for --validity channel, a mask as the last"
+        raise WrongPixels(f"has {error.channels} channels, {expected}; correct --input_channels") from None
+    if with_mask:
+        values, mask = np.ascontiguousarray(values[:, :, :-1]), values[:, :, -1]
+    elif mask is not None:
+        mask = decode_stored(mask, pixels.max_pixels)
+    if not exact and values.dtype not in (np.uint8, np.uint16):
+        raise WrongPixels(f"has {values.dtype} numbers, whose range no file states; give --value_range MIN MAX")
+    values, missing = find_missing(values, pixels.nodata, own_nodata)
+    if mask is not None:
+        missing = add_invalid(missing, mask, values.shape)
+    if pixels.validity and missing is not None:  # a pixel is invalid if one of its values is
+        missing = np.broadcast_to(missing.any(axis=2, keepdims=True), values.shape)
+    return values, missing
 
 
 def _read(

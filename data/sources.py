@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from data import shapes
 from data.decode import DamagedImage, PixelFormat, WrongPixels, decode, own_values
@@ -114,12 +115,24 @@ class LabelledSource(StoredSource):
     def fetch(self, indices: Sequence[int]) -> list[Fetched]:
         return self._source.fetch(self._indices[indices])
 
+    def fetch_masks(self, indices: Sequence[int]) -> list[Fetched]:
+        return self._source.fetch_masks(self._indices[indices])
+
     def size_in_bytes(self) -> float:
         return self._source.size_in_bytes() * len(self) / len(self._source)
 
     def fingerprint(self) -> str:
         labels = self._source.labels.tobytes() + "\n".join(self.classes).encode()  # some fingerprints are without them
         return hashlib.sha256(f"labelled {self._source.fingerprint()} ".encode() + labels).hexdigest()[:16]
+
+
+def read_image(
+    source: Source, index: int, pixels: PixelFormat, min_sides: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """Return an image of a source, see `decode`. Raises DamagedImage."""
+    if pixels.validity == "mask":  # which has the full size of the image
+        return decode(*source.fetch([index]), pixels, None, *source.fetch_masks([index]))
+    return decode(*source.fetch([index]), pixels, min_sides)
 
 
 def keep_labelled(source: Source) -> Source:
@@ -215,7 +228,7 @@ def _open_parts(
     if kind == "builtin":
         if path_to_data != "builtin:shapes":
             raise DataError(f"--path_to_data {path_to_data} is unknown; the built-in data set is builtin:shapes")
-        if pixels.channels not in (1, 3) or pixels.value_range is not None:
+        if pixels.channels not in (1, 3) or pixels.value_range is not None or pixels.validity in ("channel", "mask"):
             raise DataError("builtin:shapes has 8-bit images in colour or grey; give only --input_channels 3 or 1")
         return {split: ShapesSource(split, pixels.channels) for split in ("train", "validation")}
     if root.is_file():
@@ -248,12 +261,15 @@ def check_pixels(source: Source, pixels: PixelFormat) -> None:
     Some images, spread over the source, are decoded. Damaged ones are skipped, unless all of NUM_CHECKED are: they are
     reported when a run reads them.
     """
+    if pixels.validity == "mask" and not getattr(source, "has_masks", False):
+        expected = "expected a column `mask`, or a mask beside each image of a shard"
+        raise DataError(f"--validity mask needs masks, and {source.name(0)} has none; {expected}")
     if isinstance(source, ShapesSource):
         return
     maxima, damaged = {}, []
     for index in sorted({position * len(source) // NUM_CHECKED for position in range(NUM_CHECKED)}):
         try:
-            maxima[index] = decode(*source.fetch([index]), pixels).max()
+            maxima[index] = read_image(source, index, pixels)[: pixels.channels].max()
         except WrongPixels as error:
             raise DataError(f"{source.name(index)} {error}") from None
         except DamagedImage as error:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from data.decode import VALID_BYTE, VALID_FLOAT
+
 CROP_RATIO = 0.875  # the share of a side that an evaluation sees: torchvision's Resize(256) and CenterCrop(224)
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # width / height of random crops
 
@@ -79,6 +81,16 @@ def resized_crop(
     # of the time.
     torch.ops.aten._upsample_bicubic2d_aa.out(crop[None], size, False, None, None, out=out[None])
     return out.clamp_(0, 1) if out.is_floating_point() else out  # a cubic filter overshoots at edges
+
+
+def split_validity(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split off the last channel, see `decode`: images (B, C, H, W) and which pixels are valid (B, 1, H, W), bool.
+
+    A pixel of a resized image is valid if no invalid pixel enters it.
+    """
+    images, validity = images[:, :-1], images[:, -1:]
+    valid = validity == VALID_BYTE if validity.dtype == torch.uint8 else (validity - VALID_FLOAT).abs() < 1e-3
+    return images, valid
 
 
 class RandomCrop(NamedTuple):

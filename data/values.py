@@ -21,6 +21,7 @@ class WrongChannels(WrongPixels):
 
     def __init__(self, channels: int, expected: int):
         super().__init__(f"has {channels} channels, expected {expected}; give --input_channels {channels}")
+        self.channels = channels
 
 
 @contextlib.contextmanager
@@ -121,6 +122,22 @@ def find_missing(values: np.ndarray, *nodata: float | None) -> tuple[np.ndarray,
             # NumPy compares a Python integer with an array of any type exactly, even one that the type cannot hold.
             missing |= values == (int(number) if values.dtype.kind == "u" and number.is_integer() else number)
     return values, missing if np.any(missing) else None
+
+
+def add_invalid(missing: np.ndarray | None, mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the mask of missing values (H, W, C) with all values of pixels that a validity mask (H, W) excludes.
+
+    A validity mask is 0 where a pixel is invalid, and 1 or 255 where it is valid. Raises WrongPixels.
+    """
+    if mask.shape != shape[:2]:
+        sizes = [" x ".join(map(str, size)) for size in (mask.shape, shape[:2])]
+        raise WrongPixels("has a validity mask of {}; expected grey of the image's size, {}".format(*sizes))
+    known = np.isin(mask, (0, 1, 255))
+    if not known.all():
+        values = "expected 0 for invalid pixels, 1 or 255 for valid ones"
+        raise WrongPixels(f"has a validity mask with the value {mask[~known][0]:g}; {values}")
+    invalid = np.broadcast_to((mask == 0)[:, :, None], shape)
+    return invalid if missing is None else missing | invalid
 
 
 def fill_missing(values: np.ndarray, missing: np.ndarray) -> np.ndarray:

@@ -63,6 +63,7 @@ class MaskedAutoencoder(nn.Module):
         *,
         normalize: Callable[[torch.Tensor], torch.Tensor] | None = None,
         features: torch.Tensor | None = None,
+        valid: torch.Tensor | None = None,
         loss_only: bool = False,
     ) -> MAEOutput | torch.Tensor:
         """Reconstruct images (B, C, H, W); the K smallest values of `noise` (B, L) mark the kept patches.
@@ -70,6 +71,8 @@ class MaskedAutoencoder(nn.Module):
         Args:
             normalize: normalizes patches (B, N, P*P*C) of images that are not, so that 8-bit pixels are gathered.
             features: the target (B, L, T) of all patches, if it is a teacher's.
+            valid: which pixels (B, 1, H, W) count in the loss of a target of pixels; `noise` must remove the patches
+                without any, see `PretrainingDataset`. None: all.
             loss_only: return the loss (), of `num_predicted` removed patches, and predict no others.
         """
         patches = patchify(images, self.encoder.patch_size)
@@ -86,8 +89,11 @@ class MaskedAutoencoder(nn.Module):
         prediction = self.decoder(tokens, order, self.mask_token, last, checkpointed=checkpointed)
         if features is None and self.target.whole_image:
             features = self.target(patches if normalize is None else normalize(patches))
-        target = self.target(removed) if features is None else take(features, order[:, self.num_kept :])
-        loss = self.target.loss(prediction[:, -removed.shape[1] :], target)
+        options = {}
+        if valid is not None:
+            options["valid"] = take(patchify(valid, self.encoder.patch_size), order[:, self.num_kept :])
+        target = self.target(removed, **options) if features is None else take(features, order[:, self.num_kept :])
+        loss = self.target.loss(prediction[:, -removed.shape[1] :], target, **options)
         if loss_only:
             return loss
         restore = order.argsort(dim=1)  # position of each patch in `order`
@@ -104,14 +110,18 @@ class MaskedAutoencoder(nn.Module):
         chosen = torch.arange(self.num_predicted, device=order.device) * removed.shape[1] // self.num_predicted
         return torch.cat([kept, removed[:, chosen]], dim=1)
 
-    def reconstruct(self, images: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+    def reconstruct(
+        self, images: torch.Tensor, prediction: torch.Tensor, valid: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Turn a prediction (B, L, T) into images (B, C, H, W) in the space of `images`.
 
-        If the target is normalized, this uses the true mean and standard deviation of each patch, which shows detail
-        but leaks information of removed patches.
+        If the target is normalized, this uses the true mean and standard deviation of each patch, of its `valid` pixels
+        (B, 1, H, W), which shows detail but leaks information of removed patches.
         """
-        patches = patchify(images, self.encoder.patch_size)
-        return unpatchify(self.target.invert(prediction.float(), patches), self.encoder.patch_size, self.encoder.grid)
+        side = self.encoder.patch_size
+        options = {} if valid is None else {"valid": patchify(valid, side)}
+        pixels = self.target.invert(prediction.float(), patchify(images, side), **options)
+        return unpatchify(pixels, side, self.encoder.grid)
 
     def pixel_mask(self, mask: torch.Tensor) -> torch.Tensor:
         """Turn a mask of patches (B, L) into one of pixels (B, 1, H, W)."""

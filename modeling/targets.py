@@ -43,32 +43,59 @@ class Target(nn.Module):
         return (prediction.float() - target).square().mean()
 
 
-class Pixels(Target):
+class PixelTarget(Target):
+    """Base of the targets that are pixels: `valid` (B, N, P*P) says which of them count, None: all."""
+
+    def loss(self, prediction: torch.Tensor, target: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the mean squared error (), over images, of the mean over their valid pixels, 0 without any."""
+        error = (prediction.float() - target).square()
+        if valid is None:
+            return error.mean()
+        error = error.unflatten(-1, (valid.shape[-1], -1)).mean(dim=-1) * valid  # (B, N, P*P)
+        return (error.sum(dim=(1, 2)) / valid.sum(dim=(1, 2)).clamp(min=1)).mean()
+
+
+class Pixels(PixelTarget):
     """Predict the pixels of a patch."""
 
     name, title = "pixels", "plain pixels"
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+    def forward(self, patches: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
         return patches.float()
 
-    def invert(self, prediction: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    def invert(
+        self, prediction: torch.Tensor, patches: torch.Tensor, valid: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return prediction
 
 
-class NormalizedPixels(Target):
-    """Predict pixels that are normalized by the mean and standard deviation of their patch."""
+class NormalizedPixels(PixelTarget):
+    """Predict pixels that are normalized by the mean and standard deviation of their patch, of its valid pixels."""
 
     name, title = "normalized", "pixels normalized per patch"
     uses_true_patch_statistics = True
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+    def forward(self, patches: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
         patches = patches.float()
-        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # unbiased, as in the official code
+        variance, mean = self.var_mean(patches, valid)
         return (patches - mean) / (variance + 1e-6).sqrt()
 
-    def invert(self, prediction: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        variance, mean = torch.var_mean(patches.float(), dim=-1, keepdim=True)
+    def invert(
+        self, prediction: torch.Tensor, patches: torch.Tensor, valid: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        variance, mean = self.var_mean(patches.float(), valid)
         return prediction * (variance + 1e-6).sqrt() + mean
+
+    @staticmethod
+    def var_mean(patches: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return variance, unbiased as in the official code, and mean of patches (B, N, P*P*C): (B, N, 1) each."""
+        if valid is None:
+            return torch.var_mean(patches, dim=-1, keepdim=True)
+        weights = valid.float().repeat_interleave(patches.shape[-1] // valid.shape[-1], dim=-1)
+        count = weights.sum(dim=-1, keepdim=True)
+        mean = (patches * weights).sum(dim=-1, keepdim=True) / count.clamp(min=1)
+        squares = ((patches - mean).square() * weights).sum(dim=-1, keepdim=True)
+        return squares / (count - 1).clamp(min=1), mean
 
 
 class PrincipalComponents(Target):

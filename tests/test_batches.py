@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_images
+from PIL import Image
 
 from data.augment import RandAugment
 from data.batches import (
@@ -23,6 +24,7 @@ from data.batches import (
 )
 from data.decode import PixelFormat, decode
 from data.files import FolderSource
+from data.masking import MASK_STRATEGIES
 from data.sampling import StepSampler, model_seed
 from data.sources import ShapesSource
 from data.transforms import CentreCrop, RandomCrop
@@ -304,3 +306,29 @@ class InWorker(torch.utils.data.Dataset):
 def test_workers_give_way_and_do_not_write_into_what_they_share():
     ((frozen, priority),) = make_loader(InWorker(), [[0]], num_workers=1)
     assert frozen > 10_000 and priority == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 5)
+
+
+@pytest.mark.parametrize("strategy", MASK_STRATEGIES)
+def test_patches_without_a_valid_pixel_come_last(tmp_path, strategy):
+    folder, rng = tmp_path / "images", np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(6):
+        image = rng.integers(1, 256, (40, 60, 3), dtype=np.uint8)
+        image[: 8 * i, 20:50] = 0  # 0 to 40 rows
+        Image.fromarray(image).save(folder / f"{i}.png")
+    source, items = FolderSource(folder), [(epoch, i) for epoch in range(4) for i in range(6)]
+    options = dict(crop=RandomCrop((48, 64)), grid=(6, 8), num_kept=12, mask_strategy=strategy)
+    plain = dataset(source, pixels=PixelFormat(3, nodata=0), **options).__getitems__(items)
+    batch = dataset(source, pixels=PixelFormat(3, nodata=0, validity="nodata"), **options).__getitems__(items)
+    assert plain.valid is None and torch.equal(batch.images, plain.images)
+    assert batch.valid.shape == (24, 1, 48, 64) and batch.valid.dtype == torch.bool
+    holds_data = batch.valid.unfold(2, 8, 8).unfold(3, 8, 8).any(-1).any(-1).flatten(1)  # (B, L)
+    assert holds_data.all(dim=1).any() and not holds_data.all()
+    for noise, before, holds in zip(batch.noise, plain.noise, holds_data, strict=True):
+        assert torch.equal(noise[holds], before[holds])  # masks of others are as they were
+        assert (~holds).sum() == 0 or noise[~holds].min() > noise[holds].max()
+
+
+def test_every_valid_pixel_is_valid_without_holes(source):
+    batch = dataset(source, pixels=PixelFormat(3, validity="nodata")).__getitems__([(0, 3), (0, 5)])
+    assert batch.valid.all() and torch.equal(batch.noise, dataset(source).__getitems__([(0, 3), (0, 5)]).noise)

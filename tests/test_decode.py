@@ -668,3 +668,67 @@ def test_any_bytes_give_an_image_or_are_damaged(content, damaged, channels, valu
         assert value_range is None or (image.min() >= 0 and image.max() <= 1)  # which NaN is not
     with contextlib.suppress(DamagedImage):
         assert decode_stored(content, pixels.max_pixels).size > 0
+
+
+def hole(array, *, top=3, left=5):
+    """Return an array (H, W, C) with a hole of 10 x 12 pixels, and which pixels are valid."""
+    valid = np.ones(array.shape[:2], bool)
+    valid[top : top + 10, left : left + 12] = False
+    return np.where(valid[:, :, None], array, 0).astype(array.dtype), valid
+
+
+@pytest.mark.parametrize("kind", ["nodata", "channel", "alpha", "mask", "float channel"])
+def test_valid_pixels_are_those_that_nothing_excludes(kind):
+    array, valid = hole(numbers(np.uint8, 30, 40, 3) // 2 + 1)  # no zeros elsewhere
+    pixels, masks = PixelFormat(3, validity=kind if kind in ("nodata", "mask") else "channel"), []
+    if kind == "nodata":
+        content, pixels = encode(Image.fromarray(array), "PNG"), pixels._replace(nodata=0)
+    elif kind == "mask":
+        content, masks = encode(Image.fromarray(array), "PNG"), [encode(Image.fromarray(valid * np.uint8(255)), "PNG")]
+    elif kind == "alpha":
+        content = encode(Image.fromarray(np.dstack([array, valid * np.uint8(255)])), "PNG")
+    else:
+        array = array.astype(np.float32) if kind == "float channel" else array
+        pixels = pixels._replace(value_range=(0, 200) if kind == "float channel" else None)
+        content = npy(np.dstack([array, valid]).astype(array.dtype))
+    image = decode(content, pixels, None, *masks)
+    assert image.shape == (4, 30, 40) and image.dtype == pixels.dtype
+    assert np.array_equal(image[3] > 0, valid) and len(image[3].unique()) == 2
+    for channel, stored in zip(image[:3].double().numpy(), np.moveaxis(array, 2, 0), strict=True):
+        mean = stored[valid].mean() / (200 if pixels.value_range else 1)
+        assert channel[~valid] == pytest.approx(mean, abs=0.5 if pixels.value_range is None else 1e-6)
+    stored = own_values(content, pixels, *masks)
+    assert stored.shape == (30, 40, 3) and np.array_equal(np.isnan(stored).any(axis=2), ~valid)
+    assert np.array_equal(stored[valid], array[valid])
+
+
+def test_a_pixel_is_invalid_if_one_of_its_channels_has_no_data():
+    array = numbers(np.float32, 6, 7, 3)
+    array[2, 3, 1] = np.nan
+    image = decode(npy(array), PixelFormat(3, (-50000, 50000), validity="nodata"))
+    assert (image[3] == 0).nonzero().tolist() == [[2, 3]]
+    others = [array[..., channel][np.arange(42).reshape(6, 7) != 17].mean() / 1e5 + 0.5 for channel in range(3)]
+    assert image[:3, 2, 3].tolist() == pytest.approx(others, abs=1e-6)
+
+
+def test_what_invalid_pixels_hold_does_not_matter():
+    array, valid = hole(numbers(np.uint16, 30, 40, 2))
+    other = np.where(valid[:, :, None], array, numbers(np.uint16, 30, 40, 2) // 3).astype(np.uint16)
+    pixels, mask = PixelFormat(2, (0, 65535), validity="mask"), encode(Image.fromarray(valid * np.uint8(1)), "PNG")
+    assert torch.equal(decode(npy(array), pixels, None, mask), decode(npy(other), pixels, None, mask))
+
+
+@pytest.mark.parametrize(
+    ("content", "pixels", "mask", "message"),
+    [
+        ((20, 30, 3), dict(validity="mask"), np.ones((30, 20)), "has a validity mask of 30 x 20; expected grey of the"),
+        ((20, 30, 3), dict(validity="mask"), np.full((20, 30), 7), "has a validity mask with the value 7; expected 0"),
+        ((20, 30, 3), dict(validity="mask"), np.zeros((20, 30)), "no pixel with data"),
+        ((20, 30, 4), dict(validity="channel"), None, "has a validity mask with the value"),
+        ((20, 30, 3), dict(validity="channel"), None, "has 3 channels, expected 3 and, for --validity channel, a mask"),
+    ],
+)
+def test_unfit_validity_masks(content, pixels, mask, message):
+    masks = [] if mask is None else [encode(Image.fromarray(mask.astype(np.uint8)), "PNG")]
+    with pytest.raises(DamagedImage, match=message):
+        decode(npy(numbers(np.uint8, *content)), PixelFormat(3, **pixels), None, *masks)

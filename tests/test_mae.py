@@ -10,7 +10,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from data.batches import Normalization
 from modeling.targets import NormalizedPixels, Pixels
-from modeling.vit import SIZES, VisionTransformer, patchify
+from modeling.vit import SIZES, VisionTransformer, patchify, unpatchify
 from modeling.weights import load_weights
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
@@ -260,3 +260,89 @@ def test_flops_of_a_step_by_hand():
     forward = 49 * 768**2 + blocks + 50 * 768 * 512 + decoder + 147 * 512 * 768
     assert model.training_flops() == 6 * forward - 2 * 49 * 768**2  # images have no gradient
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def autoencoder(target, **options):
+    torch.manual_seed(0)
+    model = build_autoencoder(VisionTransformer(**SMALL), **DECODER, **options)
+    model.target = target(model.encoder)
+    return model
+
+
+def with_holes(model, count=6, seed=0):
+    """Return images, noise and valid pixels: a third of the patches hold none, and a third some."""
+    generator = torch.Generator().manual_seed(seed)
+    side, grid = model.encoder.patch_size, model.encoder.grid
+    images = torch.randn(count, 3, *model.encoder.img_size, generator=generator)
+    share = torch.randint(3, (count, grid[0] * grid[1]), generator=generator) / 2  # of valid pixels in a patch
+    valid = torch.rand(count, len(share[0]), side * side, generator=generator) < share[..., None]
+    noise = torch.rand(share.shape, generator=generator) + 2 * ~valid.any(dim=2)
+    assert (noise < 2).sum(dim=1).min() > model.num_kept
+    return images, noise, unpatchify(valid.float(), side, grid).bool()
+
+
+@pytest.mark.parametrize("target", [NormalizedPixels, Pixels])
+def test_the_loss_of_valid_pixels_equals_loops(target):
+    small = autoencoder(target)
+    images, noise, valid = with_holes(small)
+    output, total = small(images, noise, valid=valid), 0.0
+    patches, valid_patches = patchify(images, 8).double(), patchify(valid, 8)
+    for b in range(len(images)):
+        squares = []
+        for i in range(len(noise[0])):
+            chosen = valid_patches[b, i]
+            pixels, guess = patches[b, i].view(-1, 3)[chosen], output.prediction[b, i].view(-1, 3)[chosen]
+            if output.mask[b, i] and len(pixels):
+                if target is NormalizedPixels:
+                    pixels = (pixels - pixels.mean()) / (pixels.var() + 1e-6).sqrt()
+                squares.append((guess - pixels).square().flatten())
+        total = total + torch.cat(squares).mean() / len(images)
+    torch.testing.assert_close(output.loss.double(), total, rtol=1e-6, atol=0)
+    expected = torch.autograd.grad(total, small.decoder.pred.weight, retain_graph=True)[0]
+    own = torch.autograd.grad(small(images, noise, valid=valid, loss_only=True), small.decoder.pred.weight)[0]
+    torch.testing.assert_close(own, expected.float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", [NormalizedPixels, Pixels])
+@pytest.mark.parametrize("kind", ["self", "cross"])
+def test_patches_without_a_valid_pixel_change_nothing(target, kind):
+    model = autoencoder(target, decoder=kind)
+    images, noise, valid = with_holes(model)
+    hidden = ~patchify(valid, 8).any(dim=2)
+    patches = patchify(images, 8)
+    other = unpatchify(torch.where(hidden[..., None], 100 * torch.randn(patches.shape), patches), 8, model.encoder.grid)
+    results = []
+    for pixels in (images, other):
+        model.zero_grad()
+        loss = model(pixels, noise, valid=valid, loss_only=True)
+        loss.backward()
+        full = model(pixels, noise, valid=valid)
+        assert not (hidden & ~full.mask.bool()).any()  # none is visible
+        results.append([loss, full.prediction, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True)) and results[0][-1].any()
+
+
+def test_an_image_with_no_valid_target_has_no_loss():
+    small = autoencoder(NormalizedPixels)
+    images, noise, valid = with_holes(small, 3)
+    valid[1] = False
+    loss = small(images, noise, valid=valid, loss_only=True)
+    alone = small(images[[0, 2]], noise[[0, 2]], valid=valid[[0, 2]], loss_only=True)
+    torch.testing.assert_close(loss, alone * 2 / 3)
+
+
+def test_valid_pixels_everywhere_are_all_pixels():
+    images, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 16)
+    valid = torch.ones(4, 1, 32, 32, dtype=torch.bool)
+    for target in (NormalizedPixels, Pixels):
+        small = autoencoder(target)
+        torch.testing.assert_close(small(images, noise, valid=valid).loss, small(images, noise).loss)
+
+
+def test_reconstructions_use_the_statistics_of_valid_pixels():
+    small = autoencoder(NormalizedPixels)
+    images, _, valid = with_holes(small)
+    patches, valid_patches = patchify(images, 8), patchify(valid, 8)
+    target = small.target(patches, valid_patches)
+    again = small.reconstruct(images, target, valid)
+    torch.testing.assert_close(again.where(valid, 0), images.where(valid, 0), rtol=0, atol=1e-4)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.metrics import psnr, reconstruction_metrics, segmentation_areas
+from training.metrics import psnr, reconstruction_metrics, segmentation_areas, sum_reconstruction_metrics
 
 
 def gaussian_ssim_map(a, b):
@@ -112,3 +112,43 @@ def test_ssim_is_computed_without_tf32(case, monkeypatch):
     monkeypatch.setattr(peer, name, watch)
     reconstruction_metrics(*case)
     assert seen == [False, False] and torch.backends.cudnn.allow_tf32
+
+
+def test_metrics_of_valid_pixels_equal_their_definition_in_numpy(case):
+    images, prediction, mask = case
+    valid = torch.rand(3, 1, 32, 48, generator=torch.Generator().manual_seed(1)) < 0.6
+    metrics = reconstruction_metrics(*case, valid)
+    for i in range(len(images)):
+        image, guess = images[i].double().numpy(), prediction[i].clamp(0, 1).double().numpy()
+        counted = valid[i, 0].numpy()
+        removed, visible = mask[i, 0].bool().numpy() & counted, ~mask[i, 0].bool().numpy() & counted
+        fill = np.broadcast_to(image[:, visible].mean(axis=1)[:, None, None], image.shape)
+        guess = np.where(counted, guess, image)
+        maps = np.mean([gaussian_ssim_map(g, o) for g, o in zip(guess, image, strict=True)], axis=0)
+        pasted = np.where(removed, guess, image)
+        expected = {
+            "masked_psnr": -10 * np.log10(((guess - image) ** 2)[:, removed].mean()),
+            "masked_psnr_visible_mean": -10 * np.log10(((fill - image) ** 2)[:, removed].mean()),
+            "prediction_psnr": -10 * np.log10(((guess - image) ** 2)[:, counted].mean()),
+            "pasted_psnr": -10 * np.log10(((pasted - image) ** 2)[:, counted].mean()),
+            "masked_ssim": maps[removed].mean(),
+            "prediction_ssim": maps[counted].mean(),
+        }
+        for name, value in expected.items():
+            assert metrics[name][i].item() == pytest.approx(value, abs=2e-4), name
+
+
+def test_invalid_pixels_enter_no_metric(case):
+    images, prediction, mask = case
+    valid = torch.rand(3, 1, 32, 48, generator=torch.Generator().manual_seed(1)) < 0.6
+    other = torch.where(valid, prediction, torch.rand(prediction.shape))
+    one, two = (reconstruction_metrics(images, each, mask, valid) for each in (prediction, other))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_images_without_a_valid_removed_pixel_are_not_counted(case):
+    valid = torch.ones(3, 1, 32, 48, dtype=torch.bool)
+    valid[1] = case[2][1] == 0
+    sums, single = sum_reconstruction_metrics(*case, valid), reconstruction_metrics(*case)
+    assert sums["count"] == 2
+    assert sums["masked_psnr"] == pytest.approx((single["masked_psnr"][0] + single["masked_psnr"][2]).item())

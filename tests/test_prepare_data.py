@@ -539,3 +539,28 @@ def test_labels_with_gaps_are_kept_and_broken_ones_told(tmp_path, capsys, labels
     assert (train.labels is None) if is_broken else train.labels.tolist() == [0, -1, 1]
     told = "list.txt has labels that are no class numbers (row 2: '1.5'); expected 0 to 999999, or names; they are left"
     assert (told in capsys.readouterr().err) == is_broken
+
+
+@pytest.mark.parametrize("validity", ["mask", "channel"])
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_statistics_leave_invalid_pixels_out(validity, dtype, tmp_path, capsys):
+    rng, rows, known = np.random.default_rng(0), [], []
+    for i in range(9):
+        image, valid = rng.integers(0, 200, (30, 20, 2)).astype(dtype), rng.random((30, 20)) < 0.7
+        known.append(image[valid])
+        image = np.where(valid[..., None], image, 250).astype(dtype)
+        np.save(tmp_path / f"{i}.npy", np.dstack([image, valid.astype(dtype)]) if validity == "channel" else image)
+        Image.fromarray(valid.astype(np.uint8) * 255).save(tmp_path / f"{i}.png")
+        rows.append({"path": f"{i}.npy", "mask": f"{i}.png"})
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(tmp_path / "list.jsonl", "--statistics", "--input_channels", 2, "--validity", validity)
+    words = capsys.readouterr().out.partition("--mean ")[2].splitlines()[0].split()
+    values = np.concatenate(known).astype(np.float64)
+    low, high = (0, 255) if dtype == "uint8" else (values.min(), values.max())
+    assert [float(word) for word in words[:2]] == pytest.approx((values.mean(axis=0) - low) / (high - low))
+    assert [float(word) for word in words[3:]] == pytest.approx(values.std(axis=0) / (high - low))
+
+
+def test_validity_needs_images_as_they_are(tmp_path):
+    _, errors = prepare_data.parse_args(["a", "b", "--validity", "channel", "--format", "array"])
+    assert errors == ["--validity needs images as they are; leave out --format array, --short_side and --quality"]

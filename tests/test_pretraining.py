@@ -3,6 +3,8 @@
 import pytest
 
 import pretrain_mae
+from training.launch import InputError
+from training.pretraining import resolve_validity
 
 DATA = ["--path_to_data", "builtin:shapes"]
 
@@ -36,3 +38,26 @@ def test_impossible_masks_and_decoders(flags, expected):
 
 def test_the_smallest_share_predicts_one_patch():
     assert not pretrain_mae.parse_args([*DATA, "--predict_ratio", "0.004"])[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "target", "nodata", "previous", "expected"),
+    [
+        (None, "normalized", None, {}, None),
+        (None, "normalized", 0.0, {}, "nodata"),
+        (None, "pixels", -9999.0, {}, "nodata"),
+        (None, "hog", -9999.0, {}, None),
+        ("none", "pixels", 0.0, {}, None),
+        ("mask", "pixels", None, {}, "mask"),
+        (None, "pixels", 0.0, {"nodata": 0.0}, None),  # a run of an earlier version is resumed
+        (None, "pixels", 0.0, {"validity": "channel"}, "channel"),
+    ],
+)
+def test_what_marks_invalid_pixels(given, target, nodata, previous, expected):
+    assert resolve_validity(given, target, nodata, previous) == expected
+
+
+@pytest.mark.parametrize("target", ["hog", "pca", "teacher"])
+def test_validity_needs_a_target_of_pixels(target):
+    with pytest.raises(InputError, match=f"--validity channel needs --target normalized or pixels, not {target}"):
+        resolve_validity("channel", target, None, {})

@@ -9,12 +9,14 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import Resize
 
+from data.decode import VALID_BYTE, VALID_FLOAT
 from data.transforms import (
     CentreCrop,
     RandomCrop,
     evaluation_crop_ratio,
     random_crop_box,
     resized_crop,
+    split_validity,
 )
 
 
@@ -199,3 +201,31 @@ def test_a_crop_is_written_into_room_of_any_layout_and_nowhere_else(channels, dt
             images = room.permute([order.index(axis) for axis in range(4)])
             resized_crop(image, box, size, images[1])
             assert torch.equal(images[1], expected) and not images[0].any() and not images[2].any()
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+@pytest.mark.parametrize("size", [(32, 32), (20, 24), (90, 70)])
+def test_valid_pixels_of_a_crop_have_nothing_of_invalid_ones(kind, size):
+    """Change the invalid pixels: what the resized image calls valid stays, within 0.4 % of the change."""
+    rng = np.random.default_rng(0)
+    valid = rng.random((45, 60)) < 0.99
+    valid[10:20, 30:50] = False
+    top = 255 if kind == np.uint8 else 1
+    marks = np.where(valid, VALID_BYTE if kind == np.uint8 else VALID_FLOAT, 0)
+    crops = []
+    for fill in (0, top):
+        image = np.where(valid, top / 2, fill)
+        image = torch.from_numpy(np.stack([image, marks], axis=2).astype(kind)).permute(2, 0, 1)
+        crop = RandomCrop(size, (0.3, 1.0))(image, np.random.default_rng(3))
+        crops.append(split_validity(crop[None]))
+    (low, marked), (high, again) = crops
+    assert marked.dtype == torch.bool and marked.shape == (1, 1, *size) and torch.equal(marked, again)
+    assert 0.3 < marked.float().mean() < 0.99
+    change = (high.double() - low.double()).abs() / top
+    assert change[marked].max() <= 0.004 + 0.5 / 255 and change[~marked].max() > 0.9
+
+
+def test_validity_of_a_crop_of_the_same_size_is_that_of_the_image():
+    marks = torch.tensor([[[0, VALID_BYTE, VALID_BYTE], [VALID_BYTE, 0, 0]]], dtype=torch.uint8)
+    crop = CentreCrop((2, 3))(torch.cat([marks, marks]))
+    assert torch.equal(split_validity(crop[None])[1][0], marks > 0)

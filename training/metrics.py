@@ -23,9 +23,11 @@ def psnr(error: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tenso
 
 
 def reconstruction_metrics(
-    images: torch.Tensor, prediction: torch.Tensor, mask: torch.Tensor
+    images: torch.Tensor, prediction: torch.Tensor, mask: torch.Tensor, valid: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
     """Return PSNR (dB) and SSIM (Wang et al. 2004) of each image, (B,), by the names of metrics.json.
+
+    All are means over the `valid` pixels (B, 1, H, W), of which each image must have removed and visible ones.
 
     `masked_*` is taken over the removed pixels alone, `prediction_*` over the whole prediction, `pasted_*` with the
     visible pixels pasted over it. `masked_psnr_visible_mean` is the baseline that fills the removed pixels with the
@@ -33,24 +35,44 @@ def reconstruction_metrics(
     """
     from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-    prediction = prediction.clamp(0, 1)
+    prediction, removed, visible = prediction.clamp(0, 1), mask, 1 - mask
+    if valid is not None:
+        prediction = torch.where(valid, prediction, images)  # so that invalid pixels do not enter the windows of SSIM
+        removed, visible = removed * valid, visible * valid
     pasted = torch.where(mask.bool(), prediction, images)
-    visible = 1 - mask
     mean_colour = (images * visible).sum(dim=(2, 3), keepdim=True) / visible.sum(dim=(2, 3), keepdim=True)
     options = {"data_range": 1.0, "reduction": "none", "return_full_image": True}
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 changes SSIM by up to 0.005
-        prediction_ssim, ssim_map = ssim(prediction, images, **options)
-        pasted_ssim, _ = ssim(pasted, images, **options)
+        prediction_ssim, prediction_map = ssim(prediction, images, **options)
+        pasted_ssim, pasted_map = ssim(pasted, images, **options)
+    if valid is not None:
+        prediction_ssim, pasted_ssim = weighted_mean(prediction_map, valid), weighted_mean(pasted_map, valid)
     error = (prediction - images).square()
     return {
-        "masked_psnr": psnr(error, mask),
-        "masked_ssim": (ssim_map.mean(dim=1, keepdim=True) * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3)),
-        "masked_psnr_visible_mean": psnr((mean_colour - images).square(), mask),
-        "prediction_psnr": psnr(error),
+        "masked_psnr": psnr(error, removed),
+        "masked_ssim": weighted_mean(prediction_map, removed),
+        "masked_psnr_visible_mean": psnr((mean_colour - images).square(), removed),
+        "prediction_psnr": psnr(error, valid),
         "prediction_ssim": prediction_ssim,
-        "pasted_psnr": psnr((pasted - images).square()),
+        "pasted_psnr": psnr((pasted - images).square(), valid),
         "pasted_ssim": pasted_ssim,
     }
+
+
+def sum_reconstruction_metrics(
+    images: torch.Tensor, prediction: torch.Tensor, mask: torch.Tensor, valid: torch.Tensor | None = None
+) -> dict[str, float]:
+    """Return the sums of `reconstruction_metrics` over images, and their `count`: those with a valid removed pixel."""
+    if valid is not None:
+        scored = (mask * valid).flatten(1).any(dim=1)
+        images, prediction, mask, valid = (part[scored] for part in (images, prediction, mask, valid))
+    metrics = reconstruction_metrics(images, prediction, mask, valid)
+    return {name: value.cpu().double().sum().item() for name, value in metrics.items()} | {"count": len(images)}
+
+
+def weighted_mean(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return the means (B,) of values (B, C, H, W) by weights (B, 1, H, W)."""
+    return (values.mean(dim=1, keepdim=True) * weight).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3))
 
 
 def segmentation_areas(prediction: torch.Tensor, annotation: torch.Tensor, num_classes: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from training.arguments import Pair, Parser, integer, number
+from training.launch import InputError
 from training.resolve import check_width
 from training.wording import several
 
@@ -12,14 +13,17 @@ from training.wording import several
 DECODER_FLAGS = {name: f"decoder_{name}" for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
 
 
-def add_mask_flags(parser: Parser, *, strategies: Iterable[str]) -> None:
-    """Add the views of an image and their masks; `strategies` are the names that --mask_strategy takes."""
+def add_mask_flags(parser: Parser, *, strategies: Iterable[str], validities: Iterable[str]) -> None:
+    """Add the views of an image and their masks; the names are those that --mask_strategy and --validity take."""
     flag = parser.add_argument_group("views and masks").add_argument
     flag("--repeated_augmentation", type=integer(1), default=1, metavar="K", help="views of each image (default 1)")
     flag("--mask_ratio", type=number(0, 1), default=0.75, help="share of patches to remove (default 0.75)")
     flag("--mask_strategy", choices=tuple(strategies), default="random", help="how patches are chosen (default random)")
     help_text = "side of the square blocks, in patches, that are removed as a whole under random masks (default 1)"
     flag("--mask_block", type=integer(1), default=1, metavar="N", help=help_text)
+    help_text = "what marks invalid pixels: missing values, besides these the last channel or a mask of each image, or "
+    help_text += "none (default nodata with --nodata, otherwise none)"
+    flag("--validity", choices=("none", *validities), help=help_text)
     help_text = "share of the removed patches that is predicted in training, evenly spread (default 1)"
     flag("--predict_ratio", type=number(0, 1), default=1.0, metavar="R", help=help_text)
 
@@ -121,6 +125,26 @@ def check_components(num_components: int | None, num_values: int) -> list[str]:
     if (num_components or 0) <= num_values:
         return []
     return [f"--num_components {num_components} is more than the {num_values} values of a patch; give at most that"]
+
+
+def resolve_validity(given: str | None, target: str, nodata: float | None, previous: dict) -> str | None:
+    """Return what tells invalid pixels, None if all are valid.
+
+    Args:
+        given: --validity, None if it was left out.
+        target: --target.
+        nodata: the number of pixels without data.
+        previous: the flags of the run to resume, or {}.
+
+    Raises:
+        InputError: for a target that is no pixels.
+    """
+    counts_pixels = target in ("normalized", "pixels")
+    if given is None:
+        return previous.get("validity") if previous else "nodata" if nodata is not None and counts_pixels else None
+    if given != "none" and not counts_pixels:
+        raise InputError(f"--validity {given} needs --target normalized or pixels, not {target}; leave one of them out")
+    return None if given == "none" else given
 
 
 def check_views(views: int, micro_batch_size: int) -> list[str]:
