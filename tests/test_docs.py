@@ -85,7 +85,8 @@ NAMING_FLAGS = [path for path in (*PAGES, *RECIPES, *CONFIGS) if path.name != "C
 @pytest.mark.parametrize("path", NAMING_FLAGS, ids=name_of)
 def test_every_flag_that_a_page_names_exists(path, parsers):
     known = OTHER_FLAGS.union(*map(flags_of, parsers.values()))
-    assert not set(re.findall(r"(?<![\w/-])--[a-z][\w-]*", path.read_text())) - known
+    unknown = set(re.findall(r"(?<![\w/-])--[a-z][\w-]*", path.read_text())) - known
+    assert not unknown
 
 
 def test_help_or_a_page_explains_every_flag(parsers):
