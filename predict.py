@@ -325,9 +325,8 @@ def main(argv=None):
         predict_batch = partial(predict_labels, segment=segment, classes=classes, **pictures, **shared)
         batch_size = 1  # sizes differ, and neither rounding nor memory depends on other images
     else:
-        ratio = model.mask_ratio if args.mask_ratio is None else args.mask_ratio
+        model.mask_ratio = model.mask_ratio if args.mask_ratio is None else args.mask_ratio
         patches = math.prod(encoder.grid)
-        model.num_kept = int(patches * (1 - ratio))
         task = f"{model.num_kept} of {patches} patches seen, the others predicted"
         mask = dict(mask_strategy=args.mask_strategy or "random", mask_block=args.mask_block or 1, seed=args.seed or 0)
         transform = partial(masked_crop, size=encoder.img_size, grid=encoder.grid, num_kept=model.num_kept, **mask)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from modeling.position import sincos_positions
-from modeling.vit import MLP, Block, VisionTransformer, attend, initialize_like_paper, run_blocks
+from modeling.position import resize_positions, sincos_positions
+from modeling.vit import MLP, Block, Grid, VisionTransformer, attend, initialize_like_paper, run_blocks
 
 
 class Decoder(nn.Module):
@@ -50,7 +50,7 @@ class Decoder(nn.Module):
             raise ValueError(f"{num_heads} heads do not divide a decoder width of {embed_dim}")
         self.embed_dim, self.depth, self.num_heads, self.mlp_ratio = embed_dim, depth, num_heads, mlp_ratio
 
-        self.num_cls_tokens = encoder.num_cls_tokens
+        self.num_cls_tokens, self.grid = encoder.num_cls_tokens, encoder.grid
         positions = sincos_positions(encoder.grid, embed_dim, prefix_tokens=self.num_cls_tokens)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.add_blocks(encoder.embed_dim)
@@ -66,6 +66,12 @@ class Decoder(nn.Module):
         blocks = [Block(self.embed_dim, self.num_heads, self.mlp_ratio) for _ in range(self.depth)]
         self.blocks = nn.ModuleList(blocks)
 
+    def positions(self, grid: Grid | None) -> torch.Tensor:
+        """Return the positions (S + L, D) of class tokens and patches, resized if `grid` is not the encoder's."""
+        return resize_positions(
+            self.pos_embed, self.grid, grid or self.grid, prefix_tokens=self.num_cls_tokens
+        ).squeeze(0)
+
     def forward(
         self,
         tokens: torch.Tensor,
@@ -73,14 +79,16 @@ class Decoder(nn.Module):
         mask_token: torch.Tensor,
         last: int | None = None,
         *,
+        grid: Grid | None = None,
         checkpointed: bool = False,
     ) -> torch.Tensor:
         """Predict patches from encoded tokens (B, S + K, D) and the order of patches (B, L), kept ones first.
 
         Attention is permutation-equivariant and positions are added per patch, so the tokens stay in this order.
+        Positions are resized if the patches form another `grid` than the encoder's.
         `checkpointed` is that of `run_blocks`. Returns (B, L, T), or (B, M, T) with `last=M`, in this order.
         """
-        n, positions = self.num_cls_tokens, self.pos_embed.squeeze(0)
+        n, positions = self.num_cls_tokens, self.positions(grid)
         cls_tokens, kept = self.embed(tokens).split([n, tokens.shape[1] - n], dim=1)
         mask_tokens = mask_token.to(kept.dtype).expand(len(kept), order.shape[1] - kept.shape[1], -1)
         patches = torch.cat([kept, mask_tokens], dim=1) + positions[n + order]
@@ -158,6 +166,7 @@ class CrossDecoder(Decoder):
         mask_token: torch.Tensor,
         last: int | None = None,
         *,
+        grid: Grid | None = None,
         checkpointed: bool = False,
     ) -> torch.Tensor:
         """Predict patches as `Decoder.forward` does, kept ones too: from their positions and all encoded tokens.
@@ -165,7 +174,7 @@ class CrossDecoder(Decoder):
         `tokens` (B, S + K, E) is the list of `VisionTransformer.encode_layers` if `reads_layers`.
         """
         predicted = order if last is None else order[:, order.shape[1] - last :]
-        x = mask_token + self.pos_embed.squeeze(0)[self.num_cls_tokens + predicted]  # (B, M, D)
+        x = mask_token + self.positions(grid)[self.num_cls_tokens + predicted]  # (B, M, D)
         inputs = self.weigh(tokens) if self.reads_layers else [tokens] * self.depth
         for block, own in zip(self.blocks, inputs, strict=True):
             x = checkpoint(block, x, own, use_reentrant=False) if checkpointed else block(x, own)

@@ -1,8 +1,10 @@
 """Masked autoencoder: He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners", section 3.
 
-Legend: B batch, C channels, H W pixels, L patches, K kept patches, D width, P patch side, T outputs per patch.
+Legend: B batch, C channels, H W pixels, L patches, K kept and M predicted patches, D width, P patch side, T outputs per
+patch.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,7 +13,7 @@ from torch import nn
 
 from modeling.decoder import Decoder
 from modeling.targets import NormalizedPixels, Target
-from modeling.vit import VisionTransformer, patchify, take, training_flops, unpatchify
+from modeling.vit import Grid, VisionTransformer, patchify, take, training_flops, unpatchify
 
 
 class MAEOutput(NamedTuple):
@@ -45,16 +47,29 @@ class MaskedAutoencoder(nn.Module):
         predict_ratio: float = 1.0,
     ):
         super().__init__()
-        num_patches = encoder.grid[0] * encoder.grid[1]
-        self.num_kept = int(num_patches * (1 - mask_ratio))
-        if not 0 < self.num_kept < num_patches:
-            raise ValueError(f"a mask ratio of {mask_ratio} keeps {self.num_kept} of {num_patches} patches")
-        self.num_predicted = round((num_patches - self.num_kept) * predict_ratio)
-        if not self.num_predicted:
-            raise ValueError(f"a ratio of {predict_ratio} predicts none of {num_patches - self.num_kept} patches")
-        self.mask_ratio = mask_ratio
+        self.mask_ratio, self.predict_ratio = mask_ratio, predict_ratio
         self.mask_token = nn.Parameter(decoder.new_mask_token)
         self.encoder, self.decoder, self.target = encoder, decoder, target or NormalizedPixels(encoder)
+        num_patches = encoder.grid[0] * encoder.grid[1]
+        if not 0 < self.num_kept < num_patches:
+            raise ValueError(f"a mask ratio of {mask_ratio} keeps {self.num_kept} of {num_patches} patches")
+        if not self.num_predicted:
+            raise ValueError(f"a ratio of {predict_ratio} predicts none of {num_patches - self.num_kept} patches")
+
+    def count(self, num_patches: int) -> tuple[int, int]:
+        """Return K and M of an image of `num_patches`."""
+        num_kept = int(num_patches * (1 - self.mask_ratio))
+        return num_kept, round((num_patches - num_kept) * self.predict_ratio)
+
+    @property
+    def num_kept(self) -> int:
+        """Return K for images of the encoder's size."""
+        return self.count(math.prod(self.encoder.grid))[0]
+
+    @property
+    def num_predicted(self) -> int:
+        """Return M for images of the encoder's size: the removed patches that `forward` predicts for a loss alone."""
+        return self.count(math.prod(self.encoder.grid))[1]
 
     def forward(
         self,
@@ -68,46 +83,49 @@ class MaskedAutoencoder(nn.Module):
     ) -> MAEOutput | torch.Tensor:
         """Reconstruct images (B, C, H, W); the K smallest values of `noise` (B, L) mark the kept patches.
 
+        Images may be of another size than the encoder's; positions are then resized, and K and M follow, see `count`.
+
         Args:
             normalize: normalizes patches (B, N, P*P*C) of images that are not, so that 8-bit pixels are gathered.
             features: the target (B, L, T) of all patches, if it is a teacher's.
             valid: which pixels (B, 1, H, W) count in the loss of a target of pixels; `noise` must remove the patches
                 without any, see `PretrainingDataset`. None: all.
-            loss_only: return the loss (), of `num_predicted` removed patches, and predict no others.
+            loss_only: return the loss (), of M removed patches, and predict no others.
         """
-        patches = patchify(images, self.encoder.patch_size)
-        order = noise.argsort(dim=1, stable=True)  # kept patches first
+        patches, grid = patchify(images, self.encoder.patch_size), self.encoder.grid_of(images)
+        order, num_kept = noise.argsort(dim=1, stable=True), self.count(noise.shape[1])[0]  # kept patches first
         if loss_only:
             order = self.leave_out(order)
-        kept, removed = (take(patches, part) for part in (order[:, : self.num_kept], order[:, self.num_kept :]))
+        kept, removed = (take(patches, part) for part in (order[:, :num_kept], order[:, num_kept:]))
         if normalize is not None:
             kept, removed = normalize(kept), normalize(removed)
-        tokens = self.encoder.embed(kept, order[:, : self.num_kept])
+        tokens = self.encoder.embed(kept, order[:, :num_kept], grid)
         tokens = self.encoder.encode_layers(tokens) if self.decoder.reads_layers else self.encoder.encode(tokens)
         checkpointed = self.encoder.gradient_checkpointing and self.training
         last = removed.shape[1] if loss_only else None
-        prediction = self.decoder(tokens, order, self.mask_token, last, checkpointed=checkpointed)
+        prediction = self.decoder(tokens, order, self.mask_token, last, grid=grid, checkpointed=checkpointed)
         if features is None and self.target.whole_image:
-            features = self.target(patches if normalize is None else normalize(patches))
+            features = self.target(patches if normalize is None else normalize(patches), grid)
         options = {}
         if valid is not None:
-            options["valid"] = take(patchify(valid, self.encoder.patch_size), order[:, self.num_kept :])
-        target = self.target(removed, **options) if features is None else take(features, order[:, self.num_kept :])
+            options["valid"] = take(patchify(valid, self.encoder.patch_size), order[:, num_kept:])
+        target = self.target(removed, **options) if features is None else take(features, order[:, num_kept:])
         loss = self.target.loss(prediction[:, -removed.shape[1] :], target, **options)
         if loss_only:
             return loss
         restore = order.argsort(dim=1)  # position of each patch in `order`
-        return MAEOutput(loss, take(prediction, restore), mask=(restore >= self.num_kept).float())
+        return MAEOutput(loss, take(prediction, restore), mask=(restore >= num_kept).float())
 
     def leave_out(self, order: torch.Tensor) -> torch.Tensor:
         """Return the order of patches (B, L) without removed ones that are not predicted: (B, K + M).
 
         The M are evenly spaced in the order of the noise: under every mask strategy a random share of the removed.
         """
-        kept, removed = order[:, : self.num_kept], order[:, self.num_kept :]
-        if self.num_predicted == removed.shape[1]:
+        num_kept, num_predicted = self.count(order.shape[1])
+        kept, removed = order[:, :num_kept], order[:, num_kept:]
+        if num_predicted == removed.shape[1]:
             return order
-        chosen = torch.arange(self.num_predicted, device=order.device) * removed.shape[1] // self.num_predicted
+        chosen = torch.arange(num_predicted, device=order.device) * removed.shape[1] // num_predicted
         return torch.cat([kept, removed[:, chosen]], dim=1)
 
     def reconstruct(
@@ -128,11 +146,15 @@ class MaskedAutoencoder(nn.Module):
         side = self.encoder.patch_size
         return unpatchify(mask.unsqueeze(-1).expand(-1, -1, side * side), side, self.encoder.grid)
 
-    def training_flops(self) -> float:
-        """Return the floating-point operations of the matrix products of a training step, per image."""
-        num_patches = self.encoder.grid[0] * self.encoder.grid[1]
+    def training_flops(self, img_size: Grid | None = None) -> float:
+        """Return the floating-point operations of the matrix products of a training step, per image.
+
+        Images are of the encoder's size, or of `img_size`, H and W.
+        """
+        height, width = img_size or self.encoder.img_size
+        num_patches = height * width // self.encoder.patch_size**2
         noise, features = (torch.empty(2, num_patches, *size, device="meta") for size in ((), (self.target.width,)))
-        return training_flops(self, noise, features=features, loss_only=True)
+        return training_flops(self, noise, img_size=(height, width), features=features, loss_only=True)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters, besides biases and norms, without weight decay: none in the paper."""

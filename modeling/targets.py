@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modeling.vit import VisionTransformer, patchify, unpatchify
+from modeling.vit import Grid, VisionTransformer, patchify, unpatchify
 
 
 class Target(nn.Module):
@@ -24,7 +24,7 @@ class Target(nn.Module):
     title = ""  # in words
     invertible = True  # whether predictions can be turned into pixels, for pictures and PSNR
     uses_true_patch_statistics = False  # whether this needs the mean and standard deviation of each true patch
-    whole_image = False  # whether `forward` needs all patches of the grid, in row-major order
+    whole_image = False  # whether `forward` needs all patches, in row-major order, and their grid
 
     def __init__(self, encoder: VisionTransformer, width: int | None = None):
         super().__init__()
@@ -153,8 +153,8 @@ class HOG(Target):
         self.width = (self.patch_size // self.cell) ** 2 * encoder.in_channels * self.num_bins
         self.title = f"HOG, {self.num_bins} orientations in cells of {self.cell} x {self.cell} pixels"
 
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        images = unpatchify(patches.float(), self.patch_size, self.grid)  # gradients cross the borders of patches
+    def forward(self, patches: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
+        images = unpatchify(patches.float(), self.patch_size, grid or self.grid)  # gradients cross borders of patches
         rows = F.pad(images[:, :, 2:] - images[:, :, :-2], (0, 0, 1, 1))  # 0 at the borders of the image
         columns = F.pad(images[..., 2:] - images[..., :-2], (1, 1))
         magnitude = torch.hypot(rows, columns)

@@ -5,6 +5,7 @@ Legend: as in targets.py.
 
 import hashlib
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -33,33 +34,34 @@ class Teacher(nn.Module):
 
     Args:
         model: returns tokens (B, N, T), the patches last, or an output of transformers with `last_hidden_state`.
-        size: H and W of the images that the model sees.
-        num_patches: L.
+        patch_size: the model's, in pixels.
+        grid: the patches of the student, unless `forward` is given others.
         width: T.
         statistics: mean and standard deviation of the channels, for the normalization of images in [0, 1].
         options: keyword arguments of the model.
     """
 
-    def __init__(self, model: nn.Module, *, size: Grid, num_patches: int, width: int, statistics: tuple, options: dict):
+    def __init__(self, model: nn.Module, *, patch_size: int, grid: Grid, width: int, statistics: tuple, options: dict):
         super().__init__()
         self.model, self.options = model.eval().requires_grad_(False), options
-        self.size, self.num_patches, self.width = size, num_patches, width
-        self.description = (
-            f"{type(model).__name__}, {width} wide, images of {size[0]} x {size[1]}, mean {statistics[0]}, "
-        )
+        self.patch_size, self.grid, self.width = patch_size, grid, width
+        size = "{} x {}".format(*(count * patch_size for count in grid))
+        self.description = f"{type(model).__name__}, {width} wide, images of {size}, mean {statistics[0]}, "
         self.description += f"std {statistics[1]}"
         self.register_buffer("mean", torch.tensor(statistics[0]).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(statistics[1]).view(-1, 1, 1))
 
     @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
         """Return the tokens of images (B, C, H, W), uint8 or float32 in [0, 1], in float32: (B, L, T)."""
+        grid = grid or self.grid
+        size = tuple(count * self.patch_size for count in grid)
         images = images if images.is_floating_point() else images.float() / 255
         images = (images - self.mean) / self.std
-        if images.shape[2:] != self.size:
-            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
+        if images.shape[2:] != size:
+            images = F.interpolate(images, size, mode="bicubic", antialias=True)
         output = self.model(images, **self.options)
-        tokens = getattr(output, "last_hidden_state", output)[:, -self.num_patches :].float()
+        tokens = getattr(output, "last_hidden_state", output)[:, -math.prod(grid) :].float()
         return F.layer_norm(tokens, tokens.shape[-1:])
 
     def fingerprint(self) -> str:
@@ -96,7 +98,7 @@ def open_teacher(path: str, *, grid: Grid, in_channels: int, value_range: tuple 
         theirs, ours = ("{:g} to {:g}".format(*each) for each in (trained.value_range, value_range or (0, 255)))
         raise WeightsError(f"{path}: a teacher of pixels from {theirs}, the data have {ours}; give another teacher")
     statistics = trained.mean, trained.std
-    shape = dict(size=size, num_patches=grid[0] * grid[1], width=trained.encoder.embed_dim)
+    shape = dict(patch_size=sizes["patch_size"], grid=grid, width=trained.encoder.embed_dim)
     teacher = Teacher(trained.encoder, **shape, statistics=statistics, options={})
     teacher.description += "".join(f"; assumed: {assumption}" for assumption in trained.assumed)
     return teacher
@@ -124,8 +126,7 @@ def _open_tower(folder: Path, grid: Grid, in_channels: int, options: dict) -> Te
     if not all(isinstance(values, list) and len(values) == in_channels for values in statistics):
         expected = f"expected lists of {in_channels} numbers in image_mean and image_std"
         raise WeightsError(f"{folder}: preprocessor_config.json has {statistics}; {expected}; copy the folder again")
-    size = tuple(config.patch_size * count for count in grid)
-    shape = dict(size=size, num_patches=grid[0] * grid[1], width=config.hidden_size)
+    shape = dict(patch_size=config.patch_size, grid=grid, width=config.hidden_size)
     return Teacher(model, **shape, statistics=statistics, options=options)
 
 

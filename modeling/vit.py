@@ -190,19 +190,20 @@ def run_blocks(
     return x
 
 
-def training_flops(model: nn.Module, *inputs: torch.Tensor, **options) -> float:
+def training_flops(model: nn.Module, *inputs: torch.Tensor, img_size: Grid | None = None, **options) -> float:
     """Return the floating-point operations of the matrix products of a training step, per image.
 
-    PyTorch counts them in a step without values, on images (2, C, H, W) of the encoder's size. Frozen layers count as
-    far as gradients pass through them, gradient checkpointing does not count. `inputs` are those after the images, on
-    the "meta" device.
+    PyTorch counts them in a step without values, on images (2, C, H, W) of the encoder's size or of `img_size`. Frozen
+    layers count as far as gradients pass through them, gradient checkpointing does not count. `inputs` are those after
+    the images, on the "meta" device.
     """
     tensors = [*model.parameters(), *model.buffers()]
     empty = {id(t): torch.empty_like(t, device="meta", requires_grad=t.requires_grad) for t in tensors}
     model = copy.deepcopy(model, empty).train()
     encoder = getattr(model, "encoder", model)
     encoder.gradient_checkpointing = False
-    images = torch.empty(2, encoder.in_channels, *encoder.img_size, device="meta")  # two, because BatchNorm needs them
+    size = (2, encoder.in_channels, *(img_size or encoder.img_size))  # two, because BatchNorm needs them
+    images = torch.empty(size, device="meta")
     with FlopCounterMode(display=False) as counter:
         outputs = model(images, *inputs, **options)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -295,14 +296,18 @@ class VisionTransformer(nn.Module):
         cls_tokens = (self.cls_token + cls_positions).expand(x.shape[0], -1, -1)
         return torch.cat([cls_tokens.to(x.dtype), x], dim=1)
 
+    def grid_of(self, images: torch.Tensor) -> Grid:
+        """Return the grid of whole patches in images (B, C, H, W)."""
+        return images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
+
     def split(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Split tokens (B, T + K, D) into class tokens (B, T, D) and patch tokens (B, K, D)."""
         return tokens[:, : self.num_cls_tokens], tokens[:, self.num_cls_tokens :]
 
-    def encode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Apply all blocks and the final norm: (B, N, D) -> (B, N, D)."""
+    def encode(self, tokens: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
+        """Apply all blocks and the final norm: (B, N, D) -> (B, N, D). The patches may form another `grid`."""
         checkpointed = self.gradient_checkpointing and self.training
-        return self.norm(run_blocks(self.blocks, tokens, checkpointed=checkpointed, grid=self.grid))
+        return self.norm(run_blocks(self.blocks, tokens, checkpointed=checkpointed, grid=grid or self.grid))
 
     def encode_layers(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """Return the tokens (B, N, D) before the first and after every block, the last ones after the final norm."""
@@ -313,8 +318,12 @@ class VisionTransformer(nn.Module):
         return [*layers[:-1], self.norm(tokens)]
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode images (B, C, H, W) as tokens (B, T + L, D) after the final norm, as timm's method of this name."""
-        return self.encode(self.embed(patchify(images, self.patch_size)))
+        """Encode images (B, C, H, W) as tokens (B, T + L, D) after the final norm, as timm's method of this name.
+
+        Positions and biases are resized to the patches' grid.
+        """
+        grid = self.grid_of(images)
+        return self.encode(self.embed(patchify(images, self.patch_size), grid=grid), grid)
 
     forward = forward_features
 
@@ -324,8 +333,7 @@ class VisionTransformer(nn.Module):
         Images (B, C, H, W) may have any size: a remainder beyond whole patches is cut off, and positions and biases are
         resized to the patches' grid, as in transformers' BEiT.
         """
-        side, (height, width) = self.patch_size, images.shape[2:]
-        h, w = height // side, width // side
+        side, (height, width), (h, w) = self.patch_size, images.shape[2:], self.grid_of(images)
         if not h * w:
             raise ValueError(f"an image of {height} x {width} pixels is smaller than a patch of {side}; enlarge it")
         x = self.embed(patchify(images[:, :, : h * side, : w * side], side), grid=(h, w))

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from data.batches import Normalization
+from modeling.position import resize_positions
 from modeling.targets import NormalizedPixels, Pixels
 from modeling.vit import SIZES, VisionTransformer, patchify, unpatchify
 from modeling.weights import load_weights
@@ -52,6 +53,47 @@ def test_loss_prediction_and_mask_equal_transformers(name, batch, mask_ratio):
         assert torch.equal(output.mask, expected.mask)
         torch.testing.assert_close(output.prediction, expected.logits, rtol=0, atol=1e-5)
         torch.testing.assert_close(output.loss, expected.loss, rtol=0, atol=1e-5)
+
+
+def test_images_of_another_size_equal_transformers():
+    theirs = transformers_model(SIZES["tiny"])
+    ours = build_autoencoder(VisionTransformer(**SIZES["tiny"])).eval()
+    load_weights(ours, theirs.state_dict())
+    images, noise, table = torch.randn(2, 3, 96, 96), torch.rand(2, 36), theirs.decoder.decoder_pos_embed.data
+    # Its decoder resizes positions along rows and not in the image, which leaves a table of the new size as it is
+    patches = table[:, 1:].unflatten(1, (14, 14)).permute(0, 3, 1, 2)
+    patches = nn.functional.interpolate(patches, (6, 6), mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
+    theirs.decoder.decoder_pos_embed.data = torch.cat([table[:, :1], patches], dim=1)
+    theirs.config.norm_pix_loss = True
+    with torch.inference_mode():
+        expected = theirs(images, noise=noise, interpolate_pos_encoding=True)
+        output = ours(images, noise)
+    assert torch.equal(output.mask, expected.mask) and (output.mask == 0).sum() == 2 * 9
+    torch.testing.assert_close(output.prediction, expected.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(output.loss, expected.loss, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(decoder="cross", target="hog", predict_ratio=0.5)])
+def test_images_of_another_size_equal_those_of_a_model_of_that_size(options):
+    """Loss, gradients and operations equal those of a model whose position tables have been resized."""
+    large, small = (
+        randomize(build_autoencoder(new_encoder(**SMALL | dict(img_size=size)), **DECODER | options))
+        for size in (32, (24, 16))
+    )
+    tables = {
+        name: resize_positions(table, (4, 4), (3, 2))
+        for name, table in large.state_dict().items()
+        if name.endswith("pos_embed")
+    }
+    small.load_state_dict(large.state_dict() | tables)
+    images, noise = torch.rand(2, 3, 24, 16), torch.rand(2, 6)
+    losses = [model(images, noise, loss_only=True) for model in (large, small)]
+    assert len(tables) == 2 and torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    pairs = zip(large.parameters(), small.parameters(), strict=True)
+    assert all(torch.equal(one.grad, other.grad) for one, other in pairs if one.requires_grad)
+    assert large.training_flops((24, 16)) == small.training_flops() < large.training_flops()
 
 
 def test_gradients_equal_transformers():

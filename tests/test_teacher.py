@@ -55,6 +55,8 @@ def test_towers_of_transformers(name, tmp_path):
     other = open_teacher(str(tmp_path), grid=(2, 3), in_channels=3)
     assert other(torch.rand(2, 3, 64, 96)).shape == (2, 6, 32)  # images of another size and patch size
     assert other.fingerprint() == teacher.fingerprint()
+    smaller = open_teacher(str(tmp_path), grid=(2, 2), in_channels=3)
+    assert torch.equal(teacher(images[:, :, :16, :16], (2, 2)), smaller(images[:, :, :16, :16]))
     torch.nn.init.zeros_(next(other.parameters()))
     assert other.fingerprint() != teacher.fingerprint()
 
@@ -70,7 +72,9 @@ def test_an_encoder_of_this_project(tmp_path):
     assert not teacher(images).requires_grad
     # The student's patches of 4 pixels: the teacher, whose patches have 8, sees the image at twice its size
     resized = open_teacher(str(tmp_path), grid=(8, 8), in_channels=4)
-    assert resized.size == (64, 64) and resized(images).shape == (2, 64, 32)
+    assert "images of 64 x 64" in resized.description and resized(images).shape == (2, 64, 32)
+    smaller = open_teacher(str(tmp_path), grid=(2, 2), in_channels=4)
+    assert torch.equal(teacher(images[:, :, :16, :16], (2, 2)), smaller(images[:, :, :16, :16]))
     with pytest.raises(WeightsError, match="input_channels of the teacher is 4 instead of 3; give another teacher"):
         open_teacher(str(tmp_path), grid=(4, 4), in_channels=3)
     open_teacher(str(tmp_path), grid=(4, 4), in_channels=4, value_range=(0, 10000))  # its files state no range

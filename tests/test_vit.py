@@ -219,6 +219,9 @@ def test_features_with_bias_and_scale_equal_timms_beit(img_size):
     torch.testing.assert_close(ours(images), expected, rtol=0, atol=2e-5)
     last = ours.norm(ours.forward_layers(images, [3])[0].flatten(2).transpose(1, 2))
     torch.testing.assert_close(last, expected[:, 1:], rtol=0, atol=2e-5)
+    other = torch.randn(2, 3, 48, 24)
+    last = ours.norm(ours.forward_layers(other, [3])[0].flatten(2).transpose(1, 2))
+    torch.testing.assert_close(ours(other)[:, 1:], last, rtol=0, atol=2e-5)
     with torch.autocast("cpu", torch.bfloat16):
         assert (ours(images) - expected).abs().mean() < 0.02
 
