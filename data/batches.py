@@ -268,15 +268,20 @@ def make_loader(dataset: Dataset, batches, *, num_workers: int, pin_memory: bool
 
 
 def training_batches(
-    dataset: Dataset, sampler: StepSampler, *, num_workers: int, pin_memory: bool = False
+    dataset: Dataset,
+    sampler: StepSampler,
+    *,
+    num_workers: int,
+    pin_memory: bool = False,
+    largest: Dataset | None = None,
 ) -> Iterator[tuple[int, NamedTuple]]:
     """Return an iterator over (model seed, micro-batch); the workers start at once.
 
     The seed is for the model's own draws in that forward pass, see `sampling.model_seed`. Raises WorkerError if the
-    batches do not fit in shared memory.
+    batches do not fit in shared memory, or those of `largest`, which will follow.
     """
     if num_workers:
-        sample = dataset.__getitems__([(0, 0)])
+        sample = (largest or dataset).__getitems__([(0, 0)])
         size = sum(part.nbytes for part in sample if isinstance(part, torch.Tensor)) * sampler.micro_batch_size
         check_shared_memory(size, num_workers)
     loader = make_loader(dataset, sampler, num_workers=num_workers, pin_memory=pin_memory)

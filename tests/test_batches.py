@@ -9,6 +9,7 @@ import torch
 from conftest import write_images
 from PIL import Image
 
+from data import batches
 from data.augment import RandAugment
 from data.batches import (
     FIXED_EPOCH,
@@ -255,6 +256,17 @@ def test_training_batches_come_with_the_seeds_of_the_model(source, num_workers):
     for (_, batch), items in zip(pairs, sampler, strict=True):
         expected = dataset(source).__getitems__(items)
         assert torch.equal(batch.images, expected.images) and torch.equal(batch.noise, expected.noise)
+
+
+def test_memory_of_workers_is_checked_for_the_largest_batches_to_come(source, monkeypatch):
+    checked, large = [], dataset(source, crop=RandomCrop((160, 240)))
+    monkeypatch.setattr(batches, "check_shared_memory", lambda *words: checked.append(words))
+    for options in ({}, dict(largest=large)):
+        sampler = StepSampler(len(source), steps=range(1), global_batch_size=4, micro_batch_size=4)
+        ((_, batch),) = training_batches(dataset(source), sampler, num_workers=1, **options)
+        assert batch.images.shape[2:] == SIZE
+    (small, _), (other, _) = checked
+    assert small == 4 * (3 * 16 * 24 + 6 * 4) and other == 4 * (3 * 160 * 240 + 6 * 4)
 
 
 def test_normalization_and_its_inverse():
