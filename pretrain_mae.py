@@ -51,7 +51,6 @@ from training.resolve import (
     ENCODER_FLAGS,
     ImageFormat,
     check_preview,
-    check_size,
     check_width,
     encoder_flags,
     encoder_sizes,
@@ -92,7 +91,7 @@ def parse_args(argv=None):
     flag("--num_preview_images", type=integer(0), default=8, help="rows of the pictures (default 8)")
     arguments.add_preview_flag(flag)
     args, errors = parser.read(argv)
-    args.model, args.img_size = args.model or "base", args.img_size or [224]
+    args.model = args.model or "base"
     return args, errors + check_flags(args)
 
 
@@ -102,8 +101,7 @@ def check_flags(args):
     errors += pretraining.check_decoder(args, DECODERS[args.decoder]) + pretraining.check_target(args)
     vars(args).update(encoder_flags(encoder_sizes(vars(args), SIZES[args.model])))
     errors += check_width("encoder", args.encoder_embed_dim, args.encoder_num_heads)
-    size_errors = check_size("img_size", args.img_size, args.patch_size)
-    return errors + check_muon(args.optimizer) + (size_errors or pretraining.check_masks(args))
+    return errors + check_muon(args.optimizer) + pretraining.check_sizes(args)
 
 
 def build_model(
@@ -114,6 +112,13 @@ def build_model(
     target = TARGETS[target](encoder, width)
     decoder = DECODERS[kind](encoder, **decoder, num_outputs=target.width, custom_weight_init=custom_weight_init)
     return MaskedAutoencoder(encoder, decoder, target, **options)
+
+
+def build_dataset(source, crop, *, model, seed=0, **options):
+    """Build the data set of crops and masks for the model, with the seed of validation by default."""
+    grid = tuple(side // model.encoder.patch_size for side in crop.size)
+    num_kept, _ = model.count(math.prod(grid))
+    return PretrainingDataset(source, crop=crop, grid=grid, num_kept=num_kept, seed=seed, **options)
 
 
 def build_optimizer(model, name, weight_decay, **decay):
@@ -144,8 +149,9 @@ def optimizer_step(accelerator, model, optimizer, batches, normalize, *, max_gra
         with accelerator.accumulate(model):
             torch.manual_seed(seed)
             images, noise, valid = to_device(batch, accelerator.device)
+            grid = teacher and accelerator.unwrap_model(model).encoder.grid_of(images)
             with accelerator.autocast():
-                options = dict(features=teacher(images) if teacher else None, valid=valid, loss_only=True)
+                options = dict(features=teacher(images, grid) if teacher else None, valid=valid, loss_only=True)
                 micro_loss = model(images, noise, normalize=normalize.patches, **options)
             accelerator.backward(micro_loss)
             loss += micro_loss.detach() / accelerator.gradient_accumulation_steps
@@ -291,6 +297,7 @@ def main(argv=None):
     with run.refusing(InputError):
         views, check_batch = args.repeated_augmentation, partial(pretraining.check_views, args.repeated_augmentation)
         run.plan_steps(len(train_source) * views, check_batch, recipe_epochs=(WARMUP_EPOCHS, EPOCHS))
+        stages = pretraining.plan_stages(args.img_size_schedule, args.img_size, run.plan.length.total_steps)
     with run.refusing(WeightsError, flag="--teacher"):
         shape = dict(grid=[side // args.patch_size for side in args.img_size], in_channels=pixels.channels)
         teacher = args.teacher and open_teacher(args.teacher, value_range=pixels.value_range, **shape).to(run.device)
@@ -328,11 +335,9 @@ def main(argv=None):
     if args.micro_batch_size == "auto":
         try_step = partial(empty_step, run.accelerator, **step_options)
         run.fit_micro_batch(try_step, model, optimizer)
-    words = args.mask_strategy + ", of patches with valid pixels" * bool(validity)
-    words += f", blocks of {args.mask_block} x {args.mask_block}" if args.mask_block > 1 else ""
-    run.print_plan(pretraining.describe_model(model, words), images, views=args.repeated_augmentation)
-    masks = dict(mask_strategy=args.mask_strategy, mask_block=args.mask_block, pixels=pixels)
-    masks |= dict(grid=model.encoder.grid, num_kept=model.num_kept)
+    masks = dict(mask_strategy=args.mask_strategy, mask_block=args.mask_block)
+    run.print_plan(pretraining.describe_model(model, stages, validity=validity, **masks), images, views=views)
+    new_data = partial(build_dataset, model=model, pixels=pixels, **masks)
     model, optimizer = run.prepare(model, optimizer)
     run.prepare_sources()
     if run.needs_warm_up:
@@ -341,16 +346,20 @@ def main(argv=None):
 
     # Batches
     size = tuple(args.img_size)
-    train_crop = RandomCrop(size, tuple(args.crop_scale), args.fast_decoding)
-    train_data = PretrainingDataset(train_source, crop=train_crop, seed=args.seed, **masks)
-    sampler = StepSampler(len(train_source), views=args.repeated_augmentation, **run.sampling)
-    batches = run.timed(training_batches(train_data, sampler, **run.loading))
+    crops = [RandomCrop(stage.size, tuple(args.crop_scale), args.fast_decoding) for stage in stages]
+    train_data = {crop.size: new_data(train_source, crop, seed=args.seed) for crop in crops}
+
+    def load(stage):
+        sampler = StepSampler(len(train_source), views=views, **run.sampling | dict(steps=stage.steps))
+        return training_batches(train_data[stage.size], sampler, largest=train_data[size], **run.loading)
+
+    batches = run.timed(pretraining.staged_batches(stages, load, run.start_step, run.rehearsal))
     read = partial(own_batches, batch_size=min(run.batch.micro, 256), **run.reading)
-    validation_data = PretrainingDataset(validation_source or train_source, crop=CentreCrop(size), seed=0, **masks)
+    validation_data = new_data(validation_source or train_source, CentreCrop(size))
     indices = range(len(validation_source)) if validation_source else spread(1000, len(train_source))
     evaluation = dict(teacher=teacher, read=read, preview=(args.num_preview_images, shown_channels))
     if args.target == "pca":
-        fit_components(run.accelerator.unwrap_model(model), train_data, normalize, device=run.device, read=read)
+        fit_components(run.accelerator.unwrap_model(model), train_data[size], normalize, device=run.device, read=read)
 
     # Loop
     lr_at, steps_per_epoch = partial(learning_rate_at, **run.plan.schedule), run.plan.length.steps_per_epoch
@@ -361,9 +370,8 @@ def main(argv=None):
                 evaluate(run, run.plain_model(), validation_data, indices, normalize, **evaluation)
         if args.knn_every and run.is_due(step, max(1, round(args.knn_every * steps_per_epoch)), "rankme"):
             with run.paused():
-                crop = CentreCrop(size, CROP_RATIO)  # that of encoder/preprocessor_config.json
                 sources = map(keep_labelled, run.sources) if has_labels else run.sources[:1]
-                data = [PretrainingDataset(source, crop=crop, seed=0, **masks) for source in sources]
+                data = [new_data(source, CentreCrop(size, CROP_RATIO)) for source in sources]  # the crop of encoder/
                 measure_features(run, run.plain_model(), data, normalize, read=read, most=args.knn_images)
         if step == run.plan.length.total_steps:
             break

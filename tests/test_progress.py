@@ -1,5 +1,6 @@
 import json
 import sys
+from itertools import repeat
 from types import ModuleType, SimpleNamespace
 from unittest.mock import Mock
 
@@ -11,7 +12,7 @@ from conftest import ROOT, log_of, run_code
 from PIL import Image
 
 from training.launch import RunError
-from training.plan import BatchPlan, LengthPlan, Plan
+from training.plan import BatchPlan, LengthPlan, Plan, Stage
 from training.progress import DamagedImages, Progress, Rehearsal, best_of, truncate_log
 from training.trackers import finish_trackers, start_trackers
 
@@ -96,6 +97,29 @@ def test_a_rehearsal_times_what_is_not_in_stock(tmp_path, clock, capsys, step_se
     assert not rehearsal.completed(torch.tensor(1.0)) and not rehearsal.completed(torch.tensor(1.0))
     with pytest.raises(RunError, match="a loss of the dry run is not finite"):
         rehearsal.completed(torch.tensor(float("nan")))
+
+
+def test_a_rehearsal_times_each_stage(tmp_path, clock, capsys):
+    """Seconds and waiting are means over the steps that the run has left."""
+    progress, crew, loaded = begin(tmp_path), SimpleNamespace(any=bool, signal_name=None), []
+    rehearsal = Rehearsal(progress, crew, read_ahead=0)
+    stages = [Stage((16, 16), range(2, 3)), Stage((32, 32), range(3, 6))]
+
+    def load(stage):
+        loaded.append(stage.steps.start)
+        return repeat(1 if stage.size == (16, 16) else 3)
+
+    for seconds in rehearsal.walk(stages, load):
+        clock.now += seconds
+        progress.waited += 0.5
+        if rehearsal.completed(torch.tensor(1.0)):
+            break
+    # A step, more than three seconds and more than ten in each stage
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    report = "dry run    15 steps timed after 8: 2.5 s a step, 3.2 images/s, data wait 20%, peak memory "
+    assert loaded == [2, 3] and lines[0].startswith(report)
+    assert lines[1:3] == ["16 x 16: 1 s a step, 1 step", "32 x 32: 3 s a step, 3 steps"]
+    assert lines[3] == "4 steps take 10 seconds, without validation and saving; nothing was written"
 
 
 def test_a_rehearsal_waits_for_the_device_at_the_end_of_a_phase(tmp_path, clock, monkeypatch, capsys):

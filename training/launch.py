@@ -210,6 +210,7 @@ def prepare_compiler(device: torch.device) -> list[str]:
     import torchmetrics.functional.image  # noqa: F401 - validation's; importing it later recompiles, in torch 2.8
 
     torch._dynamo.reset()  # what earlier runs of this process compiled counts towards a limit
+    torch._dynamo.config.recompile_limit = 64  # each size of images has a graph of its own
     torch._inductor.config.fallback_random = True
     if hasattr(torch._inductor.config, "deterministic"):  # torch 2.8 lacks it
         torch._inductor.config.deterministic = torch.are_deterministic_algorithms_enabled()

@@ -30,6 +30,13 @@ class LengthPlan(NamedTuple):
     warmup_steps: int
 
 
+class Stage(NamedTuple):
+    """Optimizer steps on images of one size."""
+
+    size: tuple[int, int]  # H and W in pixels
+    steps: range
+
+
 class Plan(NamedTuple):
     """Batch, length and learning rate of a run."""
 

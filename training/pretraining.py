@@ -1,12 +1,17 @@
-"""Flags of a pre-training's views, masks, decoder and target: how they are checked and described."""
+"""Flags of a pre-training's views, sizes, masks, decoder and target: how they are checked and described.
+
+Also the stages of a run whose images grow: their steps, their batches and their cost.
+"""
 
 import argparse
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 
 from training.arguments import Pair, Parser, integer, number
-from training.launch import InputError
-from training.resolve import check_width
+from training.launch import InputError, check
+from training.plan import Stage
+from training.resolve import check_size, check_width
 from training.wording import several
 
 # Argument of the decoder -> flag
@@ -14,8 +19,11 @@ DECODER_FLAGS = {name: f"decoder_{name}" for name in ("embed_dim", "depth", "num
 
 
 def add_mask_flags(parser: Parser, *, strategies: Iterable[str], validities: Iterable[str]) -> None:
-    """Add the views of an image and their masks; the names are those that --mask_strategy and --validity take."""
-    flag = parser.add_argument_group("views and masks").add_argument
+    """Add views, sizes and masks; the names are those that --mask_strategy and --validity take."""
+    flag = parser.add_argument_group("views, sizes and masks").add_argument
+    help_text = "square images of SIZE pixels until a SHARE of the steps, such as 96:0.5 160:0.8 224:1 (default: all "
+    help_text += "of --img_size)"
+    flag("--img_size_schedule", type=size_and_share, nargs="+", metavar="SIZE:SHARE", help=help_text)
     flag("--repeated_augmentation", type=integer(1), default=1, metavar="K", help="views of each image (default 1)")
     flag("--mask_ratio", type=number(0, 1), default=0.75, help="share of patches to remove (default 0.75)")
     flag("--mask_strategy", choices=tuple(strategies), default="random", help="how patches are chosen (default random)")
@@ -55,9 +63,47 @@ def add_decoder_flags(parser: Parser, *, decoders: Iterable[str], targets: Itera
     flag("--adapt_channels", action=Pair, default=False, help="convert --init_from to --input_channels (off)")
 
 
-def check_masks(args: argparse.Namespace) -> list[str]:
-    """Return error messages for the flags of masks on the grid of --img_size and --patch_size, which fit."""
-    grid = [side // args.patch_size for side in args.img_size]
+def size_and_share(text: str) -> str:
+    """Read SIZE:SHARE, in pixels and of the run: an argparse type."""
+    size, _, share = text.partition(":")
+    try:
+        return f"{integer(1)(size)}:{number(0, 1)(share):.9g}"
+    except argparse.ArgumentTypeError:
+        expected = "expected SIZE:SHARE, pixels and a share of the run from 0 to 1, such as 96:0.5"
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid; {expected}") from None
+
+
+def read_schedule(schedule: Sequence[str]) -> list[tuple[int, float]]:
+    """Return the sizes and shares of --img_size_schedule."""
+    return [(int(size), float(share)) for size, share in (text.split(":") for text in schedule)]
+
+
+def check_sizes(args: argparse.Namespace) -> list[str]:
+    """Return error messages for the sizes of images and the masks on them, and fill in --img_size."""
+    schedule = read_schedule(args.img_size_schedule or [])
+    last = [schedule[-1][0]] * 2 if schedule else [224, 224]
+    args.img_size = args.img_size or last
+    errors = [] if schedule else check_size("img_size", args.img_size, args.patch_size)
+    if schedule:
+        sizes, shares = map(list, zip(*schedule, strict=True))
+        text = f"--img_size_schedule {' '.join(args.img_size_schedule)}"
+        if sizes != sorted({*sizes}) or shares != sorted({*shares}):
+            errors.append(f"{text} does not rise; expected rising sizes and shares, such as 96:0.5 160:0.8 224:1")
+        if shares[-1] != 1:
+            errors.append(f"{text} ends before the run; expected a share of 1 for the last size")
+        if args.img_size != last:
+            size = " ".join(map(str, args.img_size))
+            errors.append(f"--img_size {size} is not the last size of {text}; leave --img_size out")
+        errors += [error for size in sizes for error in check_size("img_size_schedule", [size], args.patch_size)]
+    smaller = [
+        f"--img_size_schedule {size}: {error}" for size, _ in schedule[:-1] for error in check_masks(args, [size] * 2)
+    ]
+    return errors or check_masks(args, args.img_size) or smaller
+
+
+def check_masks(args: argparse.Namespace, img_size: Sequence[int]) -> list[str]:
+    """Return error messages for the flags of masks on images of a size that --patch_size divides."""
+    grid = [side // args.patch_size for side in img_size]
     num_patches, errors = math.prod(grid), []
     num_kept = int(num_patches * (1 - args.mask_ratio))
     num_removed = num_patches - num_kept
@@ -157,13 +203,46 @@ def check_views(views: int, micro_batch_size: int) -> list[str]:
     ]
 
 
-def describe_model(model, masks: str) -> list[str]:
-    """Return the plan's lines about a masked autoencoder and its images; `masks` says how patches are chosen."""
+def plan_stages(schedule: Sequence[str] | None, img_size: Sequence[int], total_steps: int) -> list[Stage]:
+    """Return the stages of --img_size_schedule; without one, a single stage.
+
+    Raises:
+        InputError: for a stage without a step.
+    """
+    if not schedule:
+        return [Stage(tuple(img_size), range(total_steps))]
+    sizes, shares = zip(*read_schedule(schedule), strict=True)
+    ends = [round(share * total_steps) for share in shares]
+    stages = [Stage((size, size), range(*steps)) for size, *steps in zip(sizes, [0, *ends[:-1]], ends, strict=True)]
+    remedy = "give it a larger share, or more steps"
+    empty = [word for word, stage in zip(schedule, stages, strict=True) if not stage.steps]
+    check([f"--img_size_schedule {word} has no step in a run of {total_steps}; {remedy}" for word in empty])
+    return stages
+
+
+def staged_batches(stages: list[Stage], load: Callable, start_step: int, rehearsal=None) -> Iterator:
+    """Return an iterator over the batches of a run from `start_step` on, `load(stage)` of one stage after the other.
+
+    A dry run, which has a `rehearsal`, times them one after the other.
+    """
+    left = [Stage(size, range(max(steps.start, start_step), steps.stop)) for size, steps in stages]
+    first, *others = [stage for stage in left if stage.steps] or left[-1:]
+    if rehearsal:
+        return rehearsal.walk([first, *others], load)
+    return chain(load(first), chain.from_iterable(map(load, others)))
+
+
+def describe_model(
+    model, stages: list[Stage], *, mask_strategy: str, mask_block: int, validity: str | None
+) -> list[str]:
+    """Return the plan's lines about a masked autoencoder and its images."""
     encoder, decoder = model.encoder, model.decoder
     parameters, in_encoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, encoder))
     height, width = encoder.img_size
     num_patches = math.prod(encoder.grid)
     tokens = f" of {encoder.num_cls_tokens} class tokens" if encoder.num_cls_tokens > 1 else ""
+    masks = mask_strategy + ", of patches with valid pixels" * bool(validity)
+    masks += f", blocks of {mask_block} x {mask_block}" if mask_block > 1 else ""
     chosen = f"{model.num_kept} kept"
     if model.num_predicted < num_patches - model.num_kept:
         chosen += f", {model.num_predicted} of {num_patches - model.num_kept} others predicted"
@@ -174,4 +253,23 @@ def describe_model(model, masks: str) -> list[str]:
         f"{model.training_flops() / 1e9:.3g} GFLOP per image and step",
         f"images     {height} x {width}, {several(encoder.in_channels, 'channel')}, {num_patches} patches "
         f"of {encoder.patch_size}, {chosen} ({masks}); target: {model.target.title}",
+        *describe_stages(model, stages),
     ]
+
+
+def describe_stages(model, stages: list[Stage]) -> list[str]:
+    """Return the plan's lines about several stages: the cost of each, and of the run."""
+    if len(stages) == 1:
+        return []
+    costs = [model.training_flops(stage.size) for stage in stages]
+    totals = [cost * len(stage.steps) for cost, stage in zip(costs, stages, strict=True)]
+    lines, side = [], model.encoder.patch_size
+    for (size, steps), cost, total in zip(stages, costs, totals, strict=True):
+        num_patches = size[0] * size[1] // side**2
+        lines.append(
+            f"{size[0]} x {size[1]} for {several(len(steps), 'step')}, {model.count(num_patches)[0]} of {num_patches} "
+            f"patches kept, {cost / 1e9:.3g} GFLOP per image and step: {total / sum(totals):.0%} of the cost"
+        )
+    share = sum(totals) / (costs[-1] * stages[-1].steps.stop)
+    lines.append(f"{share:.0%} of the cost of {size[0]} x {size[1]} throughout")
+    return [("sizes      " if line is lines[0] else " " * 11) + line for line in lines]

@@ -6,8 +6,9 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -16,10 +17,10 @@ from tqdm import tqdm
 
 from training.files import read_lines
 from training.launch import RunError
-from training.plan import Plan
+from training.plan import Plan, Stage
 from training.sharding import whole
 from training.trackers import track
-from training.wording import in_bytes, in_time
+from training.wording import in_bytes, in_time, several
 
 BAR = dict(dynamic_ncols=True, leave=False, mininterval=0.5 if sys.stderr.isatty() else 30)
 
@@ -150,17 +151,28 @@ class Rehearsal:
     """The timing of --dry_run: a step to compile and start workers, some to empty the loader's stock, then 10 seconds.
 
     The stock of `read_ahead` steps, which the loader workers hold, would hide that they are slow. As in training, steps
-    are launched ahead of the device; it is waited for at the end of each phase.
+    are launched ahead of the device; it is waited for at the end of each phase. Each stage that `walk` goes through is
+    timed like this.
     """
 
     def __init__(self, progress: Progress, crew, *, read_ahead: int):
         self.progress, self.crew, self.steps, self.losses = progress, crew, 0, 0.0
-        self.phases = [(0.0, 1), (3.0, 1 + read_ahead), (10.0, 3)]  # seconds and steps that each takes at least
-        self.steps_left = progress.plan.length.total_steps - progress.clock_step
+        self.all_phases = [(0.0, 1), (3.0, 1 + read_ahead), (10.0, 3)]  # seconds and steps that each takes at least
+        self.phases = list(self.all_phases)
+        self.stages = [Stage((), range(progress.clock_step, progress.plan.length.total_steps))]
+        self.timings = []  # of each stage: number of timed steps, seconds and data wait of one
         progress.restart_clock(0)
 
+    def walk(self, stages: list[Stage], load: Callable) -> Iterator:
+        """Yield from the batches of each stage, `load(stage)`, until it is timed, even if that takes more steps."""
+        self.stages = stages
+        for number, stage in enumerate(stages):
+            batches = load(stage._replace(steps=range(stage.steps.start, 2**40)))
+            while len(self.timings) == number:
+                yield next(batches)
+
     def completed(self, loss: torch.Tensor) -> bool:
-        """Note a step; after the last one, print the time of a step and of the run, and the memory, and return True.
+        """Note a step; after the last one, print the times and the memory, and return True.
 
         Raises:
             RunError: if a loss since the last phase is not finite.
@@ -179,19 +191,37 @@ class Rehearsal:
             progress.restart_clock(self.steps)
             return False
         spent = time.perf_counter() - progress.clock_time  # with the steps that the device had not done
-        seconds, device = spent / steps, progress.accelerator.device
+        self.timings.append((steps, spent / steps, progress.waited / steps))
+        if len(self.timings) < len(self.stages):
+            self.phases = list(self.all_phases)
+            progress.restart_clock(self.steps)
+            return False
+        self.report()
+        return True
+
+    def report(self) -> None:
+        """Print the time of a step, on average over the run, and of the run, and the memory."""
+        progress, device = self.progress, self.progress.accelerator.device
         if device.type == "cuda":
             peak = torch.cuda.max_memory_reserved(device)
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        progress.say(
-            f"dry run    {steps} steps timed after {self.steps - steps}: {seconds:.3g} s a step, "
-            f"{progress.plan.batch.global_size / seconds:.4g} images/s, data wait {progress.waited / spent:.0%}, "
-            f"peak memory {in_bytes(peak)}\n"
-            f"           {self.steps_left} steps take {in_time(seconds * self.steps_left)}, without validation and "
-            "saving; nothing was written"
-        )
-        return True
+        counts, times, waits = zip(*self.timings, strict=True)
+        steps = [len(stage.steps) for stage in self.stages]
+        weights = [max(1, number) for number in steps]  # a run that is finished has no step left
+        seconds, waited = fmean(times, weights), fmean(waits, weights)
+        lines = [
+            f"dry run    {sum(counts)} steps timed after {self.steps - sum(counts)}: {seconds:.3g} s a step, "
+            f"{progress.plan.batch.global_size / seconds:.4g} images/s, data wait {waited / seconds:.0%}, "
+            f"peak memory {in_bytes(peak)}"
+        ]
+        if len(steps) > 1:
+            names = [" x ".join(map(str, stage.size)) for stage in self.stages]
+            parts = zip(names, times, steps, strict=True)
+            lines += [f"{name}: {each:.3g} s a step, {several(number, 'step')}" for name, each, number in parts]
+        left = f"{sum(steps)} steps take {in_time(seconds * sum(steps))}"
+        lines.append(f"{left}, without validation and saving; nothing was written")
+        progress.say(f"\n{' ' * 11}".join(lines))
 
 
 def truncate_log(folder: Path, step: int) -> dict[str, float]:

@@ -143,8 +143,8 @@ class Run:
         Raises:
             InputError: for a length or learning rate that does not fit, or a micro-batch that is refused.
         """
-        if self.batch is None:  # the next gate prints its errors
-            return
+        if self.batch is None:
+            raise InputError  # without a line: the next gate prints those of the batch
         flags, self.check_micro_batch = self.given, check_micro_batch
         check(check_micro_batch(self.batch.micro))
         base, low = getattr(flags, "base_learning_rate", None), flags.min_learning_rate
