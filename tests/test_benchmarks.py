@@ -1,7 +1,9 @@
 import json
+import re
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,10 +11,11 @@ import pytest
 import torch
 from conftest import run
 
-from benchmarks import compare, data, evaluation, scaling, step
+from benchmarks import compare, data, evaluation, hours, scaling, step
 from modeling.vit import SIZES
 from training.launch import RunError
 
+ROOT = Path(__file__).parent.parent
 KEYS = {"name", "ours", "theirs", "unit", "ratio", "machine"}
 SMALL = ["--model", "tiny", "--img_size", "32", "--batch_size", "2", "--rounds", "1", "--mixed_precision", "no"]
 SHALLOW = SIZES["tiny"] | dict(img_size=32, depth=2)
@@ -339,3 +342,15 @@ def test_only_figures_are_overwritten(tmp_path, capsys):
 def test_defaults_suit_every_model(model):
     args, errors = step.parse_args(["--model", model])
     assert not errors and args.img_size == 224 and args.rounds == 5
+
+
+def test_the_hours_of_the_budget_recipes_are_those_that_they_state(capsys):
+    recipes = sorted((ROOT / "recipes" / "budget").glob("*.args"))
+    hours.main([*map(str, recipes), str(ROOT / "recipes/paper/pretrain_base.args")])
+    *rows, paper = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[4:]]
+    assert float(paper[4]) == pytest.approx(800 * 312 * 4096 / 1980 / 3600, rel=0.01)
+    for path, row in zip(recipes, rows, strict=True):
+        stated = re.search(r"or faster: ([\d.]+) hours", path.read_text())[1]
+        assert float(row[4]) == pytest.approx(float(stated), abs=0.1) and str(path) in row[0]
+    page = (ROOT / "docs" / "pretraining.md").read_text()
+    assert all(f"`{path.stem}`" in page for path in recipes)

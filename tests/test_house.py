@@ -13,6 +13,7 @@ from conftest import ROOT
 
 import benchmarks.data
 import benchmarks.evaluation
+import benchmarks.hours
 import benchmarks.quality
 import benchmarks.scaling
 import benchmarks.step
@@ -34,6 +35,7 @@ SCRIPTS = {
     "push_to_hub.py": push_to_hub,
     "benchmarks/data.py": benchmarks.data,
     "benchmarks/evaluation.py": benchmarks.evaluation,
+    "benchmarks/hours.py": benchmarks.hours,
     "benchmarks/quality.py": benchmarks.quality,
     "benchmarks/scaling.py": benchmarks.scaling,
     "benchmarks/step.py": benchmarks.step,
