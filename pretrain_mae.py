@@ -205,8 +205,8 @@ def evaluate(run, model, dataset, indices, normalize, *, teacher, read, preview)
     run.note_damage(damaged)
     for part in run.crew.gather([sums]):
         total.update(part)
-    num_images, count = total.pop("images"), total.pop("count", 0)
-    metrics = {name: total[name] / (num_images if name == "val_loss" else count) for name in sorted(total)}
+    num_images, num_scored = total.pop("images"), total.pop("count", 0)
+    metrics = {name: total[name] / (num_images if name == "val_loss" else num_scored) for name in sorted(total)}
 
     count, channels = preview
     if count and model.target.invertible and run.is_main_process:
@@ -222,7 +222,7 @@ def evaluate(run, model, dataset, indices, normalize, *, teacher, read, preview)
         )
         run.progress.picture(path, "reconstructions", run.step)
     text = f"epoch {run.epoch:.4g}: validation loss {metrics['val_loss']:.4f}"
-    if model.target.invertible:
+    if "masked_psnr" in metrics:
         baseline = metrics["masked_psnr_visible_mean"]
         text += f", removed patches {metrics['masked_psnr']:.2f} dB (visible mean: {baseline:.2f} dB)"
     run.record(metrics, text)
@@ -351,7 +351,8 @@ def main(argv=None):
 
     def load(stage):
         sampler = StepSampler(len(train_source), views=views, **run.sampling | dict(steps=stage.steps))
-        return training_batches(train_data[stage.size], sampler, largest=train_data[size], **run.loading)
+        check_room = dict(largest=train_data[size], check=stage.steps.start <= run.start_step)  # once, at the start
+        return training_batches(train_data[stage.size], sampler, **check_room, **run.loading)
 
     batches = run.timed(pretraining.staged_batches(stages, load, run.start_step, run.rehearsal))
     read = partial(own_batches, batch_size=min(run.batch.micro, 256), **run.reading)

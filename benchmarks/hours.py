@@ -3,8 +3,9 @@
     python benchmarks/hours.py recipes/budget/hour_1.args recipes/budget/hours_10.args --images_per_second 1980
 
 A recipe takes its floating-point operations, divided by those of a second: the images per second of --reference times
-its operations per image and step. By default this is the paper's ViT-B on an A100: 800 epochs in 18 hours on eight of
-them (Wu et al. 2024, "DailyMAE", arXiv 2404.00509). On a machine at hand, `pretrain_mae.py @RECIPE --dry_run` measures.
+its operations per image and step. The default is derived from 800 epochs of ViT-B in 18 hours on eight A100 (Wu et al.
+2024, "DailyMAE", arXiv 2404.00509), which include progressive resolution, as if all images had 224 pixels. So the hours
+are a lower bound; on a machine at hand, `pretrain_mae.py @RECIPE --dry_run` measures.
 """
 
 import sys
@@ -35,7 +36,7 @@ def parse_args(argv=None):
 
 
 def read_recipe(path, num_images):
-    """Return the flags of a recipe, the operations of a training step per image at each stage, and its stages."""
+    """Return a recipe's images per step, the operations of a training step per image at each stage, and its stages."""
     args, errors = pretrain_mae.parse_args([f"@{path}", "--path_to_data", "IMAGES"])
     if errors:
         fail([f"{path}: {error}" for error in errors])

@@ -274,15 +274,17 @@ def training_batches(
     num_workers: int,
     pin_memory: bool = False,
     largest: Dataset | None = None,
+    check: bool = True,
 ) -> Iterator[tuple[int, NamedTuple]]:
     """Return an iterator over (model seed, micro-batch); the workers start at once.
 
-    The seed is for the model's own draws in that forward pass, see `sampling.model_seed`. Raises WorkerError if the
-    batches do not fit in shared memory, or those of `largest`, which will follow.
+    The seed is for the model's own draws in that forward pass, see `sampling.model_seed`. With `check`, WorkerError is
+    raised if the batches do not fit in shared memory, or those of `largest`, which will follow.
     """
-    if num_workers:
-        sample = (largest or dataset).__getitems__([(0, 0)])
-        size = sum(part.nbytes for part in sample if isinstance(part, torch.Tensor)) * sampler.micro_batch_size
+    if num_workers and check:
+        sample = (dataset if largest is None else largest).__getitems__([(0, 0)])
+        tensors = [part for part in sample if isinstance(part, torch.Tensor)]
+        size = sum(part.untyped_storage().nbytes() for part in tensors) * sampler.micro_batch_size
         check_shared_memory(size, num_workers)
     loader = make_loader(dataset, sampler, num_workers=num_workers, pin_memory=pin_memory)
     return zip(sampler.model_seeds(), loader, strict=True)

@@ -43,10 +43,10 @@ IMAGE_STARTS = re.compile(  # of formats that hold photographs; TGA has none, an
     rb"|\x01\xda[\x00\x01][\x01\x02]|\x59\xa6\x6a\x95|\n[\x00\x02\x03\x05]\x01[\x01\x02\x04\x08]",
     re.DOTALL,
 )
-# What marks invalid pixels: missing values; besides these, the last channel of an image, or a mask beside it
+# Marks of invalid pixels: missing values; besides these, the last channel of an image, or a mask beside it
 VALIDITY = ("nodata", "channel", "mask")
-# Valid pixels in the channel that `decode` adds, of uint8 and float images; invalid ones are 0. These values are in the
-# middle of the range, so that a cubic filter changes them visibly by invalid pixels of negative weights too.
+# Valid pixels in the channel that `decode` adds, of uint8 and float images; invalid ones are 0. These values lie in the
+# middle of the range, because a cubic filter also has negative weights: invalid pixels may lower or raise a value.
 VALID_BYTE, VALID_FLOAT = 128, 0.5
 BITS, PLANAR = 258, 284  # TIFF tags: bits per sample; 2 where each band is stored separately
 
@@ -137,8 +137,6 @@ def decode(data, pixels: PixelFormat, min_sides: tuple[int, int] | None = None, 
         valid = np.full((*values.shape[:2], 1), VALID_BYTE if values.dtype == np.uint8 else VALID_FLOAT, values.dtype)
         if missing is not None:
             valid[missing[:, :, :1]] = 0
-        if not valid.any():
-            raise DamagedImage("no pixel with data")
         values = np.concatenate([values, valid], axis=2)
     return torch.from_numpy(values).permute(2, 0, 1)
 
@@ -190,16 +188,19 @@ def _read_valid(
     with_mask = pixels.validity == "channel"
     stored = pixels._replace(channels=pixels.stored_channels)
     try:
-        values, own_nodata = _read(data, stored, exact=exact, min_sides=min_sides)
+        values, own_nodata = _read(data, stored, exact=exact or with_mask, min_sides=min_sides)
     except WrongChannels as error:
         if not with_mask:
             raise
-        expected = f"expected {pixels.channels} and, for --validity channel, a mask as the last"
-        raise WrongPixels(f"has {error.channels} channels, {expected}; correct --input_channels") from None
+        expected = f"expected {pixels.channels} (--input_channels) and a mask (--validity channel); correct one of them"
+        raise WrongPixels(f"has {error.channels} channels, {expected}") from None
     if with_mask:
         values, mask = np.ascontiguousarray(values[:, :, :-1]), values[:, :, -1]
     elif mask is not None:
-        mask = decode_stored(mask, pixels.max_pixels)
+        try:
+            mask = decode_stored(mask, pixels.max_pixels)
+        except DamagedImage as error:
+            raise DamagedImage(f"its mask: {error}") from None
     if not exact and values.dtype not in (np.uint8, np.uint16):
         raise WrongPixels(f"has {values.dtype} numbers, whose range no file states; give --value_range MIN MAX")
     values, missing = find_missing(values, pixels.nodata, own_nodata)

@@ -98,6 +98,8 @@ def _check_pixels(prepared: dict, pixels: PixelFormat) -> list[str]:
     if is_array and (stored_range is None) != (pixels.value_range is None):
         remedy = "give --value_range {!r} {!r}".format(*stored_range) if stored_range else "leave out --value_range"
         errors.append(f"holds {prepared['dtype']} pixels; {remedy}, or prepare again")
+    if pixels.validity and (not is_array or stored_range is None):
+        errors.append("has filled the pixels without data; give --validity none, or prepare the files as they are")
     return errors
 
 

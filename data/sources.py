@@ -130,7 +130,7 @@ def read_image(
     source: Source, index: int, pixels: PixelFormat, min_sides: tuple[int, int] | None = None
 ) -> torch.Tensor:
     """Return an image of a source, see `decode`. Raises DamagedImage."""
-    if pixels.validity == "mask":  # which has the full size of the image
+    if pixels.validity == "mask":  # a mask has the image's full size
         return decode(*source.fetch([index]), pixels, None, *source.fetch_masks([index]))
     return decode(*source.fetch([index]), pixels, min_sides)
 
@@ -228,7 +228,7 @@ def _open_parts(
     if kind == "builtin":
         if path_to_data != "builtin:shapes":
             raise DataError(f"--path_to_data {path_to_data} is unknown; the built-in data set is builtin:shapes")
-        if pixels.channels not in (1, 3) or pixels.value_range is not None or pixels.validity in ("channel", "mask"):
+        if pixels.channels not in (1, 3) or pixels.value_range is not None or pixels.validity == "channel":
             raise DataError("builtin:shapes has 8-bit images in colour or grey; give only --input_channels 3 or 1")
         return {split: ShapesSource(split, pixels.channels) for split in ("train", "validation")}
     if root.is_file():

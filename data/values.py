@@ -127,14 +127,16 @@ def find_missing(values: np.ndarray, *nodata: float | None) -> tuple[np.ndarray,
 def add_invalid(missing: np.ndarray | None, mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Return the mask of missing values (H, W, C) with all values of pixels that a validity mask (H, W) excludes.
 
-    A validity mask is 0 where a pixel is invalid, and 1 or 255 where it is valid. Raises WrongPixels.
+    A validity mask is 0 where a pixel is invalid, and 1 or 255, or 65535 of 16 bits, where it is valid. Raises
+    WrongPixels.
     """
     if mask.shape != shape[:2]:
         sizes = [" x ".join(map(str, size)) for size in (mask.shape, shape[:2])]
-        raise WrongPixels("has a validity mask of {}; expected grey of the image's size, {}".format(*sizes))
-    known = np.isin(mask, (0, 1, 255))
+        expected = "expected grey of the image's size, {}; correct the mask"
+        raise WrongPixels(f"has a validity mask of {{}}; {expected}".format(*sizes))
+    known = np.isin(mask, (0, 1, 255, np.iinfo(mask.dtype).max if mask.dtype.kind in "ui" else 1))
     if not known.all():
-        values = "expected 0 for invalid pixels, 1 or 255 for valid ones"
+        values = "expected 0 for invalid pixels, 1 or 255 for valid ones; correct the mask"
         raise WrongPixels(f"has a validity mask with the value {mask[~known][0]:g}; {values}")
     invalid = np.broadcast_to((mask == 0)[:, :, None], shape)
     return invalid if missing is None else missing | invalid

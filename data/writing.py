@@ -147,9 +147,8 @@ class Measure(Dataset):
             (data,) = self.source.fetch([index])
             masks = self.source.fetch_masks([index]) if self.pixels.validity == "mask" else []
             try:
-                if self.eight_bit:  # a run compares --nodata with the converted pixels
-                    stored = self.pixels._replace(channels=self.pixels.stored_channels, nodata=None, validity=None)
-                    data = decode(data, stored).permute(1, 2, 0).numpy()
+                if self.eight_bit and self.pixels.validity != "channel":  # a run compares --nodata after the conversion
+                    data = decode(data, self.pixels._replace(nodata=None, validity=None)).permute(1, 2, 0).numpy()
                 moments.append(moments_of(own_values(data, self.pixels, *masks), self.pixels.value_range))
             except DamagedImage as error:
                 damaged.append((index, str(error)))

@@ -94,8 +94,9 @@ class MaskedAutoencoder(nn.Module):
         """
         patches, grid = patchify(images, self.encoder.patch_size), self.encoder.grid_of(images)
         order, num_kept = noise.argsort(dim=1, stable=True), self.count(noise.shape[1])[0]  # kept patches first
+        pixels = None if valid is None else patchify(valid, self.encoder.patch_size)  # (B, L, P*P)
         if loss_only:
-            order = self.leave_out(order)
+            order = self.leave_out(order, None if valid is None else pixels.any(dim=2))
         kept, removed = (take(patches, part) for part in (order[:, :num_kept], order[:, num_kept:]))
         if normalize is not None:
             kept, removed = normalize(kept), normalize(removed)
@@ -106,9 +107,7 @@ class MaskedAutoencoder(nn.Module):
         prediction = self.decoder(tokens, order, self.mask_token, last, grid=grid, checkpointed=checkpointed)
         if features is None and self.target.whole_image:
             features = self.target(patches if normalize is None else normalize(patches), grid)
-        options = {}
-        if valid is not None:
-            options["valid"] = take(patchify(valid, self.encoder.patch_size), order[:, num_kept:])
+        options = {} if valid is None else {"valid": take(pixels, order[:, num_kept:])}
         target = self.target(removed, **options) if features is None else take(features, order[:, num_kept:])
         loss = self.target.loss(prediction[:, -removed.shape[1] :], target, **options)
         if loss_only:
@@ -116,17 +115,21 @@ class MaskedAutoencoder(nn.Module):
         restore = order.argsort(dim=1)  # position of each patch in `order`
         return MAEOutput(loss, take(prediction, restore), mask=(restore >= num_kept).float())
 
-    def leave_out(self, order: torch.Tensor) -> torch.Tensor:
+    def leave_out(self, order: torch.Tensor, holds_data: torch.Tensor | None = None) -> torch.Tensor:
         """Return the order of patches (B, L) without removed ones that are not predicted: (B, K + M).
 
-        The M are evenly spaced in the order of the noise: under every mask strategy a random share of the removed.
+        The M are evenly spaced in the order of the noise: under every mask strategy a random share of the removed. With
+        `holds_data` (B, L) they are spaced over the removed patches that hold valid pixels, which come first.
         """
         num_kept, num_predicted = self.count(order.shape[1])
         kept, removed = order[:, :num_kept], order[:, num_kept:]
         if num_predicted == removed.shape[1]:
             return order
-        chosen = torch.arange(num_predicted, device=order.device) * removed.shape[1] // num_predicted
-        return torch.cat([kept, removed[:, chosen]], dim=1)
+        counts = removed.shape[1]
+        if holds_data is not None:
+            counts = holds_data.gather(1, removed).sum(dim=1, keepdim=True).clamp(min=num_predicted)  # (B, 1)
+        chosen = torch.arange(num_predicted, device=order.device) * counts // num_predicted  # (M,) or (B, M)
+        return torch.cat([kept, removed.gather(1, chosen.expand(len(order), -1))], dim=1)
 
     def reconstruct(
         self, images: torch.Tensor, prediction: torch.Tensor, valid: torch.Tensor | None = None

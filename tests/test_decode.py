@@ -721,14 +721,41 @@ def test_what_invalid_pixels_hold_does_not_matter():
 @pytest.mark.parametrize(
     ("content", "pixels", "mask", "message"),
     [
-        ((20, 30, 3), dict(validity="mask"), np.ones((30, 20)), "has a validity mask of 30 x 20; expected grey of the"),
+        (
+            (20, 30, 3),
+            dict(validity="mask"),
+            np.ones((30, 20)),
+            "has a validity mask of 30 x 20; expected grey of the",
+        ),
         ((20, 30, 3), dict(validity="mask"), np.full((20, 30), 7), "has a validity mask with the value 7; expected 0"),
         ((20, 30, 3), dict(validity="mask"), np.zeros((20, 30)), "no pixel with data"),
         ((20, 30, 4), dict(validity="channel"), None, "has a validity mask with the value"),
-        ((20, 30, 3), dict(validity="channel"), None, "has 3 channels, expected 3 and, for --validity channel, a mask"),
+        ((20, 30, 3), dict(validity="channel"), None, r"has 3 channels, expected 3 \(--input_channels\) and a mask"),
     ],
 )
 def test_unfit_validity_masks(content, pixels, mask, message):
     masks = [] if mask is None else [encode(Image.fromarray(mask.astype(np.uint8)), "PNG")]
     with pytest.raises(DamagedImage, match=message):
         decode(npy(numbers(np.uint8, *content)), PixelFormat(3, **pixels), None, *masks)
+
+
+@pytest.mark.parametrize("value_range", [None, (0, 65535)])
+def test_a_mask_of_16_bits(value_range):
+    array, valid = hole(numbers(np.uint16, 30, 40, 3) // 2 + 1)
+    content = png_encode(np.dstack([array, valid * np.uint16(65535)]))
+    image = decode(content, PixelFormat(3, value_range, validity="channel"))
+    assert np.array_equal(image[3] > 0, valid)
+
+
+def test_a_mask_is_not_converted_with_its_image():
+    """Of two channels and a mask, which are as many as in colour."""
+    array, valid = hole(numbers(np.uint8, 30, 40, 2))
+    content = encode(Image.fromarray(np.dstack([array, valid * np.uint8(255)])), "PNG")
+    assert np.array_equal(decode(content, PixelFormat(2, validity="channel"))[2] > 0, valid)
+    with pytest.raises(WrongPixels, match=r"has 1 channels, expected 2 \(--input_channels\) and a mask"):
+        decode(FILES["png L"], PixelFormat(2, validity="channel"))
+
+
+def test_a_mask_that_cannot_be_read_is_named():
+    with pytest.raises(DamagedImage, match="its mask: empty file"):
+        decode(FILES["png RGB"], PixelFormat(3, validity="mask"), None, b"")

@@ -58,6 +58,9 @@ class Accelerator(SimpleNamespace):
     def autocast(self):
         return torch.autocast("cuda", torch.bfloat16)
 
+    def unwrap_model(self, model):
+        return model
+
     def backward(self, loss):
         """Give every parameter a gradient; autograd itself needs a real device."""
         assert loss.requires_grad
@@ -91,13 +94,14 @@ def encoder(**extras):
 def pretraining(target="normalized"):
     sizes = dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
     model = build_autoencoder(encoder(), target=target, width=32, **sizes)
-    batch = PretrainingBatch(torch.empty(4, 3, 32, 32, dtype=torch.uint8), torch.empty(4, 16), [])
+    valid = torch.empty(4, 1, 32, 32, dtype=torch.bool) if target == "pixels" else None
+    batch = PretrainingBatch(torch.empty(4, 3, 32, 32, dtype=torch.uint8), torch.empty(4, 16), valid, [])
     return pretrain_mae, model, batch, {}
 
 
 def distillation():
     larger = VisionTransformer(**SIZE | dict(img_size=64, patch_size=16))
-    shape = dict(size=(64, 64), num_patches=16, width=32)
+    shape = dict(patch_size=16, grid=(4, 4), width=32)
     teacher = Teacher(larger, **shape, statistics=([0.5] * 3, [0.5] * 3), options={})
     return *pretraining("teacher")[:3], dict(teacher=on_gpu(teacher))
 
@@ -123,7 +127,7 @@ def segmentation():
     return finetune_segmentation, model, batch, dict(weights=torch.empty(5, device=CUDA), auxiliary_weight=0.4)
 
 
-PRETRAININGS = [pretraining, partial(pretraining, "pca"), partial(pretraining, "hog"), distillation]
+PRETRAININGS = [pretraining, *(partial(pretraining, name) for name in ("pixels", "pca", "hog")), distillation]
 
 
 @pytest.mark.parametrize("task", [*PRETRAININGS, classification, labels, segmentation])
@@ -142,7 +146,7 @@ def test_a_step_neither_waits_nor_mixes_devices(fake, task):
 
 def test_evaluations_neither_wait_nor_mix_devices(fake):
     model, images = on_gpu(build_autoencoder(encoder(), decoder_depth=1)).eval(), torch.empty(4, 3, 32, 32)
-    batch = PretrainingBatch(images, torch.empty(4, 16), [])
+    batch = PretrainingBatch(images, torch.empty(4, 16), None, [])
     parts = pretrain_mae.reconstruct(Accelerator(), model, batch, Normalization([0.5] * 3, [0.5] * 3, CUDA))
     metrics = reconstruction_metrics(*parts[1:])
     assert {value.device for value in metrics.values()} == {CUDA}

@@ -388,3 +388,18 @@ def test_reconstructions_use_the_statistics_of_valid_pixels():
     target = small.target(patches, valid_patches)
     again = small.reconstruct(images, target, valid)
     torch.testing.assert_close(again.where(valid, 0), images.where(valid, 0), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["self", "cross"])
+def test_a_share_of_the_removed_patches_is_one_of_those_with_data(kind):
+    model = autoencoder(NormalizedPixels, decoder=kind, predict_ratio=0.25)  # 3 of 12 removed ones
+    images, noise, valid = with_holes(model, 20)
+    holds_data = patchify(valid, 8).any(dim=2)
+    order = noise.argsort(dim=1)
+    chosen = model.leave_out(order, holds_data)[:, model.num_kept :]
+    assert chosen.shape == (20, 3) and all(len({*row}) == 3 for row in chosen.tolist())
+    removed = order[:, model.num_kept :]
+    counts = holds_data.gather(1, removed).sum(dim=1)
+    predicted = holds_data.gather(1, chosen).sum(dim=1)
+    assert torch.equal(predicted, counts.clamp(max=3)) and counts.max() > 3
+    assert model(images, noise, valid=valid, loss_only=True).isfinite()

@@ -152,3 +152,7 @@ def test_images_without_a_valid_removed_pixel_are_not_counted(case):
     sums, single = sum_reconstruction_metrics(*case, valid), reconstruction_metrics(*case)
     assert sums["count"] == 2
     assert sums["masked_psnr"] == pytest.approx((single["masked_psnr"][0] + single["masked_psnr"][2]).item())
+
+
+def test_no_image_with_a_valid_removed_pixel(case):
+    assert sum_reconstruction_metrics(*case, torch.zeros(3, 1, 32, 48, dtype=torch.bool)) == {"count": 0}

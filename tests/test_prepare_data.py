@@ -20,6 +20,7 @@ from PIL import Image
 import prepare_data
 from data import writing
 from data.decode import PixelFormat, decode
+from data.index import DataError
 from data.masks import MaskFormat
 from data.pairs import open_pairs
 from data.prepared import open_prepared
@@ -564,3 +565,22 @@ def test_statistics_leave_invalid_pixels_out(validity, dtype, tmp_path, capsys):
 def test_validity_needs_images_as_they_are(tmp_path):
     _, errors = prepare_data.parse_args(["a", "b", "--validity", "channel", "--format", "array"])
     assert errors == ["--validity needs images as they are; leave out --format array, --short_side and --quality"]
+
+
+def test_statistics_of_masks_in_files_that_declare_zeros_to_be_nodata(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    image, valid = rng.integers(1, 200, (30, 20, 2)).astype(np.uint8), rng.random((30, 20)) < 0.5
+    options = dict(photometric="minisblack", planarconfig="contig", extratags=[(42113, 2, 0, "0", True)])
+    (tmp_path / "tiles").mkdir()
+    tifffile.imwrite(tmp_path / "tiles" / "a.tif", np.dstack([image, valid * np.uint8(255)]), **options)
+    prepare(tmp_path / "tiles", "--statistics", "--input_channels", 2, "--validity", "channel")
+    values = image[valid].astype(np.float64) / 255
+    assert statistics_of(tmp_path / "tiles")["mean"] == pytest.approx(values.mean(axis=0))
+
+
+def test_prepared_images_whose_holes_are_filled_have_no_validity(tmp_path, capsys):
+    write_images(tmp_path / "images", 4)
+    prepare(tmp_path / "images", tmp_path / "out", "--format", "array", "--nodata", 0)
+    with pytest.raises(DataError, match="has filled the pixels without data; give --validity none, or prepare"):
+        open_sources(str(tmp_path / "out"), PixelFormat(3, nodata=0, validity="nodata"))
+    assert open_sources(str(tmp_path / "out"), PixelFormat(3, nodata=0))

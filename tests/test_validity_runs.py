@@ -145,10 +145,26 @@ def test_bad_data(holes, tmp_path):
         said,
         [
             "--validity mask needs masks, and",
-            "has a validity mask of 20 x 40; expected grey of the image's size, 40 x 40",
-            "has 3 channels, expected 3 and, for --validity channel, a mask as the last",
-            "--validity nodata needs --target normalized or pixels, not hog; leave one of them out",
+            "has a validity mask of 20 x 40; expected grey of the image's size, 40 x 40; correct the mask",
+            "has 3 channels, expected 3 (--input_channels) and a mask (--validity channel); correct one of them",
+            "--validity nodata needs --target normalized or pixels, not hog; drop one",
         ],
         strict=True,
     ):
         assert len([line for line in lines if expected in line]) == 1, lines
+
+
+def test_floats_workers_views_and_features(tmp_path):
+    """Validation images that are nearly empty count in no metric of reconstructions."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 16), ("val", 6)):
+        for i in range(count):
+            image = rng.random((40, 40, 2), dtype=np.float32)
+            image[: 13 * (i % 3) + 38 * (part == "val" and i > 1)] = np.nan  # of the last four, two rows are left
+            (tmp_path / part / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+            np.save(tmp_path / part / "ab"[i % 2] / f"{i}.npy", image)
+    words = ["--input_channels", 2, "--value_range", 0, 1, "--validity", "nodata", "--num_workers", 2, "--knn_every", 1]
+    words += ["--repeated_augmentation", 2, "--predict_ratio", 0.5, "--max_steps", 4, "--validate_every", 1]
+    run(SCRIPT, "--path_to_data", tmp_path, *TINY, *words, cwd=tmp_path)
+    metrics = metrics_of(tmp_path / "work_dir" / "pretrain_mae")
+    assert all(np.isfinite(metrics[name]) for name in ("val_loss", "masked_psnr", "rankme", "knn_top1"))

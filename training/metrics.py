@@ -37,7 +37,7 @@ def reconstruction_metrics(
 
     prediction, removed, visible = prediction.clamp(0, 1), mask, 1 - mask
     if valid is not None:
-        prediction = torch.where(valid, prediction, images)  # so that invalid pixels do not enter the windows of SSIM
+        prediction = torch.where(valid, prediction, images)  # in the windows of SSIM, both have the same invalid pixels
         removed, visible = removed * valid, visible * valid
     pasted = torch.where(mask.bool(), prediction, images)
     mean_colour = (images * visible).sum(dim=(2, 3), keepdim=True) / visible.sum(dim=(2, 3), keepdim=True)
@@ -65,6 +65,8 @@ def sum_reconstruction_metrics(
     """Return the sums of `reconstruction_metrics` over images, and their `count`: those with a valid removed pixel."""
     if valid is not None:
         scored = (mask * valid).flatten(1).any(dim=1)
+        if not scored.any():
+            return {"count": 0}
         images, prediction, mask, valid = (part[scored] for part in (images, prediction, mask, valid))
     metrics = reconstruction_metrics(images, prediction, mask, valid)
     return {name: value.cpu().double().sum().item() for name, value in metrics.items()} | {"count": len(images)}

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 
 from training.arguments import Pair, Parser, integer, number
-from training.launch import InputError, check
+from training.launch import check
 from training.plan import Stage
 from training.resolve import check_size, check_width
 from training.wording import several
 
+PIXEL_TARGETS = ("normalized", "pixels")
 # Argument of the decoder -> flag
 DECODER_FLAGS = {name: f"decoder_{name}" for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
 
@@ -29,8 +30,8 @@ def add_mask_flags(parser: Parser, *, strategies: Iterable[str], validities: Ite
     flag("--mask_strategy", choices=tuple(strategies), default="random", help="how patches are chosen (default random)")
     help_text = "side of the square blocks, in patches, that are removed as a whole under random masks (default 1)"
     flag("--mask_block", type=integer(1), default=1, metavar="N", help=help_text)
-    help_text = "what marks invalid pixels: missing values, besides these the last channel or a mask of each image, or "
-    help_text += "none (default nodata with --nodata, otherwise none)"
+    help_text = "mark of invalid pixels: a missing value (nodata), besides that the last channel or a mask; or none "
+    help_text += "(default nodata if --nodata is known and the target is pixels)"
     flag("--validity", choices=("none", *validities), help=help_text)
     help_text = "share of the removed patches that is predicted in training, evenly spread (default 1)"
     flag("--predict_ratio", type=number(0, 1), default=1.0, metavar="R", help=help_text)
@@ -161,6 +162,8 @@ def check_target(args: argparse.Namespace) -> list[str]:
         value = getattr(args, name)
         if value is not None and args.target != target:
             errors.append(f"--{name} {value} has no effect without --target {target}; add it, or leave --{name} out")
+    if args.validity not in (None, "none") and args.target not in PIXEL_TARGETS:
+        errors.append(f"--validity {args.validity} needs --target normalized or pixels, not {args.target}; drop one")
     if args.target == "teacher" and not args.teacher:
         errors.append("--target teacher needs --teacher PATH, the encoder whose features are predicted; give it")
     return errors
@@ -174,22 +177,18 @@ def check_components(num_components: int | None, num_values: int) -> list[str]:
 
 
 def resolve_validity(given: str | None, target: str, nodata: float | None, previous: dict) -> str | None:
-    """Return what tells invalid pixels, None if all are valid.
+    """Return the mark of invalid pixels, None if all are valid.
 
     Args:
         given: --validity, None if it was left out.
         target: --target.
         nodata: the number of pixels without data.
         previous: the flags of the run to resume, or {}.
-
-    Raises:
-        InputError: for a target that is no pixels.
     """
-    counts_pixels = target in ("normalized", "pixels")
+    if given is None and previous:
+        return previous.get("validity")
     if given is None:
-        return previous.get("validity") if previous else "nodata" if nodata is not None and counts_pixels else None
-    if given != "none" and not counts_pixels:
-        raise InputError(f"--validity {given} needs --target normalized or pixels, not {target}; leave one of them out")
+        return "nodata" if nodata is not None and target in PIXEL_TARGETS else None
     return None if given == "none" else given
 
 
@@ -272,4 +271,4 @@ def describe_stages(model, stages: list[Stage]) -> list[str]:
         )
     share = sum(totals) / (costs[-1] * stages[-1].steps.stop)
     lines.append(f"{share:.0%} of the cost of {size[0]} x {size[1]} throughout")
-    return [("sizes      " if line is lines[0] else " " * 11) + line for line in lines]
+    return [f"{'' if number else 'sizes':11}{line}" for number, line in enumerate(lines)]

@@ -170,6 +170,7 @@ class Rehearsal:
             batches = load(stage._replace(steps=range(stage.steps.start, 2**40)))
             while len(self.timings) == number:
                 yield next(batches)
+            del batches  # and the workers with it, before those of the next stage start
 
     def completed(self, loss: torch.Tensor) -> bool:
         """Note a step; after the last one, print the times and the memory, and return True.
