@@ -299,7 +299,7 @@ script.main(sys.argv[1:])
     found = json.loads(done.stdout.splitlines()[-1])
     assert found == {
         "fast": True,
-        "pixels": [3, None, 7, 90_000],
+        "pixels": [3, None, 7, 90_000, None],
         "crop_scale": [0.2, 0.8],
         "augment": 7,
         "fill": [26, 51, 76],  # the mean 0.1 0.2 0.3 of 255
