@@ -64,7 +64,7 @@ def parse_args(argv=None):
     flag("--input_channels", type=integer(1), default=3, help="3 (colour), 1 (grey), or bands (default 3)")
     flag("--value_range", type=real, nargs=2, metavar=("LO", "HI"), help="values that become 0 and 1 (default: 8 bits)")
     flag("--nodata", type=real, help="value of pixels without data, besides a GeoTIFF's own and NaN")
-    flag("--validity", choices=VALIDITY, help="what marks invalid pixels, as in pretrain_mae.py")
+    flag("--validity", choices=VALIDITY, help="mark of invalid pixels, as in pretrain_mae.py")
     flag("--max_pixels", type=integer(1), default=MAX_PIXELS, help=f"larger images are damaged (default {MAX_PIXELS})")
     args, errors = parser.read(argv)
     if args.out is None:
