@@ -90,7 +90,7 @@ class Decoder(nn.Module):
         """
         n, positions = self.num_cls_tokens, self.positions(grid)
         cls_tokens, kept = self.embed(tokens).split([n, tokens.shape[1] - n], dim=1)
-        mask_tokens = mask_token.to(kept.dtype).expand(len(kept), order.shape[1] - kept.shape[1], -1)
+        mask_tokens = mask_token.to(kept.dtype).expand(kept.shape[0], order.shape[1] - kept.shape[1], -1)
         patches = torch.cat([kept, mask_tokens], dim=1) + positions[n + order]
         x = torch.cat([cls_tokens + positions[:n], patches], dim=1)
         x = run_blocks(self.blocks, x, checkpointed=checkpointed, last=last or order.shape[1])
