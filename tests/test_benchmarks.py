@@ -11,8 +11,10 @@ import pytest
 import torch
 from conftest import run
 
-from benchmarks import compare, data, evaluation, hours, scaling, step
-from modeling.vit import SIZES
+from benchmarks import compare, data, deploy, evaluation, hours, scaling, step
+from modeling.classifier import Classifier
+from modeling.export import export_classifier
+from modeling.vit import SIZES, VisionTransformer
 from training.launch import RunError
 
 ROOT = Path(__file__).parent.parent
@@ -253,6 +255,20 @@ def test_different_mean_ious_are_not_reported(monkeypatch, in_threads):
         list(evaluation.measure(2, 20, 5, rounds=1))
 
 
+def test_int8_is_measured_against_float32(image_folder, tmp_path):
+    """Of a classifier that always says class_0: of 11 images, that are 6."""
+    model = Classifier(VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=2), 2)
+    model.head.bias.data[0] = 100
+    statistics = dict(mean=[0.5] * 3, std=[0.25] * 3, crop_ratio=0.875)
+    export_classifier(model, tmp_path / "model", classes=["class_0", "class_1"], **statistics)
+    flags = [tmp_path / "model", "--path_to_data", image_folder, "--rounds", 1, "--batch_sizes", 2]
+    deploy.main([str(word) for word in [*flags, "--json", tmp_path / "out.json"]])
+    size, speed, quantized, top1 = json.loads((tmp_path / "out.json").read_text())
+    assert 1.5 < size["ratio"] < 4 and (top1["ours"], top1["theirs"]) == pytest.approx((600 / 11, 600 / 11))
+    check_comparison(speed, "batch 2: ONNX Runtime against PyTorch")
+    check_comparison(quantized, "batch 2: int8 against float32")
+
+
 @pytest.mark.slow
 def test_two_processes_are_measured_against_one(tmp_path, monkeypatch, capsys, on_cpu):
     scratch = tmp_path / "scratch"
@@ -312,6 +328,8 @@ def test_scaling_takes_all_gpus_by_default_and_no_more(gpus, processes, monkeypa
         (step, "--task encoder --official_manner", "--official_manner has no --task encoder"),
         (step, "--processes 2", "--processes is not a flag"),
         (evaluation, "--classes 255", "from 2 to 254"),
+        (deploy, "--path_to_data NOWHERE", "--path_to_data needs a classifier; give MODEL"),
+        (deploy, "NOWHERE", "no such file or folder"),
         (scaling, "--rounds 0", "--rounds"),
         (scaling, "--model huge --img_size 32", "--img_size 32 is not divided by the patches of huge, 14 pixels"),
     ],

@@ -12,6 +12,7 @@ import yaml
 from conftest import ROOT
 
 import benchmarks.data
+import benchmarks.deploy
 import benchmarks.evaluation
 import benchmarks.hours
 import benchmarks.quality
@@ -34,6 +35,7 @@ SCRIPTS = {
     "prepare_data.py": prepare_data,
     "push_to_hub.py": push_to_hub,
     "benchmarks/data.py": benchmarks.data,
+    "benchmarks/deploy.py": benchmarks.deploy,
     "benchmarks/evaluation.py": benchmarks.evaluation,
     "benchmarks/hours.py": benchmarks.hours,
     "benchmarks/quality.py": benchmarks.quality,
