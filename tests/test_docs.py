@@ -12,6 +12,7 @@ from PIL import Image
 from random_modules import build_autoencoder, new_encoder
 from test_house import CONFIGS, RECIPES, SCRIPTS
 
+import export_onnx
 import pretrain_mae
 from modeling.classifier import Classifier
 from modeling.export import export_autoencoder, export_classifier, export_encoder, export_segmenter
@@ -158,6 +159,8 @@ def test_snippets_run(snippet, trained, monkeypatch):
     code = compile(snippet, "snippet", "exec")
     monkeypatch.chdir(trained)
     errors = []
+    if "classifier.onnx" in snippet and not Path("classifier.onnx").exists():
+        export_onnx.main(["work_dir/finetune_classifier/best", "classifier.onnx", "--raw_pixels"])
     monkeypatch.setattr(pretrain_mae, "main", lambda argv: errors.extend(pretrain_mae.parse_args(argv)[1]))
     if "OWNER/NAME" not in snippet:
         exec(code, {})

@@ -18,6 +18,7 @@ import benchmarks.hours
 import benchmarks.quality
 import benchmarks.scaling
 import benchmarks.step
+import export_onnx
 import finetune_classifier
 import finetune_segmentation
 import predict
@@ -34,6 +35,7 @@ SCRIPTS = {
     "predict.py": predict,
     "prepare_data.py": prepare_data,
     "push_to_hub.py": push_to_hub,
+    "export_onnx.py": export_onnx,
     "benchmarks/data.py": benchmarks.data,
     "benchmarks/deploy.py": benchmarks.deploy,
     "benchmarks/evaluation.py": benchmarks.evaluation,
@@ -72,7 +74,7 @@ def test_inside_a_package_there_is_no_cycle(package):
 
 
 def test_pretraining_starts_without_the_packages_that_it_does_not_use():
-    blocked = ("timm", "transformers", "datasets", "evaluate", "wandb", "matplotlib")
+    blocked = ("timm", "transformers", "datasets", "evaluate", "wandb", "matplotlib", "onnx", "onnxruntime")
     code = f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import pretrain_mae"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
