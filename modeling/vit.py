@@ -124,10 +124,15 @@ class Attention(nn.Module):
         patches = torch.cat([patch_to_cls.expand(-1, h * w, n), windows.reshape(-1, h * w, h * w)], dim=2)
         return torch.cat([cls, patches], dim=1)
 
-    def forward(self, x: torch.Tensor, last: int | None = None, grid: Grid | None = None) -> torch.Tensor:
+    def project(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Return queries, keys and values (B, heads, N, D / heads) of tokens (B, N, D)."""
         b, n, d = x.shape
         qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, d // self.num_heads)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, N, D / heads)
+        return [part.transpose(1, 2) for part in qkv.unbind(2)]
+
+    def forward(self, x: torch.Tensor, last: int | None = None, grid: Grid | None = None) -> torch.Tensor:
+        b, n, d = x.shape
+        q, k, v = self.project(x)
         q = q if last is None else q[:, :, n - last :]
         bias = self.relative_position_bias(grid, n - grid[0] * grid[1]) if self.bias_grid else None
         x = attend(q, k, v, bias)

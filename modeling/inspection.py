@@ -1,0 +1,115 @@
+"""Look inside a trained encoder, and reconstruct from several masks or from a mask of one's own.
+
+Models are in evaluation mode, and nothing here changes them. Images are normalized, (B, C, H, W).
+
+Legend: B images, L patches, K kept patches, D width, T outputs per patch, S passes.
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+
+from modeling.mae import MaskedAutoencoder
+from modeling.vit import VisionTransformer, patchify, run_blocks
+
+TAILS = 0.02  # share of the patches that is clipped at either end of a colour
+
+
+@torch.no_grad()
+def patch_features(encoder: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
+    """Return the patch tokens (B, L, D), float32, after the final norm of the encoder.
+
+    The encoder of a classifier with mean pooling has no final norm.
+    """
+    return encoder.split(encoder(images))[1].float()
+
+
+@torch.no_grad()
+def attention_maps(encoder: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
+    """Return the attention (B, heads, L) of the class token to the patches in the last block, float32.
+
+    Of several class tokens, it is the mean. The softmax is over all tokens, so the weights of a head sum to 1 less its
+    attention to the class tokens themselves.
+    """
+    grid, n = encoder.grid_of(images), encoder.num_cls_tokens
+    tokens = encoder.embed(patchify(images, encoder.patch_size), grid=grid)
+    *blocks, last = encoder.blocks
+    tokens = run_blocks(blocks, tokens, checkpointed=False, grid=grid)
+    queries, keys, _ = (part.float() for part in last.attn.project(last.norm1(tokens)))
+    scores = queries[:, :, :n] @ keys.transpose(2, 3) / queries.shape[-1] ** 0.5  # (B, heads, class tokens, N)
+    if last.attn.bias_grid:
+        scores = scores + last.attn.relative_position_bias(grid, n)[:, :n]
+    return scores.softmax(dim=-1)[..., n:].mean(dim=2)
+
+
+def feature_colours(features: torch.Tensor) -> torch.Tensor:
+    """Return the first three principal components of features (B, L, D) as colours (B, L, 3) in [0, 1].
+
+    All images share the components, so that equal colours mean similar features. Each component is scaled so that the
+    2nd and 98th percentiles of all patches become 0 and 1, and clipped; one without variance is 0.5. Its largest
+    coefficient is positive, which makes the result deterministic.
+    """
+    count, mean = features.shape[0] * features.shape[1], features.mean(dim=(0, 1), dtype=torch.float64)
+    products = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=features.device)
+    for image in features:  # one at a time, because float64 takes twice the memory
+        centred = image.double() - mean
+        products += centred.T @ centred
+    variances, vectors = torch.linalg.eigh(products / count)  # of ascending variance
+    components = vectors[:, -3:].flip(1)  # (D, 3)
+    largest = components.gather(0, components.abs().argmax(dim=0, keepdim=True))
+    components = components * largest.sign()
+    values = torch.stack([(image.double() - mean) @ components for image in features])  # (B, L, 3)
+    ranks = (1 + round(share * (count - 1)) for share in (TAILS, 1 - TAILS))
+    low, high = (values.flatten(0, 1).kthvalue(rank, dim=0).values for rank in ranks)
+    varies = variances[-3:].flip(0) > 1e-12 * (variances.sum() + mean.square().sum())  # beyond rounding
+    colours = ((values - low) / (high - low).clamp(min=1e-30)).clamp(0, 1)
+    return torch.where(varies, colours, 0.5).float()
+
+
+def similarities(features: torch.Tensor, image: int, patch: int) -> torch.Tensor:
+    """Return the cosine similarities (B, L) of all features (B, L, D) to those of one patch of one image."""
+    return F.cosine_similarity(features, features[image, patch], dim=-1)
+
+
+def keep_patches(model: MaskedAutoencoder, num_kept: int) -> MaskedAutoencoder:
+    """Return a model of the same weights that keeps exactly `num_kept` of the patches; `model` keeps its ratio.
+
+    With a mask of one's own, 1 = removed, as its noise, this removes those very patches.
+
+    Raises:
+        ValueError: if that keeps or removes no patch.
+    """
+    num_patches = math.prod(model.encoder.grid)
+    if not 0 < num_kept < num_patches:
+        raise ValueError(f"{num_kept} of {num_patches} patches are kept; expected to keep and remove at least one")
+    model = copy.copy(model)  # shares all modules and parameters
+    model.mask_ratio = 1 - (num_kept + 0.5) / num_patches  # far from where `count` rounds down
+    return model
+
+
+def complementary_noise(noise: torch.Tensor, num_kept: int) -> torch.Tensor:
+    """Return the noise (S, B, L) of the fewest masks that together remove each patch: S = L / (L - K), rounded up.
+
+    The first mask is that of `noise` (B, L); each other one removes the L - K patches that follow, in the order of the
+    noise, those that the mask before it removes.
+    """
+    num_patches = noise.shape[1]
+    num_removed = num_patches - num_kept
+    ranks = noise.argsort(dim=1, stable=True).argsort(dim=1)
+    shifts = num_removed * torch.arange(math.ceil(num_patches / num_removed), device=noise.device)
+    return ((ranks - shifts[:, None, None]) % num_patches).float()
+
+
+@torch.no_grad()
+def fill(model: MaskedAutoencoder, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Return a prediction (B, L, T) of all patches, each from masks that remove it, as `model.reconstruct` takes it.
+
+    The masks are those of `complementary_noise`. A patch that several of them remove has the mean of its predictions.
+    """
+    total, count = 0, 0
+    for each in complementary_noise(noise, model.num_kept):
+        _, prediction, removed = model(images, each)
+        total, count = total + prediction.float() * removed[..., None], count + removed[..., None]
+    return total / count
