@@ -10,13 +10,12 @@ images are named and skipped; the exit code is then 1.
 
     python predict.py work_dir/quickstart_pretrain photos/ --features features.npy
 
-writes features (images, width) instead, and features.json, the list of their files.
+writes features (images, width) instead, and features.json, the list of their files; --patch_features those of each
+patch. --attention and --pca write pictures of what any encoder sees.
 """
 
-import json
 import math
 import os
-import sys
 import tempfile
 import time
 from functools import partial
@@ -25,13 +24,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
-from data.batches import ListedDataset, Normalization, centre_crop, make_loader, masked_crop
-from data.decode import MAX_PIXELS, PixelFormat, preview_channels
+from data.batches import ListedDataset, Normalization, centre_crop, make_loader, masked_crop, own_mask_crop
+from data.decode import MAX_PIXELS, DamagedImage, PixelFormat, preview_channels
 from data.files import find_images
-from data.masking import MASK_STRATEGIES
+from data.masking import MASK_STRATEGIES, read_removed, removed_patches
 from data.segmentation import palette, view_and_preview, view_sizes
+from modeling import inspection
 from modeling.classifier import Classifier
 from modeling.files import WeightsError
 from modeling.mae import MaskedAutoencoder
@@ -39,29 +38,33 @@ from modeling.sliding_window import predict
 from modeling.trained import open_trained
 from modeling.upernet import Segmenter
 from modeling.vit import VisionTransformer
-from training import arguments, launch
-from training.arguments import integer, number
-from training.files import write_json
+from training import arguments, launch, predictions
+from training.arguments import Pair, integer, number
 from training.launch import RunError, fail
-from training.metrics import reconstruction_metrics
-from training.pictures import attention_grid, displayable, label_picture, reconstruction_grid, segmentation_overlay
+from training.memory import check_memory
+from training.pictures import displayable, label_picture, segmentation_overlay
+from training.predictions import LINES
 from training.pretraining import check_mask_block
 from training.processes import check_settings
 from training.resolve import check_preview
-from training.wording import count_targets, several
+from training.wording import count_targets, in_bytes, several
 
-LINES, PICTURES = "predictions.jsonl", ("attention", "labels", "overlays", "reconstructions")  # in the output folder
 PREVIEW_SIZE = 1024  # longer side of an overlay, in pixels, at most
-NUM_PRINTED = 10  # images whose result is printed
-NOT_FINITE = "the outputs are not finite: training diverged or the weights are damaged; give other weights"
-KINDS = {  # model -> name, flags for this model alone
+MASK_DEFAULTS = dict(mask_strategy="random", mask_block=1, seed=0)
+KINDS = {  # model -> name, flags for its predictions alone
     Classifier: ("a classifier", ["top_k"]),
     Segmenter: ("a segmentation model", ["evaluate"]),
     MaskedAutoencoder: (
         "a masked autoencoder",
-        ["mask_ratio", "mask_strategy", "mask_block", "seed", "preview_channels"],
+        ["mask_ratio", "mask_strategy", "mask_block", "seed", "mask", "fill", "preview_channels"],
     ),
     VisionTransformer: ("an encoder without a head", []),
+}
+LOOKS = {  # flag of what is written instead of predictions -> words, flags for this alone
+    "features": ("features", ["pooling"]),
+    "patch_features": ("features of patches", []),
+    "attention": ("attention", []),
+    "pca": ("colours of features", []),
 }
 
 
@@ -71,13 +74,17 @@ def parse_args(argv=None):
     flag = parser.add_argument
     flag("model", metavar="MODEL", help="run, checkpoint or weights: file, folder, hf:OWNER/NAME[@revision]")
     flag("images", nargs="+", metavar="IMAGE", help="files, folders, or patterns (* ? [...] **) in quotes")
-    either = parser.add_mutually_exclusive_group().add_argument
-    either("--output", metavar="FOLDER", help="folder to write (default predictions)")
-    either("--features", metavar="FILE.npy", help="write the encoder's features there instead, float32 (images, width)")
+    flag("--output", metavar="FOLDER", help="folder to write (default predictions)")
     flag("--batch_size", type=integer(1), default=16, help="images per batch, 1 for segmentation (default 16)")
     flag("--num_workers", type=integer(0), help="loader workers (default min(32, cores))")
     flag("--nodata", type=number(-math.inf), help="pixel value without data, besides a GeoTIFF's own and NaN")
     flag("--max_pixels", type=integer(1), default=MAX_PIXELS, help=f"skip larger images (default {MAX_PIXELS})")
+    flag = parser.add_argument_group("instead of predictions, one of these").add_argument
+    flag("--features", metavar="FILE.npy", help="write the encoder's features there, float32 (images, width)")
+    flag("--patch_features", metavar="FILE.npy", help="write the patch tokens there, float32 (images, patches, width)")
+    flag("--attention", action=Pair, help="write where the heads of the class token look, or a probe's queries (off)")
+    flag("--pca", action=Pair, help="write principal components of patch tokens as colours that images share (off)")
+    flag("--pooling", choices=("mean", "cls"), help="tokens that --features averages (default as the head, else mean)")
     flag = parser.add_argument_group("classification").add_argument
     flag("--top_k", type=integer(1), help="classes or labels per image (default 5 classes, all labels)")
     flag = parser.add_argument_group("segmentation").add_argument
@@ -87,61 +94,64 @@ def parse_args(argv=None):
     flag("--mask_strategy", choices=MASK_STRATEGIES, help="pattern of removed patches (default random)")
     flag("--mask_block", type=integer(1), metavar="N", help="side of removed blocks, in patches (default 1)")
     flag("--seed", type=integer(0, 2**32 - 1), help="seed of the masks (default 0)")
+    flag("--mask", metavar="FILE.png", help="picture whose white removes patches, as large as the image or the crop")
+    flag("--fill", action=Pair, help="predict every patch, by masks that together remove all of them (off)")
     arguments.add_preview_flag(flag)
     args, errors = parser.read(argv)
-    if args.features is not None and Path(args.features).suffix != ".npy":
-        errors.append(f"--features {args.features} does not end in .npy; give FILE.npy")
+    looks = [name for name in LOOKS if getattr(args, name) not in (None, False)]
+    if len(looks) > 1:
+        errors.append(f"{' and '.join(f'--{name}' for name in looks)} exclude each other; give one of them")
+    for name in looks:
+        path = getattr(args, name)
+        if path is not True and Path(path).suffix != ".npy":
+            errors.append(f"--{name} {path} does not end in .npy; give FILE.npy")
+        if path is not True and args.output is not None:
+            errors.append(f"--output {args.output} has no effect with --{name}, which names a file; leave it out")
+    args.look, args.fill = looks[0] if looks else None, args.fill or None
     return args, errors
 
 
-def check_model(trained, given, *, features):
-    """Return the errors in flags that do not fit the model; `given` maps flags in KINDS to their values."""
+def check_model(trained, given, removed, *, look):
+    """Return the errors in flags that do not fit the model.
+
+    `given` maps flags in KINDS and LOOKS to their values, `removed` are the pixels that --mask removes.
+    """
     model, encoder, errors = trained.model, trained.encoder, []
     name, flags = KINDS[type(model)]
-    if features and isinstance(model, Segmenter):
-        errors.append(f"--features: {trained.path} is {name}, whose encoder has no norm; give what it started from")
-    if not features and isinstance(model, VisionTransformer):
-        errors.append(f"{trained.path} is {name}, which computes features alone; give --features FILE.npy")
+    if look not in (None, "attention") and isinstance(model, Segmenter):
+        errors.append(f"--{look}: {trained.path} is {name}, whose encoder has no norm; give what it started from")
+    if look is None and isinstance(model, VisionTransformer):
+        words = "computes features alone; give --features FILE.npy, --attention or --pca"
+        errors.append(f"{trained.path} is {name}, which {words}")
+    if given.get("pooling") == "cls" and getattr(model, "pooling", None) == "mean":
+        words = f"{trained.path} is {name} of the mean patch token, whose class token has no norm"
+        errors.append(f"--pooling cls: {words}; leave it out, or give what it started from")
     if getattr(model, "problem", None) == "numbers":
         name, flags = "a model of numbers", []
-    if not features and isinstance(model, MaskedAutoencoder) and not model.target.invertible:
+    if look is None and isinstance(model, MaskedAutoencoder) and not model.target.invertible:
         words = f"predicts {model.target.title}, which have no picture; give --features FILE.npy"
         errors.append(f"{trained.path} {words}")
-    unused = [flag for flag in given if features or flag not in flags]
-    use = "features" if features else f"the predictions of {name}"
-    errors += [f"--{flag} has no effect on {use}; leave it out" for flag in unused]
+    use, flags = LOOKS[look] if look else (f"the predictions of {name}", flags)
+    errors += [f"--{flag} has no effect on {use}; leave it out" for flag in given if flag not in flags]
     errors += check_preview(given.get("preview_channels"), encoder.in_channels)
-    if isinstance(model, MaskedAutoencoder) and "mask_ratio" in given:
-        patches = math.prod(encoder.grid)
+    return errors + (check_masks(encoder, given, removed) if isinstance(model, MaskedAutoencoder) else [])
+
+
+def check_masks(encoder, given, removed):
+    """Return the errors in flags of masks that do not fit the patches of a masked autoencoder."""
+    patches, errors = math.prod(encoder.grid), []
+    if "mask_ratio" in given:
         num_kept = int(patches * (1 - given["mask_ratio"]))
         words = f"keeps {num_kept} of {patches} patches; expected a ratio that keeps and removes at least one"
         errors += [] if 0 < num_kept < patches else [f"--mask_ratio {given['mask_ratio']:g} {words}"]
-    if isinstance(model, MaskedAutoencoder):
-        errors += check_mask_block(given.get("mask_block", 1), given.get("mask_strategy", "random"), encoder.grid)
-    return errors
-
-
-def check_output(features, folder):
-    """Return an error for files and folders that would be overwritten."""
-    if features is None:
-        flag, paths = f"--output {folder}", [folder / name for name in (LINES, *PICTURES)]
-    else:
-        path = Path(features)
-        flag, paths = f"--features {features}", [path, path.with_suffix(".json"), path.with_name(f".{path.name}")]
-    taken = [str(path) for path in paths if os.path.lexists(path)]  # also a link whose file is not there
-    return [f"{flag} would overwrite {', '.join(taken)}; give another name"] if taken else []
-
-
-def picture_names(source):
-    """Return a file name for the picture of each image: its own, with its index if another image has it."""
-    names, taken = [], set()
-    for index in range(len(source)):
-        name = os.fsdecode(os.fsencode(Path(source.name(index)).stem)[:200])  # leaves room for the index
-        while name.casefold() in taken:  # some file systems ignore case
-            name += f"_{index}"
-        taken.add(name.casefold())
-        names.append(f"{name}.png")
-    return names
+    if removed is not None:
+        count = int(removed_patches(removed, encoder.img_size, encoder.grid).sum())
+        words = f"removes {count} of {patches} patches; expected white on half of at least one, and not of all"
+        errors += [] if 0 < count < patches else [f"--mask {given['mask']} {words}"]
+    others = [flag for flag in given if flag in ("mask_ratio", "mask_strategy", "mask_block", "seed", "fill")]
+    if "mask" in given:
+        errors += [f"--{flag} has no effect with --mask, which says what is removed; leave one out" for flag in others]
+    return errors + check_mask_block(given.get("mask_block", 1), given.get("mask_strategy", "random"), encoder.grid)
 
 
 @torch.no_grad()
@@ -162,10 +172,8 @@ def predict_classes(batch, *, model, normalize, device, classes, top_k, folder, 
             for row in zip(numbers, values, strict=True)
         ]
     if model.pooling == "attentive":
-        maps = model.attention_maps(tokens).cpu().numpy()
-        for image, attention, index, result in zip(batch.inputs[0], maps, batch.indices, results, strict=True):
-            result["attention"] = f"attention/{names[index]}"
-            attention_grid(folder / result["attention"], displayable(image).numpy(), attention)
+        written = predictions.write_attention(batch, model.attention_maps(tokens), folder=folder, names=names)
+        results = [result | attention for result, attention in zip(results, written, strict=True)]
     return results
 
 
@@ -184,89 +192,110 @@ def predict_labels(batch, *, segment, normalize, device, classes, folder, names)
 
 
 @torch.no_grad()
-def predict_patches(batch, *, model, normalize, device, channels, folder, names):
-    """Write the reconstruction of each image and return its metrics."""
+def predict_patches(batch, *, model, whole, normalize, device, **pictures):
+    """Write the reconstruction of each image, from one mask, or of the `whole` of it from several; return metrics."""
     images, noise = (part.to(device) for part in batch.inputs)
-    images = normalize(images)
-    _, prediction, removed = model(images, noise)
+    images, removed = normalize(images), None
+    if whole:
+        prediction = inspection.fill(model, images, noise)
+    else:
+        _, prediction, mask = model(images, noise)
+        removed = model.pixel_mask(mask)
     prediction = normalize.undo(model.reconstruct(images, prediction))
-    images, removed = normalize.undo(images), model.pixel_mask(removed)
-    metrics = {name: values.tolist() for name, values in reconstruction_metrics(images, prediction, removed).items()}
-    results, statistics = [], dict(uses_true_patch_statistics=model.target.uses_true_patch_statistics)
-    for row, index in enumerate(batch.indices):
-        values = {name: column[row] for name, column in metrics.items()}
-        title = f"removed patches: {values['masked_psnr']:.2f} dB, SSIM {values['masked_ssim']:.3f}"
-        path, own = f"reconstructions/{names[index]}", (each[row : row + 1] for each in (images, prediction, removed))
-        reconstruction_grid(folder / path, *own, title=title, channels=channels, **statistics)
-        results.append({"reconstruction": path, **values, **statistics})
-    return results
+    options = dict(uses_true_patch_statistics=model.target.uses_true_patch_statistics, **pictures)
+    return predictions.write_reconstructions(batch.indices, normalize.undo(images), prediction, removed, **options)
 
 
 @torch.no_grad()
-def encode_images(batch, *, trained, normalize, device):
-    """Return features (B, D): the input of a classifier's head, or the mean of an encoder's patch tokens."""
-    images = normalize(batch.inputs[0].to(device))
-    if isinstance(trained.model, Classifier):
-        return trained.model.pool(trained.encoder(images)).cpu().numpy()
-    return trained.encoder.split(trained.encoder(images))[1].mean(dim=1).cpu().numpy()
+def encode_images(batch, *, trained, pooling, normalize, device):
+    """Return features (B, D): the mean of one kind of tokens; by default what a classifier's head reads, or patches."""
+    tokens, model = trained.encoder(normalize(batch.inputs[0].to(device))), trained.model
+    if isinstance(model, Classifier) and pooling in (None, model.pooling):
+        return model.pool(tokens).cpu().numpy()
+    cls_tokens, patches = trained.encoder.split(tokens)
+    return (cls_tokens if pooling == "cls" else patches).mean(dim=1).cpu().numpy()
 
 
-def predict_all(loader, predict_batch, source):
-    """Yield (name, result, error) of each image in order; either the result or the error is None."""
-    with tqdm(total=len(source), unit="image") as bar:
-        for batch in loader:
-            results, errors = iter(predict_batch(batch) if batch.indices else ()), dict(batch.damaged)
-            for index in sorted([*batch.indices, *errors]):
-                if index in errors:
-                    tqdm.write(f"warning: {source.name(index)}: {errors[index]}", file=sys.stderr)
-                yield source.name(index), None if index in errors else next(results), errors.get(index)
-                bar.update()
+def encode_patches(batch, *, trained, normalize, device):
+    """Return the features (B, L, D) of all patches."""
+    return inspection.patch_features(trained.encoder, normalize(batch.inputs[0].to(device))).cpu().numpy()
 
 
-def write_lines(path, results):
-    """Write one line of JSON per image, print the first results, and return the number of readable images."""
-    count = 0
-    with open(path, "x") as file:
-        for number, (name, result, error) in enumerate(results):
-            try:
-                line = json.dumps({"image": name, **(result or {"error": error})}, allow_nan=False)
-            except ValueError:
-                raise RunError(f"{name}: {NOT_FINITE}") from None
-            file.write(f"{line}\n")
-            file.flush()
-            count += result is not None
-            if result and number < NUM_PRINTED:
-                tqdm.write(f"{name}: {describe_result(result)}".encode(errors="replace").decode())
-    return count
+@torch.no_grad()
+def find_attention(batch, *, trained, normalize, device, **pictures):
+    """Write where an attentive probe's queries look in each image, otherwise the heads of the class token."""
+    images, model, encoder = normalize(batch.inputs[0].to(device)), trained.model, trained.encoder
+    if getattr(model, "pooling", None) == "attentive":
+        maps = model.attention_maps(encoder(images))
+    else:
+        maps = inspection.attention_maps(encoder, images).unflatten(-1, encoder.grid)
+    return predictions.write_attention(batch, maps, **pictures)
 
 
-def describe_result(result):
-    """Return one line on a result: the first classes, labels or numbers, or the PSNR of the reconstruction."""
-    if "numbers" in result:
-        return ", ".join(f"{name} {value:.6g}" for name, value in list(result["numbers"].items())[:5])
-    if "classes" not in result and "labels" in result:
-        return ", ".join(f"{entry['label']} {100 * entry['probability']:.1f} %" for entry in result["labels"][:5])
-    if "classes" not in result:
-        return f"removed patches {result['masked_psnr']:.2f} dB"
-    key = "pixels" if "pixels" in result["classes"][0] else "probability"
-    scale = 100 / sum(entry[key] for entry in result["classes"]) if key == "pixels" else 100
-    return ", ".join(f"{entry['class']} {scale * entry[key]:.1f} %" for entry in result["classes"][:5])
+def encode_for_colours(batch, **options):
+    """Return the features (L, D) of each image and the image as it is shown."""
+    return [*zip(encode_patches(batch, **options), map(displayable, batch.inputs[0]), strict=True)]
 
 
-def write_features(path, results, width):
-    """Write the features (N, D) of the readable images, and the list of their names; return N."""
-    names, rows = [], []
-    for name, row, _ in results:
-        if row is not None:
-            if not np.isfinite(row).all():
-                raise RunError(f"{name}: {NOT_FINITE}")
-            names.append(name)
-            rows.append(row)
-    write_json(path.with_suffix(".json"), names)
-    part = path.with_name(f".{path.name}")
-    np.save(part, np.array(rows, np.float32).reshape(-1, width))
-    part.replace(path)
-    return len(names)
+def plan_look(look, trained, *, pooling, num_images, **pictures):
+    """Return the task in words, the transform of an image, and the prediction of a batch, of one of LOOKS."""
+    encoder = trained.encoder
+    patches, width = math.prod(encoder.grid), encoder.embed_dim
+    transform = partial(centre_crop, size=encoder.img_size, crop_ratio=trained.crop_ratio)
+    if look == "features":
+        return f"features of width {width}", transform, partial(encode_images, trained=trained, pooling=pooling)
+    if look == "patch_features":
+        return f"features of {patches} patches, of width {width}", transform, partial(encode_patches, trained=trained)
+    if look == "pca":
+        size = 4 * num_images * patches * width
+        check_memory(f"--pca of {several(num_images, 'image')}", size)
+        words = f"colours of {patches} patches, which all images share; their features take {in_bytes(size)} of memory"
+        return words, transform, partial(encode_for_colours, trained=trained)
+    attentive = getattr(trained.model, "pooling", None) == "attentive"
+    words = "the queries of the probe" if attentive else f"{several(encoder.num_heads, 'head')} of the class token"
+    return f"attention of {words} to {patches} patches", transform, partial(find_attention, trained=trained, **pictures)
+
+
+def plan_predictions(trained, given, removed, *, pixels, **pictures):
+    """Return what `plan_look` does, for predictions. See `check_model` for `given` and `removed`."""
+    model, encoder, classes = trained.model, trained.encoder, trained.classes
+    if isinstance(model, Classifier):
+        task = f"{'one of ' * (model.problem == 'classes')}{count_targets(len(classes), model.problem)} per image"
+        top_k = given.get("top_k", 5 if model.problem == "classes" else len(classes))
+        transform = partial(centre_crop, size=encoder.img_size, crop_ratio=trained.crop_ratio)
+        return task, transform, partial(predict_classes, model=model, classes=classes, top_k=top_k, **pictures)
+    if isinstance(model, Segmenter):
+        mode, crop_size = given.get("evaluate", "slide"), encoder.img_size[0]
+        view = "windows over images that fit {} x {}".format(*trained.resize) if mode == "slide" else "one crop"
+        task = f"one of {len(classes)} classes per pixel, in {view}"
+        sides = dict(resize=trained.resize, crop_size=crop_size, patch_size=encoder.patch_size)
+        sizes = partial(view_sizes, mode=mode, scales=[1.0], **sides)
+        transform = partial(view_and_preview, sizes=sizes, longest=PREVIEW_SIZE)
+        segment = partial(predict, model, flip=False, window=crop_size if mode == "slide" else None)
+        return task, transform, partial(predict_labels, segment=segment, classes=classes, **pictures)
+    patches, whole, size = math.prod(encoder.grid), given.get("fill", False), encoder.img_size
+    if removed is None:
+        model.mask_ratio = given.get("mask_ratio", model.mask_ratio)
+        mask = {name: given.get(name, value) for name, value in MASK_DEFAULTS.items()}
+        transform = partial(masked_crop, size=size, grid=encoder.grid, num_kept=model.num_kept, **mask)
+    else:
+        noise = removed_patches(removed, size, encoder.grid)
+        model = inspection.keep_patches(model, patches - int(noise.sum()))
+        transform = partial(own_mask_crop, size=size, noise=noise, mask_size=tuple(removed.shape[1:]))
+    task = f"{model.num_kept} of {patches} patches seen, the others predicted"
+    if whole:
+        masks = len(inspection.complementary_noise(torch.zeros(1, patches), model.num_kept))
+        task += f", under {masks} masks that together remove all"
+    channels = given.get("preview_channels", preview_channels(pixels))
+    return task, transform, partial(predict_patches, model=model, whole=whole, channels=channels, **pictures)
+
+
+def read_mask(path):
+    """Return which pixels the picture of --mask removes (1, H, W), None without one, and a list of errors."""
+    try:
+        return None if path is None else read_removed(path), []
+    except DamagedImage as error:
+        return None, [f"--mask {path}: {error}; expected a picture whose white is removed"]
 
 
 def main(argv=None):
@@ -278,84 +307,74 @@ def main(argv=None):
         fail([message, *errors], show=launch.is_main_process())
     errors += check_settings("no")
     source, image_errors = find_images(args.images)
-    errors += image_errors
+    removed, mask_errors = read_mask(args.mask)
+    errors += image_errors + mask_errors
+    file = args.features or args.patch_features
     try:
-        trained = open_trained(args.model, whole=args.features is None)
-        names = [name for _, flags in KINDS.values() for name in flags]
+        trained = open_trained(args.model, whole=args.look is None)
+        names = [name for _, flags in (*KINDS.values(), *LOOKS.values()) for name in flags]
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-        errors += check_model(trained, given, features=args.features is not None)
+        errors += check_model(trained, given, removed, look=args.look)
     except WeightsError as error:
         errors.append(str(error))
     folder = Path(args.output or "predictions")
-    if not errors or args.output or args.features:  # after a first call the default folder is always taken
-        errors += check_output(args.features, folder)
+    if file is not None:
+        errors += predictions.check_features(args.look, Path(file))
+    elif not errors or args.output:  # after a first call the default folder is always taken
+        errors += predictions.check_output(folder)
     if errors:
         fail(errors)
-    output = Path(args.features or folder / LINES)
+    output = Path(file or folder / LINES)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output.parent).close()
     except OSError as error:
         fail([f"the folder {output.parent} cannot be written ({error.strerror}); give another one"])
 
-    # Transform of an image, and prediction of a batch
+    # Task: transform of an image, and prediction of a batch
     device = Accelerator(mixed_precision="no").device
     launch.set_speed(device, tf32=False)
-    model, encoder = trained.model.to(device), trained.encoder
+    encoder = trained.encoder
+    trained.model.to(device)
     pixels = PixelFormat(encoder.in_channels, trained.value_range, args.nodata, args.max_pixels)
-    shared = dict(normalize=Normalization(trained.mean, trained.std, device), device=device)
-    pictures, classes = dict(folder=folder, names=picture_names(source)), trained.classes
-    batch_size = args.batch_size
-    transform = partial(centre_crop, size=encoder.img_size, crop_ratio=trained.crop_ratio)
-    if args.features is not None:
-        task = f"features of width {encoder.embed_dim}"
-        predict_batch = partial(encode_images, trained=trained, **shared)
-    elif isinstance(model, Classifier):
-        task = f"{'one of ' * (model.problem == 'classes')}{count_targets(len(classes), model.problem)} per image"
-        top_k = args.top_k or (5 if model.problem == "classes" else len(classes))
-        predict_batch = partial(predict_classes, model=model, classes=classes, top_k=top_k, **pictures, **shared)
-    elif isinstance(model, Segmenter):
-        mode, crop_size = args.evaluate or "slide", encoder.img_size[0]
-        view = "windows over images that fit {} x {}".format(*trained.resize) if mode == "slide" else "one crop"
-        task = f"one of {len(classes)} classes per pixel, in {view}"
-        sides = dict(resize=trained.resize, crop_size=crop_size, patch_size=encoder.patch_size)
-        sizes = partial(view_sizes, mode=mode, scales=[1.0], **sides)
-        transform = partial(view_and_preview, sizes=sizes, longest=PREVIEW_SIZE)
-        segment = partial(predict, model, flip=False, window=crop_size if mode == "slide" else None)
-        predict_batch = partial(predict_labels, segment=segment, classes=classes, **pictures, **shared)
-        batch_size = 1  # sizes differ, and neither rounding nor memory depends on other images
+    paths = [source.name(index) for index in range(len(source))]
+    pictures = dict(folder=folder, names=predictions.picture_names(paths))
+    if args.look:
+        options = dict(pooling=args.pooling, num_images=len(paths))
+        task, transform, predict_batch = plan_look(args.look, trained, **options, **pictures)
     else:
-        model.mask_ratio = model.mask_ratio if args.mask_ratio is None else args.mask_ratio
-        patches = math.prod(encoder.grid)
-        task = f"{model.num_kept} of {patches} patches seen, the others predicted"
-        mask = dict(mask_strategy=args.mask_strategy or "random", mask_block=args.mask_block or 1, seed=args.seed or 0)
-        transform = partial(masked_crop, size=encoder.img_size, grid=encoder.grid, num_kept=model.num_kept, **mask)
-        channels = args.preview_channels or preview_channels(pixels)
-        predict_batch = partial(predict_patches, model=model, channels=channels, **pictures, **shared)
+        task, transform, predict_batch = plan_predictions(trained, given, removed, pixels=pixels, **pictures)
     size = f"{encoder.img_size[0]} x {encoder.img_size[1]} pixels, {several(encoder.in_channels, 'channel')}"
     print(f"model      {trained.path} ({trained.layout}): {encoder.embed_dim} x {encoder.depth} encoder, {size}")
     for assumption in trained.assumed:
         print(f"           assumed: {assumption}")
-    print(f"task       {task}\nimages     {len(source)}")
+    print(f"task       {task}\nimages     {len(paths)}")
 
     # Loop
-    batches = [range(len(source))[start : start + batch_size] for start in range(0, len(source), batch_size)]
+    # The views of a segmenter have different sizes; one image at a time, rounding and memory depend on no other.
+    batch_size = 1 if isinstance(trained.model, Segmenter) and not args.look else args.batch_size
+    batches = [range(len(paths))[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     num_workers = args.num_workers
     if num_workers is None:  # none for a single batch, which is read sooner than a process starts
         num_workers = min(launch.default_workers(), len(batches) - 1)
-    dataset = ListedDataset(source, pixels=pixels, prepare=transform)
+    loader = make_loader(ListedDataset(source, pixels=pixels, prepare=transform), batches, num_workers=num_workers)
+    predict_batch = partial(predict_batch, normalize=Normalization(trained.mean, trained.std, device), device=device)
     start_time = time.monotonic()
-    results = predict_all(make_loader(dataset, batches, num_workers=num_workers), predict_batch, source)
-    if args.features is None:
-        count = write_lines(output, results)
+    results = predictions.predict_all(loader, predict_batch, paths)
+    patches, width = math.prod(encoder.grid), encoder.embed_dim
+    if args.look == "pca":
+        shape = (len(paths), patches, width)
+        results = predictions.write_colours(results, shape, inspection.feature_colours, grid=encoder.grid, **pictures)
+    if file is None:
+        count = predictions.write_lines(output, results)
     else:
-        count = write_features(output, results, encoder.embed_dim)
+        count = predictions.write_features(output, results, [width] if args.look == "features" else [patches, width])
 
     # Finish
     seconds = time.monotonic() - start_time
-    print(f"finished: {count} of {len(source)} images in {seconds:.3g} s; {output}")
-    if count < len(source):
-        raise RunError(f"{len(source) - count} of {len(source)} images could not be read; see the warnings above")
+    print(f"finished: {count} of {len(paths)} images in {seconds:.3g} s; {output}")
+    if count < len(paths):
+        raise RunError(f"{len(paths) - count} of {len(paths)} images could not be read; see the warnings above")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ class ListedDataset(SourceDataset):
     """Prepare a list of samples for a model; images that cannot be read are reported, not replaced.
 
     `prepare(image, index)` makes one or several tensors of an upright image (C, H, W) of any size; those of a
-    batch have equal shapes. One image at a time is in memory at its own size.
+    batch have equal shapes. It may raise DamagedImage. One image at a time is in memory at its own size.
     """
 
     def __init__(self, source: Source, *, pixels: PixelFormat, prepare: Callable[[torch.Tensor, int], tuple]):
@@ -176,12 +176,10 @@ class ListedDataset(SourceDataset):
         intact, prepared, damaged = [], [], []
         for index in indices:
             try:
-                image = self.read(index)
+                prepared.append(self.prepare(self.read(index), index))
+                intact.append(index)
             except DamagedImage as error:
                 damaged.append((index, str(error)))
-                continue
-            prepared.append(self.prepare(image, index))
-            intact.append(index)
         inputs = tuple(torch.stack(parts) for parts in zip(*prepared, strict=True))
         return ListedBatch(intact, inputs, damaged)
 
@@ -208,6 +206,20 @@ def masked_crop(
     """
     noise = mask_noise(mask_strategy, sample_generator(seed, FIXED_EPOCH, index), grid, num_kept, block=mask_block)
     return CentreCrop(size)(image), torch.from_numpy(noise)
+
+
+def own_mask_crop(
+    image: torch.Tensor, index: int, *, size: tuple[int, int], noise: torch.Tensor, mask_size: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the input of a masked autoencoder under a mask that a picture of `mask_size` gave: (crop, noise (L,)).
+
+    Raises DamagedImage if the picture has neither the size of the image nor that of the crop.
+    """
+    if tuple(image.shape[1:]) != mask_size != size:
+        sizes = ("{} x {}".format(*each) for each in (image.shape[1:], mask_size, size))
+        message = "is {} pixels (height x width), but the mask {}; expected a mask of that size, or of the crop's {}"
+        raise DamagedImage(message.format(*sizes))
+    return CentreCrop(size)(image), noise
 
 
 class Normalization:

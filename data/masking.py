@@ -1,11 +1,17 @@
 """Mask strategies. Each is a way to draw noise: the K patches with the smallest noise are kept, the others removed.
 
-Legend: h w grid of patches, L = h * w, K kept patches.
+A picture can say which patches are removed, too. Legend: h w grid of patches, L = h * w, K kept patches.
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
+import torch
+from torch.nn.functional import adaptive_avg_pool2d
+
+from data.decode import DamagedImage, PixelFormat, decode
+from data.transforms import CentreCrop
 
 
 def block_noise(rng: np.random.Generator, grid: tuple[int, int], num_kept: int) -> np.ndarray:
@@ -70,3 +76,21 @@ def mask_noise(
     if strategy == "random":
         return random_noise(rng, grid, block)
     raise ValueError(f"mask strategy {strategy!r} is unknown; expected one of {', '.join(MASK_STRATEGIES)}")
+
+
+def read_removed(path: str) -> torch.Tensor:
+    """Return which pixels a picture removes, the white ones: (1, H, W), bool. Raises DamagedImage."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise DamagedImage(error.strerror) from None
+    return decode(data, PixelFormat(channels=1)) > 127
+
+
+def removed_patches(removed: torch.Tensor, size: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
+    """Return 1 for each patch of which at least half is removed, otherwise 0: (L,), float32, which serves as noise.
+
+    The pixels `removed` (1, H, W) are resized and cropped to `size` as an image is.
+    """
+    share = adaptive_avg_pool2d(CentreCrop(size)(removed.float()), grid)
+    return (share.flatten() > 0.4999).float()  # rounding may make a half smaller

@@ -23,7 +23,7 @@ def reconstruction_grid(
     path: Path,
     images: torch.Tensor,
     prediction: torch.Tensor,
-    mask: torch.Tensor,
+    mask: torch.Tensor | None,
     *,
     title: str,
     uses_true_patch_statistics: bool,
@@ -31,11 +31,12 @@ def reconstruction_grid(
 ) -> None:
     """Write a PNG with a row per image: original, encoder input, prediction, prediction with pasted visible patches.
 
-    `images` and `prediction` are (B, C, H, W) in [0, 1], `mask` (B, 1, H, W) has 1 for removed pixels. C is 1 or 3, or
-    any number with `channels`, the one or three to show, with the contrast of each original stretched.
+    `images` and `prediction` are (B, C, H, W) in [0, 1], `mask` (B, 1, H, W) has 1 for removed pixels; without it, the
+    row is original and prediction. C is 1 or 3, or any number with `channels`, the one or three to show, with the
+    contrast of each original stretched.
     `uses_true_patch_statistics` says in the title that predictions use each patch's true mean and variance.
     """
-    images, prediction, mask = images.cpu(), prediction.cpu(), mask.cpu()
+    images, prediction = images.cpu(), prediction.cpu()
     if channels is not None:
         images, prediction = images[:, channels], prediction[:, channels]
         prediction = _stretch_contrast(prediction, like=images)
@@ -43,16 +44,24 @@ def reconstruction_grid(
         numbers = f"channel{'s' * (len(channels) > 1)} {' '.join(map(str, channels))}"
         title += f" - {numbers}, contrast of each image stretched"
     prediction = prediction.clamp(0, 1)
-    visible = torch.where(mask.bool(), torch.full_like(images, 0.5), images)
-    pasted = torch.where(mask.bool(), prediction, images)
+    columns = {"original": images, "prediction": prediction}
+    if mask is not None:
+        removed = mask.cpu().bool()
+        visible = torch.where(removed, torch.full_like(images, 0.5), images)
+        pasted = torch.where(removed, prediction, images)
+        columns = {
+            "original": images,
+            "encoder sees": visible,
+            "prediction": prediction,
+            "with visible patches": pasted,
+        }
     if uses_true_patch_statistics:
         title += " - predictions use each patch's true mean and variance"
     height, width = (side * max(1, round(144 / images.shape[-1])) for side in images.shape[-2:])
-    tiles = torch.stack([images, visible, prediction, pasted], dim=1).float()  # (B, 4, C, H, W)
+    tiles = torch.stack([*columns.values()], dim=1).float()  # (B, 2 or 4, C, H, W)
     tiles = (tiles * 255).round().to(torch.uint8)
     rows = [[to_pil_image(tile).resize((width, height), Image.Resampling.NEAREST) for tile in row] for row in tiles]
-    captions = ("original", "encoder sees", "prediction", "with visible patches")
-    _write_grid(path, rows, title=title, captions=captions)
+    _write_grid(path, rows, title=title, captions=[*columns])
 
 
 def displayable(image: torch.Tensor) -> torch.Tensor:
@@ -160,19 +169,24 @@ def segmentation_overlay(
 
 
 def attention_grid(path: Path, image: np.ndarray, maps: np.ndarray) -> None:
-    """Write a PNG of an image and, over it, the attention of each query: brighter where a query looks.
+    """Write a PNG of an image and, over it, the attention of each query or head: brighter where it looks.
 
     `image` is (C, H, W), uint8, C 1 or 3; `maps` are (Q, h, w), each drawn from its minimum to its maximum.
     """
-    scale = max(1, 128 // image.shape[2])
-    size = (image.shape[2] * scale, image.shape[1] * scale)
-    picture = to_pil_image(torch.as_tensor(image)).convert("RGB").resize(size, Image.Resampling.NEAREST)
-    tiles, dark = [picture], Image.new("RGB", size, "#101040")
+    picture = _enlarged(image)
+    tiles, size, dark = [picture], picture.size, Image.new("RGB", picture.size, "#101040")
     for attention in maps:
         share = (attention - attention.min()) / max(np.ptp(attention), 1e-12)
         light = Image.fromarray(np.uint8(20 + 230 * share)).resize(size, Image.Resampling.BICUBIC)
         tiles.append(Image.composite(picture, dark, light))
     _write_grid(path, [tiles[start : start + 9] for start in range(0, len(tiles), 9)])
+
+
+def colour_picture(path: Path, image: np.ndarray, colours: np.ndarray) -> None:
+    """Write a PNG of an image (C, H, W), uint8, C 1 or 3, beside the colours (h, w, 3) in [0, 1] of its patches."""
+    picture = _enlarged(image)
+    patches = Image.fromarray(np.uint8(255 * colours + 0.5)).resize(picture.size, Image.Resampling.NEAREST)
+    _write_grid(path, [[picture, patches]])
 
 
 def loss_curve(path: Path, log: Sequence[dict]) -> None:
@@ -200,6 +214,13 @@ def _figure(path: Path, size: tuple[float, float], xlabel: str, ylabel: str):
     path.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=size, dpi=100, layout="constrained")
     return figure, figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+
+
+def _enlarged(image: np.ndarray) -> Image.Image:
+    """Return an image (C, H, W), uint8, C 1 or 3, in colour and about 128 pixels wide if it is smaller."""
+    scale = max(1, 128 // image.shape[2])
+    size = (image.shape[2] * scale, image.shape[1] * scale)
+    return to_pil_image(torch.as_tensor(image)).convert("RGB").resize(size, Image.Resampling.NEAREST)
 
 
 def _stretch_contrast(image: torch.Tensor, *, like: torch.Tensor) -> torch.Tensor:
