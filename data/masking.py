@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import adaptive_avg_pool2d
 
 from data.decode import DamagedImage, PixelFormat, decode
 from data.transforms import CentreCrop
@@ -90,7 +89,14 @@ def read_removed(path: str) -> torch.Tensor:
 def removed_patches(removed: torch.Tensor, size: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
     """Return 1 for each patch of which at least half is removed, otherwise 0: (L,), float32, which serves as noise.
 
-    The pixels `removed` (1, H, W) are resized and cropped to `size` as an image is.
+    The patches are those of an image of the same size as the pixels `removed` (1, H, W), after `CentreCrop(size)`.
     """
-    share = adaptive_avg_pool2d(CentreCrop(size)(removed.float()), grid)
-    return (share.flatten() > 0.4999).float()  # rounding may make a half smaller
+    box, new_size, corner = CentreCrop(size).place(*removed.shape[1:])
+    shares = []  # of each pixel's row or column in those of the patches, (h, H) and (w, W)
+    for axis, length in enumerate(removed.shape[1:]):
+        edges = corner[axis] + size[axis] / grid[axis] * torch.arange(grid[axis] + 1, dtype=torch.float64)
+        edges = box[axis] + edges * box[2 + axis] / new_size[axis]  # in the pixels of the picture
+        first, last, pixels = edges[:-1, None], edges[1:, None], torch.arange(length)
+        shares.append((last.minimum(pixels + 1) - first.maximum(pixels)).clamp(min=0) / (last - first))
+    share = shares[0] @ removed[0].double() @ shares[1].T
+    return (share.flatten() > 0.5 - 1e-9).float()

@@ -130,21 +130,24 @@ class CentreCrop(NamedTuple):
     def __call__(
         self, image: torch.Tensor, rng: np.random.Generator | None = None, out: torch.Tensor | None = None
     ) -> torch.Tensor:
+        box, new_size, (top, left) = self.place(*image.shape[1:])
+        image = resized_crop(image, box, new_size)
+        crop = image[:, top : top + self.size[0], left : left + self.size[1]]
+        return crop if out is None else out.copy_(crop)
+
+    def place(self, height: int, width: int) -> tuple[tuple[int, int, int, int], tuple[int, int], tuple[int, int]]:
+        """Return the box of a height x width image that is resized, its new size, and where the crop's corner is."""
         cover_h, cover_w = (math.floor(side / self.ratio + 1e-6) for side in self.size)
-        height, width = image.shape[1:]
         # The far ends of a strip are cut off first: 1 x 100000 pixels would be resized to 224 x 22400000.
         cut_h = max(0, height - 8 * math.ceil(width * cover_h / cover_w)) // 2
         cut_w = max(0, width - 8 * math.ceil(height * cover_w / cover_h)) // 2
-        image = image[:, cut_h : height - cut_h, cut_w : width - cut_w]
-        height, width = image.shape[1:]
+        height, width = height - 2 * cut_h, width - 2 * cut_w
         if height * cover_w <= width * cover_h:
             new_h, new_w = cover_h, width * cover_h // height
         else:
             new_h, new_w = height * cover_w // width, cover_w
-        image = resized_crop(image, (0, 0, height, width), (new_h, new_w))
-        top, left = round((new_h - self.size[0]) / 2), round((new_w - self.size[1]) / 2)
-        crop = image[:, top : top + self.size[0], left : left + self.size[1]]
-        return crop if out is None else out.copy_(crop)
+        corner = round((new_h - self.size[0]) / 2), round((new_w - self.size[1]) / 2)
+        return (cut_h, cut_w, height, width), (new_h, new_w), corner
 
 
 def build_mixing(random_erase: float, *, device: torch.device, **options) -> tuple[Callable, Callable | None]:

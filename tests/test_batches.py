@@ -21,6 +21,7 @@ from data.batches import (
     make_loader,
     masked_crop,
     own_batches,
+    own_mask_crop,
     training_batches,
 )
 from data.decode import PixelFormat, decode
@@ -344,3 +345,13 @@ def test_patches_without_a_valid_pixel_come_last(tmp_path, strategy):
 def test_every_valid_pixel_is_valid_without_holes(source):
     batch = dataset(source, pixels=PixelFormat(3, validity="nodata")).__getitems__([(0, 3), (0, 5)])
     assert batch.valid.all() and torch.equal(batch.noise, dataset(source).__getitems__([(0, 3), (0, 5)]).noise)
+
+
+def test_a_mask_has_the_size_of_the_image_or_of_the_crop(source):
+    noise, image = torch.rand(6), torch.zeros(3, 40, 50, dtype=torch.uint8)
+    for mask_size in ((40, 50), SIZE):
+        crop, own = own_mask_crop(image, 0, size=SIZE, noise=noise, mask_size=mask_size)
+        assert crop.shape == (3, *SIZE) and torch.equal(own, noise)
+    prepare = partial(own_mask_crop, size=SIZE, noise=noise, mask_size=(50, 40))
+    batch = ListedDataset(source, pixels=PixelFormat(3), prepare=prepare).__getitems__(range(2))
+    assert batch.indices == [] and all("but the mask 50 x 40; expected" in reason for _, reason in batch.damaged)

@@ -1,7 +1,11 @@
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from data.masking import MASK_STRATEGIES, mask_noise
+from data.decode import DamagedImage
+from data.masking import MASK_STRATEGIES, mask_noise, read_removed, removed_patches
+from data.transforms import CentreCrop
 
 GRIDS = [(14, 14), (8, 8), (4, 8), (7, 5), (1, 9), (2, 2)]
 
@@ -72,3 +76,47 @@ def test_only_the_last_rectangle_of_block_keeps_patches():
         removed = ~mask("block", (14, 14), 0.75, seed)
         window = np.lib.stride_tricks.sliding_window_view(removed, (3, 3)).all(axis=(2, 3))
         assert window.any()
+
+
+def test_patches_are_removed_if_they_are_white_by_half():
+    removed = torch.zeros(1, 8, 12, dtype=torch.bool)
+    removed[0, :4, :2] = True  # half of the first of 2 x 3 patches
+    removed[0, 4:, 8:11] = removed[0, 7, 11] = True  # most of the last
+    removed[0, :3, 8:10] = True  # less than half
+    assert removed_patches(removed, (8, 12), (2, 3)).tolist() == [1, 0, 0, 0, 0, 1]
+    for factor in (2, 7):  # resized to the same patches, and what is cut off does not count
+        larger = removed.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+        wider = torch.nn.functional.pad(larger, (6 * factor, 6 * factor), value=True)
+        for each in (larger, wider, wider.flip(1, 2)):
+            expected = [1, 0, 0, 0, 0, 1]
+            assert removed_patches(each, (8, 12), (2, 3)).tolist() == expected
+    assert removed_patches(larger.mT, (12, 8), (3, 2)).tolist() == [1, 0, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (77, 40), (31, 240), (9, 14), (32, 32), (1, 300)])
+def test_removed_patches_lie_where_the_crop_of_an_image_has_them(shape):
+    """White patches of random pictures, cropped as images, are bright where they are removed."""
+    removed = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0)) > 0.5
+    blocks = removed[:, ::5, ::5].repeat_interleave(5, 1).repeat_interleave(5, 2)[:, : shape[0], : shape[1]]
+    bright = CentreCrop((32, 32))(blocks.float()).reshape(4, 8, 4, 8).mean(dim=(1, 3)).flatten()
+    result, sure = removed_patches(blocks, (32, 32), (4, 4)), (bright - 0.5).abs() > 0.05
+    assert torch.equal(result[sure], (bright[sure] > 0.5).float()) and sure.sum() > 8
+
+
+def test_white_pixels_are_removed(tmp_path):
+    grey = np.array([[0, 127, 128, 255]], np.uint8)
+    for mode in ("L", "RGB", "RGBA", "LA"):
+        Image.fromarray(grey).convert(mode).save(tmp_path / "mask.png")
+        assert read_removed(tmp_path / "mask.png").tolist() == [[[False, False, True, True]]]
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "mask.png")
+    assert read_removed(tmp_path / "mask.png").tolist() == [[[False, False, True, True]]]
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty.png").touch()
+    for name, reason in (
+        ("text.png", "not an image"),
+        ("empty.png", "empty"),
+        ("x.png", "No such"),
+        (".", "directory"),
+    ):
+        with pytest.raises(DamagedImage, match=reason):
+            read_removed(tmp_path / name)

@@ -5,12 +5,13 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import SCENES, TINY, run, write_images
+from conftest import ROOT, SCENES, TINY, run, write_images
 from PIL import Image, ImageOps
 from random_modules import build_autoencoder
 from torch.nn import functional as F
@@ -18,15 +19,18 @@ from torchvision.transforms import v2
 from transformers import UperNetForSemanticSegmentation, ViTMAEForPreTraining, pipeline
 
 import predict
-from data.files import FileSource
+import training.predictions
 from data.masking import mask_noise
 from data.masks import LIKE_ADE20K, decode_labels
 from data.sampling import sample_generator
 from data.segmentation import palette
 from modeling.classifier import Classifier
 from modeling.export import export_autoencoder, export_classifier, export_encoder, export_segmenter
+from modeling.trained import open_trained
 from modeling.upernet import Segmenter
 from modeling.vit import VisionTransformer
+from training.launch import RunError
+from training.predictions import picture_names, write_features
 
 SIZE = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
 DECODER = dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
@@ -393,6 +397,195 @@ def test_features_agree_with_timm(name, models, photos, tmp_path):
     assert np.ptp(features, axis=0).min() > 1e-3  # the images differ
 
 
+# Features of patches, attention, colours
+
+
+def test_features_of_patches_and_of_the_class_token_agree_with_timm(models, photos, damaged, tmp_path):
+    theirs = timm.create_model(f"local-dir:{models['encoder']}", pretrained=True).eval()
+    images = [photos[0], damaged[0], *photos[1:]]
+    flags = ("--patch_features", "patches.npy", "--batch_size", 3)
+    done = run("predict.py", models["autoencoder"], *images, *flags, cwd=tmp_path, code=1)
+    run("predict.py", models["autoencoder"], *photos, "--features", "cls.npy", "--pooling", "cls", cwd=tmp_path)
+    assert "task       features of 16 patches, of width 32\n" in done.stdout
+    patches, cls = np.load(tmp_path / "patches.npy"), np.load(tmp_path / "cls.npy")
+    assert patches.dtype == np.float32 and patches.shape == (len(photos), 16, 32) and cls.shape == (len(photos), 32)
+    assert json.loads((tmp_path / "patches.json").read_text()) == [str(path) for path in photos]
+    assert {*os.listdir(tmp_path)} >= {"cls.json", "cls.npy"} and not [*tmp_path.glob(".*"), *tmp_path.glob("pred*")]
+    for path, tokens, token in zip(photos, patches, cls, strict=True):
+        with torch.no_grad():
+            expected = theirs.forward_features(as_timm_sees("encoder", path))[0].numpy()
+        np.testing.assert_allclose(tokens, expected[1:], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(token, expected[0], rtol=0, atol=1e-5)
+
+
+def test_pooling_may_differ_from_that_of_the_head(models, photos, tmp_path):
+    theirs = timm.create_model(f"local-dir:{models['cls']}", pretrained=True).eval()
+    features, _ = features_by_run(models["cls"], photos, tmp_path / "a", "--pooling", "mean")
+    with torch.no_grad():
+        expected = [theirs.forward_features(as_timm_sees("cls", path))[0, 1:].mean(dim=0).numpy() for path in photos]
+    np.testing.assert_allclose(features, expected, rtol=0, atol=1e-5)
+    for name in ("mean", "cls"):
+        default, _ = features_by_run(models[name], photos, tmp_path / f"{name} 1")
+        same, _ = features_by_run(models[name], photos, tmp_path / f"{name} 2", "--pooling", name)
+        assert np.array_equal(default, same)
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> dict[str, list[np.ndarray]]:
+    """Return the last arrays that are drawn into each picture of attention or colours, by calls of predict.main."""
+    arrays = {}
+    for name in ("attention_grid", "colour_picture"):
+        draw = getattr(training.predictions, name)
+
+        def record(path, *own, draw=draw):
+            arrays[f"{path.parent.name}/{path.name}"] = own[-1]
+            draw(path, *own)
+
+        monkeypatch.setattr(training.predictions, name, record)
+    return arrays
+
+
+@pytest.mark.parametrize("name", ["autoencoder", "mean", "segmenter"])
+def test_attention_agrees_with_the_weights_by_hand(name, models, photos, drawn, tmp_path):
+    predict.main([str(models[name]), *map(str, photos[:5]), "--attention", "--output", str(tmp_path / "a")])
+    lines, encoder = lines_of(tmp_path / "a"), open_trained(models[name]).encoder
+    assert lines == [{"image": str(path), "attention": f"attention/{path.stem}.png"} for path in photos[:5]]
+    assert sorted(os.listdir(tmp_path / "a" / "attention")) == [f"{path.stem}.png" for path in photos[:5]]
+    seen = []
+    encoder.blocks[-1].attn.qkv.register_forward_hook(lambda *call: seen.append(call[2]))
+    for path, line in zip(photos, lines, strict=False):
+        with torch.no_grad():
+            encoder(as_timm_sees(name, path))
+        q, k, _ = seen[-1].reshape(17, 3, 2, 16).permute(1, 2, 0, 3)
+        expected = (q @ k.mT / 4).softmax(dim=-1)[:, 0, 1:].reshape(2, 4, 4)
+        np.testing.assert_allclose(drawn[line["attention"]], expected, rtol=0, atol=1e-5)
+        assert Image.open(tmp_path / "a" / line["attention"]).height >= 128
+
+
+def test_attention_of_a_probe_is_that_of_its_predictions(photos, drawn, tmp_path, capsys):
+    model = Classifier(VisionTransformer(**SIZE), len(CLASSES), pooling="attentive", num_queries=4, probe=True)
+    export_classifier(randomized(model), tmp_path / "model", classes=CLASSES, crop_ratio=1.0, **COLOUR)
+    words = [str(tmp_path / "model"), *map(str, photos), "--output"]
+    predict.main([*words, str(tmp_path / "classes")])
+    maps = dict(drawn)
+    drawn.clear()
+    predict.main([*words, str(tmp_path / "attention"), "--attention"])
+    assert "attention of the queries of the probe to 16 patches" in capsys.readouterr().out
+    assert maps.keys() == drawn.keys() and maps["attention/0.png"].shape == (4, 4, 4)
+    for name, values in maps.items():
+        assert np.array_equal(values, drawn[name])
+        pictures = [tmp_path / folder / name for folder in ("classes", "attention")]
+        assert pictures[0].read_bytes() == pictures[1].read_bytes()
+    assert all([*line] == ["image", "attention"] for line in lines_of(tmp_path / "attention"))
+
+
+def test_all_images_share_the_basis_of_colours(models, photos, damaged, drawn, tmp_path, capsys):
+    words = [str(models["encoder"]), str(photos[0]), str(damaged[1]), *map(str, photos[1:])]
+    with pytest.raises(RunError, match="1 of 9 images could not be read"):
+        predict.main([*words, "--patch_features", str(tmp_path / "x.npy")])
+    with pytest.raises(RunError, match="1 of 9 images could not be read"):
+        predict.main([*words, "--pca", "--output", str(tmp_path / "all"), "--batch_size", "2"])
+    rows = np.load(tmp_path / "x.npy").reshape(-1, 32).astype(np.float64)
+    _, _, components = np.linalg.svd(rows - rows.mean(axis=0), full_matrices=False)
+    components = components[:3] * np.sign([[row[np.abs(row).argmax()]] for row in components[:3]])
+    values = (rows - rows.mean(axis=0)) @ components.T
+    low, high = (np.sort(values, axis=0)[round(share * (len(rows) - 1))] for share in (0.02, 0.98))
+    expected = np.clip((values - low) / (high - low), 0, 1).reshape(-1, 4, 4, 3)
+    lines = lines_of(tmp_path / "all")
+    assert [Path(line["image"]) for line in lines] == [photos[0], damaged[1], *photos[1:]]
+    assert "error" in lines[1] and "colours" not in lines[1]
+    for line, colours in zip([lines[0], *lines[2:]], expected, strict=True):
+        np.testing.assert_allclose(drawn[line["colours"]], colours, rtol=0, atol=1e-3)
+        picture = np.asarray(Image.open(tmp_path / "all" / line["colours"]))
+        tile = picture[8 : 8 + 128, 16 + 128 : 16 + 256].reshape(4, 32, 4, 32, 3)
+        assert (abs(tile.astype(int) - np.rint(255 * colours)[:, None, :, None]) <= 1).all()
+    assert "which all images share; their features take 18.4 kB of memory" in capsys.readouterr().out
+    first = drawn["colours/0.png"]
+    predict.main([*words[:2], "--pca", "--output", str(tmp_path / "one")])
+    assert abs(drawn["colours/0.png"] - first).max() > 0.05
+
+
+def test_colours_that_do_not_fit_into_memory(models, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2000))
+    with pytest.raises(RunError, match=r"--pca of 1 image needs 2\.05 kB of memory"):
+        predict.main([str(models["encoder"]), str(photos[0]), "--pca", "--output", str(tmp_path / "x")])
+
+
+# Masks
+
+
+@pytest.mark.parametrize(("flags", "num_kept"), [((), 4), (("--mask_ratio", 0.3, "--seed", 5), 11)])
+def test_the_whole_image_is_filled_from_several_masks(flags, num_kept, models, photos, predictions):
+    lines, folder, done = predictions("autoencoder", "--fill", *flags)
+    masks = [[*range(num_kept)], [*range(16 - num_kept, 16)]] if num_kept == 4 else None  # ranks of kept patches
+    masks = masks or [[(rank + shift) % 16 for rank in range(11)] for shift in (0, 5, 10, 15)]
+    assert f"{num_kept} of 16 patches seen, the others predicted, under {len(masks)} masks that" in done.stdout
+    model = open_trained(models["autoencoder"]).model
+    model.mask_ratio = 1 - num_kept / 16
+    for i, (path, line) in enumerate(zip(photos, lines, strict=True)):
+        images = normalized(covering(path, (32, 32), 1.0), COLOUR)
+        rng = sample_generator(5 if flags else 0, 2**32 - 1, i)
+        ranks = mask_noise("random", rng, (4, 4), num_kept).argsort().argsort()
+        outputs = []
+        for kept in masks:
+            noise = torch.from_numpy(1.0 - np.isin(ranks, kept))[None]
+            with torch.no_grad():
+                prediction = model.reconstruct(images, model(images, noise).prediction)
+            outputs.append(torch.where(model.pixel_mask(noise).bool(), prediction, torch.nan))
+        mean, std = (torch.tensor(COLOUR[name]).view(3, 1, 1) for name in ("mean", "std"))
+        filled = torch.cat(outputs).nanmean(dim=0) * std + mean
+        error = (filled.clamp(0, 1) - (images[0] * std + mean)).square().mean()
+        assert line["filled_psnr"] == pytest.approx(-10 * torch.log10(error).item(), abs=2e-3)
+        assert [*line] == ["image", "reconstruction", "filled_psnr", "filled_ssim", "uses_true_patch_statistics"]
+        assert f"{path}: whole image {line['filled_psnr']:.2f} dB" in done.stdout
+        pixels = np.asarray(Image.open(folder / line["reconstruction"])).astype(int)[48 : 48 + 128, 16 + 128 :][:, :128]
+        expected = (255 * filled.clamp(0, 1)).round().permute(1, 2, 0).repeat_interleave(4, 0).repeat_interleave(4, 1)
+        assert np.abs(pixels - expected.numpy()).max() <= 1
+
+
+def write_mask(path: Path, size: tuple[int, int], *boxes, mode="L") -> Path:
+    """Write a black picture of `size` (W, H) with white boxes (left, top, right, bottom)."""
+    mask = Image.new("L", size)
+    for box in boxes:
+        mask.paste(255, box)
+    mask.convert(mode).save(path)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "RGB", "P"])
+def test_patches_are_removed_by_a_picture(mode, models, photos, predictions, tmp_path):
+    """Of the crop's size: two patches, one half of the next, and less than half of the one after it."""
+    mask = write_mask(tmp_path / "mask.png", (32, 32), (0, 0, 20, 8), (16, 8, 19, 16), (24, 24, 32, 32), mode=mode)
+    lines, folder, done = predictions("autoencoder", "--mask", mask)
+    removed = np.zeros(16, bool)
+    removed[[0, 1, 2, 15]] = True
+    assert "12 of 16 patches seen" in done.stdout
+    theirs = ViTMAEForPreTraining.from_pretrained(models["autoencoder"] / "pretraining", mask_ratio=4 / 16).eval()
+    for path, line in zip(photos, lines, strict=True):
+        noise = removed.astype(np.float32)
+        assert line["masked_psnr"] == pytest.approx(masked_psnr(theirs, path, noise, removed), abs=2e-3)
+        grey = np.asarray(Image.open(folder / line["reconstruction"]))[48:176, 16 + 128 : 16 + 256] == 128
+        assert np.array_equal(grey.reshape(4, 32, 4, 32, 3).all(axis=(1, 3, 4)).ravel(), removed)
+
+
+def test_a_picture_of_the_images_size_is_cropped_as_it_is(photos, predictions, tmp_path):
+    """Images of other sizes have an error. The crop of 61 x 40 pixels is its centre, 40 x 40."""
+    width, height = upright(photos[2]).size
+    assert (width, height) == (40, 77)
+    top, side = 77 / 2 - 20, 10  # of the crop, and of a patch
+    box = tuple(round(value) for value in (10, top + 20, 30, top + 30))
+    mask = write_mask(tmp_path / "mask.png", (width, height), box, (0, 0, 40, 10))  # outside of the crop
+    lines, folder, done = predictions("autoencoder", "--mask", mask, images=tuple(photos[:3]), code=1)
+    grey = np.asarray(Image.open(folder / lines[2]["reconstruction"]))[48:176, 16 + 128 : 16 + 256] == 128
+    removed = grey.reshape(4, 32, 4, 32, 3).all(axis=(1, 3, 4)).ravel()
+    assert np.flatnonzero(removed).tolist() == [9, 10] and side == 10 and "14 of 16 patches seen" in done.stdout
+    expected = (
+        "is 40 x 40 pixels (height x width), but the mask 77 x 40; expected a mask of that size, or of the crop's"
+    )
+    assert lines[0]["error"] == f"{expected} 32 x 32" and "error" in lines[1]
+    assert f"warning: {photos[0]}: {expected} 32 x 32\n" in done.stderr
+
+
 # Batches, orientations, damaged images, names
 
 
@@ -469,12 +662,28 @@ def test_files_folders_and_patterns(models, photos, tmp_path):
 
 
 def test_picture_names_are_unique():
-    paths = [b"a/x.jpg", b"x_2.jpg", b"b/x.png", b"X.jpg", b"c/x", b"y.jpg", b"n" * 250 + b".jpg", b"n" * 251 + b".jpg"]
-    names = predict.picture_names(FileSource(paths))
+    paths = ["a/x.jpg", "x_2.jpg", "b/x.png", "X.jpg", "c/x", "y.jpg", "n" * 250 + ".jpg", "n" * 251 + ".jpg"]
+    names = picture_names(paths)
     assert names[:6] == ["x.png", "x_2.png", "x_2_2.png", "X_3.png", "x_4.png", "y.png"]
     assert len({name.lower() for name in names}) == len(names) and max(map(len, names)) < 255
-    many = predict.picture_names(FileSource([f"{i}/image.jpg".encode() for i in range(20_000)]))
-    assert len({*many}) == 20_000
+    assert len({*picture_names([f"{i}/image.jpg" for i in range(20_000)])}) == 20_000
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 3)])
+def test_files_of_features_are_those_of_numpy(shape, tmp_path):
+    """They are written as they come; what fails leaves nothing."""
+    rows = np.random.default_rng(0).normal(size=(12, *shape)).astype(np.float32)
+    results = [(f"{i}.jpg", row, None) for i, row in enumerate(rows)]
+    results.insert(5, ("broken.jpg", None, "empty file"))
+    path = tmp_path / "x.npy"
+    assert write_features(path, iter(results), shape) == 12
+    np.save(tmp_path / "theirs.npy", rows)
+    assert path.read_bytes() == (tmp_path / "theirs.npy").read_bytes()
+    assert json.loads((tmp_path / "x.json").read_text()) == [f"{i}.jpg" for i in range(12)]
+    rows[7, 0] = np.nan
+    with pytest.raises(RunError, match=r"7\.jpg: the outputs are not finite"):
+        write_features(tmp_path / "y.npy", results, shape)
+    assert sorted(os.listdir(tmp_path)) == ["theirs.npy", "x.json", "x.npy"]
 
 
 # Errors
@@ -522,8 +731,37 @@ def test_all_errors_at_once(models, photos, tmp_path):
         ("autoencoder", ["--mask_ratio", 0.99], ["--mask_ratio 0.99 keeps 0 of 16 patches; expected a ratio"]),
         ("encoder", [], ["{} is an encoder without a head, which computes features alone; give --features FILE.npy"]),
         ("encoder", ["--features", "x.txt"], ["x.txt does not end in"]),
-        ("encoder", ["--features", "x.npy", "--output", "out"], ["--output: not allowed with argument --features"]),
+        ("encoder", ["--features", "x.npy", "--output", "out"], ["--output out has no effect with --features, which"]),
         ("encoder", ["--features", "x.npy", "--seed", 1], ["--seed has no effect on features; leave it out"]),
+        ("encoder", ["--pca", "--fill", "--no-attention"], ["--fill has no effect on colours of features; leave it"]),
+        (
+            "encoder",
+            ["--pca", "--patch_features", "x.npz"],
+            ["--patch_features and --pca exclude", "x.npz does not end"],
+        ),
+        ("encoder", ["--attention", "--pooling", "cls"], ["--pooling has no effect on attention; leave it out"]),
+        ("mean", ["--features", "x.npy", "--pooling", "cls"], ["--pooling cls: {} is a classifier of the mean patch"]),
+        (
+            "mean",
+            ["--pooling", "cls", "--fill"],
+            ["--pooling cls: ", "--fill has no effect", "--pooling has no effect"],
+        ),
+        ("segmenter", ["--pca"], ["--pca: {} is a segmentation model, whose encoder has no norm"]),
+        ("autoencoder", ["--fill", "--mask_ratio", 0], ["--mask_ratio 0 keeps 16 of 16 patches; expected a ratio"]),
+        (
+            "autoencoder",
+            ["--mask", "nothing.png", "--seed", 0, "--fill"],
+            [
+                "--mask nothing.png: No such file or directory; expected a picture whose white is removed",
+                "--seed has no effect with --mask, which says what is removed; leave one out",
+                "--fill has no effect with --mask",
+            ],
+        ),
+        (
+            "mean",
+            ["--mask", ROOT / "README.md"],
+            ["README.md: not an image", "--mask has no effect on the predictions"],
+        ),
         ("nothing", [], ["no such file or folder"]),
     ],
 )
@@ -533,6 +771,14 @@ def test_flags_that_do_not_fit_the_model(name, flags, expected, models, photos, 
     assert len(errors) == len(expected)
     assert all(words.format(model) in error for words, error in zip(expected, errors, strict=True))
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(("box", "count"), [((0, 0, 0, 0), 0), ((0, 0, 64, 64), 16), ((0, 0, 7, 7), 0)])
+def test_masks_that_remove_nothing_or_everything(box, count, models, photos, tmp_path):
+    mask = write_mask(tmp_path / "mask.png", (64, 64), box)
+    (error,) = errors_of(models["autoencoder"], photos[0], "--mask", mask, cwd=tmp_path)
+    expected = f"--mask {mask} removes {count} of 16 patches; expected white on half of at least one, and not of all"
+    assert error == f"error: {expected}" and os.listdir(tmp_path) == ["mask.png"]
 
 
 def test_nothing_is_overwritten(models, photos, tmp_path):
@@ -547,6 +793,7 @@ def test_nothing_is_overwritten(models, photos, tmp_path):
         (["--features", "y.npy"], "would overwrite y.json; give another name"),
         (["--features", "z.npy"], "would overwrite .z.npy; give another name"),
         (["--features", "link.npy"], "would overwrite link.npy; give another name"),
+        (["--patch_features", "y.npy"], "--patch_features y.npy would overwrite y.json; give another name"),
         (["--output", "linked"], "would overwrite linked/predictions.jsonl; give another name"),
         (["--output", "file"], "the folder file cannot be written (File exists)"),
         (["--output", "file/deeper"], "the folder file/deeper cannot be written (Not a directory)"),
