@@ -229,6 +229,8 @@ def find_attention(batch, *, trained, normalize, device, **pictures):
         maps = model.attention_maps(encoder(images))
     else:
         maps = inspection.attention_maps(encoder, images).unflatten(-1, encoder.grid)
+    if not maps.isfinite().all():
+        raise RunError(predictions.NOT_FINITE)
     return predictions.write_attention(batch, maps, **pictures)
 
 
@@ -247,9 +249,9 @@ def plan_look(look, trained, *, pooling, num_images, **pictures):
     if look == "patch_features":
         return f"features of {patches} patches, of width {width}", transform, partial(encode_patches, trained=trained)
     if look == "pca":
-        size = 4 * num_images * patches * width
+        size = num_images * (4 * patches * width + 3 * math.prod(encoder.img_size))
         check_memory(f"--pca of {several(num_images, 'image')}", size)
-        words = f"colours of {patches} patches, which all images share; their features take {in_bytes(size)} of memory"
+        words = f"colours of {patches} patches, which all images share, from {in_bytes(size)} of features and pixels"
         return words, transform, partial(encode_for_colours, trained=trained)
     attentive = getattr(trained.model, "pooling", None) == "attentive"
     words = "the queries of the probe" if attentive else f"{several(encoder.num_heads, 'head')} of the class token"

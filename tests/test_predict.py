@@ -499,7 +499,7 @@ def test_all_images_share_the_basis_of_colours(models, photos, damaged, drawn, t
         picture = np.asarray(Image.open(tmp_path / "all" / line["colours"]))
         tile = picture[8 : 8 + 128, 16 + 128 : 16 + 256].reshape(4, 32, 4, 32, 3)
         assert (abs(tile.astype(int) - np.rint(255 * colours)[:, None, :, None]) <= 1).all()
-    assert "which all images share; their features take 18.4 kB of memory" in capsys.readouterr().out
+    assert "which all images share, from 46.1 kB of features and pixels" in capsys.readouterr().out
     first = drawn["colours/0.png"]
     predict.main([*words[:2], "--pca", "--output", str(tmp_path / "one")])
     assert abs(drawn["colours/0.png"] - first).max() > 0.05
@@ -507,7 +507,7 @@ def test_all_images_share_the_basis_of_colours(models, photos, damaged, drawn, t
 
 def test_colours_that_do_not_fit_into_memory(models, photos, tmp_path, monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2000))
-    with pytest.raises(RunError, match=r"--pca of 1 image needs 2\.05 kB of memory"):
+    with pytest.raises(RunError, match=r"--pca of 1 image needs 5\.12 kB of memory"):
         predict.main([str(models["encoder"]), str(photos[0]), "--pca", "--output", str(tmp_path / "x")])
 
 
@@ -828,8 +828,12 @@ def test_outputs_that_are_not_finite(photos, tmp_path):
     model.head.weight.data.fill_(3e38)
     model.fc_norm.bias.data.fill_(3e38)
     export_classifier(model, tmp_path / "model", classes=CLASSES, crop_ratio=1.0, **COLOUR)
-    done = run("predict.py", "model", photos[0], cwd=tmp_path, code=1)
-    assert done.stderr.endswith("not finite: training diverged or the weights are damaged; give other weights\n")
+    model.encoder.blocks[-1].norm1.bias.data.fill_(1e30)
+    export_classifier(model, tmp_path / "model", classes=CLASSES, crop_ratio=1.0, **COLOUR)
+    outputs = (["--output", "a"], ["--attention", "--output", "b"], ["--pca", "--output", "c"])
+    for flags in (*outputs, ["--patch_features", "x.npy"]):
+        done = run("predict.py", "model", photos[0], *flags, cwd=tmp_path, code=1)
+        assert done.stderr.endswith("not finite: training diverged or the weights are damaged; give other weights\n")
     model.encoder.cls_token.data[0, 0, 0] = torch.nan
     export_classifier(model, tmp_path / "model", classes=CLASSES, crop_ratio=1.0, **COLOUR)
     (error,) = errors_of(tmp_path / "model", photos[0], "--output", "other", cwd=tmp_path)
