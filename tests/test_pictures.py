@@ -7,6 +7,7 @@ from PIL import Image
 from training.pictures import (
     MOST_CLASSES,
     attention_grid,
+    colour_picture,
     confusion_matrix,
     label_picture,
     loss_curve,
@@ -33,6 +34,24 @@ def test_reconstruction_grid(tmp_path, channels):
     assert tops == [[0, 128, 64, 64], [255, 128, 64, 64]]
     assert bottoms == [[0, 0, 64, 0], [255, 255, 64, 255]]
     assert pixels[:48].min() < 100  # captions
+
+
+def test_reconstructions_without_a_mask_are_original_and_prediction(tmp_path):
+    images, prediction = torch.zeros(2, 3, 64, 64), torch.full((2, 3, 64, 64), 2.0)
+    reconstruction_grid(tmp_path / "x.png", images, prediction, None, title="a", uses_true_patch_statistics=False)
+    pixels = np.asarray(Image.open(tmp_path / "x.png"))
+    assert pixels.shape == (48 + 2 * (128 + 8), 8 + 2 * (128 + 8), 3)
+    assert (pixels[48:176, 8:136] == 0).all() and (pixels[48:176, 144:272] == 255).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colours_of_patches_stand_beside_the_image(tmp_path, channels):
+    colours = np.linspace(0, 1, 2 * 4 * 3).reshape(2, 4, 3).astype(np.float32)
+    colour_picture(tmp_path / "deep" / "x.png", np.full((channels, 30, 60), 200, np.uint8), colours)
+    pixels = np.asarray(Image.open(tmp_path / "deep" / "x.png")).astype(int)
+    assert pixels.shape == (8 + 60 + 8, 8 + 2 * (120 + 8), 3) and (pixels[8:68, 8:128] == 200).all()
+    patches = pixels[8:68, 136:256].reshape(2, 30, 4, 30, 3)
+    assert (patches == np.rint(255 * colours)[:, None, :, None]).all()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
