@@ -169,7 +169,7 @@ def write_colours(
             if not np.isfinite(result[0]).all():
                 raise RunError(f"{name}: {NOT_FINITE}")
             features[len(images)] = torch.from_numpy(result[0])
-            images.append(result[1].numpy())
+            images.append(result[1].numpy().copy())  # a view would hold the memory that workers share
         lines.append((name, error))
     colours = find_colours(features[: len(images)]).unflatten(1, grid).numpy() if images else ()
     pairs = zip(images, colours, strict=True)
