@@ -95,11 +95,8 @@ def check_model(trained, *, features, dynamic_size):
 
 def describe_file(trained, task, *, raw_pixels, half, dynamic_size):
     """Return the metadata of the file."""
-    classes = {"classes": trained.classes} if trained.classes and task != "features" else {}
-    views = {"crop_ratio": trained.crop_ratio} if trained.resize is None else {"resize": trained.resize}
-    return {
+    facts = {
         "task": task,
-        **classes,
         "img_size": trained.encoder.img_size,
         "dynamic_size": dynamic_size,
         "patch_size": trained.encoder.patch_size,
@@ -107,10 +104,18 @@ def describe_file(trained, task, *, raw_pixels, half, dynamic_size):
         "mean": trained.mean,
         "std": trained.std,
         "value_range": trained.value_range or (0, 255),
-        **views,
         "raw_pixels": raw_pixels,
         "weights": "float16" if half else "float32",
     }
+    if trained.classes and task != "features":
+        facts["classes"] = trained.classes
+    if task == "reconstruction":
+        facts["uses_true_patch_statistics"] = trained.model.target.uses_true_patch_statistics
+    if trained.resize is None:
+        facts["crop_ratio"] = trained.crop_ratio
+    else:
+        facts["resize"] = trained.resize
+    return facts
 
 
 def write_file(path, content):

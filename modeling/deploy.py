@@ -72,7 +72,8 @@ class Deployed(nn.Module):
         self.dtype = torch.float16 if half else torch.float32
         self.low, self.high = trained.value_range or (0.0, 255.0)
         self.image_type = torch.uint8 if raw_pixels and trained.value_range is None else torch.float32
-        self.model = copy.deepcopy(trained.model).requires_grad_(False)
+        whole = task != "features" or isinstance(trained.model, Classifier)  # whose head pools the features
+        self.model = copy.deepcopy(trained.model if whole else trained.encoder).requires_grad_(False)
         if half:
             (self.encoder if isinstance(self.model, Classifier) else self.model).half()
         if isinstance(self.model, MaskedAutoencoder):
@@ -110,7 +111,10 @@ class Deployed(nn.Module):
         return self.model.pool(tokens) if is_classifier else self.encoder.split(tokens)[1].mean(dim=1)
 
     def reconstruct(self, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the prediction (B, C, H, W) in [0, 1] of normalized images, and the mask (B, 1, H, W), 1 = removed."""
+        """Return the prediction (B, C, H, W) of normalized images, undone and not clipped, and the mask (B, 1, H, W).
+
+        The mask is 1 for removed pixels.
+        """
         no_target = noise.new_zeros(*noise.shape, self.model.target.width)  # the loss is not needed
         _, prediction, mask = self.model(images.to(self.dtype), noise, features=no_target)
         pixels = self.model.reconstruct(images, prediction)
@@ -143,7 +147,7 @@ def to_onnx(deployed: Deployed, metadata: dict, *, dynamic_size: bool = False) -
     """
     size = sum(tensor.numel() * tensor.element_size() for tensor in deployed.state_dict().values())
     if size > MAX_BYTES:
-        remedy = "give a smaller model" if deployed.dtype == torch.float16 else "add --half"
+        remedy = "give a smaller model" if deployed.dtype == torch.float16 else "export them in half precision"
         words = f"expected at most {MAX_BYTES / 1e9:.3g} GB, the limit of an ONNX file; {remedy}"
         raise DeployError(f"has {size / 1e9:.3g} GB of weights; {words}")
     (height, width), side = deployed.encoder.img_size, deployed.encoder.patch_size
@@ -164,7 +168,7 @@ def to_onnx(deployed: Deployed, metadata: dict, *, dynamic_size: bool = False) -
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # of torch's and onnxscript's own code
             program = torch.onnx.export(torch.export.export(deployed, example, **capture), **names, **options)
-    except torch.onnx.OnnxExporterError as error:
+    except RuntimeError as error:  # the base of what torch.export and torch.onnx raise
         raise DeployError(f"has an operation without an ONNX form ({_reason(error)}); give another model") from error
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces with paths of this machine

@@ -176,7 +176,9 @@ def test_what_has_no_file(monkeypatch):
     assert "noise" in dynamic_size_misfit(mae, "reconstruction") and not dynamic_size_misfit(mae, "features")
     assert not dynamic_size_misfit(linear, "segmentation")
     monkeypatch.setattr(deploy, "MAX_BYTES", 80_000)
-    with pytest.raises(DeployError, match=r"expected at most 8e-05 GB, the limit of an ONNX file; add --half$"):
+    with pytest.raises(
+        DeployError, match=r"expected at most 8e-05 GB, the limit of an ONNX file; export them in half precision$"
+    ):
         to_onnx(Deployed(linear, "segmentation"), {})
     with pytest.raises(DeployError, match="of an ONNX file; give a smaller model"):
         monkeypatch.setattr(deploy, "MAX_BYTES", 50_000)
@@ -187,6 +189,9 @@ def test_an_operation_without_an_onnx_form(monkeypatch):
     trained = open_model("mean")
     monkeypatch.setattr(Classifier, "answer", lambda self, logits: torch.linalg.eigvalsh(logits.mT @ logits))
     with pytest.raises(DeployError, match=r"^has an operation without an ONNX form \(No ONNX .*\); give another"):
+        to_onnx(Deployed(trained, "classes"), {})
+    monkeypatch.setattr(Classifier, "answer", lambda self, logits: logits[: int(logits.argmax())])  # no graph at all
+    with pytest.raises(DeployError, match=r"^has an operation without an ONNX form \(.+\); give another"):
         to_onnx(Deployed(trained, "classes"), {})
 
 

@@ -107,6 +107,7 @@ def test_other_models(models, kind, tmp_path):
     facts = onnxruntime.InferenceSession(tmp_path / "model.onnx").get_modelmeta().custom_metadata_map
     assert facts["task"] == {"segmenter": "segmentation", "normalized": "reconstruction", "encoder": "features"}[kind]
     assert ("resize" in facts) is ("classes" in facts) is (kind == "segmenter")
+    assert facts.get("uses_true_patch_statistics") == ("true" if kind == "normalized" else None)
 
 
 def test_bad_input(models, tmp_path, monkeypatch, capsys):
