@@ -15,6 +15,7 @@ from training.metrics import IGNORED
 MOST_CLASSES = 50  # of a readable confusion matrix
 GAP, LINE, HEADER = 8, 20, 48  # pixels between tiles, per line of text, for title and captions
 LEGEND = 264  # pixels per column of a legend
+RECONSTRUCTION = ("original", "encoder sees", "prediction", "with visible patches")
 
 Legend = Sequence[tuple[str, Image.Image]]  # names and swatches
 
@@ -36,32 +37,34 @@ def reconstruction_grid(
     contrast of each original stretched.
     `uses_true_patch_statistics` says in the title that predictions use each patch's true mean and variance.
     """
+    if channels is not None:
+        numbers = f"channel{'s' * (len(channels) > 1)} {' '.join(map(str, channels))}"
+        title += f" - {numbers}, contrast of each image stretched"
+    if uses_true_patch_statistics:
+        title += " - predictions use each patch's true mean and variance"
+    rows = reconstruction_tiles(images, prediction, mask, channels)
+    width, height = (side * max(1, round(144 / images.shape[-1])) for side in rows[0][0].size)
+    rows = [[tile.resize((width, height), Image.Resampling.NEAREST) for tile in row] for row in rows]
+    _write_grid(path, rows, title=title, captions=RECONSTRUCTION if mask is not None else RECONSTRUCTION[::2])
+
+
+def reconstruction_tiles(
+    images: torch.Tensor, prediction: torch.Tensor, mask: torch.Tensor | None, channels: Sequence[int] | None = None
+) -> list[list[Image.Image]]:
+    """Return the pictures RECONSTRUCTION of each image, at its own size; arguments as in `reconstruction_grid`."""
     images, prediction = images.cpu(), prediction.cpu()
     if channels is not None:
         images, prediction = images[:, channels], prediction[:, channels]
         prediction = _stretch_contrast(prediction, like=images)
         images = _stretch_contrast(images, like=images)
-        numbers = f"channel{'s' * (len(channels) > 1)} {' '.join(map(str, channels))}"
-        title += f" - {numbers}, contrast of each image stretched"
     prediction = prediction.clamp(0, 1)
-    columns = {"original": images, "prediction": prediction}
+    tiles = [images, prediction]
     if mask is not None:
         removed = mask.cpu().bool()
         visible = torch.where(removed, torch.full_like(images, 0.5), images)
-        pasted = torch.where(removed, prediction, images)
-        columns = {
-            "original": images,
-            "encoder sees": visible,
-            "prediction": prediction,
-            "with visible patches": pasted,
-        }
-    if uses_true_patch_statistics:
-        title += " - predictions use each patch's true mean and variance"
-    height, width = (side * max(1, round(144 / images.shape[-1])) for side in images.shape[-2:])
-    tiles = torch.stack([*columns.values()], dim=1).float()  # (B, 2 or 4, C, H, W)
-    tiles = (tiles * 255).round().to(torch.uint8)
-    rows = [[to_pil_image(tile).resize((width, height), Image.Resampling.NEAREST) for tile in row] for row in tiles]
-    _write_grid(path, rows, title=title, captions=[*columns])
+        tiles = [images, visible, prediction, torch.where(removed, prediction, images)]
+    tiles = torch.stack(tiles, dim=1).float()  # (B, 2 or 4, C, H, W)
+    return [[to_pil_image(tile) for tile in row] for row in (tiles * 255).round().to(torch.uint8)]
 
 
 def displayable(image: torch.Tensor) -> torch.Tensor:
@@ -173,13 +176,19 @@ def attention_grid(path: Path, image: np.ndarray, maps: np.ndarray) -> None:
 
     `image` is (C, H, W), uint8, C 1 or 3; `maps` are (Q, h, w), each drawn from its minimum to its maximum.
     """
+    tiles = attention_tiles(image, maps)
+    _write_grid(path, [tiles[start : start + 9] for start in range(0, len(tiles), 9)])
+
+
+def attention_tiles(image: np.ndarray, maps: np.ndarray) -> list[Image.Image]:
+    """Return the pictures of `attention_grid`: the image, and the attention of each query over it."""
     picture = _enlarged(image)
     tiles, size, dark = [picture], picture.size, Image.new("RGB", picture.size, "#101040")
     for attention in maps:
         share = (attention - attention.min()) / max(np.ptp(attention), 1e-12)
         light = Image.fromarray(np.uint8(20 + 230 * share)).resize(size, Image.Resampling.BICUBIC)
         tiles.append(Image.composite(picture, dark, light))
-    _write_grid(path, [tiles[start : start + 9] for start in range(0, len(tiles), 9)])
+    return tiles
 
 
 def colour_picture(path: Path, image: np.ndarray, colours: np.ndarray) -> None:
