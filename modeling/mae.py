@@ -132,17 +132,36 @@ class MaskedAutoencoder(nn.Module):
         return torch.cat([kept, removed.gather(1, chosen.expand(len(order), -1))], dim=1)
 
     def reconstruct(
-        self, images: torch.Tensor, prediction: torch.Tensor, valid: torch.Tensor | None = None
+        self,
+        images: torch.Tensor,
+        prediction: torch.Tensor,
+        valid: torch.Tensor | None = None,
+        *,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Turn a prediction (B, L, T) into images (B, C, H, W) in the space of `images`.
 
         If the target is normalized, this uses the true mean and standard deviation of each patch, of its `valid` pixels
-        (B, 1, H, W), which shows detail but leaks information of removed patches.
+        (B, 1, H, W), which shows detail but leaks information of removed patches. With `mask` (B, L), 1 = removed, it
+        uses those of the kept patches around each patch instead, see `nearness`, which leaks nothing.
         """
         side = self.encoder.patch_size
         options = {} if valid is None else {"valid": patchify(valid, side)}
+        if mask is not None and self.target.uses_true_patch_statistics:
+            options["weights"] = self.nearness(mask)
         pixels = self.target.invert(prediction.float(), patchify(images, side), **options)
         return unpatchify(pixels, side, self.encoder.grid)
+
+    def nearness(self, mask: torch.Tensor) -> torch.Tensor:
+        """Return the weights (B, L, L) of inverse-square distance to the kept patches; each row sums to 1.
+
+        The weight of patch j for patch i is in row i; it is 0 for a removed one. `mask` (B, L) has 1 for removed ones.
+        """
+        rows, columns = (torch.arange(side, device=mask.device) for side in self.encoder.grid)
+        places = torch.cartesian_prod(rows, columns).float()  # (L, 2)
+        distances = (places[:, None] - places).square().sum(dim=-1).clamp(min=1e-6)  # so a kept patch has its own
+        weights = (1 - mask[:, None]) / distances
+        return weights / weights.sum(dim=-1, keepdim=True)
 
     def pixel_mask(self, mask: torch.Tensor) -> torch.Tensor:
         """Turn a mask of patches (B, L) into one of pixels (B, 1, H, W)."""

@@ -81,9 +81,16 @@ class NormalizedPixels(PixelTarget):
         return (patches - mean) / (variance + 1e-6).sqrt()
 
     def invert(
-        self, prediction: torch.Tensor, patches: torch.Tensor, valid: torch.Tensor | None = None
+        self,
+        prediction: torch.Tensor,
+        patches: torch.Tensor,
+        valid: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Turn predictions into pixels; with `weights` (B, N, N), by means of the statistics of other patches."""
         variance, mean = self.var_mean(patches.float(), valid)
+        if weights is not None:
+            variance, mean = weights @ variance, weights @ mean
         return prediction * (variance + 1e-6).sqrt() + mean
 
     @staticmethod

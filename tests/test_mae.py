@@ -403,3 +403,25 @@ def test_a_share_of_the_removed_patches_is_one_of_those_with_data(kind):
     predicted = holds_data.gather(1, chosen).sum(dim=1)
     assert torch.equal(predicted, counts.clamp(max=3)) and counts.max() > 3
     assert model(images, noise, valid=valid, loss_only=True).isfinite()
+
+
+@torch.no_grad()
+def test_statistics_of_kept_patches_leak_nothing_of_the_removed(small):
+    model, images, noise = small
+    _, prediction, mask = model(images, noise)
+    changed = torch.where(model.pixel_mask(mask).bool(), torch.rand_like(images), images)
+    ours = model.reconstruct(images, prediction, mask=mask)
+    assert torch.equal(model.reconstruct(changed, prediction, mask=mask), ours)
+    patches, expected = patchify(images, 8), torch.empty(3, 16, 192)
+    for image in range(3):
+        kept = [patch for patch in range(16) if not mask[image, patch]]
+        for patch in range(16):
+            near = [1 / max(1e-6, (patch // 4 - k // 4) ** 2 + (patch % 4 - k % 4) ** 2) for k in kept]
+            mean, variance = (
+                sum(w * value for w, value in zip(near, values, strict=True)) / sum(near)
+                for values in ([patches[image, k].mean() for k in kept], [patches[image, k].var() for k in kept])
+            )
+            expected[image, patch] = prediction[image, patch] * (variance + 1e-6).sqrt() + mean
+    torch.testing.assert_close(ours, unpatchify(expected, 8, (4, 4)), rtol=1e-4, atol=1e-5)
+    visible = unpatchify((1 - mask)[..., None].expand(-1, -1, 192), 8, (4, 4)).bool()
+    torch.testing.assert_close(ours[visible], model.reconstruct(images, prediction)[visible], rtol=1e-3, atol=1e-4)
