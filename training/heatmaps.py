@@ -41,7 +41,7 @@ def overlay(image: np.ndarray, labels: np.ndarray, colours: np.ndarray, opacity:
 
 
 def class_legend(labels: np.ndarray, classes: Sequence[str], colours: np.ndarray) -> str:
-    """Return HTML with the colour, the name and the share of the pixels of each class in `labels`, the largest first."""
+    """Return HTML with colour, name and share of the pixels of each class in `labels`, the largest first."""
     counts = np.bincount(labels.ravel(), minlength=len(classes))
     entries = []
     for number in np.argsort(-counts, kind="stable"):

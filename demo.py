@@ -1,0 +1,367 @@
+"""Show in a browser what trained models do with an image: reconstruction, features, attention, classes, segmentation.
+
+    python demo.py work_dir/quickstart_pretrain
+
+serves a page on this machine and prints its address; several models are shown below each other. Without a model, the
+newest run in work_dir/ is shown. Images are uploaded, taken by a webcam, or held-out images of the run. Nothing that
+visitors upload is kept. `pip install -r requirements-demo.txt` installs what the page needs.
+"""
+
+import contextlib
+import importlib.util
+import math
+import os
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
+from tqdm import tqdm
+
+from data import shapes
+from data.batches import FIXED_EPOCH, ListedDataset, Normalization, centre_crop, make_loader
+from data.decode import PixelFormat, decode, preview_channels
+from data.files import find_images
+from data.index import DataError
+from data.masking import mask_noise
+from data.sampling import sample_generator, spread
+from data.segmentation import palette, view_and_preview, view_sizes
+from data.sources import kind_of_data, open_sources
+from data.transforms import CentreCrop
+from data.values import DamagedImage
+from modeling.classifier import Classifier
+from modeling.files import WeightsError
+from modeling.hub import find_weights
+from modeling.inspection import attention_maps, feature_colours, fill, keep_patches, patch_features, similarities
+from modeling.mae import MaskedAutoencoder
+from modeling.sliding_window import predict
+from modeling.trained import open_trained
+from modeling.upernet import Segmenter
+from training import arguments, launch
+from training.arguments import integer
+from training.card import read_record
+from training.launch import fail
+from training.metrics import reconstruction_metrics
+from training.neighbours import nearest
+from training.pictures import attention_tiles, displayable, reconstruction_tiles
+from training.processes import check_settings
+from training.wording import in_one_line
+
+MAX_PIXELS = 50_000_000  # of an image: more than a phone's camera has, and 150 MB of memory
+PREVIEW_SIZE = 1024  # longer side of a segmented image, in pixels, at most, as in predict.py
+NUM_EXAMPLES, NUM_NEAREST = 12, 8
+MAKE_ONE = "make one with: accelerate launch pretrain_mae.py @recipes/quickstart/pretrain.args"
+
+
+def parse_args(argv=None):
+    """Return the flags and a list of errors in them."""
+    parser = arguments.Parser(__doc__)
+    flag = parser.add_argument
+    flag("models", nargs="*", metavar="MODEL", help="run, checkpoint, file, folder, hf:OWNER/NAME (default newest run)")
+    flag("--nearest", metavar="FOLDER", help="folder whose nearest images to an image are shown (default none)")
+    flag("--max_pixels", type=integer(1), default=MAX_PIXELS, help=f"refuse larger images (default {MAX_PIXELS})")
+    flag = parser.add_argument_group("server").add_argument
+    # A Hugging Face Space sets the two variables
+    host, port = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), os.environ.get("GRADIO_SERVER_PORT", "7860")
+    flag("--host", default=host, help="address to listen at; 0.0.0.0 lets other machines in (default 127.0.0.1)")
+    flag("--port", type=integer(1, 65535), default=port, help="port; the next free one if it is in use (default 7860)")
+    flag("--share", action=arguments.Pair, default=False, help="also serve a public address through Gradio (off)")
+    return parser.read(argv)
+
+
+def newest_run(folder):
+    """Return the newest run in a folder that has weights, None if there is none."""
+    for path in sorted(Path(folder).glob("*/args.json"), key=lambda path: -path.stat().st_mtime):
+        try:
+            find_weights(path.parent, whole=True)
+            return str(path.parent)
+        except WeightsError:
+            continue
+    return None
+
+
+class Inputs(NamedTuple):
+    """Hold an image as a model sees it."""
+
+    whole: torch.Tensor  # (C, *img_size): all of its shorter side, for reconstruction
+    view: torch.Tensor  # (C, h, w): what predict.py gives an encoder, a classifier or a segmenter
+    picture: torch.Tensor  # (C, H, W): `view`, or a segmenter's image at its own proportions
+
+
+class Reconstruction(NamedTuple):
+    """Hold a reconstruction."""
+
+    tiles: list[Image.Image]  # see training.pictures.RECONSTRUCTION
+    errors: np.ndarray  # (h, w): root mean squared error of each predicted patch, NaN for others
+    metrics: dict[str, float]  # by the names of metrics.json
+    num_kept: int
+
+
+class Opened:
+    """Compute what the page shows of one model; nothing in it changes with a visitor.
+
+    Legend: as in mae.py; images are (C, H, W), Q heads or queries.
+    """
+
+    def __init__(self, path, *, device, max_pixels):
+        """Open a model. Raises WeightsError."""
+        self.name, self.device, self.trained = str(path), device, open_trained(path)
+        self.model, self.encoder = self.trained.model.to(device), self.trained.encoder
+        self.pixels = PixelFormat(self.encoder.in_channels, self.trained.value_range, max_pixels=max_pixels)
+        self.normalize = Normalization(self.trained.mean, self.trained.std, device)
+        self.classifies, self.segments = isinstance(self.model, Classifier), isinstance(self.model, Segmenter)
+        self.reconstructs = isinstance(self.model, MaskedAutoencoder) and self.model.target.invertible
+        self.grid, self.img_size, self.classes = self.encoder.grid, self.encoder.img_size, self.trained.classes
+        self.num_patches, self.mask_ratio = math.prod(self.grid), getattr(self.model, "mask_ratio", None)
+        self.colours = palette(len(self.classes)) if self.segments else None
+        self.leaks = self.reconstructs and self.model.target.uses_true_patch_statistics
+        self.attends = "query" if getattr(self.model, "pooling", None) == "attentive" else "head"
+        self.source = self.bank = None  # see `index`
+
+    def prepare(self, data):
+        """Return the Inputs of an encoded image or an array. Raises DamagedImage."""
+        image, size = decode(data, self.pixels), self.encoder.img_size
+        whole = CentreCrop(size)(image)
+        if self.segments:
+            sides = dict(resize=self.trained.resize, crop_size=size[0], patch_size=self.encoder.patch_size)
+            sizes = partial(view_sizes, mode="slide", scales=[1.0], **sides)
+            return Inputs(whole, *view_and_preview(image, 0, sizes=sizes, longest=PREVIEW_SIZE)[:2])
+        (view,) = centre_crop(image, 0, size=size, crop_ratio=self.trained.crop_ratio)
+        return Inputs(whole, view, view)
+
+    def thumbnail(self, data):
+        """Return a small picture of an encoded image or an array. Raises DamagedImage."""
+        picture = to_pil_image(displayable(decode(data, self.pixels)))
+        picture.thumbnail((256, 256))
+        return picture
+
+    def draw_mask(self, index, *, mask_ratio, strategy, seed, clicks=()):
+        """Return the noise (1, L) and the number of kept patches of a mask, with the patches at `clicks` turned over.
+
+        The mask is that of predict.py. A click is (x, y) in [0, 1]. At least one patch is kept, and one removed.
+        """
+        h, w = self.grid
+        num_kept = min(max(int(h * w * (1 - mask_ratio)), 1), h * w - 1)
+        noise = mask_noise(strategy, sample_generator(seed, FIXED_EPOCH, index), self.grid, num_kept)
+        removed = np.argsort(noise.argsort(kind="stable")) >= num_kept
+        changed = removed.copy()
+        for x, y in clicks:
+            patch = min(int(y * h), h - 1) * w + min(int(x * w), w - 1)
+            changed[patch] = not changed[patch]
+            if changed.all() or not changed.any():
+                changed[patch] = not changed[patch]
+        if (changed != removed).any():
+            noise, num_kept = changed.astype(np.float32), int((~changed).sum())
+        return torch.from_numpy(noise)[None], num_kept
+
+    @torch.no_grad()
+    def reconstruct(self, image, noise, num_kept, *, true_statistics=True, everywhere=False):
+        """Return the Reconstruction of an image from the patches that noise (1, L) keeps, as predict.py does.
+
+        With `everywhere`, each patch is predicted from masks that remove it. Without `true_statistics`, patches that
+        are normalized by their own mean and variance are turned back by those of the kept patches around them.
+        """
+        model, images = keep_patches(self.model, num_kept), self.normalize(image[None].to(self.device))
+        if everywhere:
+            prediction, removed = fill(model, images, noise.to(self.device)), torch.ones(noise.shape)
+        else:
+            _, prediction, removed = model(images, noise.to(self.device))
+        prediction = model.reconstruct(images, prediction, mask=None if true_statistics else removed)
+        prediction, images, mask = (
+            self.normalize.undo(prediction),
+            self.normalize.undo(images),
+            model.pixel_mask(removed),
+        )
+        metrics = {name: value.item() for name, value in reconstruction_metrics(images, prediction, mask).items()}
+        errors = (prediction.clamp(0, 1) - images).square().mean(dim=1, keepdim=True)
+        errors = F.avg_pool2d(errors, self.encoder.patch_size)[0, 0].sqrt().cpu().numpy()
+        errors[removed.reshape(errors.shape).cpu().numpy() == 0] = np.nan
+        tiles = reconstruction_tiles(images, prediction, mask, preview_channels(self.pixels))[0]
+        return Reconstruction(tiles, errors, metrics, num_kept)
+
+    @torch.no_grad()
+    def classify(self, image):
+        """Return the classes or labels of an image with probabilities, or its numbers, by name."""
+        answers = self.model.answer(self.model(self.normalize(image[None].to(self.device))))
+        return dict(zip(self.classes, answers[0].tolist(), strict=True))
+
+    @torch.no_grad()
+    def segment(self, inputs):
+        """Return the class of each pixel (H, W), uint8, of `inputs.picture`."""
+        view, size = self.normalize(inputs.view[None].to(self.device)), inputs.picture.shape[1:]
+        return predict(self.model, [view], tuple(size), flip=False, window=self.encoder.img_size[0])[0].cpu().numpy()
+
+    @torch.no_grad()
+    def look(self, pair):
+        """Return features (2, L, D) of the patches of two Inputs, and pictures of them and of attention, for each.
+
+        The attention is that of the class token by head or, of attentive pooling, that of its queries.
+        """
+        shown = [inputs.whole if self.segments else inputs.view for inputs in pair]
+        images = self.normalize(torch.stack(shown).to(self.device))
+        features = patch_features(self.encoder, images).cpu()
+        if self.attends == "query":
+            attention = self.model.attention_maps(self.encoder(images))
+        else:
+            attention = attention_maps(self.encoder, images).unflatten(-1, self.grid)
+        colours = (feature_colours(features) * 255).round().to(torch.uint8).unflatten(1, self.grid)
+        pairs = zip(shown, attention.cpu().numpy(), strict=True)
+        tiles = [attention_tiles(displayable(image).numpy(), maps)[1:] for image, maps in pairs]
+        return features, [Image.fromarray(each.numpy()) for each in colours], tiles
+
+    def compare(self, features, image, x, y):
+        """Return the cosine similarities (h, w) of the patches of two images to one, and its row and column.
+
+        It is the patch of `image`, 0 or 1, at (x, y) in [0, 1]; `features` are those of `look`.
+        """
+        row, column = (min(int(place * side), side - 1) for place, side in zip((y, x), self.grid, strict=True))
+        values = similarities(features, image, row * self.grid[1] + column)
+        return values.unflatten(1, self.grid).numpy(), (row, column)
+
+    @torch.no_grad()
+    def embed(self, images):
+        """Return the features (B, D) of images (B, C, H, W), as `predict.py --features` does."""
+        tokens = self.encoder(self.normalize(images.to(self.device)))
+        features = self.model.pool(tokens) if self.classifies else self.encoder.split(tokens)[1].mean(dim=1)
+        return features.cpu()
+
+    def index(self, source):
+        """Compute the features of all readable images of a source, for `nearest`."""
+        transform = partial(centre_crop, size=self.encoder.img_size, crop_ratio=self.trained.crop_ratio)
+        dataset = ListedDataset(source, pixels=self.pixels, prepare=transform)
+        batches = [range(len(source))[start : start + 16] for start in range(0, len(source), 16)]
+        loader = make_loader(dataset, batches, num_workers=min(launch.default_workers(), len(batches) - 1))
+        features, indices = [torch.empty(0, self.encoder.embed_dim)], []
+        with tqdm(total=len(source), unit="image", desc=f"features of {self.name}") as bar:
+            for batch in loader:
+                features += [self.embed(batch.inputs[0])] if batch.indices else []
+                indices += batch.indices
+                for index, reason in batch.damaged:
+                    tqdm.write(f"warning: {source.name(index)}: {reason}", file=sys.stderr)
+                bar.update(len(batch.indices) + len(batch.damaged))
+        self.source, self.bank = source, (torch.cat(features), torch.tensor(indices, dtype=torch.long))
+
+    def nearest(self, image):
+        """Return pictures of the nearest indexed images, each with its name and cosine similarity."""
+        similarities, indices = nearest(*self.bank, self.embed(image[None]), NUM_NEAREST)
+        results = []
+        for value, i in zip(similarities[0].tolist(), indices[0].tolist(), strict=True):
+            with contextlib.suppress(DamagedImage):  # it has changed since
+                picture = self.thumbnail(*self.source.fetch([i]))
+                results.append((picture, f"{value:.3f} {Path(self.source.name(i)).name}"))
+        return results
+
+
+class Example(NamedTuple):
+    """Hold an image to begin with."""
+
+    name: str
+    index: int  # in its source, on which its masks depend
+    data: object  # as `decode` takes it
+
+
+def find_examples(opened):
+    """Return held-out images of the data that a run was trained on, or drawn scenes; and what they are."""
+    folders = [path for path in (Path(opened.name), *Path(opened.name).parents) if (path / "args.json").is_file()]
+    flags = read_record(folders[0]).flags if folders else {}
+    places = dict(validation=flags.get("path_to_validation_data"), cache=flags.get("cache_dir"))
+    path, kind = flags.get("path_to_data") or "builtin:shapes", flags.get("data_format")
+    try:
+        if "hub" not in map(kind_of_data, filter(None, (path, places["validation"]))) and path != "builtin:shapes":
+            train, held_out = open_sources(path, opened.pixels, data_format=kind, **places)
+            source = held_out or train
+            source.prepare()
+            examples = [Example(source.name(i), i, *source.fetch([i])) for i in spread(NUM_EXAMPLES, len(source))]
+            return examples, f"{'Held-out' if held_out else 'Training'} images of {path}"
+    except (DataError, OSError, ImportError) as error:
+        print(f"{path} cannot be read ({in_one_line(error)}); drawn scenes are shown instead")
+    channels = opened.pixels.channels
+    if opened.pixels.value_range or channels not in (1, 3):
+        return [], ""
+    drawn = [Image.fromarray(shapes.draw(shapes.TRAIN_IMAGES + i)[0]) for i in range(NUM_EXAMPLES)]
+    drawn = [np.atleast_3d(np.array(image if channels == 3 else image.convert("L"))) for image in drawn]
+    return [Example(f"scene {i}", i, data) for i, data in enumerate(drawn)], "Drawn scenes, none of them trained on"
+
+
+def with_pictures(examples, opened):
+    """Return the examples that can be read, with a small picture of each."""
+    pairs = []
+    for example in examples:
+        with contextlib.suppress(DamagedImage):
+            pairs.append((example, opened.thumbnail(example.data)))
+    return pairs
+
+
+class Picked(NamedTuple):
+    """Hold the image that a visitor chose."""
+
+    name: str
+    index: int  # on which its masks depend
+    inputs: list[Inputs | str]  # for each model; a str says why it cannot read the image
+    time: int  # distinguishes one choice from the next
+
+
+def pick(models, name, index, data):
+    """Return an image as Picked; a str that says why no model can read it."""
+    inputs = []
+    for opened in models:
+        try:
+            inputs.append(opened.prepare(data))
+        except DamagedImage as error:
+            inputs.append(in_one_line(error))
+    if all(isinstance(each, str) for each in inputs):
+        return inputs[0]
+    return Picked(name, index, inputs, time.monotonic_ns())
+
+
+def main(argv=None):
+    """Run the script; see the module's docstring."""
+    # Flags and models
+    args, errors = parse_args(argv)
+    errors += check_settings("no")
+    if importlib.util.find_spec("gradio") is None:
+        errors.append("gradio is not installed; run: pip install -r requirements-demo.txt")
+    source, paths = None, args.models or list(filter(None, [newest_run("work_dir")]))
+    if not paths:
+        errors.append(f"work_dir/ holds no run with weights; {MAKE_ONE}; or give a model")
+    if args.nearest:
+        source, image_errors = find_images([args.nearest])
+        errors += [f"--nearest {error}" for error in image_errors]
+    models, device = [], Accelerator(mixed_precision="no").device
+    launch.set_speed(device, tf32=False)
+    for path in paths:
+        try:
+            models.append(Opened(path, device=device, max_pixels=args.max_pixels))
+        except WeightsError as error:
+            errors.append(str(error))
+    if source and not errors and all(opened.segments for opened in models):
+        errors.append(f"--nearest needs features, and {paths[0]} is a segmentation model, whose encoder has no norm")
+    if errors:
+        fail(errors)
+    for opened in models:
+        print(f"model      {opened.name} ({opened.trained.layout})")
+        for assumption in opened.trained.assumed:
+            print(f"           assumed: {assumption}")
+        if source and not opened.segments:
+            opened.index(source)
+
+    # Page
+    examples, caption = find_examples(models[0])
+    with tempfile.TemporaryDirectory(prefix="demo_") as folder:
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}  # read when gradio is imported
+        from training.app import build_page, serve
+
+        page = build_page(models, with_pictures(examples, models[0]), caption, partial(pick, models))
+        serve(page, host=args.host, port=args.port, share=args.share)
+
+
+if __name__ == "__main__":
+    launch.run_script(main, remedy="repeat the same command")

@@ -1,0 +1,153 @@
+"""The page of demo.py: the image that a visitor chooses, the frame of the tabs, and the server.
+
+The page knows no model: `models` are any objects with the methods of `Opened` in demo.py. What a visitor chose is in
+gr.State, which each session has for itself.
+"""
+
+import errno
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import gradio as gr
+
+from training.launch import RunError
+from training.tabs import EVENT, classify_tab, fill_tab, look_tab, nearest_tab, one_line, reconstruct_tab, segment_tab
+
+CSS = """
+.pixels img { object-fit: contain !important; image-rendering: pixelated; }
+.pixels > label { position: static !important; display: flex; width: 100%; }
+.clickable img { cursor: crosshair; }
+footer { display: none !important; }
+"""
+MAX_UPLOAD = 20_000_000  # bytes of an image
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+
+
+class Upload(gr.Image):
+    """An image to choose; functions get the path of the file as it was uploaded, which may be damaged."""
+
+    is_template = True  # the browser shows gr.Image
+
+    def preprocess(self, payload):
+        return payload and payload.path
+
+
+def build_page(models: Sequence, examples: Sequence, caption: str, pick: Callable) -> gr.Blocks:
+    """Return the page.
+
+    Args:
+        models: shown below each other in each tab that they have results for.
+        examples: images to begin with, as tuples (name, index, data), and a picture of each.
+        caption: what the examples are.
+        pick: (name, index, data) -> the image as models see it (`Picked` in demo.py), or a str that says why not.
+    """
+    title = "Masked autoencoder" if any(model.reconstructs for model in models) else "Vision Transformer"
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gr.Markdown(f"# {title}\n" + ", ".join(f"`{model.name}`" for model in models))
+        picked, active = gr.State(), gr.State()
+        simple = all(model.pixels.value_range is None and model.pixels.channels in (1, 3) for model in models)
+        choose = partial(_choose, examples=examples, caption=caption, pick=pick, simple=simple)
+        firsts = [partial(pick, *example) for example, _ in examples[:2]]
+        choices = choose(picked, label="Your image")
+        tabs = []
+        with gr.Tabs():
+            if any(model.reconstructs for model in models):
+                tabs += [reconstruct_tab(models, picked), fill_tab(models, picked)]
+            if any(model.classifies for model in models):
+                tabs.append(classify_tab(models, picked))
+            if any(model.segments for model in models):
+                tabs.append(segment_tab(models, picked))
+            tabs.append(look_tab(models, picked, choose, firsts[-1] if firsts else lambda: None))
+            if any(model.bank for model in models):
+                tabs.append(nearest_tab(models, picked))
+        begin = partial(_begin, firsts[0] if firsts else None, tabs[0][0].label)
+        start = page.load(begin, None, [picked, active], **EVENT)
+        for tab, draw, inputs, outputs in tabs:
+            shown = dict(fn=partial(_draw_if_active, tab.label, draw), inputs=[active, *inputs], outputs=outputs)
+            tab.select(partial(str, tab.label), None, active, **EVENT).then(**shown, **EVENT)
+            for event in (start, *choices):
+                event.then(**shown, **EVENT)
+    return page
+
+
+def _begin(first: Callable | None, tab: str) -> tuple:
+    """Return the first image, None without examples, and the first tab."""
+    return first and first(), tab
+
+
+def _draw_if_active(name: str, draw: Callable, active: str, *values):
+    """Return the results of a tab; those of a hidden tab are drawn when it is opened."""
+    return draw(*values) if active == name and values[0] is not None else gr.skip()
+
+
+def _choose(
+    picked: gr.State, *, label: str, examples: Sequence, caption: str, pick: Callable, simple: bool
+) -> list[gr.events.Dependency]:
+    """Add places to upload and to choose an image, and return the events that set `picked`.
+
+    Not `simple` images, which a browser cannot show, are uploaded as files.
+    """
+    with gr.Row():
+        if simple:
+            upload = Upload(label=label, sources=["upload", "webcam", "clipboard"], height=290, min_width=260)
+        else:
+            upload = gr.File(label=f"{label}: TIFF or .npy", height=290, min_width=260)
+        tiles = [(tile, Path(example[0]).name) for example, tile in examples]
+        shown = dict(columns=6, height=290, object_fit="contain", allow_preview=False, buttons=[], min_width=300)
+        gallery = gr.Gallery([tile for tile, _ in tiles], label=caption, scale=2, visible=bool(tiles), **shown)
+    status = gr.HTML()
+
+    def choose_example(event: gr.SelectData):
+        return pick(*examples[event.index][0]), None, one_line(f"image: {tiles[event.index][1]}")
+
+    changed = upload.input if simple else upload.upload
+    return [
+        changed(partial(_choose_file, pick), [upload, picked], [picked, status], **EVENT),
+        gallery.select(choose_example, None, [picked, upload, status], **EVENT),
+    ]
+
+
+def _choose_file(pick: Callable, path: str | None, picked):
+    """Return the image in an uploaded file and a line on it; the one before if the file cannot be read."""
+    if path is None:
+        return picked, ""
+    result = pick(Path(path).name, 0, Path(path).read_bytes())
+    if isinstance(result, str):
+        return picked, one_line(f"error: {Path(path).name}: {result}", "#c62828")
+    return result, one_line(f"image: {Path(path).name}")
+
+
+def free_port(host: str, port: int) -> int:
+    """Return `port`, or the next one that is free. Raises RunError if there is none, or no such address."""
+    for candidate in range(port, min(port + 100, 65536)):
+        with socket.socket() as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                tried.bind((host, candidate))
+                return candidate
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    reason = f"{host} port {candidate} cannot be used ({error.strerror}); give another --host or --port"
+                    raise RunError(reason) from None
+    raise RunError(f"the ports {port} to {candidate} are in use; give another --port")
+
+
+def serve(page: gr.Blocks, *, host: str, port: int, share: bool) -> None:
+    """Serve the page until Ctrl-C or SIGTERM, and print its address. Raises RunError if no port can be used."""
+    free = free_port(host, port)
+    if free != port:
+        print(f"port {port} is in use; {free} is taken")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    own = dict(footer_links=[], theme=THEME, css=CSS, ssr_mode=False, quiet=True, prevent_thread_lock=True)
+    _, local, public = page.launch(
+        server_name=host, server_port=free, share=share, max_file_size=MAX_UPLOAD, show_error=False, **own
+    )
+    print(f"demo: {local}" + (f" and {public}" if public else "") + " (Ctrl-C ends it)", flush=True)
+    try:
+        page.block_thread()
+    finally:
+        page.close(verbose=False)
