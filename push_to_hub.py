@@ -12,6 +12,10 @@ command. Weights of other projects (a .pth of the official MAE, files and folder
 hf:OWNER/NAME) are converted in the same way:
 
     python push_to_hub.py mae_pretrain_vit_base.pth --output mae_base
+
+    python push_to_hub.py work_dir/quickstart_pretrain --space OWNER/NAME
+
+writes work_dir/quickstart_pretrain/space/ instead, a Hugging Face Space with the page of demo.py, and uploads it.
 """
 
 import argparse
@@ -33,7 +37,7 @@ from modeling.mae import MaskedAutoencoder
 from modeling.parity import differences
 from modeling.trained import open_trained
 from modeling.upernet import Segmenter
-from training import arguments, launch
+from training import arguments, launch, space
 from training.arguments import integer, number
 from training.card import ModelSummary, is_card, read_record, write_card
 from training.files import alone_at, replace_folder
@@ -54,9 +58,10 @@ def parse_args(argv=None):
     flag = parser.add_argument
     flag("path", metavar="RUN_FOLDER", help="run, or weights: a file, a folder, hf:OWNER/NAME[@revision]")
     flag("--checkpoint", default="last", help="last, best (fine-tuning only) or a checkpoint's name (default last)")
-    flag("--output", help="folder to write (default RUN_FOLDER/hub)")
+    flag("--output", help="folder to write (default RUN_FOLDER/hub, or RUN_FOLDER/space)")
     flag = parser.add_argument_group("upload").add_argument
     flag("--repo_id", metavar="OWNER/NAME", help="repository on the Hub, created if missing (left out: no upload)")
+    flag("--space", metavar="OWNER/NAME", help="write and upload a Space, the page of demo.py, not a model (left out)")
     flag("--private", action=argparse.BooleanOptionalAction, default=False, help="make a new repository private (off)")
     flag("--revision", help="branch to upload to, created if missing (default main)")
     flag = parser.add_argument_group("model card").add_argument
@@ -72,11 +77,13 @@ def parse_args(argv=None):
     flag("--norm_pix_loss", const="normalized", help="the same as --target normalized", **pixels)
     flag("--no-norm_pix_loss", const="pixels", help="the same as --target pixels", **pixels)
     args, errors = parser.read(argv)
-    if args.repo_id is None:
+    places = [name for name in ("repo_id", "space") if getattr(args, name) is not None]
+    if not places:
         given = [name for name in ("private", "revision") if getattr(args, name)]
         errors += [f"--{name} needs an upload; add --repo_id OWNER/NAME" for name in given]
-    else:
-        errors += [f"--repo_id {error}" for error in check_repo_id(args.repo_id)]
+    if len(places) > 1:
+        errors.append("--repo_id and --space are two uploads; give one of them, and the other in a second call")
+    errors += [f"--{name} {error}" for name in places for error in check_repo_id(getattr(args, name))]
     return args, errors
 
 
@@ -108,13 +115,13 @@ def select_weights(path, checkpoint):
     return checkpoints[name], record, read_state(checkpoints[name])["step"]
 
 
-def resolve_output(output, path, record):
-    """Return the folder to write. Raises RunError if it holds files of the user's."""
+def resolve_output(output, path, record, *, name):
+    """Return the folder to write, by default `name` in the run. Raises RunError if it holds files of the user's."""
     if not is_on_hub(path) and not Path(path).exists():
         raise RunError(f"{path}: no such file or folder; expected a run or weights (on the Hub: hf:OWNER/NAME)")
     if output is None and record is None:
         raise RunError(f"--output is missing, and {path} is not a run folder; give a folder to write")
-    output = Path(output) if output else record.folder / "hub"
+    output = Path(output) if output else record.folder / name
     taken = any(output.iterdir()) if output.is_dir() else output.exists()
     if taken and not is_card(output / "README.md"):
         raise RunError(f"--output {output} exists and was not written by push_to_hub.py; give an empty or a new folder")
@@ -200,13 +207,24 @@ def write_folder(folder, *, trained, record, step, origin, **card):
     write_card(folder, summary, record, **card)
 
 
+def write_demo(folder, *, trained, origin, repo_id, license, datasets):
+    """Write a Space that shows the page of demo.py."""
+    if isinstance(trained.model, MaskedAutoencoder):  # which includes the encoder
+        statistics = dict(mean=trained.mean, std=trained.std, value_range=trained.value_range)
+        export_autoencoder(trained.model, folder / space.MODEL, **statistics)
+    else:
+        export_model(trained, folder / space.MODEL)
+    words = dict(title=repo_id.partition("/")[2], description=f"{describe_model(trained)}.", origin=origin)
+    space.write_space(folder, license=license, datasets=datasets, **words)
+
+
 def main(argv=None):
     """Run the script; see the module's docstring."""
     # Flags and weights
     args, errors = parse_args(argv)
     try:
         weights, record, step = select_weights(args.path, args.checkpoint)
-        output = resolve_output(args.output, args.path, record)
+        output = resolve_output(args.output, args.path, record, name="space" if args.space else "hub")
         names = ("decoder_num_heads", "mean", "std", "target")
         stored = Stored(num_heads=args.encoder_num_heads, **{name: getattr(args, name) for name in names})
         trained = None if errors else open_trained(weights, given=stored)
@@ -229,14 +247,19 @@ def main(argv=None):
     # Folder and upload
     with alone_at(output):
         origin = f"{args.path} ({trained.layout})"
-        card = dict(repo_id=args.repo_id, revision=args.revision, license=args.license, datasets=args.datasets)
-        write = partial(write_folder, trained=trained, record=record, step=step, origin=origin, location=output, **card)
-        replace_folder(output, write)
+        card = dict(origin=origin, license=args.license, datasets=args.datasets)
+        if args.space:
+            write = partial(write_demo, repo_id=args.space, **card)
+        else:
+            card |= dict(repo_id=args.repo_id, revision=args.revision)
+            write = partial(write_folder, record=record, step=step, location=output, **card)
+        replace_folder(output, partial(write, trained=trained))
         print(f"written: {output}", flush=True)
-        if args.repo_id:
+        if args.repo_id or args.space:
             message = f"Weights of step {step}" if step is not None else "Weights"
             options = dict(private=args.private, revision=args.revision, message=message)
-            print(f"uploaded: {upload(output, args.repo_id, **options)}")
+            options["repo_type"] = "space" if args.space else "model"
+            print(f"uploaded: {upload(output, args.space or args.repo_id, **options)}")
 
 
 if __name__ == "__main__":

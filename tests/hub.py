@@ -1,9 +1,9 @@
 """A Hugging Face Hub on the loopback interface, with the HTTP requests that huggingface_hub 1.33 to 2.4 needs to upload
 models and to download them, and that datasets 4.4 to 5.2 needs to download data sets.
 
-A data set's repository is named datasets/OWNER/NAME, as in its web address. Large files go by git LFS ("basic"):
-`variables` and `enter` switch Xet off, which huggingface_hub would use without asking the server. Everything is kept in
-memory.
+A data set's repository is named datasets/OWNER/NAME and a Space's spaces/OWNER/NAME, as in its web address. Large files
+go by git LFS ("basic"): `variables` and `enter` switch Xet off, which huggingface_hub would use without asking the
+server. Everything is kept in memory.
 """
 
 import base64
@@ -194,6 +194,11 @@ def is_large(path: str, content: bytes) -> bool:
     return path.endswith(".safetensors") or b"\0" in content[:512]
 
 
+def without_type(repo_id: str) -> str:
+    """Return OWNER/NAME of a repository of any type."""
+    return repo_id.removeprefix("datasets/").removeprefix("spaces/")
+
+
 def metadata_errors(card: str) -> list[str]:
     """Return the errors of the Hub for the metadata of a model card."""
     match = re.match(r"---\r?\n(.*?)\r?\n---(\r?\n|$)", card, re.DOTALL)
@@ -271,13 +276,13 @@ class Handler(BaseHTTPRequestHandler):
     def may_write(self, repo_id: str) -> None:
         if self.token is None:
             raise Answer(401, {"error": "Invalid username or password."})
-        if self.token != VALID or not repo_id.startswith(f"{USER}/"):
+        if self.token != VALID or not without_type(repo_id).startswith(f"{USER}/"):
             raise Answer(403, {"error": f"You don't have the rights to write to {repo_id}"})
 
     def find(self, repo_id: str, revision: str = "main") -> tuple[Repository, str]:
         """Return a readable repository and a commit in it; 401 or 404 otherwise."""
         repository, token = self.hub.repositories.get(repo_id), self.token
-        own = repo_id.removeprefix("datasets/").startswith(f"{USER}/")
+        own = without_type(repo_id).startswith(f"{USER}/")
         if repository is None or (repository.private and (token is None or not own)):
             status = 404 if token else 401
             raise Answer(status, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
@@ -300,7 +305,7 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, repo_id: str, revision: str = "main") -> None:
         repository, commit = self.find(repo_id, revision or "main")
         files = repository.commits[commit]
-        repo_id = repo_id.removeprefix("datasets/")
+        repo_id = without_type(repo_id)
         content = {"_id": "0" * 24, "id": repo_id, "modelId": repo_id, "author": repo_id.split("/")[0], "sha": commit}
         content |= {"private": repository.private, "gated": False, "disabled": False, "tags": [], "downloads": 0}
         content["siblings"] = [{"rfilename": path} for path in sorted(files)]
@@ -336,6 +341,10 @@ class Handler(BaseHTTPRequestHandler):
     def create(self) -> None:
         request = json.loads(self.body)
         repo_id = f"{request.get('organization') or USER}/{request['name']}"
+        if request.get("type") == "space":
+            repo_id = f"spaces/{repo_id}"
+            if request.get("sdk") != "gradio":
+                raise Answer(400, {"error": f"a Space needs an SDK, not {request.get('sdk')}"})
         self.may_write(repo_id)
         content = {"url": f"{self.hub.endpoint}/{repo_id}", "name": repo_id, "id": "0" * 24}
         if repo_id in self.hub.repositories:
@@ -413,8 +422,8 @@ class Handler(BaseHTTPRequestHandler):
         raise Answer(200, {"success": True, "commitOid": commit, "commitUrl": address, "hookOutput": ""})
 
 
-NAME = r"((?:datasets/)?[^/]+/[^/]+)"
-REPOSITORY = rf"/api/(?:models/|(?=datasets/)){NAME}"
+NAME = r"((?:datasets/|spaces/)?[^/]+/[^/]+)"
+REPOSITORY = rf"/api/(?:models/|(?=datasets/|spaces/)){NAME}"
 ROUTES = [  # methods, path, handler, which gets the groups of the path
     ("POST", "/api/repos/create", Handler.create),
     ("POST", "/api/validate-yaml", Handler.validate),

@@ -18,22 +18,14 @@ from training.launch import RunError
 from training.tabs import EVENT, classify_tab, fill_tab, look_tab, nearest_tab, one_line, reconstruct_tab, segment_tab
 
 CSS = """
-.pixels img { object-fit: contain !important; image-rendering: pixelated; }
+.pixels :is(.image-container, .image-container button:has(img), .image-frame) { width: 100%; }
+.pixels img { width: 100% !important; height: auto !important; image-rendering: pixelated; }
 .pixels > label { position: static !important; display: flex; width: 100%; }
 .clickable img { cursor: crosshair; }
 footer { display: none !important; }
 """
 MAX_UPLOAD = 20_000_000  # bytes of an image
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-
-
-class Upload(gr.Image):
-    """An image to choose; functions get the path of the file as it was uploaded, which may be damaged."""
-
-    is_template = True  # the browser shows gr.Image
-
-    def preprocess(self, payload):
-        return payload and payload.path
 
 
 def build_page(models: Sequence, examples: Sequence, caption: str, pick: Callable) -> gr.Blocks:
@@ -93,7 +85,8 @@ def _choose(
     """
     with gr.Row():
         if simple:
-            upload = Upload(label=label, sources=["upload", "webcam", "clipboard"], height=290, min_width=260)
+            upload = gr.Image(label=label, sources=["upload", "webcam", "clipboard"], height=290, min_width=260)
+            upload.preprocess = _path_of  # gr.Image would decode the file, which may be damaged
         else:
             upload = gr.File(label=f"{label}: TIFF or .npy", height=290, min_width=260)
         tiles = [(tile, Path(example[0]).name) for example, tile in examples]
@@ -109,6 +102,11 @@ def _choose(
         changed(partial(_choose_file, pick), [upload, picked], [picked, status], **EVENT),
         gallery.select(choose_example, None, [picked, upload, status], **EVENT),
     ]
+
+
+def _path_of(payload) -> str | None:
+    """Return the path of an uploaded file, which gradio has checked to be one."""
+    return payload and payload.path
 
 
 def _choose_file(pick: Callable, path: str | None, picked):

@@ -27,6 +27,7 @@ from training.wording import in_one_line
 SCRIPT = Path(__file__).parent.parent / "push_to_hub.py"
 OWN_FILES = {"ema.safetensors", "transformers_model.safetensors", "preprocessor_config.json"}
 OWN_FILES |= {f"{name}.png" for name in ("loss", "reconstructions", "confusion", "predictions")}
+OWN_FOLDERS = dict(model=("pretraining/",), space=("model/", "modeling/", "data/", "training/"))  # by type
 LOG_IN = "run `hf auth login`, or set HF_TOKEN to a token with write access (https://huggingface.co/settings/tokens)"
 
 
@@ -55,7 +56,9 @@ def check_hub(push_to_hub: bool, *, repository: str | None, every: int, private:
     return [f"--{name} needs --push_to_hub; add it, or leave --{name} out" for name in flags if flags[name]]
 
 
-def upload(folder: Path, repo_id: str, *, private: bool, revision: str | None, message: str) -> str:
+def upload(
+    folder: Path, repo_id: str, *, private: bool, revision: str | None, message: str, repo_type: str = "model"
+) -> str:
     """Upload a folder in one commit. Large files that arrived before an interruption are not sent again.
 
     Args:
@@ -64,31 +67,37 @@ def upload(folder: Path, repo_id: str, *, private: bool, revision: str | None, m
         private: Create a private repository, and refuse an existing public one.
         revision: Branch, created if missing; None for main.
         message: Commit message.
+        repo_type: "model" or "space".
 
     Returns:
         The address of the commit.
 
     Raises:
-        RunError: The upload failed, or was refused because the repository holds another type of model.
+        RunError: The upload failed, or was refused because the repository holds another type of model or app.
     """
     try:
-        _check_repository(folder, repo_id, private, revision)
-        return _commit(folder, repo_id, private, revision, message)
+        _check_repository(folder, repo_id, private, revision, repo_type)
+        return _commit(folder, repo_id, private, revision, message, repo_type)
     except Exception as error:  # huggingface_hub, its HTTP client and Xet raise many types
-        raise RunError(f"not uploaded: {_explain(error, repo_id)}; {folder} is ready to upload") from error
+        raise RunError(f"not uploaded: {_explain(error, repo_id, repo_type)}; {folder} is ready to upload") from error
 
 
-def _check_repository(folder: Path, repo_id: str, private: bool, revision: str | None) -> None:
+def _check_repository(folder: Path, repo_id: str, private: bool, revision: str | None, repo_type: str) -> None:
     """Raise RunError if a repository that exists must not be written to."""
-    api = HfApi()
-    if not api.repo_exists(repo_id):
+    api, place = HfApi(), dict(repo_id=repo_id, repo_type=repo_type)
+    if not api.repo_exists(**place):
         return
-    if revision and not api.revision_exists(repo_id, revision):
+    if revision and not api.revision_exists(**place, revision=revision):
         revision = None  # a new branch starts from main
-    info = api.model_info(repo_id, revision=revision)
+    info = api.repo_info(**place, revision=revision)
     if private and not info.private:
         raise RunError(f"{repo_id} exists and is public; make it private in its settings, or leave out --private")
-    if all(file.rfilename != "config.json" for file in info.siblings):
+    names = {file.rfilename for file in info.siblings}
+    if repo_type == "space" and {"app.py", "README.md"} <= names:
+        readme = Path(hf_hub_download(**place, filename="README.md", revision=info.sha)).read_text(errors="replace")
+        if "\n- mae-accelerate\n" not in readme.partition("\n---\n")[0]:
+            raise RunError(f"{repo_id} holds another app; give another --space")
+    if "config.json" not in names:
         return
     theirs = _model_type(hf_hub_download(repo_id, "config.json", revision=info.sha))
     ours = _model_type(folder / "config.json")
@@ -102,29 +111,30 @@ def _model_type(path: str | Path) -> str:
     return " ".join([config.get("model_type", "unknown type"), *config.get("architectures", [])])
 
 
-def _commit(folder: Path, repo_id: str, private: bool, revision: str | None, message: str) -> str:
+def _commit(folder: Path, repo_id: str, private: bool, revision: str | None, message: str, repo_type: str) -> str:
     """Create the repository and the branch if they are missing, and upload."""
-    api = HfApi()
-    api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: the owner's default
+    api, place = HfApi(), dict(repo_id=repo_id, repo_type=repo_type)
+    sdk = "gradio" if repo_type == "space" else None
+    api.create_repo(**place, private=private or None, exist_ok=True, space_sdk=sdk)  # None: the owner's default
     if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+        api.create_branch(**place, branch=revision, exist_ok=True)
     own = own_files(folder)  # a folder may hold files of others too
     paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER]
     paths = [path for path in paths if own is None or path.as_posix() in own]
     files = [CommitOperationAdd(path.as_posix(), folder / path) for path in paths]
     # Files of an earlier model that this one lacks would be read, or shown, as if they belonged to it
-    stale = {*api.list_repo_files(repo_id, revision=revision)} - {path.as_posix() for path in paths}
-    stale = [path for path in sorted(stale) if path in OWN_FILES or path.startswith("pretraining/")]
+    stale = {*api.list_repo_files(**place, revision=revision)} - {path.as_posix() for path in paths}
+    stale = [path for path in sorted(stale) if path in OWN_FILES or path.startswith(OWN_FOLDERS[repo_type])]
     files += [CommitOperationDelete(path) for path in stale]
     # upload_folder may split a folder into several commits: the card of one model beside the weights of another
-    return api.create_commit(repo_id, files, commit_message=message, revision=revision).commit_url
+    return api.create_commit(**place, operations=files, commit_message=message, revision=revision).commit_url
 
 
-def _explain(error: Exception, repo_id: str) -> str:
+def _explain(error: Exception, repo_id: str, repo_type: str) -> str:
     """Return one line on why the Hub could not be used and what to do, from the error or its causes."""
     if isinstance(error, RunError):
         return str(error)
-    causes = [error]
+    causes, flag = [error], "--space" if repo_type == "space" else "--repo_id"
     while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
         causes.append(cause)
     for cause in causes:
@@ -132,7 +142,7 @@ def _explain(error: Exception, repo_id: str) -> str:
         if status == 401:
             return f"no valid token for the Hugging Face Hub; {LOG_IN}"
         if status == 403:
-            return f"the token has no write access to {repo_id}; {LOG_IN}, or give a --repo_id of another owner"
+            return f"the token has no write access to {repo_id}; {LOG_IN}, or give a {flag} of another owner"
         if isinstance(cause, OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE is set; unset it"
         if status is None and isinstance(cause, HTTPError | ConnectionError | TimeoutError):
