@@ -18,6 +18,7 @@ import benchmarks.hours
 import benchmarks.quality
 import benchmarks.scaling
 import benchmarks.step
+import demo
 import export_onnx
 import finetune_classifier
 import finetune_segmentation
@@ -33,6 +34,7 @@ SCRIPTS = {
     "finetune_classifier.py": finetune_classifier,
     "finetune_segmentation.py": finetune_segmentation,
     "predict.py": predict,
+    "demo.py": demo,
     "prepare_data.py": prepare_data,
     "push_to_hub.py": push_to_hub,
     "export_onnx.py": export_onnx,

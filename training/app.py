@@ -20,7 +20,8 @@ from training.tabs import EVENT, classify_tab, fill_tab, look_tab, nearest_tab, 
 CSS = """
 .pixels :is(.image-container, .image-container button:has(img), .image-frame) { width: 100%; }
 .pixels img { width: 100% !important; height: auto !important; image-rendering: pixelated; }
-.pixels > label { position: static !important; display: flex; width: 100%; }
+.labelled > label { position: static !important; display: flex; width: 100%; }
+.labelled:not(.examples) .grid-wrap { height: auto !important; max-height: none !important; min-height: 0 !important; }
 .clickable img { cursor: crosshair; }
 footer { display: none !important; }
 """
@@ -91,6 +92,7 @@ def _choose(
             upload = gr.File(label=f"{label}: TIFF or .npy", height=290, min_width=260)
         tiles = [(tile, Path(example[0]).name) for example, tile in examples]
         shown = dict(columns=6, height=290, object_fit="contain", allow_preview=False, buttons=[], min_width=300)
+        shown |= dict(elem_classes=["labelled", "examples"])
         gallery = gr.Gallery([tile for tile, _ in tiles], label=caption, scale=2, visible=bool(tiles), **shown)
     status = gr.HTML()
 

@@ -23,9 +23,15 @@ LEAKS = "Predictions use the true mean and variance of each removed patch, which
 
 def picture(label: str, **options) -> gr.Image:
     """Return a place for a small picture, whose pixels stay sharp when they are enlarged."""
-    classes = ["pixels", *options.pop("elem_classes", [])]
+    classes = ["pixels", "labelled", *options.pop("elem_classes", [])]
     shown = dict(buttons=["fullscreen"], min_width=150, format="png", interactive=False)
     return gr.Image(label=label, elem_classes=classes, **shown | options)
+
+
+def gallery(label: str, columns: int, **options) -> gr.Gallery:
+    """Return a place for pictures, all of which are seen."""
+    shown = dict(columns=columns, height="auto", object_fit="contain", elem_classes=["labelled"])
+    return gr.Gallery(label=label, **shown | options)
 
 
 def one_line(text: str, colour: str = "inherit") -> str:
@@ -116,7 +122,8 @@ def _show(models: Sequence, numbers, picked, results, metrics, *, tiles: Sequenc
     notes += [LEAKS] * (leaks and any(model.leaks for model, _ in counts))
     notes += [_unreadable(models[i], picked.inputs[i]) for i in numbers if isinstance(picked.inputs[i], str)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    text = "error of a patch: root mean square over its pixels, where white is 1; grey patches were visible"
+    text = "error of a patch: root mean square over its pixels, where white is 1"
+    text += "; grey patches were visible" if len(metrics) > 1 else ""
     return [*pictures, scale_legend("0", f"{high:.3f}", text), table + "\n\n" + " ".join(dict.fromkeys(notes))]
 
 
@@ -203,7 +210,8 @@ def segment_tab(models: Sequence, picked: gr.State) -> tuple:
         opacity = gr.Slider(0, 100, 60, step=1, label="Opacity of the classes (%)")
         for i in numbers:
             _name_models(models, i)
-            places += [picture("classes of pixels", min_width=300), gr.HTML()]
+            with gr.Row():
+                places += [picture("classes of pixels", min_width=300, scale=3), gr.HTML(min_width=200)]
     blend = partial(_blend, models, numbers)
     opacity.change(blend, [picked, labels, opacity], places, **EVENT)
 
@@ -239,6 +247,8 @@ def look_tab(models: Sequence, picked: gr.State, choose: Callable, other: Callab
             "**Colours** are the first three principal components of the patch features of both images: equal colours "
             "are similar features. **Click** a patch of an image to see how similar all patches are to it."
         )
+        with gr.Accordion("Choose the second image", open=False):
+            events = choose(second, label="Second image")
         for i, model in enumerate(models):
             _name_models(models, i)
             with gr.Row():
@@ -248,10 +258,7 @@ def look_tab(models: Sequence, picked: gr.State, choose: Callable, other: Callab
                     outputs += [picture("features as colours"), picture("similarity to the patch")]
             outputs.append(gr.HTML())
             heads = f"attention of the {'class token, by head' if model.attends == 'head' else 'queries of the probe'}"
-            shown = dict(columns=6, height="auto", object_fit="contain", buttons=["fullscreen"])
-            outputs += [gr.Gallery(label=f"{name} image: {heads}", **shown) for name in ("first", "second")]
-        with gr.Accordion("Second image", open=True):
-            events = choose(second, label="Second image")
+            outputs += [gallery(f"{name} image: {heads}", 6, buttons=[]) for name in ("first", "second")]
     draw, inputs, results = partial(_look, models, other), [picked, second], [features, *outputs]
     for event in events:
         event.then(draw, inputs, results, **EVENT)
@@ -306,7 +313,7 @@ def nearest_tab(models: Sequence, picked: gr.State) -> tuple:
     with gr.Tab("Nearest") as tab:
         for i in numbers:
             label = f"nearest of {len(models[i].bank[1])} images, by cosine similarity: {models[i].name}"
-            outputs.append(gr.Gallery(label=label, columns=4, height="auto", object_fit="contain", buttons=[]))
+            outputs.append(gallery(label, 4, buttons=[]))
     return tab, partial(_nearest, models, numbers), [picked], outputs
 
 

@@ -1,0 +1,432 @@
+"""Test demo.py: what it computes, against predict.py and metrics.json; its page, in a browser; and as a Space."""
+
+import io
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY, environment, metrics_of, run, run_each
+from PIL import Image
+from random_modules import build_autoencoder, new_encoder, randomize
+from safetensors.torch import load_file
+
+import demo
+import push_to_hub
+from modeling.classifier import Classifier
+from modeling.export import export_autoencoder, export_classifier, export_encoder, export_segmenter
+from modeling.inspection import complementary_noise, keep_patches
+from modeling.upernet import Segmenter
+from training.heatmaps import class_legend, heat_map, overlay
+from training.launch import RunError
+
+SIZE = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
+STATISTICS = dict(mean=[0.5, 0.4, 0.3], std=[0.3, 0.2, 0.25])
+CLASSES = ["a cat", "Käse", "<b>owl</b>"]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """Return a folder of exported small models with random weights."""
+    root = tmp_path_factory.mktemp("models")
+    decoder = dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    model = randomize(build_autoencoder(new_encoder(**SIZE), **decoder))
+    export_autoencoder(model, root / "mae", **STATISTICS)
+    export_encoder(model.encoder, root / "encoder", **STATISTICS)
+    flat = dict(SIZE, img_size=(16, 32), in_channels=1)
+    model = randomize(build_autoencoder(new_encoder(**flat), target="pixels", **decoder))
+    export_autoencoder(model, root / "flat", mean=[0.45], std=[0.25])
+    model = randomize(build_autoencoder(new_encoder(**SIZE), target="hog", **decoder))
+    export_autoencoder(model, root / "hog", **STATISTICS)
+    for pooling in ("mean", "attentive"):
+        model = randomize(Classifier(new_encoder(**SIZE), 3, pooling=pooling, num_queries=4))
+        export_classifier(model, root / pooling, classes=CLASSES, crop_ratio=0.875, **STATISTICS)
+    model = randomize(Segmenter(new_encoder(**SIZE), 3, head_width=16))
+    export_segmenter(model, root / "segmenter", classes=CLASSES, resize=[96, 48], **STATISTICS)
+    return root
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> list[Path]:
+    """Return images of several sizes."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("photos")
+    for i, size in enumerate([(40, 40), (61, 40), (40, 77)]):
+        pixels = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return sorted(folder.iterdir())
+
+
+def opened(path, max_pixels=10**6) -> demo.Opened:
+    return demo.Opened(path, device=torch.device("cpu"), max_pixels=max_pixels)
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+# What is computed
+
+
+@pytest.mark.parametrize("name", ["mae", "flat"])
+def test_reconstructions_are_those_of_predict_py(name, models, photos, tmp_path):
+    model = opened(models / name)
+    mask = dict(mask_ratio=0.6, strategy="block", seed=3)
+    flags = ["--mask_ratio", 0.6, "--mask_strategy", "block", "--seed", 3, "--output", "out", "--batch_size", 1]
+    run("predict.py", models / name, *photos, *flags, cwd=tmp_path)
+    for index, (path, line) in enumerate(zip(photos, lines_of(tmp_path / "out"), strict=True)):
+        inputs = model.prepare(path.read_bytes())
+        result = model.reconstruct(inputs.whole, *model.draw_mask(index, **mask))
+        assert {key: line[key] for key in result.metrics} == result.metrics  # to the last bit
+        grid = np.asarray(Image.open(tmp_path / "out" / line["reconstruction"]))
+        width, height = result.tiles[0].size
+        scale = round(144 / width)
+        for column, tile in enumerate(result.tiles):
+            left = 8 + column * (width * scale + 8)
+            shown = grid[48 : 48 + height * scale : scale, left : left + width * scale : scale]
+            assert np.array_equal(shown, np.asarray(tile.convert("RGB")))
+    assert result.num_kept == int(model.num_patches * 0.4) and np.isnan(result.errors).sum() == result.num_kept
+
+
+def test_held_out_images_score_as_in_metrics_json(image_folder, tmp_path, monkeypatch):
+    """The examples of a run are its held-out images, each under the mask of validation."""
+    run("pretrain_mae.py", *TINY, "--path_to_data", image_folder, "--max_steps", 2, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert demo.newest_run("work_dir") == "work_dir/pretrain_mae" and demo.newest_run("nothing") is None
+    model, metrics = opened("work_dir/pretrain_mae"), metrics_of(Path("work_dir/pretrain_mae"))
+    examples, caption = demo.find_examples(model)
+    assert len(examples) == 11 and caption == f"Held-out images of {image_folder}"
+    results = []
+    for name, index, data in examples:
+        assert Path(name).read_bytes() == data
+        mask = model.draw_mask(index, mask_ratio=model.mask_ratio, strategy="random", seed=0)
+        results.append(model.reconstruct(model.prepare(data).whole, *mask).metrics)
+    for name in results[0]:
+        assert np.mean([result[name] for result in results]) == pytest.approx(metrics[name], rel=1e-6)
+    args = json.loads(Path("work_dir/pretrain_mae/args.json").read_text())
+    args["flags"]["path_to_data"] = "gone"
+    Path("work_dir/pretrain_mae/args.json").write_text(json.dumps(args))
+    examples, caption = demo.find_examples(model)
+    assert len(examples) == 12 and "Drawn scenes" in caption and examples[1].data.shape == (64, 64, 3)
+
+
+def test_clicks_turn_patches_over(models, photos):
+    model = opened(models / "mae")
+    whole, mask = model.prepare(photos[0].read_bytes()).whole, dict(mask_ratio=0.75, strategy="random", seed=0)
+    noise, num_kept = model.draw_mask(0, **mask)
+    places = [((i % 4 + 0.5) / 4, (i // 4 + 0.5) / 4) for i in range(16)]
+    kept = set(noise[0].argsort()[:num_kept].tolist())
+    for clicked in ({1, 2, 7}, kept - {min(kept)}):
+        noise, count = model.draw_mask(0, **mask, clicks=[places[i] for i in clicked])
+        result = model.reconstruct(whole, noise, count)
+        assert {*np.flatnonzero(np.isnan(result.errors))} == kept ^ clicked and count == len(kept ^ clicked)
+    twice, count = model.draw_mask(0, **mask, clicks=[places[3], places[3]])
+    assert torch.equal(twice, model.draw_mask(0, **mask)[0]) and count == num_kept
+    for strategy, ratio in (("random", 0.01), ("grid", 0.99)):  # at least one patch is kept, and one removed
+        assert 1 <= model.draw_mask(0, mask_ratio=ratio, strategy=strategy, seed=0)[1] <= 15
+    assert model.draw_mask(0, **mask, clicks=[places[i] for i in sorted(kept)])[1] == 1
+
+
+@torch.no_grad()
+def test_every_patch_is_predicted_while_it_is_hidden(models, photos):
+    model = opened(models / "mae")
+    whole = model.prepare(photos[1].read_bytes()).whole
+    noise, num_kept = model.draw_mask(0, mask_ratio=0.5, strategy="random", seed=0)
+    result = model.reconstruct(whole, noise, num_kept, everywhere=True)
+    mae, images = keep_patches(model.model, num_kept), model.normalize(whole[None])
+    filled = torch.zeros(1, 3, 32, 32)
+    for each in complementary_noise(noise, num_kept):
+        _, prediction, removed = mae(images, each)
+        filled += model.normalize.undo(mae.reconstruct(images, prediction)) * mae.pixel_mask(removed)
+    expected = (filled[0].clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
+    assert np.abs(expected - np.asarray(result.tiles[2])).max() <= 1 and np.isfinite(result.errors).all()
+    blind = model.reconstruct(whole, noise, num_kept, true_statistics=False).metrics
+    assert blind["masked_psnr"] != model.reconstruct(whole, noise, num_kept).metrics["masked_psnr"]
+
+
+def test_classes_and_labels_are_those_of_predict_py(models, photos, tmp_path):
+    for name in ("mean", "attentive"):
+        run("predict.py", models / name, *photos, "--output", name, cwd=tmp_path)
+        model = opened(models / name)
+        for path, line in zip(photos, lines_of(tmp_path / name), strict=True):
+            expected = {entry["class"]: entry["probability"] for entry in line["classes"]}
+            assert model.classify(model.prepare(path.read_bytes()).view) == pytest.approx(expected, rel=1e-5)
+    run("predict.py", models / "segmenter", *photos, "--output", "segmenter", cwd=tmp_path)
+    model = opened(models / "segmenter")
+    for path in photos:
+        labels = model.segment(model.prepare(path.read_bytes()))
+        assert np.array_equal(labels + 1, np.asarray(Image.open(tmp_path / "segmenter/labels" / path.name)))
+
+
+def test_nearest_images(models, photos, tmp_path):
+    (tmp_path / "damaged.png").write_bytes(photos[0].read_bytes()[:60])
+    source = demo.find_images([*map(str, photos), str(tmp_path)])[0]
+    for name in ("mae", "mean"):
+        model = opened(models / name)
+        model.index(source)
+        run("predict.py", models / name, *photos, "--features", f"{name}.npy", cwd=tmp_path)
+        assert np.array_equal(model.bank[0].numpy(), np.load(tmp_path / f"{name}.npy"))
+        results = model.nearest(model.prepare(photos[2].read_bytes()).view)
+        assert results[0][1] == "1.000 2.png" and len(results) == 3
+
+
+def test_features_and_attention(models, photos):
+    for name, maps in (("mae", 2), ("encoder", 2), ("hog", 2), ("attentive", 4), ("segmenter", 2)):
+        model = opened(models / name)
+        assert model.reconstructs == (name == "mae")
+        pair = [model.prepare(path.read_bytes()) for path in photos[:2]]
+        features, colours, attention = model.look(pair)
+        assert features.shape == (2, 16, 32) and [picture.size for picture in colours] == [(4, 4)] * 2
+        assert [len(tiles) for tiles in attention] == [maps] * 2
+        values, place = model.compare(features, 1, 0.6, 0.1)
+        one = features[1, 2].numpy()
+        for image in range(2):
+            rows = features[image].numpy()
+            expected = rows @ one / np.linalg.norm(rows, axis=1) / np.linalg.norm(one)
+            np.testing.assert_allclose(values[image].ravel(), expected, rtol=0, atol=1e-5)
+        assert place == (0, 2)
+
+
+def test_images_that_cannot_be_read_have_a_reason(models, photos, tmp_path):
+    several = [opened(models / "mae", max_pixels=2000), opened(models / "flat")]
+    assert demo.pick(several, "x", 0, b"no image").startswith("is empty") or "image" in demo.pick(
+        several, "x", 0, b"no"
+    )
+    picked = demo.pick(several, "x", 0, photos[1].read_bytes())  # of 61 x 40 pixels
+    assert "2440 pixels" in picked.inputs[0].replace(",", "") and picked.inputs[1].whole.shape == (1, 16, 32)
+
+
+def test_colours_and_legends():
+    picture = np.asarray(heat_map(np.array([[0, 0.5], [1, np.nan]]), 0, 1)).tolist()
+    assert picture == [[[12, 8, 60], [190, 50, 84]], [[252, 244, 170], [225, 225, 225]]]
+    labels, colours = np.array([[0, 2], [2, 2]], np.uint8), np.array([[200, 0, 0], [0, 9, 0], [0, 0, 100]], np.uint8)
+    image = np.full((1, 4, 4), 40, np.uint8)
+    blended = np.asarray(overlay(image, labels, colours, 0.5))
+    assert blended[0, 0].tolist() == [120, 20, 20] and blended[3, 3].tolist() == [20, 20, 70]
+    legend = class_legend(labels, CLASSES, colours)
+    assert "&lt;b&gt;owl&lt;/b&gt; 75.0 %" in legend and "Käse" not in legend and "rgb(200, 0, 0)" in legend
+    assert legend.index("owl") < legend.index("a cat")
+
+
+def test_bad_input_is_an_error_in_one_line(models, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    starts = [[], [empty], [models / "mae", "--nearest", "nowhere"], [models / "segmenter", "--nearest", models.parent]]
+    ends = run_each("demo.py", [*starts[:3], [*starts[3][:2], empty]], cwd=tmp_path, code=2)
+    for said, expected in zip(
+        ends, ("make one with: accelerate", "without weights", "nowhere", "no image"), strict=True
+    ):
+        (line,) = said.strip().splitlines()
+        assert line.startswith("error: ") and expected in line
+
+
+# The page
+
+
+@pytest.fixture(scope="module")
+def server(models, photos, tmp_path_factory):
+    """Return the address of a page with three models, whose port was taken, and where it keeps files meanwhile."""
+    cwd = tmp_path_factory.mktemp("server")
+    names = [models / name for name in ("mae", "attentive", "segmenter")]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        words = [*names, "--nearest", photos[0].parent, "--port", port, "--max_pixels", 10**6]
+        process = start_page(ROOT / "demo.py", *words, cwd=cwd)
+        address = address_of(process, cwd)
+        assert f"port {port} is in use" in (cwd / "said").read_text() and address != f"http://127.0.0.1:{port}"
+    yield address
+    kept = list((cwd / "tmp").rglob("*.png"))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0 and kept and not list((cwd / "tmp").iterdir())  # nothing is left
+
+
+def start_page(script: Path, *words, cwd: Path, folder: Path | None = None) -> subprocess.Popen:
+    """Start a script in a process of its own, in `folder`; what it says and its temporary files are in `cwd`."""
+    (cwd / "tmp").mkdir()
+    variables = environment(TMPDIR=str(cwd / "tmp"), PYTHONUNBUFFERED="1")
+    variables.pop("PYTHONPATH", None)
+    with open(cwd / "said", "w") as said:
+        command = [sys.executable, str(script), *map(str, words)]
+        return subprocess.Popen(command, cwd=folder or cwd, env=variables, stdout=said, stderr=subprocess.STDOUT)
+
+
+def address_of(process: subprocess.Popen, cwd: Path) -> str:
+    """Wait until the page is served."""
+    end = time.monotonic() + 300
+    while not (found := re.search(r"^demo: (http://127\.0\.0\.1:\d+)", (cwd / "said").read_text(), re.M)):
+        assert process.poll() is None and time.monotonic() < end, (cwd / "said").read_text()
+        time.sleep(0.1)
+    return found[1]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed (apt-get install chromium)")
+    with playwright.sync_playwright() as library:
+        browser = library.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Page:
+    """A visitor's page."""
+
+    def __init__(self, browser, address, width=1280):
+        self.context = browser.new_context(viewport=dict(width=width, height=900))
+        self.page, self.outside = self.context.new_page(), []
+        self.page.set_default_timeout(60_000)
+        self.page.on("request", lambda request: self.outside.append(request.url))
+        self.page.goto(address)
+        self.wait("4 of 16 patches are seen")
+
+    def wait(self, text: str) -> None:
+        self.page.get_by_text(text).locator("visible=true").first.wait_for()
+
+    def tab(self, name: str) -> None:
+        self.page.locator("button[role=tab]", has_text=name).locator("visible=true").first.click()
+
+    def pixels(self, label: str) -> np.ndarray:
+        """Return the picture with a label, as the server sent it."""
+        place = self.page.locator(".pixels", has=self.page.get_by_text(label, exact=True)).locator("visible=true").first
+        body = self.context.request.get(place.locator("img").get_attribute("src")).body()
+        return np.asarray(Image.open(io.BytesIO(body)))
+
+    def set_ratio(self, percent: int) -> None:
+        field = self.page.locator("input[type=number]").locator("visible=true").first
+        field.fill(str(percent))
+        field.press("Enter")
+
+
+def test_a_visitor(server, browser, models, photos, tmp_path):
+    """Slider, clicks, upload, damaged and large files, tabs; and nothing comes from another server."""
+    visitor = Page(browser, server)
+    page = visitor.page
+    visitor.set_ratio(50)
+    visitor.wait("8 of 16 patches are seen")
+    sees = visitor.pixels("encoder sees")
+    removed = (sees.reshape(4, 8, 4, 8, 3) == 128).all(axis=(1, 3, 4))
+    row, column = np.argwhere(removed)[0]
+    box = page.locator(".clickable img").locator("visible=true").first.bounding_box()
+    place = [(column + 0.5) / 4 * box["width"], (row + 0.5) / 4 * box["height"]]
+    page.mouse.click(box["x"] + place[0], box["y"] + place[1])
+    visitor.wait("9 of 16 patches are seen")
+    changed = (visitor.pixels("encoder sees").reshape(4, 8, 4, 8, 3) == 128).all(axis=(1, 3, 4)) != removed
+    assert np.argwhere(changed).tolist() == [[row, column]]
+    page.get_by_text("Undo clicks").click()
+    visitor.wait("8 of 16 patches are seen")
+
+    files = page.locator("input[type=file]").first
+    files.set_input_files(photos[2])
+    visitor.wait("image: 2.png")
+    model = opened(models / "mae")
+    whole = model.prepare(photos[2].read_bytes()).whole
+    mask = model.draw_mask(0, mask_ratio=0.5, strategy="random", seed=0)
+    expected = model.reconstruct(whole, *mask)
+    visitor.wait(f"{expected.metrics['masked_psnr']:.2f} dB, {expected.metrics['masked_ssim']:.3f}")
+    labels = ("original", "encoder sees", "prediction", "with visible patches")
+    for label, tile in zip(labels, expected.tiles, strict=True):
+        assert np.array_equal(visitor.pixels(label), np.asarray(tile))
+
+    (tmp_path / "damaged.png").write_bytes(photos[0].read_bytes()[:60])
+    (tmp_path / "text.jpg").write_text("no image")
+    Image.new("L", (1200, 1200)).save(tmp_path / "huge.png")
+    for name in ("damaged.png", "text.jpg", "huge.png"):
+        page.get_by_label("Remove Image").or_(page.get_by_label("Clear")).first.click()
+        page.locator("input[type=file]").first.set_input_files(tmp_path / name)
+        visitor.wait(f"error: {name}: ")
+    assert np.array_equal(visitor.pixels("original"), np.asarray(expected.tiles[0]))
+
+    visitor.tab("Fill everything")
+    visitor.wait("every patch predicted")
+    visitor.tab("Classify")
+    visitor.wait("a cat")
+    visitor.tab("Segment")
+    visitor.wait(" %")
+    visitor.tab("Look inside")
+    visitor.wait("cosine similarity to row 3, column 3 of the first image")
+    page.locator(".clickable img").locator("visible=true").nth(1).click(position=dict(x=2, y=2))
+    visitor.wait("cosine similarity to row 1, column 1 of the second image")
+    visitor.tab("Nearest")
+    visitor.wait("1.000 2.png")
+    assert all(url.startswith((server, "data:", "blob:")) for url in visitor.outside)
+    visitor.context.close()
+
+
+def test_two_visitors_at_once_do_not_mix(server, browser):
+    one, other = Page(browser, server), Page(browser, server, width=390)
+    one.set_ratio(50)
+    other.set_ratio(25)
+    one.page.locator(".examples button img").nth(3).click()
+    one.wait("8 of 16 patches are seen")
+    other.wait("12 of 16 patches are seen")
+    one.wait("image: scene 3")
+    assert not np.array_equal(one.pixels("original"), other.pixels("original"))
+    assert other.page.evaluate("document.documentElement.scrollWidth") == 390  # a phone's width is enough
+    for visitor in (one, other):
+        visitor.context.close()
+
+
+# A Space
+
+
+def test_a_space_runs_by_itself(models, photos, hub, tmp_path, monkeypatch):
+    """The folder that is uploaded serves the page without this project and what trains or reads its results."""
+    hub.enter(monkeypatch, tmp_path)
+    folder = tmp_path / "space"
+    words = [models / "mae", "--output", folder, "--space", "owner/mae-demo", "--license", "apache-2.0"]
+    push_to_hub.main([str(word) for word in words])
+    files = hub.files("spaces/owner/mae-demo")
+    assert {"app.py", "demo.py", "LICENSE", "README.md", "requirements.txt", "model/model.safetensors"} <= files.keys()
+    assert files["data/files.py"] == (ROOT / "data/files.py").read_bytes()
+    front = yaml.safe_load(files["README.md"].decode().split("---\n")[1])
+    expected = dict(title="mae-demo", sdk="gradio", app_file="app.py", license="apache-2.0")
+    assert front.items() >= expected.items() and f"gradio>={front['sdk_version']}" in files["requirements.txt"].decode()
+    for line in files["requirements.txt"].decode().splitlines():
+        assert line in (ROOT / "requirements.txt").read_text() + (ROOT / "requirements-demo.txt").read_text()
+    ours, theirs = (load_file(path / "model.safetensors") for path in (models / "mae", folder / "model"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    blocked = ("timm", "transformers", "datasets", "evaluate", "wandb", "matplotlib", "tensorboard")
+    code = f"import runpy, sys; sys.modules.update(dict.fromkeys({blocked!r})); sys.path.insert(0, {str(folder)!r}); "
+    (tmp_path / "start.py").write_text(code + f"runpy.run_path({str(folder / 'app.py')!r}, run_name='__main__')")
+    monkeypatch.setenv("GRADIO_SERVER_PORT", "7941")
+    with start_page(tmp_path / "start.py", cwd=tmp_path, folder=folder) as process:
+        with urllib.request.urlopen(address_of(process, tmp_path)) as answer:
+            assert answer.status == 200 and b"gradio" in answer.read()
+        process.terminate()
+
+    push_to_hub.main([str(word) for word in words])  # over its own
+    stale = tmp_path / "stale"
+    shutil.copytree(folder, stale)
+    (stale / "README.md").write_text("---\nsdk: gradio\n---\n")
+    hub.add("spaces/owner/mae-demo", stale)
+    with pytest.raises(RunError, match="owner/mae-demo holds another app; give another --space"):
+        push_to_hub.main([str(word) for word in words])
+
+
+def test_names_of_spaces_and_contradictions_are_errors(models, tmp_path, capsys):
+    out = ["--output", tmp_path / "out"]
+    for words, expected in (
+        (["--space", "mae demo"], "--space 'mae demo' is not a valid repository name (the owner is missing)"),
+        (["--space", "owner/a--b"], "--space 'owner/a--b' is not a valid repository name"),
+        (["--space", "owner/a", "--repo_id", "owner/b"], "--repo_id and --space are two uploads"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            push_to_hub.main([str(word) for word in (models / "mae", *out, *words)])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and expected in line
+    assert not (tmp_path / "out").exists()
