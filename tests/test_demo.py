@@ -421,7 +421,10 @@ def test_a_space_runs_by_itself(models, photos, hub, tmp_path, monkeypatch):
 def test_names_of_spaces_and_contradictions_are_errors(models, tmp_path, capsys):
     out = ["--output", tmp_path / "out"]
     for words, expected in (
-        (["--space", "mae demo"], "--space 'mae demo' is not a valid repository name (the owner is missing)"),
+        (
+            ["--space", "mae"],
+            "--space 'mae' is not a valid repository name (the owner is missing); expected OWNER/NAME",
+        ),
         (["--space", "owner/a--b"], "--space 'owner/a--b' is not a valid repository name"),
         (["--space", "owner/a", "--repo_id", "owner/b"], "--repo_id and --space are two uploads"),
     ):
