@@ -19,7 +19,8 @@ from training.tabs import EVENT, classify_tab, fill_tab, look_tab, nearest_tab, 
 
 CSS = """
 .pixels :is(.image-container, .image-container button:has(img), .image-frame) { width: 100%; }
-.pixels img { width: 100% !important; height: auto !important; object-fit: contain !important; image-rendering: pixelated; }
+.pixels img { width: 100% !important; height: auto !important; }
+.pixels img { object-fit: contain !important; image-rendering: pixelated; }
 .labelled > label { position: static !important; display: flex; width: 100%; }
 .labelled:not(.examples) .grid-wrap { height: auto !important; max-height: none !important; min-height: 0 !important; }
 .clickable img { cursor: crosshair; }
