@@ -175,11 +175,8 @@ class Opened:
         else:
             _, prediction, removed = model(images, noise.to(self.device))
         prediction = model.reconstruct(images, prediction, mask=None if true_statistics else removed)
-        prediction, images, mask = (
-            self.normalize.undo(prediction),
-            self.normalize.undo(images),
-            model.pixel_mask(removed),
-        )
+        prediction, images = (self.normalize.undo(each) for each in (prediction, images))
+        mask = model.pixel_mask(removed)
         metrics = {name: value.item() for name, value in reconstruction_metrics(images, prediction, mask).items()}
         errors = (prediction.clamp(0, 1) - images).square().mean(dim=1, keepdim=True)
         errors = F.avg_pool2d(errors, self.encoder.patch_size)[0, 0].sqrt().cpu().numpy()
@@ -212,7 +209,7 @@ class Opened:
             attention = self.model.attention_maps(self.encoder(images))
         else:
             attention = attention_maps(self.encoder, images).unflatten(-1, self.grid)
-        colours = (feature_colours(features) * 255).round().to(torch.uint8).unflatten(1, self.grid)
+        colours = (255 * feature_colours(features) + 0.5).to(torch.uint8).unflatten(1, self.grid)
         pairs = zip(shown, attention.cpu().numpy(), strict=True)
         tiles = [attention_tiles(displayable(image).numpy(), maps)[1:] for image, maps in pairs]
         return features, [Image.fromarray(each.numpy()) for each in colours], tiles
@@ -251,9 +248,9 @@ class Opened:
 
     def nearest(self, image):
         """Return pictures of the nearest indexed images, each with its name and cosine similarity."""
-        similarities, indices = nearest(*self.bank, self.embed(image[None]), NUM_NEAREST)
+        closest = nearest(*self.bank, self.embed(image[None]), NUM_NEAREST)  # similarities and indices
         results = []
-        for value, i in zip(similarities[0].tolist(), indices[0].tolist(), strict=True):
+        for value, i in zip(*(each[0].tolist() for each in closest), strict=True):
             with contextlib.suppress(DamagedImage):  # it has changed since
                 picture = self.thumbnail(*self.source.fetch([i]))
                 results.append((picture, f"{value:.3f} {Path(self.source.name(i)).name}"))

@@ -197,6 +197,21 @@ def test_features_and_attention(models, photos):
         assert place == (0, 2)
 
 
+def test_colours_and_attention_are_those_of_predict_py(models, photos, tmp_path):
+    for name in ("mae", "attentive"):
+        for flag in ("pca", "attention"):
+            run("predict.py", models / name, *photos[:2], f"--{flag}", "--output", f"{name} {flag}", cwd=tmp_path)
+        model = opened(models / name)
+        _, colours, attention = model.look([model.prepare(path.read_bytes()) for path in photos[:2]])
+        for path, patches, tiles in zip(photos, colours, attention, strict=False):
+            written = np.asarray(Image.open(next((tmp_path / f"{name} pca").rglob(path.name))))
+            assert np.array_equal(written[8:136:32, 144:272:32], np.asarray(patches))
+            written = np.asarray(Image.open(next((tmp_path / f"{name} attention").rglob(path.name))))
+            for column, tile in enumerate(tiles, start=1):
+                left = 8 + 136 * column
+                assert np.array_equal(written[8:136, left : left + 128], np.asarray(tile))
+
+
 def test_images_that_cannot_be_read_have_a_reason(models, photos):
     several = [opened(models / "mae", max_pixels=2000), opened(models / "flat")]
     for data in (b"", b"no image", photos[0].read_bytes()[:60], Image.new("L", (1, 9)).tobytes()):
