@@ -6,6 +6,7 @@ from functools import partial
 
 import gradio as gr
 import numpy as np
+from PIL import Image
 
 from training.heatmaps import class_legend, heat_map, overlay, scale_legend
 from training.pictures import RECONSTRUCTION, displayable
@@ -80,13 +81,32 @@ def reconstruct_tab(models: Sequence, picked: gr.State) -> tuple:
     return tab, draw, inputs, outputs
 
 
+def _factor(size: tuple[int, int]) -> int:
+    """Return how many times larger a picture that is clicked is sent than its `size`.
+
+    gradio takes places for those in a picture that is shrunk, never enlarged, and none is shown 512 pixels wide.
+    """
+    return -(-512 // max(size))
+
+
+def _enlarged(shown: Image.Image) -> Image.Image:
+    """Return a picture that can be clicked."""
+    factor = _factor(shown.size)
+    return shown.resize((shown.width * factor, shown.height * factor), Image.Resampling.NEAREST)
+
+
+def _place_of(event: gr.SelectData, size: tuple[int, int]) -> tuple[float, float]:
+    """Return where (x, y), in [0, 1], an `_enlarged` picture of `size` (H, W) pixels was clicked."""
+    height, width = (side * _factor(size) for side in size)
+    return (event.index[0] + 0.5) / width, (event.index[1] + 0.5) / height
+
+
 def _click_of(size: tuple[int, int]) -> Callable:
     """Return a function that adds a click, in a picture of `size` (H, W) pixels, to the clicks on the same mask."""
 
     def add(picked, ratio, strategy, seed, clicks, event: gr.SelectData):
         mask = (picked.time, ratio, strategy, seed)
-        place = ((event.index[0] + 0.5) / size[1], (event.index[1] + 0.5) / size[0])
-        return mask, (*(clicks[1] if clicks and clicks[0] == mask else ()), place)
+        return mask, (*(clicks[1] if clicks and clicks[0] == mask else ()), _place_of(event, size))
 
     return add
 
@@ -111,7 +131,7 @@ def _show(models: Sequence, numbers, picked, results, metrics, *, tiles: Sequenc
     high = max((np.nanmax(result.errors) for result in results if result), default=1)
     pictures = []
     for result in results:
-        shown = [result.tiles[i] for i in tiles] + [heat_map(result.errors, 0, high)] if result else None
+        shown = [_enlarged(result.tiles[i]) for i in tiles] + [heat_map(result.errors, 0, high)] if result else None
         pictures += shown or [None] * (len(tiles) + 1)
     head = ["", *(f"`{models[i].name}`" for i in numbers)] if len(numbers) > 1 else ["", "PSNR, SSIM"]
     lines = [head, ["---"] + ["---:"] * len(numbers)]
@@ -199,7 +219,7 @@ def _classify(models: Sequence, numbers: Sequence[int], picked) -> list:
 def _shown(image) -> np.ndarray:
     """Return an image (C, H, W) as gr.Image takes it."""
     pixels = displayable(image).numpy()
-    return np.broadcast_to(pixels, (3, *pixels.shape[1:])).transpose(1, 2, 0)
+    return np.ascontiguousarray(np.broadcast_to(pixels, (3, *pixels.shape[1:])).transpose(1, 2, 0))
 
 
 def segment_tab(models: Sequence, picked: gr.State) -> tuple:
@@ -283,7 +303,8 @@ def _look(models: Sequence, other: Callable, picked, second) -> list:
         kept.append(features)
         similar, legend = _similarity(model, features, 0, 0.5, 0.5)
         for inputs, colour, values in zip(pair, colours, similar, strict=True):
-            outputs += [_shown(inputs.view if not model.segments else inputs.whole), colour, values]
+            seen = _shown(inputs.view if not model.segments else inputs.whole)
+            outputs += [_enlarged(Image.fromarray(seen)), colour, values]
         outputs += [legend, *attention]
     return [kept, *outputs]
 
@@ -292,8 +313,7 @@ def _similarity_of(model, i: int, is_second: bool) -> Callable:
     """Return a function that shows the similarity to a patch of an image that is clicked."""
 
     def show(features, event: gr.SelectData):
-        x, y = ((place + 0.5) / side for place, side in zip(event.index, model.img_size[::-1], strict=True))
-        maps, legend = _similarity(model, features[i], int(is_second), x, y)
+        maps, legend = _similarity(model, features[i], int(is_second), *_place_of(event, model.img_size))
         return [*maps, legend]
 
     return show
