@@ -24,6 +24,7 @@ CSS = """
 .labelled > label { position: static !important; display: flex; width: 100%; }
 .labelled:not(.examples) .grid-wrap { height: auto !important; max-height: none !important; min-height: 0 !important; }
 .clickable img { cursor: crosshair; }
+@media (max-width: 600px) { .labelled .grid-container { grid-template-columns: repeat(3, 1fr) !important; } }
 footer { display: none !important; }
 """
 MAX_UPLOAD = 20_000_000  # bytes of an image
