@@ -383,12 +383,12 @@ def test_a_visitor(server, browser, models, photos, tmp_path):
 
 def test_two_visitors_at_once_do_not_mix(server, browser):
     one, other = Page(browser, server), Page(browser, server, width=390)
+    one.page.locator(".examples button img").nth(3).click()
+    one.wait("image: scene 3")
     one.set_ratio(50)
     other.set_ratio(25)
-    one.page.locator(".examples button img").nth(3).click()
     one.wait("8 of 16 patches are seen")
     other.wait("12 of 16 patches are seen")
-    one.wait("image: scene 3")
     assert not np.array_equal(one.pixels("original"), other.pixels("original"))
     assert other.page.evaluate("document.documentElement.scrollWidth") == 390  # a phone's width is enough
     for visitor in (one, other):
