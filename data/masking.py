@@ -3,11 +3,14 @@
 A picture can say which patches are removed, too. Legend: h w grid of patches, L = h * w, K kept patches.
 """
 
+import contextlib
+import io
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
 from data.decode import DamagedImage, PixelFormat, decode
 from data.transforms import CentreCrop
@@ -78,12 +81,20 @@ def mask_noise(
 
 
 def read_removed(path: str) -> torch.Tensor:
-    """Return which pixels a picture removes, the white ones: (1, H, W), bool. Raises DamagedImage."""
+    """Return which pixels a picture removes, the white ones: (1, H, W), bool. Raises DamagedImage.
+
+    What is transparent counts as black.
+    """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise DamagedImage(error.strerror) from None
-    return decode(data, PixelFormat(channels=1)) > 127
+    white = decode(data, PixelFormat(channels=1))
+    with contextlib.suppress(OSError), Image.open(io.BytesIO(data)) as image:  # Pillow does not read every TIFF
+        if image.has_transparency_data:
+            alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+            white = white * (torch.from_numpy(np.array(alpha)) / 255)
+    return white > 127
 
 
 def removed_patches(removed: torch.Tensor, size: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:

@@ -548,11 +548,14 @@ def write_mask(path: Path, size: tuple[int, int], *boxes, mode="L") -> Path:
     mask = Image.new("L", size)
     for box in boxes:
         mask.paste(255, box)
-    mask.convert(mode).save(path)
+    if mode.endswith("A"):  # a white layer that is transparent elsewhere, as graphics programs save it
+        Image.merge(mode, [Image.new("L", size, 255)] * (len(mode) - 1) + [mask]).save(path)
+    else:
+        mask.convert(mode).save(path)
     return path
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "RGB", "P"])
+@pytest.mark.parametrize("mode", ["L", "1", "RGB", "P", "LA", "RGBA"])
 def test_patches_are_removed_by_a_picture(mode, models, photos, predictions, tmp_path):
     """Of the crop's size: two patches, one half of the next, and less than half of the one after it."""
     mask = write_mask(tmp_path / "mask.png", (32, 32), (0, 0, 20, 8), (16, 8, 19, 16), (24, 24, 32, 32), mode=mode)
