@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.request
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY, environment, metrics_of, run, run_each
+from packaging.specifiers import SpecifierSet
 from PIL import Image
 from random_modules import build_autoencoder, new_encoder, randomize
 from safetensors.torch import load_file
@@ -27,8 +29,10 @@ from modeling.classifier import Classifier
 from modeling.export import export_autoencoder, export_classifier, export_encoder, export_segmenter
 from modeling.inspection import complementary_noise, keep_patches
 from modeling.upernet import Segmenter
+from training.files import MARKER, replace_folder
 from training.heatmaps import class_legend, heat_map, overlay
 from training.launch import RunError
+from training.upload import upload
 
 SIZE = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
 STATISTICS = dict(mean=[0.5, 0.4, 0.3], std=[0.3, 0.2, 0.25])
@@ -408,8 +412,13 @@ def test_a_space_runs_by_itself(models, photos, hub, tmp_path, monkeypatch):
     assert {"app.py", "demo.py", "LICENSE", "README.md", "requirements.txt", "model/model.safetensors"} <= files.keys()
     assert files["data/files.py"] == (ROOT / "data/files.py").read_bytes()
     front = yaml.safe_load(files["README.md"].decode().split("---\n")[1])
-    expected = dict(title="mae-demo", sdk="gradio", app_file="app.py", license="apache-2.0")
+    expected = dict(title="mae-demo", sdk="gradio", app_file="app.py", license="apache-2.0", python_version="3.12")
     assert front.items() >= expected.items() and f"gradio>={front['sdk_version']}" in files["requirements.txt"].decode()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert SpecifierSet(project["requires-python"]).contains(front["python_version"])
+    assert all(
+        Path(name).suffix in (".py", ".jinja", ".txt") or "/" not in name for name in files if "model/" not in name
+    )
     for line in files["requirements.txt"].decode().splitlines():
         assert line in (ROOT / "requirements.txt").read_text() + (ROOT / "requirements-demo.txt").read_text()
     ours, theirs = (load_file(path / "model.safetensors") for path in (models / "mae", folder / "model"))
@@ -424,13 +433,55 @@ def test_a_space_runs_by_itself(models, photos, hub, tmp_path, monkeypatch):
             assert answer.status == 200 and b"gradio" in answer.read()
         process.terminate()
 
-    push_to_hub.main([str(word) for word in words])  # over its own
-    stale = tmp_path / "stale"
-    shutil.copytree(folder, stale)
-    (stale / "README.md").write_text("---\nsdk: gradio\n---\n")
-    hub.add("spaces/owner/mae-demo", stale)
-    with pytest.raises(RunError, match="owner/mae-demo holds another app; give another --space"):
-        push_to_hub.main([str(word) for word in words])
+
+def push_space(root: Path, *names: str) -> str:
+    """Upload a Space of these files to owner/app, and return the address of the commit."""
+
+    def write(folder: Path) -> None:
+        for name in ("README.md", *names):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(f"---\ntags:\n- mae-accelerate\n---\n{name}")
+
+    replace_folder(root / "space", write)
+    options = dict(private=False, revision=None, message="Weights", repo_type="space")
+    return upload(root / "space", "owner/app", **options)
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        {"Dockerfile": "", "README.md": "---\nsdk: docker\n---\n"},
+        {"index.html": "", "README.md": "---\nsdk: static\n---\n- mae-accelerate\n"},
+        {"main.py": ""},
+    ],
+)
+def test_apps_of_others_are_not_replaced(theirs, hub, tmp_path, monkeypatch):
+    hub.enter(monkeypatch, tmp_path)
+    (tmp_path / "theirs").mkdir()
+    for name, text in theirs.items():
+        (tmp_path / "theirs" / name).write_text(text)
+    hub.add("spaces/owner/app", tmp_path / "theirs")
+    with pytest.raises(RunError, match="owner/app holds another app; give another --space"):
+        push_space(tmp_path, "app.py")
+    assert hub.files("spaces/owner/app").keys() == theirs.keys()
+
+
+def test_a_second_upload_deletes_what_the_first_wrote(hub, tmp_path, monkeypatch):
+    """A new Space holds a README alone. Files that its owner adds stay, wherever they are."""
+    hub.enter(monkeypatch, tmp_path)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/README.md").write_text("---\nsdk: gradio\n---\n")
+    hub.add("spaces/owner/app", tmp_path / "new")
+    push_space(tmp_path, "app.py", "model/old.json", "data/old.py")
+    names = {MARKER, "README.md", "app.py", "model/old.json", "data/old.py"}
+    assert hub.files("spaces/owner/app").keys() == names
+    shutil.copytree(tmp_path / "space", tmp_path / "edited")
+    for name in ("config.json", "model/mine.json", "data/mine.py"):  # Spaces are no models, whatever config.json says
+        (tmp_path / "edited" / name).write_text("mine")
+    hub.add("spaces/owner/app", tmp_path / "edited")
+    push_space(tmp_path, "app.py", "model/new.json")
+    kept = {MARKER, "README.md", "app.py", "model/new.json", "config.json", "model/mine.json", "data/mine.py"}
+    assert hub.files("spaces/owner/app").keys() == kept
 
 
 def test_names_of_spaces_and_contradictions_are_errors(models, tmp_path, capsys):

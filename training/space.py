@@ -10,13 +10,16 @@ from training.card import TAG
 
 ROOT = Path(__file__).parent.parent
 MODEL = "model"  # the folder of the weights
-PACKAGES = ("modeling", "data", "training")
+PACKAGES = {"modeling": ["*.py"], "data": ["*.py", "ade20k.txt"], "training": ["*.py", "card.md.jinja"]}
+PYTHON = "3.12"  # the default of Spaces is older than what pyproject.toml requires
 APP = f'''"""Show what the model in {MODEL}/ does with an image; see demo.py."""
+
+from pathlib import Path
 
 from demo import main
 
 if __name__ == "__main__":
-    main(["{MODEL}"])
+    main([str(Path(__file__).parent / "{MODEL}")])
 '''
 TEXT = """
 # {title}
@@ -42,11 +45,10 @@ def write_space(folder: Path, *, title: str, description: str, origin: str, lice
     (folder / "app.py").write_text(APP)
     for name in ("demo.py", "LICENSE"):
         shutil.copyfile(ROOT / name, folder / name)
-    for package in PACKAGES:
+    for package, patterns in PACKAGES.items():
         (folder / package).mkdir()
-        for path in sorted((ROOT / package).iterdir()):
-            if path.is_file():
-                shutil.copyfile(path, folder / package / path.name)
+        for path in sorted(path for pattern in patterns for path in (ROOT / package).glob(pattern)):
+            shutil.copyfile(path, folder / package / path.name)
     needed = (ROOT / "requirements.txt").read_text().partition("\n# ")[0]  # without what reads or tracks results
     gradio = re.search(r"^gradio>=(.*)$", (ROOT / "requirements-demo.txt").read_text(), re.MULTILINE)
     (folder / "requirements.txt").write_text(f"{needed}\n{gradio[0]}\n")
@@ -54,6 +56,7 @@ def write_space(folder: Path, *, title: str, description: str, origin: str, lice
         title=title,
         sdk="gradio",
         sdk_version=gradio[1],
+        python_version=PYTHON,
         app_file="app.py",
         license=license,
         datasets=datasets or None,

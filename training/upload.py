@@ -27,7 +27,7 @@ from training.wording import in_one_line
 SCRIPT = Path(__file__).parent.parent / "push_to_hub.py"
 OWN_FILES = {"ema.safetensors", "transformers_model.safetensors", "preprocessor_config.json"}
 OWN_FILES |= {f"{name}.png" for name in ("loss", "reconstructions", "confusion", "predictions")}
-OWN_FOLDERS = dict(model=("pretraining/",), space=("model/", "modeling/", "data/", "training/"))  # by type
+OWN_FOLDER = "pretraining/"
 LOG_IN = "run `hf auth login`, or set HF_TOKEN to a token with write access (https://huggingface.co/settings/tokens)"
 
 
@@ -93,16 +93,24 @@ def _check_repository(folder: Path, repo_id: str, private: bool, revision: str |
     if private and not info.private:
         raise RunError(f"{repo_id} exists and is public; make it private in its settings, or leave out --private")
     names = {file.rfilename for file in info.siblings}
-    if repo_type == "space" and {"app.py", "README.md"} <= names:
-        readme = Path(hf_hub_download(**place, filename="README.md", revision=info.sha)).read_text(errors="replace")
-        if "\n- mae-accelerate\n" not in readme.partition("\n---\n")[0]:
+    if repo_type == "space":
+        if names - {"README.md", ".gitattributes"} and not _is_own_space(repo_id, names, info.sha):
             raise RunError(f"{repo_id} holds another app; give another --space")
+        return
     if "config.json" not in names:
         return
     theirs = _model_type(hf_hub_download(repo_id, "config.json", revision=info.sha))
     ours = _model_type(folder / "config.json")
     if theirs != ours:
         raise RunError(f"{repo_id} holds another type of model ({theirs}, expected {ours}); give another --repo_id")
+
+
+def _is_own_space(repo_id: str, names: set[str], revision: str) -> bool:
+    """Return True if the README among the files of a Space has the tag of this project."""
+    if "README.md" not in names:
+        return False
+    readme = hf_hub_download(repo_id, "README.md", repo_type="space", revision=revision)
+    return "\n- mae-accelerate\n" in Path(readme).read_text(errors="replace").partition("\n---\n")[0] + "\n"
 
 
 def _model_type(path: str | Path) -> str:
@@ -119,13 +127,21 @@ def _commit(folder: Path, repo_id: str, private: bool, revision: str | None, mes
     if revision is not None:
         api.create_branch(**place, branch=revision, exist_ok=True)
     own = own_files(folder)  # a folder may hold files of others too
-    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER]
-    paths = [path for path in paths if own is None or path.as_posix() in own]
-    files = [CommitOperationAdd(path.as_posix(), folder / path) for path in paths]
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [name for name in names if own is None or name in own]
+    if repo_type == "model":
+        names = [name for name in names if Path(name).name != MARKER]
+    files = [CommitOperationAdd(name, folder / name) for name in names]
     # Files of an earlier model that this one lacks would be read, or shown, as if they belonged to it
-    stale = {*api.list_repo_files(**place, revision=revision)} - {path.as_posix() for path in paths}
-    stale = [path for path in sorted(stale) if path in OWN_FILES or path.startswith(OWN_FOLDERS[repo_type])]
-    files += [CommitOperationDelete(path) for path in stale]
+    present = {*api.list_repo_files(**place, revision=revision)}
+    if repo_type == "model":
+        earlier = {name for name in present if name in OWN_FILES or name.startswith(OWN_FOLDER)}
+    elif MARKER in present:  # it lists what the earlier upload wrote; all else in a Space is the user's
+        marker = hf_hub_download(**place, filename=MARKER, revision=revision)
+        earlier = present & {*(own_files(Path(marker).parent) or [])}
+    else:
+        earlier = set()
+    files += [CommitOperationDelete(name) for name in sorted(earlier - {*names})]
     # upload_folder may split a folder into several commits: the card of one model beside the weights of another
     return api.create_commit(**place, operations=files, commit_message=message, revision=revision).commit_url
 
