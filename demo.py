@@ -3,8 +3,8 @@
     python demo.py work_dir/quickstart_pretrain
 
 serves a page on this machine and prints its address; several models are shown below each other. Without a model, the
-newest run in work_dir/ is shown. Images are uploaded, taken by a webcam, or held-out images of the run. Nothing that
-visitors upload is kept. `pip install -r requirements-demo.txt` installs what the page needs.
+newest run in work_dir/ is shown. Images are uploaded, taken by a webcam, or held-out images of the run. Uploads
+are deleted after ten minutes. `pip install -r requirements-demo.txt` installs what the page needs.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from data.transforms import CentreCrop
 from data.values import DamagedImage
 from modeling.classifier import Classifier
 from modeling.files import WeightsError
-from modeling.hub import find_weights
+from modeling.hub import find_weights, is_on_hub
 from modeling.inspection import attention_maps, feature_colours, fill, keep_patches, patch_features, similarities
 from modeling.mae import MaskedAutoencoder
 from modeling.sliding_window import predict
@@ -47,15 +47,16 @@ from modeling.trained import open_trained
 from modeling.upernet import Segmenter
 from training import arguments, launch
 from training.arguments import integer
-from training.card import read_record
+from training.card import find_record
 from training.launch import fail
 from training.metrics import reconstruction_metrics
 from training.neighbours import nearest
 from training.pictures import attention_tiles, displayable, reconstruction_tiles
+from training.ports import free_port
 from training.processes import check_settings
 from training.wording import in_one_line
 
-MAX_PIXELS = 50_000_000  # of an image: more than a phone's camera has, and 150 MB of memory
+MAX_PIXELS = 50_000_000  # of an image: more than a phone's camera has, and 150 MB of memory as 8-bit RGB
 PREVIEW_SIZE = 1024  # longer side of a segmented image, in pixels, at most, as in predict.py
 NUM_EXAMPLES, NUM_NEAREST = 12, 8
 MAKE_ONE = "make one with: accelerate launch pretrain_mae.py @recipes/quickstart/pretrain.args"
@@ -88,6 +89,14 @@ def newest_run(folder):
     return None
 
 
+def name_of(path, record):
+    """Return what a page calls a model: the path from its run's name on, without the folders above."""
+    if is_on_hub(path):
+        return str(path)
+    path = Path(path).resolve()
+    return str(path.relative_to(record.folder.parent)) if record else path.name
+
+
 class Inputs(NamedTuple):
     """Hold an image as a model sees it."""
 
@@ -113,7 +122,8 @@ class Opened:
 
     def __init__(self, path, *, device, max_pixels):
         """Open a model. Raises WeightsError."""
-        self.name, self.device, self.trained = str(path), device, open_trained(path)
+        self.path, self.record, self.device, self.trained = str(path), find_record(path), device, open_trained(path)
+        self.name = name_of(path, self.record)
         self.model, self.encoder = self.trained.model.to(device), self.trained.encoder
         self.pixels = PixelFormat(self.encoder.in_channels, self.trained.value_range, max_pixels=max_pixels)
         self.normalize = Normalization(self.trained.mean, self.trained.std, device)
@@ -170,10 +180,11 @@ class Opened:
         are normalized by their own mean and variance are turned back by those of the kept patches around them.
         """
         model, images = keep_patches(self.model, num_kept), self.normalize(image[None].to(self.device))
+        noise = noise.to(self.device)
         if everywhere:
-            prediction, removed = fill(model, images, noise.to(self.device)), torch.ones(noise.shape)
+            prediction, removed = fill(model, images, noise), torch.ones_like(noise)
         else:
-            _, prediction, removed = model(images, noise.to(self.device))
+            _, prediction, removed = model(images, noise)
         prediction = model.reconstruct(images, prediction, mask=None if true_statistics else removed)
         prediction, images = (self.normalize.undo(each) for each in (prediction, images))
         mask = model.pixel_mask(removed)
@@ -202,15 +213,15 @@ class Opened:
 
         The attention is that of the class token by head or, of attentive pooling, that of its queries.
         """
-        shown = [inputs.whole if self.segments else inputs.view for inputs in pair]
-        images = self.normalize(torch.stack(shown).to(self.device))
+        pixels = [inputs.whole if self.segments else inputs.view for inputs in pair]
+        images = self.normalize(torch.stack(pixels).to(self.device))
         features = patch_features(self.encoder, images).cpu()
         if self.attends == "query":
             attention = self.model.attention_maps(self.encoder(images))
         else:
             attention = attention_maps(self.encoder, images).unflatten(-1, self.grid)
         colours = (255 * feature_colours(features) + 0.5).to(torch.uint8).unflatten(1, self.grid)
-        pairs = zip(shown, attention.cpu().numpy(), strict=True)
+        pairs = zip(pixels, attention.cpu().numpy(), strict=True)
         tiles = [attention_tiles(displayable(image).numpy(), maps)[1:] for image, maps in pairs]
         return features, [Image.fromarray(each.numpy()) for each in colours], tiles
 
@@ -265,27 +276,40 @@ class Example(NamedTuple):
     data: object  # as `decode` takes it
 
 
+def held_out_examples(opened):
+    """Return held-out images of a run's data, none if it holds out none. Raises DataError, OSError and ImportError."""
+    flags = opened.record.flags
+    path, validation = flags["path_to_data"], flags.get("path_to_validation_data")
+    if "hub" in map(kind_of_data, filter(None, (path, validation))):
+        raise DataError("it is on the Hub, and nothing is downloaded")
+    places = dict(validation=validation, cache=flags.get("cache_dir"))
+    _, source = open_sources(path, opened.pixels, data_format=flags.get("data_format"), **places)
+    if source is None:
+        return []
+    source.prepare()
+    return [Example(source.name(i), i, *source.fetch([i])) for i in spread(NUM_EXAMPLES, len(source))]
+
+
 def find_examples(opened):
-    """Return held-out images of the data that a run was trained on, or drawn scenes; and what they are."""
-    folders = [path for path in (Path(opened.name), *Path(opened.name).parents) if (path / "args.json").is_file()]
-    flags = read_record(folders[0]).flags if folders else {}
-    places = dict(validation=flags.get("path_to_validation_data"), cache=flags.get("cache_dir"))
-    path, kind = flags.get("path_to_data") or "builtin:shapes", flags.get("data_format")
-    try:
-        if "hub" not in map(kind_of_data, filter(None, (path, places["validation"]))) and path != "builtin:shapes":
-            train, held_out = open_sources(path, opened.pixels, data_format=kind, **places)
-            source = held_out or train
-            source.prepare()
-            examples = [Example(source.name(i), i, *source.fetch([i])) for i in spread(NUM_EXAMPLES, len(source))]
-            return examples, f"{'Held-out' if held_out else 'Training'} images of {path}"
-    except (DataError, OSError, ImportError) as error:
-        print(f"{path} cannot be read ({in_one_line(error)}); drawn scenes are shown instead")
-    channels = opened.pixels.channels
-    if opened.pixels.value_range or channels not in (1, 3):
+    """Return held-out images of a run's data, or drawn scenes, each with a small picture; and what they are."""
+    path = (opened.record and opened.record.flags.get("path_to_data")) or "builtin:shapes"
+    channels, reason = opened.pixels.channels, None
+    if path != "builtin:shapes":
+        try:
+            if pairs := with_pictures(held_out_examples(opened), opened):
+                return pairs, f"Held-out images of {Path(path).name}"
+            reason = "holds out no image that can be read"
+        except (DataError, OSError, ImportError) as error:
+            reason = f"cannot be read ({in_one_line(error)})"
+    drawable = opened.pixels.value_range is None and channels in (1, 3)
+    if reason:
+        print(f"{path} {reason}; " + ("drawn scenes are shown instead" if drawable else "the page starts empty"))
+    if not drawable:
         return [], ""
     drawn = [Image.fromarray(shapes.draw(shapes.TRAIN_IMAGES + i)[0]) for i in range(NUM_EXAMPLES)]
     drawn = [np.atleast_3d(np.array(image if channels == 3 else image.convert("L"))) for image in drawn]
-    return [Example(f"scene {i}", i, data) for i, data in enumerate(drawn)], "Drawn scenes, none of them trained on"
+    scenes = [Example(f"scene {i}", i, data) for i, data in enumerate(drawn)]
+    return with_pictures(scenes, opened), "Drawn scenes, none of them trained on"
 
 
 def with_pictures(examples, opened):
@@ -340,11 +364,17 @@ def main(argv=None):
         except WeightsError as error:
             errors.append(str(error))
     if source and not errors and all(opened.segments for opened in models):
-        errors.append(f"--nearest needs features, and {paths[0]} is a segmentation model, whose encoder has no norm")
+        errors.append(
+            f"--nearest needs features, and {models[0].path} is a segmentation model, whose encoder has no norm"
+        )
+    port, port_errors = free_port(args.host, args.port)
+    errors += port_errors
     if errors:
         fail(errors)
+    if port != args.port:
+        print(f"port {args.port} is in use; {port} is taken")
     for opened in models:
-        print(f"model      {opened.name} ({opened.trained.layout})")
+        print(f"model      {opened.path} ({opened.trained.layout})")
         for assumption in opened.trained.assumed:
             print(f"           assumed: {assumption}")
         if source and not opened.segments:
@@ -356,8 +386,8 @@ def main(argv=None):
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}  # read when gradio is imported
         from training.app import build_page, serve
 
-        page = build_page(models, with_pictures(examples, models[0]), caption, partial(pick, models))
-        serve(page, host=args.host, port=args.port, share=args.share)
+        page = build_page(models, examples, caption, partial(pick, models))
+        serve(page, host=args.host, port=port, share=args.share)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 The text is the template `card.md.jinja`; this file collects its values from the files of a run.
 """
 
+import contextlib
 import json
 import math
 import shlex
@@ -78,6 +79,22 @@ def read_record(folder: str | Path) -> RunRecord | None:
     args = _read(folder / "args.json", "flags", "command", "data", "machine", "processes", "versions")
     metrics = _read(folder / "metrics.json", "step") if (folder / "metrics.json").is_file() else None
     return RunRecord(folder, args, args["flags"], read_lines(folder / "log.jsonl"), metrics)
+
+
+def find_record(path: str | Path) -> RunRecord | None:
+    """Return the record of the run that weights at `path` belong to, None if there is none that can be read."""
+    folder = Path(path).resolve()
+    folder = folder.parent if folder.is_file() else folder
+    folders = [folder]
+    if folder.name in ("best", "encoder", "hub"):
+        folders.append(folder.parent)
+    if folder.parent.name == "checkpoints":
+        folders.append(folder.parent.parent)
+    for each in folders:
+        with contextlib.suppress(RunError):  # args.json of another program
+            if record := read_record(each):
+                return record
+    return None
 
 
 def _read(path: Path, *names: str) -> dict:
