@@ -1,5 +1,6 @@
 """Test demo.py: what it computes, against predict.py and metrics.json; its page, in a browser; and as a Space."""
 
+import asyncio
 import io
 import json
 import re
@@ -11,7 +12,9 @@ import sys
 import time
 import tomllib
 import urllib.request
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,9 +32,11 @@ from modeling.classifier import Classifier
 from modeling.export import export_autoencoder, export_classifier, export_encoder, export_segmenter
 from modeling.inspection import complementary_noise, keep_patches
 from modeling.upernet import Segmenter
+from training.card import find_record
 from training.files import MARKER, replace_folder
 from training.heatmaps import class_legend, heat_map, overlay
 from training.launch import RunError
+from training.ports import free_port
 from training.upload import upload
 
 SIZE = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
@@ -109,19 +114,51 @@ def test_held_out_images_score_as_in_metrics_json(image_folder, tmp_path, monkey
     assert demo.newest_run("work_dir") == "work_dir/pretrain_mae" and demo.newest_run("nothing") is None
     model, metrics = opened("work_dir/pretrain_mae"), metrics_of(Path("work_dir/pretrain_mae"))
     examples, caption = demo.find_examples(model)
-    assert len(examples) == 11 and caption == f"Held-out images of {image_folder}"
+    assert len(examples) == 11 and caption == f"Held-out images of {image_folder.name}"
+    assert model.name == "pretrain_mae"
     results = []
-    for name, index, data in examples:
+    for (name, index, data), tile in examples:
+        assert max(tile.size) <= 256
         assert Path(name).read_bytes() == data
         mask = model.draw_mask(index, mask_ratio=model.mask_ratio, strategy="random", seed=0)
         results.append(model.reconstruct(model.prepare(data).whole, *mask).metrics)
     for name in results[0]:
         assert np.mean([result[name] for result in results]) == pytest.approx(metrics[name], rel=1e-6)
-    args = json.loads(Path("work_dir/pretrain_mae/args.json").read_text())
-    args["flags"]["path_to_data"] = "gone"
-    Path("work_dir/pretrain_mae/args.json").write_text(json.dumps(args))
-    examples, caption = demo.find_examples(model)
-    assert len(examples) == 12 and "Drawn scenes" in caption and examples[1].data.shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize(("data", "words"), [("gone", "cannot be read"), ("all", "no image"), ("damaged", "no image")])
+def test_drawn_scenes_replace_what_is_not_held_out(data, words, models, photos, tmp_path, capsys):
+    """The data is gone, has no held-out split, or has no image in it that can be read."""
+    for name in ("all/a", "damaged/train/a", "damaged/val/a"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "0.png").write_bytes(photos[0].read_bytes()[: 60 if "val" in name else None])
+    run_folder = write_record(tmp_path / "run", models, path_to_data=str(tmp_path / data))
+    examples, caption = demo.find_examples(opened(run_folder / "checkpoints/step_2"))
+    assert len(examples) == 12 and "Drawn scenes" in caption and examples[1][0].data.shape == (64, 64, 3)
+    said = capsys.readouterr().out
+    assert words in said and "drawn scenes are shown instead" in said
+
+
+def write_record(folder: Path, models: Path, **flags) -> Path:
+    """Write the args.json of a run, and a checkpoint of it."""
+    shutil.copytree(models / "mae", folder / "checkpoints/step_2")
+    record = {key: {} for key in ("command", "data", "machine", "processes", "versions")}
+    (folder / "args.json").write_text(json.dumps(dict(record, flags=flags)))
+    return folder
+
+
+def test_only_the_files_of_a_run_are_its_record(models, tmp_path):
+    """Another program may have written an args.json above."""
+    (tmp_path / "args.json").write_text("[]")
+    folder = write_record(tmp_path / "run", models, seed=7)
+    assert find_record(folder / "checkpoints/step_2/config.json").flags == {"seed": 7}
+    model = opened(folder / "checkpoints/step_2")
+    assert model.record.flags == {"seed": 7} and model.name == "run/checkpoints/step_2"
+    shutil.copytree(models / "mae", tmp_path / "mae")
+    (tmp_path / "mae/args.json").write_text("{}")
+    for path in (tmp_path / "mae", folder / "checkpoints"):
+        assert find_record(path) is None
+    assert opened(tmp_path / "mae").name == "mae"
 
 
 def test_clicks_turn_patches_over(models, photos):
@@ -240,21 +277,120 @@ def test_colours_and_legends():
 def test_bad_input_is_an_error_in_one_line(models, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    starts = [[], [empty], [models / "mae", "--nearest", "nowhere"], [models / "segmenter", "--nearest", models.parent]]
-    ends = run_each("demo.py", [*starts[:3], [*starts[3][:2], empty]], cwd=tmp_path, code=2)
-    for said, expected in zip(
-        ends, ("make one with: accelerate", "without weights", "nowhere", "no image"), strict=True
-    ):
+    mae = models / "mae"
+    starts = [[], [empty], [mae, "--nearest", "nowhere"], [mae, "--nearest", empty], [mae, "--host", "300.1.1.1"]]
+    ends = run_each("demo.py", starts, cwd=tmp_path, code=2)
+    words = ("make one with: accelerate", "without weights", "nowhere", "no image", "--host 300.1.1.1 is no address")
+    for said, expected in zip(ends, words, strict=True):
         (line,) = said.strip().splitlines()
         assert line.startswith("error: ") and expected in line
+
+
+def test_ports(monkeypatch):
+    for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        with socket.socket(family) as taken:
+            try:
+                taken.bind((host, 0))
+            except OSError:
+                continue  # this machine has no IPv6
+            taken.listen()
+            port = taken.getsockname()[1]
+            candidate, errors = free_port(host, port)
+            assert port < candidate < port + 100 and not errors
+    for host, expected in (("300.1.1.1", "is no address"), ("192.0.2.1", "cannot be used"), ("a..b", "is no address")):
+        (error,) = free_port(host, 7860)[1]
+        assert error.startswith(f"--host {host} ") and expected in error
+
+
+# The page without a browser
+
+
+@pytest.fixture(scope="module")
+def tabs():
+    pytest.importorskip("gradio")
+    from training import tabs
+
+    return tabs
+
+
+def test_uploads_are_limited(models, photos, tabs, tmp_path):
+    """gradio limits what it receives; a visitor can also ask for a file by its path, or for an address."""
+    from training.app import _choose_file, build_page
+
+    model = opened(models / "mae")
+    pick = partial(demo.pick, [model])
+    large = tmp_path / "large.png"
+    with open(large, "wb") as file:
+        file.truncate(21_000_000)
+    before = pick("x", 0, photos[0].read_bytes())
+    after, line = _choose_file(pick, str(large), before)
+    assert after is before and "error: large.png: larger than 20 MB" in line
+    page = build_page([model], [], "", pick)
+    components = [block for block in page.blocks.values() if hasattr(block, "preprocess")]
+    for component in components:  # an event can send a file to each
+        with pytest.raises(gradio_error(), match="not downloaded"):
+            asyncio.run(component.async_move_resource_to_block_cache("http://127.0.0.1:9/a.png"))
+    assert len(components) > 20
+
+
+def gradio_error() -> type[Exception]:
+    import gradio
+
+    return gradio.Error
+
+
+def test_without_an_image_nothing_is_drawn(tabs):
+    """A page without examples, or one whose session is forgotten."""
+    skipped = tabs.gr.skip()
+    assert tabs.if_chosen(lambda picked: 1 / 0, None) == skipped
+    event = SimpleNamespace(index=(3, 3))
+    assert tabs._click_of((32, 32))(None, 50, "random", 0, None, event) is None
+    for features in (None, [None]):
+        assert tabs._similarity_of(None, 0, 0)(features, event) == skipped
+
+
+def test_opacity_before_the_classes_of_an_image(models, photos, tabs):
+    segmenter = [opened(models / "segmenter")]
+    one, other = (demo.pick(segmenter, "x", 0, photo.read_bytes()) for photo in photos[:2])
+    labels, picture, legend = tabs._segment(segmenter, [0], one, 60)
+    assert tabs._blend(segmenter, [0], other, None, 50) == tabs._blend(segmenter, [0], other, labels, 50)
+    assert tabs._blend(segmenter, [0], other, labels, 50) == tabs.gr.skip()
+    again = tabs._blend(segmenter, [0], one, labels, 60)
+    assert again[1] == legend and np.array_equal(np.asarray(again[0]), np.asarray(picture))
+
+
+def test_models_that_cannot_read_an_image_say_so(models, photos, tabs):
+    several = [opened(models / "mean"), opened(models / "mean", max_pixels=10)]
+    several[1].bank = several[0].bank = True
+    picked = demo.pick(several, "x", 0, photos[0].read_bytes())
+    reason = "`mean` cannot read this image: 40 x 40 pixels, more than the 10 allowed"
+    assert reason in tabs._classify(several, [0, 1], picked)[5] and reason in tabs._nearest(several, [1], picked)[1]
+    assert tabs.in_markdown("<b>a|b</b>\n*c*") == r"\<b\>a\|b\<\/b\> \*c\*"
+
+
+def test_segmenters_show_attention_alone(models, photos, tabs):
+    """Their encoder has no final norm: predict.py has no colours of them either."""
+    both = [opened(models / "segmenter"), opened(models / "mae")]
+    picked = demo.pick(both, "x", 0, photos[0].read_bytes())
+    features, *outputs = tabs._look(both, lambda: None, picked, None)
+    segmenter, mae = outputs[:9], outputs[9:]
+    assert features[0] is None and segmenter[1:3] == [None] * 2 and segmenter[4:7] == [None, None, ""]
+    assert segmenter[0] is not None and len(segmenter[7]) == 2 and all(mae)
+
+
+def test_only_the_picture_that_is_clicked_is_enlarged(models, photos, tabs):
+    mae = [opened(models / "mae")]
+    picked = demo.pick(mae, "x", 0, photos[0].read_bytes())
+    outputs = tabs._reconstruct(mae, [0], picked, 75, "random", 0, True, None)
+    assert [each.size for each in outputs[:5]] == [(32, 32), (512, 512), (32, 32), (32, 32), (4, 4)]
 
 
 # The page
 
 
 @pytest.fixture(scope="module")
-def server(models, photos, tmp_path_factory):
-    """Return the address of a page with three models, whose port was taken, and where it keeps files meanwhile."""
+def server(browser, models, photos, tmp_path_factory):
+    """Return the address of a page with three models, whose port was taken, and the folder of its temporary files."""
     cwd = tmp_path_factory.mktemp("server")
     names = [models / name for name in ("mae", "attentive", "segmenter")]
     with socket.socket() as taken:
@@ -265,10 +401,9 @@ def server(models, photos, tmp_path_factory):
         process = start_page(ROOT / "demo.py", *words, cwd=cwd)
         address = address_of(process, cwd)
         assert f"port {port} is in use" in (cwd / "said").read_text() and address != f"http://127.0.0.1:{port}"
-    yield address
-    kept = list((cwd / "tmp").rglob("*.png"))
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(240) == 0 and kept and not list((cwd / "tmp").iterdir())  # nothing is left
+    yield address, cwd / "tmp"
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(240) == 0 and not list((cwd / "tmp").iterdir())  # nothing is left
 
 
 def start_page(script: Path, *words, cwd: Path, folder: Path | None = None) -> subprocess.Popen:
@@ -322,7 +457,8 @@ class Page:
         """Return the picture with a label, as the server sent it, at its own size of 32 x 32 pixels."""
         place = self.page.locator(".pixels", has=self.page.get_by_text(label, exact=True)).locator("visible=true").first
         body = self.context.request.get(place.locator("img").get_attribute("src")).body()
-        return np.asarray(Image.open(io.BytesIO(body)))[::16, ::16]
+        pixels = np.asarray(Image.open(io.BytesIO(body)))
+        return pixels[:: len(pixels) // 32, :: len(pixels) // 32]
 
     def set_ratio(self, percent: int) -> None:
         field = self.page.locator("input[type=number]").locator("visible=true").first
@@ -332,7 +468,8 @@ class Page:
 
 def test_a_visitor(server, browser, models, photos, tmp_path):
     """Slider, clicks, upload, damaged and large files, tabs; and nothing comes from another server."""
-    visitor = Page(browser, server)
+    address, folder = server
+    visitor = Page(browser, address)
     page = visitor.page
     visitor.set_ratio(50)
     visitor.wait("8 of 16 patches are seen")
@@ -370,7 +507,10 @@ def test_a_visitor(server, browser, models, photos, tmp_path):
     assert np.array_equal(visitor.pixels("original"), np.asarray(expected.tiles[0]))
 
     visitor.tab("Fill everything")
-    visitor.wait("every patch predicted")
+    mask_of_fill = model.draw_mask(0, mask_ratio=0.75, strategy="random", seed=0)
+    filled = model.reconstruct(whole, *mask_of_fill, everywhere=True)
+    visitor.wait(f"{filled.metrics['prediction_psnr']:.2f} dB, {filled.metrics['prediction_ssim']:.3f}")
+    assert np.array_equal(visitor.pixels("every patch predicted"), np.asarray(filled.tiles[2]))
     visitor.tab("Classify")
     visitor.wait("a cat")
     visitor.tab("Segment")
@@ -381,12 +521,13 @@ def test_a_visitor(server, browser, models, photos, tmp_path):
     visitor.wait("cosine similarity to row 1, column 1 of the second image")
     visitor.tab("Nearest")
     visitor.wait("1.000 2.png")
-    assert all(url.startswith((server, "data:", "blob:")) for url in visitor.outside)
+    assert all(url.startswith((address, "data:", "blob:")) for url in visitor.outside)
+    assert list(folder.rglob("*.png"))  # until the server ends
     visitor.context.close()
 
 
 def test_two_visitors_at_once_do_not_mix(server, browser):
-    one, other = Page(browser, server), Page(browser, server, width=390)
+    one, other = Page(browser, server[0]), Page(browser, server[0], width=390)
     one.page.locator(".examples button img").nth(3).click()
     one.wait("image: scene 3")
     one.set_ratio(50)
@@ -429,9 +570,33 @@ def test_a_space_runs_by_itself(models, photos, hub, tmp_path, monkeypatch):
     (tmp_path / "start.py").write_text(code + f"runpy.run_path({str(folder / 'app.py')!r}, run_name='__main__')")
     monkeypatch.setenv("GRADIO_SERVER_PORT", "7941")
     with start_page(tmp_path / "start.py", cwd=tmp_path, folder=folder) as process:
-        with urllib.request.urlopen(address_of(process, tmp_path)) as answer:
-            assert answer.status == 200 and b"gradio" in answer.read()
+        address = address_of(process, tmp_path)
+        outputs = first_outputs(address)
+        tiles = [output["url"] for output in outputs if isinstance(output, dict) and output.get("url")]
+        with urllib.request.urlopen(tiles[1]) as answer:
+            sees = np.asarray(Image.open(io.BytesIO(answer.read())))[::16, ::16]
+        assert (sees.reshape(4, 8, 4, 8, 3) == 128).all(axis=(1, 3, 4)).sum() == 12 and len(tiles) == 5
+        assert "4 of 16 patches are seen" in outputs[-1]
         process.terminate()
+
+
+def first_outputs(address: str) -> list:
+    """Return what the first tab shows, asking for it as a browser does."""
+    with urllib.request.urlopen(f"{address}/config") as answer:
+        config = json.load(answer)
+    values = {component["id"]: component["props"].get("value") for component in config["components"]}
+    events = config["dependencies"]
+    (load,) = (event for event in events if any("load" in target for target in event["targets"]))
+    first = next(event for event in events if event["trigger_after"] == load["id"])
+    for event in (load, first):
+        data = [values[component] for component in event["inputs"]]
+        body = json.dumps(dict(data=data, fn_index=event["id"], session_hash="visitor")).encode()
+        request = urllib.request.Request(f"{address}/gradio_api/queue/join", body, {"Content-Type": "application/json"})
+        urllib.request.urlopen(request).close()
+        with urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash=visitor") as lines:
+            messages = (json.loads(line[6:]) for line in lines if line.startswith(b"data: "))
+            outputs = next(message for message in messages if message["msg"] == "process_completed")["output"]
+    return outputs["data"]
 
 
 def push_space(root: Path, *names: str) -> str:

@@ -4,18 +4,28 @@ The page knows no model: `models` are any objects with the methods of `Opened` i
 gr.State, which each session has for itself.
 """
 
-import errno
 import signal
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import gradio as gr
+from gradio_client.utils import is_http_url_like
 
 from training.launch import RunError
-from training.tabs import EVENT, classify_tab, fill_tab, look_tab, nearest_tab, one_line, reconstruct_tab, segment_tab
+from training.ports import free_port
+from training.tabs import (
+    EVENT,
+    STATE,
+    classify_tab,
+    fill_tab,
+    look_tab,
+    nearest_tab,
+    one_line,
+    reconstruct_tab,
+    segment_tab,
+)
 
 CSS = """
 .pixels :is(.image-container, .image-container button:has(img), .image-frame) { width: 100%; }
@@ -28,6 +38,7 @@ CSS = """
 footer { display: none !important; }
 """
 MAX_UPLOAD = 20_000_000  # bytes of an image
+MAX_SESSIONS = 50  # whose images and features are in memory; the oldest are forgotten first
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
@@ -41,9 +52,9 @@ def build_page(models: Sequence, examples: Sequence, caption: str, pick: Callabl
         pick: (name, index, data) -> the image as models see it (`Picked` in demo.py), or a str that says why not.
     """
     title = "Masked autoencoder" if any(model.reconstructs for model in models) else "Vision Transformer"
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(60, 600)) as page:
         gr.Markdown(f"# {title}\n" + ", ".join(f"`{model.name}`" for model in models))
-        picked, active = gr.State(), gr.State()
+        picked, active = gr.State(**STATE), gr.State()
         simple = all(model.pixels.value_range is None and model.pixels.channels in (1, 3) for model in models)
         choose = partial(_choose, examples=examples, caption=caption, pick=pick, simple=simple)
         firsts = [partial(pick, *example) for example, _ in examples[:2]]
@@ -66,7 +77,17 @@ def build_page(models: Sequence, examples: Sequence, caption: str, pick: Callabl
             tab.select(partial(str, tab.label), None, active, **EVENT).then(**shown, **EVENT)
             for event in (start, *choices):
                 event.then(**shown, **EVENT)
+    for block in page.blocks.values():
+        if isinstance(block, gr.components.Component):
+            block.async_move_resource_to_block_cache = partial(_take_file, block.async_move_resource_to_block_cache)
     return page
+
+
+async def _take_file(take: Callable, path: str | Path | None) -> str | None:
+    """Take a file of this machine; gradio would download an address that a visitor sends in its place."""
+    if is_http_url_like(str(path)):
+        raise gr.Error("addresses are not downloaded; upload the image")
+    return await take(path)
 
 
 def _begin(first: Callable | None, tab: str) -> tuple:
@@ -76,7 +97,7 @@ def _begin(first: Callable | None, tab: str) -> tuple:
 
 def _draw_if_active(name: str, draw: Callable, active: str, *values):
     """Return the results of a tab; those of a hidden tab are drawn when it is opened."""
-    return draw(*values) if active == name and values[0] is not None else gr.skip()
+    return draw(*values) if active == name else gr.skip()
 
 
 def _choose(
@@ -94,7 +115,7 @@ def _choose(
             upload = gr.File(label=f"{label}: TIFF or .npy", height=290, min_width=260)
         tiles = [(tile, Path(example[0]).name) for example, tile in examples]
         shown = dict(columns=6, height=290, object_fit="contain", allow_preview=False, buttons=[], min_width=300)
-        shown |= dict(elem_classes=["labelled", "examples"])
+        shown.update(elem_classes=["labelled", "examples"], format="png")
         gallery = gr.Gallery([tile for tile, _ in tiles], label=caption, scale=2, visible=bool(tiles), **shown)
     status = gr.HTML()
 
@@ -117,39 +138,40 @@ def _choose_file(pick: Callable, path: str | None, picked):
     """Return the image in an uploaded file and a line on it; the one before if the file cannot be read."""
     if path is None:
         return picked, ""
-    result = pick(Path(path).name, 0, Path(path).read_bytes())
+    path = Path(path)
+    if path.stat().st_size > MAX_UPLOAD:
+        result = f"larger than {MAX_UPLOAD // 10**6} MB"
+    else:
+        result = pick(path.name, 0, path.read_bytes())
     if isinstance(result, str):
-        return picked, one_line(f"error: {Path(path).name}: {result}", "#c62828")
-    return result, one_line(f"image: {Path(path).name}")
-
-
-def free_port(host: str, port: int) -> int:
-    """Return `port`, or the next one that is free. Raises RunError if there is none, or no such address."""
-    for candidate in range(port, min(port + 100, 65536)):
-        with socket.socket() as tried:
-            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                tried.bind((host, candidate))
-                return candidate
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    reason = f"{host} port {candidate} cannot be used ({error.strerror}); give another --host or --port"
-                    raise RunError(reason) from None
-    raise RunError(f"the ports {port} to {candidate} are in use; give another --port")
+        return picked, one_line(f"error: {path.name}: {result}", "#c62828")
+    return result, one_line(f"image: {path.name}")
 
 
 def serve(page: gr.Blocks, *, host: str, port: int, share: bool) -> None:
-    """Serve the page until Ctrl-C or SIGTERM, and print its address. Raises RunError if no port can be used."""
-    free = free_port(host, port)
-    if free != port:
-        print(f"port {port} is in use; {free} is taken")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    own = dict(footer_links=[], theme=THEME, css=CSS, ssr_mode=False, quiet=True, prevent_thread_lock=True)
-    _, local, public = page.launch(
-        server_name=host, server_port=free, share=share, max_file_size=MAX_UPLOAD, show_error=False, **own
-    )
+    """Serve the page until Ctrl-C, SIGTERM or SIGHUP, and print its address. Raises RunError if no port can be used."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda *_: sys.exit(0))
+    local, public = _launch(page, host, port, share=share)
     print(f"demo: {local}" + (f" and {public}" if public else "") + " (Ctrl-C ends it)", flush=True)
     try:
         page.block_thread()
     finally:
         page.close(verbose=False)
+
+
+def _launch(page: gr.Blocks, host: str, port: int, *, share: bool) -> tuple[str, str | None]:
+    """Start the server at a port, or a later one, and return its address and the public one of `share`."""
+    options = dict(theme=THEME, css=CSS, max_file_size=MAX_UPLOAD, state_session_capacity=MAX_SESSIONS)
+    options.update(footer_links=[], ssr_mode=False, quiet=True, show_error=False, prevent_thread_lock=True)
+    name = f"[{host.strip('[]')}]" if ":" in host else host
+    for _ in range(10):
+        try:
+            return page.launch(server_name=name, server_port=port, share=share, **options)[1:]
+        except OSError:  # the port was taken meanwhile, or is in use at 127.0.0.1, where gradio tries it too
+            print(f"port {port} cannot be used; a later one is tried")
+            port, errors = free_port(host, port + 1)
+            if errors:
+                raise RunError(errors[0]) from None
+    raise RunError(f"no port from {port - 9} on can be used; give another --port")

@@ -1,6 +1,7 @@
 """The tabs of demo.py's page. Each function adds one, and returns it, its function, its inputs and its outputs."""
 
 import html
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -13,6 +14,8 @@ from training.pictures import RECONSTRUCTION, displayable
 
 # No event is part of an API; a slider that moves on while a picture is computed asks for its last place alone
 EVENT = dict(api_visibility="private", show_progress="minimal", trigger_mode="always_last")
+STATE = dict(time_to_live=3600)  # seconds without a change after which what a visitor chose is forgotten
+CLICKED = 1  # of the pictures RECONSTRUCTION
 METRICS = {  # row of the table -> PSNR and SSIM in metrics.json
     "removed patches": ("masked_psnr", "masked_ssim"),
     "the same, filled with the visible mean": ("masked_psnr_visible_mean", None),
@@ -25,14 +28,23 @@ LEAKS = "Predictions use the true mean and variance of each removed patch, which
 def picture(label: str, **options) -> gr.Image:
     """Return a place for a small picture, whose pixels stay sharp when they are enlarged."""
     classes = ["pixels", "labelled", *options.pop("elem_classes", [])]
-    shown = dict(buttons=["fullscreen"], min_width=150, format="png", interactive=False)
-    return gr.Image(label=label, elem_classes=classes, **shown | options)
+    # In full screen a click would have another place
+    defaults = dict(buttons=[] if "clickable" in classes else ["fullscreen"], min_width=150)
+    return gr.Image(label=label, elem_classes=classes, format="png", interactive=False, **defaults | options)
 
 
 def gallery(label: str, columns: int, **options) -> gr.Gallery:
     """Return a place for pictures, all of which are seen."""
-    shown = dict(columns=columns, height="auto", object_fit="contain", elem_classes=["labelled"])
-    return gr.Gallery(label=label, **shown | options)
+    own = dict(columns=columns, height="auto", object_fit="contain", elem_classes=["labelled"], format="png")
+    return gr.Gallery(label=label, **own, **options)
+
+
+def if_chosen(draw: Callable, picked, *values):
+    """Return what `draw` does, or leave all as it is if no image is chosen, or it is forgotten."""
+    if picked is None:
+        gr.Info("Choose an image first.")
+        return gr.skip()
+    return draw(picked, *values)
 
 
 def one_line(text: str, colour: str = "inherit") -> str:
@@ -45,9 +57,10 @@ def _name_models(models: Sequence, i: int) -> None:
         gr.Markdown(f"### `{models[i].name}`")
 
 
-def _mask_controls(model) -> list:
-    """Add the controls of a mask, and return those of ratio, strategy and seed."""
-    ratio = gr.Slider(1, 99, round(100 * model.mask_ratio), step=1, label="Removed patches (%)", min_width=220)
+def _mask_controls(model, *, least: int = 1) -> list:
+    """Add the controls of a mask that removes at least `least` %, and return those of ratio, strategy and seed."""
+    start = max(round(100 * model.mask_ratio), least)
+    ratio = gr.Slider(least, 99, start, step=1, label="Removed patches (%)", min_width=220)
     strategy = gr.Radio(["random", "block", "grid"], value="random", label="Pattern", min_width=220)
     return [ratio, strategy, gr.Slider(0, 99, 0, step=1, label="Seed of the mask", min_width=220)]
 
@@ -67,12 +80,15 @@ def reconstruct_tab(models: Sequence, picked: gr.State) -> tuple:
         for i in numbers:
             _name_models(models, i)
             with gr.Row():
-                row = [picture(label, elem_classes=["clickable"] * (i == 1)) for i, label in enumerate(RECONSTRUCTION)]
+                row = [
+                    picture(label, elem_classes=["clickable"] * (i == CLICKED))
+                    for i, label in enumerate(RECONSTRUCTION)
+                ]
                 row.append(picture("error of each patch"))
             outputs += row
-            places.append((row[1], models[i].img_size))
+            places.append((row[CLICKED], models[i].img_size))
         outputs += [gr.HTML(), gr.Markdown()]
-    draw, inputs = partial(_reconstruct, models, numbers), [picked, *controls, truth, clicks]
+    draw, inputs = partial(if_chosen, partial(_reconstruct, models, numbers)), [picked, *controls, truth, clicks]
     for place, size in places:
         event = place.select(_click_of(size), [picked, *controls, clicks], clicks, **EVENT)
         event.then(draw, inputs, outputs, **EVENT)
@@ -89,14 +105,14 @@ def _factor(size: tuple[int, int]) -> int:
     return -(-512 // max(size))
 
 
-def _enlarged(shown: Image.Image) -> Image.Image:
-    """Return a picture that can be clicked."""
-    factor = _factor(shown.size)
-    return shown.resize((shown.width * factor, shown.height * factor), Image.Resampling.NEAREST)
+def _clickable(tile: Image.Image) -> Image.Image:
+    """Return a picture at the size at which it can be clicked. Compressing it as PNG takes most of the page's time."""
+    factor = _factor(tile.size)
+    return tile.resize((tile.width * factor, tile.height * factor), Image.Resampling.NEAREST)
 
 
 def _place_of(event: gr.SelectData, size: tuple[int, int]) -> tuple[float, float]:
-    """Return where (x, y), in [0, 1], an `_enlarged` picture of `size` (H, W) pixels was clicked."""
+    """Return where (x, y), in [0, 1], a `_clickable` picture of `size` (H, W) pixels was clicked."""
     height, width = (side * _factor(size) for side in size)
     return (event.index[0] + 0.5) / width, (event.index[1] + 0.5) / height
 
@@ -105,6 +121,8 @@ def _click_of(size: tuple[int, int]) -> Callable:
     """Return a function that adds a click, in a picture of `size` (H, W) pixels, to the clicks on the same mask."""
 
     def add(picked, ratio, strategy, seed, clicks, event: gr.SelectData):
+        if picked is None:
+            return None
         mask = (picked.time, ratio, strategy, seed)
         return mask, (*(clicks[1] if clicks and clicks[0] == mask else ()), _place_of(event, size))
 
@@ -113,9 +131,8 @@ def _click_of(size: tuple[int, int]) -> Callable:
 
 def _reconstruct(models: Sequence, numbers: Sequence[int], picked, ratio, strategy, seed, truth, clicks) -> list:
     """Return the outputs of the tab: pictures of each model, the legend of the errors, the table."""
-    mask = (picked.time, ratio, strategy, seed)
-    options = dict(mask_ratio=ratio / 100, strategy=strategy, seed=int(seed))
-    options |= dict(clicks=clicks[1] if clicks and clicks[0] == mask else ())
+    clicked = clicks[1] if clicks and clicks[0] == (picked.time, ratio, strategy, seed) else ()
+    options = dict(mask_ratio=ratio / 100, strategy=strategy, seed=int(seed), clicks=clicked)
     results = []
     for i in numbers:
         if isinstance(picked.inputs[i], str):
@@ -131,8 +148,11 @@ def _show(models: Sequence, numbers, picked, results, metrics, *, tiles: Sequenc
     high = max((np.nanmax(result.errors) for result in results if result), default=1)
     pictures = []
     for result in results:
-        shown = [_enlarged(result.tiles[i]) for i in tiles] + [heat_map(result.errors, 0, high)] if result else None
-        pictures += shown or [None] * (len(tiles) + 1)
+        if result is None:
+            pictures += [None] * (len(tiles) + 1)
+            continue
+        pictures += [_clickable(result.tiles[i]) if i == CLICKED else result.tiles[i] for i in tiles]
+        pictures.append(heat_map(result.errors, 0, high))
     head = ["", *(f"`{models[i].name}`" for i in numbers)] if len(numbers) > 1 else ["", "PSNR, SSIM"]
     lines = [head, ["---"] + ["---:"] * len(numbers)]
     for text, (psnr, ssim) in metrics.items():
@@ -163,14 +183,14 @@ def fill_tab(models: Sequence, picked: gr.State) -> tuple:
     numbers, outputs = [i for i, each in enumerate(models) if each.reconstructs], []
     with gr.Tab("Fill everything") as tab:
         gr.Markdown("Several masks remove each patch at least once: all that is shown was predicted while hidden.")
-        with gr.Row():
-            controls = _mask_controls(models[numbers[0]])
+        with gr.Row():  # below 10 %, up to 100 masks would be needed
+            controls = _mask_controls(models[numbers[0]], least=10)
         for i in numbers:
             _name_models(models, i)
             with gr.Row():
                 outputs += [picture(label) for label in ("original", "every patch predicted", "error of each patch")]
         outputs += [gr.HTML(), gr.Markdown()]
-    draw, inputs = partial(_fill, models, numbers), [picked, *controls]
+    draw, inputs = partial(if_chosen, partial(_fill, models, numbers)), [picked, *controls]
     gr.on([control.change for control in controls], draw, inputs, outputs, **EVENT)
     return tab, draw, inputs, outputs
 
@@ -196,27 +216,36 @@ def classify_tab(models: Sequence, picked: gr.State) -> tuple:
             _name_models(models, i)
             with gr.Row():
                 outputs.append(picture("what the model sees", scale=1))
-                if models[i].model.problem == "numbers":
+                problem = models[i].model.problem
+                if problem == "numbers":
                     outputs.append(gr.Markdown())
-                else:
-                    outputs.append(gr.Label(label=models[i].model.problem, num_top_classes=8, scale=2))
-    return tab, partial(_classify, models, numbers), [picked], outputs
+                else:  # all labels, since each is a question of its own
+                    most = None if problem == "labels" else 8
+                    outputs.append(gr.Label(label=problem, num_top_classes=most, scale=2))
+            outputs.append(gr.HTML())
+    return tab, partial(if_chosen, partial(_classify, models, numbers)), [picked], outputs
 
 
 def _classify(models: Sequence, numbers: Sequence[int], picked) -> list:
     outputs = []
     for i in numbers:
         if isinstance(picked.inputs[i], str):
-            outputs += [None, None]
+            outputs += [None, None, one_line(_unreadable(models[i], picked.inputs[i]))]
             continue
-        result, seen = models[i].classify(picked.inputs[i].view), _shown(picked.inputs[i].view)
+        result = models[i].classify(picked.inputs[i].view)
         if models[i].model.problem == "numbers":
-            result = "| name | number |\n| --- | ---: |\n" + "\n".join(f"| {k} | {v:.6g} |" for k, v in result.items())
-        outputs += [seen, result]
+            rows = [f"| {in_markdown(name)} | {value:.6g} |" for name, value in result.items()]
+            result = "\n".join(["| name | number |", "| --- | ---: |", *rows])
+        outputs += [_pixels(picked.inputs[i].view), result, ""]
     return outputs
 
 
-def _shown(image) -> np.ndarray:
+def in_markdown(text: str) -> str:
+    """Return text in one line for a cell of a Markdown table, in which no character has a meaning."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(text.split()))
+
+
+def _pixels(image) -> np.ndarray:
     """Return an image (C, H, W) as gr.Image takes it."""
     pixels = displayable(image).numpy()
     return np.ascontiguousarray(np.broadcast_to(pixels, (3, *pixels.shape[1:])).transpose(1, 2, 0))
@@ -226,32 +255,38 @@ def segment_tab(models: Sequence, picked: gr.State) -> tuple:
     """Add the tab of the classes of pixels."""
     numbers, places = [i for i, each in enumerate(models) if each.segments], []
     with gr.Tab("Segment") as tab:
-        labels = gr.State()
+        labels = gr.State(**STATE)
         opacity = gr.Slider(0, 100, 60, step=1, label="Opacity of the classes (%)")
         for i in numbers:
             _name_models(models, i)
             with gr.Row():
                 places += [picture("classes of pixels", min_width=300, scale=3), gr.HTML(min_width=200)]
-    blend = partial(_blend, models, numbers)
+    blend = partial(if_chosen, partial(_blend, models, numbers))
     opacity.change(blend, [picked, labels, opacity], places, **EVENT)
-
-    def draw(picked, opacity):
-        found = [None if isinstance(picked.inputs[i], str) else models[i].segment(picked.inputs[i]) for i in numbers]
-        return [found, *blend(picked, found, opacity)]
-
-    return tab, draw, [picked, opacity], [labels, *places]
+    return tab, partial(if_chosen, partial(_segment, models, numbers)), [picked, opacity], [labels, *places]
 
 
-def _blend(models: Sequence, numbers: Sequence[int], picked, labels, opacity) -> list:
-    """Return an overlay and a legend for each model."""
+def _segment(models: Sequence, numbers: Sequence[int], picked, opacity) -> list:
+    """Return the time of the image with the classes of its pixels for each model; an overlay and a legend for each."""
+    inputs = [picked.inputs[i] for i in numbers]
+    classes = [
+        None if isinstance(each, str) else models[i].segment(each) for i, each in zip(numbers, inputs, strict=True)
+    ]
+    return [(picked.time, classes), *_blend(models, numbers, picked, (picked.time, classes), opacity)]
+
+
+def _blend(models: Sequence, numbers: Sequence[int], picked, labels, opacity) -> list | dict:
+    """Return an overlay and a legend for each model; skip if `labels` are those of another image, or none yet."""
+    if labels is None or labels[0] != picked.time:
+        return gr.skip()
     outputs = []
-    for i, numbers_of_pixels in zip(numbers, labels or [], strict=True):
-        if numbers_of_pixels is None:
+    for i, classes in zip(numbers, labels[1], strict=True):
+        if classes is None:
             outputs += [None, one_line(_unreadable(models[i], picked.inputs[i]))]
             continue
         image = displayable(picked.inputs[i].picture).numpy()
-        outputs.append(overlay(image, numbers_of_pixels, models[i].colours, opacity / 100))
-        outputs.append(class_legend(numbers_of_pixels, models[i].classes, models[i].colours))
+        outputs.append(overlay(image, classes, models[i].colours, opacity / 100))
+        outputs.append(class_legend(classes, models[i].classes, models[i].colours))
     return outputs
 
 
@@ -262,7 +297,7 @@ def look_tab(models: Sequence, picked: gr.State, choose: Callable, other: Callab
     """
     outputs, places = [], []
     with gr.Tab("Look inside") as tab:
-        second, features = gr.State(), gr.State()
+        second, features = gr.State(**STATE), gr.State(**STATE)
         gr.Markdown(
             "**Colours** are the first three principal components of the patch features of both images: equal colours "
             "are similar features. **Click** a patch of an image to see how similar all patches are to it."
@@ -271,49 +306,53 @@ def look_tab(models: Sequence, picked: gr.State, choose: Callable, other: Callab
             events = choose(second, label="Second image")
         for i, model in enumerate(models):
             _name_models(models, i)
+            compares, seen, similar = not model.segments, [], []  # a segmenter's encoder has no final norm
             with gr.Row():
                 for name in ("first", "second"):
-                    outputs.append(picture(f"{name} image", elem_classes=["clickable"]))
-                    places.append((outputs[-1], i, name == "second"))
-                    outputs += [picture("features as colours"), picture("similarity to the patch")]
+                    seen.append(picture(f"{name} image", elem_classes=["clickable"] * compares))
+                    colours = picture("features as colours", visible=compares)
+                    similar.append(picture("similarity to the patch", visible=compares))
+                    outputs += [seen[-1], colours, similar[-1]]
             outputs.append(gr.HTML())
+            if compares:
+                places += [(place, i, image, [*similar, outputs[-1]]) for image, place in enumerate(seen)]
             heads = f"attention of the {'class token, by head' if model.attends == 'head' else 'queries of the probe'}"
             outputs += [gallery(f"{name} image: {heads}", 6, buttons=[]) for name in ("first", "second")]
-    draw, inputs, results = partial(_look, models, other), [picked, second], [features, *outputs]
+    draw, inputs, results = partial(if_chosen, partial(_look, models, other)), [picked, second], [features, *outputs]
     for event in events:
         event.then(draw, inputs, results, **EVENT)
-    for place, i, is_second in places:
-        maps = [outputs[9 * i + 2], outputs[9 * i + 5], outputs[9 * i + 6]]
-        place.select(_similarity_of(models[i], i, is_second), features, maps, **EVENT)
+    for place, i, image, results_of_click in places:
+        place.select(_similarity_of(models[i], i, image), features, results_of_click, **EVENT)
     return tab, draw, inputs, results
 
 
 def _look(models: Sequence, other: Callable, picked, second) -> list:
     """Return the features of each model, and its nine outputs."""
     second = second or other() or picked
-    kept, outputs = [], []
+    all_features, outputs = [], []
     for model, *pair in zip(models, picked.inputs, second.inputs, strict=True):
         if any(isinstance(inputs, str) for inputs in pair):
-            kept.append(None)
-            outputs += (
-                [None] * 6 + [one_line(_unreadable(model, next(i for i in pair if isinstance(i, str))))] + [None] * 2
-            )
+            reason = next(inputs for inputs in pair if isinstance(inputs, str))
+            all_features.append(None)
+            outputs += [*[None] * 6, one_line(_unreadable(model, reason)), None, None]
             continue
         features, colours, attention = model.look(pair)
-        kept.append(features)
-        similar, legend = _similarity(model, features, 0, 0.5, 0.5)
+        all_features.append(None if model.segments else features)
+        similar, legend = ([None] * 2, "") if model.segments else _similarity(model, features, 0, 0.5, 0.5)
         for inputs, colour, values in zip(pair, colours, similar, strict=True):
-            seen = _shown(inputs.view if not model.segments else inputs.whole)
-            outputs += [_enlarged(Image.fromarray(seen)), colour, values]
+            seen = Image.fromarray(_pixels(inputs.whole if model.segments else inputs.view))
+            outputs += [_clickable(seen), None if model.segments else colour, values]
         outputs += [legend, *attention]
-    return [kept, *outputs]
+    return [all_features, *outputs]
 
 
-def _similarity_of(model, i: int, is_second: bool) -> Callable:
+def _similarity_of(model, i: int, image: int) -> Callable:
     """Return a function that shows the similarity to a patch of an image that is clicked."""
 
     def show(features, event: gr.SelectData):
-        maps, legend = _similarity(model, features[i], int(is_second), *_place_of(event, model.img_size))
+        if features is None or features[i] is None:
+            return gr.skip()
+        maps, legend = _similarity(model, features[i], image, *_place_of(event, model.img_size))
         return [*maps, legend]
 
     return show
@@ -333,13 +372,17 @@ def nearest_tab(models: Sequence, picked: gr.State) -> tuple:
     with gr.Tab("Nearest") as tab:
         for i in numbers:
             label = f"nearest of {len(models[i].bank[1])} images, by cosine similarity: {models[i].name}"
-            outputs.append(gallery(label, 4, buttons=[]))
-    return tab, partial(_nearest, models, numbers), [picked], outputs
+            outputs += [gallery(label, 4, buttons=[]), gr.HTML()]
+    return tab, partial(if_chosen, partial(_nearest, models, numbers)), [picked], outputs
 
 
 def _nearest(models: Sequence, numbers: Sequence[int], picked) -> list:
-    inputs = [picked.inputs[i] for i in numbers]
-    found = [
-        None if isinstance(each, str) else models[i].nearest(each.view) for i, each in zip(numbers, inputs, strict=True)
-    ]
-    return found if len(found) > 1 else found[0]
+    """Return the pictures of the nearest images, and a line on an image that cannot be read, for each model."""
+    outputs = []
+    for i in numbers:
+        inputs = picked.inputs[i]
+        unreadable = isinstance(inputs, str)
+        outputs += (
+            [None, one_line(_unreadable(models[i], inputs))] if unreadable else [models[i].nearest(inputs.view), ""]
+        )
+    return outputs
