@@ -114,7 +114,7 @@ class Reconstruction(NamedTuple):
     num_kept: int
 
 
-class Opened:
+class PageModel:
     """Compute what the page shows of one model; nothing in it changes with a visitor.
 
     Legend: as in mae.py; images are (C, H, W), Q heads or queries.
@@ -276,32 +276,32 @@ class Example(NamedTuple):
     data: object  # as `decode` takes it
 
 
-def held_out_examples(opened):
+def held_out_examples(model):
     """Return held-out images of a run's data, none if it holds out none. Raises DataError, OSError and ImportError."""
-    flags = opened.record.flags
+    flags = model.record.flags
     path, validation = flags["path_to_data"], flags.get("path_to_validation_data")
     if "hub" in map(kind_of_data, filter(None, (path, validation))):
         raise DataError("it is on the Hub, and nothing is downloaded")
     places = dict(validation=validation, cache=flags.get("cache_dir"))
-    _, source = open_sources(path, opened.pixels, data_format=flags.get("data_format"), **places)
+    _, source = open_sources(path, model.pixels, data_format=flags.get("data_format"), **places)
     if source is None:
         return []
     source.prepare()
     return [Example(source.name(i), i, *source.fetch([i])) for i in spread(NUM_EXAMPLES, len(source))]
 
 
-def find_examples(opened):
+def find_examples(model):
     """Return held-out images of a run's data, or drawn scenes, each with a small picture; and what they are."""
-    path = (opened.record and opened.record.flags.get("path_to_data")) or "builtin:shapes"
-    channels, reason = opened.pixels.channels, None
+    path = (model.record and model.record.flags.get("path_to_data")) or "builtin:shapes"
+    channels, reason = model.pixels.channels, None
     if path != "builtin:shapes":
         try:
-            if pairs := with_pictures(held_out_examples(opened), opened):
+            if pairs := with_pictures(held_out_examples(model), model):
                 return pairs, f"Held-out images of {Path(path).name}"
             reason = "holds out no image that can be read"
         except (DataError, OSError, ImportError) as error:
             reason = f"cannot be read ({in_one_line(error)})"
-    drawable = opened.pixels.value_range is None and channels in (1, 3)
+    drawable = model.pixels.value_range is None and channels in (1, 3)
     if reason:
         print(f"{path} {reason}; " + ("drawn scenes are shown instead" if drawable else "the page starts empty"))
     if not drawable:
@@ -309,19 +309,19 @@ def find_examples(opened):
     drawn = [Image.fromarray(shapes.draw(shapes.TRAIN_IMAGES + i)[0]) for i in range(NUM_EXAMPLES)]
     drawn = [np.atleast_3d(np.array(image if channels == 3 else image.convert("L"))) for image in drawn]
     scenes = [Example(f"scene {i}", i, data) for i, data in enumerate(drawn)]
-    return with_pictures(scenes, opened), "Drawn scenes, none of them trained on"
+    return with_pictures(scenes, model), "Drawn scenes, none of them trained on"
 
 
-def with_pictures(examples, opened):
+def with_pictures(examples, model):
     """Return the examples that can be read, with a small picture of each."""
     pairs = []
     for example in examples:
         with contextlib.suppress(DamagedImage):
-            pairs.append((example, opened.thumbnail(example.data)))
+            pairs.append((example, model.thumbnail(example.data)))
     return pairs
 
 
-class Picked(NamedTuple):
+class Choice(NamedTuple):
     """Hold the image that a visitor chose."""
 
     name: str
@@ -331,16 +331,16 @@ class Picked(NamedTuple):
 
 
 def pick(models, name, index, data):
-    """Return an image as Picked; a str that says why no model can read it."""
+    """Return an image as Choice; a str that says why no model can read it."""
     inputs = []
-    for opened in models:
+    for model in models:
         try:
-            inputs.append(opened.prepare(data))
+            inputs.append(model.prepare(data))
         except DamagedImage as error:
             inputs.append(in_one_line(error))
     if all(isinstance(each, str) for each in inputs):
         return inputs[0]
-    return Picked(name, index, inputs, time.monotonic_ns())
+    return Choice(name, index, inputs, time.monotonic_ns())
 
 
 def main(argv=None):
@@ -360,10 +360,10 @@ def main(argv=None):
     launch.set_speed(device, tf32=False)
     for path in paths:
         try:
-            models.append(Opened(path, device=device, max_pixels=args.max_pixels))
+            models.append(PageModel(path, device=device, max_pixels=args.max_pixels))
         except WeightsError as error:
             errors.append(str(error))
-    if source and not errors and all(opened.segments for opened in models):
+    if source and not errors and all(model.segments for model in models):
         errors.append(
             f"--nearest needs features, and {models[0].path} is a segmentation model, whose encoder has no norm"
         )
@@ -373,12 +373,12 @@ def main(argv=None):
         fail(errors)
     if port != args.port:
         print(f"port {args.port} is in use; {port} is taken")
-    for opened in models:
-        print(f"model      {opened.path} ({opened.trained.layout})")
-        for assumption in opened.trained.assumed:
+    for model in models:
+        print(f"model      {model.path} ({model.trained.layout})")
+        for assumption in model.trained.assumed:
             print(f"           assumed: {assumption}")
-        if source and not opened.segments:
-            opened.index(source)
+        if source and not model.segments:
+            model.index(source)
 
     # Page
     examples, caption = find_examples(models[0])

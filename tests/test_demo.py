@@ -76,8 +76,8 @@ def photos(tmp_path_factory) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def opened(path, max_pixels=10**6) -> demo.Opened:
-    return demo.Opened(path, device=torch.device("cpu"), max_pixels=max_pixels)
+def opened(path, max_pixels=10**6) -> demo.PageModel:
+    return demo.PageModel(path, device=torch.device("cpu"), max_pixels=max_pixels)
 
 
 def lines_of(folder: Path) -> list[dict]:
@@ -257,9 +257,9 @@ def test_images_that_cannot_be_read_have_a_reason(models, photos):
     several = [opened(models / "mae", max_pixels=2000), opened(models / "flat")]
     for data in (b"", b"no image", photos[0].read_bytes()[:60], Image.new("L", (1, 9)).tobytes()):
         assert isinstance(demo.pick(several, "x", 0, data), str) and demo.pick(several, "x", 0, data)
-    picked = demo.pick(several, "x", 0, photos[1].read_bytes())
-    assert picked.inputs[0] == "40 x 61 pixels, more than the 2000 allowed; raise --max_pixels"
-    assert picked.inputs[1].whole.shape == (1, 16, 32)
+    choice = demo.pick(several, "x", 0, photos[1].read_bytes())
+    assert choice.inputs[0] == "40 x 61 pixels, more than the 2000 allowed; raise --max_pixels"
+    assert choice.inputs[1].whole.shape == (1, 16, 32)
 
 
 def test_colours_and_legends():
@@ -342,7 +342,7 @@ def gradio_error() -> type[Exception]:
 def test_without_an_image_nothing_is_drawn(tabs):
     """A page without examples, or one whose session is forgotten."""
     skipped = tabs.gr.skip()
-    assert tabs.if_chosen(lambda picked: 1 / 0, None) == skipped
+    assert tabs.if_chosen(lambda choice: 1 / 0, None) == skipped
     event = SimpleNamespace(index=(3, 3))
     assert tabs._click_of((32, 32))(None, 50, "random", 0, None, event) is None
     for features in (None, [None]):
@@ -362,17 +362,17 @@ def test_opacity_before_the_classes_of_an_image(models, photos, tabs):
 def test_models_that_cannot_read_an_image_say_so(models, photos, tabs):
     several = [opened(models / "mean"), opened(models / "mean", max_pixels=10)]
     several[1].bank = several[0].bank = True
-    picked = demo.pick(several, "x", 0, photos[0].read_bytes())
+    choice = demo.pick(several, "x", 0, photos[0].read_bytes())
     reason = "`mean` cannot read this image: 40 x 40 pixels, more than the 10 allowed"
-    assert reason in tabs._classify(several, [0, 1], picked)[5] and reason in tabs._nearest(several, [1], picked)[1]
+    assert reason in tabs._classify(several, [0, 1], choice)[5] and reason in tabs._nearest(several, [1], choice)[1]
     assert tabs.in_markdown("<b>a|b</b>\n*c*") == r"\<b\>a\|b\<\/b\> \*c\*"
 
 
 def test_segmenters_show_attention_alone(models, photos, tabs):
     """Their encoder has no final norm: predict.py has no colours of them either."""
     both = [opened(models / "segmenter"), opened(models / "mae")]
-    picked = demo.pick(both, "x", 0, photos[0].read_bytes())
-    features, *outputs = tabs._look(both, lambda: None, picked, None)
+    choice = demo.pick(both, "x", 0, photos[0].read_bytes())
+    features, *outputs = tabs._look(both, lambda: None, choice, None)
     segmenter, mae = outputs[:9], outputs[9:]
     assert features[0] is None and segmenter[1:3] == [None] * 2 and segmenter[4:7] == [None, None, ""]
     assert segmenter[0] is not None and len(segmenter[7]) == 2 and all(mae)
@@ -380,8 +380,8 @@ def test_segmenters_show_attention_alone(models, photos, tabs):
 
 def test_only_the_picture_that_is_clicked_is_enlarged(models, photos, tabs):
     mae = [opened(models / "mae")]
-    picked = demo.pick(mae, "x", 0, photos[0].read_bytes())
-    outputs = tabs._reconstruct(mae, [0], picked, 75, "random", 0, True, None)
+    choice = demo.pick(mae, "x", 0, photos[0].read_bytes())
+    outputs = tabs._reconstruct(mae, [0], choice, 75, "random", 0, True, None)
     assert [each.size for each in outputs[:5]] == [(32, 32), (512, 512), (32, 32), (32, 32), (4, 4)]
 
 

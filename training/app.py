@@ -1,6 +1,6 @@
 """The page of demo.py: the image that a visitor chooses, the frame of the tabs, and the server.
 
-The page knows no model: `models` are any objects with the methods of `Opened` in demo.py. What a visitor chose is in
+The page knows no model: `models` are any objects with the methods of `PageModel` in demo.py. What a visitor chose is in
 gr.State, which each session has for itself.
 """
 
@@ -49,34 +49,34 @@ def build_page(models: Sequence, examples: Sequence, caption: str, pick: Callabl
         models: shown below each other in each tab that they have results for.
         examples: images to begin with, as tuples (name, index, data), and a picture of each.
         caption: what the examples are.
-        pick: (name, index, data) -> the image as models see it (`Picked` in demo.py), or a str that says why not.
+        pick: (name, index, data) -> the image as models see it (`Choice` in demo.py), or a str that says why not.
     """
     title = "Masked autoencoder" if any(model.reconstructs for model in models) else "Vision Transformer"
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(60, 600)) as page:
         gr.Markdown(f"# {title}\n" + ", ".join(f"`{model.name}`" for model in models))
-        picked, active = gr.State(**STATE), gr.State()
+        choice, active = gr.State(**STATE), gr.State()
         simple = all(model.pixels.value_range is None and model.pixels.channels in (1, 3) for model in models)
         choose = partial(_choose, examples=examples, caption=caption, pick=pick, simple=simple)
         firsts = [partial(pick, *example) for example, _ in examples[:2]]
-        choices = choose(picked, label="Your image")
+        choices = choose(choice, label="Your image")
         tabs = []
         with gr.Tabs():
             if any(model.reconstructs for model in models):
-                tabs += [reconstruct_tab(models, picked), fill_tab(models, picked)]
+                tabs += [reconstruct_tab(models, choice), fill_tab(models, choice)]
             if any(model.classifies for model in models):
-                tabs.append(classify_tab(models, picked))
+                tabs.append(classify_tab(models, choice))
             if any(model.segments for model in models):
-                tabs.append(segment_tab(models, picked))
-            tabs.append(look_tab(models, picked, choose, firsts[-1] if firsts else lambda: None))
+                tabs.append(segment_tab(models, choice))
+            tabs.append(look_tab(models, choice, choose, firsts[-1] if firsts else lambda: None))
             if any(model.bank for model in models):
-                tabs.append(nearest_tab(models, picked))
+                tabs.append(nearest_tab(models, choice))
         begin = partial(_begin, firsts[0] if firsts else None, tabs[0][0].label)
-        start = page.load(begin, None, [picked, active], **EVENT)
+        start = page.load(begin, None, [choice, active], **EVENT)
         for tab, draw, inputs, outputs in tabs:
-            shown = dict(fn=partial(_draw_if_active, tab.label, draw), inputs=[active, *inputs], outputs=outputs)
-            tab.select(partial(str, tab.label), None, active, **EVENT).then(**shown, **EVENT)
+            options = dict(fn=partial(_draw_if_active, tab.label, draw), inputs=[active, *inputs], outputs=outputs)
+            tab.select(partial(str, tab.label), None, active, **EVENT).then(**options, **EVENT)
             for event in (start, *choices):
-                event.then(**shown, **EVENT)
+                event.then(**options, **EVENT)
     for block in page.blocks.values():
         if isinstance(block, gr.components.Component):
             block.async_move_resource_to_block_cache = partial(_take_file, block.async_move_resource_to_block_cache)
@@ -101,9 +101,9 @@ def _draw_if_active(name: str, draw: Callable, active: str, *values):
 
 
 def _choose(
-    picked: gr.State, *, label: str, examples: Sequence, caption: str, pick: Callable, simple: bool
+    choice: gr.State, *, label: str, examples: Sequence, caption: str, pick: Callable, simple: bool
 ) -> list[gr.events.Dependency]:
-    """Add places to upload and to choose an image, and return the events that set `picked`.
+    """Add places to upload and to choose an image, and return the events that set `choice`.
 
     Not `simple` images, which a browser cannot show, are uploaded as files.
     """
@@ -114,9 +114,9 @@ def _choose(
         else:
             upload = gr.File(label=f"{label}: TIFF or .npy", height=290, min_width=260)
         tiles = [(tile, Path(example[0]).name) for example, tile in examples]
-        shown = dict(columns=6, height=290, object_fit="contain", allow_preview=False, buttons=[], min_width=300)
-        shown.update(elem_classes=["labelled", "examples"], format="png")
-        gallery = gr.Gallery([tile for tile, _ in tiles], label=caption, scale=2, visible=bool(tiles), **shown)
+        options = dict(columns=6, height=290, object_fit="contain", allow_preview=False, buttons=[], min_width=300)
+        options.update(elem_classes=["labelled", "examples"], format="png")
+        gallery = gr.Gallery([tile for tile, _ in tiles], label=caption, scale=2, visible=bool(tiles), **options)
     status = gr.HTML()
 
     def choose_example(event: gr.SelectData):
@@ -124,8 +124,8 @@ def _choose(
 
     changed = upload.input if simple else upload.upload
     return [
-        changed(partial(_choose_file, pick), [upload, picked], [picked, status], **EVENT),
-        gallery.select(choose_example, None, [picked, upload, status], **EVENT),
+        changed(partial(_choose_file, pick), [upload, choice], [choice, status], **EVENT),
+        gallery.select(choose_example, None, [choice, upload, status], **EVENT),
     ]
 
 
@@ -134,17 +134,17 @@ def _path_of(payload) -> str | None:
     return payload and payload.path
 
 
-def _choose_file(pick: Callable, path: str | None, picked):
+def _choose_file(pick: Callable, path: str | None, choice):
     """Return the image in an uploaded file and a line on it; the one before if the file cannot be read."""
     if path is None:
-        return picked, ""
+        return choice, ""
     path = Path(path)
     if path.stat().st_size > MAX_UPLOAD:
         result = f"larger than {MAX_UPLOAD // 10**6} MB"
     else:
         result = pick(path.name, 0, path.read_bytes())
     if isinstance(result, str):
-        return picked, one_line(f"error: {path.name}: {result}", "#c62828")
+        return choice, one_line(f"error: {path.name}: {result}", "#c62828")
     return result, one_line(f"image: {path.name}")
 
 

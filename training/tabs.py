@@ -39,12 +39,12 @@ def gallery(label: str, columns: int, **options) -> gr.Gallery:
     return gr.Gallery(label=label, **own, **options)
 
 
-def if_chosen(draw: Callable, picked, *values):
+def if_chosen(draw: Callable, choice, *values):
     """Return what `draw` does, or leave all as it is if no image is chosen, or it is forgotten."""
-    if picked is None:
+    if choice is None:
         gr.Info("Choose an image first.")
         return gr.skip()
-    return draw(picked, *values)
+    return draw(choice, *values)
 
 
 def one_line(text: str, colour: str = "inherit") -> str:
@@ -65,19 +65,19 @@ def _mask_controls(model, *, least: int = 1) -> list:
     return [ratio, strategy, gr.Slider(0, 99, 0, step=1, label="Seed of the mask", min_width=220)]
 
 
-def reconstruct_tab(models: Sequence, picked: gr.State) -> tuple:
+def reconstruct_tab(models: Sequence, choice: gr.State) -> tuple:
     """Add the tab that reconstructs from a mask, and return it, its function, its inputs and its outputs."""
-    numbers, places, outputs = [i for i, each in enumerate(models) if each.reconstructs], [], []
+    indices, places, outputs = [i for i, each in enumerate(models) if each.reconstructs], [], []
     leaks = any(model.reconstructs and model.leaks for model in models)
     with gr.Tab("Reconstruct") as tab:
         clicks = gr.State()  # a child of the tab: children of gr.Tabs are counted as tabs
         with gr.Row():
-            controls = _mask_controls(models[numbers[0]])
+            controls = _mask_controls(models[indices[0]])
             truth = gr.Checkbox(True, label="True patch statistics", info=LEAKS, visible=leaks, min_width=220)
         with gr.Row():
             gr.Markdown("**Click** a patch of what the encoder sees to remove it, or to put it back.")
             undo = gr.Button("Undo clicks", size="sm", scale=0, min_width=140)
-        for i in numbers:
+        for i in indices:
             _name_models(models, i)
             with gr.Row():
                 row = [
@@ -88,9 +88,9 @@ def reconstruct_tab(models: Sequence, picked: gr.State) -> tuple:
             outputs += row
             places.append((row[CLICKED], models[i].img_size))
         outputs += [gr.HTML(), gr.Markdown()]
-    draw, inputs = partial(if_chosen, partial(_reconstruct, models, numbers)), [picked, *controls, truth, clicks]
+    draw, inputs = partial(if_chosen, partial(_reconstruct, models, indices)), [choice, *controls, truth, clicks]
     for place, size in places:
-        event = place.select(_click_of(size), [picked, *controls, clicks], clicks, **EVENT)
+        event = place.select(_click_of(size), [choice, *controls, clicks], clicks, **EVENT)
         event.then(draw, inputs, outputs, **EVENT)
     undo.click(lambda: None, None, clicks, **EVENT).then(draw, inputs, outputs, **EVENT)
     gr.on([control.change for control in (*controls, truth)], draw, inputs, outputs, **EVENT)
@@ -120,30 +120,30 @@ def _place_of(event: gr.SelectData, size: tuple[int, int]) -> tuple[float, float
 def _click_of(size: tuple[int, int]) -> Callable:
     """Return a function that adds a click, in a picture of `size` (H, W) pixels, to the clicks on the same mask."""
 
-    def add(picked, ratio, strategy, seed, clicks, event: gr.SelectData):
-        if picked is None:
+    def add(choice, ratio, strategy, seed, clicks, event: gr.SelectData):
+        if choice is None:
             return None
-        mask = (picked.time, ratio, strategy, seed)
+        mask = (choice.time, ratio, strategy, seed)
         return mask, (*(clicks[1] if clicks and clicks[0] == mask else ()), _place_of(event, size))
 
     return add
 
 
-def _reconstruct(models: Sequence, numbers: Sequence[int], picked, ratio, strategy, seed, truth, clicks) -> list:
+def _reconstruct(models: Sequence, indices: Sequence[int], choice, ratio, strategy, seed, truth, clicks) -> list:
     """Return the outputs of the tab: pictures of each model, the legend of the errors, the table."""
-    clicked = clicks[1] if clicks and clicks[0] == (picked.time, ratio, strategy, seed) else ()
+    clicked = clicks[1] if clicks and clicks[0] == (choice.time, ratio, strategy, seed) else ()
     options = dict(mask_ratio=ratio / 100, strategy=strategy, seed=int(seed), clicks=clicked)
     results = []
-    for i in numbers:
-        if isinstance(picked.inputs[i], str):
+    for i in indices:
+        if isinstance(choice.inputs[i], str):
             results.append(None)
             continue
-        noise, num_kept = models[i].draw_mask(picked.index, **options)
-        results.append(models[i].reconstruct(picked.inputs[i].whole, noise, num_kept, true_statistics=truth))
-    return _show(models, numbers, picked, results, METRICS, tiles=(0, 1, 2, 3), leaks=truth)
+        noise, num_kept = models[i].draw_mask(choice.index, **options)
+        results.append(models[i].reconstruct(choice.inputs[i].whole, noise, num_kept, true_statistics=truth))
+    return _show(models, indices, choice, results, METRICS, tiles=(0, 1, 2, 3), leaks=truth)
 
 
-def _show(models: Sequence, numbers, picked, results, metrics, *, tiles: Sequence[int], leaks: bool) -> list:
+def _show(models: Sequence, indices, choice, results, metrics, *, tiles: Sequence[int], leaks: bool) -> list:
     """Return the outputs of a tab of reconstructions: some `tiles` and the errors of each, a legend, and a table."""
     high = max((np.nanmax(result.errors) for result in results if result), default=1)
     pictures = []
@@ -153,14 +153,14 @@ def _show(models: Sequence, numbers, picked, results, metrics, *, tiles: Sequenc
             continue
         pictures += [_clickable(result.tiles[i]) if i == CLICKED else result.tiles[i] for i in tiles]
         pictures.append(heat_map(result.errors, 0, high))
-    head = ["", *(f"`{models[i].name}`" for i in numbers)] if len(numbers) > 1 else ["", "PSNR, SSIM"]
-    lines = [head, ["---"] + ["---:"] * len(numbers)]
+    head = ["", *(f"`{models[i].name}`" for i in indices)] if len(indices) > 1 else ["", "PSNR, SSIM"]
+    lines = [head, ["---"] + ["---:"] * len(indices)]
     for text, (psnr, ssim) in metrics.items():
         lines.append([text, *(_score(result, psnr, ssim) for result in results)])
-    counts = [(models[i], result) for i, result in zip(numbers, results, strict=True) if result]
+    counts = [(models[i], result) for i, result in zip(indices, results, strict=True) if result]
     notes = [f"{result.num_kept} of {model.num_patches} patches are seen at a time." for model, result in counts]
     notes += [LEAKS] * (leaks and any(model.leaks for model, _ in counts))
-    notes += [_unreadable(models[i], picked.inputs[i]) for i in numbers if isinstance(picked.inputs[i], str)]
+    notes += [_unreadable(models[i], choice.inputs[i]) for i in indices if isinstance(choice.inputs[i], str)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     text = "error of a patch: root mean square over its pixels, where white is 1"
     text += "; grey patches were visible" if len(metrics) > 1 else ""
@@ -178,41 +178,41 @@ def _unreadable(model, reason: str) -> str:
     return f"`{model.name}` cannot read this image: {reason}."
 
 
-def fill_tab(models: Sequence, picked: gr.State) -> tuple:
+def fill_tab(models: Sequence, choice: gr.State) -> tuple:
     """Add the tab that predicts every patch from masks that remove it."""
-    numbers, outputs = [i for i, each in enumerate(models) if each.reconstructs], []
+    indices, outputs = [i for i, each in enumerate(models) if each.reconstructs], []
     with gr.Tab("Fill everything") as tab:
         gr.Markdown("Several masks remove each patch at least once: all that is shown was predicted while hidden.")
         with gr.Row():  # below 10 %, up to 100 masks would be needed
-            controls = _mask_controls(models[numbers[0]], least=10)
-        for i in numbers:
+            controls = _mask_controls(models[indices[0]], least=10)
+        for i in indices:
             _name_models(models, i)
             with gr.Row():
                 outputs += [picture(label) for label in ("original", "every patch predicted", "error of each patch")]
         outputs += [gr.HTML(), gr.Markdown()]
-    draw, inputs = partial(if_chosen, partial(_fill, models, numbers)), [picked, *controls]
+    draw, inputs = partial(if_chosen, partial(_fill, models, indices)), [choice, *controls]
     gr.on([control.change for control in controls], draw, inputs, outputs, **EVENT)
     return tab, draw, inputs, outputs
 
 
-def _fill(models: Sequence, numbers: Sequence[int], picked, ratio, strategy, seed) -> list:
+def _fill(models: Sequence, indices: Sequence[int], choice, ratio, strategy, seed) -> list:
     """Return the outputs of the tab, as `_reconstruct` does."""
     results = []
-    for i in numbers:
-        if isinstance(picked.inputs[i], str):
+    for i in indices:
+        if isinstance(choice.inputs[i], str):
             results.append(None)
             continue
-        mask = models[i].draw_mask(picked.index, mask_ratio=ratio / 100, strategy=strategy, seed=int(seed))
-        results.append(models[i].reconstruct(picked.inputs[i].whole, *mask, everywhere=True))
+        mask = models[i].draw_mask(choice.index, mask_ratio=ratio / 100, strategy=strategy, seed=int(seed))
+        results.append(models[i].reconstruct(choice.inputs[i].whole, *mask, everywhere=True))
     metrics = {name: METRICS[name] for name in ("whole prediction",)}
-    return _show(models, numbers, picked, results, metrics, tiles=(0, 2), leaks=True)
+    return _show(models, indices, choice, results, metrics, tiles=(0, 2), leaks=True)
 
 
-def classify_tab(models: Sequence, picked: gr.State) -> tuple:
+def classify_tab(models: Sequence, choice: gr.State) -> tuple:
     """Add the tab of the likeliest classes or labels, or of numbers."""
-    numbers, outputs = [i for i, each in enumerate(models) if each.classifies], []
+    indices, outputs = [i for i, each in enumerate(models) if each.classifies], []
     with gr.Tab("Classify") as tab:
-        for i in numbers:
+        for i in indices:
             _name_models(models, i)
             with gr.Row():
                 outputs.append(picture("what the model sees", scale=1))
@@ -223,20 +223,20 @@ def classify_tab(models: Sequence, picked: gr.State) -> tuple:
                     most = None if problem == "labels" else 8
                     outputs.append(gr.Label(label=problem, num_top_classes=most, scale=2))
             outputs.append(gr.HTML())
-    return tab, partial(if_chosen, partial(_classify, models, numbers)), [picked], outputs
+    return tab, partial(if_chosen, partial(_classify, models, indices)), [choice], outputs
 
 
-def _classify(models: Sequence, numbers: Sequence[int], picked) -> list:
+def _classify(models: Sequence, indices: Sequence[int], choice) -> list:
     outputs = []
-    for i in numbers:
-        if isinstance(picked.inputs[i], str):
-            outputs += [None, None, one_line(_unreadable(models[i], picked.inputs[i]))]
+    for i in indices:
+        if isinstance(choice.inputs[i], str):
+            outputs += [None, None, one_line(_unreadable(models[i], choice.inputs[i]))]
             continue
-        result = models[i].classify(picked.inputs[i].view)
+        result = models[i].classify(choice.inputs[i].view)
         if models[i].model.problem == "numbers":
             rows = [f"| {in_markdown(name)} | {value:.6g} |" for name, value in result.items()]
             result = "\n".join(["| name | number |", "| --- | ---: |", *rows])
-        outputs += [_pixels(picked.inputs[i].view), result, ""]
+        outputs += [_pixels(choice.inputs[i].view), result, ""]
     return outputs
 
 
@@ -251,46 +251,46 @@ def _pixels(image) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(pixels, (3, *pixels.shape[1:])).transpose(1, 2, 0))
 
 
-def segment_tab(models: Sequence, picked: gr.State) -> tuple:
+def segment_tab(models: Sequence, choice: gr.State) -> tuple:
     """Add the tab of the classes of pixels."""
-    numbers, places = [i for i, each in enumerate(models) if each.segments], []
+    indices, places = [i for i, each in enumerate(models) if each.segments], []
     with gr.Tab("Segment") as tab:
         labels = gr.State(**STATE)
         opacity = gr.Slider(0, 100, 60, step=1, label="Opacity of the classes (%)")
-        for i in numbers:
+        for i in indices:
             _name_models(models, i)
             with gr.Row():
                 places += [picture("classes of pixels", min_width=300, scale=3), gr.HTML(min_width=200)]
-    blend = partial(if_chosen, partial(_blend, models, numbers))
-    opacity.change(blend, [picked, labels, opacity], places, **EVENT)
-    return tab, partial(if_chosen, partial(_segment, models, numbers)), [picked, opacity], [labels, *places]
+    blend = partial(if_chosen, partial(_blend, models, indices))
+    opacity.change(blend, [choice, labels, opacity], places, **EVENT)
+    return tab, partial(if_chosen, partial(_segment, models, indices)), [choice, opacity], [labels, *places]
 
 
-def _segment(models: Sequence, numbers: Sequence[int], picked, opacity) -> list:
+def _segment(models: Sequence, indices: Sequence[int], choice, opacity) -> list:
     """Return the time of the image with the classes of its pixels for each model; an overlay and a legend for each."""
-    inputs = [picked.inputs[i] for i in numbers]
+    inputs = [choice.inputs[i] for i in indices]
     classes = [
-        None if isinstance(each, str) else models[i].segment(each) for i, each in zip(numbers, inputs, strict=True)
+        None if isinstance(each, str) else models[i].segment(each) for i, each in zip(indices, inputs, strict=True)
     ]
-    return [(picked.time, classes), *_blend(models, numbers, picked, (picked.time, classes), opacity)]
+    return [(choice.time, classes), *_blend(models, indices, choice, (choice.time, classes), opacity)]
 
 
-def _blend(models: Sequence, numbers: Sequence[int], picked, labels, opacity) -> list | dict:
+def _blend(models: Sequence, indices: Sequence[int], choice, labels, opacity) -> list | dict:
     """Return an overlay and a legend for each model; skip if `labels` are those of another image, or none yet."""
-    if labels is None or labels[0] != picked.time:
+    if labels is None or labels[0] != choice.time:
         return gr.skip()
     outputs = []
-    for i, classes in zip(numbers, labels[1], strict=True):
+    for i, classes in zip(indices, labels[1], strict=True):
         if classes is None:
-            outputs += [None, one_line(_unreadable(models[i], picked.inputs[i]))]
+            outputs += [None, one_line(_unreadable(models[i], choice.inputs[i]))]
             continue
-        image = displayable(picked.inputs[i].picture).numpy()
+        image = displayable(choice.inputs[i].picture).numpy()
         outputs.append(overlay(image, classes, models[i].colours, opacity / 100))
         outputs.append(class_legend(classes, models[i].classes, models[i].colours))
     return outputs
 
 
-def look_tab(models: Sequence, picked: gr.State, choose: Callable, other: Callable) -> tuple:
+def look_tab(models: Sequence, choice: gr.State, choose: Callable, other: Callable) -> tuple:
     """Add the tab of features and attention of two images.
 
     `choose` adds places to choose the second image, and returns their events; `other` returns it until one is chosen.
@@ -318,7 +318,7 @@ def look_tab(models: Sequence, picked: gr.State, choose: Callable, other: Callab
                 places += [(place, i, image, [*similar, outputs[-1]]) for image, place in enumerate(seen)]
             heads = f"attention of the {'class token, by head' if model.attends == 'head' else 'queries of the probe'}"
             outputs += [gallery(f"{name} image: {heads}", 6, buttons=[]) for name in ("first", "second")]
-    draw, inputs, results = partial(if_chosen, partial(_look, models, other)), [picked, second], [features, *outputs]
+    draw, inputs, results = partial(if_chosen, partial(_look, models, other)), [choice, second], [features, *outputs]
     for event in events:
         event.then(draw, inputs, results, **EVENT)
     for place, i, image, results_of_click in places:
@@ -326,11 +326,11 @@ def look_tab(models: Sequence, picked: gr.State, choose: Callable, other: Callab
     return tab, draw, inputs, results
 
 
-def _look(models: Sequence, other: Callable, picked, second) -> list:
+def _look(models: Sequence, other: Callable, choice, second) -> list:
     """Return the features of each model, and its nine outputs."""
-    second = second or other() or picked
+    second = second or other() or choice
     all_features, outputs = [], []
-    for model, *pair in zip(models, picked.inputs, second.inputs, strict=True):
+    for model, *pair in zip(models, choice.inputs, second.inputs, strict=True):
         if any(isinstance(inputs, str) for inputs in pair):
             reason = next(inputs for inputs in pair if isinstance(inputs, str))
             all_features.append(None)
@@ -366,21 +366,21 @@ def _similarity(model, features, image: int, x: float, y: float) -> tuple[list, 
     return [heat_map(each, low, 1) for each in values], scale_legend(f"{low:.2f}", "1", text)
 
 
-def nearest_tab(models: Sequence, picked: gr.State) -> tuple:
+def nearest_tab(models: Sequence, choice: gr.State) -> tuple:
     """Add the tab of the nearest images of a folder."""
-    numbers, outputs = [i for i, each in enumerate(models) if each.bank], []
+    indices, outputs = [i for i, each in enumerate(models) if each.bank], []
     with gr.Tab("Nearest") as tab:
-        for i in numbers:
+        for i in indices:
             label = f"nearest of {len(models[i].bank[1])} images, by cosine similarity: {models[i].name}"
             outputs += [gallery(label, 4, buttons=[]), gr.HTML()]
-    return tab, partial(if_chosen, partial(_nearest, models, numbers)), [picked], outputs
+    return tab, partial(if_chosen, partial(_nearest, models, indices)), [choice], outputs
 
 
-def _nearest(models: Sequence, numbers: Sequence[int], picked) -> list:
+def _nearest(models: Sequence, indices: Sequence[int], choice) -> list:
     """Return the pictures of the nearest images, and a line on an image that cannot be read, for each model."""
     outputs = []
-    for i in numbers:
-        inputs = picked.inputs[i]
+    for i in indices:
+        inputs = choice.inputs[i]
         unreadable = isinstance(inputs, str)
         outputs += (
             [None, one_line(_unreadable(models[i], inputs))] if unreadable else [models[i].nearest(inputs.view), ""]
