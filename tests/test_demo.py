@@ -572,14 +572,16 @@ def test_a_space_runs_by_itself(models, photos, hub, tmp_path, monkeypatch):
     (tmp_path / "start.py").write_text(code + f"runpy.run_path({str(folder / 'app.py')!r}, run_name='__main__')")
     monkeypatch.setenv("GRADIO_SERVER_PORT", "7941")
     with start_page(tmp_path / "start.py", cwd=tmp_path, folder=folder) as process:
-        address = address_of(process, tmp_path)
-        outputs = first_outputs(address)
-        tiles = [output["url"] for output in outputs if isinstance(output, dict) and output.get("url")]
-        with urllib.request.urlopen(tiles[1]) as answer:
-            sees = np.asarray(Image.open(io.BytesIO(answer.read())))[::16, ::16]
-        assert (sees.reshape(4, 8, 4, 8, 3) == 128).all(axis=(1, 3, 4)).sum() == 12 and len(tiles) == 5
-        assert "4 of 16 patches are seen" in outputs[-1]
-        process.terminate()
+        try:
+            address = address_of(process, tmp_path)
+            outputs = first_outputs(address)
+            tiles = [output["url"] for output in outputs if isinstance(output, dict) and output.get("url")]
+            with urllib.request.urlopen(tiles[1]) as answer:
+                sees = np.asarray(Image.open(io.BytesIO(answer.read())))[::16, ::16]
+            assert (sees.reshape(4, 8, 4, 8, 3) == 128).all(axis=(1, 3, 4)).sum() == 12 and len(tiles) == 5
+            assert "4 of 16 patches are seen" in outputs[-1]
+        finally:  # or `with` would wait for it
+            process.terminate()
 
 
 def first_outputs(address: str) -> list:
