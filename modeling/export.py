@@ -10,6 +10,7 @@ from safetensors.torch import save
 
 from modeling.classifier import Classifier
 from modeling.decoder import CrossDecoder
+from modeling.detector import Detector
 from modeling.layouts import QKV, TRANSFORMERS_NAMES, TRANSFORMERS_QKV, State, rename
 from modeling.mae import MaskedAutoencoder
 from modeling.targets import NormalizedPixels, Pixels
@@ -48,7 +49,11 @@ def libraries_of(model: Model) -> list[str]:
     """Return the libraries that load the exported folder of a model as a whole: transformers and timm, one or none."""
     encoder = getattr(model, "encoder", model)
     has_head = isinstance(model, Classifier | Segmenter)
-    if getattr(model, "pooling", None) == "attentive" or (has_head and encoder.num_cls_tokens > 1):
+    if (
+        isinstance(model, Detector)
+        or getattr(model, "pooling", None) == "attentive"
+        or (has_head and encoder.num_cls_tokens > 1)
+    ):
         return []
     if encoder.num_cls_tokens > 1:
         return [] if pixio_misfit(encoder) else ["transformers"]
@@ -222,6 +227,27 @@ def export_segmenter(
         "do_reduce_labels": True,  # in annotations, 0 is no class and classes start at 1
     }
     _write(folder, weights, config, preprocessor, (mean, std, value_range))
+
+
+def export_detector(
+    model: Detector,
+    folder: str | Path,
+    *,
+    classes: Sequence[str],
+    mean: Floats,
+    std: Floats,
+    value_range: Floats | None = None,
+) -> None:
+    """Write a folder for this project; no other library has the model.
+
+    Args:
+        classes: names, without the background.
+        mean, std, value_range: as in `export_encoder`.
+    """
+    config = {"model_type": "vit_detector", **_vit_config(model.encoder), "window_size": model.window}
+    preprocessor = {"do_resize": True, "size": {"longest_edge": model.encoder.img_size[0]}, "do_pad": True}
+    weights = {"model.safetensors": model.state_dict()}
+    _write(folder, weights, config | _class_names(classes), preprocessor, (mean, std, value_range))
 
 
 def _upernet_config(model: Segmenter, width: int) -> dict:

@@ -50,6 +50,7 @@ class Stored(NamedTuple):
         None  # mean, std, bias: an export's numbers, see `export_classifier`
     )
     layers: list[int] | None = None  # blocks, from 0, that feed a segmentation head
+    window_size: int | None = None  # side of a detector's attention windows, in patches; 0: none
     crop_ratio: float | None = None  # side of the centre crop / side of the resized image, in evaluation
     resize: list[int] | None = None  # LONG and SHORT side that images fit in a segmenter's evaluation
     mask_offset: int | None = None  # label of a segmenter's first class in the masks that it was trained on
@@ -142,6 +143,7 @@ def _read_config(config: dict, folder: Path) -> Stored:
         problem={"multi_label_classification": "labels", "regression": "numbers"}.get(config.get("problem_type")),
         standardization=config.get("standardization"),
         layers=layers,
+        window_size=config.get("window_size"),
         crop_ratio=config.get("pretrained_cfg", {}).get("crop_pct"),
         **{name: config.get("evaluation", {}).get(name) for name in ("resize", "mask_offset", "void_label")},
         mask_ratio=config.get("mask_ratio"),

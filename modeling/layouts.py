@@ -61,12 +61,13 @@ TRANSFORMERS_5_NAMES = [
 SEGMENTATION_HEADS = ("decode_head.", "auxiliary_head.")  # the same names here and in transformers
 # All that follows an encoder
 HEAD_PREFIXES = ("head.", "head_norm.", "fc_norm.", "attentive_pool.", "number_", "vit.pooler.", "fpn.")
-HEAD_PREFIXES += SEGMENTATION_HEADS
+HEAD_PREFIXES += (*SEGMENTATION_HEADS, "rpn.", "roi_heads.")
 DECODER = ("mask_token", "decoder.", "target.")
 OFFICIAL_DECODER = ("mask_token", "decoder_")  # in the official MAE and in older checkpoints of this project
 BLOCKS = {"encoder": "encoder.blocks.", "decoder": "decoder.blocks."}
 QUERIES = "attentive_pool.queries"  # (1, Q, D)
 CLS_TOKEN = "encoder.cls_token"  # (1, T, D)
+DETECTION_CLASSES = "roi_heads.box_predictor.cls_score.weight"  # (1 + classes, 4 * width)
 PROJECTION = "encoder.patch_embed.proj.weight"  # (D, C, P, P)
 # Options of an encoder -> endings of the parameters that they add to every block
 EXTRAS = {
@@ -146,7 +147,7 @@ def model_settings(state: State) -> dict[str, object]:
     """Return the arguments that parameters under our names show, as the scripts name them.
 
     They have `encoder_embed_dim` if they show an encoder, `decoder_embed_dim` and `decoder` if they show a decoder,
-    `pooling` if they have a classification head, and `head` if they have a segmentation head.
+    `pooling` if they have a classification head, and `head` if they have a head for segmentation or detection.
     """
     settings = {option: bool(extra_names(state, option)) for option in EXTRAS}
     for part, blocks in BLOCKS.items():
@@ -175,4 +176,8 @@ def model_settings(state: State) -> dict[str, object]:
         settings |= dict(num_classes=len(head), head=name)
         settings["head_width"] = head.shape[1] if HEADS[name].default_width else None
         settings["auxiliary"] = "auxiliary_head.classifier.weight" in state
+    if DETECTION_CLASSES in state:
+        masks = any(name.startswith("roi_heads.mask_head.") for name in state)
+        settings |= dict(num_classes=len(state[DETECTION_CLASSES]) - 1, head="mask_rcnn" if masks else "faster_rcnn")
+        settings["head_width"] = state[DETECTION_CLASSES].shape[1] // 4
     return settings

@@ -8,6 +8,8 @@ import torch
 
 from modeling.classifier import Classifier
 from modeling.decoder import DECODERS
+from modeling.detector import HEADS as DETECTORS
+from modeling.detector import Detector
 from modeling.export import CROP_RATIO
 from modeling.files import Stored, WeightsError
 from modeling.layouts import State
@@ -46,7 +48,7 @@ class Trained(NamedTuple):
 
     @property
     def classes(self) -> list[str]:
-        """Return the names of a classifier's or segmenter's classes, LABEL_0, ... where unknown; otherwise []."""
+        """Return the names of the classes of a head, LABEL_0, ... where unknown; otherwise []."""
         return self.class_names or [f"LABEL_{i}" for i in range(getattr(self.model, "num_classes", 0))]
 
 
@@ -58,7 +60,7 @@ def open_trained(
     img_size: tuple[int, int] | None = None,
     in_channels: int | None = None,
 ) -> Trained:
-    """Open trained weights as a MaskedAutoencoder, Classifier, Segmenter or VisionTransformer.
+    """Open trained weights as a MaskedAutoencoder, Classifier, Segmenter, Detector or VisionTransformer.
 
     Args:
         path: a run, one of its checkpoints or exported folders, a file or folder of the official MAE, timm or
@@ -122,6 +124,10 @@ def _build(weights: Weights, *, whole: bool, img_size: Grid | None, in_channels:
     if head := settings.get("head"):
         scale = 1.0 if settings["layer_scale"] else None
         encoder.add_extras(relative_position_bias=settings["relative_position_bias"], layer_scale=scale)
+        if head in DETECTORS:
+            window = Detector.default_window if stored.window_size is None else stored.window_size
+            options = dict(masks=head == DETECTORS[0], window=window, width=settings["head_width"])
+            return Detector(encoder, settings["num_classes"], **options)
         options = dict(head_width=settings["head_width"], auxiliary=settings["auxiliary"])
         return Segmenter(encoder, settings["num_classes"], head=head, layers=stored.layers, **options)
     if whole and "decoder_embed_dim" in settings:
@@ -162,7 +168,7 @@ def _assumptions(trained: Trained, stored: Stored) -> Iterator[str]:
         )
     if isinstance(model, Classifier) and stored.pooling is None and model.pooling != "attentive":
         yield f"a head on {'the cls token' if model.pooling == 'cls' else 'the mean of the patch tokens'}"
-    if isinstance(model, Classifier | Segmenter) and stored.classes is None:
+    if isinstance(model, Classifier | Segmenter | Detector) and stored.classes is None:
         yield "no names of classes"
     if stored.mean is None:
         yield f"images normalized by the mean {trained.mean} and the standard deviation {trained.std}"

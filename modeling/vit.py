@@ -108,12 +108,16 @@ class Attention(nn.Module):
         table = torch.zeros(offsets + 3, self.num_heads)  # the last three: cls to patch, patch to cls, cls to cls
         self.bias_grid, self.relative_position_bias_table = grid, nn.Parameter(table)
 
+    def bias_table(self, grid: Grid) -> torch.Tensor:
+        """Return the table of the relative position bias for this grid."""
+        return resize_biases(self.relative_position_bias_table, self.bias_grid, grid)
+
     def relative_position_bias(self, grid: Grid, num_cls_tokens: int = 1) -> torch.Tensor:
         """Return the bias (heads, T + L, T + L), queries first, for a grid of this size; class tokens come first.
 
         Class tokens share their entries of the table.
         """
-        (h, w), table = grid, resize_biases(self.relative_position_bias_table, self.bias_grid, grid)
+        (h, w), table = grid, self.bias_table(grid)
         offsets = table[:-3].T.reshape(-1, 2 * h - 1, 2 * w - 1)  # of the query's row and column minus the key's
         # The keys of a query at (y, x) are the h x w window of `offsets` at (y, x), in reverse order. Windows are used
         # because indexing would sum gradients in a nondeterministic order.

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from modeling.classifier import Classifier
+from modeling.detector import Detector
 from modeling.files import Stored, WeightsError, read_state_dict, read_stored
 from modeling.hub import find_weights
 from modeling.layouts import DECODER, EXTRAS, HEAD_PREFIXES, PROJECTION, State, extra_names, model_settings, to_ours
@@ -20,7 +22,7 @@ from modeling.upernet import Segmenter
 from modeling.vit import SIZES, Grid, VisionTransformer
 
 NUM_HEADS = {(size["embed_dim"], size["depth"]): size["num_heads"] for size in SIZES.values()}
-Model = MaskedAutoencoder | Classifier | Segmenter | VisionTransformer
+Model = MaskedAutoencoder | Classifier | Segmenter | Detector | VisionTransformer
 
 
 class LoadReport(NamedTuple):
@@ -96,6 +98,18 @@ def open_weights(
     return Weights(path, state, stored, settings, sizes, grid)
 
 
+def resize_patches(weights: Weights, patch_size: int) -> Weights:
+    """Return the weights for patches of another side: the projection is resized bicubically.
+
+    It is scaled by the ratio of the areas, so that tokens keep their size. ViTDet's ViT-H goes from 14 to 16 pixels.
+    """
+    _, state = to_ours(weights.state)
+    old, size = weights.sizes["patch_size"], (patch_size, patch_size)
+    resized = F.interpolate(state[PROJECTION].float(), size=size, mode="bicubic", align_corners=False)
+    state[PROJECTION] = resized * (old / patch_size) ** 2
+    return weights._replace(state=state, sizes={**weights.sizes, "patch_size": patch_size})
+
+
 def start_from(weights: Weights, module: Model, *, mean: list[float], std: list[float], **options) -> str:
     """Load `weights` into `module` as `load_weights` does, and return a line of report.
 
@@ -144,10 +158,10 @@ def load_weights(
 
     has_decoder = any(name.startswith(DECODER) for name in state)
     new = [] if has_decoder else [name for name in target if name.startswith(DECODER)]
-    if not isinstance(model, Segmenter):
+    if not isinstance(model, Segmenter | Detector):
         new += [name for option in EXTRAS if not extra_names(state, option) for name in extra_names(target, option)]
     planned = (*HEAD_PREFIXES, *DECODER) if prefix else HEAD_PREFIXES
-    planned += ("encoder.norm.",) if prefix or isinstance(model, Segmenter) else ()
+    planned += ("encoder.norm.",) if prefix or isinstance(model, Segmenter | Detector) else ()
     ignored = sorted(name for name in state.keys() - target.keys() if name.startswith(planned))
     problems += _list_misfits(state, target, expected={*new, *ignored})
     if isinstance(model, MaskedAutoencoder) and has_decoder and stored.target not in (None, model.target.name):
@@ -187,7 +201,7 @@ def _check_settings(
     ours |= dict(encoder_num_heads=getattr(model, "encoder", model).num_heads)
     if isinstance(model, MaskedAutoencoder):
         ours["decoder_num_heads"] = model.decoder.num_heads
-    if not isinstance(model, Segmenter):  # other models initialize the extras that weights lack
+    if not isinstance(model, Segmenter | Detector):  # other models initialize the extras that weights lack
         theirs |= {option: theirs[option] or ours[option] for option in EXTRAS}
     if adapt_channels:
         theirs.pop("input_channels", None)
@@ -195,7 +209,9 @@ def _check_settings(
     if settings:
         words = ", ".join(f"{name} is {value} instead of {ours[name]}" for name, value in settings.items())
         if {*EXTRAS} & settings.keys():
-            words += "; only an encoder of a segmenter can have this, others need weights of a plain ViT or MAE"
+            words += (
+                "; only an encoder of a segmenter or detector can have this, others need weights of a plain ViT or MAE"
+            )
         if settings.pop("input_channels", None):
             settings["adapt_channels"] = True
         if "layer_scale" in settings:
