@@ -1,0 +1,291 @@
+"""Images and their objects -> batches for detection: large-scale jittering, masks of crops, and data sets.
+
+Boxes are (x1, y1, x2, y2) in pixels. Sizes are (height, width), in pixels. Inputs are squares of `side` pixels; images
+are resized by an antialiased bilinear filter, stand at the left upper corner, and are padded with `fill`.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_masks
+from torchvision.transforms.v2 import functional as F
+
+from data.annotations import Objects, ObjectSource, SceneObjects
+from data.batches import SourceDataset
+from data.decode import DamagedImage, PixelFormat
+from data.sampling import sample_generator
+from data.transforms import empty_images
+
+SCALES = (0.1, 2.0)  # bounds of the large-scale jittering (Ghiasi et al. 2021, "Simple Copy-Paste")
+SMALLEST = 1.0  # side of a box in a crop, in pixels, below which it is left out
+
+
+class DetectionBatch(NamedTuple):
+    """Hold a micro-batch. The objects of all images stand one after the other."""
+
+    images: torch.Tensor  # (B, C, S, S), uint8, or float32 in [0, 1]
+    sizes: list[tuple[int, int]]  # of the images without their padding
+    counts: list[int]  # of the objects in each image
+    boxes: torch.Tensor  # (n, 4), float32
+    labels: torch.Tensor  # (n,), int64: from 1, as 0 is the background
+    masks: torch.Tensor | None  # (n, S, S), uint8: 0 or 1
+    seeds: list[int]  # of the model's draws in each image
+    damaged: list[tuple[int, str]]  # index and reason of every image that could not be read
+
+    def targets(self, device: torch.device) -> list[dict]:
+        """Return the objects of each image on a device, as `modeling.detector.Detector` takes them."""
+        parts = {"boxes": self.boxes, "labels": self.labels} | ({"masks": self.masks} if self.masks is not None else {})
+        parts = {name: part.to(device, non_blocking=True).split(self.counts) for name, part in parts.items()}
+        columns = zip(*parts.values(), strict=True)
+        return [{**dict(zip(parts, own, strict=True)), "seed": s} for own, s in zip(columns, self.seeds, strict=True)]
+
+
+class EvaluationImage(NamedTuple):
+    """Hold a sample of evaluation."""
+
+    index: int
+    image: torch.Tensor  # (C, S, S), uint8, or float32 in [0, 1]: the model's input
+    size: tuple[int, int]  # of the image without its padding
+    original: tuple[int, int]  # size of the file's image
+    objects: Objects | None  # in pixels of the file's image; None if it is damaged
+    damaged: str | None  # why the image could not be read
+
+
+def fill_of(mean: Sequence[float], value_range: Sequence[float] | None) -> list[float]:
+    """Return the values of the pixels around an image, which are 0 once they are normalized."""
+    return [value if value_range else round(255 * value) for value in mean]
+
+
+def fit(image: torch.Tensor, side: int, fill: Sequence[float]) -> tuple[torch.Tensor, tuple[int, int]]:
+    """Resize an image (C, H, W) until its longer side is `side`; return it padded (C, side, side), and its size."""
+    size = _scaled_size(image.shape[1:], side)
+    return _padded(F.resize(image, size), side, fill), size
+
+
+def _scaled_size(size: Sequence[int], longer: float) -> tuple[int, int]:
+    return tuple(max(1, round(each * longer / max(size))) for each in size)
+
+
+def _padded(image: torch.Tensor, side: int, fill: Sequence[float]) -> torch.Tensor:
+    return F.pad(image, [0, 0, side - image.shape[2], side - image.shape[1]], fill=list(fill))
+
+
+def fit_and_size(
+    image: torch.Tensor, index: int, *, side: int, fill: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the input of a detector (C, side, side), the image's size in it, and the image's own size."""
+    view, size = fit(image, side, fill)
+    return view, torch.tensor(size), torch.tensor(image.shape[1:])
+
+
+def training_sample(
+    image: torch.Tensor,
+    objects: Objects,
+    rng: np.random.Generator,
+    *,
+    side: int,
+    scales: tuple[float, float],
+    fill: Sequence[float],
+    masks: bool,
+) -> tuple[torch.Tensor, tuple[int, int], np.ndarray, np.ndarray, np.ndarray | None]:
+    """Augment an image (C, H, W) and its objects for training by large-scale jittering, as ViTDet does.
+
+    The image is resized until its longer side is `side` times a factor drawn from `scales`. A square is cut out at a
+    random place, or what is missing to one is padded, and mirrored half the time. Objects that nobody trains on, or of
+    which less than a pixel is left, are left out; with `masks`, boxes are those of what is left of the masks.
+
+    Returns:
+        The image (C, side, side), its size without the padding, boxes (n, 4), labels (n,) from 1, and masks
+        (n, side, side), uint8, or None.
+    """
+    mirrored, factor = rng.random() < 0.5, rng.uniform(*scales)
+    old, new = image.shape[1:], _scaled_size(image.shape[1:], side * factor)
+    top, left = (int(rng.integers(max(0, each - side) + 1)) for each in new)
+    h, w = (min(each, side) for each in new)
+    image = F.resize(image, new)[:, top : top + h, left : left + w]
+    image = _padded(image.flip(2) if mirrored else image, side, fill)
+
+    chosen = np.flatnonzero(~objects.crowd)
+    ratio, start = np.array([new[1] / old[1], new[0] / old[0]]), np.array([left, top])
+    boxes = (objects.boxes[chosen].reshape(-1, 2, 2) * ratio - start).clip(0, [w, h])
+    if mirrored:
+        boxes[:, :, 0] = w - boxes[:, ::-1, 0]
+    boxes, labels, canvas = boxes.reshape(-1, 4), objects.labels[chosen] + 1, None
+    if masks:
+        canvas = np.zeros((len(chosen), side, side), np.uint8)
+        for part, number in zip(canvas, chosen, strict=True):
+            cut = _cut_mask(objects.masks[number], old, new, (top, left, h, w), ratio)
+            part[:h, :w] = cut[:, ::-1] if mirrored else cut
+        boxes = _boxes_of(canvas)
+    kept = (boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf) >= SMALLEST
+    return image, (h, w), boxes[kept], labels[kept], canvas if canvas is None else canvas[kept]
+
+
+def _cut_mask(
+    mask: list | dict, old: tuple[int, int], new: tuple[int, int], box: tuple[int, int, int, int], ratio: np.ndarray
+) -> np.ndarray:
+    """Return the part of a mask in the `box` (top, left, h, w) of the image that is resized from `old` to `new`.
+
+    Polygons are resized before they become pixels.
+    """
+    top, left, h, w = box
+    if isinstance(mask, list):
+        polygons = [(np.reshape(each, (-1, 2)) * ratio - (left, top)).ravel().tolist() for each in mask]
+        return coco_masks.decode(coco_masks.merge(coco_masks.frPyObjects(polygons, h, w)))
+    pixels = F.resize(torch.from_numpy(255 * decode_rle(mask, old))[None], new)[0]
+    return (pixels[top : top + h, left : left + w] >= 128).numpy()
+
+
+def decode_rle(mask: dict, size: tuple[int, int]) -> np.ndarray:
+    """Return a mask (H, W), uint8, of COCO's RLE, whose counts are numbers or compressed."""
+    if isinstance(mask["counts"], list):
+        mask = coco_masks.frPyObjects(mask, *size)
+    return np.ascontiguousarray(coco_masks.decode(mask))
+
+
+def _boxes_of(masks: np.ndarray) -> np.ndarray:
+    """Return the boxes (n, 4) around masks (n, H, W); 0 for an empty one."""
+    boxes = np.zeros((len(masks), 4))
+    for box, mask in zip(boxes, masks, strict=True):
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        if len(rows):
+            box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return boxes
+
+
+def as_truths(objects: Objects) -> list[dict]:
+    """Return the objects of an image as COCO's records, with classes from 1."""
+    boxes = np.concatenate([objects.boxes[:, :2], objects.boxes[:, 2:] - objects.boxes[:, :2]], axis=1)
+    columns = zip(boxes.tolist(), objects.labels.tolist(), objects.crowd.tolist(), objects.areas.tolist(), strict=True)
+    names, records = ("bbox", "category_id", "iscrowd", "area"), []
+    for number, (box, label, crowd, area) in enumerate(columns):
+        records.append(dict(zip(names, (box, label + 1, int(crowd), area), strict=True)))
+        if objects.masks is not None and objects.masks[number] is not None:
+            records[-1]["segmentation"] = objects.masks[number]
+    return records
+
+
+def as_results(detections: dict[str, torch.Tensor]) -> list[dict]:
+    """Return what was detected in an image as COCO's records.
+
+    `boxes` (n, 4) are in its own pixels, `labels` (n,) from 1, and `masks`, if there are any, (n, H, W), uint8.
+    """
+    boxes = detections["boxes"].cpu().double()
+    boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
+    columns = zip(boxes, detections["labels"].tolist(), detections["scores"].tolist(), strict=True)
+    records = [dict(bbox=box, category_id=label, score=score) for box, label, score in columns]
+    for record, mask in zip(records, detections.get("masks", ()), strict="masks" in detections):
+        rle = coco_masks.encode(np.asfortranarray(mask.cpu().numpy()))
+        record["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+    return records
+
+
+def coco_content(lines: Iterable[dict], classes: Sequence[str]) -> dict:
+    """Return images, their objects and the classes as COCO's annotation files have them.
+
+    A line has `image`, and if that could be read `height`, `width` and `objects`, records with a `category_id` from 1.
+    """
+    images, annotations = [], []
+    for number, line in enumerate(lines, 1):
+        if "objects" in line:
+            images.append(dict(id=number, file_name=line["image"], height=line["height"], width=line["width"]))
+        for record in line.get("objects", ()):
+            own = dict(record, id=len(annotations) + 1, image_id=number, area=record["bbox"][2] * record["bbox"][3])
+            if "segmentation" in record:
+                own["area"] = int(coco_masks.area(record["segmentation"]))
+            annotations.append(own | {"iscrowd": 0})
+    categories = [dict(id=number, name=name) for number, name in enumerate(classes, 1)]
+    return dict(images=images, annotations=annotations, categories=categories)
+
+
+class Drawing(NamedTuple):
+    """Hold an object in a picture."""
+
+    box: tuple[float, float, float, float]  # x1, y1, x2, y2, in pixels of the picture
+    label: int  # from 0
+    score: float | None  # None for an annotation
+    mask: np.ndarray | None  # (h, w), bool
+
+
+def drawings(records: list[dict], original: tuple[int, int], size: tuple[int, int]) -> list[Drawing]:
+    """Return COCO's records of an image of `original` height and width for its picture of `size`."""
+    drawn, (h, w) = [], size
+    ratio = np.array([w / original[1], h / original[0]])
+    for record in records:
+        x, y, width, height = record["bbox"]
+        box, mask = np.outer([1, 1], ratio).ravel() * [x, y, x + width, y + height], record.get("segmentation")
+        mask = None if mask is None else _cut_mask(mask, original, size, (0, 0, h, w), ratio).astype(bool)
+        drawn.append(Drawing(tuple(box.tolist()), record["category_id"] - 1, record.get("score"), mask))
+    return drawn
+
+
+class DetectionDataset(SourceDataset):
+    """Make a DetectionBatch of a list of (epoch, sample index), for training.
+
+    A sample's scale, place and flip are drawn from (seed, epoch, index) alone. A damaged image is replaced by the next
+    readable one, or if there is none, by one without objects. `options` are `side`, `scales`, `fill` and `masks` of
+    `training_sample`.
+    """
+
+    def __init__(self, source: ObjectSource | SceneObjects, *, pixels: PixelFormat, seed: int, **options):
+        super().__init__(source, pixels)
+        self.seed, self.options = seed, options
+
+    def read(self, index: int) -> tuple[torch.Tensor, Objects]:
+        """Return the image and its objects. Raises DamagedImage."""
+        image = super().read(index)
+        return image, self.source.objects(index, image.shape[1:])
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> DetectionBatch:
+        side, masks = self.options["side"], self.options["masks"]
+        images = empty_images(len(items), self.pixels.channels, (side, side), self.pixels.dtype)
+        damaged: list[tuple[int, str]] = []
+        sizes, seeds, columns = [], [], []
+        for row, (epoch, index) in enumerate(items):
+            sample, _ = self.first_readable(index, damaged)
+            rng = sample_generator(self.seed, epoch, index)
+            if sample is None:
+                nothing = Objects(np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0, bool), np.zeros(0), [])
+                sample = torch.zeros(self.pixels.channels, side, side, dtype=self.pixels.dtype), nothing
+            images[row], size, *objects = training_sample(*sample, rng, **self.options)
+            sizes.append(size)
+            columns.append(objects)
+            seeds.append(int(rng.integers(2**63)))
+        boxes, labels, pixels = zip(*columns, strict=True)
+        return DetectionBatch(
+            images,
+            sizes,
+            [len(part) for part in labels],
+            torch.from_numpy(np.concatenate(boxes)).float(),
+            torch.from_numpy(np.concatenate(labels)),
+            torch.from_numpy(np.concatenate(pixels)) if masks else None,
+            seeds,
+            damaged,
+        )
+
+
+class EvaluationImages(SourceDataset):
+    """Make EvaluationImages of a list of (epoch, sample index), whatever the epoch.
+
+    Damaged images are reported, not replaced. `options` are `side` and `fill` of `fit`.
+    """
+
+    def __init__(self, source: ObjectSource | SceneObjects, *, pixels: PixelFormat, **options):
+        super().__init__(source, pixels)
+        self.options = options
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> list[EvaluationImage]:
+        return [self._sample(index) for _, index in items]
+
+    def _sample(self, index: int) -> EvaluationImage:
+        try:
+            image = self.read(index)
+            objects = self.source.objects(index, image.shape[1:])
+        except DamagedImage as error:
+            side = self.options["side"]
+            image = torch.zeros(self.pixels.channels, side, side, dtype=self.pixels.dtype)
+            return EvaluationImage(index, image, (side, side), (side, side), None, str(error))
+        view, size = fit(image, **self.options)
+        return EvaluationImage(index, view, size, tuple(image.shape[1:]), objects, None)

@@ -1,0 +1,390 @@
+"""Annotated objects in every layout, and their augmentation: boxes and masks stay on their objects."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from pycocotools import mask as coco_masks
+
+from data.annotations import Objects, SceneObjects, open_objects
+from data.batches import FIXED_EPOCH
+from data.decode import DamagedImage, PixelFormat
+from data.detection import DetectionDataset, EvaluationImages, decode_rle, fit, training_sample
+from data.index import DataError
+
+PIXELS = PixelFormat()
+CLASSES = ["cell", "dot"]
+BOXES = {"b/one.png": [(4, 6, 30, 26, 0), (20, 2, 40, 12, 1)], "two.png": [], "z.png": [(0, 0, 8, 30, 1)]}
+SIZES = {"b/one.png": (32, 48), "two.png": (40, 40), "z.png": (30, 20)}
+
+
+def write_images(folder, names=BOXES):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        height, width = SIZES[name]
+        Image.new("RGB", (width, height), (10, 20, 30)).save(folder / name)
+
+
+def coco_content(**masks):
+    """The objects as COCO has them, with class numbers that have gaps and are not sorted."""
+    content = dict(images=[], annotations=[], categories=[dict(id=7, name="dot"), dict(id=3, name="cell")])
+    for number, (name, boxes) in enumerate(BOXES.items()):
+        height, width = SIZES[name]
+        content["images"].append(dict(id=10 + number, file_name=name, height=height, width=width))
+        for x1, y1, x2, y2, label in boxes:
+            box = dict(image_id=10 + number, category_id=(3, 7)[label], bbox=[x1, y1, x2 - x1, y2 - y1], iscrowd=0)
+            content["annotations"].append(box | {key: make(x1, y1, x2, y2) for key, make in masks.items()})
+    return content
+
+
+def polygon(x1, y1, x2, y2):
+    return [[x1, y1, x2, y1, x2, y2, x1, y2]]
+
+
+def write_coco(root, content=None, *, years=True):
+    (root / "annotations").mkdir(parents=True)
+    for split in ("train2017", "val2017") if years else ("train", "val"):
+        write_images(root / split)
+        text = json.dumps(content if content is not None else coco_content(segmentation=polygon))
+        (root / "annotations" / f"instances_{split}.json").write_text(text)
+    return root
+
+
+def write_voc(root):
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    (root / "Annotations" / "b").mkdir(parents=True)
+    write_images(root / "JPEGImages")
+    for name, boxes in BOXES.items():
+        height, width = SIZES[name]
+        objects = "".join(
+            f"<object><name>{CLASSES[label]}</name><difficult>0</difficult><bndbox><xmin>{x1 + 1}</xmin>"
+            f"<ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+            for x1, y1, x2, y2, label in boxes
+        )
+        size = f"<size><width>{width}</width><height>{height}</height></size>"
+        text = f"<annotation><filename>{name}</filename>{size}{objects}</annotation>"
+        (root / "Annotations" / name).with_suffix(".xml").write_text(text)
+    for split in ("train", "val"):
+        lines = [name.removesuffix(".png") for name in reversed(BOXES)]
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(lines))
+    return root
+
+
+def write_yolo(root, *, split_first=False, masks=False):
+    for split in ("train", "val"):
+        images, labels = (root / split / k if split_first else root / k / split for k in ("images", "labels"))
+        write_images(images)
+        for name, boxes in BOXES.items():
+            path, (height, width) = (labels / name).with_suffix(".txt"), SIZES[name]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scale, lines = np.array([width, height]), []
+            for *box, label in boxes:
+                corners = np.reshape(box, (2, 2)) / scale
+                values = [*corners.mean(axis=0), *(corners[1] - corners[0])]
+                if masks:
+                    values = (np.reshape(polygon(*box)[0], (4, 2)) / scale).ravel()
+                lines.append(" ".join(map(str, [label, *values])))
+            if lines:
+                path.write_text("\n".join(lines))
+    (root / "data.yaml").write_text("names: {0: cell, 1: dot}")
+    return root
+
+
+LAYOUTS = {
+    "coco": (write_coco, [3, 7], True),
+    "coco without years": (lambda root: write_coco(root, coco_content(), years=False), [3, 7], False),
+    "voc": (write_voc, [1, 2], False),
+    "yolo": (write_yolo, [0, 1], False),
+    "roboflow": (lambda root: write_yolo(root, split_first=True, masks=True), [0, 1], True),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_objects(tmp_path, layout):
+    write, class_ids, has_masks = LAYOUTS[layout]
+    for source in open_objects(str(write(tmp_path / "data")), PIXELS):
+        assert source.classes == CLASSES and source.class_ids == class_ids and source.has_masks == has_masks
+        names = [source.name(i).split("train2017/")[-1].split("val2017/")[-1] for i in range(len(source))]
+        assert all(name.endswith(own) for name, own in zip(names, BOXES, strict=True))  # by the bytes of their names
+        for index, (name, boxes) in enumerate(BOXES.items()):
+            objects = source.objects(index, SIZES[name])
+            np.testing.assert_allclose(objects.boxes, [box[:4] for box in boxes] if boxes else np.zeros((0, 4)))
+            assert objects.labels.tolist() == [box[4] for box in boxes] and not objects.crowd.any()
+            np.testing.assert_allclose(objects.areas, [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2, _ in boxes])
+            if has_masks:
+                found = [np.asarray(mask[0]) for mask in objects.masks]
+                np.testing.assert_allclose(found, [polygon(*box[:4])[0] for box in boxes] if boxes else found)
+            assert (objects.masks is None) == (not has_masks)
+
+
+def test_crowds_and_boxes_without_area(tmp_path):
+    content = coco_content(segmentation=polygon)
+    rle = dict(counts=[0, 32 * 48], size=[32, 48])
+    shared = dict(image_id=10, category_id=3)
+    content["annotations"] += [
+        dict(shared, bbox=[0, 0, 48, 32], iscrowd=1, segmentation=rle, area=100),
+        dict(shared, bbox=[50, 3, 10, 10], segmentation=polygon(50, 3, 60, 13)),
+        dict(shared, bbox=[5, 5, 0, 4], segmentation=polygon(5, 5, 5, 9)),
+        dict(shared, bbox=[5, 5, 3, -4], segmentation=polygon(5, 5, 8, 1)),
+    ]
+    train, _ = open_objects(str(write_coco(tmp_path / "data", content)), PIXELS)
+    (note,) = train.notes
+    assert note.startswith("left out   3 boxes outside their image or of no area in ") and note.endswith(": b/one.png")
+    objects = train.objects(0, SIZES["b/one.png"])
+    assert objects.crowd.tolist() == [False, False, True] and objects.areas[2] == 100 and train.has_masks
+    image = torch.zeros(3, *SIZES["b/one.png"], dtype=torch.uint8)
+    options = dict(side=64, scales=(1, 1), fill=[0, 0, 0], masks=True)
+    *_, labels, masks = training_sample(image, objects, np.random.default_rng(0), **options)
+    assert len(labels) == len(masks) == 2
+
+
+def test_images_that_no_annotation_lists_are_not_read(tmp_path):
+    root = write_coco(tmp_path / "data")
+    Image.new("RGB", (9, 9)).save(root / "train2017" / "extra.png")
+    train, held_out = open_objects(str(root), PIXELS)
+    assert len(train) == 3 and held_out.notes == []
+    assert train.notes[0].startswith("not read   1 images in ") and "instances_train2017.json" in train.notes[0]
+
+
+def test_difficult_objects_of_voc_are_crowd(tmp_path):
+    root = write_voc(tmp_path / "data")
+    path = root / "Annotations" / "z.xml"
+    path.write_text(path.read_text().replace("<difficult>0", "<difficult>1"))
+    train, _ = open_objects(str(root), PIXELS)
+    assert train.objects(2, SIZES["z.png"]).crowd.tolist() == [True]
+
+
+def without(record, key):
+    return {name: value for name, value in record.items() if name != key}
+
+
+def broken(*change):
+    """COCO's content with one value replaced, at a path of keys; None removes it."""
+    content = coco_content()
+    *path, last, value = change
+    part = content
+    for key in path:
+        part = part[key]
+    if value is None:
+        del part[last]
+    else:
+        part[last] = value
+    return content
+
+
+BAD = {
+    "no categories": (broken("categories", None), "has no list 'categories'"),
+    "no bbox": (broken("annotations", 0, "bbox", None), "annotations without 'bbox'"),
+    "a list": ([], "has no list 'images'"),
+    "no size": (broken("images", 1, "width", None), "images without 'width'"),
+    "three numbers": (broken("annotations", 0, "bbox", [1, 2, 3]), "has the bbox [1, 2, 3]"),
+    "an unknown class": (broken("annotations", 0, "category_id", 4), "unknown category_id: 4"),
+    "an unknown image": (broken("annotations", 0, "image_id", 4), "unknown image_id: 4"),
+    "an absent image": (broken("images", 2, "file_name", "lost.png"), "lacks: lost.png"),
+    "another size": (broken("images", 0, "width", 47), "has 32 x 48 pixels, and its annotations are for 32 x 47"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_annotations_that_cannot_be_used(tmp_path, case):
+    content, words = BAD[case]
+    with pytest.raises(DataError) as raised:
+        open_objects(str(write_coco(tmp_path / "data", content)), PIXELS)
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 1 and words in lines[0]
+
+
+def test_folders_that_cannot_be_used(tmp_path):
+    def refusal(root, **options):
+        with pytest.raises(DataError) as raised:
+            open_objects(str(root), PIXELS, **options)
+        assert "\n" not in str(raised.value)
+        return str(raised.value)
+
+    assert "is no folder; expected COCO's" in refusal(tmp_path / "nowhere")
+    write_images(tmp_path / "images")
+    assert "has no annotations of objects" in refusal(tmp_path)
+    assert "which has its own" in refusal("builtin:shapes", class_file="x")
+    coco = write_coco(tmp_path / "coco")
+    assert "names its classes in its annotations" in refusal(coco, class_file="x")
+    (coco / "annotations" / "instances_val2017.json").write_text("{")
+    assert "cannot be read" in refusal(coco)
+    (coco / "annotations" / "instances_val2017.json").unlink()
+    assert "has no held-out split; give --path_to_validation_data" in refusal(coco)
+    yolo = write_yolo(tmp_path / "yolo")
+    assert "the classes of training and held-out images differ (a)" in refusal(coco, validation=renamed(yolo, tmp_path))
+    (yolo / "labels" / "val" / "z.txt").write_text("2 0.5 0.5 0.1 0.1")
+    assert "expected a class from 0 to 1" in refusal(yolo)
+    (yolo / "data.yaml").unlink()
+    assert "does not name its classes" in refusal(yolo)
+    voc = write_voc(tmp_path / "voc")
+    (voc / "Annotations" / "two.xml").write_text("<annotation>")
+    assert "two.xml cannot be read" in refusal(voc)
+
+
+def renamed(yolo, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(yolo, tmp_path / "renamed")
+    (copy / "data.yaml").write_text("names: [a, b]")
+    return str(copy)
+
+
+def test_validation_from_a_folder_of_its_own(tmp_path):
+    coco, voc = write_coco(tmp_path / "coco"), write_voc(tmp_path / "voc")
+    (coco / "annotations" / "instances_val2017.json").unlink()
+    train, held_out = open_objects(str(coco), PIXELS, validation=str(voc))
+    assert train.class_ids == [3, 7] and held_out.class_ids == [1, 2]
+    assert train.fingerprint() != held_out.fingerprint()
+    same, _ = open_objects(str(write_coco(tmp_path / "elsewhere")), PIXELS)
+    assert same.fingerprint() == train.fingerprint()
+
+
+# Augmentation
+
+
+@pytest.fixture(scope="module")
+def scenes() -> SceneObjects:
+    source = SceneObjects("validation", 3)
+    from data import shapes
+
+    images, labels, masks = shapes.draw_range(range(40))
+    source.images, source.labels, source.masks, source.size = images, labels, masks, 40
+    return source
+
+
+def iou(one, other):
+    return (one & other).sum() / max(1, (one | other).sum())
+
+
+def test_scenes_give_boxes_and_masks_of_their_shapes(scenes):
+    for index in range(len(scenes)):
+        objects, labels = scenes.objects(index, (64, 64)), scenes.masks[index]
+        assert objects.labels.tolist() == [label - 1 for label in np.unique(labels) if label]
+        for box, label, area, mask in zip(*objects[:2], objects.areas, objects.masks, strict=True):
+            rows, columns = np.nonzero(labels == label + 1)
+            assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert area == len(rows) and (coco_masks.decode(mask).astype(bool) == (labels == label + 1)).all()
+
+
+def painted(scenes, index):
+    """An image whose channel is white where an object is, and the objects: up to three."""
+    objects = scenes.objects(index, (64, 64))
+    objects = Objects(*(part[:3] for part in objects))
+    image = np.zeros((3, 64, 64), np.uint8)
+    for channel, mask in zip(image, objects.masks, strict=False):
+        channel[:] = 255 * coco_masks.decode(mask)
+    return torch.from_numpy(image), objects
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (1.0, 2.0), (0.5, 1.0)])
+def test_masks_of_transformed_scenes_are_transformed_masks(scenes, scales):
+    """The same for an image that is painted with its masks: resized, cut, padded and mirrored."""
+    worst = []
+    for index in range(len(scenes)):
+        image, objects = painted(scenes, index)
+        options = dict(side=128, scales=scales, fill=[0, 0, 0], masks=True)
+        view, (h, w), boxes, labels, masks = training_sample(image, objects, np.random.default_rng(index), **options)
+        assert view.shape == (3, 128, 128) and (view[:, h:] == 0).all() and (view[:, :, w:] == 0).all()
+        channels = {label + 1: channel for channel, label in enumerate(objects.labels)}
+        for box, label, mask in zip(boxes, labels, masks, strict=True):
+            seen = view[channels[label]].numpy() >= 128
+            if seen.sum() > 200:
+                worst.append(iou(mask.astype(bool), seen))
+            rows, columns = np.nonzero(mask)
+            assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    assert len(worst) > 30 and min(worst) > 0.95, sorted(worst)[:5]
+
+
+def test_polygons_are_transformed_as_pixels_are():
+    corners = np.array([[10, 12], [80, 20], [60, 70], [15, 50]], float)
+    canvas = Image.new("L", (96, 80))
+    ImageDraw.Draw(canvas).polygon([tuple(each) for each in corners - 0.5], fill=255)
+    pixels = np.asarray(canvas)
+    rle = coco_masks.encode(np.asfortranarray(pixels // 255))
+    box = [[*corners.min(axis=0), *corners.max(axis=0)]]
+    rest = (np.zeros(1, np.int64), np.zeros(1, bool), np.ones(1))
+    image = torch.from_numpy(np.repeat(pixels[None], 3, axis=0).copy())
+    for seed in range(12):
+        results = []
+        for mask in ([corners.ravel().tolist()], rle):
+            objects = Objects(np.array(box), *rest, [mask])
+            options = dict(side=96, scales=(0.4, 2.0), fill=[0, 0, 0], masks=True)
+            results.append(training_sample(image, objects, np.random.default_rng(seed), **options))
+        for view, *_, masks in results:
+            if len(masks):
+                assert iou(masks[0].astype(bool), view[0].numpy() >= 128) > 0.95
+        boxes_alone = training_sample(
+            image, objects, np.random.default_rng(seed), side=96, scales=(0.4, 2.0), fill=[0, 0, 0], masks=False
+        )
+        assert boxes_alone[4] is None
+        for box_alone, of_mask in zip(boxes_alone[2], results[0][2], strict=True):  # holds what is left of the object
+            assert (box_alone[:2] <= of_mask[:2] + 1).all() and (box_alone[2:] >= of_mask[2:] - 1).all()
+
+
+def test_runs_of_uncompressed_rle_are_read():
+    mask = decode_rle(dict(counts=[2, 3, 1], size=[3, 2]), (3, 2))
+    assert mask.tolist() == [[0, 1], [0, 1], [1, 0]]
+
+
+def test_the_longest_side_fits_and_the_rest_is_filled():
+    view, size = fit(torch.full((3, 20, 40), 200, dtype=torch.uint8), 32, [1, 2, 3])
+    assert size == (16, 32) and (view[:, :16] == 200).all() and view[:, 16:].amax(dim=(1, 2)).tolist() == [1, 2, 3]
+    assert fit(torch.zeros(3, 1, 100, dtype=torch.uint8), 32, [0] * 3)[1] == (1, 32)
+
+
+# Data sets
+
+
+def same(one, other):
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(one, other, strict=True))
+
+
+OPTIONS = dict(side=64, scales=(0.1, 2.0), fill=[0, 0, 0], masks=True)
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone(scenes):
+    dataset = DetectionDataset(scenes, pixels=PIXELS, seed=0, **OPTIONS)
+    batch = dataset.__getitems__([(0, 3), (0, 5), (1, 3)])
+    again = DetectionDataset(scenes, pixels=PIXELS, seed=0, **OPTIONS).__getitems__([(1, 3), (0, 3)])
+    targets, others = batch.targets(torch.device("cpu")), again.targets(torch.device("cpu"))
+    for ours, theirs in ((2, 0), (0, 1)):
+        assert torch.equal(batch.images[ours], again.images[theirs]) and batch.sizes[ours] == again.sizes[theirs]
+        assert same(targets[ours].values(), others[theirs].values())
+    assert not torch.equal(batch.images[0], batch.images[2]) and len({*batch.seeds}) == 3
+    assert batch.images.dtype == batch.masks.dtype == torch.uint8 and sum(batch.counts) == len(batch.boxes)
+    assert not same(
+        batch, DetectionDataset(scenes, pixels=PIXELS, seed=1, **OPTIONS).__getitems__([(0, 3), (0, 5), (1, 3)])
+    )
+
+
+def test_damaged_images_are_replaced_in_training_and_reported_in_evaluation(tmp_path):
+    root = write_coco(tmp_path / "data")
+    (root / "train2017" / "two.png").write_text("no image")
+    train, _ = open_objects(str(root), PIXELS)
+    dataset = DetectionDataset(train, pixels=PIXELS, seed=0, **OPTIONS | dict(scales=(1, 1)))
+    batch = dataset.__getitems__([(0, 1), (0, 2)])
+    assert [index for index, _ in batch.damaged] == [1] and batch.counts == [1, 1]
+    samples = EvaluationImages(train, pixels=PIXELS, side=64, fill=[0, 0, 0]).__getitems__(
+        [(FIXED_EPOCH, i) for i in range(3)]
+    )
+    assert [bool(sample.damaged) for sample in samples] == [False, True, False] and samples[1].objects is None
+    assert samples[0].original == (32, 48) and samples[0].size == (43, 64) and len(samples[0].objects.boxes) == 2
+    for path in (root / "train2017").rglob("*.png"):
+        path.write_text("no image")
+    batch = dataset.__getitems__([(0, 0)])
+    assert batch.counts == [0] and len(batch.damaged) == 3 and batch.masks.shape == (0, 64, 64)
+
+
+def test_images_of_another_size_than_annotated_are_damaged(tmp_path):
+    train, _ = open_objects(str(write_coco(tmp_path / "data")), PIXELS)
+    with pytest.raises(DamagedImage, match="has 10 x 10 pixels, and its annotations are for 32 x 48"):
+        train.objects(0, (10, 10))
+
+
+def test_real_annotations(real_images):
+    train, held_out = open_objects(str(real_images / "bccd"), PIXELS)
+    assert (len(train), len(held_out)) == (140, 40) and train.classes == ["RBC", "WBC", "Platelets"]
+    assert not train.has_masks and all(len(train.objects(i, (480, 640)).boxes) for i in range(5))
