@@ -315,15 +315,17 @@ def check_class_weights(weights: list | None, num_classes: int) -> None:
         raise DataError(f"--class_weights has {len(weights)} numbers for {num_classes} classes; {remedy}")
 
 
-def check_trained_classes(path_to_data: str, classes: list[str], names: list[str] | None, count: int) -> None:
-    """Raise DataError for data whose classes are not those of a trained segmenter, which has `count` of these names."""
+def check_trained_classes(
+    path_to_data: str, classes: list[str], names: list[str] | None, count: int, *, model: str = "segmenter"
+) -> None:
+    """Raise DataError for data whose classes are not those of a trained model, which has `count` of these names."""
     what = f"--path_to_data {path_to_data}"
     if count != len(classes):
-        raise DataError(f"{what} has {len(classes)} classes, the segmenter {count}; give data with those classes")
+        raise DataError(f"{what} has {len(classes)} classes, the {model} {count}; give data with those classes")
     for number, (here, there) in enumerate(zip(classes, names or classes, strict=True), 1):
         if here != there:
             raise DataError(
-                f"{what} calls class {number} {here!r}, the segmenter {there!r}; give data with the segmenter's "
+                f"{what} calls class {number} {here!r}, the {model} {there!r}; give data with the {model}'s "
                 "classes, in its order"
             )
 

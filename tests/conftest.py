@@ -407,7 +407,7 @@ def weights_of(folder: Path, step: int, name: str = "model.safetensors") -> dict
 
 def validations_of(folder: Path) -> list[dict]:
     """The lines of a run's log that have the metrics of a validation."""
-    return [line for line in log_of(folder) if {"val_loss", "mean_iou"} & line.keys()]
+    return [line for line in log_of(folder) if {"val_loss", "mean_iou", "box_ap"} & line.keys()]
 
 
 def assert_equal_runs(one: Path, other: Path, step: int, *names: str) -> None:

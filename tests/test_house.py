@@ -21,6 +21,7 @@ import benchmarks.step
 import demo
 import export_onnx
 import finetune_classifier
+import finetune_detection
 import finetune_segmentation
 import predict
 import prepare_data
@@ -33,6 +34,7 @@ SCRIPTS = {
     "pretrain_mae.py": pretrain_mae,
     "finetune_classifier.py": finetune_classifier,
     "finetune_segmentation.py": finetune_segmentation,
+    "finetune_detection.py": finetune_detection,
     "predict.py": predict,
     "demo.py": demo,
     "prepare_data.py": prepare_data,

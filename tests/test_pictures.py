@@ -4,11 +4,14 @@ import torch
 from matplotlib import colormaps
 from PIL import Image
 
+from data.detection import Drawing
 from training.pictures import (
     MOST_CLASSES,
     attention_grid,
     colour_picture,
     confusion_matrix,
+    detection_grid,
+    detection_overlay,
     label_picture,
     loss_curve,
     reconstruction_grid,
@@ -208,3 +211,26 @@ def test_segmentation_overlay(tmp_path, width, height, channels):
     if height > 5:
         line = shown[len(shown) // 2 - scale : len(shown) // 2 + scale, width * scale // 2]
         assert (line == 255).all(axis=1).any()  # between the classes
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_detection_pictures(tmp_path, channels):
+    """A box is outlined in its class's colour, its mask is filled by half, and the annotation has no score."""
+    image, colours = np.full((channels, 40, 64), 100, np.uint8), np.array([[200, 0, 0], [0, 0, 200]], np.uint8)
+    mask = np.zeros((40, 64), bool)
+    mask[20:28, 20:40] = True
+    truth = Drawing((16.0, 16.0, 48.0, 32.0), 1, None, mask)
+    found = Drawing((0.0, 0.0, 60.0, 38.0), 0, 0.75, None)
+    path = tmp_path / "new" / "grid.png"
+    detection_grid(path, [(image, [truth], [found])], ["cell", "dot"], colours, title="step 1")
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    top, left, scale = 48, 8, 5  # below title and captions
+    assert pixels[top + 18 * scale, left + 16 * scale].tolist() == [0, 0, 200]  # the outline
+    assert pixels[top + 24 * scale, left + 30 * scale].tolist() == [50, 50, 150]  # the mask
+    assert pixels[top + 18 * scale, left + 30 * scale].tolist() == [100, 100, 100]
+    right = left + 64 * scale + 8
+    assert pixels[top + 30 * scale, right].tolist() == [200, 0, 0]
+    detection_overlay(tmp_path / "overlay.png", image, [found], ["cell", "dot"], colours)
+    with Image.open(tmp_path / "overlay.png") as picture:
+        assert picture.width >= 64 * 8

@@ -239,7 +239,8 @@ def test_an_evaluation_trains_nothing(tmp_path, capsys):
 
 READERS = {"parse_args", "check_flags", "read", "check_run", "check_crops", "check_sizes", "check_finetuning"}
 READERS |= {"check_classifier", "_check_target", "check_segmenter", "check_masks", "check_decoder", "check_target"}
-SCRIPTS = [ROOT / name for name in ("pretrain_mae.py", "finetune_classifier.py", "finetune_segmentation.py")]
+READERS |= {"check_detector"}
+SCRIPTS = [ROOT / "pretrain_mae.py", *sorted(ROOT.glob("finetune_*.py"))]
 
 
 def parts_of(path, kind):

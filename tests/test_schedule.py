@@ -1,6 +1,6 @@
 import pytest
 
-from training.schedule import is_due, learning_rate_at
+from training.schedule import is_due, learning_rate_at, stepped_learning_rate
 
 DIAGONAL = 0.5**0.5  # cos(pi / 4), a quarter of the cosine
 
@@ -19,6 +19,15 @@ def test_warmup_then_linear_against_numbers_by_hand():
         value = learning_rate_at(step, peak=1e-4, total_steps=160_000, warmup_steps=1_500, linear=True)
         assert value == pytest.approx(learning_rate, abs=1e-15), step
     assert learning_rate_at(9, peak=1.0, total_steps=10, warmup_steps=0, minimum=0.1, linear=True) == pytest.approx(0.1)
+
+
+def test_steps_of_vitdet_against_numbers_by_hand():
+    """Take ViT-B's schedule on COCO: 250 steps of warmup, 184,375 in all, drops at steps 163,889 and 177,546."""
+    expected = {0: 0, 125: 0.5e-4, 250: 1e-4, 163_888: 1e-4, 163_889: 1e-5, 177_545: 1e-5, 177_546: 1e-6, 184_374: 1e-6}
+    for step, learning_rate in expected.items():
+        value = stepped_learning_rate(step, peak=1e-4, total_steps=184_375, warmup_steps=250)
+        assert value == pytest.approx(learning_rate, abs=1e-15), step
+    assert stepped_learning_rate(26, peak=1.0, total_steps=27, warmup_steps=0, minimum=0.05) == 0.05
 
 
 def test_without_warmup_the_first_step_has_the_peak_and_the_last_the_minimum():

@@ -1,7 +1,12 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as coco_masks
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torchmetrics.functional import regression
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
@@ -11,7 +16,7 @@ from torchmetrics.functional.classification import (
 )
 
 from training.metrics import segmentation_areas
-from training.scores import score_classification, score_labels, score_numbers, score_segmentation
+from training.scores import score_classification, score_detection, score_labels, score_numbers, score_segmentation
 
 
 def case(num_classes, count, *, seed=0):
@@ -171,3 +176,72 @@ def test_sample_of_ade20k(real_images):
     present = [iou for iou in got["per_class_iou"].values() if iou is not None]
     assert len(pairs) == 3 and len(present) == 15 and got["mean_iou"] == 100.0 == got["overall_accuracy"]
     assert round(sum(present) / 150 / 100, 4) == 0.1
+
+
+def detections_of(truths, rng):
+    """Records near the objects, some of which are missed, of another class, or found where nothing is."""
+    records = []
+    for truth in truths:
+        x, y, w, h = truth["bbox"]
+        for _ in range(int(rng.integers(0, 3))):
+            dx, dy, dw, dh = rng.normal(0, 0.06, 4) * [w, h, w, h]
+            label = truth["category_id"] if rng.random() < 0.8 else int(rng.integers(1, 4))
+            box = [x + dx, y + dy, max(1, w + dw), max(1, h + dh)]
+            records.append(dict(bbox=box, category_id=label, score=float(rng.random())))
+    return records
+
+
+def masked(record, size):
+    x, y, w, h = record["bbox"]
+    mask = np.zeros(size, np.uint8)
+    mask[max(0, round(y)) : round(y + h), max(0, round(x)) : round(x + w)] = 1
+    rle = coco_masks.encode(np.asfortranarray(mask))
+    return {**record, "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()}}
+
+
+@pytest.mark.parametrize("name, kind", [("box", "bbox"), ("mask", "segm")])
+def test_detections_are_scored_as_pycocotools_scores_files(tmp_path, name, kind):
+    """Crowds, images without objects, a class without objects and one that is never found."""
+    rng, rows, size = np.random.default_rng(0), [], (120, 160)
+    for index in range(30):
+        truths = []
+        for _ in range(0 if index % 7 == 3 else int(rng.integers(1, 6))):
+            w, h = rng.uniform(8, 110, 2)
+            box = [float(rng.uniform(0, 160 - w)), float(rng.uniform(0, 120 - h)), float(w), float(h)]
+            truth = dict(bbox=box, category_id=int(rng.integers(1, 4)), iscrowd=int(rng.random() < 0.1))
+            truths.append(masked(truth | dict(area=box[2] * box[3] * 0.9), size))
+        found = [masked(record, size) for record in detections_of(truths, rng)]
+        rows.append((index, size, truths, [record for record in found if record["category_id"] != 3]))
+    classes = ["a", "b", "never found", "absent"]
+    scores = score_detection(rows[::-1], classes, masks=True)
+    content = dict(images=[dict(id=i, height=120, width=160) for i in range(30)], annotations=[])
+    content["categories"] = [dict(id=i + 1, name=each) for i, each in enumerate(classes)]
+    results = []
+    for index, _, truths, found in rows:
+        for truth in truths:
+            content["annotations"].append(truth | dict(image_id=index, id=len(content["annotations"]) + 1))
+        kept = ("category_id", "score", kind if kind == "bbox" else "segmentation")
+        results += [{key: record[key] for key in kept} | dict(image_id=index) for record in found]
+    (tmp_path / "truths.json").write_text(json.dumps(content))
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    truths = COCO(str(tmp_path / "truths.json"))
+    evaluation = COCOeval(truths, truths.loadRes(str(tmp_path / "results.json")), kind)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    ends = ("", "50", "75", "_small", "_medium", "_large")
+    for value, end in zip(evaluation.stats[:6], ends, strict=True):
+        assert value >= 0 and abs(scores[f"{name}_ap{end}"] - 100 * value) < 1e-9
+    assert scores[f"{name}_ap"] > 10
+    per_class = scores[f"per_class_{name}_ap"]
+    assert per_class["never found"] == 0 and per_class["absent"] is None and per_class["a"] > 0
+    assert np.mean([per_class[each] for each in classes[:3]]) == pytest.approx(scores[f"{name}_ap"], abs=1e-9)
+
+
+def test_nothing_detected_scores_zero_and_nothing_to_detect_none():
+    truth = dict(bbox=[1.0, 2.0, 10.0, 10.0], category_id=1, iscrowd=0, area=100.0)
+    nothing = score_detection([(0, (20, 20), [truth], []), (1, (20, 20), [], [])], ["a"], masks=False)
+    assert nothing["box_ap"] == 0 and nothing["box_ap_large"] is None and "mask_ap" not in nothing
+    found = dict(bbox=[1.0, 2.0, 10.0, 10.0], category_id=1, score=0.5)
+    assert score_detection([(0, (20, 20), [truth], [found])], ["a"], masks=False)["box_ap"] == pytest.approx(100)
+    assert score_detection([(0, (20, 20), [], [found])], ["a"], masks=False)["box_ap"] is None

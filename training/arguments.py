@@ -292,6 +292,33 @@ def add_segmenter_flags(parser: Parser, *, heads: Iterable[str]) -> None:
     flag("--num_preview_images", type=integer(0), default=8, help="rows of the pictures (default 8)")
 
 
+def add_detector_flags(parser: Parser, *, heads: Iterable[str]) -> None:
+    """Add the inputs of a detector, its windows and heads, and its evaluation; `heads` are the names of --head."""
+    flag = parser.add_argument_group("detector").add_argument
+    flag("--img_size", type=integer(1), metavar="S", help="side of the square inputs, pixels (default 1024)")
+    help_text = "images are resized to fit S times a factor between these, then cut or padded (default 0.1 2)"
+    flag("--scale_jitter", type=number(0.01, 10), nargs=2, metavar=("MIN", "MAX"), default=[0.1, 2.0], help=help_text)
+    flag(
+        "--head", choices=tuple(heads), help="boxes and masks, or boxes alone (default mask_rcnn if the data has masks)"
+    )
+    help_text = "side of the attention windows, in patches, outside four global blocks (0: no windows, default 14)"
+    flag("--window_size", type=integer(0), default=14, help=help_text)
+    help_text = "learned relative position bias in all blocks (default: as in the weights, otherwise off)"
+    flag("--relative_position_bias", action=Pair, help=help_text)
+    flag("--head_width", type=integer(4), default=256, help="channels of pyramid and heads (default 256)")
+    regions = "regions of an image that train the heads; half as many anchors (default 512)"
+    flag("--num_regions", type=integer(2), default=512, help=regions)
+    flag("--freeze_encoder", action=Pair, default=False, help="train pyramid and heads alone, on frozen features (off)")
+    schedule = "step: times 0.1 after 8/9 and 26/27 of the run; or cosine (default step)"
+    flag("--lr_schedule", choices=("step", "cosine"), default="step", help=schedule)
+    parser.set_defaults(drop_path=None, layer_decay=None)  # those of the encoder's size, see resolve_detector
+
+    flag = parser.add_argument_group("evaluation").add_argument
+    every = "steps between validations (0: at the end only, default 5000)"
+    flag("--evaluate_every", type=integer(0), default=5_000, help=every)
+    flag("--num_preview_images", type=integer(0), default=8, help="rows of the pictures (default 8)")
+
+
 def add_speed_flags(parser: Parser) -> None:
     """Add flags for speed, memory and precision."""
     flag = parser.add_argument_group("speed").add_argument
@@ -381,6 +408,18 @@ def check_finetuning(args: argparse.Namespace, weights: str) -> list[str]:
         for name, reason in reasons.items()
         if args.eval_only and getattr(args, name, None)
     ]
+
+
+def check_detector(args: argparse.Namespace) -> list[str]:
+    """Return error messages for the flags of `add_detector_flags`, and make --img_size the height and width."""
+    errors, (low, high) = [], args.scale_jitter
+    if low > high:
+        errors.append(f"--scale_jitter {low:g} {high:g} is empty; give the smaller factor first")
+    wrong = {name: getattr(args, name) for name in ("drop_path", "layer_decay") if getattr(args, name) is not None}
+    if args.freeze_encoder and wrong:
+        errors.append(f"{as_flags(wrong)} does not go with --freeze_encoder; leave it out")
+    args.img_size = args.img_size and [args.img_size, args.img_size]
+    return errors
 
 
 def check_segmenter(args: argparse.Namespace, head_class) -> list[str]:

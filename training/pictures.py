@@ -171,6 +171,55 @@ def segmentation_overlay(
     _write_grid(path, [[picture]], legend=legend)
 
 
+def detection_grid(
+    path: Path, rows: Sequence[tuple], classes: Sequence[str], colours: np.ndarray, *, title: str
+) -> None:
+    """Write a PNG with a row per image: its annotations, and what was detected; below them a legend.
+
+    A row is an image (C, h, w), uint8, C 1 or 3, and two lists of `data.detection.Drawing`. `colours` (classes, 3) are
+    uint8.
+    """
+    counts = np.bincount([drawing.label for _, *lists in rows for part in lists for drawing in part], minlength=256)
+    tiles = []
+    for image, *lists in rows:
+        scale = max(1, round(320 / max(image.shape[1:])))
+        tiles.append([_draw_objects(image, part, classes, colours, scale=scale) for part in lists])
+    _write_grid(path, tiles, title=title, captions=("annotation", "detected"), legend=_legend(counts, classes, colours))
+
+
+def detection_overlay(
+    path: Path, image: np.ndarray, objects: Sequence, classes: Sequence[str], colours: np.ndarray
+) -> None:
+    """Write a PNG of an image (C, h, w), uint8, C 1 or 3, with its objects, see `detection_grid`, and a legend."""
+    counts = np.bincount([drawing.label for drawing in objects], minlength=256)
+    scale = max(1, 512 // max(image.shape[1:]))
+    picture = _draw_objects(image, objects, classes, colours, scale=scale)
+    _write_grid(path, [[picture]], legend=_legend(counts, classes, colours))
+
+
+def _draw_objects(
+    image: np.ndarray, objects: Sequence, classes: Sequence[str], colours: np.ndarray, *, scale: int
+) -> Image.Image:
+    """Return an image, enlarged by `scale`, with boxes, names, scores and masks; the best objects are on top."""
+    pixels = np.asarray(to_pil_image(torch.as_tensor(image)).convert("RGB")).repeat(scale, 0).repeat(scale, 1).copy()
+    objects = sorted(objects, key=lambda drawing: drawing.score or 0)
+    for drawing in objects:
+        if drawing.mask is not None:
+            inside = drawing.mask.repeat(scale, 0).repeat(scale, 1)
+            pixels[inside] = (0.5 * pixels[inside] + 0.5 * colours[drawing.label]).astype(np.uint8)
+    picture, font = Image.fromarray(pixels), ImageFont.load_default(size=11)
+    draw = ImageDraw.Draw(picture)
+    for drawing in objects:
+        colour, box = tuple(colours[drawing.label].tolist()), [scale * value for value in drawing.box]
+        draw.rectangle([box[0], box[1], max(box[0], box[2] - 1), max(box[1], box[3] - 1)], outline=colour, width=2)
+        if drawing.score is not None:
+            text = f"{_short_name(classes[drawing.label])} {100 * drawing.score:.0f}"
+            place = (box[0] + 2, max(0, box[1] - 13))
+            draw.rectangle(draw.textbbox(place, text, font), fill=colour)
+            draw.text(place, text, "black" if sum(colour) > 380 else "white", font)
+    return picture
+
+
 def attention_grid(path: Path, image: np.ndarray, maps: np.ndarray) -> None:
     """Write a PNG of an image and, over it, the attention of each query or head: brighter where it looks.
 

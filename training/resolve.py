@@ -11,6 +11,8 @@ ENCODER_FLAGS |= {name: f"encoder_{name}" for name in ("embed_dim", "depth", "nu
 USUAL_SIZES = dict(mlp_ratio=4.0, num_cls_tokens=1)
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
+DETECTION_RECIPES = ((12, 0.7, 0.1), (24, 0.8, 0.4), (math.inf, 0.9, 0.5))  # depth at most, layer decay, drop path
+
 
 class ImageFormat(NamedTuple):
     """The flags that say what a pixel is, in their names; None for one that was not given."""
@@ -225,6 +227,36 @@ def resolve_head(flags: dict, depth: int, head_class, default_layers: Callable[[
     width, weight = flags["head_width"] or head_class.default_width, flags["auxiliary_weight"]
     weight = head_class.default_auxiliary_weight if weight is None else weight
     return dict(head=flags["head"], layers=layers, head_width=width, auxiliary_weight=weight)
+
+
+def resolve_detector(flags: dict, depth: int, *, has_masks: bool, settings: dict) -> dict:
+    """Return the flags of a detector that follow from the encoder's depth, the data and the weights.
+
+    Layer decay and drop path are ViTDet's for ViT-B, L and H (Li et al. 2022, appendix A.2).
+
+    Args:
+        flags: `head`, `drop_path`, `layer_decay`, `relative_position_bias`; None for those that were left out.
+        has_masks: all training and held-out images have masks.
+        settings: the flags of the run to resume, or `model_settings` of the weights, or {}.
+
+    Raises:
+        InputError: for masks that are asked for and absent.
+    """
+    if flags["head"] == "mask_rcnn" and not has_masks:
+        raise InputError("--head mask_rcnn needs masks, and the annotations have boxes alone; give --head faster_rcnn")
+    layer_decay, drop_path = next(recipe for most, *recipe in DETECTION_RECIPES if depth <= most)
+    if flags["freeze_encoder"]:
+        layer_decay, drop_path = 1.0, 0.0
+    defaults = dict(head="mask_rcnn" if has_masks else "faster_rcnn", drop_path=drop_path, layer_decay=layer_decay)
+    defaults["relative_position_bias"] = bool(settings.get("relative_position_bias"))
+    resolved = {name: value if flags[name] is None else flags[name] for name, value in defaults.items()}
+    return resolved | {"layer_scale": 1.0 if settings.get("layer_scale") else None}
+
+
+def check_detector_patches(patch_size: int) -> list[str]:
+    """Return an error message for patches that give no strides of a power of two."""
+    expected = "expected 4, 8, 16 or 32; give --patch_size 16, to which weights are resized"
+    return [] if patch_size in (4, 8, 16, 32) else [f"--patch_size {patch_size} is no side for a detector; {expected}"]
 
 
 def check_blocks(trainable_blocks: float | None, depth: int) -> None:

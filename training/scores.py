@@ -1,5 +1,7 @@
 """Score predictions on a whole data set, from one row per image. The order of the rows does not matter."""
 
+import contextlib
+import io
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -116,3 +118,61 @@ def score_segmentation(rows: list[tuple], classes: Sequence[str]) -> dict:
         "per_class_iou": iou,
         "per_class_accuracy": accuracy,
     }
+
+
+def score_detection(rows: list[tuple], classes: Sequence[str], *, masks: bool) -> dict:
+    """Return COCO's average precisions of boxes and, with `masks`, of masks, in percent.
+
+    `box_ap` is the mean over the classes and ten overlaps from 0.5 to 0.95, `box_ap50` and `box_ap75` are those of one
+    overlap, `box_ap_small`, `_medium` and `_large` those of objects by their area; None without such an object.
+    `per_class_box_ap` is None for a class without one. All of these with `mask` too.
+
+    Args:
+        rows: index of the image, its size (H, W), and COCO's records of its objects and of what was detected:
+            `category_id` (from 1), `bbox` (x, y, width, height), and `segmentation`, RLE or polygons; of objects
+            `area` and `iscrowd`, of detections `score`.
+        classes: names.
+    """
+    from pycocotools.cocoeval import COCOeval
+
+    scores = {}
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
+        truths = _coco(rows, 2, classes)
+        for name, kind in [("box", "bbox"), *([("mask", "segm")] if masks else [])]:
+            evaluation = COCOeval(truths, _coco(rows, 3, classes, kind), kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            values = [100 * float(value) if value >= 0 else None for value in evaluation.stats[:6]]
+            ends = ("", "50", "75", "_small", "_medium", "_large")
+            scores |= {f"{name}_ap{end}": value for end, value in zip(ends, values, strict=True)}
+            precision = evaluation.eval["precision"][:, :, :, 0, -1]  # (overlaps, recalls, classes)
+            own = [precision[:, :, number] for number in range(len(classes))]
+            own = [100 * float(part[part >= 0].mean()) if (part >= 0).any() else None for part in own]
+            scores[f"per_class_{name}_ap"] = dict(zip(classes, own, strict=True))
+    return scores
+
+
+def _coco(rows: list[tuple], column: int, classes: Sequence[str], kind: str | None = None):
+    """Return the records in a column of `rows` as pycocotools' COCO; with a `kind`, as its `loadRes` reads results."""
+    from pycocotools import mask as coco_masks
+    from pycocotools.coco import COCO
+
+    records = []
+    for row in rows:
+        for record in row[column]:
+            area = {}
+            if kind:
+                area["area"] = record["bbox"][2] * record["bbox"][3]
+                area["iscrowd"] = 0
+            if kind == "segm":
+                area["area"] = float(coco_masks.area(record["segmentation"]))
+            records.append({**record, **area, "image_id": row[0], "id": len(records) + 1})
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": index, "height": size[0], "width": size[1]} for index, size, *_ in rows],
+        "annotations": records,
+        "categories": [{"id": number, "name": name} for number, name in enumerate(classes, 1)],
+    }
+    coco.createIndex()
+    return coco

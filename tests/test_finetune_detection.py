@@ -1,0 +1,286 @@
+"""Whole runs of finetune_detection.py, as its users start them, and what it refuses."""
+
+import copy
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    assert_equal_runs,
+    dry_run,
+    flags_of,
+    log_of,
+    losses_of,
+    metrics_of,
+    refusals,
+    run,
+    run_each,
+    run_two,
+    start,
+    wait_for,
+    weights_of,
+)
+from PIL import Image
+from random_modules import new_encoder
+
+from data import shapes
+from modeling.export import export_encoder, export_segmenter
+from modeling.files import read_state_dict
+from modeling.upernet import Segmenter
+
+SCRIPT = "finetune_detection.py"
+WEIGHTS = "--path_to_backbone_checkpoint"
+STATISTICS = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+SIZES = dict(img_size=32, patch_size=8, embed_dim=32, depth=5, num_heads=2)
+# Everything random that a run can have, in steps of two micro-batches; windows of 3 x 3 in a grid of 8 x 8
+SMALL = ["--img_size", 64, "--window_size", 3, "--head_width", 8, "--num_regions", 16, "--scale_jitter", 0.5, 1.5]
+SMALL += ["--global_batch_size", 4, "--micro_batch_size", 2, "--learning_rate", 3e-4, "--num_workers", 0]
+SMALL += ["--mixed_precision", "no", "--log_every", 1, "--num_preview_images", 2]
+ENCODER = ["--patch_size", 8, "--encoder_embed_dim", 32, "--encoder_depth", 5, "--encoder_num_heads", 2]
+
+
+def runs_of(mask):
+    """COCO's RLE of a mask: the lengths of its runs, by columns, 0 first."""
+    values = np.concatenate([[0], mask.T.ravel(), [2]])
+    ends = np.flatnonzero(np.diff(values[1:])) + 1
+    lengths = np.diff(np.concatenate([[0], ends])).tolist()
+    return dict(counts=lengths if mask.T.flat[0] == 0 else [0, *lengths], size=list(mask.shape))
+
+
+def write_split(root, split, numbers):
+    """Scenes as COCO's folders: class numbers 10, 20, ..., a crowd, and an image without objects."""
+    content = dict(images=[], annotations=[])
+    content["categories"] = [dict(id=10 * (i + 1), name=name) for i, name in enumerate(shapes.CLASSES)]
+    (root / split).mkdir(parents=True)
+    for number in numbers:
+        image, _, labels = shapes.draw(number)
+        height = 64 - 8 * (number % 3)
+        image, labels = image[:height], labels[:height]
+        Image.fromarray(image).save(root / split / f"{number:03d}.png")
+        content["images"].append(dict(id=900 - number, file_name=f"{number:03d}.png", height=height, width=64))
+        for label in np.unique(labels[labels > 0]).tolist() if number % 5 != 4 else []:
+            mask = (labels == label).astype(np.uint8)
+            (rows, columns), segmentation = np.nonzero(mask), runs_of(mask)
+            x, y = int(columns.min()), int(rows.min())
+            box = [x, y, int(columns.max()) + 1 - x, int(rows.max()) + 1 - y]
+            record = dict(image_id=900 - number, category_id=10 * label, bbox=box, segmentation=segmentation)
+            record |= dict(area=int(mask.sum()), iscrowd=int(number % 5 == 3), id=len(content["annotations"]) + 1)
+            content["annotations"].append(record)
+    (root / "annotations").mkdir(exist_ok=True)
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="session")
+def scene_folder(tmp_path_factory):
+    """10 training and 7 held-out images with masks."""
+    root = tmp_path_factory.mktemp("scene_folder")
+    write_split(root, "train", range(10))
+    write_split(root, "val", range(20, 27))
+    return root
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory):
+    """The folder of an encoder, as pre-training leaves it."""
+    folder = tmp_path_factory.mktemp("backbone")
+    torch.manual_seed(0)
+    export_encoder(new_encoder(**SIZES), folder, **STATISTICS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flags(scene_folder, backbone):
+    """Two steps an epoch, seven in all, so that the run ends inside its fourth epoch."""
+    flags = ["--path_to_data", scene_folder, WEIGHTS, backbone, *SMALL, "--max_steps", 7, "--drop_path", 0.2]
+    return [*flags, "--evaluate_every", 4, "--save_checkpoint_steps", 3]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, flags):
+    """A run that nothing interrupts."""
+    cwd = tmp_path_factory.mktemp("undisturbed")
+    done = run(SCRIPT, *flags, cwd=cwd)
+    assert "32 x 5 encoder, windows of 3 x 3 in 1 blocks, mask_rcnn of width 8" in done.stdout
+    assert "encoder.pos_embed 4x4 -> 8x8" in done.stdout and "times 0.1 at 8/9 and again at 26/27" in done.stdout
+    return cwd / "work_dir" / "finetune_detection"
+
+
+def test_what_a_run_leaves_behind(undisturbed):
+    lines = log_of(undisturbed)
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 8)) and all(line["grad_norm"] > 0 for line in training)
+    rates = [line["learning_rate"] for line in training]
+    assert rates[:6] == [3e-4] * 6 and rates[6] == pytest.approx(3e-5)  # from step 6 on, of 7
+    assert [line["step"] for line in lines if "box_ap" in line] == [4, 7]
+    metrics = metrics_of(undisturbed)
+    assert metrics["best_box_ap"] == max(line["box_ap"] for line in lines if "box_ap" in line)
+    assert list(metrics["per_class_box_ap"]) == list(metrics["per_class_mask_ap"]) == list(shapes.CLASSES)
+    saved = flags_of(undisturbed)
+    assert saved["img_size"] == [64, 64] and saved["layer_decay"] == 0.7 and saved["head"] == "mask_rcnn"
+    for step in (4, 7):
+        with Image.open(undisturbed / "predictions" / f"step_{step:08d}.png") as picture:
+            assert picture.width > 300
+    assert {"best", "model", "detections.json"} <= {*os.listdir(undisturbed)}
+
+
+def coco_scores(scene_folder, results, kind):
+    """The six average precisions and those of the classes, by pycocotools from the files alone."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    truths = COCO(str(scene_folder / "annotations" / "instances_val.json"))
+    if kind == "segm":
+        results = [{name: value for name, value in record.items() if name != "bbox"} for record in results]
+    loaded, scores = truths.loadRes(copy.deepcopy(results)), []  # which changes them
+    for category in [truths.getCatIds(), *([number] for number in truths.getCatIds())]:
+        evaluation = COCOeval(truths, loaded, kind)
+        evaluation.params.catIds = category
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        scores.append(evaluation.stats[:6])
+    return scores[0], [own[0] for own in scores[1:]]
+
+
+@pytest.mark.parametrize("name, kind", [("box", "bbox"), ("mask", "segm")])
+def test_scores_are_those_of_pycocotools(undisturbed, scene_folder, tmp_path, name, kind):
+    """Those of the file of detections and the file of annotations."""
+    results, metrics = json.loads((undisturbed / "detections.json").read_text()), metrics_of(undisturbed)
+    assert {record["image_id"] for record in results} == {900 - number for number in range(20, 27)}
+    expected, per_class = coco_scores(scene_folder, results, kind)
+    ends = ("", "50", "75", "_small", "_medium", "_large")
+    for value, end in zip(expected, ends, strict=True):
+        ours = metrics[f"{name}_ap{end}"]
+        assert (ours is None and value == -1) or abs(ours - 100 * value) < 1e-9
+    for value, ours in zip(per_class, metrics[f"per_class_{name}_ap"].values(), strict=True):
+        assert (ours is None and value == -1) or abs(ours - 100 * value) < 1e-9
+    sizes = {900 - number: 64 - 8 * (number % 3) for number in range(20, 27)}
+    for record in results:  # in the images' own pixels
+        x, y, width, height = record["bbox"]
+        assert 0 <= x <= x + width <= 64.01 and 0 <= y <= y + height <= sizes[record["image_id"]] + 0.01
+        assert record["category_id"] in range(10, 81, 10) and 0.05 <= record["score"] <= 1
+        assert record["segmentation"]["size"] == [sizes[record["image_id"]], 64]
+
+
+def test_kill_and_resume_in_the_middle_of_an_epoch(undisturbed, flags, tmp_path):
+    folder = tmp_path / "work_dir" / "finetune_detection"
+    process = start(SCRIPT, *flags, "--num_workers", 1, cwd=tmp_path)
+    wait_for(5, folder, process)
+    process.kill()
+    process.communicate()
+    assert not (folder / "metrics.json").exists() and (folder / "checkpoints" / "step_00000003").exists()
+    run(SCRIPT, *flags, "--resume_from_checkpoint", "auto", cwd=tmp_path)
+    assert_equal_runs(undisturbed, folder, 7)
+    assert (folder / "detections.json").read_bytes() == (undisturbed / "detections.json").read_bytes()
+    one, other = (read_state_dict(run / "best") for run in (undisturbed, folder))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_two_processes_are_one(undisturbed, flags, tmp_path):
+    """Whose micro-batches are those of the one process; and each image is scored once."""
+    run_two(SCRIPT, *flags, cwd=tmp_path)
+    folder = tmp_path / "work_dir" / "finetune_detection"
+    ours, theirs = losses_of(folder), losses_of(undisturbed)
+    assert ours.keys() == theirs.keys() and all(ours[step] == pytest.approx(theirs[step], rel=1e-4) for step in ours)
+    assert ours[1] == pytest.approx(theirs[1], rel=1e-6)
+    one, two = weights_of(undisturbed, 7), weights_of(folder, 7)
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-3
+    again = ["--path_to_data", flags[1], "--eval_only", "--num_workers", 0, WEIGHTS, undisturbed]
+    run_two(SCRIPT, *again, "--experiment_name", "again", cwd=tmp_path)
+    scores = metrics_of(tmp_path / "work_dir" / "again")
+    assert all(scores[name] == value for name, value in metrics_of(undisturbed).items() if "_ap" in name[:8])
+
+
+def test_what_only_evaluates_agrees_with_the_run(undisturbed, scene_folder, tmp_path):
+    words = ["--path_to_data", scene_folder, "--eval_only", "--num_workers", 0]
+    sources = {"model": undisturbed / "model", "checkpoint": undisturbed / "checkpoints" / "step_00000007"}
+    run_each(
+        SCRIPT, [[*words, WEIGHTS, path, "--experiment_name", name] for name, path in sources.items()], cwd=tmp_path
+    )
+    expected = metrics_of(undisturbed)
+    for name in sources:
+        found = metrics_of(tmp_path / "work_dir" / name)
+        assert all(
+            found[key] == expected[key] for key in ("box_ap", "mask_ap", "per_class_box_ap", "per_class_mask_ap")
+        )
+        assert (tmp_path / "work_dir" / name / "predictions" / "step_00000000.png").exists()
+
+
+def test_other_ways_to_train(scene_folder, tmp_path):
+    """Boxes alone, from a segmenter's encoder, frozen, in grey, with a cosine and a damaged image; and a dry run."""
+    data = shutil.copytree(scene_folder, tmp_path / "data")
+    (data / "train" / "005.png").write_text("no image")
+    (data / "val" / "022.png").write_text("no image")
+    segmenter = Segmenter(new_encoder(**SIZES, relative_position_bias=True, layer_scale=0.5), 3, head="linear")
+    export_segmenter(segmenter, tmp_path / "segmenter", classes=["a", "b", "c"], resize=(64, 32), **STATISTICS)
+    shared = ["--path_to_data", data, *SMALL, "--head", "faster_rcnn", "--epochs", 1, WEIGHTS, tmp_path / "segmenter"]
+    shared += ["--adapt_channels", "--input_channels", 1, "--freeze_encoder", "--lr_schedule", "cosine"]
+    (said,) = run_each(SCRIPT, [[*shared, "--gradient_checkpointing", "--experiment_name", "boxes"]], cwd=tmp_path)
+    folder = tmp_path / "work_dir" / "boxes"
+    assert "ignored (decode_head" in said and "5 relative position biases 4x4 -> 8x8" in said
+    assert "32 x 5 frozen encoder" in said and "cosine to 0" in said and "faster_rcnn" in said
+    assert "mask_ap" not in metrics_of(folder) and metrics_of(folder)["box_ap"] is not None
+    saved = flags_of(folder)
+    assert saved["relative_position_bias"] is True and saved["layer_scale"] == 1 and saved["drop_path"] == 0
+    damaged = [json.loads(line)["path"] for line in (folder / "damaged.jsonl").read_text().splitlines()]
+    assert {os.path.basename(path) for path in damaged} >= {"022.png"}
+    dry = dry_run(SCRIPT, *shared, "--experiment_name", "dry", cwd=tmp_path)
+    assert "dry run" in dry and not (tmp_path / "work_dir" / "dry").exists()
+
+
+def test_what_does_not_fit_is_told_before_the_first_step(scene_folder, backbone, undisturbed, tmp_path):
+    (tmp_path / "boxes").mkdir()
+    boxes = shutil.copytree(scene_folder, tmp_path / "boxes" / "data")
+    path = boxes / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    del content["annotations"][0]["segmentation"]
+    path.write_text(json.dumps(content))
+    here = ["--path_to_data", scene_folder, *SMALL]
+    starts = [
+        [*here, "--scale_jitter", 2, 1, "--freeze_encoder", "--drop_path", 0.1],
+        [*here, *ENCODER, "--img_size", 60],
+        [*here, "--patch_size", 14, "--img_size", 70, "--path_to_classes", "x"],
+        [*here, *ENCODER, "--path_to_data", boxes, "--head", "mask_rcnn"],
+        [*here, "--eval_only", WEIGHTS, backbone],
+        [*here, "--eval_only", WEIGHTS, undisturbed, "--path_to_data", "builtin:shapes", "--img_size", 70],
+        [*here, "--eval_only", WEIGHTS, undisturbed, "--path_to_data", boxes, "--encoder_depth", 3],
+    ]
+    words = (
+        ("--scale_jitter 2 1 is empty", "--drop_path 0.1 does not go with", "--freeze_encoder needs trained weights"),
+        ("--img_size 60 60 is not divisible by --patch_size 8; take multiples of 8",),
+        ("--patch_size 14 is no side for a detector", "names its classes in its annotations"),
+        ("--head mask_rcnn needs masks, and the annotations have boxes alone; give --head faster_rcnn",),
+        ("holds no detector; give a model/, best/ or checkpoint",),
+        ("an image of (70, 70) pixels does not split into patches of 8",),
+        ("--encoder_depth 3 is not the trained model's 5",),
+    )
+    for errors, expected in zip(refusals(SCRIPT, *starts, cwd=tmp_path), words, strict=True):
+        assert len(errors) == len(expected), errors
+        assert all(any(word in error for error in errors) for word in expected), errors
+
+
+def test_patches_of_another_side_are_resized(scene_folder, tmp_path):
+    export_encoder(new_encoder(**SIZES | dict(patch_size=7, img_size=28)), tmp_path / "encoder", **STATISTICS)
+    flags = ["--path_to_data", scene_folder, *SMALL, "--max_steps", 1, "--evaluate_every", 0, "--patch_size", 8]
+    said = run(SCRIPT, *flags, WEIGHTS, tmp_path / "encoder", cwd=tmp_path).stdout
+    assert "patches resized from 7 to 8" in said and "64 patches of 8" in said
+
+
+@pytest.mark.slow
+def test_micro_batches_of_other_sizes_change_rounding_alone(scene_folder, backbone, tmp_path):
+    flags = ["--path_to_data", scene_folder, WEIGHTS, backbone, *SMALL, "--max_steps", 3, "--drop_path", 0]
+    run_each(SCRIPT, [[*flags, "--micro_batch_size", n, "--experiment_name", f"of_{n}"] for n in (1, 4)], cwd=tmp_path)
+    one, four = (losses_of(tmp_path / "work_dir" / f"of_{n}") for n in (1, 4))
+    assert all(one[step] == pytest.approx(four[step], rel=1e-5) for step in one)
+
+
+@pytest.mark.slow
+def test_real_cells_are_learned(real_images, tmp_path):
+    """Enough to find most cells roughly, from scratch, at a quarter of their size."""
+    flags = ["--path_to_data", real_images / "bccd", *ENCODER, "--img_size", 160, "--head_width", 32, "--num_regions"]
+    flags += [128, "--global_batch_size", 8, "--max_steps", 300, "--learning_rate", 1e-3, "--scale_jitter", 0.5, 1.5]
+    run(SCRIPT, *flags, "--drop_path", 0, "--mixed_precision", "no", "--evaluate_every", 0, cwd=tmp_path)
+    assert metrics_of(tmp_path / "work_dir" / "finetune_detection")["box_ap50"] > 20
