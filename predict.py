@@ -4,9 +4,9 @@
 
 writes predictions/predictions.jsonl, one line per image in the order given. A classifier predicts classes, labels or
 numbers, as it was trained; one with attentive pooling also writes attention/, where each query looks. A segmentation
-model writes labels/ (pixel values 1 to N: the classes in the model's order) and overlays/; a masked autoencoder writes
-reconstructions/, with their PSNR and SSIM. Images are files, folders, or patterns such as 'photos/**/*.jpg'. Unreadable
-images are named and skipped; the exit code is then 1.
+model writes labels/ (pixel values 1 to N: the classes in the model's order) and overlays/; a detector writes overlays/
+and coco.json; a masked autoencoder writes reconstructions/, with their PSNR and SSIM. Images are files, folders, or
+patterns such as 'photos/**/*.jpg'. Unreadable images are named and skipped; the exit code is then 1.
 
     python predict.py work_dir/quickstart_pretrain photos/ --features features.npy
 
@@ -21,17 +21,18 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
 from data.batches import ListedDataset, Normalization, centre_crop, make_loader, masked_crop, own_mask_crop
 from data.decode import MAX_PIXELS, DamagedImage, PixelFormat, preview_channels
+from data.detection import as_results, drawings, fill_of, fit_and_size
 from data.files import find_images
 from data.masking import MASK_STRATEGIES, read_removed, removed_patches
 from data.segmentation import palette, view_and_preview, view_sizes
 from modeling import inspection
 from modeling.classifier import Classifier
+from modeling.detector import Detector, in_original_pixels
 from modeling.files import WeightsError
 from modeling.mae import MaskedAutoencoder
 from modeling.sliding_window import predict
@@ -42,7 +43,7 @@ from training import arguments, launch, predictions
 from training.arguments import Pair, integer, number
 from training.launch import RunError, fail
 from training.memory import check_memory
-from training.pictures import displayable, label_picture, segmentation_overlay
+from training.pictures import displayable
 from training.predictions import LINES
 from training.pretraining import check_mask_block
 from training.processes import check_settings
@@ -54,6 +55,7 @@ MASK_DEFAULTS = dict(mask_strategy="random", mask_block=1, seed=0)
 KINDS = {  # model -> name, flags for its predictions alone
     Classifier: ("a classifier", ["top_k"]),
     Segmenter: ("a segmentation model", ["evaluate"]),
+    Detector: ("a detector", []),
     MaskedAutoencoder: (
         "a masked autoencoder",
         ["mask_ratio", "mask_strategy", "mask_block", "seed", "mask", "fill", "preview_channels"],
@@ -118,7 +120,7 @@ def check_model(trained, given, removed, *, look):
     """
     model, encoder, errors = trained.model, trained.encoder, []
     name, flags = KINDS[type(model)]
-    if look not in (None, "attention") and isinstance(model, Segmenter):
+    if (look not in (None, "attention") and isinstance(model, Segmenter)) or (look and isinstance(model, Detector)):
         errors.append(f"--{look}: {trained.path} is {name}, whose encoder has no norm; give what it started from")
     if look is None and isinstance(model, VisionTransformer):
         words = "computes features alone; give --features FILE.npy, --attention or --pca"
@@ -182,13 +184,20 @@ def predict_labels(batch, *, segment, normalize, device, classes, folder, names)
     """Write the labels and the overlay of one image. `segment(views, size)` returns class numbers (1, *size)."""
     images, (preview,), (size,) = batch.inputs
     (labels,) = segment([normalize(images.to(device))], tuple(size.tolist()))
-    pixels = torch.bincount(labels.flatten(), minlength=len(classes)).tolist()
-    labels, colours, name = labels.cpu().numpy(), palette(len(classes)), names[batch.indices[0]]
-    label_picture(folder / "labels" / name, labels + np.uint8(1), colours)
-    segmentation_overlay(folder / "overlays" / name, displayable(preview).numpy(), labels, classes, colours)
-    order = sorted(range(len(classes)), key=lambda i: -pixels[i])
-    areas = [{"class": classes[i], "label": i + 1, "pixels": pixels[i]} for i in order if pixels[i]]
-    return [{"labels": f"labels/{name}", "overlay": f"overlays/{name}", "classes": areas}]
+    options = dict(classes=classes, colours=palette(len(classes)), folder=folder, name=names[batch.indices[0]])
+    return predictions.write_labels(labels, displayable(preview).numpy(), **options)
+
+
+@torch.no_grad()
+def predict_objects(batch, *, model, normalize, device, classes, folder, names):
+    """Write the overlay of one image and return its objects, as COCO's records with the names of their classes."""
+    images, (size,), (original,) = batch.inputs
+    size, original = tuple(size.tolist()), tuple(original.tolist())
+    (detections,) = model(normalize(images.to(device)), [size])
+    records, view = as_results(in_original_pixels(detections, size, original)), displayable(images[0]).numpy()
+    options = dict(classes=classes, colours=palette(len(classes)), folder=folder, name=names[batch.indices[0]])
+    shown = drawings(records, original, size)
+    return predictions.write_objects(records, original, view[:, : size[0], : size[1]], shown, **options)
 
 
 @torch.no_grad()
@@ -275,6 +284,11 @@ def plan_predictions(trained, given, removed, *, pixels, **pictures):
         transform = partial(view_and_preview, sizes=sizes, longest=PREVIEW_SIZE)
         segment = partial(predict, model, flip=False, window=crop_size if mode == "slide" else None)
         return task, transform, partial(predict_labels, segment=segment, classes=classes, **pictures)
+    if isinstance(model, Detector):
+        task = f"objects of {count_targets(len(classes), 'classes')}, in images that fit {encoder.img_size[0]} pixels"
+        fill = fill_of(trained.mean, trained.value_range)
+        transform = partial(fit_and_size, side=encoder.img_size[0], fill=fill)
+        return task, transform, partial(predict_objects, model=model, classes=classes, **pictures)
     patches, whole, size = math.prod(encoder.grid), given.get("fill", False), encoder.img_size
     if removed is None:
         model.mask_ratio = given.get("mask_ratio", model.mask_ratio)
@@ -354,7 +368,7 @@ def main(argv=None):
 
     # Loop
     # The views of a segmenter have different sizes; one image at a time, rounding and memory depend on no other.
-    batch_size = 1 if isinstance(trained.model, Segmenter) and not args.look else args.batch_size
+    batch_size = 1 if isinstance(trained.model, Segmenter | Detector) and not args.look else args.batch_size
     batches = [range(len(paths))[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     num_workers = args.num_workers
     if num_workers is None:  # none for a single batch, which is read sooner than a process starts
@@ -369,6 +383,8 @@ def main(argv=None):
         results = predictions.write_colours(results, shape, inspection.feature_colours, grid=encoder.grid, **pictures)
     if file is None:
         count = predictions.write_lines(output, results)
+        if isinstance(trained.model, Detector):
+            predictions.write_coco(output, trained.classes)
     else:
         count = predictions.write_features(output, results, [width] if args.look == "features" else [patches, width])
 

@@ -4,7 +4,7 @@ Boxes are (x1, y1, x2, y2) in pixels. Sizes are (height, width), in pixels. Inpu
 are resized by an antialiased bilinear filter, stand at the left upper corner, and are padded with `fill`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -180,24 +180,6 @@ def as_results(detections: dict[str, torch.Tensor]) -> list[dict]:
         rle = coco_masks.encode(np.asfortranarray(mask.cpu().numpy()))
         record["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
     return records
-
-
-def coco_content(lines: Iterable[dict], classes: Sequence[str]) -> dict:
-    """Return images, their objects and the classes as COCO's annotation files have them.
-
-    A line has `image`, and if that could be read `height`, `width` and `objects`, records with a `category_id` from 1.
-    """
-    images, annotations = [], []
-    for number, line in enumerate(lines, 1):
-        if "objects" in line:
-            images.append(dict(id=number, file_name=line["image"], height=line["height"], width=line["width"]))
-        for record in line.get("objects", ()):
-            own = dict(record, id=len(annotations) + 1, image_id=number, area=record["bbox"][2] * record["bbox"][3])
-            if "segmentation" in record:
-                own["area"] = int(coco_masks.area(record["segmentation"]))
-            annotations.append(own | {"iscrowd": 0})
-    categories = [dict(id=number, name=name) for number, name in enumerate(classes, 1)]
-    return dict(images=images, annotations=annotations, categories=categories)
 
 
 class Drawing(NamedTuple):

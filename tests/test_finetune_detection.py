@@ -209,6 +209,43 @@ def test_what_only_evaluates_agrees_with_the_run(undisturbed, scene_folder, tmp_
         assert (tmp_path / "work_dir" / name / "predictions" / "step_00000000.png").exists()
 
 
+def test_predictions_are_those_of_the_validation(undisturbed, scene_folder, tmp_path):
+    """Of the same weights on the same images, in COCO's format, with a picture of each."""
+    output = tmp_path / "predictions"
+    words = [undisturbed / "model", scene_folder / "val", "--output", output, "--num_workers", 0]
+    said = run("predict.py", *words, cwd=tmp_path).stdout
+    assert "objects of 8 classes, in images that fit 64 pixels" in said and "7 of 7 images" in said
+    lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    expected = {}
+    for record in json.loads((undisturbed / "detections.json").read_text()):
+        expected.setdefault(record["image_id"], []).append(record)
+    for line, number in zip(lines, range(20, 27), strict=True):
+        theirs = expected[900 - number]
+        assert len(line["objects"]) == len(theirs) > 0 and (output / line["overlay"]).is_file()
+        for ours, other in zip(line["objects"], theirs, strict=True):
+            assert (
+                ours["class"]
+                == shapes.CLASSES[ours["category_id"] - 1]
+                == shapes.CLASSES[other["category_id"] // 10 - 1]
+            )
+            assert ours["bbox"] == pytest.approx(other["bbox"], abs=1e-2) and ours["score"] == pytest.approx(
+                other["score"]
+            )
+    from pycocotools.coco import COCO
+
+    coco = COCO(str(output / "coco.json"))
+    assert [image["height"] for image in coco.loadImgs(coco.getImgIds())] == [64 - 8 * (n % 3) for n in range(20, 27)]
+    assert len(coco.getAnnIds()) == sum(map(len, expected.values())) and len(coco.getCatIds()) == 8
+    annotation = coco.loadAnns(coco.getAnnIds())[0]
+    assert coco.annToMask(annotation).sum() == annotation["area"]
+    refused = run("predict.py", *words, cwd=tmp_path, code=2).stderr
+    assert "would overwrite" in refused and "coco.json" in refused
+    features = run(
+        "predict.py", *words[:2], "--features", tmp_path / "f.npy", "--top_k", 3, cwd=tmp_path, code=2
+    ).stderr
+    assert "is a detector, whose encoder has no norm" in features and "--top_k has no effect" in features
+
+
 def test_other_ways_to_train(scene_folder, tmp_path):
     """Boxes alone, from a segmenter's encoder, frozen, in grey, with a cosine and a damaged image; and a dry run."""
     data = shutil.copytree(scene_folder, tmp_path / "data")

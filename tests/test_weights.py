@@ -222,7 +222,10 @@ def test_near_relatives_are_refused():
     for change, name in ((dict(layer_scale_init_value=0.1), "layer_scale"), ({}, "relative_position_bias")):
         config = BeitConfig(**THEIRS, **BEIT | dict(use_relative_position_bias=not change) | change)
         error = refusal(new_classifier().encoder, BeitModel(config).state_dict())
-        assert f"{name} is True instead of False; only an encoder of a segmenter or detector can have this" in error.message
+        assert (
+            f"{name} is True instead of False; only an encoder of a segmenter or detector can have this"
+            in error.message
+        )
         assert error.settings == {name: True} and isinstance(error.settings[name], float if change else bool)
     files = to_transformers({f"encoder.{name}": value for name, value in new_encoder().state_dict().items()})
     del files["vit.encoder.layer.0.attention.attention.value.bias"]

@@ -13,9 +13,18 @@ from tqdm import tqdm
 from training.files import write_json
 from training.launch import RunError
 from training.metrics import reconstruction_metrics
-from training.pictures import attention_grid, colour_picture, displayable, reconstruction_grid
+from training.pictures import (
+    attention_grid,
+    colour_picture,
+    detection_overlay,
+    displayable,
+    label_picture,
+    reconstruction_grid,
+    segmentation_overlay,
+)
 
-LINES = "predictions.jsonl"  # in the output folder, beside these folders of pictures
+LINES, COCO = "predictions.jsonl", "coco.json"  # in the output folder, beside these folders of pictures
+SHOWN = 0.5  # score from which on an object is in the overlay
 PICTURES = ("attention", "colours", "labels", "overlays", "reconstructions")
 NUM_PRINTED = 10  # images whose result is printed
 NOT_FINITE = "the outputs are not finite: training diverged or the weights are damaged; give other weights"
@@ -25,7 +34,7 @@ Results = Iterable[tuple[str, object, str | None]]  # name, result and error of 
 
 def check_output(folder: Path) -> list[str]:
     """Return an error message for files and folders in the output folder that would be overwritten."""
-    return _check_absent(f"--output {folder}", [folder / name for name in (LINES, *PICTURES)])
+    return _check_absent(f"--output {folder}", [folder / name for name in (LINES, COCO, *PICTURES)])
 
 
 def check_features(flag: str, path: Path) -> list[str]:
@@ -97,6 +106,8 @@ def describe_result(result: dict) -> str:
         return f"removed patches {result['masked_psnr']:.2f} dB"
     if "filled_psnr" in result:
         return f"whole image {result['filled_psnr']:.2f} dB"
+    if "objects" in result:
+        return ", ".join(f"{each['class']} {100 * each['score']:.1f} %" for each in result["objects"][:5]) or "none"
     if "classes" not in result and "labels" in result:
         return ", ".join(f"{entry['label']} {100 * entry['probability']:.1f} %" for entry in result["labels"][:5])
     if "classes" not in result:
@@ -104,6 +115,59 @@ def describe_result(result: dict) -> str:
     key = "pixels" if "pixels" in result["classes"][0] else "probability"
     scale = 100 / sum(entry[key] for entry in result["classes"]) if key == "pixels" else 100
     return ", ".join(f"{entry['class']} {scale * entry[key]:.1f} %" for entry in result["classes"][:5])
+
+
+def write_labels(
+    labels: torch.Tensor, image: np.ndarray, *, classes: Sequence[str], colours: np.ndarray, folder: Path, name: str
+) -> list[dict]:
+    """Write the class numbers (H, W) of an image and an overlay, and return their names and the areas of the classes.
+
+    `image` is the picture (C, h, w), uint8, and `colours` (classes, 3).
+    """
+    pixels = torch.bincount(labels.flatten(), minlength=len(classes)).tolist()
+    labels = labels.cpu().numpy()
+    label_picture(folder / "labels" / name, labels + np.uint8(1), colours)
+    segmentation_overlay(folder / "overlays" / name, image, labels, classes, colours)
+    order = sorted(range(len(classes)), key=lambda i: -pixels[i])
+    areas = [{"class": classes[i], "label": i + 1, "pixels": pixels[i]} for i in order if pixels[i]]
+    return [{"labels": f"labels/{name}", "overlay": f"overlays/{name}", "classes": areas}]
+
+
+def write_objects(
+    records: Sequence[dict],
+    size: tuple[int, int],
+    image: np.ndarray,
+    drawings: Sequence,
+    *,
+    classes: Sequence[str],
+    colours: np.ndarray,
+    folder: Path,
+    name: str,
+) -> list[dict]:
+    """Write an overlay of the objects in an image, and return its name, the image's size and the objects.
+
+    `records` are COCO's, with classes from 1, `size` (H, W), and `drawings` the same for the picture (C, h, w), uint8.
+    """
+    shown = [drawing for drawing in drawings if drawing.score >= SHOWN]
+    detection_overlay(folder / "overlays" / name, image, shown, classes, colours)
+    objects = [{"class": classes[record["category_id"] - 1], **record} for record in records]
+    return [{"overlay": f"overlays/{name}", "height": size[0], "width": size[1], "objects": objects}]
+
+
+def write_coco(lines: Path, classes: Sequence[str]) -> None:
+    """Write the objects in a file of `write_lines` as COCO's annotation files have them, beside it."""
+    from pycocotools import mask as coco_masks
+
+    images, annotations = [], []
+    for number, line in enumerate(map(json.loads, lines.read_text().splitlines()), 1):
+        if "objects" in line:
+            images.append(dict(id=number, file_name=line["image"], height=line["height"], width=line["width"]))
+        for record in line.get("objects", ()):
+            mask, (_, _, width, height) = record.get("segmentation"), record["bbox"]
+            area = width * height if mask is None else int(coco_masks.area(mask))
+            annotations.append(dict(record, id=len(annotations) + 1, image_id=number, area=area, iscrowd=0))
+    categories = [dict(id=number, name=name) for number, name in enumerate(classes, 1)]
+    write_json(lines.with_name(COCO), dict(images=images, annotations=annotations, categories=categories))
 
 
 def write_attention(batch, maps: torch.Tensor, *, folder: Path, names: Sequence[str]) -> list[dict]:
