@@ -23,9 +23,11 @@ from functools import partial
 from pathlib import Path
 
 from modeling.classifier import Classifier
+from modeling.detector import Detector
 from modeling.export import (
     export_autoencoder,
     export_classifier,
+    export_detector,
     export_encoder,
     export_segmenter,
     libraries_of,
@@ -49,7 +51,11 @@ from training.wording import count_targets, in_one_line, several
 
 MAX_DIFFERENCE = 1e-4  # between the outputs of a library and of our own module
 REMEDY = "nothing was written; install the versions of transformers and timm in requirements.txt"
-TASKS = {Classifier: "image-classification", Segmenter: "image-segmentation"}  # on the Hub
+TASKS = {  # on the Hub
+    Classifier: "image-classification",
+    Segmenter: "image-segmentation",
+    Detector: "object-detection",
+}
 
 
 def parse_args(argv=None):
@@ -101,7 +107,9 @@ def select_weights(path, checkpoint):
         raise RunError(f"{path} is an --eval_only run without weights of its own; give the run that it evaluated")
     if checkpoint == "best":
         of_classifier = {"labels": "mean_ap", "numbers": "mean_r2"}.get(record.flags.get("target"), "top1")
-        _, step = best_of(record.folder, "mean_iou" if "crop_size" in record.flags else of_classifier)
+        of_head = {"crop_size": "mean_iou", "window_size": "box_ap"}  # by a flag that only its script has
+        metric = next((metric for flag, metric in of_head.items() if flag in record.flags), of_classifier)
+        _, step = best_of(record.folder, metric)
         if step is None or not (record.folder / "best" / "config.json").is_file():
             raise RunError(f"--checkpoint best: {path} has no best/; expected a validated fine-tuning run; give last")
         return record.folder / "best", record, step
@@ -139,6 +147,8 @@ def describe_model(trained):
         words += f", predicting {model.target.title}"
     elif isinstance(model, Classifier):
         words += f", head for {count_targets(model.num_classes, model.problem)} on {model.pooled}"
+    elif isinstance(model, Detector):
+        words += f", {model.head} for {several(model.num_classes, 'class')}, windows of {model.window}"
     elif isinstance(model, Segmenter):
         words += f", {model.decode_head.title} for {model.num_classes} classes"
     images = "images of {} x {} pixels".format(*encoder.img_size)
@@ -152,6 +162,8 @@ def export_model(trained, folder):
     if isinstance(model, Segmenter):
         evaluation = dict(resize=trained.resize, masks=trained.masks)
         export_segmenter(model, folder, classes=trained.classes, **evaluation, **statistics)
+    elif isinstance(model, Detector):
+        export_detector(model, folder, classes=trained.classes, **statistics)
     elif isinstance(model, Classifier):
         export_classifier(model, folder, classes=trained.classes, crop_ratio=trained.crop_ratio, **statistics)
     else:

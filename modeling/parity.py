@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from modeling.classifier import Classifier
+from modeling.detector import Detector
 from modeling.export import libraries_of, pixio_misfit, vit_mae_misfit
 from modeling.mae import MaskedAutoencoder
 from modeling.trained import open_trained
@@ -18,8 +19,8 @@ def differences(folder: str | Path, model: Model) -> tuple[dict[str, float], lis
     """Return each library's difference from `model` on two random images, and notes on libraries that are left out.
 
     The difference is the largest absolute one of outputs, divided by the largest absolute output if that is above 1.
-    Outputs are an encoder's tokens, an autoencoder's loss under the same noise, otherwise logits. `model` is on the
-    CPU, in evaluation mode. Errors of the libraries are raised as they are.
+    Outputs are an encoder's tokens, an autoencoder's loss under the same noise, a detector's pyramid, otherwise logits.
+    `model` is on the CPU, in evaluation mode. Errors of the libraries are raised as they are.
     """
     import timm
     import transformers
@@ -28,7 +29,8 @@ def differences(folder: str | Path, model: Model) -> tuple[dict[str, float], lis
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, encoder.in_channels, *encoder.img_size, generator=generator)
     has_head = isinstance(model, Classifier | Segmenter)
-    expected = model(images) if has_head else encoder(images)
+    whole = has_head or isinstance(model, Detector)
+    expected = _outputs(model if whole else encoder, images)
     in_units = model.answer(expected) if getattr(model, "problem", None) == "numbers" else expected
     outputs, libraries = {}, libraries_of(model)  # library -> its outputs and those expected
     notes = list(_limits(model, libraries))
@@ -46,7 +48,7 @@ def differences(folder: str | Path, model: Model) -> tuple[dict[str, float], lis
     if (folder / "encoder").is_dir() and libraries_of(encoder):
         theirs = transformers.AutoModel.from_pretrained(folder / "encoder")(images)
         outputs["transformers AutoModel, encoder/"] = theirs.last_hidden_state, encoder(images)
-    outputs["this project"] = open_trained(folder, whole=False).model(images), expected
+    outputs["this project"] = _outputs(open_trained(folder, whole=False).model, images), expected
     if isinstance(model, MaskedAutoencoder):
         noise = torch.rand(2, encoder.grid[0] * encoder.grid[1], generator=generator)
         shape = 2, noise.shape[1], model.target.width
@@ -66,10 +68,18 @@ def differences(folder: str | Path, model: Model) -> tuple[dict[str, float], lis
     return distances, notes
 
 
+def _outputs(model: Model, images: torch.Tensor) -> torch.Tensor:
+    """Return the outputs of a model, the several maps of a detector as one tensor (B, values)."""
+    outputs = model(images)
+    return torch.cat([part.flatten(1) for part in outputs], dim=1) if isinstance(outputs, tuple) else outputs
+
+
 def _limits(model: Model, libraries: list[str]) -> Iterator[str]:
     """Yield in sentences which libraries do not load the folder of a model, and why."""
     encoder = getattr(model, "encoder", model)
-    if encoder.num_cls_tokens > 1 and isinstance(model, Classifier | Segmenter):
+    if isinstance(model, Detector):
+        yield "transformers has no ViTDet with region-based heads, so this project alone loads the model."
+    elif encoder.num_cls_tokens > 1 and isinstance(model, Classifier | Segmenter):
         yield "No other library has a head on an encoder of several class tokens, so this project alone loads it."
     elif encoder.num_cls_tokens > 1:
         yield "timm has no encoders with several class tokens."

@@ -246,6 +246,19 @@ def test_predictions_are_those_of_the_validation(undisturbed, scene_folder, tmp_
     assert "is a detector, whose encoder has no norm" in features and "--top_k has no effect" in features
 
 
+def test_the_best_detector_is_exported_for_the_hub(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    said = run("push_to_hub.py", tmp_path / "run", "--checkpoint", "best", cwd=tmp_path).stdout
+    assert "mask_rcnn for 8 classes, windows of 3" in said
+    card = (tmp_path / "run" / "hub" / "README.md").read_text()
+    assert "pipeline_tag: object-detection" in card and "An object detector, fine-tuned." in card
+    assert "| COCO's average precision of boxes (%) |" in card and "by COCO's arithmetic" in card
+    assert "transformers has no ViTDet with region-based heads" in card and "library_name" not in card
+    assert (tmp_path / "run" / "hub" / "predictions.png").is_file()
+    one, other = (read_state_dict(folder) for folder in (undisturbed / "best", tmp_path / "run" / "hub"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_other_ways_to_train(scene_folder, tmp_path):
     """Boxes alone, from a segmenter's encoder, frozen, in grey, with a cosine and a damaged image; and a dry run."""
     data = shutil.copytree(scene_folder, tmp_path / "data")

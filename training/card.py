@@ -32,6 +32,10 @@ METRICS = {  # key of metrics.json -> the Hub's type, label
     "mean_iou": ("mean_iou", "mean IoU (%)"),
     "mean_accuracy": ("mean_accuracy", "mean class accuracy (%)"),
     "overall_accuracy": ("overall_accuracy", "pixel accuracy (%)"),
+    "box_ap": ("box_ap", "COCO's average precision of boxes (%)"),
+    "box_ap50": ("box_ap50", "average precision of boxes at an overlap of 0.5 (%)"),
+    "mask_ap": ("mask_ap", "COCO's average precision of masks (%)"),
+    "mask_ap50": ("mask_ap50", "average precision of masks at an overlap of 0.5 (%)"),
     "val_loss": ("loss", "validation loss"),
     "masked_psnr": ("psnr", "PSNR of the removed patches (dB)"),
     "masked_psnr_visible_mean": ("psnr", "PSNR of the removed patches filled with the mean visible colour (dB)"),
@@ -48,6 +52,7 @@ PICTURES = {  # task -> folder of a run's pictures, file beside the card
     "image-feature-extraction": ("reconstructions", "reconstructions.png"),
     "image-classification": ("predictions", "confusion.png"),
     "image-segmentation": ("predictions", "predictions.png"),
+    "object-detection": ("predictions", "predictions.png"),
 }
 
 
@@ -111,7 +116,7 @@ def _read(path: Path, *names: str) -> dict:
 class ModelSummary(NamedTuple):
     """The model in an exported folder."""
 
-    task: str  # on the Hub: "image-feature-extraction", "image-classification" or "image-segmentation"
+    task: str  # on the Hub: "image-feature-extraction", "image-classification", ...
     description: str  # its sizes, in one line
     target: str | None  # of a classifier: "classes", "labels" or "numbers"
     has_decoder: bool  # the folder has pretraining/
@@ -153,7 +158,8 @@ def write_card(
     `record` is None for weights of no run. `license` and `datasets`, the training data, have names of the Hub.
     """
     metrics = record.metrics_at(model.step) if record else {}
-    scores = {name: metrics[name] for name in METRICS if math.isfinite(metrics.get(name, math.nan))}
+    known = {name: metrics[name] for name in METRICS if metrics.get(name) is not None}
+    scores = {name: value for name, value in known.items() if math.isfinite(value)}
     title = Path(repo_id or (record.folder if record else location).resolve()).name
     at, address = f"@{revision}" if revision else "", repo_id or str(location)
     quoted = partial(json.dumps, ensure_ascii=False)
