@@ -15,7 +15,14 @@ from test_house import CONFIGS, RECIPES, SCRIPTS
 import export_onnx
 import pretrain_mae
 from modeling.classifier import Classifier
-from modeling.export import export_autoencoder, export_classifier, export_encoder, export_segmenter
+from modeling.detector import Detector
+from modeling.export import (
+    export_autoencoder,
+    export_classifier,
+    export_detector,
+    export_encoder,
+    export_segmenter,
+)
 from modeling.upernet import Segmenter
 from training.arguments import Parser
 
@@ -148,6 +155,8 @@ def trained(tmp_path_factory) -> Path:
     segmenter = Segmenter(new_encoder(**size), len(classes), head="linear")
     best = folder / "work_dir/finetune_segmentation/best"
     export_segmenter(segmenter, best, classes=classes, resize=(128, 32), **statistics)
+    detector = Detector(new_encoder(**size), len(classes), width=8)
+    export_detector(detector, folder / "work_dir/finetune_detection/best", classes=classes, **statistics)
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "photograph.jpg")
     return folder
