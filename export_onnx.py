@@ -23,6 +23,7 @@ from modeling.deploy import (
     task_of,
     to_onnx,
 )
+from modeling.detector import Detector
 from modeling.files import WeightsError
 from modeling.mae import MaskedAutoencoder
 from modeling.trained import open_trained
@@ -80,6 +81,8 @@ def check_libraries():
 def check_model(trained, *, features, dynamic_size):
     """Return the errors in flags that do not fit the model."""
     model, errors = trained.model, []
+    if isinstance(model, Detector):
+        return [f"{trained.path} is a detector, which has no ONNX form here; give what it started from"]
     if features and isinstance(model, VisionTransformer):
         errors.append(f"--features has no effect on {trained.path}, an encoder without a head; leave it out")
     if features and isinstance(model, Segmenter):

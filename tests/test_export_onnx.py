@@ -18,7 +18,14 @@ from data.batches import ListedDataset, centre_crop
 from data.decode import PixelFormat
 from data.files import find_images
 from modeling.classifier import Classifier
-from modeling.export import export_autoencoder, export_classifier, export_encoder, export_segmenter
+from modeling.detector import Detector
+from modeling.export import (
+    export_autoencoder,
+    export_classifier,
+    export_detector,
+    export_encoder,
+    export_segmenter,
+)
 from modeling.trained import open_trained
 from modeling.upernet import Segmenter
 
@@ -35,6 +42,7 @@ def models(tmp_path_factory):
     segmenter = randomize(Segmenter(new_encoder(**SIZE | dict(depth=4)), 3, head_width=8))
     export_segmenter(segmenter, folder / "segmenter", classes=names, resize=(128, 32), **STATISTICS)
     export_encoder(randomize(new_encoder(**SIZE)), folder / "encoder", **STATISTICS)
+    export_detector(Detector(new_encoder(**SIZE), 3, width=8), folder / "detector", classes=names, **STATISTICS)
     decoder = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
     for target in ("normalized", "hog"):
         model = randomize(build_autoencoder(new_encoder(**SIZE), target=target, **decoder))
@@ -123,6 +131,7 @@ def test_bad_input(models, tmp_path, monkeypatch, capsys):
     assert "does not split into patches of 8" in refused(folder, path, "--img_size", 30)[0]
     assert "not allowed with" in refused(folder, path, "--img_size", 32, "--dynamic_size")[0]
     assert "which have no picture; add --features" in refused(models / "hog", path)[0]
+    assert "is a detector, which has no ONNX form here" in refused(models / "detector", path)[0]
     assert "an encoder without a head; leave it out" in refused(models / "encoder", path, "--features")[0]
     all_errors = refused(models / "segmenter", "old.onnx", "--features", "--dynamic_size", "--fast")
     assert all_errors[0].startswith("error: --fast is not a flag of ")
