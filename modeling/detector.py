@@ -21,11 +21,11 @@ from torchvision.models.detection.roi_heads import RoIHeads, paste_masks_in_imag
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
+from modeling.position import cut_biases
 from modeling.vit import Attention, EncoderWithHead, Grid, VisionTransformer
 
 HEADS = ("mask_rcnn", "faster_rcnn")
 NUM_GLOBAL = 4  # blocks whose attention sees all patches
-PATCH_SIZE = 16  # of the published models
 LEVELS = ("0", "1", "2", "3", "4")  # of the pyramid: strides of 1/4, 1/2, 1, 2 and 4 patches
 ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
 ANCHOR_CELLS = 8  # side of an anchor, in cells of its level: 32 to 512 pixels for patches of 16
@@ -43,24 +43,20 @@ class WindowAttention(Attention):
     """Apply an encoder's attention within windows of `window` x `window` patches: (B, T + h*w, D) -> the same.
 
     The grid is padded with zeros at the right and the bottom to whole windows. Class tokens take part in each window,
-    and their mean over the windows is returned. A relative position bias is that of the same offsets in the whole grid.
+    and their mean over the windows is returned. The table of a relative position bias has the window's offsets, which
+    do not change with the grid.
     """
 
     def __init__(self, attention: Attention, window: int):
         super().__init__(attention.qkv.in_features, attention.num_heads)
         self.window = window
+        state, name = attention.state_dict(), "relative_position_bias_table"
         if attention.bias_grid:
-            self.add_relative_position_bias(attention.bias_grid)
-        self.load_state_dict(attention.state_dict())
+            self.add_relative_position_bias((window, window))
+            state[name] = cut_biases(state[name], attention.bias_grid, self.bias_grid)
+        self.load_state_dict(state)
 
-    def bias_table(self, grid: Grid) -> torch.Tensor:
-        """Return the table for a window: the middle of the grid's table, where the offsets are small."""
-        (h, w), table = self.bias_grid, self.relative_position_bias_table
-        offsets = table[:-3].unflatten(0, (2 * h - 1, 2 * w - 1))
-        rows, columns = (slice(side - own, side + own - 1) for side, own in zip(self.bias_grid, grid, strict=True))
-        return torch.cat([offsets[rows, columns].flatten(0, 1), table[-3:]])
-
-    def forward(self, x: torch.Tensor, last: int | None = None, grid: Grid | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, last: None = None, grid: Grid | None = None) -> torch.Tensor:
         (h, w), side, count = grid, self.window, x.shape[1] - grid[0] * grid[1]
         patches = F.pad(x[:, count:].unflatten(1, grid), (0, 0, 0, -w % side, 0, -h % side))
         rows, columns = patches.shape[1] // side, patches.shape[2] // side

@@ -55,3 +55,15 @@ def resize_biases(table: torch.Tensor, old_grid: tuple[int, int], new_grid: tupl
     offsets = table[:-3].T.reshape(1, -1, 2 * h - 1, 2 * w - 1).float()
     offsets = F.interpolate(offsets, size=size, mode="bilinear", align_corners=False)
     return torch.cat([offsets[0].flatten(1).T.to(table.dtype), table[-3:]])
+
+
+def cut_biases(table: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+    """Return the part of a table of relative position biases for the smaller offsets of a grid inside `old_grid`.
+
+    A table for fewer rows or columns is resized first. Shapes as in `resize_biases`.
+    """
+    h, w = (max(sides) for sides in zip(old_grid, new_grid, strict=True))
+    table = resize_biases(table, old_grid, (h, w))
+    rows, columns = (slice(old - new, old + new - 1) for old, new in zip((h, w), new_grid, strict=True))
+    offsets = table[:-3].unflatten(0, (2 * h - 1, 2 * w - 1))[rows, columns]
+    return torch.cat([offsets.flatten(0, 1), table[-3:]])

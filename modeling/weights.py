@@ -5,6 +5,7 @@ Nothing is skipped silently: whatever is not planned for is an error that lists 
 
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from modeling.files import Stored, WeightsError, read_state_dict, read_stored
 from modeling.hub import find_weights
 from modeling.layouts import DECODER, EXTRAS, HEAD_PREFIXES, PROJECTION, State, extra_names, model_settings, to_ours
 from modeling.mae import MaskedAutoencoder
-from modeling.position import resize_biases, resize_positions
+from modeling.position import cut_biases, resize_biases, resize_positions
 from modeling.upernet import Segmenter
 from modeling.vit import SIZES, Grid, VisionTransformer
 
@@ -251,13 +252,25 @@ def _resize_tables(state: State, target: State, grid: Grid, old_grid: Grid | Non
             elif their_grid != grid:
                 state[name] = resize_positions(state[name], their_grid, grid, prefix_tokens=prefix_tokens)
                 resized.append(f"{name} {their_grid[0]}x{their_grid[1]} -> {grid[0]}x{grid[1]}")
-    h, w = their_grid
-    biases = [name for name in extra_names(state, "relative_position_bias") if name in target]
-    biases = [name for name in biases if state[name].shape[0] == (2 * h - 1) * (2 * w - 1) + 3]
-    if biases and their_grid != grid:
-        state.update((name, resize_biases(state[name], their_grid, grid)) for name in biases)
-        resized.append(f"{len(biases)} relative position biases {h}x{w} -> {grid[0]}x{grid[1]}")
+    changes = Counter()
+    for name in (name for name in extra_names(state, "relative_position_bias") if name in target):
+        theirs, ours = (_bias_grid(table[name], side) for table, side in ((state, their_grid), (target, grid)))
+        if None not in (theirs, ours) and theirs != ours:
+            # The offsets in a window do not change with the grid
+            change = resize_biases if (theirs, ours) == (their_grid, grid) else cut_biases
+            state[name] = change(state[name], theirs, ours)
+            changes["{}x{} -> {}x{}".format(*theirs, *ours)] += 1
+    resized += [f"{count} relative position biases {sides}" for sides, count in changes.items()]
     return resized, problems
+
+
+def _bias_grid(table: torch.Tensor, grid: Grid) -> Grid | None:
+    """Return the grid of a table of relative position biases: that of the model, or a square window; None for none."""
+    count = len(table) - 3
+    if count == math.prod(2 * side - 1 for side in grid):
+        return grid
+    side = (math.isqrt(max(0, count)) + 1) // 2
+    return (side, side) if count == (2 * side - 1) ** 2 else None
 
 
 def _adapt_channels(state: State, target: State) -> list[str]:

@@ -99,6 +99,24 @@ def test_window_attention_is_attention_in_each_padded_window(grid, num_cls_token
     torch.testing.assert_close(ours, expected)
 
 
+def test_the_bias_of_a_window_does_not_change_with_the_grid(tmp_path):
+    model = randomize(new_detector(window=5, encoder=dict(relative_position_bias=True)), 1.0)
+    export_detector(model, tmp_path, classes=["a", "b", "c"], **STATISTICS)
+    name, (_, last, *_) = "relative_position_bias_table", global_blocks(5)
+    tables = [block.attn.relative_position_bias_table for block in model.encoder.blocks]
+    assert [len(table) for table in tables] == [84 if i == 2 else 228 for i in range(5)], last
+    for side, window in ((96, 5), (96, 3), (32, 5)):  # in a grid of 4 x 4, there are no windows
+        encoder = new_detector(window=window, encoder=dict(img_size=side, relative_position_bias=True)).encoder
+        weights = open_weights(tmp_path)
+        load_weights(encoder, weights.state, stored=weights.stored)
+        new, size = encoder.blocks[2].attn.state_dict()[name], 2 * min(window, side // 8) - 1
+        expected = tables[2][:-3].reshape(9, 9, -1)[(9 - size) // 2 :, (9 - size) // 2 :][:size, :size].flatten(0, 1)
+        assert torch.equal(new, torch.cat([expected, tables[2][-3:]]))
+    larger = open_trained(tmp_path, img_size=(96, 96)).model.encoder
+    assert torch.equal(larger.blocks[2].attn.relative_position_bias_table, tables[2])
+    assert len(larger.blocks[last].attn.relative_position_bias_table) == 23 * 23 + 3
+
+
 def test_only_global_blocks_see_beyond_their_window():
     model = new_detector(encoder=dict(depth=8))
     windowed = [isinstance(block.attn, WindowAttention) for block in model.encoder.blocks]
