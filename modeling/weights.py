@@ -100,13 +100,14 @@ def open_weights(
 
 
 def resize_patches(weights: Weights, patch_size: int) -> Weights:
-    """Return the weights for patches of another side: the projection is resized bicubically.
+    """Return the weights for patches of another side: the projection is resized bicubically, antialiased if it shrinks.
 
     It is scaled by the ratio of the areas, so that tokens keep their size. ViTDet's ViT-H goes from 14 to 16 pixels.
     """
-    _, state = to_ours(weights.state)
+    state = {**to_ours(weights.state)[1]}
     old, size = weights.sizes["patch_size"], (patch_size, patch_size)
-    resized = F.interpolate(state[PROJECTION].float(), size=size, mode="bicubic", align_corners=False)
+    options = dict(mode="bicubic", align_corners=False, antialias=patch_size < old)
+    resized = F.interpolate(state[PROJECTION].float(), size=size, **options)
     state[PROJECTION] = resized * (old / patch_size) ** 2
     return weights._replace(state=state, sizes={**weights.sizes, "patch_size": patch_size})
 
