@@ -46,7 +46,7 @@ from training.optimizer import DECAY_FLAGS, adamw, clip_gradients, parameter_gro
 from training.pictures import detection_grid, displayable
 from training.resolve import (
     ImageFormat,
-    check_detector_patches,
+    check_detector_sizes,
     check_trained,
     encoder_flags,
     resolve_detector,
@@ -292,7 +292,7 @@ def main(argv=None):
         img_size = args.img_size or run.previous.get("img_size") or [IMG_SIZE, IMG_SIZE]
         flags = {**vars(args), "img_size": img_size}
         encoder = resolve_encoder(flags, SIZES, previous=run.previous, weights=weights)
-        check(check_detector_patches(encoder["patch_size"]))
+        check(check_detector_sizes(encoder["patch_size"], img_size[0]))
     with run.refusing(DataError):
         places = dict(validation=args.path_to_validation_data, cache=args.cache_dir)
         sources = open_objects(args.path_to_data, pixels, class_file=args.path_to_classes, **places)

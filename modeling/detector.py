@@ -129,7 +129,8 @@ class Detector(EncoderWithHead):
         num_regions: regions of an image that train the heads; half as many anchors train the proposals.
 
     Raises:
-        ValueError: for images that are no squares, or patches whose side is no power of two.
+        ValueError: for images that are no squares of a multiple of four patches, or patches whose side is no power of
+            two.
     """
 
     default_window, default_width, default_regions = 14, 256, 512
@@ -146,10 +147,10 @@ class Detector(EncoderWithHead):
     ):
         super().__init__()
         side, patch_size = encoder.img_size[0], encoder.patch_size
-        if encoder.img_size[1] != side or patch_size & (patch_size - 1) or patch_size < 4:
+        if encoder.img_size[1] != side or patch_size & (patch_size - 1) or patch_size < 4 or side % (4 * patch_size):
             raise ValueError(
-                f"images of {encoder.img_size} pixels in patches of {patch_size}; expected squares in patches of 4, 8, "
-                f"16 or 32"
+                f"images of {encoder.img_size} pixels in patches of {patch_size}; expected squares of a multiple of 4 "
+                f"patches of 4, 8, 16 or 32"
             )
         self.num_classes, self.window, self.width, self.head = num_classes, window, width, HEADS[not masks]
         self.frozen_encoder = False
@@ -248,7 +249,9 @@ class Detector(EncoderWithHead):
             target = targets and targets[own]
             if target:
                 torch.manual_seed(target[0]["seed"])  # the same regions in whatever micro-batch an image is
-            proposals, losses = self.rpn(ImageList(images[own], sizes[own]), levels, target)
+            # torchvision makes anchors of the maps' precision, and bfloat16 cannot hold coordinates
+            float32 = {name: level.float() for name, level in levels.items()}
+            proposals, losses = self.rpn(ImageList(images[own], sizes[own]), float32, target)
             detections, others = self.roi_heads(levels, proposals, sizes[own], target)
             results.append({**losses, **others} if target else detections[0])
         if targets is None:
@@ -259,11 +262,16 @@ class Detector(EncoderWithHead):
 def in_original_pixels(detections: dict[str, torch.Tensor], size: Grid, original: Grid) -> dict[str, torch.Tensor]:
     """Return the detections of an image of `original` height and width that was resized to `size`.
 
-    Boxes are scaled, and masks (n, 1, 28, 28) become uint8 (n, *original), 0 or 1.
+    Boxes are scaled, and masks (n, 1, 28, 28) become an iterator over masks of `original`, uint8, 0 or 1: all of them
+    at once would take gigabytes in large images.
     """
     (height, width), (h, w) = original, size
     boxes = detections["boxes"] * detections["boxes"].new_tensor([width / w, height / h] * 2)
     scaled = {**detections, "boxes": boxes}
     if "masks" in detections:
-        scaled["masks"] = (paste_masks_in_image(detections["masks"], boxes, original)[:, 0] >= 0.5).byte()
+        scaled["masks"] = (_paste(*each, original) for each in zip(detections["masks"], boxes, strict=True))
     return scaled
+
+
+def _paste(mask: torch.Tensor, box: torch.Tensor, size: Grid) -> torch.Tensor:
+    return (paste_masks_in_image(mask[None], box[None], size)[0, 0] >= 0.5).byte()

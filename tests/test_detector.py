@@ -210,10 +210,12 @@ def test_losses_do_not_depend_on_the_micro_batch(head):
 
 
 def test_losses_and_boxes_are_float32_in_lower_precision():
-    model = new_detector(num_regions=16).train()
+    model, anchors = new_detector(num_regions=16).train(), []
+    model.rpn.anchor_generator.register_forward_hook(lambda module, inputs, outputs: anchors.extend(outputs))
     with torch.autocast("cpu", torch.bfloat16):
         losses = model(IMAGES, VALID, TARGETS)
         detections = model.eval()(IMAGES, VALID)
+    assert len(anchors) == 6 and all(each.dtype == torch.float32 for each in anchors)
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
     assert all(part["boxes"].dtype == part["masks"].dtype == torch.float32 for part in detections)
 
@@ -226,8 +228,9 @@ def test_detections_are_inside_their_image_and_scale_to_it():
         assert (one["boxes"] >= 0).all() and (one["boxes"] <= torch.tensor([w, h, w, h])).all()
     detections = dict(boxes=torch.tensor([[8.0, 4.0, 24.0, 20.0]]), masks=torch.ones(1, 1, 28, 28))
     scaled = in_original_pixels(detections, (32, 64), (64, 96))
-    assert scaled["boxes"].tolist() == [[12, 8, 36, 40]] and scaled["masks"].shape == (1, 64, 96)
-    rows, columns = scaled["masks"][0].nonzero().T
+    (mask,) = scaled["masks"]
+    assert scaled["boxes"].tolist() == [[12, 8, 36, 40]] and mask.shape == (64, 96) and mask.dtype == torch.uint8
+    rows, columns = mask.nonzero().T
     assert abs(rows.min() - 8) <= 1 and abs(rows.max() - 39) <= 1
     assert abs(columns.min() - 12) <= 1 and abs(columns.max() - 35) <= 1
 
@@ -251,8 +254,9 @@ def test_a_compiled_encoder_computes_the_same(monkeypatch):
 
 
 def test_sizes_that_have_no_strides_are_refused():
-    for encoder in (dict(img_size=(64, 32)), dict(img_size=70, patch_size=14), dict(patch_size=2)):
-        with pytest.raises(ValueError, match="expected squares in patches of 4, 8, 16 or 32"):
+    sizes = (dict(img_size=(64, 32)), dict(img_size=70, patch_size=14), dict(patch_size=2), dict(img_size=56))
+    for encoder in sizes:
+        with pytest.raises(ValueError, match="expected squares of a multiple of 4 patches of 4, 8, 16 or 32"):
             new_detector(encoder=encoder)
 
 
@@ -297,3 +301,18 @@ def test_patches_of_another_side_see_the_same_colour(tmp_path):
     old, new = encoder(images[0]), larger(images[1])
     assert (old - new).norm() < 0.02 * old.norm()
     assert json.loads((tmp_path / "config.json").read_text())["patch_size"] == 7
+
+
+def test_smaller_patches_average_and_leave_the_weights_as_they_are(tmp_path):
+    """Stripes of a pixel vanish in patches of half the side."""
+    encoder = new_encoder(**SMALL)
+    stripes = torch.ones(8).mul(torch.tensor([1.0, -1.0]).repeat(4)).expand_as(encoder.patch_embed.proj.weight)
+    encoder.patch_embed.proj.weight.data.copy_(stripes)
+    export_encoder(encoder, tmp_path, **STATISTICS)
+    weights = open_weights(tmp_path)
+    (name,) = (name for name in weights.state if name.endswith("proj.weight") and weights.state[name].ndim == 4)
+    before = weights.state[name].clone()
+    resized = resize_patches(weights, 4)
+    assert torch.equal(weights.state[name], before) and resized.state is not weights.state
+    inner = resized.state["encoder.patch_embed.proj.weight"][..., 1:-1]
+    assert inner.shape[2:] == (4, 2) and inner.abs().max() < 0.2 * (8 / 4) ** 2

@@ -253,10 +253,16 @@ def resolve_detector(flags: dict, depth: int, *, has_masks: bool, settings: dict
     return resolved | {"layer_scale": 1.0 if settings.get("layer_scale") else None}
 
 
-def check_detector_patches(patch_size: int) -> list[str]:
-    """Return an error message for patches that give no strides of a power of two."""
-    expected = "expected 4, 8, 16 or 32; give --patch_size 16, to which weights are resized"
-    return [] if patch_size in (4, 8, 16, 32) else [f"--patch_size {patch_size} is no side for a detector; {expected}"]
+def check_detector_sizes(patch_size: int, side: int) -> list[str]:
+    """Return an error message for patches or images of this `side` that give no strides of a power of two."""
+    if patch_size not in (4, 8, 16, 32):
+        expected = "expected 4, 8, 16 or 32; give --patch_size 16, to which weights are resized"
+        return [f"--patch_size {patch_size} is no side for a detector; {expected}"]
+    multiple = 4 * patch_size
+    expected = (
+        f"expected a multiple of {multiple}, 4 patches of {patch_size}; give {max(1, side // multiple) * multiple}"
+    )
+    return [f"--img_size {side} is no side for a detector; {expected}"] if side % multiple else []
 
 
 def check_blocks(trainable_blocks: float | None, depth: int) -> None:
