@@ -12,13 +12,13 @@ import torch
 from pycocotools import mask as coco_masks
 from torchvision.transforms.v2 import functional as F
 
-from data.annotations import Objects, ObjectSource, SceneObjects
 from data.batches import SourceDataset
 from data.decode import DamagedImage, PixelFormat
+from data.objects import Objects, ObjectSource, SceneObjects
 from data.sampling import sample_generator
 from data.transforms import empty_images
 
-SCALES = (0.1, 2.0)  # bounds of the large-scale jittering (Ghiasi et al. 2021, "Simple Copy-Paste")
+SHOWN = 0.5  # score from which on a detection is in a picture
 SMALLEST = 1.0  # side of a box in a crop, in pixels, below which it is left out
 
 
@@ -90,7 +90,7 @@ def training_sample(
     fill: Sequence[float],
     masks: bool,
 ) -> tuple[torch.Tensor, tuple[int, int], np.ndarray, np.ndarray, np.ndarray | None]:
-    """Augment an image (C, H, W) and its objects for training by large-scale jittering, as ViTDet does.
+    """Augment an image (C, H, W) and its objects for training by large-scale jittering (Ghiasi et al. 2021), as ViTDet.
 
     The image is resized until its longer side is `side` times a factor drawn from `scales`. A square is cut out at a
     random place, or what is missing to one is padded, and mirrored half the time. Objects that nobody trains on, or of
@@ -170,7 +170,8 @@ def as_truths(objects: Objects) -> list[dict]:
 def as_results(detections: dict[str, torch.Tensor]) -> list[dict]:
     """Return what was detected in an image as COCO's records.
 
-    `boxes` (n, 4) are in its own pixels, `labels` (n,) from 1, and `masks`, if there are any, (n, H, W), uint8.
+    `boxes` (n, 4) are in its own pixels, `labels` (n,) from 1, and `masks`, if there are any, n of (H, W), uint8, of
+    which one is held at a time.
     """
     boxes = detections["boxes"].cpu().double()
     boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()

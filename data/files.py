@@ -52,6 +52,11 @@ class FileSource(StoredSource):
     def __len__(self) -> int:
         return len(self._names)
 
+    @property
+    def relative_names(self) -> list[bytes]:
+        """Return the names of all files, relative to `root`."""
+        return [self._names[index] for index in range(len(self))]
+
     def name(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self._names[index]))
 

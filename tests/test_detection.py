@@ -8,11 +8,12 @@ import torch
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_masks
 
-from data.annotations import Objects, SceneObjects, open_objects
+from data.annotations import open_objects
 from data.batches import FIXED_EPOCH
 from data.decode import DamagedImage, PixelFormat
-from data.detection import DetectionDataset, EvaluationImages, decode_rle, fit, training_sample
+from data.detection import DetectionDataset, EvaluationImages, as_truths, decode_rle, fit, training_sample
 from data.index import DataError
+from data.objects import Objects, SceneObjects
 
 PIXELS = PixelFormat()
 CLASSES = ["cell", "dot"]
@@ -105,7 +106,7 @@ LAYOUTS = {
 def test_every_layout_gives_the_same_objects(tmp_path, layout):
     write, class_ids, has_masks = LAYOUTS[layout]
     for source in open_objects(str(write(tmp_path / "data")), PIXELS):
-        assert source.classes == CLASSES and source.class_ids == class_ids and source.has_masks == has_masks
+        assert source.classes == CLASSES and source.class_ids == class_ids and (not source.lacks_masks) == has_masks
         names = [source.name(i).split("train2017/")[-1].split("val2017/")[-1] for i in range(len(source))]
         assert all(name.endswith(own) for name, own in zip(names, BOXES, strict=True))  # by the bytes of their names
         for index, (name, boxes) in enumerate(BOXES.items()):
@@ -133,7 +134,7 @@ def test_crowds_and_boxes_without_area(tmp_path):
     (note,) = train.notes
     assert note.startswith("left out   3 boxes outside their image or of no area in ") and note.endswith(": b/one.png")
     objects = train.objects(0, SIZES["b/one.png"])
-    assert objects.crowd.tolist() == [False, False, True] and objects.areas[2] == 100 and train.has_masks
+    assert objects.crowd.tolist() == [False, False, True] and objects.areas[2] == 100 and not train.lacks_masks
     image = torch.zeros(3, *SIZES["b/one.png"], dtype=torch.uint8)
     options = dict(side=64, scales=(1, 1), fill=[0, 0, 0], masks=True)
     *_, labels, masks = training_sample(image, objects, np.random.default_rng(0), **options)
@@ -146,6 +147,49 @@ def test_images_that_no_annotation_lists_are_not_read(tmp_path):
     train, held_out = open_objects(str(root), PIXELS)
     assert len(train) == 3 and held_out.notes == []
     assert train.notes[0].startswith("not read   1 images in ") and "instances_train2017.json" in train.notes[0]
+
+
+def test_crowds_and_objects_without_masks(tmp_path):
+    """A crowd gets its box as its mask; an object without one makes masks useless, which is said."""
+    content = coco_content(segmentation=polygon)
+    content["annotations"].append(dict(image_id=10, category_id=3, bbox=[2, 3, 10, 20], iscrowd=1))
+    train, _ = open_objects(str(write_coco(tmp_path / "crowd", content)), PIXELS)
+    assert not train.lacks_masks and train.notes == []
+    objects = train.objects(0, SIZES["b/one.png"])
+    assert objects.masks[2] == polygon(2, 3, 12, 23) and as_truths(objects)[2]["segmentation"] == objects.masks[2]
+    del content["annotations"][0]["segmentation"]
+    train, _ = open_objects(str(write_coco(tmp_path / "single", content)), PIXELS)
+    assert train.lacks_masks.startswith("1 of 3 objects in ") and train.lacks_masks.endswith(" have no mask: b/one.png")
+    assert train.notes == [f"boxes only {train.lacks_masks}"] and train.objects(0, SIZES["b/one.png"]).masks is None
+
+
+def test_numbers_of_yolo_classes_may_have_gaps(tmp_path):
+    root = write_yolo(tmp_path / "data")
+    for path in root.rglob("*.txt"):
+        path.write_text("".join("10" + line[1:] if line[0] == "1" else line for line in path.open()))
+    (root / "data.yaml").write_text("names: {'10': dot, '2': none, '0': cell}")  # sorted as numbers, not as text
+    train, _ = open_objects(str(root), PIXELS)
+    assert train.classes == ["cell", "none", "dot"] and train.class_ids == [0, 2, 10]
+    assert train.objects(0, SIZES["b/one.png"]).labels.tolist() == [0, 2]
+    (root / "data.yaml").write_text("names: {0: cell, 10: cell}")
+    with pytest.raises(DataError, match="has classes of the same name: cell; rename one of each"):
+        open_objects(str(root), PIXELS)
+
+
+def test_lists_of_voc_may_say_whether_a_class_is_there(tmp_path):
+    root = write_voc(tmp_path / "data")
+    for folder in ("JPEGImages", "Annotations"):
+        for path in (root / folder).glob("two.*"):
+            path.rename(path.with_stem("two 7"))
+    (root / "Annotations/two 7.xml").write_text((root / "Annotations/two 7.xml").read_text().replace("two", "two 7"))
+    path = root / "ImageSets" / "Main" / "train.txt"
+    path.write_text("b/one  1\ntwo 7 -1\nz  0\n")
+    (root / "ImageSets" / "Main" / "val.txt").write_text("z\nz\n")
+    with pytest.raises(DataError, match=r"val\.txt lists images twice: z\.png; keep one"):
+        open_objects(str(root), PIXELS)
+    (root / "ImageSets" / "Main" / "val.txt").write_text("z\n")
+    train, _ = open_objects(str(root), PIXELS)
+    assert [train.name(i).split("JPEGImages/")[1] for i in range(3)] == ["b/one.png", "two 7.png", "z.png"]
 
 
 def test_difficult_objects_of_voc_are_crowd(tmp_path):
@@ -179,10 +223,32 @@ BAD = {
     "no bbox": (broken("annotations", 0, "bbox", None), "annotations without 'bbox'"),
     "a list": ([], "has no list 'images'"),
     "no size": (broken("images", 1, "width", None), "images without 'width'"),
-    "three numbers": (broken("annotations", 0, "bbox", [1, 2, 3]), "has the bbox [1, 2, 3]"),
+    "three numbers": (broken("annotations", 0, "bbox", [1, 2, 3]), "with the bbox [1, 2, 3]; expected four numbers"),
     "an unknown class": (broken("annotations", 0, "category_id", 4), "unknown category_id: 4"),
     "an unknown image": (broken("annotations", 0, "image_id", 4), "unknown image_id: 4"),
     "an absent image": (broken("images", 2, "file_name", "lost.png"), "lacks: lost.png"),
+    "a number for an image": (broken("images", 1, 5), "images with 5; expected an object with id, file_name"),
+    "a height in words": (
+        broken("images", 1, "height", "tall"),
+        "images with the height tall; expected a whole",
+    ),
+    "an area in words": (broken("annotations", 1, "area", "x"), "with the area x; expected a number of pixels"),
+    "a class in words": (
+        broken("annotations", 1, "category_id", "x"),
+        "with the category_id x; expected a whole",
+    ),
+    "seven numbers": (broken("annotations", 0, "segmentation", [[1, 2, 3, 4, 5, 6, 7]]), "expected polygons of x, y"),
+    "words": (broken("annotations", 0, "segmentation", [["a"] * 6]), "expected polygons of x, y"),
+    "no counts": (broken("annotations", 0, "segmentation", dict(size=[32, 48])), "or RLE with counts and size"),
+    "a short RLE": (broken("annotations", 0, "segmentation", dict(size=[32, 48], counts=[3])), "or RLE with counts"),
+    "a small RLE": (
+        broken("annotations", 0, "segmentation", dict(size=[2, 3], counts="12")),
+        "annotations with RLE of 2 x 3 pixels in an image of 32 x 48",
+    ),
+    "no objects": (broken("annotations", []), "has an empty list 'annotations'; give annotated images"),
+    "two images of a number": (broken("images", 1, "id", 10), "images with the same id: 10; keep one of each"),
+    "an image twice": (broken("images", 1, "file_name", "z.png"), "images with the same file_name: z.png"),
+    "a class twice": (broken("categories", 1, "name", "dot"), "categories with the same name: dot"),
     "another size": (broken("images", 0, "width", 47), "has 32 x 48 pixels, and its annotations are for 32 x 47"),
 }
 
@@ -192,8 +258,8 @@ def test_annotations_that_cannot_be_used(tmp_path, case):
     content, words = BAD[case]
     with pytest.raises(DataError) as raised:
         open_objects(str(write_coco(tmp_path / "data", content)), PIXELS)
-    lines = str(raised.value).splitlines()
-    assert len(lines) == 1 and words in lines[0]
+    lines = str(raised.value).splitlines()  # of both splits
+    assert len(lines) == (1 if case == "another size" else 2) and all(words in line for line in lines)
 
 
 def test_folders_that_cannot_be_used(tmp_path):
@@ -216,7 +282,7 @@ def test_folders_that_cannot_be_used(tmp_path):
     yolo = write_yolo(tmp_path / "yolo")
     assert "the classes of training and held-out images differ (a)" in refusal(coco, validation=renamed(yolo, tmp_path))
     (yolo / "labels" / "val" / "z.txt").write_text("2 0.5 0.5 0.1 0.1")
-    assert "expected a class from 0 to 1" in refusal(yolo)
+    assert "expected a class (0, 1), and" in refusal(yolo)
     (yolo / "data.yaml").unlink()
     assert "does not name its classes" in refusal(yolo)
     voc = write_voc(tmp_path / "voc")
@@ -387,4 +453,4 @@ def test_images_of_another_size_than_annotated_are_damaged(tmp_path):
 def test_real_annotations(real_images):
     train, held_out = open_objects(str(real_images / "bccd"), PIXELS)
     assert (len(train), len(held_out)) == (140, 40) and train.classes == ["RBC", "WBC", "Platelets"]
-    assert not train.has_masks and all(len(train.objects(i, (480, 640)).boxes) for i in range(5))
+    assert "have boxes alone" in train.lacks_masks and all(len(train.objects(i, (480, 640)).boxes) for i in range(5))
