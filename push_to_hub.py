@@ -163,7 +163,7 @@ def export_model(trained, folder):
         evaluation = dict(resize=trained.resize, masks=trained.masks)
         export_segmenter(model, folder, classes=trained.classes, **evaluation, **statistics)
     elif isinstance(model, Detector):
-        export_detector(model, folder, classes=trained.classes, **statistics)
+        export_detector(model, folder, classes=trained.classes, class_ids=trained.class_ids, **statistics)
     elif isinstance(model, Classifier):
         export_classifier(model, folder, classes=trained.classes, crop_ratio=trained.crop_ratio, **statistics)
     else:

@@ -234,6 +234,7 @@ def export_detector(
     folder: str | Path,
     *,
     classes: Sequence[str],
+    class_ids: Sequence[int] | None = None,
     mean: Floats,
     std: Floats,
     value_range: Floats | None = None,
@@ -242,9 +243,11 @@ def export_detector(
 
     Args:
         classes: names, without the background.
+        class_ids: their numbers in the annotations, by default from 1.
         mean, std, value_range: as in `export_encoder`.
     """
     config = {"model_type": "vit_detector", **_vit_config(model.encoder), "window_size": model.window}
+    config["class_ids"] = list(class_ids or range(1, len(classes) + 1))
     preprocessor = {"do_resize": True, "size": {"longest_edge": model.encoder.img_size[0]}, "do_pad": True}
     weights = {"model.safetensors": model.state_dict()}
     _write(folder, weights, config | _class_names(classes), preprocessor, (mean, std, value_range))

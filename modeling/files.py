@@ -51,6 +51,7 @@ class Stored(NamedTuple):
     )
     layers: list[int] | None = None  # blocks, from 0, that feed a segmentation head
     window_size: int | None = None  # side of a detector's attention windows, in patches; 0: none
+    class_ids: list[int] | None = None  # numbers of a detector's classes in the annotations
     crop_ratio: float | None = None  # side of the centre crop / side of the resized image, in evaluation
     resize: list[int] | None = None  # LONG and SHORT side that images fit in a segmenter's evaluation
     mask_offset: int | None = None  # label of a segmenter's first class in the masks that it was trained on
@@ -89,6 +90,7 @@ def read_stored(path: str | Path) -> Stored:
             grid=_grid(flags.get("img_size") or flags["crop_size"], flags["patch_size"]),
             num_heads=flags["encoder_num_heads"],
             classes=run.get("classes"),
+            class_ids=run.get("class_ids"),
             problem=flags.get("target"),
         )
     return Stored()
@@ -144,6 +146,7 @@ def _read_config(config: dict, folder: Path) -> Stored:
         standardization=config.get("standardization"),
         layers=layers,
         window_size=config.get("window_size"),
+        class_ids=config.get("class_ids"),
         crop_ratio=config.get("pretrained_cfg", {}).get("crop_pct"),
         **{name: config.get("evaluation", {}).get(name) for name in ("resize", "mask_offset", "void_label")},
         mask_ratio=config.get("mask_ratio"),

@@ -37,6 +37,7 @@ class Trained(NamedTuple):
     class_names: list[str] | None  # None if no file states them
     crop_ratio: float  # of an encoder or classifier: side of the centre crop / side of the resized image
     resize: tuple[int, int] | None  # of a segmenter: LONG and SHORT side that images fit
+    class_ids: list[int]  # numbers of the classes in the annotations of a detector; without any, from 1
     masks: dict[str, int | None]  # "mask_offset" and "void_label" of the masks that a segmenter was trained on
     value_range: tuple[float, float] | None  # pixels that become 0 and 1; None: 0 and 255
     assumed: tuple[str, ...] = ()  # assumptions about facts that no file states, in words
@@ -50,6 +51,11 @@ class Trained(NamedTuple):
     def classes(self) -> list[str]:
         """Return the names of the classes of a head, LABEL_0, ... where unknown; otherwise []."""
         return self.class_names or [f"LABEL_{i}" for i in range(getattr(self.model, "num_classes", 0))]
+
+    @property
+    def categories(self) -> dict[int, str]:
+        """Return the names of the classes by their numbers in the annotations."""
+        return dict(zip(self.class_ids, self.classes, strict=True))
 
 
 def open_trained(
@@ -95,6 +101,8 @@ def open_trained(
         stored = stored._replace(mean=None, std=None)
     if len(stored.classes or []) != num_classes:
         stored = stored._replace(classes=None)
+    if len(stored.class_ids or []) != num_classes:
+        stored = stored._replace(class_ids=[*range(1, num_classes + 1)])
     trained = Trained(
         model=model.eval(),
         path=weights.path,
@@ -102,6 +110,7 @@ def open_trained(
         mean=list(stored.mean or (IMAGENET_MEAN if channels == 3 else [0.5] * channels)),
         std=list(stored.std or (IMAGENET_STD if channels == 3 else [0.5] * channels)),
         class_names=stored.classes or None,
+        class_ids=stored.class_ids,
         crop_ratio=stored.crop_ratio or (CROP_RATIO if max(encoder.img_size) <= 224 else 1.0),
         resize=tuple(stored.resize or (4 * side, side)) if isinstance(model, Segmenter) else None,
         masks=dict(mask_offset=stored.mask_offset, void_label=stored.void_label),
