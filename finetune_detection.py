@@ -10,8 +10,8 @@ moment: the same command with --resume_from_checkpoint auto continues it exactly
 
     accelerate launch finetune_detection.py --path_to_data coco --path_to_backbone_checkpoint work_dir/pretrain_mae
 
-is the published recipe (Li et al. 2022, ViTDet): 1024 x 1024, batches of 64, 184,375 steps; except that gradients are
-clipped, and relative positions are left out. Without a checkpoint, everything is trained from scratch.
+is the published recipe (Li et al. 2022, ViTDet): 1024 x 1024, batches of 64, 184,375 steps; docs/detection.md lists
+the differences. Without a checkpoint, everything is trained from scratch.
 """
 
 import math
@@ -24,7 +24,16 @@ import torch
 from data.annotations import open_objects
 from data.batches import Normalization, own_batches, training_batches
 from data.decode import PixelFormat
-from data.detection import DetectionBatch, DetectionDataset, EvaluationImages, as_results, as_truths, drawings, fill_of
+from data.detection import (
+    SHOWN,
+    DetectionBatch,
+    DetectionDataset,
+    EvaluationImages,
+    as_results,
+    as_truths,
+    drawings,
+    fill_of,
+)
 from data.index import DataError
 from data.pairs import check_trained_classes
 from data.sampling import StepSampler, seed_everything
@@ -48,6 +57,7 @@ from training.resolve import (
     ImageFormat,
     check_detector_sizes,
     check_trained,
+    check_trained_detector,
     encoder_flags,
     resolve_detector,
     resolve_encoder,
@@ -61,7 +71,7 @@ from training.wording import several
 
 STEPS, WARMUP_STEPS, SAVE_STEPS, BATCH_SIZE, IMG_SIZE = 184_375, 250, 1_000, 64, 1024
 WEIGHTS = "--path_to_backbone_checkpoint"
-SHOWN = 0.5  # score from which on a detection is in a picture
+DEFAULTS = dict(window_size=Detector.default_window, head_width=Detector.default_width)
 
 
 def parse_args(argv=None):
@@ -72,7 +82,9 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("data").add_argument
     names = "names of the classes of Pascal VOC or YOLO, one on a line (default classes.txt or data.yaml in the data)"
     flag("--path_to_classes", metavar="FILE", help=names)
-    arguments.add_length_flags(parser, epochs=None, steps=STEPS, warmup=f"{WARMUP_STEPS} steps")
+    arguments.add_length_flags(
+        parser, epochs=None, steps=STEPS, warmup=f"{WARMUP_STEPS} steps of {10 * WARMUP_STEPS:,} or more"
+    )
     arguments.add_batch_flags(parser, global_default=BATCH_SIZE)
     arguments.add_optimizer_flags(parser, learning_rate=1e-4, weight_decay=0.1)
     decay = "0.7 up to 12 blocks, 0.8 up to 24, otherwise 0.9"
@@ -83,14 +95,16 @@ def parse_args(argv=None):
     arguments.add_hub_flags(parser)
     arguments.add_image_flags(parser)
     arguments.add_encoder_flags(parser, sizes=SIZES, drop_path="0.1 up to 12 blocks, 0.4 up to 24, otherwise 0.5")
-    arguments.add_detector_flags(parser, heads=HEADS)
+    arguments.add_detector_flags(parser, heads=HEADS, **DEFAULTS, num_regions=Detector.default_regions)
     args, errors = parser.read(argv)
 
     if args.epochs is None and args.max_steps is None:
         args.max_steps = STEPS
     if args.save_checkpoint_interval is None and args.save_checkpoint_steps is None:
         args.save_checkpoint_steps = SAVE_STEPS
-    return args, errors + check_flags(args)
+    errors += check_flags(args)
+    args.img_size = args.img_size and [args.img_size[0]] * 2
+    return args, errors
 
 
 def check_flags(args):
@@ -98,12 +112,12 @@ def check_flags(args):
     return arguments.check_run(args) + arguments.check_finetuning(args, WEIGHTS) + arguments.check_detector(args)
 
 
-def build_model(encoder, num_classes, resolved, *, window, width, num_regions, custom_weight_init):
+def build_model(encoder, num_classes, resolved, *, num_regions, custom_weight_init):
     """Build the detector from arguments of VisionTransformer, the values of `resolve_detector`, and flags."""
     extras = {name: resolved[name] for name in ("drop_path", "relative_position_bias", "layer_scale")}
     encoder = VisionTransformer(**encoder).initialize(custom_weight_init).add_extras(**extras)
-    options = dict(window=window, width=width, num_regions=num_regions)
-    return Detector(encoder, num_classes, masks=resolved["head"] == "mask_rcnn", **options)
+    sizes = dict(window=resolved["window_size"], width=resolved["head_width"], num_regions=num_regions)
+    return Detector(encoder, num_classes, masks=resolved["head"] == "mask_rcnn", **sizes)
 
 
 def optimizer_step(accelerator, model, optimizer, batches, normalize, *, max_grad_norm):
@@ -136,9 +150,12 @@ def optimizer_step(accelerator, model, optimizer, batches, normalize, *, max_gra
 
 
 def empty_step(accelerator, model, optimizer, size, *, normalize, pixels):
-    """Take one optimizer step on black images of one object: to measure memory, or to warm up DDP."""
+    """Take one optimizer step on black images: to measure memory, or to warm up DDP.
+
+    Each has one object, or with masks, which take memory, a hundred.
+    """
     plain = accelerator.unwrap_model(model)
-    side, count = plain.encoder.img_size[0], 1 + 19 * (plain.head == "mask_rcnn")  # masks take memory
+    side, count = plain.encoder.img_size[0], 1 + 99 * (plain.head == "mask_rcnn")
     images = empty_images(size, pixels.channels, (side, side), pixels.dtype).zero_()
     boxes, labels = torch.tensor([[0.0, 0.0, side, side]]), torch.ones(size * count, dtype=torch.int64)
     masks = torch.ones(size * count, side, side, dtype=torch.uint8) if count > 1 else None
@@ -152,35 +169,34 @@ def evaluate(run, model, dataset, normalize, *, read, num_previews, export=None)
     """Score a model on all images of the dataset, each once and in its own pixels, and log the scores.
 
     Args:
-        read: returns the batches of a dataset's indices; damaged images are left out.
+        read: returns the batches of a dataset's indices, of one image each, so that rounding depends on no other;
+            damaged images are left out.
         export: writes the model into a folder, which becomes best/ if the model is the best so far.
     """
     training, source = model.training, dataset.source
     model.eval()
     rows, previews, damaged = [], [], []
     indices = {int(i) for i in np.linspace(0, len(dataset) - 1, min(num_previews, len(dataset)))}
-    for batch in read(dataset, range(len(dataset))):
-        damaged += [(source.name(sample.index), sample.damaged) for sample in batch if sample.damaged]
-        intact = [sample for sample in batch if not sample.damaged]
-        if not intact:
+    for (sample,) in read(dataset, range(len(dataset))):
+        if sample.damaged:
+            damaged.append((source.name(sample.index), sample.damaged))
             continue
-        images = normalize(torch.stack([sample.image for sample in intact]).to(run.device, non_blocking=True))
         with run.accelerator.autocast():
-            detections = model.forward(images, [sample.size for sample in intact])
-        for sample, own in zip(intact, detections, strict=True):
-            results = as_results(in_original_pixels(own, sample.size, sample.original))
-            rows.append((sample.index, sample.original, as_truths(sample.objects), results))
-            if sample.index in indices:
-                (h, w), picture = sample.size, displayable(sample.image).numpy()
-                sure = [record for record in results if record["score"] >= SHOWN]
-                parts = (drawings(part, sample.original, sample.size) for part in (rows[-1][2], sure))
-                previews.append((sample.index, picture[:, :h, :w], *parts))
+            (detections,) = model.forward(normalize(sample.image[None].to(run.device)), [sample.size])
+        results = as_results(in_original_pixels(detections, sample.size, sample.original))
+        rows.append((sample.index, sample.original, as_truths(sample.objects), results))
+        if sample.index in indices:
+            (h, w), picture = sample.size, displayable(sample.image).numpy()
+            sure = [record for record in results if record["score"] >= SHOWN]
+            parts = (drawings(part, sample.original, sample.size) for part in (rows[-1][2], sure))
+            previews.append((sample.index, picture[:, :h, :w], *parts))
     model.train(training)
     run.note_damage(damaged)
     rows, previews = (sorted(run.crew.gather(part), key=lambda row: row[0]) for part in (rows, previews))
-    if not any(truths for _, _, truths, _ in rows):
-        what = "readable" if rows else "that can be read (damaged.jsonl says why)"
-        raise RunError(f"none of the {len(dataset)} held-out images {what} has an object; give images with objects")
+    if not any(not truth["iscrowd"] for _, _, truths, _ in rows for truth in truths):
+        reason = "" if rows else "; none can be read (damaged.jsonl says why)"
+        words = f"none of the {len(dataset)} held-out images has an object that is no crowd{reason}"
+        raise RunError(f"{words}; give images with objects")
     scores = []
     if run.is_main_process:
         scores = [score_detection(rows, source.classes, masks=model.head == "mask_rcnn")]
@@ -208,47 +224,46 @@ def list_results(rows, source):
 
 
 def describe_scores(scores):
-    """Return the scores in words."""
-    parts = [
-        f"{name} AP {scores[f'{name}_ap'] or 0:.2f} %, AP50 {scores[f'{name}_ap50'] or 0:.2f} %"
-        for name in ("box", "mask")
-        if f"{name}_ap" in scores
-    ]
-    return "; ".join(parts)
+    """Return the scores in words, "-" for those of no object."""
+    names = [name for name in ("box_ap", "box_ap50", "mask_ap", "mask_ap50") if name in scores]
+    values = ("-" if scores[name] is None else f"{scores[name]:.2f} %" for name in names)
+    return ", ".join(f"{name.replace('_ap', ' AP')} {value}" for name, value in zip(names, values, strict=True))
 
 
 def evaluate_trained(run):
     """Measure a trained detector, as it is, on the held-out images (--eval_only)."""
-    flags, path = run.given, run.given.path_to_backbone_checkpoint
+    args, path = run.given, run.given.path_to_backbone_checkpoint
     with run.refusing(WeightsError, InputError, flag=WEIGHTS):
         check_outside(path, run.folder)
-        given = Stored(num_heads=flags.encoder_num_heads)
-        channels = flags.input_channels if flags.adapt_channels else None
-        size = flags.img_size and tuple(flags.img_size)
+        given = Stored(num_heads=args.encoder_num_heads)
+        channels = args.input_channels if args.adapt_channels else None
+        size = args.img_size and tuple(args.img_size)
         trained = open_trained(path, whole=False, given=given, img_size=size, in_channels=channels)
         if not isinstance(trained.model, Detector):
             raise InputError(f"{trained.path} holds no detector; give a model/, best/ or checkpoint")
     run.gate()
     model, encoder = trained.model, trained.encoder
     with run.refusing(InputError, DataError):
-        check_trained(vars(flags), SIZES, encoder)
+        check_trained(vars(args), SIZES, encoder)
         known = ImageFormat(encoder.in_channels, trained.value_range, None, trained.mean, trained.std)
-        images = resolve_images(ImageFormat.from_dict(vars(flags)), known=None, trained=known)
-        pixels = PixelFormat(images.input_channels, images.value_range, images.nodata, flags.max_pixels)
-        places = dict(validation=flags.path_to_validation_data, cache=flags.cache_dir)
-        _, source = open_objects(flags.path_to_data, pixels, class_file=flags.path_to_classes, **places)
+        images = resolve_images(ImageFormat.from_dict(vars(args)), known=None, trained=known)
+        pixels = PixelFormat(images.input_channels, images.value_range, images.nodata, args.max_pixels)
+        places = dict(validation=args.path_to_validation_data, cache=args.cache_dir)
+        _, source = open_objects(args.path_to_data, pixels, class_file=args.path_to_classes, **places)
         classes = (source.classes, trained.class_names, model.num_classes)
-        check_trained_classes(flags.path_to_data, *classes, model="detector")
-        if model.head == "mask_rcnn":
-            resolve_detector({**vars(flags), "head": model.head}, 1, has_masks=source.has_masks, settings={})
+        check_trained_classes(args.path_to_data, *classes, model="detector")
+        settings = dict(head=model.head, window_size=model.window, head_width=model.width)
+        settings["relative_position_bias"] = encoder.blocks[0].attn.bias_grid is not None
+        check_trained_detector(vars(args), settings, source.lacks_masks)
     run.gate()
-    resolved = {**images._asdict(), **encoder_flags(vars(encoder)), "head": model.head, "window_size": model.window}
-    run.start_evaluation(resolved, source, {"classes": source.classes, "data": describe_data(source, source)})
+    resolved = {**images._asdict(), **encoder_flags(vars(encoder)), **settings}
+    facts = {"classes": source.classes, "class_ids": source.class_ids, "data": describe_data(source, source)}
+    run.start_evaluation(resolved, source, facts)
     shape = dict(side=encoder.img_size[0], fill=fill_of(images.mean, images.value_range))
     dataset = EvaluationImages(source, pixels=pixels, **shape)
-    read = partial(own_batches, batch_size=min(run.batch.micro, 8), **run.reading)
+    read = partial(own_batches, batch_size=1, **run.reading)
     normalize = Normalization(*images[3:], run.device)
-    evaluate(run, model.to(run.device), dataset, normalize, read=read, num_previews=flags.num_preview_images)
+    evaluate(run, model.to(run.device), dataset, normalize, read=read, num_previews=args.num_preview_images)
     run.end(f"{describe_scores(run.metrics)}; {run.folder / 'metrics.json'}")
 
 
@@ -290,24 +305,23 @@ def main(argv=None):
         pixels = PixelFormat(images.input_channels, images.value_range, images.nodata, args.max_pixels)
     with run.refusing(InputError):
         img_size = args.img_size or run.previous.get("img_size") or [IMG_SIZE, IMG_SIZE]
-        flags = {**vars(args), "img_size": img_size}
-        encoder = resolve_encoder(flags, SIZES, previous=run.previous, weights=weights)
+        encoder = resolve_encoder({**vars(args), "img_size": img_size}, SIZES, previous=run.previous, weights=weights)
         check(check_detector_sizes(encoder["patch_size"], img_size[0]))
     with run.refusing(DataError):
         places = dict(validation=args.path_to_validation_data, cache=args.cache_dir)
         sources = open_objects(args.path_to_data, pixels, class_file=args.path_to_classes, **places)
         classes = sources[0].classes
     with run.refusing(InputError):
-        has_masks, settings = all(source.has_masks for source in sources), weights.settings if weights else {}
-        options = dict(has_masks=has_masks, settings=run.previous or settings)
-        resolved = resolve_detector(vars(args), encoder["depth"], **options)
+        lacks_masks = next((source.lacks_masks for source in sources if source.lacks_masks), "")
+        settings = run.previous or (weights.settings if weights else {})
+        resolved = resolve_detector(vars(args), encoder["depth"], lacks_masks, settings=settings, defaults=DEFAULTS)
     with run.refusing(InputError):
-        run.plan_steps(len(sources[0]), lambda size: [], recipe_steps=(WARMUP_STEPS, STEPS))
+        run.plan_steps(len(sources[0]), lambda size: [], recipe_steps=(WARMUP_STEPS, 10 * WARMUP_STEPS))
     with run.refusing(WeightsError, flag=WEIGHTS):
         torch.manual_seed(args.seed)
         encoder |= dict(in_channels=pixels.channels)
-        options = dict(window=args.window_size, width=args.head_width, num_regions=args.num_regions)
-        model = build_model(encoder, len(classes), resolved, custom_weight_init=args.custom_weight_init, **options)
+        others = dict(num_regions=args.num_regions, custom_weight_init=args.custom_weight_init)
+        model = build_model(encoder, len(classes), resolved, **others)
         model.encoder.gradient_checkpointing = run.gradient_checkpointing
         if weights:
             channels = dict(adapt_channels=args.adapt_channels, mean=images.mean, std=images.std)
@@ -329,7 +343,8 @@ def main(argv=None):
     recipe = f"AdamW, weight decay {args.weight_decay:g}, layer decay {resolved['layer_decay']:g}, drop path "
     recipe += f"{resolved['drop_path']:g}, {args.num_regions} regions of an image"
     step_lr = stepped_learning_rate if args.lr_schedule == "step" else learning_rate_at
-    decay = "times 0.1 at 8/9 and again at 26/27 of the run" if args.lr_schedule == "step" else "cosine"
+    cosine = f"cosine to {args.min_learning_rate:g}"
+    decay = "times 0.1 at 8/9 and again at 26/27 of the run" if args.lr_schedule == "step" else cosine
     lines = describe_model(model, recipe, args.scale_jitter)
     run.print_plan(lines, images, targets=f"{len(classes)} classes", decay=decay)
     run.prepare_sources()
@@ -338,22 +353,24 @@ def main(argv=None):
     model, optimizer = run.prepare(model, optimizer)
     if run.needs_warm_up:
         empty(model, optimizer, run.batch.micro)
-    run.resume({"classes": classes, "data": describe_data(*sources)})
+    class_ids = sources[0].class_ids
+    run.resume({"classes": classes, "class_ids": class_ids, "data": describe_data(*sources)})
 
     # Batches
     shape = dict(side=encoder["img_size"][0], fill=fill_of(images.mean, images.value_range))
-    options = dict(scales=tuple(args.scale_jitter), masks=resolved["head"] == "mask_rcnn", **shape)
-    train_data = DetectionDataset(sources[0], pixels=pixels, seed=args.seed, **options)
+    jitter = dict(scales=tuple(args.scale_jitter), masks=resolved["head"] == "mask_rcnn")
+    train_data = DetectionDataset(sources[0], pixels=pixels, seed=args.seed, **jitter, **shape)
     sampler = StepSampler(len(sources[0]), **run.sampling)
     batches = run.timed(training_batches(train_data, sampler, **run.loading))
     validation_data = EvaluationImages(sources[1], pixels=pixels, **shape)
-    read = partial(own_batches, batch_size=min(run.batch.micro, 8), **run.reading)
+    read = partial(own_batches, batch_size=1, **run.reading)
     normalization = dict(mean=images.mean, std=images.std, value_range=images.value_range)
-    export = partial(export_detector, classes=classes, **normalization)
+    export = partial(export_detector, classes=classes, class_ids=class_ids, **normalization)
     evaluation = dict(read=read, num_previews=args.num_preview_images, export=export)
 
     # Loop
     model.train()
+    take_step = partial(optimizer_step, run.accelerator, max_grad_norm=args.max_grad_norm)
     for step in run.steps:  # completed optimizer steps
         if run.is_due(step, args.evaluate_every, "box_ap"):
             with run.paused():
@@ -361,8 +378,7 @@ def main(argv=None):
         if step == run.plan.length.total_steps:
             break
         set_learning_rate(optimizer, step_lr(step, **run.plan.schedule))
-        options = dict(max_grad_norm=args.max_grad_norm)
-        loss, grad_norm, damaged = optimizer_step(run.accelerator, model, optimizer, batches, normalize, **options)
+        loss, grad_norm, damaged = take_step(model, optimizer, batches, normalize)
         run.completed(step + 1, loss, grad_norm, damaged)  # logs, saves, raises Stopped if the run is asked to stop
 
     # Finish

@@ -346,9 +346,8 @@ def main(argv=None):
     recipe = f"AdamW, weight decay {args.weight_decay:g}, layer decay {args.layer_decay:g}, drop path "
     recipe += f"{args.drop_path:g}, auxiliary loss {head['auxiliary_weight'] or 0:g}"
     crops = f"crops of {crop_size} x {crop_size} from images in {resize[0]} x {resize[1]}, times 0.5 to 2"
-    run.print_plan(
-        describe_model(model, head, recipe, crops), images, targets=f"{len(classes)} classes", decay="linear"
-    )
+    words = dict(targets=f"{len(classes)} classes", decay=f"linear to {args.min_learning_rate:g}")
+    run.print_plan(describe_model(model, head, recipe, crops), images, **words)
     run.prepare_sources()
     with run.refusing(DataError):
         areas = check_annotations(dict(zip(("training", "validation"), sources, strict=True)), pixels, **run.checking)

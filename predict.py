@@ -26,7 +26,7 @@ from accelerate import Accelerator
 
 from data.batches import ListedDataset, Normalization, centre_crop, make_loader, masked_crop, own_mask_crop
 from data.decode import MAX_PIXELS, DamagedImage, PixelFormat, preview_channels
-from data.detection import as_results, drawings, fill_of, fit_and_size
+from data.detection import SHOWN, as_results, drawings, fill_of, fit_and_size
 from data.files import find_images
 from data.masking import MASK_STRATEGIES, read_removed, removed_patches
 from data.segmentation import palette, view_and_preview, view_sizes
@@ -196,7 +196,7 @@ def predict_objects(batch, *, model, normalize, device, classes, folder, names):
     (detections,) = model(normalize(images.to(device)), [size])
     records, view = as_results(in_original_pixels(detections, size, original)), displayable(images[0]).numpy()
     options = dict(classes=classes, colours=palette(len(classes)), folder=folder, name=names[batch.indices[0]])
-    shown = drawings(records, original, size)
+    shown = drawings([record for record in records if record["score"] >= SHOWN], original, size)
     return predictions.write_objects(records, original, view[:, : size[0], : size[1]], shown, **options)
 
 
@@ -288,7 +288,7 @@ def plan_predictions(trained, given, removed, *, pixels, **pictures):
         task = f"objects of {count_targets(len(classes), 'classes')}, in images that fit {encoder.img_size[0]} pixels"
         fill = fill_of(trained.mean, trained.value_range)
         transform = partial(fit_and_size, side=encoder.img_size[0], fill=fill)
-        return task, transform, partial(predict_objects, model=model, classes=classes, **pictures)
+        return task, transform, partial(predict_objects, model=model, classes=trained.categories, **pictures)
     patches, whole, size = math.prod(encoder.grid), given.get("fill", False), encoder.img_size
     if removed is None:
         model.mask_ratio = given.get("mask_ratio", model.mask_ratio)
@@ -384,7 +384,7 @@ def main(argv=None):
     if file is None:
         count = predictions.write_lines(output, results)
         if isinstance(trained.model, Detector):
-            predictions.write_coco(output, trained.classes)
+            predictions.write_coco(output, trained.categories)
     else:
         count = predictions.write_features(output, results, [width] if args.look == "features" else [patches, width])
 

@@ -269,6 +269,7 @@ def test_an_exported_detector_opens_as_it_was(tmp_path, masks):
     assert isinstance(trained.model, Detector) and trained.classes == ["a", "b", "c"] and not trained.assumed
     assert (trained.model.window, trained.model.width, trained.model.head) == (5, 12, model.head)
     assert trained.mean == STATISTICS["mean"] and trained.value_range == (0, 1000)
+    assert trained.categories == {1: "a", 2: "b", 3: "c"}
     expected, found = model.state_dict(), trained.model.state_dict()
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
     with torch.no_grad():

@@ -120,9 +120,10 @@ def test_what_a_run_leaves_behind(undisturbed):
     assert list(metrics["per_class_box_ap"]) == list(metrics["per_class_mask_ap"]) == list(shapes.CLASSES)
     saved = flags_of(undisturbed)
     assert saved["img_size"] == [64, 64] and saved["layer_decay"] == 0.7 and saved["head"] == "mask_rcnn"
+    assert saved["window_size"] == 3 and saved["head_width"] == 8
     for step in (4, 7):
         with Image.open(undisturbed / "predictions" / f"step_{step:08d}.png") as picture:
-            assert picture.width > 300
+            assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 100  # of the scenes
     assert {"best", "model", "detections.json"} <= {*os.listdir(undisturbed)}
 
 
@@ -184,10 +185,10 @@ def test_two_processes_are_one(undisturbed, flags, tmp_path):
     run_two(SCRIPT, *flags, cwd=tmp_path)
     folder = tmp_path / "work_dir" / "finetune_detection"
     ours, theirs = losses_of(folder), losses_of(undisturbed)
-    assert ours.keys() == theirs.keys() and all(ours[step] == pytest.approx(theirs[step], rel=1e-4) for step in ours)
+    assert ours.keys() == theirs.keys() and all(ours[step] == pytest.approx(theirs[step], rel=1e-5) for step in ours)
     assert ours[1] == pytest.approx(theirs[1], rel=1e-6)
     one, two = weights_of(undisturbed, 7), weights_of(folder, 7)
-    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-3
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-4
     again = ["--path_to_data", flags[1], "--eval_only", "--num_workers", 0, WEIGHTS, undisturbed]
     run_two(SCRIPT, *again, "--experiment_name", "again", cwd=tmp_path)
     scores = metrics_of(tmp_path / "work_dir" / "again")
@@ -223,19 +224,14 @@ def test_predictions_are_those_of_the_validation(undisturbed, scene_folder, tmp_
         theirs = expected[900 - number]
         assert len(line["objects"]) == len(theirs) > 0 and (output / line["overlay"]).is_file()
         for ours, other in zip(line["objects"], theirs, strict=True):
-            assert (
-                ours["class"]
-                == shapes.CLASSES[ours["category_id"] - 1]
-                == shapes.CLASSES[other["category_id"] // 10 - 1]
-            )
-            assert ours["bbox"] == pytest.approx(other["bbox"], abs=1e-2) and ours["score"] == pytest.approx(
-                other["score"]
-            )
+            assert ours["category_id"] == other["category_id"] in range(10, 81, 10)
+            assert ours["class"] == shapes.CLASSES[ours["category_id"] // 10 - 1]
+            assert ours["bbox"] == other["bbox"] and ours["score"] == other["score"]
     from pycocotools.coco import COCO
 
     coco = COCO(str(output / "coco.json"))
     assert [image["height"] for image in coco.loadImgs(coco.getImgIds())] == [64 - 8 * (n % 3) for n in range(20, 27)]
-    assert len(coco.getAnnIds()) == sum(map(len, expected.values())) and len(coco.getCatIds()) == 8
+    assert len(coco.getAnnIds()) == sum(map(len, expected.values())) and coco.getCatIds() == [*range(10, 81, 10)]
     annotation = coco.loadAnns(coco.getAnnIds())[0]
     assert coco.annToMask(annotation).sum() == annotation["area"]
     refused = run("predict.py", *words, cwd=tmp_path, code=2).stderr
@@ -288,23 +284,42 @@ def test_what_does_not_fit_is_told_before_the_first_step(scene_folder, backbone,
     content = json.loads(path.read_text())
     del content["annotations"][0]["segmentation"]
     path.write_text(json.dumps(content))
+    shutil.copy(path, path.with_name("instances_val.json"))
+    shutil.rmtree(boxes / "val")
+    (boxes / "train").rename(boxes / "val")
+    shutil.copytree(boxes / "val", boxes / "train")
     here = ["--path_to_data", scene_folder, *SMALL]
+    contradictions = ["--head", "faster_rcnn", "--head_width", 16, "--window_size", 0, "--relative_position_bias"]
     starts = [
         [*here, "--scale_jitter", 2, 1, "--freeze_encoder", "--drop_path", 0.1],
         [*here, *ENCODER, "--img_size", 60],
+        [*here, *ENCODER, "--img_size", 56],
+        [*here, *ENCODER, "--img_size", 64, 32],
         [*here, "--patch_size", 14, "--img_size", 70, "--path_to_classes", "x"],
         [*here, *ENCODER, "--path_to_data", boxes, "--head", "mask_rcnn"],
         [*here, "--eval_only", WEIGHTS, backbone],
-        [*here, "--eval_only", WEIGHTS, undisturbed, "--path_to_data", "builtin:shapes", "--img_size", 70],
-        [*here, "--eval_only", WEIGHTS, undisturbed, "--path_to_data", boxes, "--encoder_depth", 3],
+        ["--eval_only", WEIGHTS, undisturbed, "--path_to_data", "builtin:shapes", "--img_size", 70],
+        ["--eval_only", WEIGHTS, undisturbed, "--path_to_data", "builtin:shapes", "--img_size", 56],
+        [*here, "--eval_only", WEIGHTS, undisturbed, "--path_to_data", boxes, *contradictions],
+        [*here, "--eval_only", WEIGHTS, undisturbed, "--encoder_depth", 3],
     ]
     words = (
         ("--scale_jitter 2 1 is empty", "--drop_path 0.1 does not go with", "--freeze_encoder needs trained weights"),
         ("--img_size 60 60 is not divisible by --patch_size 8; take multiples of 8",),
+        ("--img_size 56 is no side for a detector; expected a multiple of 32, 4 patches of 8; give 32",),
+        ("--img_size 64 32 is no square; give one side",),
         ("--patch_size 14 is no side for a detector", "names its classes in its annotations"),
-        ("--head mask_rcnn needs masks, and the annotations have boxes alone; give --head faster_rcnn",),
+        ("instances_train.json have no mask: 000.png; add masks, or give --head faster_rcnn",),
         ("holds no detector; give a model/, best/ or checkpoint",),
         ("an image of (70, 70) pixels does not split into patches of 8",),
+        ("images of (56, 56) pixels in patches of 8; expected squares of a multiple of 4 patches",),
+        (
+            "--head faster_rcnn is not the trained model's, which has --head mask_rcnn; leave it out",
+            "--head_width 16 is not the trained model's, which has --head_width 8",
+            "--window_size 0 is not the trained model's, which has --window_size 3",
+            "--relative_position_bias is not the trained model's, which has --no-relative_position_bias",
+            "the trained model detects masks, and 1 of ",
+        ),
         ("--encoder_depth 3 is not the trained model's 5",),
     )
     for errors, expected in zip(refusals(SCRIPT, *starts, cwd=tmp_path), words, strict=True):

@@ -292,22 +292,24 @@ def add_segmenter_flags(parser: Parser, *, heads: Iterable[str]) -> None:
     flag("--num_preview_images", type=integer(0), default=8, help="rows of the pictures (default 8)")
 
 
-def add_detector_flags(parser: Parser, *, heads: Iterable[str]) -> None:
-    """Add the inputs of a detector, its windows and heads, and its evaluation; `heads` are the names of --head."""
+def add_detector_flags(
+    parser: Parser, *, heads: Iterable[str], window_size: int, head_width: int, num_regions: int
+) -> None:
+    """Add the inputs of a detector, its windows and heads with their defaults, and its evaluation."""
     flag = parser.add_argument_group("detector").add_argument
-    flag("--img_size", type=integer(1), metavar="S", help="side of the square inputs, pixels (default 1024)")
+    flag("--img_size", type=integer(1), nargs="+", metavar="S", help="side of the square inputs (default 1024)")
     help_text = "images are resized to fit S times a factor between these, then cut or padded (default 0.1 2)"
     flag("--scale_jitter", type=number(0.01, 10), nargs=2, metavar=("MIN", "MAX"), default=[0.1, 2.0], help=help_text)
     flag(
         "--head", choices=tuple(heads), help="boxes and masks, or boxes alone (default mask_rcnn if the data has masks)"
     )
-    help_text = "side of the attention windows, in patches, outside four global blocks (0: no windows, default 14)"
-    flag("--window_size", type=integer(0), default=14, help=help_text)
+    help_text = "side of the attention windows, in patches, outside four global blocks (0: no windows, default "
+    flag("--window_size", type=integer(0), help=f"{help_text}{window_size})")
     help_text = "learned relative position bias in all blocks (default: as in the weights, otherwise off)"
     flag("--relative_position_bias", action=Pair, help=help_text)
-    flag("--head_width", type=integer(4), default=256, help="channels of pyramid and heads (default 256)")
-    regions = "regions of an image that train the heads; half as many anchors (default 512)"
-    flag("--num_regions", type=integer(2), default=512, help=regions)
+    flag("--head_width", type=integer(4), help=f"channels of pyramid and heads (default {head_width})")
+    regions = f"regions of an image that train the heads; half as many anchors (default {num_regions})"
+    flag("--num_regions", type=integer(2), default=num_regions, help=regions)
     flag("--freeze_encoder", action=Pair, default=False, help="train pyramid and heads alone, on frozen features (off)")
     schedule = "step: times 0.1 after 8/9 and 26/27 of the run; or cosine (default step)"
     flag("--lr_schedule", choices=("step", "cosine"), default="step", help=schedule)
@@ -411,14 +413,15 @@ def check_finetuning(args: argparse.Namespace, weights: str) -> list[str]:
 
 
 def check_detector(args: argparse.Namespace) -> list[str]:
-    """Return error messages for the flags of `add_detector_flags`, and make --img_size the height and width."""
+    """Return error messages for the flags of `add_detector_flags`."""
     errors, (low, high) = [], args.scale_jitter
     if low > high:
         errors.append(f"--scale_jitter {low:g} {high:g} is empty; give the smaller factor first")
     wrong = {name: getattr(args, name) for name in ("drop_path", "layer_decay") if getattr(args, name) is not None}
     if args.freeze_encoder and wrong:
         errors.append(f"{as_flags(wrong)} does not go with --freeze_encoder; leave it out")
-    args.img_size = args.img_size and [args.img_size, args.img_size]
+    if args.img_size and (len(args.img_size) > 2 or len({*args.img_size}) > 1):
+        errors.append(f"{as_flags({'img_size': args.img_size})} is no square; give one side")
     return errors
 
 

@@ -214,12 +214,14 @@ def describe_images(path_to_data: str, train, validation, *, targets: str = "", 
     return lines
 
 
-def describe_run(plan: Plan, images: ImageFormat, accelerator, speed: list[str], *, decay: str = "cosine") -> list[str]:
+def describe_run(
+    plan: Plan, images: ImageFormat, accelerator, speed: list[str], *, decay: str | None = None
+) -> list[str]:
     """Return the lines of the plan that every script prints.
 
     Args:
         speed: what else changes how fast a step is, in words.
-        decay: the curve by which the learning rate falls to its minimum, or its fall in several words.
+        decay: how the learning rate falls, by default by a cosine to its minimum.
     """
     (batch, length), on_cpu = plan[:2], accelerator.device.type == "cpu"
     values = "8 bits" if images.value_range is None else in_range(images.value_range)
@@ -232,6 +234,6 @@ def describe_run(plan: Plan, images: ImageFormat, accelerator, speed: list[str],
         f"batch      {batch.global_size} = {several(accelerator.num_processes, 'process')} x "
         f"{several(batch.accumulation, 'micro-batch')} x {batch.micro}",
         f"length     {length.total_steps} steps, {length.steps_per_epoch} per epoch, {length.warmup_steps} warmup",
-        f"lr         peak {plan.learning_rate:.3g}, {decay}{'' if ' ' in decay else f' to {plan.min_learning_rate:g}'}",
+        f"lr         peak {plan.learning_rate:.3g}, {decay or f'cosine to {plan.min_learning_rate:g}'}",
         f"precision  {precision} on {accelerator.device}{threads}",
     ]

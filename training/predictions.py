@@ -24,7 +24,6 @@ from training.pictures import (
 )
 
 LINES, COCO = "predictions.jsonl", "coco.json"  # in the output folder, beside these folders of pictures
-SHOWN = 0.5  # score from which on an object is in the overlay
 PICTURES = ("attention", "colours", "labels", "overlays", "reconstructions")
 NUM_PRINTED = 10  # images whose result is printed
 NOT_FINITE = "the outputs are not finite: training diverged or the weights are damaged; give other weights"
@@ -139,22 +138,27 @@ def write_objects(
     image: np.ndarray,
     drawings: Sequence,
     *,
-    classes: Sequence[str],
+    classes: dict[int, str],
     colours: np.ndarray,
     folder: Path,
     name: str,
 ) -> list[dict]:
     """Write an overlay of the objects in an image, and return its name, the image's size and the objects.
 
-    `records` are COCO's, with classes from 1, `size` (H, W), and `drawings` the same for the picture (C, h, w), uint8.
+    `records` are COCO's, with classes from 1, which get the numbers of `classes`; `size` is (H, W), and `drawings` are
+    those of them that the picture (C, h, w), uint8, gets.
     """
-    shown = [drawing for drawing in drawings if drawing.score >= SHOWN]
-    detection_overlay(folder / "overlays" / name, image, shown, classes, colours)
-    objects = [{"class": classes[record["category_id"] - 1], **record} for record in records]
+    numbers, names = [*classes], [*classes.values()]
+    detection_overlay(folder / "overlays" / name, image, drawings, names, colours)
+    labels = [record["category_id"] - 1 for record in records]
+    objects = [
+        {"class": names[label], **record, "category_id": numbers[label]}
+        for label, record in zip(labels, records, strict=True)
+    ]
     return [{"overlay": f"overlays/{name}", "height": size[0], "width": size[1], "objects": objects}]
 
 
-def write_coco(lines: Path, classes: Sequence[str]) -> None:
+def write_coco(lines: Path, classes: dict[int, str]) -> None:
     """Write the objects in a file of `write_lines` as COCO's annotation files have them, beside it."""
     from pycocotools import mask as coco_masks
 
@@ -166,7 +170,7 @@ def write_coco(lines: Path, classes: Sequence[str]) -> None:
             mask, (_, _, width, height) = record.get("segmentation"), record["bbox"]
             area = width * height if mask is None else int(coco_masks.area(mask))
             annotations.append(dict(record, id=len(annotations) + 1, image_id=number, area=area, iscrowd=0))
-    categories = [dict(id=number, name=name) for number, name in enumerate(classes, 1)]
+    categories = [dict(id=number, name=name) for number, name in classes.items()]
     write_json(lines.with_name(COCO), dict(images=images, annotations=annotations, categories=categories))
 
 

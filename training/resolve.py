@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from training.launch import InputError, check
+from training.wording import as_flags
 
 ENCODER_FLAGS = {name: name for name in ("patch_size", "num_cls_tokens")}  # argument of the model -> flag
 ENCODER_FLAGS |= {name: f"encoder_{name}" for name in ("embed_dim", "depth", "num_heads", "mlp_ratio")}
@@ -229,28 +230,43 @@ def resolve_head(flags: dict, depth: int, head_class, default_layers: Callable[[
     return dict(head=flags["head"], layers=layers, head_width=width, auxiliary_weight=weight)
 
 
-def resolve_detector(flags: dict, depth: int, *, has_masks: bool, settings: dict) -> dict:
+def resolve_detector(flags: dict, depth: int, lacks_masks: str, *, settings: dict, defaults: dict) -> dict:
     """Return the flags of a detector that follow from the encoder's depth, the data and the weights.
 
     Layer decay and drop path are ViTDet's for ViT-B, L and H (Li et al. 2022, appendix A.2).
 
     Args:
-        flags: `head`, `drop_path`, `layer_decay`, `relative_position_bias`; None for those that were left out.
-        has_masks: all training and held-out images have masks.
+        flags: `head`, `drop_path`, `layer_decay`, `relative_position_bias`, and those in `defaults`; None for those
+            that were left out.
+        lacks_masks: why the masks of the data cannot be used; "" if they can.
         settings: the flags of the run to resume, or `model_settings` of the weights, or {}.
+        defaults: those of flags that do not depend on the data or the encoder.
 
     Raises:
         InputError: for masks that are asked for and absent.
     """
-    if flags["head"] == "mask_rcnn" and not has_masks:
-        raise InputError("--head mask_rcnn needs masks, and the annotations have boxes alone; give --head faster_rcnn")
+    if flags["head"] == "mask_rcnn" and lacks_masks:
+        raise InputError(f"--head mask_rcnn needs masks, and {lacks_masks}; add masks, or give --head faster_rcnn")
     layer_decay, drop_path = next(recipe for most, *recipe in DETECTION_RECIPES if depth <= most)
     if flags["freeze_encoder"]:
         layer_decay, drop_path = 1.0, 0.0
-    defaults = dict(head="mask_rcnn" if has_masks else "faster_rcnn", drop_path=drop_path, layer_decay=layer_decay)
+    head = "faster_rcnn" if lacks_masks else "mask_rcnn"
+    defaults = {**defaults, "head": head, "drop_path": drop_path, "layer_decay": layer_decay}
     defaults["relative_position_bias"] = bool(settings.get("relative_position_bias"))
     resolved = {name: value if flags[name] is None else flags[name] for name, value in defaults.items()}
     return resolved | {"layer_scale": 1.0 if settings.get("layer_scale") else None}
+
+
+def check_trained_detector(flags: dict, settings: dict, lacks_masks: str) -> None:
+    """Raise InputError for flags that are not the `settings` of a trained detector, and for data that it cannot see."""
+    errors = [
+        f"{as_flags({name: flags[name]})} is not the trained model's, which has {as_flags({name: value})}; leave it out"
+        for name, value in settings.items()
+        if flags[name] not in (None, value)
+    ]
+    if settings["head"] == "mask_rcnn" and lacks_masks:
+        errors.append(f"the trained model detects masks, and {lacks_masks}; give data with masks")
+    check(errors)
 
 
 def check_detector_sizes(patch_size: int, side: int) -> list[str]:

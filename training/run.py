@@ -206,12 +206,12 @@ class Run:
         self.plan = self.plan._replace(batch=self.batch)
         self.flags |= dict(micro_batch_size=micro, gradient_accumulation_steps=self.batch.accumulation)
 
-    def print_plan(self, model: list[str], images: ImageFormat, *, decay: str = "cosine", **data) -> None:
+    def print_plan(self, model: list[str], images: ImageFormat, *, decay: str | None = None, **data) -> None:
         """Print the plan.
 
         Args:
             model: the script's lines, about its model and recipe.
-            decay: the curve by which the learning rate falls.
+            decay: see `describe_run`.
             data: options of `describe_images`.
         """
         tf32 = self.given.tf32 and self.accelerator.mixed_precision == "no" and self.device.type != "cpu"
