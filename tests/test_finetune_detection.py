@@ -30,6 +30,7 @@ from data import shapes
 from modeling.export import export_encoder, export_segmenter
 from modeling.files import read_state_dict
 from modeling.upernet import Segmenter
+from training.plan import plan_length
 
 SCRIPT = "finetune_detection.py"
 WEIGHTS = "--path_to_backbone_checkpoint"
@@ -325,6 +326,17 @@ def test_what_does_not_fit_is_told_before_the_first_step(scene_folder, backbone,
     for errors, expected in zip(refusals(SCRIPT, *starts, cwd=tmp_path), words, strict=True):
         assert len(errors) == len(expected), errors
         assert all(any(word in error for error in errors) for word in expected), errors
+
+
+def test_scores_and_warmup_in_words_and_numbers():
+    from finetune_detection import DEFAULTS, WARMUP_STEPS, describe_scores, parse_args
+
+    assert describe_scores({"box_ap": 12.346, "box_ap50": None}) == "box AP 12.35 %, box AP50 -"
+    args, errors = parse_args(["--path_to_data", "x", "--img_size", "64", "64"])
+    assert not errors and args.img_size == [64, 64] and all(getattr(args, name) is None for name in DEFAULTS)
+    length = dict(epochs=None, warmup_epochs=None, warmup_steps=None, num_samples=8, global_batch_size=8)
+    length["recipe_steps"] = (WARMUP_STEPS, 10 * WARMUP_STEPS)
+    assert [plan_length(max_steps=steps, **length).warmup_steps for steps in (300, 9000)] == [30, 250]
 
 
 def test_patches_of_another_side_are_resized(scene_folder, tmp_path):
