@@ -1,6 +1,6 @@
 """Open trained weights of any known layout as the module they belong to, ready for use."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,9 +37,9 @@ class Trained(NamedTuple):
     class_names: list[str] | None  # None if no file states them
     crop_ratio: float  # of an encoder or classifier: side of the centre crop / side of the resized image
     resize: tuple[int, int] | None  # of a segmenter: LONG and SHORT side that images fit
-    class_ids: list[int]  # numbers of the classes in the annotations of a detector; without any, from 1
     masks: dict[str, int | None]  # "mask_offset" and "void_label" of the masks that a segmenter was trained on
     value_range: tuple[float, float] | None  # pixels that become 0 and 1; None: 0 and 255
+    class_ids: Sequence[int] = ()  # numbers of the classes in the annotations of a detector; if unknown, from 1
     assumed: tuple[str, ...] = ()  # assumptions about facts that no file states, in words
 
     @property
