@@ -50,7 +50,7 @@ from modeling.weights import open_weights, resize_patches, start_from
 from training import arguments
 from training.checkpoint import check_outside
 from training.files import replace_folder, write_json
-from training.launch import InputError, RunError, check, put_back, run_script
+from training.launch import InputError, RunError, put_back, run_script
 from training.optimizer import DECAY_FLAGS, adamw, clip_gradients, parameter_groups, set_learning_rate
 from training.pictures import detection_grid, displayable
 from training.resolve import (
@@ -305,8 +305,8 @@ def main(argv=None):
         pixels = PixelFormat(images.input_channels, images.value_range, images.nodata, args.max_pixels)
     with run.refusing(InputError):
         img_size = args.img_size or run.previous.get("img_size") or [IMG_SIZE, IMG_SIZE]
-        encoder = resolve_encoder({**vars(args), "img_size": img_size}, SIZES, previous=run.previous, weights=weights)
-        check(check_detector_sizes(encoder["patch_size"], img_size[0]))
+        known = dict(previous=run.previous, weights=weights)
+        encoder = check_detector_sizes(resolve_encoder({**vars(args), "img_size": img_size}, SIZES, **known))
     with run.refusing(DataError):
         places = dict(validation=args.path_to_validation_data, cache=args.cache_dir)
         sources = open_objects(args.path_to_data, pixels, class_file=args.path_to_classes, **places)

@@ -155,7 +155,7 @@ def trained(tmp_path_factory) -> Path:
     segmenter = Segmenter(new_encoder(**size), len(classes), head="linear")
     best = folder / "work_dir/finetune_segmentation/best"
     export_segmenter(segmenter, best, classes=classes, resize=(128, 32), **statistics)
-    detector = Detector(new_encoder(**size), len(classes), width=8)
+    detector = Detector(new_encoder(**size | {"img_size": 64}), len(classes), width=8)
     export_detector(detector, folder / "work_dir/finetune_detection/best", classes=classes, **statistics)
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "photograph.jpg")

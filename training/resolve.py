@@ -269,16 +269,21 @@ def check_trained_detector(flags: dict, settings: dict, lacks_masks: str) -> Non
     check(errors)
 
 
-def check_detector_sizes(patch_size: int, side: int) -> list[str]:
-    """Return an error message for patches or images of this `side` that give no strides of a power of two."""
+def check_detector_sizes(encoder: dict) -> dict:
+    """Return the arguments of a detector's encoder.
+
+    Raises InputError for patches or images that give no strides of a power of two.
+    """
+    patch_size, side = encoder["patch_size"], encoder["img_size"][0]
     if patch_size not in (4, 8, 16, 32):
         expected = "expected 4, 8, 16 or 32; give --patch_size 16, to which weights are resized"
-        return [f"--patch_size {patch_size} is no side for a detector; {expected}"]
+        raise InputError(f"--patch_size {patch_size} is no side for a detector; {expected}")
     multiple = 4 * patch_size
-    expected = (
-        f"expected a multiple of {multiple}, 4 patches of {patch_size}; give {max(1, side // multiple) * multiple}"
-    )
-    return [f"--img_size {side} is no side for a detector; {expected}"] if side % multiple else []
+    if side % multiple:
+        expected = f"expected a multiple of {multiple}, 4 patches of {patch_size}"
+        remedy = f"give {max(1, side // multiple) * multiple}"
+        raise InputError(f"--img_size {side} is no side for a detector; {expected}; {remedy}")
+    return encoder
 
 
 def check_blocks(trainable_blocks: float | None, depth: int) -> None:
