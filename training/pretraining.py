@@ -31,7 +31,7 @@ def add_mask_flags(parser: Parser, *, strategies: Iterable[str], validities: Ite
     help_text = "side of the square blocks, in patches, that are removed as a whole under random masks (default 1)"
     flag("--mask_block", type=integer(1), default=1, metavar="N", help=help_text)
     help_text = "mark of invalid pixels: a missing value (nodata), besides that the last channel or a mask; or none "
-    help_text += "(default nodata if --nodata is known and the target is pixels)"
+    help_text += "(default nodata if --nodata is known and the target is normalized or pixels)"
     flag("--validity", choices=("none", *validities), help=help_text)
     help_text = "share of the removed patches that is predicted in training, evenly spread (default 1)"
     flag("--predict_ratio", type=number(0, 1), default=1.0, metavar="R", help=help_text)
