@@ -154,7 +154,7 @@ def time_steps(out: Path, recipes: dict[str, list], *, rounds: int, parallel: in
             run_all([(command, log) for log in logs], parallel=parallel, title=f"timing {name}")
             texts = [log.read_text() for log in logs]
             seconds[name].append(mean(float(re.search(r"(\S+) s a step", text)[1]) for text in texts))
-            epochs[name] = int(re.search(r"steps, (\d+) per epoch", texts[0])[1])
+            epochs[name] = int(re.search(r", (\d+) per epoch", texts[0])[1])
     return {name: dict(step_seconds=median(seconds[name]), steps_per_epoch=epochs[name]) for name in recipes}
 
 

@@ -564,9 +564,9 @@ main(sys.argv[1:])
     start = [*words, "--dry_run"]
     large = run_code(code.format("ViT-L"), *start, cwd=tmp_path).stdout
     assert "recipe     ViT-L fine-tuning: adamw, weight decay 0.05, layer decay 0.7, drop path 0.2" in large
-    assert "length     250 steps, 5 per epoch, 25 warmup" in large and f"peak {1e-3 * 8 / 256:.3g}," in large
+    assert "steps      250, 5 per epoch, 25 warmup" in large and f"peak {1e-3 * 8 / 256:.3g}," in large
     probe = run_code(code.format("ViT-H"), *words[:-2], "--linear_probe", "--dry_run", cwd=tmp_path).stdout
-    assert "recipe     ViT-H linear probe: lars" in probe and "250 steps, 5 per epoch, 50 warmup" in probe
+    assert "recipe     ViT-H linear probe: lars" in probe and "steps      250, 5 per epoch, 50 warmup" in probe
     short = [*words, "--max_steps", 20, "--save_checkpoint_steps", 5]
     run_code(code.format("ViT-L"), *short, cwd=tmp_path)
     folder = tmp_path / "work_dir" / "finetune_classifier"

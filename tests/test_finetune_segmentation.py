@@ -213,7 +213,7 @@ def test_other_ways_to_train_and_to_evaluate(scenes, tmp_path):
     said, _ = run_each(SCRIPT, [scratch, again], cwd=tmp_path)
     dry = dry_run(SCRIPT, *shared, "--experiment_name", "dry", cwd=tmp_path)
     folder = tmp_path / "work_dir" / "scratch"
-    assert "linear head after block 3:" in said and "length     2 steps" in said
+    assert "linear head after block 3:" in said and "steps      2, " in said
     assert metrics_of(tmp_path / "work_dir" / "again")["per_class_iou"] == metrics_of(folder)["per_class_iou"]
     assert not any("bias_table" in name or "gamma" in name for name in weights_of(folder, 2))
     damaged = [json.loads(line)["path"] for line in (folder / "damaged.jsonl").read_text().splitlines()]

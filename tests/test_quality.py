@@ -184,9 +184,7 @@ def test_the_median_over_rounds_and_the_mean_of_parallel_dry_runs(monkeypatch, t
         calls.append(title)
         for _, log in commands:
             log.parent.mkdir(exist_ok=True)
-            log.write_text(
-                f"length     9 steps, 4 per epoch, 0 warmup\n... after 3: {next(seconds)} s a step, 1 images/s"
-            )
+            log.write_text(f"steps      9, 4 per epoch, 0 warmup\n... after 3: {next(seconds)} s a step, 1 images/s")
 
     monkeypatch.setattr(quality, "run_all", dry_runs)
     timed = quality.time_steps(tmp_path, {"a": [], "b": []}, rounds=3, parallel=2)

@@ -109,7 +109,7 @@ def test_a_run_from_its_start_to_its_end(tmp_path, capsys):
     run.print_plan(["model      none"], ImageFormat(3, None, None, [0.5], [0.25]), targets="2 classes")
     go(run)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
-    plan = ["data", "model", "pixels", "batch", "length", "lr", "precision"]
+    plan = ["data", "model", "input", "batch", "steps", "lr", "precision"]
     assert [line.split()[0] for line in lines[:7]] == plan and "validated 3" in lines
     assert lines[-1] == "finished: look here" and run.sources[0].prepare_options == dict(processes=1, progress=True)
     assert sorted(os.listdir(run.folder / "checkpoints")) == ["step_00000004", "step_00000006"]

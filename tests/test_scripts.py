@@ -325,7 +325,7 @@ def test_the_launcher_and_the_quickstart_recipe(tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "work_dir" / "quickstart_pretrain"
     assert metrics_of(folder)["masked_psnr_visible_mean"] > 10
-    assert "builtin:shapes: 640 images (about 7.86 MB), 60 held out" in done.stdout
+    assert "builtin:shapes: 640 images (generated), 60 held out" in done.stdout
 
 
 def test_real_photographs(real_images, tmp_path):
@@ -367,8 +367,8 @@ def test_a_dry_run_says_what_will_happen_and_writes_nothing(image_folder, undist
     said = dry_run(SCRIPT, *flags, cwd=fresh)
     for word in (
         *("40 images (about ", "2 views of each, 11 held out", "M parameters", "GFLOP per image and step"),
-        *("8 = 1 process x 2 micro-batches x 4", "3000 steps, 10 per epoch, 150 warmup", "peak 0.001, cosine to 0"),
-        *("float32 on cpu", "steps timed after", "images/s, data wait", "peak memory"),
+        *("8 = 1 process x 2 micro-batches x 4", "steps      3000, 10 per epoch, 150 warmup"),
+        *("peak 0.001, cosine to 0", "float32 on cpu", "steps timed after", "images/s, data wait", "peak memory"),
         *("3000 steps take", "nothing was written"),
     ):
         assert word in said, word

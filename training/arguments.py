@@ -167,8 +167,8 @@ def add_source_flags(parser: Parser, *, has_labels: bool = False) -> None:
 
 
 def add_length_flags(parser: Parser, *, epochs: int | None, steps: int | None = None, warmup: int | str) -> None:
-    """Add the length of a run, by default in `epochs` or otherwise in `steps`, and its warmup."""
-    flag = parser.add_argument_group("length").add_argument
+    """Add the number of steps of a run, by default in `epochs` or otherwise in `steps`, and its warmup."""
+    flag = parser.add_argument_group("steps").add_argument
     flag("--epochs", type=integer(1), default=epochs, help="passes over the data" + _default(epochs))
     flag("--max_steps", type=integer(1), help="optimizer steps; overrides --epochs" + _default(steps))
     help_text = f"epochs of linear warmup, in a shorter run the same share of it (default {warmup})"

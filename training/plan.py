@@ -1,4 +1,4 @@
-"""The plan of a run, known before its first step: batch, length, learning rate."""
+"""The plan of a run, known before its first step: batch, steps, learning rate."""
 
 from typing import NamedTuple
 
@@ -202,7 +202,8 @@ def describe_images(path_to_data: str, train, validation, *, targets: str = "", 
     images = f"{len(train)} images" + (f" {'of' if 'classes' in targets else 'with'} {targets}" if targets else "")
     repeated = f", {views} views of each" if views > 1 else ""
     validated = f"{len(validation)} held out" if validation else "none held out: validated on training images"
-    lines = [f"data       {path_to_data}: {images} (about {in_bytes(train.size_in_bytes())}){repeated}, {validated}"]
+    size = "generated" if path_to_data.startswith("builtin:") else f"about {in_bytes(train.size_in_bytes())}"
+    lines = [f"data       {path_to_data}: {images} ({size}){repeated}, {validated}"]
     lines += [note for source in (train, validation) for note in getattr(source, "notes", ())]
     for word, source, kind in (("untrained ", train, "training"), ("unmeasured", validation, "held-out")):
         if "classes" in targets and getattr(source, "labels", None) is not None:
@@ -230,10 +231,10 @@ def describe_run(
     precision = ", ".join([accelerator.mixed_precision.replace("no", "float32"), *speed])
     threads = f", {several(torch.get_num_threads(), 'thread')}" if on_cpu else ""
     return [
-        f"pixels     {values}, normalized by mean {mean} and standard deviation {std}",
+        f"input      {values}, normalized by mean {mean} and standard deviation {std}",
         f"batch      {batch.global_size} = {several(accelerator.num_processes, 'process')} x "
         f"{several(batch.accumulation, 'micro-batch')} x {batch.micro}",
-        f"length     {length.total_steps} steps, {length.steps_per_epoch} per epoch, {length.warmup_steps} warmup",
+        f"steps      {length.total_steps}, {length.steps_per_epoch} per epoch, {length.warmup_steps} warmup",
         f"lr         peak {plan.learning_rate:.3g}, {decay or f'cosine to {plan.min_learning_rate:g}'}",
         f"precision  {precision} on {accelerator.device}{threads}",
     ]
