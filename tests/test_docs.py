@@ -144,10 +144,10 @@ def trained(tmp_path_factory) -> Path:
     """A folder with tiny models and the photograph that snippets name."""
     folder = tmp_path_factory.mktemp("trained")
     size = dict(img_size=32, patch_size=16, embed_dim=64, depth=2, num_heads=2)
-    encoder = new_encoder(**size)
+    encoder, pretrained = new_encoder(**size), new_encoder(**size | {"img_size": 64})
     statistics = dict(mean=[0.5] * 3, std=[0.25] * 3)
-    model = build_autoencoder(encoder, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
-    export_encoder(encoder, folder / "work_dir/quickstart_pretrain/encoder", **statistics)
+    model = build_autoencoder(pretrained, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    export_encoder(pretrained, folder / "work_dir/quickstart_pretrain/encoder", **statistics)
     export_autoencoder(model, folder / "work_dir/quickstart_pretrain/encoder/pretraining", **statistics)
     classes = [f"class {number}" for number in range(5)]
     classifier, best = Classifier(encoder, len(classes)), folder / "work_dir/finetune_classifier/best"
