@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What pre-training gives, on the built-in drawn scenes: pre-trains, then fine-tunes, probes and trains from scratch, and
-# prints one table; then labels their pixels. Killed, it continues where it was.
+# Runs the quickstart on the built-in synthetic scenes: pre-trains, fine-tunes, probes, trains from scratch and segments,
+# and prints the metrics. If it was interrupted, it continues.
 #
 #   bash recipes/quickstart/all.sh
 set -euo pipefail
@@ -13,10 +13,10 @@ accelerate launch finetune_segmentation.py @recipes/quickstart/finetune_segmenta
 python - <<'TABLE'
 import json
 
-print("| what trains | top-1 (%) | validation loss | seconds |\n|---|---|---|---|")
+print("| trained | top-1 (%) | validation loss | time of training (s) |\n|---|---|---|---|")
 for run, what in {
     "finetune_classifier": "the pre-trained encoder and the head",
-    "linear_probe": "the head alone, on the frozen encoder",
+    "linear_probe": "a linear head on the frozen encoder",
     "from_scratch": "everything, from scratch",
 }.items():
     with open(f"work_dir/quickstart_{run}/metrics.json") as file:
