@@ -115,6 +115,14 @@ class Images(SimpleNamespace):
         return 1000.0
 
 
+def test_built_in_images_are_generated_and_others_have_a_size():
+    images = Images(labels=np.array([0, 1]))
+    (line,) = describe_images("builtin:shapes", images, images)
+    assert line == "data       builtin:shapes: 2 images (generated), 2 held out"
+    (line,) = describe_images("D", images, None)
+    assert line == "data       D: 2 images (about 1 kB), none held out: validated on training images"
+
+
 def test_classes_without_images_are_named():
     train, validation = Images(labels=np.array([1, 2, 3, 1])), Images(labels=np.array([1, 2]))
     assert describe_images("D", train, validation, targets="4 classes")[1:] == [
