@@ -187,8 +187,8 @@ def evaluate(run, model, dataset, normalize, *, read, num_previews, export=None)
         rows.append((sample.index, sample.original, as_truths(sample.objects), results))
         if sample.index in indices:
             (h, w), picture = sample.size, displayable(sample.image).numpy()
-            sure = [record for record in results if record["score"] >= SHOWN]
-            parts = (drawings(part, sample.original, sample.size) for part in (rows[-1][2], sure))
+            likely = [record for record in results if record["score"] >= SHOWN]
+            parts = (drawings(part, sample.original, sample.size) for part in (rows[-1][2], likely))
             previews.append((sample.index, picture[:, :h, :w], *parts))
     model.train(training)
     run.note_damage(damaged)

@@ -57,8 +57,10 @@ def open_objects(
         except DataError as error:
             errors.append(str(error))
             continue
-        if double := sorted({each for each in source.classes if source.classes.count(each) > 1}):
-            errors.append(f"{root} has classes of the same name: {first_few(double, len(double))}; rename one of each")
+        if duplicates := sorted({each for each in source.classes if source.classes.count(each) > 1}):
+            errors.append(
+                f"{root} has classes of the same name: {first_few(duplicates, len(duplicates))}; rename one of each"
+            )
         source.notes = [*source.notes, *(note_test(name) if not is_training else [])]
         opened.append(source)
     if errors:
@@ -158,8 +160,8 @@ def open_voc(root: Path, split: Path, classes: list[str]) -> ObjectSource:
         entries.append(boxes.keep(own, size, stem))
     if not names:
         raise DataError(f"{split} lists no image; expected one name on each line")
-    if double := [os.fsdecode(name) for name, count in Counter(names).items() if count > 1]:
-        raise DataError(f"{split} lists images twice: {first_few(double, len(double))}; keep one of each")
+    if duplicates := [os.fsdecode(name) for name, count in Counter(names).items() if count > 1]:
+        raise DataError(f"{split} lists images twice: {first_few(duplicates, len(duplicates))}; keep one of each")
     lacks_masks = f"the annotations in {split} have boxes alone"
     options = dict(classes=classes, class_ids=list(range(1, len(classes) + 1)), lacks_masks=lacks_masks)
     source = ObjectSource(images, names, entries, sizes=sizes, **options)
@@ -203,8 +205,8 @@ def _open_pair(
 
 def open_yolo(images: Path, labels: Path, classes: dict[int, str], cache: Path | None) -> ObjectSource:
     """Open a split of a folder laid out like YOLO's, whose coordinates are relative to the image's size."""
-    present, boxes, entries = FolderSource(images, cache=cache), BoxFilter(str(labels)), []
-    names, numbers = present.relative_names, {number: label for label, number in enumerate(classes)}
+    files, boxes, entries = FolderSource(images, cache=cache), BoxFilter(str(labels)), []
+    names, numbers = files.relative_names, {number: label for label, number in enumerate(classes)}
     for name in names:
         path = labels / Path(os.fsdecode(name)).with_suffix(".txt")
         try:
@@ -216,7 +218,7 @@ def open_yolo(images: Path, labels: Path, classes: dict[int, str], cache: Path |
     lacks_masks = lack_of_masks(entries, [*map(os.fsdecode, names)], str(labels))
     options = dict(classes=[*classes.values()], class_ids=[*classes], lacks_masks=lacks_masks)
     source = ObjectSource(images, names, entries, sizes=None, **options)
-    source.notes = [*present.notes, *boxes.notes, *masks_note(lacks_masks)]
+    source.notes = [*files.notes, *boxes.notes, *masks_note(lacks_masks)]
     return source
 
 

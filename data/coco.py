@@ -74,16 +74,16 @@ def open_coco(root: Path, split: str, file: Path, cache: Path | None) -> ObjectS
     if folder is None:
         raise DataError(f"{file} has no images: expected them in {root / split}")
     records = {os.fsencode(record["file_name"]): record for record in content["images"]}
-    present = FolderSource(folder, cache=cache)
-    names = present.relative_names
+    files = FolderSource(folder, cache=cache)
+    names = files.relative_names
     categories = sorted(content["categories"], key=lambda record: record["id"])
     numbers = {record["id"]: number for number, record in enumerate(categories)}
     objects = {record["id"]: [] for record in content["images"]}
     errors = []
     if absent := sorted(map(os.fsdecode, records.keys() - {*names})):
         errors.append(f"{file} lists images that {folder} lacks: {first_few(absent, len(absent))}; add them")
-    for key, known in (("image_id", objects), ("category_id", numbers)):
-        if wrong := sorted({record[key] for record in content["annotations"]} - known.keys(), key=str):
+    for key, ids in (("image_id", objects), ("category_id", numbers)):
+        if wrong := sorted({record[key] for record in content["annotations"]} - ids.keys(), key=str):
             errors.append(f"{file} has annotations of an unknown {key}: {first_few(map(str, wrong), len(wrong))}")
     if errors:
         raise DataError("\n".join(errors))
@@ -130,8 +130,10 @@ def _read_coco(file: Path) -> dict:
     if errors:
         raise DataError("\n".join(errors))
     for key, name in UNIQUE:
-        if double := _doubles(record[name] for record in content[key]):
-            errors.append(f"{file}: {key} with the same {name}: {first_few(double, len(double))}; keep one of each")
+        if duplicates := _find_duplicates(record[name] for record in content[key]):
+            errors.append(
+                f"{file}: {key} with the same {name}: {first_few(duplicates, len(duplicates))}; keep one of each"
+            )
     if errors:
         raise DataError("\n".join(errors))
     return content
@@ -150,14 +152,14 @@ def _find_problem(key: str, records: list) -> str | None:
     return None
 
 
-def _doubles(values: Iterable) -> list[str]:
+def _find_duplicates(values: Iterable) -> list[str]:
     """Return the values that occur more than once."""
-    seen, double = set(), {}
+    previous, duplicates = set(), {}
     for value in values:
-        if value in seen:
-            double[str(value)] = None
-        seen.add(value)
-    return [*double]
+        if value in previous:
+            duplicates[str(value)] = None
+        previous.add(value)
+    return [*duplicates]
 
 
 def _to_entry(file: Path, record: dict, numbers: dict[int, int], size: tuple[int, int]) -> Entry:

@@ -107,20 +107,20 @@ def training_sample(
     image = F.resize(image, new)[:, top : top + h, left : left + w]
     image = _padded(image.flip(2) if mirrored else image, side, fill)
 
-    chosen = np.flatnonzero(~objects.crowd)
+    numbers = np.flatnonzero(~objects.crowd)
     ratio, start = np.array([new[1] / old[1], new[0] / old[0]]), np.array([left, top])
-    boxes = (objects.boxes[chosen].reshape(-1, 2, 2) * ratio - start).clip(0, [w, h])
+    boxes = (objects.boxes[numbers].reshape(-1, 2, 2) * ratio - start).clip(0, [w, h])
     if mirrored:
         boxes[:, :, 0] = w - boxes[:, ::-1, 0]
-    boxes, labels, canvas = boxes.reshape(-1, 4), objects.labels[chosen] + 1, None
+    boxes, labels, canvas = boxes.reshape(-1, 4), objects.labels[numbers] + 1, None
     if masks:
-        canvas = np.zeros((len(chosen), side, side), np.uint8)
-        for part, number in zip(canvas, chosen, strict=True):
+        canvas = np.zeros((len(numbers), side, side), np.uint8)
+        for part, number in zip(canvas, numbers, strict=True):
             cut = _cut_mask(objects.masks[number], old, new, (top, left, h, w), ratio)
             part[:h, :w] = cut[:, ::-1] if mirrored else cut
         boxes = _boxes_of(canvas)
-    kept = (boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf) >= SMALLEST
-    return image, (h, w), boxes[kept], labels[kept], canvas if canvas is None else canvas[kept]
+    visible = (boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf) >= SMALLEST
+    return image, (h, w), boxes[visible], labels[visible], canvas if canvas is None else canvas[visible]
 
 
 def _cut_mask(
@@ -171,7 +171,7 @@ def as_results(detections: dict[str, torch.Tensor]) -> list[dict]:
     """Return what was detected in an image as COCO's records.
 
     `boxes` (n, 4) are in its own pixels, `labels` (n,) from 1, and `masks`, if there are any, n of (H, W), uint8, of
-    which one is held at a time.
+    which one at a time is in memory.
     """
     boxes = detections["boxes"].cpu().double()
     boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
@@ -194,14 +194,14 @@ class Drawing(NamedTuple):
 
 def drawings(records: list[dict], original: tuple[int, int], size: tuple[int, int]) -> list[Drawing]:
     """Return COCO's records of an image of `original` height and width for its picture of `size`."""
-    drawn, (h, w) = [], size
+    parts, (h, w) = [], size
     ratio = np.array([w / original[1], h / original[0]])
     for record in records:
         x, y, width, height = record["bbox"]
         box, mask = np.outer([1, 1], ratio).ravel() * [x, y, x + width, y + height], record.get("segmentation")
         mask = None if mask is None else _cut_mask(mask, original, size, (0, 0, h, w), ratio).astype(bool)
-        drawn.append(Drawing(tuple(box.tolist()), record["category_id"] - 1, record.get("score"), mask))
-    return drawn
+        parts.append(Drawing(tuple(box.tolist()), record["category_id"] - 1, record.get("score"), mask))
+    return parts
 
 
 class DetectionDataset(SourceDataset):

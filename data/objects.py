@@ -31,7 +31,7 @@ class Objects(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Hold an object as it is kept: five or six values in JSON."""
+    """Hold an object as a source stores it: five values in JSON."""
 
     box: list[float]  # x1, y1, x2, y2, in pixels, or relative to width and height
     label: int
@@ -45,7 +45,7 @@ class ObjectSource(FileSource):
 
     Args:
         names: of the files, relative to `root`.
-        entries: of each image, kept as JSON in one flat array, which worker processes share without copies.
+        entries: of each image, stored as JSON in one flat array, which worker processes share without copies.
         sizes: (H, W) of the images as their annotations say; None where they say none, and are relative to it.
         classes: names of the classes.
         class_ids: the numbers of the classes in the annotations.
@@ -80,7 +80,7 @@ class ObjectSource(FileSource):
         entries = [Entry(*values) for values in json.loads(self.objects_of[index])]
         boxes = np.array([entry.box for entry in entries]).reshape(-1, 4) * np.tile(scale, 2)
         areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        given = np.array([np.nan if entry.area is None else entry.area for entry in entries])
+        own_areas = np.array([np.nan if entry.area is None else entry.area for entry in entries])
         masks = None
         if not self.lacks_masks:
             masks = [entry.mask for entry in entries]
@@ -89,7 +89,7 @@ class ObjectSource(FileSource):
             boxes,
             np.array([entry.label for entry in entries], np.int64),
             np.array([entry.crowd for entry in entries], bool),
-            np.where(np.isnan(given), areas, given * scale.prod()),
+            np.where(np.isnan(own_areas), areas, own_areas * scale.prod()),
             masks,
         )
 
@@ -116,11 +116,11 @@ class SceneObjects(ShapesSource):
         """Return the objects in a scene; see ObjectSource."""
         labels = np.unique(self.masks[index])
         labels = labels[labels > 0]
-        inside = [coco_masks.encode(np.asfortranarray(self.masks[index] == label, np.uint8)) for label in labels]
-        boxes = coco_masks.toBbox(inside).reshape(-1, 4) if inside else np.zeros((0, 4))
+        masks = [coco_masks.encode(np.asfortranarray(self.masks[index] == label, np.uint8)) for label in labels]
+        boxes = coco_masks.toBbox(masks).reshape(-1, 4) if masks else np.zeros((0, 4))
         boxes[:, 2:] += boxes[:, :2]
-        areas = np.array([coco_masks.area(mask) for mask in inside], np.float64)
-        return Objects(boxes, labels.astype(np.int64) - 1, np.zeros(len(labels), bool), areas, inside)
+        areas = np.array([coco_masks.area(mask) for mask in masks], np.float64)
+        return Objects(boxes, labels.astype(np.int64) - 1, np.zeros(len(labels), bool), areas, masks)
 
 
 class BoxFilter:
@@ -131,15 +131,15 @@ class BoxFilter:
 
     def keep(self, entries: Iterable[Entry], size: tuple[float, float], name: str) -> list[Entry]:
         """Return the entries whose box has an area inside an image of this size."""
-        kept, (height, width) = [], size
+        usable, (height, width) = [], size
         for entry in entries:
             x1, y1, x2, y2 = entry.box
             is_inside = min(x2, width) > max(x1, 0) and min(y2, height) > max(y1, 0)
             if is_inside and all(map(math.isfinite, entry.box)):
-                kept.append(entry)
+                usable.append(entry)
             else:
                 self.left_out.append(name)
-        return kept
+        return usable
 
     @property
     def notes(self) -> list[str]:
@@ -152,12 +152,12 @@ class BoxFilter:
 def lack_of_masks(entries: Iterable[list[Entry]], names: Sequence[str], where: str) -> str:
     """Return why masks cannot be used: objects without one, counted and named; "" if every object has one."""
     single = [(name, entry) for name, part in zip(names, entries, strict=True) for entry in part if not entry.crowd]
-    lacking = [name for name, entry in single if not entry.mask]
-    if len(lacking) == len(single):
+    without_mask = [name for name, entry in single if not entry.mask]
+    if len(without_mask) == len(single):
         return f"the annotations in {where} have boxes alone"
-    unique = dict.fromkeys(lacking)
-    text = f"{len(lacking)} of {len(single)} objects in {where} have no mask: {first_few(unique, len(unique))}"
-    return text if lacking else ""
+    unique = dict.fromkeys(without_mask)
+    text = f"{len(without_mask)} of {len(single)} objects in {where} have no mask: {first_few(unique, len(unique))}"
+    return text if without_mask else ""
 
 
 def masks_note(lacks_masks: str) -> list[str]:

@@ -115,8 +115,8 @@ def test_every_layout_gives_the_same_objects(tmp_path, layout):
             assert objects.labels.tolist() == [box[4] for box in boxes] and not objects.crowd.any()
             np.testing.assert_allclose(objects.areas, [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2, _ in boxes])
             if has_masks:
-                found = [np.asarray(mask[0]) for mask in objects.masks]
-                np.testing.assert_allclose(found, [polygon(*box[:4])[0] for box in boxes] if boxes else found)
+                polygons = [np.asarray(mask[0]) for mask in objects.masks]
+                np.testing.assert_allclose(polygons, [polygon(*box[:4])[0] for box in boxes] if boxes else polygons)
             assert (objects.masks is None) == (not has_masks)
 
 
@@ -256,18 +256,18 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_annotations_that_cannot_be_used(tmp_path, case):
     content, words = BAD[case]
-    with pytest.raises(DataError) as raised:
+    with pytest.raises(DataError) as error:
         open_objects(str(write_coco(tmp_path / "data", content)), PIXELS)
-    lines = str(raised.value).splitlines()  # of both splits
+    lines = str(error.value).splitlines()  # of both splits
     assert len(lines) == (1 if case == "another size" else 2) and all(words in line for line in lines)
 
 
 def test_folders_that_cannot_be_used(tmp_path):
     def refusal(root, **options):
-        with pytest.raises(DataError) as raised:
+        with pytest.raises(DataError) as error:
             open_objects(str(root), PIXELS, **options)
-        assert "\n" not in str(raised.value)
-        return str(raised.value)
+        assert "\n" not in str(error.value)
+        return str(error.value)
 
     assert "is no folder; expected COCO's" in refusal(tmp_path / "nowhere")
     write_images(tmp_path / "images")
@@ -356,9 +356,9 @@ def test_masks_of_transformed_scenes_are_transformed_masks(scenes, scales):
         assert view.shape == (3, 128, 128) and (view[:, h:] == 0).all() and (view[:, :, w:] == 0).all()
         channels = {label + 1: channel for channel, label in enumerate(objects.labels)}
         for box, label, mask in zip(boxes, labels, masks, strict=True):
-            seen = view[channels[label]].numpy() >= 128
-            if seen.sum() > 200:
-                worst.append(iou(mask.astype(bool), seen))
+            channel = view[channels[label]].numpy() >= 128
+            if channel.sum() > 200:
+                worst.append(iou(mask.astype(bool), channel))
             rows, columns = np.nonzero(mask)
             assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
     assert len(worst) > 30 and min(worst) > 0.95, sorted(worst)[:5]

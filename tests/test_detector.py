@@ -270,8 +270,8 @@ def test_an_exported_detector_opens_as_it_was(tmp_path, masks):
     assert (trained.model.window, trained.model.width, trained.model.head) == (5, 12, model.head)
     assert trained.mean == STATISTICS["mean"] and trained.value_range == (0, 1000)
     assert trained.categories == {1: "a", 2: "b", 3: "c"}
-    expected, found = model.state_dict(), trained.model.state_dict()
-    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, ours = model.state_dict(), trained.model.state_dict()
+    assert expected.keys() == ours.keys() and all(torch.equal(expected[name], ours[name]) for name in expected)
     with torch.no_grad():
         for ours, theirs in zip(trained.model(IMAGES, VALID), model(IMAGES, VALID), strict=True):
             assert all(torch.equal(ours[name], theirs[name]) for name in ours)

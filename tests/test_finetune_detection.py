@@ -204,9 +204,9 @@ def test_what_only_evaluates_agrees_with_the_run(undisturbed, scene_folder, tmp_
     )
     expected = metrics_of(undisturbed)
     for name in sources:
-        found = metrics_of(tmp_path / "work_dir" / name)
+        scores = metrics_of(tmp_path / "work_dir" / name)
         assert all(
-            found[key] == expected[key] for key in ("box_ap", "mask_ap", "per_class_box_ap", "per_class_mask_ap")
+            scores[key] == expected[key] for key in ("box_ap", "mask_ap", "per_class_box_ap", "per_class_mask_ap")
         )
         assert (tmp_path / "work_dir" / name / "predictions" / "step_00000000.png").exists()
 
@@ -215,8 +215,8 @@ def test_predictions_are_those_of_the_validation(undisturbed, scene_folder, tmp_
     """Of the same weights on the same images, in COCO's format, with a picture of each."""
     output = tmp_path / "predictions"
     words = [undisturbed / "model", scene_folder / "val", "--output", output, "--num_workers", 0]
-    said = run("predict.py", *words, cwd=tmp_path).stdout
-    assert "objects of 8 classes, in images that fit 64 pixels" in said and "7 of 7 images" in said
+    output = run("predict.py", *words, cwd=tmp_path).stdout
+    assert "objects of 8 classes, in images that fit 64 pixels" in output and "7 of 7 images" in output
     lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
     expected = {}
     for record in json.loads((undisturbed / "detections.json").read_text()):
@@ -235,8 +235,8 @@ def test_predictions_are_those_of_the_validation(undisturbed, scene_folder, tmp_
     assert len(coco.getAnnIds()) == sum(map(len, expected.values())) and coco.getCatIds() == [*range(10, 81, 10)]
     annotation = coco.loadAnns(coco.getAnnIds())[0]
     assert coco.annToMask(annotation).sum() == annotation["area"]
-    refused = run("predict.py", *words, cwd=tmp_path, code=2).stderr
-    assert "would overwrite" in refused and "coco.json" in refused
+    errors = run("predict.py", *words, cwd=tmp_path, code=2).stderr
+    assert "would overwrite" in errors and "coco.json" in errors
     features = run(
         "predict.py", *words[:2], "--features", tmp_path / "f.npy", "--top_k", 3, cwd=tmp_path, code=2
     ).stderr
@@ -245,8 +245,8 @@ def test_predictions_are_those_of_the_validation(undisturbed, scene_folder, tmp_
 
 def test_the_best_detector_is_exported_for_the_hub(undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path / "run")
-    said = run("push_to_hub.py", tmp_path / "run", "--checkpoint", "best", cwd=tmp_path).stdout
-    assert "mask_rcnn for 8 classes, windows of 3" in said
+    output = run("push_to_hub.py", tmp_path / "run", "--checkpoint", "best", cwd=tmp_path).stdout
+    assert "mask_rcnn for 8 classes, windows of 3" in output
     card = (tmp_path / "run" / "hub" / "README.md").read_text()
     assert "pipeline_tag: object-detection" in card and "An object detector, fine-tuned." in card
     assert "| COCO's average precision of boxes (%) |" in card and "by COCO's arithmetic" in card
@@ -265,11 +265,11 @@ def test_other_ways_to_train(scene_folder, tmp_path):
     export_segmenter(segmenter, tmp_path / "segmenter", classes=["a", "b", "c"], resize=(64, 32), **STATISTICS)
     shared = ["--path_to_data", data, *SMALL, "--head", "faster_rcnn", "--epochs", 1, WEIGHTS, tmp_path / "segmenter"]
     shared += ["--adapt_channels", "--input_channels", 1, "--freeze_encoder", "--lr_schedule", "cosine"]
-    (said,) = run_each(SCRIPT, [[*shared, "--gradient_checkpointing", "--experiment_name", "boxes"]], cwd=tmp_path)
+    (output,) = run_each(SCRIPT, [[*shared, "--gradient_checkpointing", "--experiment_name", "boxes"]], cwd=tmp_path)
     folder = tmp_path / "work_dir" / "boxes"
-    assert "ignored (decode_head" in said
-    assert "4 relative position biases 4x4 -> 8x8" in said and "1 relative position biases 4x4 -> 3x3" in said
-    assert "32 x 5 frozen encoder" in said and "cosine to 0" in said and "faster_rcnn" in said
+    assert "ignored (decode_head" in output
+    assert "4 relative position biases 4x4 -> 8x8" in output and "1 relative position biases 4x4 -> 3x3" in output
+    assert "32 x 5 frozen encoder" in output and "cosine to 0" in output and "faster_rcnn" in output
     assert "mask_ap" not in metrics_of(folder) and metrics_of(folder)["box_ap"] is not None
     saved = flags_of(folder)
     assert saved["relative_position_bias"] is True and saved["layer_scale"] == 1 and saved["drop_path"] == 0
@@ -343,8 +343,8 @@ def test_scores_and_warmup_in_words_and_numbers():
 def test_patches_of_another_side_are_resized(scene_folder, tmp_path):
     export_encoder(new_encoder(**SIZES | dict(patch_size=7, img_size=28)), tmp_path / "encoder", **STATISTICS)
     flags = ["--path_to_data", scene_folder, *SMALL, "--max_steps", 1, "--evaluate_every", 0, "--patch_size", 8]
-    said = run(SCRIPT, *flags, WEIGHTS, tmp_path / "encoder", cwd=tmp_path).stdout
-    assert "patches resized from 7 to 8" in said and "64 patches of 8" in said
+    output = run(SCRIPT, *flags, WEIGHTS, tmp_path / "encoder", cwd=tmp_path).stdout
+    assert "patches resized from 7 to 8" in output and "64 patches of 8" in output
 
 
 @pytest.mark.slow
