@@ -1,5 +1,6 @@
 """Open folders of annotated objects: COCO's, Pascal VOC's and YOLO's layouts, and the built-in scenes."""
 
+import json
 import os
 import re
 import xml.etree.ElementTree as ElementTree
@@ -14,7 +15,7 @@ from data.coco import open_coco
 from data.decode import DamagedImage, PixelFormat, decode
 from data.files import FolderSource, choose_splits, note_test
 from data.index import DataError, first_few
-from data.objects import BoxFilter, Entry, ObjectSource, SceneObjects, lack_of_masks, masks_note
+from data.objects import Entry, ObjectPacker, ObjectSource, SceneObjects
 from data.sources import NUM_CHECKED, check_pixels, kind_of_data, open_cache, open_sources
 
 LAYOUTS = (
@@ -139,7 +140,7 @@ def _read_voc(root: Path, split: Path) -> Iterator[tuple[str, ElementTree.Elemen
 
 def open_voc(root: Path, split: Path, classes: list[str]) -> ObjectSource:
     """Open a split of a folder laid out like Pascal VOC's: objects that are difficult count as crowd."""
-    boxes, names, entries, sizes = BoxFilter(str(split)), [], [], []
+    packer, names, sizes = ObjectPacker(str(split)), [], []
     images = root / "JPEGImages"
     for stem, tree in sorted(_read_voc(root, split), key=lambda item: os.fsencode(item[0])):
         path = root / "Annotations" / f"{stem}.xml"
@@ -157,15 +158,14 @@ def open_voc(root: Path, split: Path, classes: list[str]) -> ObjectSource:
             raise DataError(f"{split} lists {stem}, and {images} has no {name}; add it")
         names.append(os.fsencode(name))
         sizes.append(size)
-        entries.append(boxes.keep(own, size, stem))
+        packer.add(own, size, stem)
     if not names:
         raise DataError(f"{split} lists no image; expected one name on each line")
     if duplicates := [os.fsdecode(name) for name, count in Counter(names).items() if count > 1]:
         raise DataError(f"{split} lists images twice: {first_few(duplicates, len(duplicates))}; keep one of each")
-    lacks_masks = f"the annotations in {split} have boxes alone"
-    options = dict(classes=classes, class_ids=list(range(1, len(classes) + 1)), lacks_masks=lacks_masks)
-    source = ObjectSource(images, names, entries, sizes=sizes, **options)
-    source.notes = boxes.notes
+    options = dict(classes=classes, class_ids=list(range(1, len(classes) + 1)), lacks_masks=packer.lacks_masks)
+    source = ObjectSource(images, names, packer.objects, sizes=sizes, **options)
+    source.notes = packer.notes
     return source
 
 
@@ -205,7 +205,7 @@ def _open_pair(
 
 def open_yolo(images: Path, labels: Path, classes: dict[int, str], cache: Path | None) -> ObjectSource:
     """Open a split of a folder laid out like YOLO's, whose coordinates are relative to the image's size."""
-    files, boxes, entries = FolderSource(images, cache=cache), BoxFilter(str(labels)), []
+    files, packer = FolderSource(images, cache=cache), ObjectPacker(str(labels))
     names, numbers = files.relative_names, {number: label for label, number in enumerate(classes)}
     for name in names:
         path = labels / Path(os.fsdecode(name)).with_suffix(".txt")
@@ -214,11 +214,10 @@ def open_yolo(images: Path, labels: Path, classes: dict[int, str], cache: Path |
         except FileNotFoundError:  # an image without objects
             lines = []
         own = [_yolo_entry(path, line, numbers) for line in lines if line.strip()]
-        entries.append(boxes.keep(own, (1.0, 1.0), os.fsdecode(name)))
-    lacks_masks = lack_of_masks(entries, [*map(os.fsdecode, names)], str(labels))
-    options = dict(classes=[*classes.values()], class_ids=[*classes], lacks_masks=lacks_masks)
-    source = ObjectSource(images, names, entries, sizes=None, **options)
-    source.notes = [*files.notes, *boxes.notes, *masks_note(lacks_masks)]
+        packer.add(own, (1.0, 1.0), os.fsdecode(name))
+    options = dict(classes=[*classes.values()], class_ids=[*classes], lacks_masks=packer.lacks_masks)
+    source = ObjectSource(images, names, packer.objects, sizes=None, **options)
+    source.notes = [*files.notes, *packer.notes]
     return source
 
 
@@ -238,4 +237,4 @@ def _yolo_entry(path: Path, line: str, numbers: dict[int, int]) -> Entry:
         return Entry([x - width / 2, y - height / 2, x + width / 2, y + height / 2], label)
     xs, ys = values[::2], values[1::2]
     area = abs(sum(x * v - u * y for x, y, u, v in zip(xs, ys, xs[1:] + xs[:1], ys[1:] + ys[:1], strict=True))) / 2
-    return Entry([min(xs), min(ys), max(xs), max(ys)], label, False, area or None, [values])
+    return Entry([min(xs), min(ys), max(xs), max(ys)], label, False, area or None, json.dumps([values]))

@@ -3,12 +3,16 @@
 import json
 import math
 import os
+import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
-from data.files import FolderSource
-from data.index import DataError, first_few
-from data.objects import BoxFilter, Entry, ObjectSource, lack_of_masks, masks_note
+import numpy as np
+
+from data.files import FolderSource, is_fresh_index, stamp
+from data.index import DataError, Names, cached, first_few
+from data.objects import Entry, ObjectPacker, ObjectSource
 
 
 def _is_number(value) -> bool:
@@ -40,14 +44,18 @@ def _is_area(value) -> bool:
 
 
 def _is_mask(value) -> bool:
-    """Return True for polygons, RLE whose counts are numbers or compressed, and none."""
+    """Return True for polygons, and for RLE whose counts are numbers or compressed."""
     try:
         if not isinstance(value, dict):
-            return value is None or all(len(each) % 2 == 0 and math.isfinite(math.fsum(each)) for each in value)
+            return all(len(each) % 2 == 0 and math.isfinite(math.fsum(each)) for each in value)
         (height, width), counts = value["size"], value["counts"]
         return isinstance(counts, str) or (min(counts) >= 0 and sum(counts) == height * width)
     except (KeyError, TypeError, ValueError):
         return False
+
+
+def _is_packed(value) -> bool:
+    return value is None or isinstance(value, tuple)
 
 
 SIDE, NUMBER = (_is_side, "a whole number from 1"), (_is_class, "a whole number")
@@ -59,7 +67,7 @@ KEYS = {  # list in a file -> key of its records -> check of the value, and what
         "bbox": (_is_box, "four numbers: x, y, width, height"),
         "iscrowd": (_is_class, "0 or 1"),
         "area": (_is_area, "a number of pixels"),
-        "segmentation": (_is_mask, "polygons of x, y, x, y, ... or RLE with counts and size"),
+        "segmentation": (_is_packed, "polygons of x, y, x, y, ... or RLE with counts and size"),
     },
     "categories": {"id": NUMBER, "name": (_is_name, "a name")},
 }
@@ -68,20 +76,35 @@ UNIQUE = (("images", "id"), ("images", "file_name"), ("categories", "id"), ("cat
 
 
 def open_coco(root: Path, split: str, file: Path, cache: Path | None) -> ObjectSource:
-    """Open a split of a folder laid out like COCO's. Raises DataError."""
-    content = _read_coco(file)
+    """Open a split of a folder laid out like COCO's. Raises DataError.
+
+    The objects of many images are cached in the folder `cache` until the file or the names of the images change: one
+    process parses the file, the others and later runs share its arrays.
+    """
     folder = next((path for path in (root / split, root / "images" / split) if path.is_dir()), None)
     if folder is None:
         raise DataError(f"{file} has no images: expected them in {root / split}")
+    images = FolderSource(folder, cache=cache)
+    key = f"objects {os.path.abspath(file)} {file} {images.fingerprint()}"  # messages name `file`
+    meta, arrays = cached(cache, key, fresh=is_fresh_index, build=partial(_index_objects, file, images))
+    names, objects = (Names(arrays[part], arrays[f"{part}_ends"]) for part in ("names", "objects"))
+    options = {name: meta[name] for name in ("classes", "class_ids", "lacks_masks")}
+    source = ObjectSource(folder, names, objects, sizes=arrays["sizes"], **options)
+    source.image_ids, source.notes = meta["image_ids"], meta["notes"]
+    return source
+
+
+def _index_objects(file: Path, images: FolderSource) -> tuple[dict, dict[str, np.ndarray]]:
+    """Build the index of the objects in a folder of images for `cached`. Raises DataError."""
+    start, names = time.time_ns(), images.relative_names
+    file_stamp, content = _read_coco(file)
     records = {os.fsencode(record["file_name"]): record for record in content["images"]}
-    files = FolderSource(folder, cache=cache)
-    names = files.relative_names
     categories = sorted(content["categories"], key=lambda record: record["id"])
     numbers = {record["id"]: number for number, record in enumerate(categories)}
     objects = {record["id"]: [] for record in content["images"]}
     errors = []
     if absent := sorted(map(os.fsdecode, records.keys() - {*names})):
-        errors.append(f"{file} lists images that {folder} lacks: {first_few(absent, len(absent))}; add them")
+        errors.append(f"{file} lists images that {images.root} lacks: {first_few(absent, len(absent))}; add them")
     for key, ids in (("image_id", objects), ("category_id", numbers)):
         if wrong := sorted({record[key] for record in content["annotations"]} - ids.keys(), key=str):
             errors.append(f"{file} has annotations of an unknown {key}: {first_few(map(str, wrong), len(wrong))}")
@@ -89,34 +112,27 @@ def open_coco(root: Path, split: str, file: Path, cache: Path | None) -> ObjectS
         raise DataError("\n".join(errors))
     for record in content["annotations"]:
         objects[record["image_id"]].append(record)
-    listed = [name for name in names if name in records]
-    boxes, entries, sizes = BoxFilter(str(file)), [], []
-    for name in listed:
-        record = records[name]
-        sizes.append((int(record["height"]), int(record["width"])))
-        own = [_to_entry(file, each, numbers, sizes[-1]) for each in objects[record["id"]]]
-        entries.append(boxes.keep(own, sizes[-1], os.fsdecode(name)))
-    source = ObjectSource(
-        folder,
-        listed,
-        entries,
-        sizes=sizes,
-        classes=[record["name"] for record in categories],
-        class_ids=[record["id"] for record in categories],
-        lacks_masks=lack_of_masks(entries, [*map(os.fsdecode, listed)], str(file)),
-    )
-    source.image_ids = [records[name]["id"] for name in listed]
     others = [os.fsdecode(name) for name in names if name not in records]
-    text = f"not read   {len(others)} images in {folder} that {file.name} does not list: "
-    source.notes = [*([text + first_few(others, len(others))] if others else []), *boxes.notes]
-    source.notes += masks_note(source.lacks_masks)
-    return source
+    names = [name for name in names if name in records]
+    sizes = [(int(records[name]["height"]), int(records[name]["width"])) for name in names]
+    packer, image_ids = ObjectPacker(str(file)), [records[name]["id"] for name in names]
+    for name, size, image_id in zip(names, sizes, image_ids, strict=True):
+        entries = [_to_entry(file, record, numbers, size) for record in objects[image_id]]
+        packer.add(entries, size, os.fsdecode(name))
+    text = f"not read   {len(others)} images in {images.root} that {file.name} does not list: "
+    meta = {"seen": {os.path.abspath(file): file_stamp}, "start": start, "count": len(names)}
+    meta |= {"classes": [record["name"] for record in categories], "class_ids": [*numbers], "image_ids": image_ids}
+    meta["lacks_masks"] = packer.lacks_masks
+    meta["notes"] = [*([text + first_few(others, len(others))] if others else []), *packer.notes]
+    names, objects = Names.from_list(names), packer.objects
+    arrays = {"names": names.buffer, "names_ends": names.ends, "objects": objects.buffer, "objects_ends": objects.ends}
+    return meta, arrays | {"sizes": np.array(sizes, np.int64)}
 
 
-def _read_coco(file: Path) -> dict:
-    """Return the content of a file, each record of which is checked. Raises DataError."""
+def _read_coco(file: Path) -> tuple[list[int], dict]:
+    """Return the stamp of a file, and its content, each record of which is checked. Raises DataError."""
     try:
-        content = json.loads(file.read_bytes())
+        file_stamp, content = stamp(file), json.loads(file.read_bytes(), object_hook=_pack_mask)
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read ({error}); expected annotations as COCO's") from None
     errors = []
@@ -136,7 +152,7 @@ def _read_coco(file: Path) -> dict:
             )
     if errors:
         raise DataError("\n".join(errors))
-    return content
+    return file_stamp, content
 
 
 def _find_problem(key: str, records: list) -> str | None:
@@ -162,15 +178,25 @@ def _find_duplicates(values: Iterable) -> list[str]:
     return [*duplicates]
 
 
+def _pack_mask(record: dict) -> dict:
+    """Replace the mask of an annotation by its JSON and the size of its RLE: as numbers, COCO's masks take gigabytes.
+
+    Polygons of less than three corners, which have no area, are left out. Values that are no masks stay as they are.
+    """
+    mask = record.get("segmentation")
+    if mask is not None and _is_mask(mask):
+        size = tuple(mask["size"]) if isinstance(mask, dict) else None
+        mask = mask if size else [polygon for polygon in mask if len(polygon) >= 6]
+        record["segmentation"] = (json.dumps(mask), size) if mask else None
+    return record
+
+
 def _to_entry(file: Path, record: dict, numbers: dict[int, int], size: tuple[int, int]) -> Entry:
     x, y, width, height = map(float, record["bbox"])
-    crowd, mask = bool(record.get("iscrowd", 0)), record.get("segmentation")
-    if isinstance(mask, dict) and tuple(mask["size"]) != size:
-        words = "{} x {} pixels in an image of {} x {}".format(*mask["size"], *size)
+    crowd, (mask, mask_size) = bool(record.get("iscrowd", 0)), record.get("segmentation") or (None, None)
+    if mask_size not in (None, size):
+        words = "{} x {} pixels in an image of {} x {}".format(*mask_size, *size)
         raise DataError(f"{file}: annotations with RLE of {words}; give masks of the image's size")
-    if isinstance(mask, list):
-        mask = [polygon for polygon in mask if len(polygon) >= 6]  # others have no area
     if crowd and not mask:  # COCO's arithmetic needs one
-        mask = [[x, y, x + width, y, x + width, y + height, x, y + height]]
-    box = [x, y, x + width, y + height]
-    return Entry(box, numbers[record["category_id"]], crowd, record.get("area"), mask or None)
+        mask = json.dumps([[x, y, x + width, y, x + width, y + height, x, y + height]])
+    return Entry([x, y, x + width, y + height], numbers[record["category_id"]], crowd, record.get("area"), mask)

@@ -93,7 +93,9 @@ class FolderSource(FileSource):
             hint = f"; did you mean hf:{root}?" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(root)) else ""
             raise DataError(f"{root} is no folder; expected one of images, or other data that --help lists{hint}")
         key = f"folder {os.path.abspath(root)} {' '.join(suffixes or ['by content'])}"
-        meta, arrays = cached(cache, key, fresh=_is_fresh, build=partial(_index_folder, os.fsencode(root), suffixes))
+        meta, arrays = cached(
+            cache, key, fresh=is_fresh_index, build=partial(_index_folder, os.fsencode(root), suffixes)
+        )
         super().__init__(Names(arrays["names"], arrays["ends"]), Path(root))
         self.classes, self.labels = meta["classes"], arrays.get("labels")
         count, text = meta["left_out"]
@@ -183,7 +185,8 @@ def is_unchanged(meta: dict) -> bool:
         return False
 
 
-def _is_fresh(meta: dict) -> bool:
+def is_fresh_index(meta: dict) -> bool:
+    """Return True for an index of many images if all that was `seen` for it still has its stamp."""
     return meta["count"] >= CACHED_FROM and is_unchanged(meta)
 
 

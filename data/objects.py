@@ -31,13 +31,13 @@ class Objects(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Hold an object as a source stores it: five values in JSON."""
+    """Hold an object as annotated."""
 
     box: list[float]  # x1, y1, x2, y2, in pixels, or relative to width and height
     label: int
     crowd: bool = False
     area: float | None = None  # None: that of the box
-    mask: list | dict | None = None  # polygons or RLE, in the box's units
+    mask: str | None = None  # JSON of polygons or RLE, in the box's units: a sixth of the memory of lists of numbers
 
 
 class ObjectSource(FileSource):
@@ -45,27 +45,27 @@ class ObjectSource(FileSource):
 
     Args:
         names: of the files, relative to `root`.
-        entries: of each image, stored as JSON in one flat array, which worker processes share without copies.
+        objects: those of each image, packed by ObjectPacker in one flat array, which worker processes share.
         sizes: (H, W) of the images as their annotations say; None where they say none, and are relative to it.
         classes: names of the classes.
         class_ids: the numbers of the classes in the annotations.
-        lacks_masks: why masks cannot be used, see `lack_of_masks`; "" if every object has one.
+        lacks_masks: why masks cannot be used, see ObjectPacker; "" if every object has one.
     """
 
     def __init__(
         self,
         root: Path,
-        names: list[bytes],
-        entries: Iterable[list[Entry]],
+        names: Names | list[bytes],
+        objects: Names,
         *,
-        sizes: list[tuple[int, int]] | None,
+        sizes: Sequence[tuple[int, int]] | None,
         classes: list[str],
         class_ids: list[int],
         lacks_masks: str,
     ):
         super().__init__(names, root)
-        self.objects_of = Names.from_list([json.dumps(part).encode() for part in entries])
-        self.sizes = None if sizes is None else np.array(sizes, np.int64).reshape(-1, 2)
+        self.objects_of = objects
+        self.sizes = None if sizes is None else np.asarray(sizes, np.int64).reshape(-1, 2)
         self.classes, self.class_ids, self.lacks_masks = classes, class_ids, lacks_masks
         self.image_ids = list(range(1, len(self) + 1))  # numbers of the images in the annotations
 
@@ -77,19 +77,21 @@ class ObjectSource(FileSource):
         elif tuple(self.sizes[index]) != (height, width):
             h, w = self.sizes[index]
             raise DamagedImage(f"has {height} x {width} pixels, and its annotations are for {h} x {w}")
-        entries = [Entry(*values) for values in json.loads(self.objects_of[index])]
-        boxes = np.array([entry.box for entry in entries]).reshape(-1, 4) * np.tile(scale, 2)
-        areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        own_areas = np.array([np.nan if entry.area is None else entry.area for entry in entries])
-        masks = None
-        if not self.lacks_masks:
-            masks = [entry.mask for entry in entries]
-            masks = masks if self.sizes is not None else [_scaled(polygons, scale) for polygons in masks]
+        records = json.loads(self.objects_of[index])
+        boxes, labels, crowd, areas, masks = (
+            map(list, zip(*records, strict=True)) if records else ([] for _ in range(5))
+        )
+        boxes = np.reshape(boxes, (-1, 4)) * np.tile(scale, 2)
+        areas, of_boxes = np.array(areas, np.float64), (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        if self.lacks_masks:
+            masks = None
+        elif self.sizes is None:
+            masks = [_scaled(polygons, scale) for polygons in masks]
         return Objects(
             boxes,
-            np.array([entry.label for entry in entries], np.int64),
-            np.array([entry.crowd for entry in entries], bool),
-            np.where(np.isnan(own_areas), areas, own_areas * scale.prod()),
+            np.array(labels, np.int64),
+            np.array(crowd, bool),
+            np.where(np.isnan(areas), of_boxes, areas * scale.prod()),
             masks,
         )
 
@@ -123,43 +125,51 @@ class SceneObjects(ShapesSource):
         return Objects(boxes, labels.astype(np.int64) - 1, np.zeros(len(labels), bool), areas, masks)
 
 
-class BoxFilter:
-    """Collect the objects of a split, leave out what has no area, and count that."""
+class ObjectPacker:
+    """Pack the objects of a split into bytes, image by image; leave out what has no area, and count that.
+
+    `where` names the annotations in messages.
+    """
 
     def __init__(self, where: str):
-        self.where, self.left_out = where, []
+        self.where, self.buffer, self.ends = where, bytearray(), []
+        self.left_out: list[str] = []  # image of every box that was left out
+        self.num_single, self.without_mask = 0, []  # objects that are no crowds, and the image of each without a mask
 
-    def keep(self, entries: Iterable[Entry], size: tuple[float, float], name: str) -> list[Entry]:
-        """Return the entries whose box has an area inside an image of this size."""
-        usable, (height, width) = [], size
+    def add(self, entries: Iterable[Entry], size: tuple[float, float], name: str) -> None:
+        """Pack the objects of the next image, which has this size and name, whose box has an area in it."""
+        records, (height, width) = [], size
         for entry in entries:
             x1, y1, x2, y2 = entry.box
             is_inside = min(x2, width) > max(x1, 0) and min(y2, height) > max(y1, 0)
-            if is_inside and all(map(math.isfinite, entry.box)):
-                usable.append(entry)
-            else:
+            if not is_inside or not all(map(math.isfinite, entry.box)):
                 self.left_out.append(name)
-        return usable
+                continue
+            records.append(f"{json.dumps(entry[:4])[:-1]}, {entry.mask or 'null'}]")
+            self.num_single += not entry.crowd
+            self.without_mask += [] if entry.crowd or entry.mask else [name]
+        self.buffer += f"[{', '.join(records)}]".encode()
+        self.ends.append(len(self.buffer))
+
+    @property
+    def objects(self) -> Names:
+        """Return the objects of all images, as ObjectSource takes them."""
+        return Names(np.frombuffer(self.buffer, np.uint8), np.array(self.ends, np.int64))
+
+    @property
+    def lacks_masks(self) -> str:
+        """Return why masks cannot be used: objects without one, counted and named; "" if every object has one."""
+        count = len(self.without_mask)
+        if count == self.num_single:
+            return f"the annotations in {self.where} have boxes alone"
+        images = dict.fromkeys(self.without_mask)
+        text = f"{count} of {self.num_single} objects in {self.where} have no mask: {first_few(images, len(images))}"
+        return text if count else ""
 
     @property
     def notes(self) -> list[str]:
-        """Return a line of the plan if something was left out."""
-        count, names = len(self.left_out), dict.fromkeys(self.left_out)
+        """Return lines of the plan: what was left out, and objects without a mask beside others that have one."""
+        count, images = len(self.left_out), dict.fromkeys(self.left_out)
         text = f"left out   {count} boxes outside their image or of no area in {self.where}: "
-        return [text + first_few(names, len(names))] if count else []
-
-
-def lack_of_masks(entries: Iterable[list[Entry]], names: Sequence[str], where: str) -> str:
-    """Return why masks cannot be used: objects without one, counted and named; "" if every object has one."""
-    single = [(name, entry) for name, part in zip(names, entries, strict=True) for entry in part if not entry.crowd]
-    without_mask = [name for name, entry in single if not entry.mask]
-    if len(without_mask) == len(single):
-        return f"the annotations in {where} have boxes alone"
-    unique = dict.fromkeys(without_mask)
-    text = f"{len(without_mask)} of {len(single)} objects in {where} have no mask: {first_few(unique, len(unique))}"
-    return text if without_mask else ""
-
-
-def masks_note(lacks_masks: str) -> list[str]:
-    """Return a line of the plan if some objects have a mask and others none."""
-    return [f"boxes only {lacks_masks}"] if "have no mask" in lacks_masks else []
+        notes = [text + first_few(images, len(images))] if count else []
+        return notes + ([f"boxes only {self.lacks_masks}"] if 0 < len(self.without_mask) < self.num_single else [])

@@ -1,6 +1,8 @@
 """Annotated objects in every layout, and their augmentation: boxes and masks stay on their objects."""
 
 import json
+import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_masks
 
+from data import coco, files
 from data.annotations import open_objects
 from data.batches import FIXED_EPOCH
 from data.decode import DamagedImage, PixelFormat
@@ -118,6 +121,44 @@ def test_every_layout_gives_the_same_objects(tmp_path, layout):
                 polygons = [np.asarray(mask[0]) for mask in objects.masks]
                 np.testing.assert_allclose(polygons, [polygon(*box[:4])[0] for box in boxes] if boxes else polygons)
             assert (objects.masks is None) == (not has_masks)
+
+
+def test_large_annotations_are_parsed_once(tmp_path, monkeypatch):
+    """Their index is cached until the file or the names of the images change; it is what was parsed."""
+    root, cache, parsed, parse = write_coco(tmp_path / "data"), str(tmp_path / "cache"), [], coco._read_coco
+    monkeypatch.setattr(coco, "_read_coco", lambda file: parsed.append(file.name) or parse(file))
+    monkeypatch.setattr(files, "CACHED_FROM", 1)
+
+    def reopen(seconds):
+        parsed.clear()
+        os.utime(root / "annotations" / "instances_train2017.json", (seconds, seconds))
+        return open_objects(str(root), PIXELS, cache=cache)
+
+    os.utime(root / "annotations" / "instances_val2017.json", (1e9, 1e9))
+    first, count = reopen(1e9), len(parsed)
+    again, later = reopen(1e9), len(parsed)
+    assert (count, later) == (2, 0)
+    for one, other in zip(first, again, strict=True):
+        assert one.fingerprint() == other.fingerprint() and one.notes == other.notes
+        assert (one.image_ids, one.class_ids, one.lacks_masks) == (other.image_ids, other.class_ids, other.lacks_masks)
+        for ours, theirs in zip(one.objects(0, (32, 48)), other.objects(0, (32, 48)), strict=True):
+            assert np.array_equal(ours, theirs)
+    reopen(1e9 + 1)
+    assert parsed == ["instances_train2017.json"]
+    Image.new("RGB", (9, 9)).save(root / "train2017" / "extra.png")
+    assert reopen(1e9 + 1)[0].notes[0].startswith("not read   1 images") and len(parsed) == 1
+
+
+def test_masks_take_little_memory_while_they_are_parsed(tmp_path):
+    corners = np.random.default_rng(0).uniform(0, 30, 60).round(2).tolist()
+    content = coco_content(segmentation=lambda *box: [corners])
+    content["annotations"] *= 700
+    file = write_coco(tmp_path / "data", content) / "annotations" / "instances_train2017.json"
+    tracemalloc.start()
+    coco.open_coco(tmp_path / "data", "train2017", file, None)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5 * file.stat().st_size
 
 
 def test_crowds_and_boxes_without_area(tmp_path):
