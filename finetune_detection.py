@@ -158,7 +158,7 @@ def empty_step(accelerator, model, optimizer, size, *, normalize, pixels):
     side, count = plain.encoder.img_size[0], 1 + 99 * (plain.head == "mask_rcnn")
     images = empty_images(size, pixels.channels, (side, side), pixels.dtype).zero_()
     boxes, labels = torch.tensor([[0.0, 0.0, side, side]]), torch.ones(size * count, dtype=torch.int64)
-    masks = torch.ones(size * count, side, side, dtype=torch.uint8) if count > 1 else None
+    masks = torch.ones(size * count * side * side, dtype=torch.uint8) if count > 1 else None
     objects = ([(side, side)] * size, [count] * size, boxes.repeat(size * count, 1), labels, masks, [0] * size)
     batches = repeat((0, DetectionBatch(images, *objects, [])))
     optimizer_step(accelerator, model, optimizer, batches, normalize, max_grad_norm=1.0)

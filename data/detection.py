@@ -30,16 +30,28 @@ class DetectionBatch(NamedTuple):
     counts: list[int]  # of the objects in each image
     boxes: torch.Tensor  # (n, 4), float32
     labels: torch.Tensor  # (n,), int64: from 1, as 0 is the background
-    masks: torch.Tensor | None  # (n, S, S), uint8: 0 or 1
+    masks: torch.Tensor | None  # (pixels,), uint8, 0 or 1: the part of each mask in its box, one after the other
     seeds: list[int]  # of the model's draws in each image
     damaged: list[tuple[int, str]]  # index and reason of every image that could not be read
 
     def targets(self, device: torch.device) -> list[dict]:
         """Return the objects of each image on a device, as `modeling.detector.Detector` takes them."""
-        parts = {"boxes": self.boxes, "labels": self.labels} | ({"masks": self.masks} if self.masks is not None else {})
-        parts = {name: part.to(device, non_blocking=True).split(self.counts) for name, part in parts.items()}
+        parts = {name: getattr(self, name).to(device, non_blocking=True) for name in ("boxes", "labels")}
+        if self.masks is not None:
+            parts["masks"] = paste_masks(self.masks.to(device, non_blocking=True), self.boxes, self.images.shape[-1])
+        parts = {name: part.split(self.counts) for name, part in parts.items()}
         columns = zip(*parts.values(), strict=True)
         return [{**dict(zip(parts, own, strict=True)), "seed": s} for own, s in zip(columns, self.seeds, strict=True)]
+
+
+def paste_masks(pixels: torch.Tensor, boxes: torch.Tensor, side: int) -> torch.Tensor:
+    """Return masks (n, side, side) from their pixels in whole-numbered boxes (n, 4), one mask after the other."""
+    masks, start = pixels.new_zeros(len(boxes), side, side), 0
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
+        h, w = y2 - y1, x2 - x1
+        mask[y1:y2, x1:x2] = pixels[start : start + h * w].view(h, w)
+        start += h * w
+    return masks
 
 
 class EvaluationImage(NamedTuple):
@@ -89,7 +101,7 @@ def training_sample(
     scales: tuple[float, float],
     fill: Sequence[float],
     masks: bool,
-) -> tuple[torch.Tensor, tuple[int, int], np.ndarray, np.ndarray, np.ndarray | None]:
+) -> tuple[torch.Tensor, tuple[int, int], np.ndarray, np.ndarray, list[np.ndarray] | None]:
     """Augment an image (C, H, W) and its objects for training by large-scale jittering (Ghiasi et al. 2021), as ViTDet.
 
     The image is resized until its longer side is `side` times a factor drawn from `scales`. A square is cut out at a
@@ -97,8 +109,8 @@ def training_sample(
     which less than a pixel is left, are left out; with `masks`, boxes are those of what is left of the masks.
 
     Returns:
-        The image (C, side, side), its size without the padding, boxes (n, 4), labels (n,) from 1, and masks
-        (n, side, side), uint8, or None.
+        The image (C, side, side), its size without the padding, boxes (n, 4), labels (n,) from 1, and the part of each
+        mask in its box (height, width), uint8, or None.
     """
     mirrored, factor = rng.random() < 0.5, rng.uniform(*scales)
     old, new = image.shape[1:], _scaled_size(image.shape[1:], side * factor)
@@ -112,15 +124,18 @@ def training_sample(
     boxes = (objects.boxes[numbers].reshape(-1, 2, 2) * ratio - start).clip(0, [w, h])
     if mirrored:
         boxes[:, :, 0] = w - boxes[:, ::-1, 0]
-    boxes, labels, canvas = boxes.reshape(-1, 4), objects.labels[numbers] + 1, None
+    boxes, labels, parts = boxes.reshape(-1, 4), objects.labels[numbers] + 1, None
     if masks:
-        canvas = np.zeros((len(numbers), side, side), np.uint8)
-        for part, number in zip(canvas, numbers, strict=True):
-            cut = _cut_mask(objects.masks[number], old, new, (top, left, h, w), ratio)
-            part[:h, :w] = cut[:, ::-1] if mirrored else cut
-        boxes = _boxes_of(canvas)
+        cuts = (_cut_mask(objects.masks[number], old, new, (top, left, h, w), ratio) for number in numbers)
+        parts, boxes = [], np.zeros((len(numbers), 4))
+        for box, cut in zip(boxes, cuts, strict=True):
+            cut = cut[:, ::-1] if mirrored else cut
+            box[:] = _box_of(cut)
+            x1, y1, x2, y2 = box.astype(int)
+            parts.append(cut[y1:y2, x1:x2])
     visible = (boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf) >= SMALLEST
-    return image, (h, w), boxes[visible], labels[visible], canvas if canvas is None else canvas[visible]
+    parts = [parts[number] for number in np.flatnonzero(visible)] if masks else None
+    return image, (h, w), boxes[visible], labels[visible], parts
 
 
 def _cut_mask(
@@ -145,14 +160,10 @@ def decode_rle(mask: dict, size: tuple[int, int]) -> np.ndarray:
     return np.ascontiguousarray(coco_masks.decode(mask))
 
 
-def _boxes_of(masks: np.ndarray) -> np.ndarray:
-    """Return the boxes (n, 4) around masks (n, H, W); 0 for an empty one."""
-    boxes = np.zeros((len(masks), 4))
-    for box, mask in zip(boxes, masks, strict=True):
-        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        if len(rows):
-            box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-    return boxes
+def _box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Return the box around a mask (H, W); 0 for an empty one."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(rows) else (0, 0, 0, 0)
 
 
 def as_truths(objects: Objects) -> list[dict]:
@@ -236,14 +247,15 @@ class DetectionDataset(SourceDataset):
             sizes.append(size)
             columns.append(objects)
             seeds.append(int(rng.integers(2**63)))
-        boxes, labels, pixels = zip(*columns, strict=True)
+        boxes, labels, parts = zip(*columns, strict=True)
+        pixels = [part.ravel() for own in parts for part in own] if masks else []
         return DetectionBatch(
             images,
             sizes,
             [len(part) for part in labels],
             torch.from_numpy(np.concatenate(boxes)).float(),
             torch.from_numpy(np.concatenate(labels)),
-            torch.from_numpy(np.concatenate(pixels)) if masks else None,
+            torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *pixels])) if masks else None,
             seeds,
             damaged,
         )

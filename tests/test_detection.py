@@ -10,13 +10,14 @@ import torch
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_masks
 
-from data import coco, files
+from data import coco, detection, files
 from data.annotations import open_objects
 from data.batches import FIXED_EPOCH
 from data.decode import DamagedImage, PixelFormat
-from data.detection import DetectionDataset, EvaluationImages, as_truths, decode_rle, fit, training_sample
+from data.detection import DetectionDataset, EvaluationImages, as_truths, decode_rle, fit, paste_masks, training_sample
 from data.index import DataError
 from data.objects import Objects, SceneObjects
+from data.sampling import sample_generator
 
 PIXELS = PixelFormat()
 CLASSES = ["cell", "dot"]
@@ -152,7 +153,7 @@ def test_large_annotations_are_parsed_once(tmp_path, monkeypatch):
 def test_masks_take_little_memory_while_they_are_parsed(tmp_path):
     corners = np.random.default_rng(0).uniform(0, 30, 60).round(2).tolist()
     content = coco_content(segmentation=lambda *box: [corners])
-    content["annotations"] *= 700
+    content["annotations"] *= 150
     file = write_coco(tmp_path / "data", content) / "annotations" / "instances_train2017.json"
     tracemalloc.start()
     coco.open_coco(tmp_path / "data", "train2017", file, None)
@@ -386,6 +387,12 @@ def painted(scenes, index):
     return torch.from_numpy(image), objects
 
 
+def whole(parts, boxes, side):
+    """Masks (side, side) from their parts in boxes."""
+    pixels = torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *(part.ravel() for part in parts)]))
+    return paste_masks(pixels, torch.from_numpy(boxes), side).numpy()
+
+
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (1.0, 2.0), (0.5, 1.0)])
 def test_masks_of_transformed_scenes_are_transformed_masks(scenes, scales):
     """The same for an image that is painted with its masks: resized, cut, padded and mirrored."""
@@ -396,7 +403,7 @@ def test_masks_of_transformed_scenes_are_transformed_masks(scenes, scales):
         view, (h, w), boxes, labels, masks = training_sample(image, objects, np.random.default_rng(index), **options)
         assert view.shape == (3, 128, 128) and (view[:, h:] == 0).all() and (view[:, :, w:] == 0).all()
         channels = {label + 1: channel for channel, label in enumerate(objects.labels)}
-        for box, label, mask in zip(boxes, labels, masks, strict=True):
+        for box, label, mask in zip(boxes, labels, whole(masks, boxes, 128), strict=True):
             channel = view[channels[label]].numpy() >= 128
             if channel.sum() > 200:
                 worst.append(iou(mask.astype(bool), channel))
@@ -420,9 +427,9 @@ def test_polygons_are_transformed_as_pixels_are():
             objects = Objects(np.array(box), *rest, [mask])
             options = dict(side=96, scales=(0.4, 2.0), fill=[0, 0, 0], masks=True)
             results.append(training_sample(image, objects, np.random.default_rng(seed), **options))
-        for view, *_, masks in results:
-            if len(masks):
-                assert iou(masks[0].astype(bool), view[0].numpy() >= 128) > 0.95
+        for view, _, boxes, _, masks in results:
+            for mask in whole(masks, boxes, 96):
+                assert iou(mask.astype(bool), view[0].numpy() >= 128) > 0.95
         boxes_alone = training_sample(
             image, objects, np.random.default_rng(seed), side=96, scales=(0.4, 2.0), fill=[0, 0, 0], masks=False
         )
@@ -467,6 +474,25 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(scenes):
     )
 
 
+def test_masks_of_a_batch_are_those_of_the_crops(scenes, monkeypatch):
+    """In pixels of the whole input, bit by bit; the batch itself holds less than a third of these pixels."""
+    crops, cut = [], detection._cut_mask
+    monkeypatch.setattr(detection, "_cut_mask", lambda *args: crops.append(cut(*args)) or crops[-1])
+    dataset = DetectionDataset(scenes, pixels=PIXELS, seed=0, **OPTIONS)
+    items = [(epoch, index) for epoch in (0, 1) for index in range(10)]
+    batch, rows = dataset.__getitems__(items), iter(crops)
+    targets, num_pixels = batch.targets(torch.device("cpu")), 0
+    for (epoch, index), (h, w), target in zip(items, batch.sizes, targets, strict=True):
+        count, mirrored = len(scenes.objects(index, (64, 64)).boxes), sample_generator(0, epoch, index).random() < 0.5
+        expected = np.zeros((count, 64, 64), np.uint8)
+        for mask, crop in zip(expected, rows, strict=False):
+            mask[:h, :w] = np.fliplr(crop) if mirrored else crop
+        expected = torch.from_numpy(expected[expected.any(axis=(1, 2))])
+        assert torch.equal(target["masks"], expected) and target["masks"].dtype == torch.uint8
+        num_pixels += expected.numel()
+    assert next(rows, None) is None and batch.masks.numel() < num_pixels / 3 and max(batch.counts) > 1
+
+
 def test_damaged_images_are_replaced_in_training_and_reported_in_evaluation(tmp_path):
     root = write_coco(tmp_path / "data")
     (root / "train2017" / "two.png").write_text("no image")
@@ -482,7 +508,11 @@ def test_damaged_images_are_replaced_in_training_and_reported_in_evaluation(tmp_
     for path in (root / "train2017").rglob("*.png"):
         path.write_text("no image")
     batch = dataset.__getitems__([(0, 0)])
-    assert batch.counts == [0] and len(batch.damaged) == 3 and batch.masks.shape == (0, 64, 64)
+    assert (
+        batch.counts == [0]
+        and len(batch.damaged) == 3
+        and batch.targets(torch.device("cpu"))[0]["masks"].shape == (0, 64, 64)
+    )
 
 
 def test_images_of_another_size_than_annotated_are_damaged(tmp_path):
