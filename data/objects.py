@@ -15,7 +15,7 @@ from pycocotools import mask as coco_masks
 
 from data.decode import DamagedImage
 from data.files import FileSource
-from data.index import Names, first_few
+from data.index import DataError, Names, first_few
 from data.shapes import CLASSES
 from data.sources import ShapesSource
 
@@ -153,7 +153,9 @@ class ObjectPacker:
 
     @property
     def objects(self) -> Names:
-        """Return the objects of all images, as ObjectSource takes them."""
+        """Return the objects of all images, as ObjectSource takes them. Raises DataError if none is a single object."""
+        if not self.num_single:
+            raise DataError(f"{self.where} has no objects but crowds, which are not scored; give images with objects")
         return Names(np.frombuffer(self.buffer, np.uint8), np.array(self.ends, np.int64))
 
     @property

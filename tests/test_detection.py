@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -205,6 +206,22 @@ def test_crowds_and_objects_without_masks(tmp_path):
     assert train.notes == [f"boxes only {train.lacks_masks}"] and train.objects(0, SIZES["b/one.png"]).masks is None
 
 
+def test_splits_of_crowds_alone_are_refused(tmp_path):
+    """Nothing could be learned from them, and no average precision would be defined."""
+    root, yolo = write_coco(tmp_path / "data"), write_yolo(tmp_path / "yolo")
+    for name in ("train2017", "val2017"):
+        content = coco_content(segmentation=polygon)
+        content["annotations"] = [record | dict(iscrowd=1) for record in content["annotations"]]
+        (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
+    shutil.rmtree(yolo / "labels" / "val" / "b")
+    (yolo / "labels" / "val" / "z.txt").unlink()
+    for folder, places in ((root, ["instances_train2017.json", "instances_val2017.json"]), (yolo, ["labels/val"])):
+        with pytest.raises(DataError) as error:
+            open_objects(str(folder), PIXELS)
+        expected = [f"{place} has no objects but crowds, which are not scored; give images" for place in places]
+        assert all(text in line for text, line in zip(expected, str(error.value).splitlines(), strict=True))
+
+
 def test_numbers_of_yolo_classes_may_have_gaps(tmp_path):
     root = write_yolo(tmp_path / "data")
     for path in root.rglob("*.txt"):
@@ -333,8 +350,6 @@ def test_folders_that_cannot_be_used(tmp_path):
 
 
 def renamed(yolo, tmp_path):
-    import shutil
-
     copy = shutil.copytree(yolo, tmp_path / "renamed")
     (copy / "data.yaml").write_text("names: [a, b]")
     return str(copy)
