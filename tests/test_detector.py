@@ -7,9 +7,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from random_modules import new_encoder, randomize
+from random_modules import build_autoencoder, new_encoder, randomize
 from torchvision.ops import roi_align
 
+from modeling.classifier import Classifier
 from modeling.detector import (
     LEVELS,
     Detector,
@@ -22,8 +23,9 @@ from modeling.detector import (
 from modeling.export import export_detector, export_encoder
 from modeling.files import WeightsError
 from modeling.trained import open_trained
+from modeling.upernet import Segmenter
 from modeling.vit import SIZES, Attention
-from modeling.weights import load_weights, open_weights, resize_patches
+from modeling.weights import load_weights, open_weights, resize_patches, start_from
 
 SMALL = dict(img_size=64, patch_size=8, embed_dim=32, depth=5, num_heads=2)
 STATISTICS = dict(mean=[0.5] * 3, std=[0.25] * 3)
@@ -287,6 +289,27 @@ def test_a_detector_gives_its_encoder_to_another(tmp_path):
     assert torch.equal(other.encoder.blocks[0].attn.qkv.weight, model.encoder.blocks[0].attn.qkv.weight)
     with pytest.raises(WeightsError, match="lost their final norm"):
         load_weights(new_encoder(**SMALL), weights.state)
+
+
+@pytest.mark.parametrize("model", ["classifier", "segmenter", "autoencoder"])
+def test_what_else_starts_from_a_detector(tmp_path, model):
+    """A classifier and a segmenter get its encoder, which the report says; an autoencoder needs the norm it lost."""
+    detector = randomize(new_detector(encoder=dict(relative_position_bias=model == "segmenter")), 0.01)
+    export_detector(detector, tmp_path, classes=["a", "b", "c"], **STATISTICS)
+    weights = open_weights(tmp_path)
+    if model == "autoencoder":
+        decoder = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+        with pytest.raises(WeightsError, match="lost their final norm in fine-tuning; give the weights that they were"):
+            start_from(weights, build_autoencoder(new_encoder(**SMALL), target="pixels", **decoder), **STATISTICS)
+        return
+    if model == "classifier":
+        encoder = Classifier(new_encoder(**SMALL), 3, pooling="mean").encoder
+    else:
+        encoder = Segmenter(new_encoder(**SMALL, relative_position_bias=True), 3, head="linear").encoder
+    report = start_from(weights, encoder, **STATISTICS)
+    assert "ignored (fpn, roi_heads, rpn)" in report and " 0 missing" in report
+    for ours, theirs in zip(encoder.blocks, detector.encoder.blocks, strict=True):
+        assert torch.equal(ours.mlp.fc1.weight, theirs.mlp.fc1.weight)
 
 
 def test_patches_of_another_side_see_the_same_colour(tmp_path):
