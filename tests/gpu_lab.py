@@ -24,6 +24,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 GIGABYTE = 1e9
 SCRIPTS = {"mae": "pretrain_mae", "classifier": "finetune_classifier", "segmenter": "finetune_segmentation"}
+ALL_SCRIPTS = SCRIPTS | {"detector": "finetune_detection"}  # whose heads, torchvision's, wait for the device
 ENCODER = ["--patch_size", "8", "--encoder_embed_dim", "128", "--encoder_depth", "4", "--encoder_num_heads", "4"]
 TINY_ENCODER = ["--patch_size", "8", "--encoder_embed_dim", "32", "--encoder_depth", "4", "--encoder_num_heads", "2"]
 DECODER = ["--decoder_embed_dim", "64", "--decoder_depth", "2", "--decoder_num_heads", "2"]
@@ -186,9 +187,10 @@ def run_script(script: str, flags: tuple, cwd: Path, variables: dict[str, str], 
 
 
 def write_pictures(folder: Path) -> None:
-    """Write 64 training and 16 held-out pictures of rectangles, in classes/ and, with masks, in pairs/."""
+    """Write 64 training and 16 held-out pictures of rectangles, in classes/ and, with masks and boxes, in pairs/."""
     generator = np.random.default_rng(0)
     for split, name, count in (("train", "training", 64), ("val", "validation", 16)):
+        objects = {"images": [], "annotations": [], "categories": [{"id": i, "name": str(i)} for i in range(4)]}
         for index in range(count):
             label = index % 4
             mask = np.ones((80, 96), np.uint8)
@@ -203,6 +205,12 @@ def write_pictures(folder: Path) -> None:
             for place, image in places.items():
                 place.mkdir(parents=True, exist_ok=True)
                 image.save(place / f"{index:02d}.png")
+            objects["images"].append({"id": index, "file_name": f"{index:02d}.png", "height": 80, "width": 96})
+            x, y = int(left), int(top)
+            annotation = {"image_id": index, "category_id": label, "bbox": [x, y, 50, 40]}
+            annotation["segmentation"] = [[x, y, x + 50, y, x + 50, y + 40, x, y + 40]]
+            objects["annotations"].append(annotation)
+        (folder / "pairs" / "annotations" / f"instances_{name}.json").write_text(json.dumps(objects))
     (folder / "pairs" / "classes.txt").write_text("ground\none\ntwo\nthree\nfour\n")
 
 
@@ -210,14 +218,15 @@ def flags_of(lab: Lab, task: str, *, steps: int, weights: Path | None = None) ->
     """Return flags of a short run on the pictures; fine-tuning starts from `weights`, or from scratch."""
     flags = f"--max_steps {steps} --warmup_steps 2 --learning_rate 1e-3 --log_every 1 --num_workers 2".split()
     side = 32 if lab.tiny else 64
-    flags += ["--path_to_data", str(lab.folder / ("pairs" if task == "segmenter" else "classes"))]
+    flags += ["--path_to_data", str(lab.folder / ("pairs" if task in ("segmenter", "detector") else "classes"))]
     flags += {
         "mae": f"--img_size {side} --global_batch_size 32 --num_preview_images 2 --save_checkpoint_interval 0",
         "classifier": f"--img_size {side} --global_batch_size 32 --save_checkpoint_interval 0",
         "segmenter": f"--crop_size {side} --global_batch_size 8 --num_preview_images 2 --head_width 32",
+        "detector": f"--img_size {side} --global_batch_size 8 --num_preview_images 2 --head_width 32 --window_size 3",
     }[task].split()
     if weights:
-        name = {"classifier": "--path_to_pretrained_mae_weights", "segmenter": "--path_to_backbone_checkpoint"}[task]
+        name = "--path_to_pretrained_mae_weights" if task == "classifier" else "--path_to_backbone_checkpoint"
         return [*flags, name, str(weights)]
     return flags + (TINY_ENCODER if lab.tiny else ENCODER) + (DECODER if task == "mae" else [])
 
