@@ -83,7 +83,7 @@ def parse_args(argv=None):
     names = "names of the classes of Pascal VOC or YOLO, one on a line (default classes.txt or data.yaml in the data)"
     flag("--path_to_classes", metavar="FILE", help=names)
     arguments.add_length_flags(
-        parser, epochs=None, steps=STEPS, warmup=f"{WARMUP_STEPS} steps of {10 * WARMUP_STEPS:,} or more"
+        parser, epochs=None, steps=STEPS, warmup=f"{WARMUP_STEPS} steps, at most a tenth of the run"
     )
     arguments.add_batch_flags(parser, global_default=BATCH_SIZE)
     arguments.add_optimizer_flags(parser, learning_rate=1e-4, weight_decay=0.1)

@@ -303,15 +303,15 @@ def add_detector_flags(
     flag(
         "--head", choices=tuple(heads), help="boxes and masks, or boxes alone (default mask_rcnn if the data has masks)"
     )
-    help_text = "side of the attention windows, in patches, outside four global blocks (0: no windows, default "
+    help_text = "side of the attention windows, in patches, of all but four blocks (0: no windows, default "
     flag("--window_size", type=integer(0), help=f"{help_text}{window_size})")
     help_text = "learned relative position bias in all blocks (default: as in the weights, otherwise off)"
     flag("--relative_position_bias", action=Pair, help=help_text)
     flag("--head_width", type=integer(4), help=f"channels of pyramid and heads (default {head_width})")
-    regions = f"regions of an image that train the heads; half as many anchors (default {num_regions})"
+    regions = f"regions of an image that train the heads; half as many anchors train the RPN (default {num_regions})"
     flag("--num_regions", type=integer(2), default=num_regions, help=regions)
     flag("--freeze_encoder", action=Pair, default=False, help="train pyramid and heads alone, on frozen features (off)")
-    schedule = "step: times 0.1 after 8/9 and 26/27 of the run; or cosine (default step)"
+    schedule = "step: learning rate times 0.1 after 8/9 and again after 26/27 of the run; or cosine (default step)"
     flag("--lr_schedule", choices=("step", "cosine"), default="step", help=schedule)
     parser.set_defaults(drop_path=None, layer_decay=None)  # those of the encoder's size, see resolve_detector
 
