@@ -85,8 +85,13 @@ def open_coco(root: Path, split: str, file: Path, cache: Path | None) -> ObjectS
     if folder is None:
         raise DataError(f"{file} has no images: expected them in {root / split}")
     images = FolderSource(folder, cache=cache)
-    key = f"objects {os.path.abspath(file)} {file} {images.fingerprint()}"  # messages name `file`
-    meta, arrays = cached(cache, key, fresh=is_fresh_index, build=partial(_index_objects, file, images))
+    inputs = [str(file), images.fingerprint()]  # messages name the file
+    meta, arrays = cached(
+        cache,
+        f"objects {os.path.abspath(file)}",
+        fresh=lambda meta: meta["inputs"] == inputs and is_fresh_index(meta),
+        build=partial(_index_objects, file, images, inputs),
+    )
     names, objects = (Names(arrays[part], arrays[f"{part}_ends"]) for part in ("names", "objects"))
     options = {name: meta[name] for name in ("classes", "class_ids", "lacks_masks")}
     source = ObjectSource(folder, names, objects, sizes=arrays["sizes"], **options)
@@ -94,7 +99,7 @@ def open_coco(root: Path, split: str, file: Path, cache: Path | None) -> ObjectS
     return source
 
 
-def _index_objects(file: Path, images: FolderSource) -> tuple[dict, dict[str, np.ndarray]]:
+def _index_objects(file: Path, images: FolderSource, inputs: list[str]) -> tuple[dict, dict[str, np.ndarray]]:
     """Build the index of the objects in a folder of images for `cached`. Raises DataError."""
     start, names = time.time_ns(), images.relative_names
     file_stamp, content = _read_coco(file)
@@ -120,7 +125,7 @@ def _index_objects(file: Path, images: FolderSource) -> tuple[dict, dict[str, np
         entries = [_to_entry(file, record, numbers, size) for record in objects[image_id]]
         packer.add(entries, size, os.fsdecode(name))
     text = f"not read   {len(others)} images in {images.root} that {file.name} does not list: "
-    meta = {"seen": {os.path.abspath(file): file_stamp}, "start": start, "count": len(names)}
+    meta = {"seen": {os.path.abspath(file): file_stamp}, "start": start, "count": len(names), "inputs": inputs}
     meta |= {"classes": [record["name"] for record in categories], "class_ids": [*numbers], "image_ids": image_ids}
     meta["lacks_masks"] = packer.lacks_masks
     meta["notes"] = [*([text + first_few(others, len(others))] if others else []), *packer.notes]

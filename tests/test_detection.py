@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,6 +150,7 @@ def test_large_annotations_are_parsed_once(tmp_path, monkeypatch):
     assert parsed == ["instances_train2017.json"]
     Image.new("RGB", (9, 9)).save(root / "train2017" / "extra.png")
     assert reopen(1e9 + 1)[0].notes[0].startswith("not read   1 images") and len(parsed) == 1
+    assert len([*Path(cache).glob("index-*/objects.npy")]) == 2  # the old one is replaced
 
 
 def test_masks_take_little_memory_while_they_are_parsed(tmp_path):
