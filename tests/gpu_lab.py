@@ -223,7 +223,7 @@ def flags_of(lab: Lab, task: str, *, steps: int, weights: Path | None = None) ->
         "mae": f"--img_size {side} --global_batch_size 32 --num_preview_images 2 --save_checkpoint_interval 0",
         "classifier": f"--img_size {side} --global_batch_size 32 --save_checkpoint_interval 0",
         "segmenter": f"--crop_size {side} --global_batch_size 8 --num_preview_images 2 --head_width 32",
-        "detector": f"--img_size {side} --global_batch_size 8 --num_preview_images 2 --head_width 32 --window_size 3",
+        "detector": f"--img_size {side} --global_batch_size 8 --num_preview_images 2 --head_width 32 --num_regions 32",
     }[task].split()
     if weights:
         name = "--path_to_pretrained_mae_weights" if task == "classifier" else "--path_to_backbone_checkpoint"
