@@ -215,8 +215,8 @@ def test_predictions_are_those_of_the_validation(undisturbed, scene_folder, tmp_
     """Of the same weights on the same images, in COCO's format, with a picture of each."""
     output = tmp_path / "predictions"
     words = [undisturbed / "model", scene_folder / "val", "--output", output, "--num_workers", 0]
-    output = run("predict.py", *words, cwd=tmp_path).stdout
-    assert "objects of 8 classes, in images that fit 64 pixels" in output and "7 of 7 images" in output
+    text = run("predict.py", *words, cwd=tmp_path).stdout
+    assert "objects of 8 classes, in images that fit 64 pixels" in text and "7 of 7 images" in text
     lines = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
     expected = {}
     for record in json.loads((undisturbed / "detections.json").read_text()):
