@@ -116,7 +116,7 @@ def parse_args(argv=None):
 def check_model(trained, given, removed, *, look):
     """Return the errors in flags that do not fit the model.
 
-    `given` maps flags in KINDS and LOOKS to their values, `removed` are the pixels that --mask removes.
+    `given` maps flags in KINDS and LOOKS to their values, `removed` (L,) is 1 for the patches that --mask removes.
     """
     model, encoder, errors = trained.model, trained.encoder, []
     name, flags = KINDS[type(model)]
@@ -147,7 +147,7 @@ def check_masks(encoder, given, removed):
         words = f"keeps {num_kept} of {patches} patches; expected a ratio that keeps and removes at least one"
         errors += [] if 0 < num_kept < patches else [f"--mask_ratio {given['mask_ratio']:g} {words}"]
     if removed is not None:
-        count = int(removed_patches(removed, encoder.img_size, encoder.grid).sum())
+        count = int(removed.sum())
         words = f"removes {count} of {patches} patches; expected white on half of at least one, and not of all"
         errors += [] if 0 < count < patches else [f"--mask {given['mask']} {words}"]
     others = [flag for flag in given if flag in ("mask_ratio", "mask_strategy", "mask_block", "seed", "fill")]
@@ -267,7 +267,7 @@ def plan_look(look, trained, *, pooling, num_images, **pictures):
     return f"attention of {words} to {patches} patches", transform, partial(find_attention, trained=trained, **pictures)
 
 
-def plan_predictions(trained, given, removed, *, pixels, **pictures):
+def plan_predictions(trained, given, removed, *, mask_size, pixels, **pictures):
     """Return what `plan_look` does, for predictions. See `check_model` for `given` and `removed`."""
     model, encoder, classes = trained.model, trained.encoder, trained.classes
     if isinstance(model, Classifier):
@@ -295,9 +295,8 @@ def plan_predictions(trained, given, removed, *, pixels, **pictures):
         mask = {name: given.get(name, value) for name, value in MASK_DEFAULTS.items()}
         transform = partial(masked_crop, size=size, grid=encoder.grid, num_kept=model.num_kept, **mask)
     else:
-        noise = removed_patches(removed, size, encoder.grid)
-        model = inspection.keep_patches(model, patches - int(noise.sum()))
-        transform = partial(own_mask_crop, size=size, noise=noise, mask_size=tuple(removed.shape[1:]))
+        model = inspection.keep_patches(model, patches - int(removed.sum()))
+        transform = partial(own_mask_crop, size=size, noise=removed, mask_size=mask_size)
     task = f"{model.num_kept} of {patches} patches seen, the others predicted"
     if whole:
         masks = len(inspection.complementary_noise(torch.zeros(1, patches), model.num_kept))
@@ -306,10 +305,10 @@ def plan_predictions(trained, given, removed, *, pixels, **pictures):
     return task, transform, partial(predict_patches, model=model, whole=whole, channels=channels, **pictures)
 
 
-def read_mask(path):
-    """Return which pixels the picture of --mask removes (1, H, W), None without one, and a list of errors."""
+def read_mask(path, max_pixels):
+    """Return which pixels the picture of --mask removes (H, W), None without one, and a list of errors."""
     try:
-        return None if path is None else read_removed(path), []
+        return None if path is None else read_removed(path, max_pixels), []
     except DamagedImage as error:
         return None, [f"--mask {path}: {error}; expected a picture whose white is removed"]
 
@@ -323,13 +322,14 @@ def main(argv=None):
         fail([message, *errors], show=launch.is_main_process())
     errors += check_settings("no")
     source, image_errors = find_images(args.images)
-    removed, mask_errors = read_mask(args.mask)
+    white, mask_errors = read_mask(args.mask, args.max_pixels)
     errors += image_errors + mask_errors
     file = args.features or args.patch_features
     try:
         trained = open_trained(args.model, whole=args.look is None)
         names = [name for _, flags in (*KINDS.values(), *LOOKS.values()) for name in flags]
         given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        removed = None if white is None else removed_patches(white, trained.encoder.img_size, trained.encoder.grid)
         errors += check_model(trained, given, removed, look=args.look)
     except WeightsError as error:
         errors.append(str(error))
@@ -359,7 +359,8 @@ def main(argv=None):
         options = dict(pooling=args.pooling, num_images=len(paths))
         task, transform, predict_batch = plan_look(args.look, trained, **options, **pictures)
     else:
-        task, transform, predict_batch = plan_predictions(trained, given, removed, pixels=pixels, **pictures)
+        options = dict(mask_size=None if white is None else tuple(white.shape), pixels=pixels)
+        task, transform, predict_batch = plan_predictions(trained, given, removed, **options, **pictures)
     size = f"{encoder.img_size[0]} x {encoder.img_size[1]} pixels, {several(encoder.in_channels, 'channel')}"
     print(f"model      {trained.path} ({trained.layout}): {encoder.embed_dim} x {encoder.depth} encoder, {size}")
     for assumption in trained.assumed:

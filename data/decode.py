@@ -171,7 +171,7 @@ def decode_stored(data, max_pixels: int = MAX_PIXELS, *, in_colour: bool = False
         if data[:6] == b"\x93NUMPY":
             return channels_last(_read_npy(data), 1, max_pixels)[:, :, 0]
         try:
-            with _open_image(data, max_pixels) as image:
+            with open_image(data, max_pixels) as image:
                 orientation = _orientation_of(image)
                 image = image.convert("RGB") if in_colour and image.mode in ("1", "P") else image
                 return turn_upright(np.array(image), orientation)
@@ -290,7 +290,7 @@ def orientation_of(data, max_pixels: int) -> int:
     if isinstance(data, np.ndarray):
         return 1
     try:
-        with warnings.catch_warnings(action="ignore"), _open_image(_as_bytes(data), max_pixels) as image:
+        with warnings.catch_warnings(action="ignore"), open_image(_as_bytes(data), max_pixels) as image:
             return _orientation_of(image)
     except DamagedImage:  # decoding tells why
         return 1
@@ -306,7 +306,7 @@ def _orientation_of(image: Image.Image) -> int:
 def _read_with_pillow(data: bytes, pixels: PixelFormat, *, exact: bool) -> tuple[np.ndarray, float | None]:
     channels = pixels.channels
     converts = not exact and channels in (1, 3)
-    with _open_image(data, pixels.max_pixels) as image:
+    with open_image(data, pixels.max_pixels) as image:
         image.load()
         orientation = _orientation_of(image)
         nodata = parse_nodata(image.tag_v2.get(GDAL_NODATA)) if hasattr(image, "tag_v2") else None
@@ -338,7 +338,7 @@ def _read_deep_png(data: bytes, pixels: PixelFormat) -> np.ndarray:
     """Return the pixels (H, W, channels) uint16 of a PNG with several channels of 16 bits."""
     from imagecodecs import png_decode
 
-    with _open_image(data, pixels.max_pixels) as image:
+    with open_image(data, pixels.max_pixels) as image:
         image.load()  # first, because imagecodecs leaks the memory of an image that it fails to read
         values = png_decode(bytes(data)).reshape(image.height, image.width, -1)
         values = turn_upright(values, _orientation_of(image))
@@ -367,7 +367,7 @@ def _as_bytes(data) -> bytes | memoryview:
 
 
 @contextlib.contextmanager
-def _open_image(data: bytes | memoryview, max_pixels: int) -> Iterator[Image.Image]:
+def open_image(data: bytes | memoryview, max_pixels: int) -> Iterator[Image.Image]:
     """Open an image without loading its pixels. Raises DamagedImage, also for errors in the block."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:

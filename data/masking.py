@@ -4,15 +4,14 @@ A picture can say which patches are removed, too. Legend: h w grid of patches, L
 """
 
 import contextlib
-import io
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
-from data.decode import DamagedImage, PixelFormat, decode
+from data.decode import DamagedImage, PixelFormat, decode, open_image
 from data.transforms import CentreCrop
 
 
@@ -80,8 +79,8 @@ def mask_noise(
     raise ValueError(f"mask strategy {strategy!r} is unknown; expected one of {', '.join(MASK_STRATEGIES)}")
 
 
-def read_removed(path: str) -> torch.Tensor:
-    """Return which pixels a picture removes, the white ones: (1, H, W), bool. Raises DamagedImage.
+def read_removed(path: str, max_pixels: int) -> torch.Tensor:
+    """Return which pixels a picture removes, the white ones: (H, W), bool. Raises DamagedImage.
 
     What is transparent counts as black.
     """
@@ -89,8 +88,8 @@ def read_removed(path: str) -> torch.Tensor:
         data = Path(path).read_bytes()
     except OSError as error:
         raise DamagedImage(error.strerror) from None
-    white = decode(data, PixelFormat(channels=1))
-    with contextlib.suppress(OSError), Image.open(io.BytesIO(data)) as image:  # Pillow does not read every TIFF
+    (white,) = decode(data, PixelFormat(channels=1, max_pixels=max_pixels))
+    with contextlib.suppress(DamagedImage), open_image(data, max_pixels) as image:  # Pillow does not read every TIFF
         if image.has_transparency_data:
             alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
             white = white * (torch.from_numpy(np.array(alpha)) / 255)
@@ -100,14 +99,14 @@ def read_removed(path: str) -> torch.Tensor:
 def removed_patches(removed: torch.Tensor, size: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
     """Return 1 for each patch of which at least half is removed, otherwise 0: (L,), float32, which serves as noise.
 
-    The patches are those of an image of the same size as the pixels `removed` (1, H, W), after `CentreCrop(size)`.
+    The patches are those of an image of the same size as the pixels `removed` (H, W), after `CentreCrop(size)`.
     """
-    box, new_size, corner = CentreCrop(size).place(*removed.shape[1:])
+    box, new_size, corner = CentreCrop(size).place(*removed.shape)
     shares = []  # of each pixel's row or column in those of the patches, (h, H) and (w, W)
-    for axis, length in enumerate(removed.shape[1:]):
+    for axis, length in enumerate(removed.shape):
         edges = corner[axis] + size[axis] / grid[axis] * torch.arange(grid[axis] + 1, dtype=torch.float64)
         edges = box[axis] + edges * box[2 + axis] / new_size[axis]  # in the pixels of the picture
         first, last, pixels = edges[:-1, None], edges[1:, None], torch.arange(length)
-        shares.append((last.minimum(pixels + 1) - first.maximum(pixels)).clamp(min=0) / (last - first))
-    share = shares[0] @ removed[0].double() @ shares[1].T
-    return (share.flatten() > 0.5 - 1e-9).float()
+        shares.append(((last.minimum(pixels + 1) - first.maximum(pixels)).clamp(min=0) / (last - first)).float())
+    share = shares[0] @ removed.float() @ shares[1].T
+    return (share.flatten() > 0.5 - 1e-5).float()  # sums of float32 are not exact

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from data.decode import DamagedImage
 from data.masking import MASK_STRATEGIES, mask_noise, read_removed, removed_patches
@@ -79,15 +79,15 @@ def test_only_the_last_rectangle_of_block_keeps_patches():
 
 
 def test_patches_are_removed_if_they_are_white_by_half():
-    removed = torch.zeros(1, 8, 12, dtype=torch.bool)
-    removed[0, :4, :2] = True  # half of the first of 2 x 3 patches
-    removed[0, 4:, 8:11] = removed[0, 7, 11] = True  # most of the last
-    removed[0, :3, 8:10] = True  # less than half
+    removed = torch.zeros(8, 12, dtype=torch.bool)
+    removed[:4, :2] = True  # half of the first of 2 x 3 patches
+    removed[4:, 8:11] = removed[7, 11] = True  # most of the last
+    removed[:3, 8:10] = True  # less than half
     assert removed_patches(removed, (8, 12), (2, 3)).tolist() == [1, 0, 0, 0, 0, 1]
-    for factor in (2, 7):  # resized to the same patches, and what is cut off does not count
-        larger = removed.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    for factor in (2, 7, 150):  # resized to the same patches, and what is cut off does not count
+        larger = removed.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
         wider = torch.nn.functional.pad(larger, (6 * factor, 6 * factor), value=True)
-        for each in (larger, wider, wider.flip(1, 2)):
+        for each in (larger, wider, wider.flip(0, 1)):
             expected = [1, 0, 0, 0, 0, 1]
             assert removed_patches(each, (8, 12), (2, 3)).tolist() == expected
     assert removed_patches(larger.mT, (12, 8), (3, 2)).tolist() == [1, 0, 0, 0, 0, 1]
@@ -96,9 +96,9 @@ def test_patches_are_removed_if_they_are_white_by_half():
 @pytest.mark.parametrize("shape", [(40, 40), (77, 40), (31, 240), (9, 14), (32, 32), (1, 300)])
 def test_removed_patches_lie_where_the_crop_of_an_image_has_them(shape):
     """White patches of random pictures, cropped as images, are bright where they are removed."""
-    removed = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0)) > 0.5
-    blocks = removed[:, ::5, ::5].repeat_interleave(5, 1).repeat_interleave(5, 2)[:, : shape[0], : shape[1]]
-    bright = CentreCrop((32, 32))(blocks.float()).reshape(4, 8, 4, 8).mean(dim=(1, 3)).flatten()
+    removed = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.5
+    blocks = removed[::5, ::5].repeat_interleave(5, 0).repeat_interleave(5, 1)[: shape[0], : shape[1]]
+    bright = CentreCrop((32, 32))(blocks[None].float()).reshape(4, 8, 4, 8).mean(dim=(1, 3)).flatten()
     result, sure = removed_patches(blocks, (32, 32), (4, 4)), (bright - 0.5).abs() > 0.05
     assert torch.equal(result[sure], (bright[sure] > 0.5).float()) and sure.sum() > 8
 
@@ -107,9 +107,9 @@ def test_white_pixels_are_removed(tmp_path):
     grey = np.array([[0, 127, 128, 255]], np.uint8)
     for mode in ("L", "RGB", "RGBA", "LA"):
         Image.fromarray(grey).convert(mode).save(tmp_path / "mask.png")
-        assert read_removed(tmp_path / "mask.png").tolist() == [[[False, False, True, True]]]
+        assert read_removed(tmp_path / "mask.png", 4).tolist() == [[False, False, True, True]]
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "mask.png")
-    assert read_removed(tmp_path / "mask.png").tolist() == [[[False, False, True, True]]]
+    assert read_removed(tmp_path / "mask.png", 4).tolist() == [[False, False, True, True]]
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty.png").touch()
     for name, reason in (
@@ -119,4 +119,14 @@ def test_white_pixels_are_removed(tmp_path):
         (".", "directory"),
     ):
         with pytest.raises(DamagedImage, match=reason):
-            read_removed(tmp_path / name)
+            read_removed(tmp_path / name, 4)
+
+
+def test_a_large_mask_is_refused_by_its_header(tmp_path, monkeypatch):
+    Image.new("LA", (100, 90)).save(tmp_path / "mask.png")
+    assert read_removed(tmp_path / "mask.png", 9000).shape == (90, 100)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's own limit, which the flag replaces
+    assert not read_removed(tmp_path / "mask.png", 9000).any()
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    with pytest.raises(DamagedImage, match=r"^90 x 100 pixels, more than the 8999 allowed; raise --max_pixels$"):
+        read_removed(tmp_path / "mask.png", 8999)

@@ -765,6 +765,11 @@ def test_all_errors_at_once(models, photos, tmp_path):
             ["--mask", ROOT / "README.md"],
             ["README.md: not an image", "--mask has no effect on the predictions"],
         ),
+        (
+            "autoencoder",
+            ["--mask", ROOT / "docs/demo.png", "--max_pixels", 9],
+            ["pixels, more than the 9 allowed; raise --max_pixels; expected a picture whose white is removed"],
+        ),
         ("nothing", [], ["no such file or folder"]),
     ],
 )
