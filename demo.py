@@ -177,15 +177,15 @@ class PageModel:
         """Return the Reconstruction of an image from the patches that noise (1, L) keeps, as predict.py does.
 
         With `everywhere`, each patch is predicted from masks that remove it. Without `true_statistics`, patches that
-        are normalized by their own mean and variance are turned back by those of the kept patches around them.
+        are normalized by their own mean and variance are turned back by those of the patches that their mask keeps.
         """
         model, images = keep_patches(self.model, num_kept), self.normalize(image[None].to(self.device))
         noise = noise.to(self.device)
         if everywhere:
-            prediction, removed = fill(model, images, noise), torch.ones_like(noise)
+            prediction, removed = fill(model, images, noise, true_statistics=true_statistics), torch.ones_like(noise)
         else:
             _, prediction, removed = model(images, noise)
-        prediction = model.reconstruct(images, prediction, mask=None if true_statistics else removed)
+            prediction = model.reconstruct(images, prediction, mask=None if true_statistics else removed)
         prediction, images = (self.normalize.undo(each) for each in (prediction, images))
         mask = model.pixel_mask(removed)
         metrics = {name: value.item() for name, value in reconstruction_metrics(images, prediction, mask).items()}

@@ -209,10 +209,10 @@ def predict_patches(batch, *, model, whole, normalize, device, **pictures):
         prediction = inspection.fill(model, images, noise)
     else:
         _, prediction, mask = model(images, noise)
-        removed = model.pixel_mask(mask)
-    prediction = normalize.undo(model.reconstruct(images, prediction))
+        prediction, removed = model.reconstruct(images, prediction), model.pixel_mask(mask)
+    prediction, images = normalize.undo(prediction), normalize.undo(images)
     options = dict(uses_true_patch_statistics=model.target.uses_true_patch_statistics, **pictures)
-    return predictions.write_reconstructions(batch.indices, normalize.undo(images), prediction, removed, **options)
+    return predictions.write_reconstructions(batch.indices, images, prediction, removed, **options)
 
 
 @torch.no_grad()

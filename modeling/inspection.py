@@ -2,7 +2,7 @@
 
 Models are in evaluation mode, and nothing here changes them. Images are normalized, (B, C, H, W).
 
-Legend: B images, L patches, K kept patches, D width, T outputs per patch, S passes.
+Legend: B images, L patches, K kept patches, D width, S passes.
 """
 
 import copy
@@ -103,13 +103,18 @@ def complementary_noise(noise: torch.Tensor, num_kept: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fill(model: MaskedAutoencoder, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Return a prediction (B, L, T) of all patches, each from masks that remove it, as `model.reconstruct` takes it.
+def fill(
+    model: MaskedAutoencoder, images: torch.Tensor, noise: torch.Tensor, *, true_statistics: bool = True
+) -> torch.Tensor:
+    """Reconstruct all patches of images (B, C, H, W), each from masks that remove it, in the space of the images.
 
-    The masks are those of `complementary_noise`. A patch that several of them remove has the mean of its predictions.
+    The masks are those of `complementary_noise`. A patch that several of them remove has the mean of its pixels.
+    Without `true_statistics`, a normalized patch is turned back by the statistics of the patches that its mask keeps.
     """
     total, count = 0, 0
     for each in complementary_noise(noise, model.num_kept):
         _, prediction, removed = model(images, each)
-        total, count = total + prediction.float() * removed[..., None], count + removed[..., None]
+        mask = model.pixel_mask(removed)
+        pixels = model.reconstruct(images, prediction, mask=None if true_statistics else removed)
+        total, count = total + pixels * mask, count + mask
     return total / count

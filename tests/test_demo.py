@@ -191,8 +191,12 @@ def test_every_patch_is_predicted_while_it_is_hidden(models, photos):
         filled += model.normalize.undo(mae.reconstruct(images, prediction)) * mae.pixel_mask(removed)
     expected = (filled[0].clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
     assert np.abs(expected - np.asarray(result.tiles[2])).max() <= 1 and np.isfinite(result.errors).all()
-    blind = model.reconstruct(whole, noise, num_kept, true_statistics=False).metrics
-    assert blind["masked_psnr"] != model.reconstruct(whole, noise, num_kept).metrics["masked_psnr"]
+    for name, everywhere in (("masked_psnr", False), ("prediction_psnr", True)):
+        blind, seeing = (
+            model.reconstruct(whole, noise, num_kept, true_statistics=truth, everywhere=everywhere).metrics[name]
+            for truth in (False, True)
+        )
+        assert blind != seeing
 
 
 def test_classes_and_labels_are_those_of_predict_py(models, photos, tmp_path):
@@ -385,6 +389,15 @@ def test_only_the_picture_that_is_clicked_is_enlarged(models, photos, tabs):
     assert [each.size for each in outputs[:5]] == [(32, 32), (512, 512), (32, 32), (32, 32), (4, 4)]
 
 
+def test_true_patch_statistics_are_named(models, photos, tabs):
+    mae = [opened(models / "mae")]
+    choice = demo.pick(mae, "x", 0, photos[0].read_bytes())
+    for draw, clicks in ((tabs._reconstruct, [None]), (tabs._fill, [])):
+        leaky, honest = (draw(mae, [0], choice, 75, "random", 0, truth, *clicks) for truth in (True, False))
+        assert tabs.LEAKS in leaky[-1] and tabs.LEAKS not in honest[-1]
+        assert not np.array_equal(np.asarray(leaky[-3]), np.asarray(honest[-3]))  # errors
+
+
 # The page
 
 
@@ -511,6 +524,9 @@ def test_a_visitor(server, browser, models, photos, tmp_path):
     filled = model.reconstruct(whole, *mask_of_fill, everywhere=True)
     visitor.wait(f"{filled.metrics['prediction_psnr']:.2f} dB, {filled.metrics['prediction_ssim']:.3f}")
     assert np.array_equal(visitor.pixels("every patch predicted"), np.asarray(filled.tiles[2]))
+    page.get_by_label("True patch statistics").locator("visible=true").uncheck()
+    filled = model.reconstruct(whole, *mask_of_fill, everywhere=True, true_statistics=False)
+    visitor.wait(f"{filled.metrics['prediction_psnr']:.2f} dB, {filled.metrics['prediction_ssim']:.3f}")
     visitor.tab("Classify")
     visitor.wait("a cat")
     visitor.tab("Segment")

@@ -19,7 +19,7 @@ from modeling.inspection import (
     similarities,
 )
 from modeling.mae import MaskedAutoencoder
-from modeling.vit import VisionTransformer
+from modeling.vit import VisionTransformer, patchify
 from modeling.weights import load_weights
 
 SMALL = dict(img_size=(16, 40), patch_size=8, embed_dim=32, depth=2, num_heads=4)
@@ -171,20 +171,33 @@ def test_complementary_masks_remove_every_patch(num_kept, model):
     assert torch.equal(masks[0], model(images, noise).mask)
 
 
+@pytest.mark.parametrize("true_statistics", [True, False])
 @pytest.mark.parametrize("num_kept", [1, 2, 7])
-def test_filled_patches_are_predicted_while_they_are_hidden(num_kept, model):
-    """Loops over masks and patches give the same; changing the pixels of a patch does not change its prediction."""
+@torch.no_grad()
+def test_filled_patches_are_predicted_while_they_are_hidden(num_kept, true_statistics, model):
+    """Loops over masks and patches give the same; the pixels of a patch change its statistics at most."""
     model, images = keep_patches(model, num_kept), images_of(model.encoder)
-    noise = torch.rand(2, 10, generator=torch.Generator().manual_seed(3))
-    filled = fill(model, images, noise)
-    with torch.no_grad():
-        outputs = [model(images, each) for each in complementary_noise(noise, num_kept)]
+    noise, options = (
+        torch.rand(2, 10, generator=torch.Generator().manual_seed(3)),
+        dict(true_statistics=true_statistics),
+    )
+    filled = patchify(fill(model, images, noise, **options), 8)
+    patches, places = patchify(images, 8), torch.cartesian_prod(torch.arange(2), torch.arange(5)).float()
+    outputs = [model(images, each) for each in complementary_noise(noise, num_kept)]
     for image in range(2):
         for patch in range(10):
-            own = [output.prediction[image, patch] for output in outputs if output.mask[image, patch]]
-            torch.testing.assert_close(filled[image, patch], torch.stack(own).mean(dim=0))
+            own = []
+            for output in (output for output in outputs if output.mask[image, patch]):
+                near = 1 / (places - places[patch]).square().sum(dim=1) * (output.mask[image] == 0)
+                near = torch.eye(10)[patch] if true_statistics else near.nan_to_num(0) / near.nan_to_num(0).sum()
+                mean, deviation = near @ patches[image].mean(dim=1), (near @ patches[image].var(dim=1) + 1e-6).sqrt()
+                own.append(output.prediction[image, patch] * deviation + mean)
+            torch.testing.assert_close(filled[image, patch], torch.stack(own).mean(dim=0), rtol=1e-4, atol=1e-5)
     changed = images.clone()
-    changed[:, :, 8:, 16:24] += 1  # patch 7
-    other = fill(model, changed, noise)
-    assert torch.equal(other[:, 7], filled[:, 7]) and not torch.equal(other, filled)
-    assert torch.equal(fill(model, images, noise), filled)
+    changed[:, :, 8:, 16:24] += torch.randn(8, 8, generator=torch.Generator().manual_seed(4))  # patch 7
+    other = patchify(fill(model, changed, noise, **options), 8)
+    assert torch.equal(other[:, 7], filled[:, 7]) != true_statistics and not torch.equal(other[:, :7], filled[:, :7])
+    changed = images.clone()
+    changed[:, :, 8:, 16:24] += 1  # the mean of patch 7 alone
+    other = patchify(fill(model, changed, noise, **options), 8)
+    torch.testing.assert_close(other[:, 7] - filled[:, 7], torch.full((2, 192), float(true_statistics)))

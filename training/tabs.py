@@ -57,23 +57,24 @@ def _name_models(models: Sequence, i: int) -> None:
         gr.Markdown(f"### `{models[i].name}`")
 
 
-def _mask_controls(model, *, least: int = 1) -> list:
-    """Add the controls of a mask that removes at least `least` %, and return those of ratio, strategy and seed."""
-    start = max(round(100 * model.mask_ratio), least)
+def _mask_controls(models: Sequence, *, least: int = 1) -> list:
+    """Add the controls of a mask that removes at least `least` %: ratio, strategy, seed, and use of true statistics."""
+    start = max(round(100 * models[0].mask_ratio), least)
     ratio = gr.Slider(least, 99, start, step=1, label="Removed patches (%)", min_width=220)
     strategy = gr.Radio(["random", "block", "grid"], value="random", label="Pattern", min_width=220)
-    return [ratio, strategy, gr.Slider(0, 99, 0, step=1, label="Seed of the mask", min_width=220)]
+    seed = gr.Slider(0, 99, 0, step=1, label="Seed of the mask", min_width=220)
+    leaks = any(model.leaks for model in models)
+    truth = gr.Checkbox(True, label="True patch statistics", info=LEAKS, visible=leaks, min_width=220)
+    return [ratio, strategy, seed, truth]
 
 
 def reconstruct_tab(models: Sequence, choice: gr.State) -> tuple:
     """Add the tab that reconstructs from a mask, and return it, its function, its inputs and its outputs."""
     indices, places, outputs = [i for i, each in enumerate(models) if each.reconstructs], [], []
-    leaks = any(model.reconstructs and model.leaks for model in models)
     with gr.Tab("Reconstruct") as tab:
         clicks = gr.State()  # a child of the tab: children of gr.Tabs are counted as tabs
         with gr.Row():
-            controls = _mask_controls(models[indices[0]])
-            truth = gr.Checkbox(True, label="True patch statistics", info=LEAKS, visible=leaks, min_width=220)
+            controls = _mask_controls([models[i] for i in indices])
         with gr.Row():
             gr.Markdown("**Click** a patch of what the encoder sees to remove it, or to put it back.")
             undo = gr.Button("Undo clicks", size="sm", scale=0, min_width=140)
@@ -88,12 +89,12 @@ def reconstruct_tab(models: Sequence, choice: gr.State) -> tuple:
             outputs += row
             places.append((row[CLICKED], models[i].img_size))
         outputs += [gr.HTML(), gr.Markdown()]
-    draw, inputs = partial(if_chosen, partial(_reconstruct, models, indices)), [choice, *controls, truth, clicks]
+    draw, inputs = partial(if_chosen, partial(_reconstruct, models, indices)), [choice, *controls, clicks]
     for place, size in places:
-        event = place.select(_click_of(size), [choice, *controls, clicks], clicks, **EVENT)
+        event = place.select(_click_of(size), [choice, *controls[:3], clicks], clicks, **EVENT)
         event.then(draw, inputs, outputs, **EVENT)
     undo.click(lambda: None, None, clicks, **EVENT).then(draw, inputs, outputs, **EVENT)
-    gr.on([control.change for control in (*controls, truth)], draw, inputs, outputs, **EVENT)
+    gr.on([control.change for control in controls], draw, inputs, outputs, **EVENT)
     return tab, draw, inputs, outputs
 
 
@@ -132,15 +133,21 @@ def _click_of(size: tuple[int, int]) -> Callable:
 def _reconstruct(models: Sequence, indices: Sequence[int], choice, ratio, strategy, seed, truth, clicks) -> list:
     """Return the outputs of the tab: pictures of each model, the legend of the errors, the table."""
     clicked = clicks[1] if clicks and clicks[0] == (choice.time, ratio, strategy, seed) else ()
-    options = dict(mask_ratio=ratio / 100, strategy=strategy, seed=int(seed), clicks=clicked)
+    mask = dict(mask_ratio=ratio / 100, strategy=strategy, seed=int(seed), clicks=clicked)
+    results = _results(models, indices, choice, mask, true_statistics=truth)
+    return _show(models, indices, choice, results, METRICS, tiles=(0, 1, 2, 3), leaks=truth)
+
+
+def _results(models: Sequence, indices: Sequence[int], choice, mask: dict, **options) -> list:
+    """Return the reconstruction of each model, None where it cannot read the image."""
     results = []
     for i in indices:
         if isinstance(choice.inputs[i], str):
             results.append(None)
             continue
-        noise, num_kept = models[i].draw_mask(choice.index, **options)
-        results.append(models[i].reconstruct(choice.inputs[i].whole, noise, num_kept, true_statistics=truth))
-    return _show(models, indices, choice, results, METRICS, tiles=(0, 1, 2, 3), leaks=truth)
+        noise, num_kept = models[i].draw_mask(choice.index, **mask)
+        results.append(models[i].reconstruct(choice.inputs[i].whole, noise, num_kept, **options))
+    return results
 
 
 def _show(models: Sequence, indices, choice, results, metrics, *, tiles: Sequence[int], leaks: bool) -> list:
@@ -184,7 +191,7 @@ def fill_tab(models: Sequence, choice: gr.State) -> tuple:
     with gr.Tab("Fill everything") as tab:
         gr.Markdown("Several masks remove each patch at least once: all that is shown was predicted while hidden.")
         with gr.Row():  # below 10 %, up to 100 masks would be needed
-            controls = _mask_controls(models[indices[0]], least=10)
+            controls = _mask_controls([models[i] for i in indices], least=10)
         for i in indices:
             _name_models(models, i)
             with gr.Row():
@@ -195,17 +202,12 @@ def fill_tab(models: Sequence, choice: gr.State) -> tuple:
     return tab, draw, inputs, outputs
 
 
-def _fill(models: Sequence, indices: Sequence[int], choice, ratio, strategy, seed) -> list:
+def _fill(models: Sequence, indices: Sequence[int], choice, ratio, strategy, seed, truth) -> list:
     """Return the outputs of the tab, as `_reconstruct` does."""
-    results = []
-    for i in indices:
-        if isinstance(choice.inputs[i], str):
-            results.append(None)
-            continue
-        mask = models[i].draw_mask(choice.index, mask_ratio=ratio / 100, strategy=strategy, seed=int(seed))
-        results.append(models[i].reconstruct(choice.inputs[i].whole, *mask, everywhere=True))
+    mask = dict(mask_ratio=ratio / 100, strategy=strategy, seed=int(seed))
+    results = _results(models, indices, choice, mask, true_statistics=truth, everywhere=True)
     metrics = {name: METRICS[name] for name in ("whole prediction",)}
-    return _show(models, indices, choice, results, metrics, tiles=(0, 2), leaks=True)
+    return _show(models, indices, choice, results, metrics, tiles=(0, 2), leaks=truth)
 
 
 def classify_tab(models: Sequence, choice: gr.State) -> tuple:
