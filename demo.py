@@ -2,7 +2,7 @@
 
     python demo.py work_dir/quickstart_pretrain
 
-serves a page on this machine and prints its address; several models are shown below each other. Without a model, the
+serves a page on this machine and prints its address; several models are shown side by side. Without a model, the
 newest run in work_dir/ is shown. Images are uploaded, taken by a webcam, or held-out images of the run. Uploads
 are deleted after ten minutes. `pip install -r requirements-demo.txt` installs what the page needs.
 """
@@ -49,7 +49,7 @@ from training import arguments, launch
 from training.arguments import integer
 from training.card import find_record
 from training.launch import fail
-from training.metrics import reconstruction_metrics
+from training.metrics import reconstruction_metrics, visible_mean
 from training.neighbours import nearest
 from training.pictures import attention_tiles, displayable, reconstruction_tiles
 from training.ports import free_port
@@ -111,7 +111,13 @@ class Reconstruction(NamedTuple):
     tiles: list[Image.Image]  # see training.pictures.RECONSTRUCTION
     errors: np.ndarray  # (h, w): root mean squared error of each predicted patch, NaN for others
     metrics: dict[str, float]  # by the names of metrics.json
+    baseline: dict[str, float] | None  # those of the mean colour of the visible pixels; None if all were removed
     num_kept: int
+
+
+def score(images, prediction, mask):
+    """Return the metrics of one image and its prediction (1, C, H, W) by name."""
+    return {name: value.item() for name, value in reconstruction_metrics(images, prediction, mask).items()}
 
 
 class PageModel:
@@ -188,12 +194,14 @@ class PageModel:
             prediction = model.reconstruct(images, prediction, mask=None if true_statistics else removed)
         prediction, images = (self.normalize.undo(each) for each in (prediction, images))
         mask = model.pixel_mask(removed)
-        metrics = {name: value.item() for name, value in reconstruction_metrics(images, prediction, mask).items()}
+        metrics, baseline = score(images, prediction, mask), None
+        if not everywhere:
+            baseline = score(images, visible_mean(images, 1 - mask).expand_as(images), mask)
         errors = (prediction.clamp(0, 1) - images).square().mean(dim=1, keepdim=True)
         errors = F.avg_pool2d(errors, self.encoder.patch_size)[0, 0].sqrt().cpu().numpy()
         errors[removed.reshape(errors.shape).cpu().numpy() == 0] = np.nan
         tiles = reconstruction_tiles(images, prediction, mask, preview_channels(self.pixels))[0]
-        return Reconstruction(tiles, errors, metrics, num_kept)
+        return Reconstruction(tiles, errors, metrics, baseline, num_kept)
 
     @torch.no_grad()
     def classify(self, image):

@@ -36,6 +36,7 @@ from training.card import find_record
 from training.files import MARKER, replace_folder
 from training.heatmaps import class_legend, heat_map, overlay
 from training.launch import RunError
+from training.metrics import reconstruction_metrics
 from training.ports import free_port
 from training.upload import upload
 
@@ -105,6 +106,20 @@ def test_reconstructions_are_those_of_predict_py(name, models, photos, tmp_path)
             shown = grid[48 : 48 + height * scale : scale, left : left + width * scale : scale]
             assert np.array_equal(shown, np.asarray(tile.convert("RGB")))
     assert result.num_kept == int(model.num_patches * 0.4) and np.isnan(result.errors).sum() == result.num_kept
+
+
+def test_the_baseline_is_the_mean_colour_of_the_visible_patches(models, photos):
+    model = opened(models / "mae")
+    whole = model.prepare(photos[0].read_bytes()).whole
+    noise, num_kept = model.draw_mask(0, mask_ratio=0.5, strategy="random", seed=0)
+    result = model.reconstruct(whole, noise, num_kept)
+    assert result.baseline["masked_psnr"] == result.metrics["masked_psnr_visible_mean"]
+    visible = np.isnan(result.errors).repeat(8, 0).repeat(8, 1)
+    colour = whole.numpy()[:, visible].mean(axis=1) / 255
+    flat = torch.tensor(colour, dtype=torch.float32).view(1, 3, 1, 1).expand(1, 3, 32, 32)
+    expected = reconstruction_metrics(whole[None] / 255, flat, torch.from_numpy(~visible).float()[None, None])
+    assert result.baseline == {name: pytest.approx(value.item(), rel=1e-3) for name, value in expected.items()}
+    assert model.reconstruct(whole, noise, num_kept, everywhere=True).baseline is None
 
 
 def test_held_out_images_score_as_in_metrics_json(image_folder, tmp_path, monkeypatch):

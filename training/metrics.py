@@ -40,7 +40,7 @@ def reconstruction_metrics(
         prediction = torch.where(valid, prediction, images)  # in the windows of SSIM, both have the same invalid pixels
         removed, visible = removed * valid, visible * valid
     pasted = torch.where(mask.bool(), prediction, images)
-    mean_colour = (images * visible).sum(dim=(2, 3), keepdim=True) / visible.sum(dim=(2, 3), keepdim=True)
+    mean_colour = visible_mean(images, visible)
     options = {"data_range": 1.0, "reduction": "none", "return_full_image": True}
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 changes SSIM by up to 0.005
         prediction_ssim, prediction_map = ssim(prediction, images, **options)
@@ -57,6 +57,11 @@ def reconstruction_metrics(
         "pasted_psnr": psnr((pasted - images).square(), valid),
         "pasted_ssim": pasted_ssim,
     }
+
+
+def visible_mean(images: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """Return the mean colour (B, C, 1, 1) of the pixels of images that are 1 in `visible` (B, 1, H, W)."""
+    return (images * visible).sum(dim=(2, 3), keepdim=True) / visible.sum(dim=(2, 3), keepdim=True)
 
 
 def sum_reconstruction_metrics(
