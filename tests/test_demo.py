@@ -364,17 +364,18 @@ def test_without_an_image_nothing_is_drawn(tabs):
     assert tabs.if_chosen(lambda choice: 1 / 0, None) == skipped
     event = SimpleNamespace(index=(3, 3))
     assert tabs._click_of((32, 32))(None, 50, "random", 0, None, event) is None
-    for features in (None, [None]):
+    for features in (None, {1: None}):
         assert tabs._similarity_of(None, 0, 0)(features, event) == skipped
 
 
 def test_opacity_before_the_classes_of_an_image(models, photos, tabs):
     segmenter = [opened(models / "segmenter")]
     one, other = (demo.pick(segmenter, "x", 0, photo.read_bytes()) for photo in photos[:2])
-    labels, picture, legend = tabs._segment(segmenter, [0], one, 60)
-    assert tabs._blend(segmenter, [0], other, None, 50) == tabs._blend(segmenter, [0], other, labels, 50)
-    assert tabs._blend(segmenter, [0], other, labels, 50) == tabs.gr.skip()
-    again = tabs._blend(segmenter, [0], one, labels, 60)
+    compute, draw = (lambda model, inputs: model.segment(inputs)), tabs._draw_classes
+    labels, picture, legend = tabs._compute_and_draw(segmenter, [0], compute, draw, one, 60)
+    for results in (None, labels):
+        assert tabs._draw_again(segmenter, [0], draw, other, results, 50) == tabs.gr.skip()
+    again = tabs._draw_again(segmenter, [0], draw, one, labels, 60)
     assert again[1] == legend and np.array_equal(np.asarray(again[0]), np.asarray(picture))
 
 
@@ -391,9 +392,9 @@ def test_segmenters_show_attention_alone(models, photos, tabs):
     """Their encoder has no final norm: predict.py has no colours of them either."""
     both = [opened(models / "segmenter"), opened(models / "mae")]
     choice = demo.pick(both, "x", 0, photos[0].read_bytes())
-    features, *outputs = tabs._look(both, lambda: None, choice, None)
+    features, *outputs = tabs._look(both, [0, 1], lambda: None, choice, None)
     segmenter, mae = outputs[:9], outputs[9:]
-    assert features[0] is None and segmenter[1:3] == [None] * 2 and segmenter[4:7] == [None, None, ""]
+    assert [*features] == [1] and segmenter[1:3] == [None] * 2 and segmenter[4:7] == [None, None, ""]
     assert segmenter[0] is not None and len(segmenter[7]) == 2 and all(mae)
 
 
@@ -401,6 +402,7 @@ def test_only_the_picture_that_is_clicked_is_enlarged(models, photos, tabs):
     mae = [opened(models / "mae")]
     choice = demo.pick(mae, "x", 0, photos[0].read_bytes())
     outputs = tabs._reconstruct(mae, [0], choice, 75, "random", 0, True, None)
+    assert len(outputs) == 7
     assert [each.size for each in outputs[:5]] == [(32, 32), (512, 512), (32, 32), (32, 32), (4, 4)]
 
 
@@ -409,7 +411,7 @@ def test_true_patch_statistics_are_named(models, photos, tabs):
     choice = demo.pick(mae, "x", 0, photos[0].read_bytes())
     for draw, clicks in ((tabs._reconstruct, [None]), (tabs._fill, [])):
         leaky, honest = (draw(mae, [0], choice, 75, "random", 0, truth, *clicks) for truth in (True, False))
-        assert tabs.LEAKS in leaky[-1] and tabs.LEAKS not in honest[-1]
+        assert tabs.LEAKS in leaky[-2] and tabs.LEAKS not in honest[-2]
         assert not np.array_equal(np.asarray(leaky[-3]), np.asarray(honest[-3]))  # errors
 
 

@@ -33,6 +33,8 @@ CSS = """
 .pixels img { object-fit: contain !important; image-rendering: pixelated; }
 .labelled > label { position: static !important; display: flex; width: 100%; }
 .labelled:not(.examples) .grid-wrap { height: auto !important; max-height: none !important; min-height: 0 !important; }
+.smooth img { image-rendering: auto; }
+.tiles { display: grid !important; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
 .clickable img { cursor: crosshair; }
 @media (max-width: 600px) { .labelled .grid-container { grid-template-columns: repeat(3, 1fr) !important; } }
 footer { display: none !important; }
@@ -46,7 +48,7 @@ def build_page(models: Sequence, examples: Sequence, caption: str, pick: Callabl
     """Return the page.
 
     Args:
-        models: shown below each other in each tab that they have results for.
+        models: shown side by side in each tab that they have results for.
         examples: images to begin with, as tuples (name, index, data), and a picture of each.
         caption: what the examples are.
         pick: (name, index, data) -> the image as models see it (`Choice` in demo.py), or a str that says why not.

@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import gradio as gr
@@ -16,11 +16,10 @@ from training.pictures import RECONSTRUCTION, displayable
 EVENT = dict(api_visibility="private", show_progress="minimal", trigger_mode="always_last")
 STATE = dict(time_to_live=3600)  # seconds without a change after which what a visitor chose is forgotten
 CLICKED = 1  # of the pictures RECONSTRUCTION
-METRICS = {  # row of the table -> PSNR and SSIM in metrics.json
-    "removed patches": ("masked_psnr", "masked_ssim"),
-    "the same, filled with the visible mean": ("masked_psnr_visible_mean", None),
-    "whole prediction": ("prediction_psnr", "prediction_ssim"),
-    "with visible patches": ("pasted_psnr", "pasted_ssim"),
+METRICS = {  # row of the table -> prefix of PSNR and SSIM in metrics.json
+    "removed patches": "masked",
+    "whole image": "prediction",
+    "with visible patches": "pasted",
 }
 LEAKS = "Predictions use the true mean and variance of each removed patch, which the model did not see."
 
@@ -51,10 +50,14 @@ def one_line(text: str, colour: str = "inherit") -> str:
     return f'<div role="status" style="color: {colour}">{html.escape(text)}</div>'
 
 
-def _name_models(models: Sequence, i: int) -> None:
-    """Add the name of a model above its results, if there are several."""
-    if len(models) > 1:
-        gr.Markdown(f"### `{models[i].name}`")
+def _columns(models: Sequence, indices: Sequence[int]) -> Iterator[int]:
+    """Yield each index inside a column of its own, with the name of the model at its top if there are several."""
+    with gr.Row():
+        for i in indices:
+            with gr.Column(min_width=320):  # below each other where it is narrower, as on a phone
+                if len(models) > 1:
+                    gr.Markdown(f"### `{models[i].name}`")
+                yield i
 
 
 def _mask_controls(models: Sequence, *, least: int = 1) -> list:
@@ -78,17 +81,15 @@ def reconstruct_tab(models: Sequence, choice: gr.State) -> tuple:
         with gr.Row():
             gr.Markdown("**Click** a patch of what the encoder sees to remove it, or to put it back.")
             undo = gr.Button("Undo clicks", size="sm", scale=0, min_width=140)
-        for i in indices:
-            _name_models(models, i)
-            with gr.Row():
+        for i in _columns(models, indices):
+            with gr.Row(elem_classes=["tiles"]):
                 row = [
-                    picture(label, elem_classes=["clickable"] * (i == CLICKED))
-                    for i, label in enumerate(RECONSTRUCTION)
+                    picture(label, elem_classes=["clickable"] * (number == CLICKED))
+                    for number, label in enumerate((*RECONSTRUCTION, "error of each patch"))
                 ]
-                row.append(picture("error of each patch"))
-            outputs += row
+            outputs += [*row, gr.Markdown()]
             places.append((row[CLICKED], models[i].img_size))
-        outputs += [gr.HTML(), gr.Markdown()]
+        outputs.append(gr.HTML())
     draw, inputs = partial(if_chosen, partial(_reconstruct, models, indices)), [choice, *controls, clicks]
     for place, size in places:
         event = place.select(_click_of(size), [choice, *controls[:3], clicks], clicks, **EVENT)
@@ -131,11 +132,11 @@ def _click_of(size: tuple[int, int]) -> Callable:
 
 
 def _reconstruct(models: Sequence, indices: Sequence[int], choice, ratio, strategy, seed, truth, clicks) -> list:
-    """Return the outputs of the tab: pictures of each model, the legend of the errors, the table."""
+    """Return the outputs of the tab: pictures and table of each model, and the legend of the errors."""
     clicked = clicks[1] if clicks and clicks[0] == (choice.time, ratio, strategy, seed) else ()
     mask = dict(mask_ratio=ratio / 100, strategy=strategy, seed=int(seed), clicks=clicked)
     results = _results(models, indices, choice, mask, true_statistics=truth)
-    return _show(models, indices, choice, results, METRICS, tiles=(0, 1, 2, 3), leaks=truth)
+    return _show(models, indices, choice, results, list(METRICS), tiles=(0, 1, 2, 3), leaks=truth)
 
 
 def _results(models: Sequence, indices: Sequence[int], choice, mask: dict, **options) -> list:
@@ -150,35 +151,31 @@ def _results(models: Sequence, indices: Sequence[int], choice, mask: dict, **opt
     return results
 
 
-def _show(models: Sequence, indices, choice, results, metrics, *, tiles: Sequence[int], leaks: bool) -> list:
-    """Return the outputs of a tab of reconstructions: some `tiles` and the errors of each, a legend, and a table."""
-    high = max((np.nanmax(result.errors) for result in results if result), default=1)
-    pictures = []
-    for result in results:
+def _show(models: Sequence, indices, choice, results, rows, *, tiles: Sequence[int], leaks: bool) -> list:
+    """Return the outputs of a tab of reconstructions: some `tiles`, the errors and a table of each, and a legend."""
+    high, outputs = max((np.nanmax(result.errors) for result in results if result), default=1), []
+    for i, result in zip(indices, results, strict=True):
         if result is None:
-            pictures += [None] * (len(tiles) + 1)
+            outputs += [*[None] * (len(tiles) + 1), _unreadable(models[i], choice.inputs[i])]
             continue
-        pictures += [_clickable(result.tiles[i]) if i == CLICKED else result.tiles[i] for i in tiles]
-        pictures.append(heat_map(result.errors, 0, high))
-    head = ["", *(f"`{models[i].name}`" for i in indices)] if len(indices) > 1 else ["", "PSNR, SSIM"]
-    lines = [head, ["---"] + ["---:"] * len(indices)]
-    for text, (psnr, ssim) in metrics.items():
-        lines.append([text, *(_score(result, psnr, ssim) for result in results)])
-    counts = [(models[i], result) for i, result in zip(indices, results, strict=True) if result]
-    notes = [f"{result.num_kept} of {model.num_patches} patches are seen at a time." for model, result in counts]
-    notes += [LEAKS] * (leaks and any(model.leaks for model, _ in counts))
-    notes += [_unreadable(models[i], choice.inputs[i]) for i in indices if isinstance(choice.inputs[i], str)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        outputs += [_clickable(result.tiles[k]) if k == CLICKED else result.tiles[k] for k in tiles]
+        note = f"{result.num_kept} of {models[i].num_patches} patches are seen at a time."
+        note += f" {LEAKS}" * (leaks and models[i].leaks)
+        outputs += [heat_map(result.errors, 0, high), f"{_table(result, rows)}\n\n{note}"]
     text = "error of a patch: root mean square over its pixels, where white is 1"
-    text += "; grey patches were visible" if len(metrics) > 1 else ""
-    return [*pictures, scale_legend("0", f"{high:.3f}", text), table + "\n\n" + " ".join(dict.fromkeys(notes))]
+    text += "; grey patches were visible" if len(rows) > 1 else ""
+    return [*outputs, scale_legend("0", f"{high:.3f}", text)]
 
 
-def _score(result, psnr: str, ssim: str | None) -> str:
-    """Return a cell of the table."""
-    if not result:
-        return ""
-    return f"{result.metrics[psnr]:.2f} dB" + (f", {result.metrics[ssim]:.3f}" if ssim else "")
+def _table(result, rows: Sequence[str]) -> str:
+    """Return PSNR and SSIM of a reconstruction as a table, beside those of the mean colour of the visible patches."""
+    columns = {"prediction": result.metrics, "mean visible colour": result.baseline}
+    columns = {name: metrics for name, metrics in columns.items() if metrics}
+    lines = [["PSNR, SSIM", *columns], ["---"] + ["---:"] * len(columns)]
+    for row in rows:
+        psnr, ssim = (f"{METRICS[row]}_{name}" for name in ("psnr", "ssim"))
+        lines.append([row, *(f"{metrics[psnr]:.2f} dB, {metrics[ssim]:.3f}" for metrics in columns.values())])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _unreadable(model, reason: str) -> str:
@@ -192,11 +189,11 @@ def fill_tab(models: Sequence, choice: gr.State) -> tuple:
         gr.Markdown("Several masks remove each patch at least once: all that is shown was predicted while hidden.")
         with gr.Row():  # below 10 %, up to 100 masks would be needed
             controls = _mask_controls([models[i] for i in indices], least=10)
-        for i in indices:
-            _name_models(models, i)
-            with gr.Row():
+        for _ in _columns(models, indices):
+            with gr.Row(elem_classes=["tiles"]):
                 outputs += [picture(label) for label in ("original", "every patch predicted", "error of each patch")]
-        outputs += [gr.HTML(), gr.Markdown()]
+            outputs.append(gr.Markdown())
+        outputs.append(gr.HTML())
     draw, inputs = partial(if_chosen, partial(_fill, models, indices)), [choice, *controls]
     gr.on([control.change for control in controls], draw, inputs, outputs, **EVENT)
     return tab, draw, inputs, outputs
@@ -206,16 +203,14 @@ def _fill(models: Sequence, indices: Sequence[int], choice, ratio, strategy, see
     """Return the outputs of the tab, as `_reconstruct` does."""
     mask = dict(mask_ratio=ratio / 100, strategy=strategy, seed=int(seed))
     results = _results(models, indices, choice, mask, true_statistics=truth, everywhere=True)
-    metrics = {name: METRICS[name] for name in ("whole prediction",)}
-    return _show(models, indices, choice, results, metrics, tiles=(0, 2), leaks=truth)
+    return _show(models, indices, choice, results, ["whole image"], tiles=(0, 2), leaks=truth)
 
 
 def classify_tab(models: Sequence, choice: gr.State) -> tuple:
     """Add the tab of the likeliest classes or labels, or of numbers."""
     indices, outputs = [i for i, each in enumerate(models) if each.classifies], []
     with gr.Tab("Classify") as tab:
-        for i in indices:
-            _name_models(models, i)
+        for i in _columns(models, indices):
             with gr.Row():
                 outputs.append(picture("what the model sees", scale=1))
                 problem = models[i].model.problem
@@ -255,40 +250,67 @@ def _pixels(image) -> np.ndarray:
 
 def segment_tab(models: Sequence, choice: gr.State) -> tuple:
     """Add the tab of the classes of pixels."""
-    indices, places = [i for i, each in enumerate(models) if each.segments], []
-    with gr.Tab("Segment") as tab:
-        labels = gr.State(**STATE)
-        opacity = gr.Slider(0, 100, 60, step=1, label="Opacity of the classes (%)")
-        for i in indices:
-            _name_models(models, i)
+    slider = dict(minimum=0, value=60, label="Opacity of the classes (%)")
+    indices = [i for i, each in enumerate(models) if each.segments]
+    functions = dict(compute=lambda model, inputs: model.segment(inputs), draw=_draw_classes)
+    return _slider_tab(models, indices, choice, names=("Segment", "classes of pixels"), slider=slider, **functions)
+
+
+def _draw_classes(model, inputs, classes: np.ndarray, opacity: float) -> tuple[Image.Image, str]:
+    image = displayable(inputs.picture).numpy()
+    return overlay(image, classes, model.colours, opacity), class_legend(classes, model.classes, model.colours)
+
+
+def _slider_tab(
+    models: Sequence,
+    indices: Sequence[int],
+    choice: gr.State,
+    *,
+    names,
+    slider: dict,
+    compute: Callable,
+    draw: Callable,
+) -> tuple:
+    """Add a tab of pictures that a slider changes without another forward pass.
+
+    Args:
+        names: of the tab, and of the pictures.
+        slider: options of the slider, in percent.
+        compute: returns from a model and its inputs what `draw` needs besides.
+        draw: returns from a model, its inputs, that, and the share of the slider a picture and HTML that explains it.
+    """
+    places = []
+    with gr.Tab(names[0]) as tab:
+        results = gr.State(**STATE)
+        slider = gr.Slider(maximum=100, step=1, **slider)
+        for _ in _columns(models, indices):
             with gr.Row():
-                places += [picture("classes of pixels", min_width=300, scale=3), gr.HTML(min_width=200)]
-    blend = partial(if_chosen, partial(_blend, models, indices))
-    opacity.change(blend, [choice, labels, opacity], places, **EVENT)
-    return tab, partial(if_chosen, partial(_segment, models, indices)), [choice, opacity], [labels, *places]
+                places += [picture(names[1], elem_classes=["smooth"], min_width=300, scale=3), gr.HTML(min_width=200)]
+    again = partial(if_chosen, partial(_draw_again, models, indices, draw))
+    slider.change(again, [choice, results, slider], places, **EVENT)
+    both = partial(if_chosen, partial(_compute_and_draw, models, indices, compute, draw))
+    return tab, both, [choice, slider], [results, *places]
 
 
-def _segment(models: Sequence, indices: Sequence[int], choice, opacity) -> list:
-    """Return the time of the image with the classes of its pixels for each model; an overlay and a legend for each."""
+def _compute_and_draw(models: Sequence, indices: Sequence[int], compute: Callable, draw: Callable, choice, percent):
+    """Return the time of the image with what is computed of it by each model; a picture and HTML for each."""
     inputs = [choice.inputs[i] for i in indices]
-    classes = [
-        None if isinstance(each, str) else models[i].segment(each) for i, each in zip(indices, inputs, strict=True)
+    results = [
+        None if isinstance(each, str) else compute(models[i], each) for i, each in zip(indices, inputs, strict=True)
     ]
-    return [(choice.time, classes), *_blend(models, indices, choice, (choice.time, classes), opacity)]
+    return [(choice.time, results), *_draw_again(models, indices, draw, choice, (choice.time, results), percent)]
 
 
-def _blend(models: Sequence, indices: Sequence[int], choice, labels, opacity) -> list | dict:
-    """Return an overlay and a legend for each model; skip if `labels` are those of another image, or none yet."""
-    if labels is None or labels[0] != choice.time:
+def _draw_again(models: Sequence, indices: Sequence[int], draw: Callable, choice, results, percent) -> list | dict:
+    """Return a picture and HTML for each model; skip if `results` are those of another image, or none yet."""
+    if results is None or results[0] != choice.time:
         return gr.skip()
     outputs = []
-    for i, classes in zip(indices, labels[1], strict=True):
-        if classes is None:
+    for i, result in zip(indices, results[1], strict=True):
+        if result is None:
             outputs += [None, one_line(_unreadable(models[i], choice.inputs[i]))]
-            continue
-        image = displayable(choice.inputs[i].picture).numpy()
-        outputs.append(overlay(image, classes, models[i].colours, opacity / 100))
-        outputs.append(class_legend(classes, models[i].classes, models[i].colours))
+        else:
+            outputs += draw(models[i], choice.inputs[i], result, percent / 100)
     return outputs
 
 
@@ -297,7 +319,7 @@ def look_tab(models: Sequence, choice: gr.State, choose: Callable, other: Callab
 
     `choose` adds places to choose the second image, and returns their events; `other` returns it until one is chosen.
     """
-    outputs, places = [], []
+    indices, outputs, places = range(len(models)), [], []
     with gr.Tab("Look inside") as tab:
         second, features = gr.State(**STATE), gr.State(**STATE)
         gr.Markdown(
@@ -306,10 +328,10 @@ def look_tab(models: Sequence, choice: gr.State, choose: Callable, other: Callab
         )
         with gr.Accordion("Choose the second image", open=False):
             events = choose(second, label="Second image")
-        for i, model in enumerate(models):
-            _name_models(models, i)
-            compares, seen, similar = not model.segments, [], []  # a segmenter's encoder has no final norm
-            with gr.Row():
+        for i in _columns(models, indices):
+            model, seen, similar = models[i], [], []
+            compares = not model.segments  # whose encoder has no final norm
+            with gr.Row(elem_classes=["tiles"]):
                 for name in ("first", "second"):
                     seen.append(picture(f"{name} image", elem_classes=["clickable"] * compares))
                     colours = picture("features as colours", visible=compares)
@@ -320,7 +342,8 @@ def look_tab(models: Sequence, choice: gr.State, choose: Callable, other: Callab
                 places += [(place, i, image, [*similar, outputs[-1]]) for image, place in enumerate(seen)]
             heads = f"attention of the {'class token, by head' if model.attends == 'head' else 'queries of the probe'}"
             outputs += [gallery(f"{name} image: {heads}", 6, buttons=[]) for name in ("first", "second")]
-    draw, inputs, results = partial(if_chosen, partial(_look, models, other)), [choice, second], [features, *outputs]
+    draw = partial(if_chosen, partial(_look, models, indices, other))
+    inputs, results = [choice, second], [features, *outputs]
     for event in events:
         event.then(draw, inputs, results, **EVENT)
     for place, i, image, results_of_click in places:
@@ -328,19 +351,20 @@ def look_tab(models: Sequence, choice: gr.State, choose: Callable, other: Callab
     return tab, draw, inputs, results
 
 
-def _look(models: Sequence, other: Callable, choice, second) -> list:
-    """Return the features of each model, and its nine outputs."""
+def _look(models: Sequence, indices: Sequence[int], other: Callable, choice, second) -> list:
+    """Return the features of all models by their indices, and nine outputs of each that is shown."""
     second = second or other() or choice
-    all_features, outputs = [], []
-    for model, *pair in zip(models, choice.inputs, second.inputs, strict=True):
+    all_features, outputs = {}, []
+    for i in indices:
+        model, pair = models[i], (choice.inputs[i], second.inputs[i])
         if any(isinstance(inputs, str) for inputs in pair):
             reason = next(inputs for inputs in pair if isinstance(inputs, str))
-            all_features.append(None)
             outputs += [*[None] * 6, one_line(_unreadable(model, reason)), None, None]
             continue
         features, colours, attention = model.look(pair)
-        all_features.append(None if model.segments else features)
-        similar, legend = ([None] * 2, "") if model.segments else _similarity(model, features, 0, 0.5, 0.5)
+        similar, legend = [None] * 2, ""
+        if not model.segments:
+            all_features[i], (similar, legend) = features, _similarity(model, features, 0, 0.5, 0.5)
         for inputs, colour, values in zip(pair, colours, similar, strict=True):
             seen = Image.fromarray(_pixels(inputs.whole if model.segments else inputs.view))
             outputs += [_clickable(seen), None if model.segments else colour, values]
@@ -352,7 +376,7 @@ def _similarity_of(model, i: int, image: int) -> Callable:
     """Return a function that shows the similarity to a patch of an image that is clicked."""
 
     def show(features, event: gr.SelectData):
-        if features is None or features[i] is None:
+        if features is None or i not in features:
             return gr.skip()
         maps, legend = _similarity(model, features[i], image, *_place_of(event, model.img_size))
         return [*maps, legend]
@@ -372,8 +396,8 @@ def nearest_tab(models: Sequence, choice: gr.State) -> tuple:
     """Add the tab of the nearest images of a folder."""
     indices, outputs = [i for i, each in enumerate(models) if each.bank], []
     with gr.Tab("Nearest") as tab:
-        for i in indices:
-            label = f"nearest of {len(models[i].bank[1])} images, by cosine similarity: {models[i].name}"
+        for i in _columns(models, indices):
+            label = f"nearest of {len(models[i].bank[1])} images, by cosine similarity"
             outputs += [gallery(label, 4, buttons=[]), gr.HTML()]
     return tab, partial(if_chosen, partial(_nearest, models, indices)), [choice], outputs
 
