@@ -1,4 +1,4 @@
-"""Show in a browser what trained models do with an image: reconstruction, features, attention, classes, segmentation.
+"""Show in a browser what trained models do with an image: reconstruction, features, attention, classes, objects.
 
     python demo.py work_dir/quickstart_pretrain
 
@@ -26,18 +26,19 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
-from data import shapes
 from data.batches import FIXED_EPOCH, ListedDataset, Normalization, centre_crop, make_loader
 from data.decode import PixelFormat, decode, preview_channels
+from data.detection import SHOWN, as_results, drawings, fill_of, fit_and_size
+from data.examples import drawn_examples, held_out_examples
 from data.files import find_images
 from data.index import DataError
 from data.masking import mask_noise
-from data.sampling import sample_generator, spread
+from data.sampling import sample_generator
 from data.segmentation import palette, view_and_preview, view_sizes
-from data.sources import kind_of_data, open_sources
 from data.transforms import CentreCrop
 from data.values import DamagedImage
 from modeling.classifier import Classifier
+from modeling.detector import Detector, in_original_pixels
 from modeling.files import WeightsError
 from modeling.hub import find_weights, is_on_hub
 from modeling.inspection import attention_maps, feature_colours, fill, keep_patches, patch_features, similarities
@@ -51,7 +52,7 @@ from training.card import find_record
 from training.launch import fail
 from training.metrics import reconstruction_metrics, visible_mean
 from training.neighbours import nearest
-from training.pictures import attention_tiles, displayable, reconstruction_tiles
+from training.pictures import attention_tiles, detection_picture, displayable, reconstruction_tiles
 from training.ports import free_port
 from training.processes import check_settings
 from training.wording import in_one_line
@@ -101,8 +102,9 @@ class Inputs(NamedTuple):
     """Hold an image as a model sees it."""
 
     whole: torch.Tensor  # (C, *img_size): all of its shorter side, for reconstruction
-    view: torch.Tensor  # (C, h, w): what predict.py gives an encoder, a classifier or a segmenter
-    picture: torch.Tensor  # (C, H, W): `view`, or a segmenter's image at its own proportions
+    view: torch.Tensor  # (C, h, w): what predict.py gives an encoder, a classifier, a segmenter or a detector
+    picture: torch.Tensor  # (C, H, W): `view`, or the image of a segmenter or detector at its own proportions
+    original: tuple[int, int] = ()  # height and width of a detector's image
 
 
 class Reconstruction(NamedTuple):
@@ -134,10 +136,12 @@ class PageModel:
         self.pixels = PixelFormat(self.encoder.in_channels, self.trained.value_range, max_pixels=max_pixels)
         self.normalize = Normalization(self.trained.mean, self.trained.std, device)
         self.classifies, self.segments = isinstance(self.model, Classifier), isinstance(self.model, Segmenter)
+        self.detects, self.least_score = isinstance(self.model, Detector), SHOWN
+        self.compares = not (self.segments or self.detects)  # features, which need the final norm of the encoder
         self.reconstructs = isinstance(self.model, MaskedAutoencoder) and self.model.target.invertible
         self.grid, self.img_size, self.classes = self.encoder.grid, self.encoder.img_size, self.trained.classes
         self.num_patches, self.mask_ratio = math.prod(self.grid), getattr(self.model, "mask_ratio", None)
-        self.colours = palette(len(self.classes)) if self.segments else None
+        self.colours = palette(len(self.classes)) if self.segments or self.detects else None
         self.leaks = self.reconstructs and self.model.target.uses_true_patch_statistics
         self.attends = "query" if getattr(self.model, "pooling", None) == "attentive" else "head"
         self.source = self.bank = None  # see `index`
@@ -150,6 +154,10 @@ class PageModel:
             sides = dict(resize=self.trained.resize, crop_size=size[0], patch_size=self.encoder.patch_size)
             sizes = partial(view_sizes, mode="slide", scales=[1.0], **sides)
             return Inputs(whole, *view_and_preview(image, 0, sizes=sizes, longest=PREVIEW_SIZE)[:2])
+        if self.detects:
+            fill = fill_of(self.trained.mean, self.trained.value_range)
+            view, (h, w), original = fit_and_size(image, 0, side=size[0], fill=fill)
+            return Inputs(whole, view, displayable(view)[:, :h, :w], tuple(original.tolist()))
         (view,) = centre_crop(image, 0, size=size, crop_ratio=self.trained.crop_ratio)
         return Inputs(whole, view, view)
 
@@ -216,6 +224,20 @@ class PageModel:
         return predict(self.model, [view], tuple(size), flip=False, window=self.encoder.img_size[0])[0].cpu().numpy()
 
     @torch.no_grad()
+    def detect(self, inputs):
+        """Return what a detector gives for an image, see Detector.forward, on the CPU."""
+        images, size = self.normalize(inputs.view[None].to(self.device)), tuple(inputs.picture.shape[1:])
+        return {name: values.cpu() for name, values in self.model(images, [size])[0].items()}
+
+    def draw_objects(self, inputs, detections, least_score):
+        """Return a picture of the objects of `detect` that score at least `least_score`, and COCO's records of them."""
+        chosen, size = detections["scores"] >= least_score, tuple(inputs.picture.shape[1:])
+        detections = {name: values[chosen] for name, values in detections.items()}
+        records = as_results(in_original_pixels(detections, size, inputs.original))
+        shown = drawings(records, inputs.original, size)
+        return detection_picture(inputs.picture.numpy(), shown, self.classes, self.colours), records
+
+    @torch.no_grad()
     def look(self, pair):
         """Return features (2, L, D) of the patches of two Inputs, and pictures of them and of attention, for each.
 
@@ -276,35 +298,14 @@ class PageModel:
         return results
 
 
-class Example(NamedTuple):
-    """Hold an image to begin with."""
-
-    name: str
-    index: int  # in its source, on which its masks depend
-    data: object  # as `decode` takes it
-
-
-def held_out_examples(model):
-    """Return held-out images of a run's data, none if it holds out none. Raises DataError, OSError and ImportError."""
-    flags = model.record.flags
-    path, validation = flags["path_to_data"], flags.get("path_to_validation_data")
-    if "hub" in map(kind_of_data, filter(None, (path, validation))):
-        raise DataError("it is on the Hub, and nothing is downloaded")
-    places = dict(validation=validation, cache=flags.get("cache_dir"))
-    _, source = open_sources(path, model.pixels, data_format=flags.get("data_format"), **places)
-    if source is None:
-        return []
-    source.prepare()
-    return [Example(source.name(i), i, *source.fetch([i])) for i in spread(NUM_EXAMPLES, len(source))]
-
-
 def find_examples(model):
     """Return held-out images of a run's data, or drawn scenes, each with a small picture; and what they are."""
-    path = (model.record and model.record.flags.get("path_to_data")) or "builtin:shapes"
-    channels, reason = model.pixels.channels, None
+    flags = model.record.flags if model.record else {}
+    path, channels, reason = flags.get("path_to_data") or "builtin:shapes", model.pixels.channels, None
     if path != "builtin:shapes":
         try:
-            if pairs := with_pictures(held_out_examples(model), model):
+            examples = held_out_examples(flags, model.pixels, NUM_EXAMPLES, annotated=model.detects)
+            if pairs := with_pictures(examples, model):
                 return pairs, f"Held-out images of {Path(path).name}"
             reason = "holds out no image that can be read"
         except (DataError, OSError, ImportError) as error:
@@ -314,10 +315,7 @@ def find_examples(model):
         print(f"{path} {reason}; " + ("drawn scenes are shown instead" if drawable else "the page starts empty"))
     if not drawable:
         return [], ""
-    drawn = [Image.fromarray(shapes.draw(shapes.TRAIN_IMAGES + i)[0]) for i in range(NUM_EXAMPLES)]
-    drawn = [np.atleast_3d(np.array(image if channels == 3 else image.convert("L"))) for image in drawn]
-    scenes = [Example(f"scene {i}", i, data) for i, data in enumerate(drawn)]
-    return with_pictures(scenes, model), "Drawn scenes, none of them trained on"
+    return with_pictures(drawn_examples(channels, NUM_EXAMPLES), model), "Drawn scenes, none of them trained on"
 
 
 def with_pictures(examples, model):
@@ -371,10 +369,9 @@ def main(argv=None):
             models.append(PageModel(path, device=device, max_pixels=args.max_pixels))
         except WeightsError as error:
             errors.append(str(error))
-    if source and not errors and all(model.segments for model in models):
-        errors.append(
-            f"--nearest needs features, and {models[0].path} is a segmentation model, whose encoder has no norm"
-        )
+    if source and not errors and not any(model.compares for model in models):
+        words = "is a segmentation model or a detector, whose encoder has no norm"
+        errors.append(f"--nearest needs features, and {models[0].path} {words}")
     port, port_errors = free_port(args.host, args.port)
     errors += port_errors
     if errors:
@@ -385,7 +382,7 @@ def main(argv=None):
         print(f"model      {model.path} ({model.trained.layout})")
         for assumption in model.trained.assumed:
             print(f"           assumed: {assumption}")
-        if source and not model.segments:
+        if source and model.compares:
             model.index(source)
 
     # Page

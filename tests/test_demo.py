@@ -29,18 +29,26 @@ from safetensors.torch import load_file
 import demo
 import push_to_hub
 from modeling.classifier import Classifier
-from modeling.export import export_autoencoder, export_classifier, export_encoder, export_segmenter
+from modeling.detector import Detector
+from modeling.export import (
+    export_autoencoder,
+    export_classifier,
+    export_detector,
+    export_encoder,
+    export_segmenter,
+)
 from modeling.inspection import complementary_noise, keep_patches
 from modeling.upernet import Segmenter
 from training.card import find_record
 from training.files import MARKER, replace_folder
-from training.heatmaps import class_legend, heat_map, overlay
+from training.heatmaps import class_legend, heat_map, object_list, overlay
 from training.launch import RunError
 from training.metrics import reconstruction_metrics
 from training.ports import free_port
 from training.upload import upload
 
 SIZE = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
+BANDS = dict(mean=[0.1, 0.2, 0.3, 0.4, 0.5], std=[0.2] * 5, value_range=[-1, 3])
 STATISTICS = dict(mean=[0.5, 0.4, 0.3], std=[0.3, 0.2, 0.25])
 CLASSES = ["a cat", "Käse", "<b>owl</b>"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -64,6 +72,12 @@ def models(tmp_path_factory) -> Path:
         export_classifier(model, root / pooling, classes=CLASSES, crop_ratio=0.875, **STATISTICS)
     model = randomize(Segmenter(new_encoder(**SIZE), 3, head_width=16))
     export_segmenter(model, root / "segmenter", classes=CLASSES, resize=[96, 48], **STATISTICS)
+    model = randomize(Detector(new_encoder(**SIZE), 3, width=8))
+    with torch.no_grad():
+        model.roi_heads.box_predictor.cls_score.bias += torch.tensor([0, 0, 0, 2])  # some boxes score more than half
+    export_detector(model, root / "detector", classes=CLASSES, class_ids=[2, 7, 9], **STATISTICS)
+    model = randomize(build_autoencoder(new_encoder(**SIZE, in_channels=5), **decoder))
+    export_autoencoder(model, root / "bands", **BANDS)
     return root
 
 
@@ -154,9 +168,23 @@ def test_drawn_scenes_replace_what_is_not_held_out(data, words, models, photos, 
     assert words in said and "drawn scenes are shown instead" in said
 
 
-def write_record(folder: Path, models: Path, **flags) -> Path:
+def test_examples_of_a_detector_are_held_out_images(models, photos, tmp_path):
+    for split, number in (("train", 0), ("val", 1)):
+        for kind in ("images", "labels"):
+            (tmp_path / "data" / kind / split).mkdir(parents=True)
+        shutil.copy(photos[number], tmp_path / "data/images" / split)
+        (tmp_path / "data/labels" / split / f"{number}.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    (tmp_path / "data/data.yaml").write_text(f"names: {json.dumps(CLASSES)}")
+    run_folder = write_record(tmp_path / "run", models, "detector", path_to_data=str(tmp_path / "data"))
+    examples, caption = demo.find_examples(opened(run_folder / "checkpoints/step_2"))
+    assert caption == "Held-out images of data" and [example.data for example, _ in examples] == [
+        photos[1].read_bytes()
+    ]
+
+
+def write_record(folder: Path, models: Path, name: str = "mae", **flags) -> Path:
     """Write the args.json of a run, and a checkpoint of it."""
-    shutil.copytree(models / "mae", folder / "checkpoints/step_2")
+    shutil.copytree(models / name, folder / "checkpoints/step_2")
     record = {key: {} for key in ("command", "data", "machine", "processes", "versions")}
     (folder / "args.json").write_text(json.dumps(dict(record, flags=flags)))
     return folder
@@ -228,6 +256,25 @@ def test_classes_and_labels_are_those_of_predict_py(models, photos, tmp_path):
         assert np.array_equal(labels + 1, np.asarray(Image.open(tmp_path / "segmenter/labels" / path.name)))
 
 
+def test_objects_are_those_of_predict_py(models, photos, tmp_path):
+    run("predict.py", models / "detector", *photos, "--output", "out", cwd=tmp_path)
+    model, counts = opened(models / "detector"), []
+    for path, line in zip(photos, lines_of(tmp_path / "out"), strict=True):
+        inputs = model.prepare(path.read_bytes())
+        detections = model.detect(inputs)
+        numbers = {2: 1, 7: 2, 9: 3}
+        expected = [{**each, "category_id": numbers[each["category_id"]]} for each in line["objects"]]
+        for each in expected:
+            del each["class"]
+        assert model.draw_objects(inputs, detections, 0)[1] == expected
+        drawn, records = model.draw_objects(inputs, detections, 0.5)
+        assert records == [each for each in expected if each["score"] >= 0.5]
+        written = np.asarray(Image.open(tmp_path / "out" / line["overlay"]))
+        assert np.array_equal(written[8 : 8 + drawn.height, 8 : 8 + drawn.width], np.asarray(drawn))
+        counts.append((len(records), len(expected)))
+    assert all(0 < shown < total for shown, total in counts)
+
+
 def test_nearest_images(models, photos, tmp_path):
     (tmp_path / "damaged.png").write_bytes(photos[0].read_bytes()[:60])
     source = demo.find_images([*map(str, photos), str(tmp_path)])[0]
@@ -291,15 +338,21 @@ def test_colours_and_legends():
     legend = class_legend(labels, CLASSES, colours)
     assert "&lt;b&gt;owl&lt;/b&gt; 75.0 %" in legend and "Käse" not in legend and "rgb(200, 0, 0)" in legend
     assert legend.index("owl") < legend.index("a cat")
+    records = [dict(category_id=3, score=0.876, bbox=[1.2, 2.6, 30.0, 4.0])]
+    listed = object_list(records, CLASSES, colours)
+    assert "rgb(0, 0, 100)" in listed and "&lt;b&gt;owl&lt;/b&gt;</td><td>87.6 %</td><td>30 x 4 at 1, 3<" in listed
+    assert object_list([], CLASSES, colours) == "no object"
 
 
-def test_bad_input_is_an_error_in_one_line(models, tmp_path):
+def test_bad_input_is_an_error_in_one_line(models, photos, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     mae = models / "mae"
+    detector = [models / "detector", "--nearest", photos[0].parent]
     starts = [[], [empty], [mae, "--nearest", "nowhere"], [mae, "--nearest", empty], [mae, "--host", "300.1.1.1"]]
-    ends = run_each("demo.py", starts, cwd=tmp_path, code=2)
+    ends = run_each("demo.py", [*starts, detector], cwd=tmp_path, code=2)
     words = ("make one with: accelerate", "without weights", "nowhere", "no image", "--host 300.1.1.1 is no address")
+    words += ("is a segmentation model or a detector, whose encoder has no norm",)
     for said, expected in zip(ends, words, strict=True):
         (line,) = said.strip().splitlines()
         assert line.startswith("error: ") and expected in line

@@ -19,6 +19,7 @@ from training.tabs import (
     EVENT,
     STATE,
     classify_tab,
+    detect_tab,
     fill_tab,
     look_tab,
     nearest_tab,
@@ -69,7 +70,10 @@ def build_page(models: Sequence, examples: Sequence, caption: str, pick: Callabl
                 tabs.append(classify_tab(models, choice))
             if any(model.segments for model in models):
                 tabs.append(segment_tab(models, choice))
-            tabs.append(look_tab(models, choice, choose, firsts[-1] if firsts else lambda: None))
+            if any(model.detects for model in models):
+                tabs.append(detect_tab(models, choice))
+            if not all(model.detects for model in models):
+                tabs.append(look_tab(models, choice, choose, firsts[-1] if firsts else lambda: None))
             if any(model.bank for model in models):
                 tabs.append(nearest_tab(models, choice))
         begin = partial(_begin, firsts[0] if firsts else None, tabs[0][0].label)

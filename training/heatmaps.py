@@ -1,4 +1,4 @@
-"""Draw numbers of patches as colours: heat maps, overlays of classes, and the legends of both as HTML."""
+"""Draw numbers of patches as colours: heat maps, overlays of classes, and the legends of all tabs as HTML."""
 
 import html
 from collections.abc import Sequence
@@ -46,8 +46,24 @@ def class_legend(labels: np.ndarray, classes: Sequence[str], colours: np.ndarray
     entries = []
     for number in np.argsort(-counts, kind="stable"):
         if counts[number]:
-            swatch = "background: rgb({}, {}, {})".format(*colours[number])
             name, share = html.escape(classes[number]), 100 * counts[number] / labels.size
-            box = f'<span style="display: inline-block; width: 14px; height: 14px; {swatch}; margin-right: 6px"></span>'
-            entries.append(f'<span style="white-space: nowrap">{box}{name} {share:.1f} %</span>')
+            entries.append(f'<span style="white-space: nowrap">{_swatch(colours[number])}{name} {share:.1f} %</span>')
     return f'<div style="display: flex; flex-wrap: wrap; gap: 4px 16px">{"".join(entries)}</div>'
+
+
+def object_list(records: Sequence[dict], classes: Sequence[str], colours: np.ndarray) -> str:
+    """Return HTML with colour, class, score and box of each object in COCO's records, whose classes count from 1."""
+    rows = []
+    for record in records:
+        label, (x, y, width, height) = record["category_id"] - 1, record["bbox"]
+        name, place = html.escape(classes[label]), f"{width:.0f} x {height:.0f} at {x:.0f}, {y:.0f}"
+        rows.append(
+            f"<tr><td>{_swatch(colours[label])}{name}</td><td>{100 * record['score']:.1f} %</td><td>{place}</td></tr>"
+        )
+    return f"<table><tr><th>class</th><th>score</th><th>box</th></tr>{''.join(rows)}</table>" if rows else "no object"
+
+
+def _swatch(colour: np.ndarray) -> str:
+    background = "rgb({}, {}, {})".format(*colour)
+    style = f"display: inline-block; width: 14px; height: 14px; background: {background}; margin-right: 6px"
+    return f'<span style="{style}"></span>'

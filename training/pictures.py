@@ -192,9 +192,13 @@ def detection_overlay(
 ) -> None:
     """Write a PNG of an image (C, h, w), uint8, C 1 or 3, with its objects, see `detection_grid`, and a legend."""
     counts = np.bincount([drawing.label for drawing in objects], minlength=256)
-    scale = max(1, 512 // max(image.shape[1:]))
-    picture = _draw_objects(image, objects, classes, colours, scale=scale)
+    picture = detection_picture(image, objects, classes, colours)
     _write_grid(path, [[picture]], legend=_legend(counts, classes, colours))
+
+
+def detection_picture(image: np.ndarray, objects: Sequence, classes: Sequence[str], colours: np.ndarray) -> Image.Image:
+    """Return the picture of `detection_overlay`, without its legend."""
+    return _draw_objects(image, objects, classes, colours, scale=max(1, 512 // max(image.shape[1:])))
 
 
 def _draw_objects(

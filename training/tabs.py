@@ -9,7 +9,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from training.heatmaps import class_legend, heat_map, overlay, scale_legend
+from training.heatmaps import class_legend, heat_map, object_list, overlay, scale_legend
 from training.pictures import RECONSTRUCTION, displayable
 
 # No event is part of an API; a slider that moves on while a picture is computed asks for its last place alone
@@ -261,6 +261,19 @@ def _draw_classes(model, inputs, classes: np.ndarray, opacity: float) -> tuple[I
     return overlay(image, classes, model.colours, opacity), class_legend(classes, model.classes, model.colours)
 
 
+def detect_tab(models: Sequence, choice: gr.State) -> tuple:
+    """Add the tab of the objects in an image."""
+    indices = [i for i, each in enumerate(models) if each.detects]
+    slider = dict(minimum=5, value=100 * models[indices[0]].least_score, label="Least score (%)")
+    functions = dict(compute=lambda model, inputs: model.detect(inputs), draw=_draw_objects)
+    return _slider_tab(models, indices, choice, names=("Detect", "objects"), slider=slider, **functions)
+
+
+def _draw_objects(model, inputs, detections, least_score: float) -> tuple[Image.Image, str]:
+    drawn, records = model.draw_objects(inputs, detections, least_score)
+    return drawn, object_list(records, model.classes, model.colours)
+
+
 def _slider_tab(
     models: Sequence,
     indices: Sequence[int],
@@ -319,7 +332,7 @@ def look_tab(models: Sequence, choice: gr.State, choose: Callable, other: Callab
 
     `choose` adds places to choose the second image, and returns their events; `other` returns it until one is chosen.
     """
-    indices, outputs, places = range(len(models)), [], []
+    indices, outputs, places = [i for i, each in enumerate(models) if not each.detects], [], []
     with gr.Tab("Look inside") as tab:
         second, features = gr.State(**STATE), gr.State(**STATE)
         gr.Markdown(
@@ -330,7 +343,7 @@ def look_tab(models: Sequence, choice: gr.State, choose: Callable, other: Callab
             events = choose(second, label="Second image")
         for i in _columns(models, indices):
             model, seen, similar = models[i], [], []
-            compares = not model.segments  # whose encoder has no final norm
+            compares = model.compares
             with gr.Row(elem_classes=["tiles"]):
                 for name in ("first", "second"):
                     seen.append(picture(f"{name} image", elem_classes=["clickable"] * compares))
@@ -363,11 +376,11 @@ def _look(models: Sequence, indices: Sequence[int], other: Callable, choice, sec
             continue
         features, colours, attention = model.look(pair)
         similar, legend = [None] * 2, ""
-        if not model.segments:
+        if model.compares:
             all_features[i], (similar, legend) = features, _similarity(model, features, 0, 0.5, 0.5)
         for inputs, colour, values in zip(pair, colours, similar, strict=True):
             seen = Image.fromarray(_pixels(inputs.whole if model.segments else inputs.view))
-            outputs += [_clickable(seen), None if model.segments else colour, values]
+            outputs += [_clickable(seen), colour if model.compares else None, values]
         outputs += [legend, *attention]
     return [all_features, *outputs]
 
