@@ -171,6 +171,7 @@ def _launch(page: gr.Blocks, host: str, port: int, *, share: bool) -> tuple[str,
     """Start the server at a port, or a later one, and return its address and the public one of `share`."""
     options = dict(theme=THEME, css=CSS, max_file_size=MAX_UPLOAD, state_session_capacity=MAX_SESSIONS)
     options.update(footer_links=[], ssr_mode=False, quiet=True, show_error=False, prevent_thread_lock=True)
+    options["_frontend"] = False  # gradio would end where a proxy or a busy machine delays an answer of this server
     name = f"[{host.strip('[]')}]" if ":" in host else host
     for _ in range(10):
         try:
