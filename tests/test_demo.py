@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 import tomllib
@@ -20,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, environment, metrics_of, run, run_each
+from conftest import ROOT, TINY, Start, finish, metrics_of, run, run_each
 from packaging.specifiers import SpecifierSet
 from PIL import Image
 from random_modules import build_autoencoder, new_encoder, randomize
@@ -473,39 +472,39 @@ def test_true_patch_statistics_are_named(models, photos, tabs):
 
 @pytest.fixture(scope="module")
 def server(browser, models, photos, tmp_path_factory):
-    """Return the address of a page with three models, whose port was taken, and the folder of its temporary files."""
+    """Return the address of a page with five models, whose port was taken, and the folder of its temporary files."""
     cwd = tmp_path_factory.mktemp("server")
-    names = [models / name for name in ("mae", "attentive", "segmenter")]
+    names = [models / name for name in ("mae", "flat", "attentive", "segmenter", "detector")]
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         words = [*names, "--nearest", photos[0].parent, "--port", port, "--max_pixels", 10**6]
         process = start_page(ROOT / "demo.py", *words, cwd=cwd)
-        address = address_of(process, cwd)
-        assert f"port {port} is in use" in (cwd / "said").read_text() and address != f"http://127.0.0.1:{port}"
+        address = address_of(process)
+        said = process.streams[0].read_text()
+        assert f"port {port} is in use" in said and address != f"http://127.0.0.1:{port}"
     yield address, cwd / "tmp"
     process.send_signal(signal.SIGHUP)
-    assert process.wait(240) == 0 and not list((cwd / "tmp").iterdir())  # nothing is left
+    finish(process, 0)
+    assert not list((cwd / "tmp").iterdir())  # nothing is left
 
 
-def start_page(script: Path, *words, cwd: Path, folder: Path | None = None) -> subprocess.Popen:
-    """Start a script in a process of its own, in `folder`; what it says and its temporary files are in `cwd`."""
+def start_page(script: Path, *words, cwd: Path, **variables: str) -> Start:
+    """Start a script whose temporary files are in `cwd`/tmp."""
     (cwd / "tmp").mkdir()
-    variables = environment(TMPDIR=str(cwd / "tmp"), PYTHONUNBUFFERED="1")
-    variables.pop("PYTHONPATH", None)
-    with open(cwd / "said", "w") as said:
-        command = [sys.executable, str(script), *map(str, words)]
-        return subprocess.Popen(command, cwd=folder or cwd, env=variables, stdout=said, stderr=subprocess.STDOUT)
+    return Start(script, *words, cwd=cwd, TMPDIR=str(cwd / "tmp"), PYTHONUNBUFFERED="1", **variables)
 
 
-def address_of(process: subprocess.Popen, cwd: Path) -> str:
+def address_of(process: Start) -> str:
     """Wait until the page is served."""
-    end = time.monotonic() + 300
-    while not (found := re.search(r"^demo: (http://127\.0\.0\.1:\d+)", (cwd / "said").read_text(), re.M)):
-        assert process.poll() is None and time.monotonic() < end, (cwd / "said").read_text()
+    end = time.monotonic() + 600
+    while process.poll() is None and time.monotonic() < end:
+        said = process.streams[0].read_text() if process.streams[0].exists() else ""
+        if found := re.search(r"^demo: (http://127\.0\.0\.1:\d+)", said, re.MULTILINE):
+            return found[1]
         time.sleep(0.1)
-    return found[1]
+    raise AssertionError([path.read_text() for path in process.streams])
 
 
 @pytest.fixture(scope="module")
@@ -652,22 +651,20 @@ def test_a_space_runs_by_itself(models, photos, hub, tmp_path, monkeypatch):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
     blocked = ("timm", "transformers", "datasets", "evaluate", "wandb", "matplotlib", "tensorboard")
-    # torchmetrics is imported first: it asks which of them are installed, not whether they can be imported
-    code = "import runpy, sys, torchmetrics.functional.image; "
-    code += f"sys.modules.update(dict.fromkeys({blocked!r})); sys.path.insert(0, {str(folder)!r}); "
+    paths = [folder, *(path for path in sys.path if Path(path) not in (ROOT, ROOT / "tests"))]
+    code = f"import runpy, sys; sys.path[:] = {[*map(str, paths)]!r}; sys.modules.update(dict.fromkeys({blocked!r})); "
     (tmp_path / "start.py").write_text(code + f"runpy.run_path({str(folder / 'app.py')!r}, run_name='__main__')")
-    monkeypatch.setenv("GRADIO_SERVER_PORT", "7941")
-    with start_page(tmp_path / "start.py", cwd=tmp_path, folder=folder) as process:
-        try:
-            address = address_of(process, tmp_path)
-            outputs = first_outputs(address)
-            tiles = [output["url"] for output in outputs if isinstance(output, dict) and output.get("url")]
-            with urllib.request.urlopen(tiles[1]) as answer:
-                sees = np.asarray(Image.open(io.BytesIO(answer.read())))[::16, ::16]
-            assert (sees.reshape(4, 8, 4, 8, 3) == 128).all(axis=(1, 3, 4)).sum() == 12 and len(tiles) == 5
-            assert "4 of 16 patches are seen" in outputs[-1]
-        finally:  # or `with` would wait for it
-            process.terminate()
+    process = start_page(tmp_path / "start.py", cwd=tmp_path, GRADIO_SERVER_PORT="7941")
+    try:
+        outputs = first_outputs(address_of(process))
+        tiles = [output["url"] for output in outputs if isinstance(output, dict) and output.get("url")]
+        with urllib.request.urlopen(tiles[1]) as answer:
+            sees = np.asarray(Image.open(io.BytesIO(answer.read())))[::16, ::16]
+        assert (sees.reshape(4, 8, 4, 8, 3) == 128).all(axis=(1, 3, 4)).sum() == 12 and len(tiles) == 5
+        assert "4 of 16 patches are seen" in outputs[-2]
+    finally:
+        process.terminate()
+        finish(process, 0)
 
 
 def first_outputs(address: str) -> list:
