@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import yaml
 from conftest import ROOT, TINY, Start, finish, metrics_of, run, run_each
@@ -521,28 +522,51 @@ def browser():
 class Page:
     """A visitor's page."""
 
-    def __init__(self, browser, address, width=1280):
+    def __init__(self, browser, address, width=1280, text="4 of 16 patches are seen"):
         self.context = browser.new_context(viewport=dict(width=width, height=900))
         self.page, self.outside = self.context.new_page(), []
         self.page.set_default_timeout(240_000)  # the cores may be busy
         self.page.on("request", lambda request: self.outside.append(request.url))
         self.page.goto(address)
-        self.wait("4 of 16 patches are seen")
+        self.wait(text)
 
     def wait(self, text: str | re.Pattern) -> None:
         self.page.get_by_text(text).locator("visible=true").first.wait_for()
 
+    def click(self, locator, text: str, **options) -> None:
+        """Click until a text is shown: again if the picture was replaced just then."""
+        found = self.page.get_by_text(text).locator("visible=true").first
+        for turn in range(2400):
+            if found.is_visible():
+                return
+            if turn % 100 == 0:
+                locator.click(**options)
+            self.page.wait_for_timeout(100)
+        raise AssertionError(f"{text} is not shown")
+
     def tab(self, name: str) -> None:
         self.page.locator("button[role=tab]", has_text=name).locator("visible=true").first.click()
 
-    def pixels(self, label: str) -> np.ndarray:
-        """Return the picture with a label, as the server sent it, at its own size of 32 x 32 pixels."""
+    def upload(self, path: Path, text: str) -> None:
+        """Upload a file in place of the one before, and wait for a text."""
+        clear = self.page.get_by_label("Remove Image").or_(self.page.get_by_label("Clear")).locator("visible=true")
+        if clear.count():
+            clear.first.click()
+        self.page.locator("input[type=file]").first.set_input_files(path)
+        self.wait(text)
+
+    def picture(self, label: str) -> np.ndarray:
+        """Return the first picture with a label, as the server sent it."""
         place = self.page.locator(".pixels", has=self.page.get_by_text(label, exact=True)).locator("visible=true").first
         body = self.context.request.get(place.locator("img").get_attribute("src")).body()
-        pixels = np.asarray(Image.open(io.BytesIO(body)))
+        return np.asarray(Image.open(io.BytesIO(body)))
+
+    def pixels(self, label: str) -> np.ndarray:
+        """Return the first picture with a label at its own size of 32 x 32 pixels."""
+        pixels = self.picture(label)
         return pixels[:: len(pixels) // 32, :: len(pixels) // 32]
 
-    def set_ratio(self, percent: int) -> None:
+    def set_number(self, percent: int) -> None:
         field = self.page.locator("input[type=number]").locator("visible=true").first
         field.fill(str(percent))
         field.press("Enter")
@@ -553,7 +577,7 @@ def test_a_visitor(server, browser, models, photos, tmp_path):
     address, folder = server
     visitor = Page(browser, address)
     page = visitor.page
-    visitor.set_ratio(50)
+    visitor.set_number(50)
     visitor.wait("8 of 16 patches are seen")
     sees = visitor.pixels("encoder sees")
     removed = (sees.reshape(4, 8, 4, 8, 3) == 128).all(axis=(1, 3, 4))
@@ -567,14 +591,14 @@ def test_a_visitor(server, browser, models, photos, tmp_path):
     page.get_by_text("Undo clicks").click()
     visitor.wait("8 of 16 patches are seen")
 
-    files = page.locator("input[type=file]").first
-    files.set_input_files(photos[2])
-    visitor.wait("image: 2.png")
+    visitor.upload(photos[2], "image: 2.png")
     model = opened(models / "mae")
     whole = model.prepare(photos[2].read_bytes()).whole
     mask = model.draw_mask(0, mask_ratio=0.5, strategy="random", seed=0)
     expected = model.reconstruct(whole, *mask)
-    visitor.wait(f"{expected.metrics['masked_psnr']:.2f} dB, {expected.metrics['masked_ssim']:.3f}")
+    for scores in (expected.metrics, expected.baseline):
+        for part in ("masked", "prediction", "pasted"):
+            visitor.wait(f"{scores[f'{part}_psnr']:.2f} dB, {scores[f'{part}_ssim']:.3f}")
     labels = ("original", "encoder sees", "prediction", "with visible patches")
     for label, tile in zip(labels, expected.tiles, strict=True):
         assert np.array_equal(visitor.pixels(label), np.asarray(tile))
@@ -583,9 +607,7 @@ def test_a_visitor(server, browser, models, photos, tmp_path):
     (tmp_path / "text.jpg").write_text("no image")
     Image.new("L", (1200, 1200)).save(tmp_path / "huge.png")
     for name in ("damaged.png", "text.jpg", "huge.png"):
-        page.get_by_label("Remove Image").or_(page.get_by_label("Clear")).first.click()
-        page.locator("input[type=file]").first.set_input_files(tmp_path / name)
-        visitor.wait(f"error: {name}: ")
+        visitor.upload(tmp_path / name, f"error: {name}: ")
     assert np.array_equal(visitor.pixels("original"), np.asarray(expected.tiles[0]))
 
     visitor.tab("Fill everything")
@@ -600,10 +622,19 @@ def test_a_visitor(server, browser, models, photos, tmp_path):
     visitor.wait("a cat")
     visitor.tab("Segment")
     visitor.wait(re.compile(r"\d\.\d %"))
+    visitor.tab("Detect")
+    detector = opened(models / "detector")
+    inputs = detector.prepare(photos[2].read_bytes())
+    for percent in (50, 20):
+        visitor.set_number(percent)
+        drawn, records = detector.draw_objects(inputs, detector.detect(inputs), percent / 100)
+        visitor.wait(f"{100 * records[-1]['score']:.1f} %")
+        assert page.locator("tr", has_text=" at ").locator("visible=true").count() == len(records)
+        assert np.array_equal(visitor.picture("objects"), np.asarray(drawn))
     visitor.tab("Look inside")
     visitor.wait("cosine similarity to row 3, column 3 of the first image")
-    page.locator(".clickable img").locator("visible=true").nth(1).click(position=dict(x=2, y=2))
-    visitor.wait("cosine similarity to row 1, column 1 of the second image")
+    patch = page.locator(".clickable img").locator("visible=true").nth(1)
+    visitor.click(patch, "cosine similarity to row 1, column 1 of the second image", position=dict(x=2, y=2))
     visitor.tab("Nearest")
     visitor.wait("1.000 2.png")
     assert all(url.startswith((address, "data:", "blob:")) for url in visitor.outside)
@@ -615,14 +646,43 @@ def test_two_visitors_at_once_do_not_mix(server, browser):
     one, other = Page(browser, server[0]), Page(browser, server[0], width=390)
     one.page.locator(".examples button img").nth(3).click()
     one.wait("image: scene 3")
-    one.set_ratio(50)
-    other.set_ratio(25)
+    one.set_number(50)
+    other.set_number(25)
     one.wait("8 of 16 patches are seen")
     other.wait("12 of 16 patches are seen")
     assert not np.array_equal(one.pixels("original"), other.pixels("original"))
     assert other.page.evaluate("document.documentElement.scrollWidth") == 390  # a phone's width is enough
+    for visitor, is_wide in ((one, True), (other, False)):  # models are side by side, or below each other
+        names = visitor.page.locator("h3").locator("visible=true")
+        (left, top), (x, y) = ((box["x"], box["y"]) for box in (names.nth(i).bounding_box() for i in range(2)))
+        assert (x > left + 400 and y == top) if is_wide else (x == left and y > top + 300)
     for visitor in (one, other):
         visitor.context.close()
+
+
+def test_files_of_other_channels_and_values(browser, models, photos, tabs, tmp_path, monkeypatch):
+    from training.app import _launch, build_page
+
+    monkeypatch.setattr("gradio.networking.url_ok", lambda url: False)  # as on a machine whose answers are delayed
+    model = [opened(models / "bands")]
+    (port, _), rng = free_port("127.0.0.1", 7890), np.random.default_rng(0)
+    page = build_page(model, *demo.find_examples(model[0]), partial(demo.pick, model))
+    address, _ = _launch(page, "127.0.0.1", port, share=False)
+    try:
+        visitor = Page(browser, address, text="Your image: TIFF or .npy")
+        tifffile.imwrite(tmp_path / "five.tif", rng.normal(1, 1, (40, 50, 5)).astype(np.float32))
+        np.save(tmp_path / "five.npy", rng.normal(1, 1, (5, 40, 50)))
+        for name in ("five.tif", "five.npy"):
+            visitor.upload(tmp_path / name, f"image: {name}")
+            whole = model[0].prepare((tmp_path / name).read_bytes()).whole
+            result = model[0].reconstruct(whole, *model[0].draw_mask(0, mask_ratio=0.75, strategy="random", seed=0))
+            visitor.wait(f"{result.metrics['masked_psnr']:.2f} dB, {result.metrics['masked_ssim']:.3f}")
+            assert np.array_equal(visitor.pixels("original"), np.asarray(result.tiles[0]))
+        visitor.upload(photos[0], "error: 0.png: has 3 channels, expected 5")
+        assert np.array_equal(visitor.pixels("original"), np.asarray(result.tiles[0]))
+        visitor.context.close()
+    finally:
+        page.close(verbose=False)
 
 
 # A Space
