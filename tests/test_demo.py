@@ -505,6 +505,7 @@ def address_of(process: Start) -> str:
         if found := re.search(r"^demo: (http://127\.0\.0\.1:\d+)", said, re.MULTILINE):
             return found[1]
         time.sleep(0.1)
+    process.kill()
     raise AssertionError([path.read_text() for path in process.streams])
 
 
