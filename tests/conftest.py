@@ -183,7 +183,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 # Forks for each process that it is asked for, and tells the exit code of one that has ended
 WARM = """
-import atexit, gc, json, os, runpy, sys
+import atexit, gc, json, os, runpy, sys, tempfile
 
 def leave():  # the last of all farewells: freeing the libraries takes longer than most of the runs do
     sys.stdout.flush()
@@ -211,6 +211,7 @@ cwd, variables, sys.argv, streams = asked
 os.chdir(cwd)
 os.environ.clear()
 os.environ.update(variables)
+tempfile.tempdir = None  # so that TMPDIR is read again
 for number, path in enumerate([os.devnull, *streams]):
     os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
 sys.path[0] = os.path.dirname(sys.argv[0])
