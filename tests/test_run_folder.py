@@ -74,6 +74,31 @@ def test_a_folder_without_names_of_a_run_is_taken_and_keeps_its_files(tmp_path, 
     assert {*files_in(tmp_path / "run")} == {*names, ".lock", "args.json"}
 
 
+def test_a_refused_start_removes_the_folders_that_it_created(tmp_path):
+    refused = RunFolder(tmp_path / "work_dir" / "run")
+    refused.lock()
+    refused.release()
+    assert not any(tmp_path.iterdir())
+    fill(tmp_path, "work_dir/run/job.log")
+    refused.lock()
+    refused.release()
+    assert files_in(tmp_path) == {"work_dir/run/job.log": "work_dir/run/job.log"}
+    assert [path.name for path in (tmp_path / "work_dir" / "run").iterdir()] == ["job.log"]
+
+
+def test_a_folder_that_is_released_while_another_run_locks_it_is_refused(tmp_path, monkeypatch):
+    first = RunFolder(tmp_path / "run")
+    first.lock()
+    monkeypatch.setattr("fcntl.lockf", lambda *_: first.release())  # between the second run's open and its lock
+    second = RunFolder(tmp_path / "run")
+    with pytest.raises(InputError, match="is being written to by another run"):
+        second.lock()
+    monkeypatch.undo()
+    RunFolder(tmp_path / "run").lock()
+    second.release()  # it never held the lock
+    assert (tmp_path / "run" / ".lock").exists()
+
+
 RESULTS = ("encoder", "model", "best")
 
 

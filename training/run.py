@@ -111,6 +111,7 @@ class Run:
         """Exit with code 2 if any process has collected errors or, if none has, if `differences()` returns some."""
         errors = self.crew.gather(self.errors) or differences()
         if errors:
+            self.claim.release()
             fail(errors, show=self.is_main_process)
 
     def _plan_batch(self, default: int | None) -> None:

@@ -3,9 +3,11 @@
 A checkpoint is whole or absent: it is written to a temporary folder beside its place, synced, and renamed.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -34,6 +36,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self._lock = None
+        self._created: list[Path] = []
 
     def lock(self) -> None:
         """Make this process the writer until it ends.
@@ -48,10 +51,15 @@ class RunFolder:
                     f"{', ...' if foreign[3:] else ''}), or a run without its args.json; give another "
                     "--experiment_name or --working_directory"
                 )
+            paths = (self.path / ".lock", self.checkpoints, self.path, *self.path.parents)
+            created = [path for path in paths if not path.exists()]
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.checkpoints).close()
             self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 - stays open until the process ends
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loader workers
+            if not os.fstat(self._lock.fileno()).st_nlink:  # its folder was released in the meantime
+                raise BlockingIOError
+            self._created = created
         except BlockingIOError:
             raise InputError(
                 f"{self.path} is being written to by another run; wait for it or give another --experiment_name"
@@ -60,6 +68,12 @@ class RunFolder:
             raise InputError(
                 f"{self.path} is not writable or cannot be locked ({error.strerror}); give another --working_directory"
             ) from None
+
+    def release(self) -> None:
+        """Remove what `lock` created, for a start that is refused; a folder that holds anything else stays."""
+        for path in self._created:
+            with contextlib.suppress(OSError):  # not empty, or gone
+                path.rmdir() if path.is_dir() else path.unlink()
 
     def foreign_files(self) -> list[str]:
         """Return what a run would remove or overwrite in the folder of something else."""
