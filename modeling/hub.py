@@ -42,9 +42,11 @@ def find_weights(path: str | Path, *, whole: bool) -> Path:
         finished = folder == path or (folder / "config.json").is_file() or (folder / "state.json").is_file()
         if finished and any((folder / name).is_file() for name in WEIGHT_FILES):
             return folder
+    if (path / "checkpoints").is_dir():
+        raise WeightsError(f"{path} is a run without a checkpoint yet; wait for its first one, or give other weights")
     raise WeightsError(
         f"{path}: a folder without weights; expected {' or '.join(WEIGHT_FILES)}, or a run's encoder/, model/ or whole "
-        "checkpoint; give one of these or the file itself, or wait for the first checkpoint of the run"
+        "checkpoint; give one of these or the file itself"
     )
 
 
