@@ -73,6 +73,16 @@ def begin(folder, *words):
     return run
 
 
+def test_a_refused_start_leaves_no_run_folder(tmp_path, capsys):
+    run = start(tmp_path)
+    assert (tmp_path / "run" / ".lock").exists()
+    with run.refusing(InputError):
+        run.plan_steps(7, lambda size: [])  # a batch has 8 images
+    with pytest.raises(SystemExit):
+        run.gate()
+    assert "fewer than one global batch of 8" in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
 def go(run, terminate_at=None):
     """Take the steps of a run with gradients and losses by hand, validate every three, find an image damaged."""
     for step in run.steps:
