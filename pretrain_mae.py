@@ -58,6 +58,7 @@ from training.resolve import (
 )
 from training.run import Run
 from training.schedule import learning_rate_at
+from training.wording import TRUE_STATISTICS
 
 WARMUP_EPOCHS, EPOCHS = 40, 800
 MODEL_FLAGS = ("drop_path", "custom_weight_init", "mask_ratio", "predict_ratio", "target")
@@ -223,8 +224,9 @@ def evaluate(run, model, dataset, indices, normalize, *, teacher, read, preview)
         run.progress.picture(path, "reconstructions", run.step)
     text = f"epoch {run.epoch:.4g}: validation loss {metrics['val_loss']:.4f}"
     if "masked_psnr" in metrics:
-        baseline = metrics["masked_psnr_visible_mean"]
-        text += f", removed patches {metrics['masked_psnr']:.2f} dB (visible mean: {baseline:.2f} dB)"
+        baseline = f"(visible mean: {metrics['masked_psnr_visible_mean']:.2f} dB)"
+        baseline = TRUE_STATISTICS if model.target.uses_true_patch_statistics else baseline
+        text += f", masked patches {metrics['masked_psnr']:.2f} dB {baseline}"
     run.record(metrics, text)
     model.train()
 

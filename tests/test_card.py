@@ -178,7 +178,10 @@ def write_run(folder: Path, script: str = "pretrain_mae.py", *, finished: bool =
     }
     (folder / "args.json").write_text(json.dumps(args))
     metrics_at = {
-        "pretrain_mae.py": lambda step: {"val_loss": 1 / step, "masked_psnr": 10 + step, "masked_ssim": float("nan")},
+        "pretrain_mae.py": lambda step: {
+            **{"val_loss": 1 / step, "masked_psnr": 10 + step, "masked_ssim": float("nan")},
+            "masked_psnr_visible_mean": 9.5,
+        },
         "finetune_classifier.py": lambda step: {"top1": step, "per_class_accuracy": {"cat": step, "dog": None}},
         "finetune_segmentation.py": lambda step: {"mean_iou": step, "per_class_iou": {"cat": 1.0}},
     }[script]
@@ -237,7 +240,16 @@ def test_scores_and_settings_of_the_run(kind, script, tmp_path):
     assert re.findall(r"!\[.*?\]\((.*?)\)", card.text) == [picture, "loss.png"]
     assert Image.open(folder / picture).size == (40, 40) and Image.open(folder / "loss.png").size == (800, 400)
     assert ("true mean and standard deviation" in card.text) == (kind == "autoencoder")
+    assert ("| PSNR of the masked patches with each patch's true mean and" in card.text) == (kind == "autoencoder")
+    assert "mean visible colour" not in card.text  # which does not use the true patches
     assert ("sliding windows" in card.text) == (kind == "segmenter")
+
+
+def test_psnr_of_plain_pixels_stands_beside_its_baseline(tmp_path):
+    _, card = card_of(write_run(tmp_path / "run", target="pixels"))
+    assert [result.metric_value for result in card.data.eval_results] == [0.025, 50, 9.5]
+    for line in ("masked patches (dB) | 50 |", "masked patches filled with the mean visible colour (dB) | 9.5 |"):
+        assert line in card.text
 
 
 def test_scores_and_pictures_are_those_of_the_step(tmp_path):

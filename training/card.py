@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from training.files import read_lines
 from training.launch import RunError
 from training.pictures import loss_curve
-from training.wording import in_time
+from training.wording import TRUE_STATISTICS, in_time
 
 TAG = "mae-accelerate"  # marks a card as written by this project
 INITIAL_WEIGHTS = ("init_from", "path_to_pretrained_mae_weights", "path_to_backbone_checkpoint")  # flags
@@ -37,9 +37,9 @@ METRICS = {  # key of metrics.json -> the Hub's type, label
     "mask_ap": ("mask_ap", "COCO's average precision of masks (%)"),
     "mask_ap50": ("mask_ap50", "average precision of masks at an overlap of 0.5 (%)"),
     "val_loss": ("loss", "validation loss"),
-    "masked_psnr": ("psnr", "PSNR of the removed patches (dB)"),
-    "masked_psnr_visible_mean": ("psnr", "PSNR of the removed patches filled with the mean visible colour (dB)"),
-    "masked_ssim": ("ssim", "SSIM of the removed patches"),
+    "masked_psnr": ("psnr", "PSNR of the masked patches (dB)"),
+    "masked_psnr_visible_mean": ("psnr", "PSNR of the masked patches filled with the mean visible colour (dB)"),
+    "masked_ssim": ("ssim", "SSIM of the masked patches"),
     "prediction_psnr": ("psnr", "PSNR of the whole prediction (dB)"),
     "prediction_ssim": ("ssim", "SSIM of the whole prediction"),
     "pasted_psnr": ("psnr", "PSNR with the visible patches pasted (dB)"),
@@ -158,7 +158,8 @@ def write_card(
     `record` is None for weights of no run. `license` and `datasets`, the training data, have names of the Hub.
     """
     metrics = record.metrics_at(model.step) if record else {}
-    known = {name: metrics[name] for name in METRICS if metrics.get(name) is not None}
+    labels = _label_metrics(record.flags if record else {})
+    known = {name: metrics[name] for name in labels if metrics.get(name) is not None}
     scores = {name: value for name, value in known.items() if math.isfinite(value)}
     title = Path(repo_id or (record.folder if record else location).resolve()).name
     at, address = f"@{revision}" if revision else "", repo_id or str(location)
@@ -166,7 +167,7 @@ def write_card(
     if record:
         loss_curve(folder / "loss.png", record.log)
     card = ModelCard.from_template(
-        _metadata(model, record, scores, title=title, license=license, datasets=datasets),
+        _metadata(model, record, scores, labels=labels, title=title, license=license, datasets=datasets),
         template_path=str(Path(__file__).with_name("card.md.jinja")),
         title=title,
         model=model,
@@ -176,21 +177,29 @@ def write_card(
         weights=shlex.quote(f"hf:{repo_id}{at}" if repo_id else address),
         picture=_copy_picture(folder, model, record) if record else None,
         metrics=metrics,
-        scores={METRICS[name][1]: value for name, value in scores.items()},
+        scores={labels[name][1]: value for name, value in scores.items()},
         in_time=in_time,
     )
     (folder / "README.md").write_bytes(str(card).encode(errors="backslashreplace"))  # file names may be invalid Unicode
 
 
-def _metadata(model: ModelSummary, record: RunRecord | None, scores: dict, *, title, license, datasets):
+def _label_metrics(flags: dict) -> dict[str, tuple[str, str]]:
+    """Return METRICS for a run with these flags. PSNR that uses the true patches has no baseline without them."""
+    if flags.get("target") != "normalized" and not flags.get("norm_pix_loss"):
+        return METRICS
+    labels = METRICS | {"masked_psnr": ("psnr", f"PSNR of the masked patches {TRUE_STATISTICS} (dB)")}
+    return {name: label for name, label in labels.items() if name != "masked_psnr_visible_mean"}
+
+
+def _metadata(model: ModelSummary, record: RunRecord | None, scores: dict, *, labels, title, license, datasets):
     """Return the card's front matter."""
     results = [
         EvalResult(
             task_type=model.task,
             dataset_type=datasets[0] if datasets else "imagefolder",
             dataset_name=datasets[0] if datasets else Path(record.flags["path_to_data"]).name or "images",
-            metric_type=METRICS[key][0],
-            metric_name=METRICS[key][1],
+            metric_type=labels[key][0],
+            metric_name=labels[key][1],
             metric_value=round(value, 4),
         )
         for key, value in scores.items()

@@ -22,6 +22,7 @@ from training.pictures import (
     reconstruction_grid,
     segmentation_overlay,
 )
+from training.wording import TRUE_STATISTICS
 
 LINES, COCO = "predictions.jsonl", "coco.json"  # in the output folder, beside these folders of pictures
 PICTURES = ("attention", "colours", "labels", "overlays", "reconstructions")
@@ -102,7 +103,8 @@ def describe_result(result: dict) -> str:
     if "numbers" in result:
         return ", ".join(f"{name} {value:.6g}" for name, value in list(result["numbers"].items())[:5])
     if "masked_psnr" in result:
-        return f"removed patches {result['masked_psnr']:.2f} dB"
+        statistics = f" {TRUE_STATISTICS}" if result["uses_true_patch_statistics"] else ""
+        return f"masked patches {result['masked_psnr']:.2f} dB{statistics}"
     if "filled_psnr" in result:
         return f"whole image {result['filled_psnr']:.2f} dB"
     if "objects" in result:
@@ -203,7 +205,7 @@ def write_reconstructions(
         metrics = reconstruction_metrics(images, prediction, torch.ones_like(images[:, :1]))
         metrics = {f"filled_{name}": metrics[f"prediction_{name}"] for name in ("psnr", "ssim")}
     else:
-        part, prefix, metrics = "removed patches", "masked", reconstruction_metrics(images, prediction, removed)
+        part, prefix, metrics = "masked patches", "masked", reconstruction_metrics(images, prediction, removed)
     metrics, results = {name: values.tolist() for name, values in metrics.items()}, []
     statistics = dict(uses_true_patch_statistics=uses_true_patch_statistics)
     for row, index in enumerate(indices):

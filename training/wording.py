@@ -1,5 +1,7 @@
 """Numbers and errors in words."""
 
+TRUE_STATISTICS = "with each patch's true mean and variance"  # of a PSNR that predictions of normalized patches reach
+
 
 def in_bytes(count: float) -> str:
     """Return a number of bytes in words: "1.79 GB"."""
