@@ -1,7 +1,7 @@
 import pytest
-from conftest import run
+from conftest import ROOT, run
 
-from training import arguments
+from training import arguments, command_line
 from training.arguments import Parser, check_crops, check_finetuning, check_run, integer, number, number_or
 from training.command_line import expand_home
 
@@ -82,6 +82,16 @@ def test_unknown_flags_are_listed_together():
         f"--zz is not a flag of {prog}; {prog} --help lists the flags",
     ]
     assert len(read("--what", "1", "stray", "-z", "--epo", "3")[1]) == 4  # no abbreviations
+
+
+def test_flags_of_other_projects_are_known():
+    words = "--lr 1 --blr 1 --min-lr 1 --bs 8 --wd 0 --data_dir x --output_dir y --resume --workers 2 --input_size 4"
+    expected = "learning_rate base_learning_rate min_learning_rate global_batch_size weight_decay path_to_data "
+    expected += "working_directory resume_from_checkpoint num_workers img_size"
+    hints = [error.partition("; ")[2] for error in read(*words.split())[1]]
+    assert hints == [f"did you mean --{name}?" for name in expected.split()]
+    text = "".join(path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("training/*.py")))
+    assert [name for names in command_line.USUAL.values() for name in names if f'"--{name}"' not in text] == []
 
 
 def test_recipes_are_inserted_and_later_flags_win(tmp_path):

@@ -1,7 +1,6 @@
 """Flags that the scripts share, and how they are read and checked."""
 
 import argparse
-import difflib
 import math
 import re
 import sys
@@ -9,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
-from training.command_line import expand
+from training.command_line import expand, suggest
 from training.launch import default_workers, fail, is_main_process
 from training.upload import check_hub
 from training.wording import as_flags, as_typed
@@ -113,8 +112,8 @@ class Parser(argparse.ArgumentParser):
             if before.startswith("-") and "=" not in before and not word.startswith("-"):
                 continue  # the value of an unknown flag
             word = word.partition("=")[0]
-            similar = difflib.get_close_matches(word, known, n=1)
-            hint = f"did you mean {similar[0]}?" if similar else f"{self.prog} --help lists the flags"
+            similar = suggest(word, known)
+            hint = f"did you mean {similar}?" if similar else f"{self.prog} --help lists the flags"
             errors.append(f"{word} is not a flag of {self.prog}; {hint}")
         if hasattr(args, "resume_from_checkpoint") and args.num_workers is None:
             args.num_workers = default_workers()

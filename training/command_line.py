@@ -1,13 +1,43 @@
-"""Words of a command line: recipe files, and `~` for the home folder."""
+"""Words of a command line: recipe files, `~` for the home folder, and flags that were probably meant."""
 
 import codecs
+import difflib
 import os
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 # Quoted text, which stays, or a comment; shlex would cut words at their first #
 COMMENT = re.compile(r"""("(?:\\.|[^"\\])*"|'[^']*')|(?<!\S)#.*""")
+
+
+WEIGHTS = ("path_to_pretrained_mae_weights", "path_to_backbone_checkpoint", "init_from")
+# Flags of other projects -> ours; a script has one of those that are listed
+USUAL = {
+    **dict.fromkeys(("lr", "max_lr", "peak_lr"), ("learning_rate",)),
+    **dict.fromkeys(("blr", "base_lr"), ("base_learning_rate", "learning_rate")),
+    "min_lr": ("min_learning_rate",),
+    **dict.fromkeys(("batch_size", "bs", "b"), ("global_batch_size",)),
+    "accum_iter": ("gradient_accumulation_steps",),
+    "wd": ("weight_decay",),
+    "clip_grad": ("max_grad_norm",),
+    **dict.fromkeys(("data", "data_path", "data_dir", "data_root", "dataset"), ("path_to_data",)),
+    **dict.fromkeys(("output_dir", "output", "save_dir"), ("working_directory", "output")),
+    "resume": ("resume_from_checkpoint",),
+    **dict.fromkeys(("workers", "j"), ("num_workers",)),
+    **dict.fromkeys(("input_size", "image_size", "imgsz"), ("img_size", "crop_size")),
+    **dict.fromkeys(("finetune", "pretrained", "weights", "checkpoint"), WEIGHTS),
+    "nb_classes": ("num_classes",),
+    "eval": ("eval_only",),
+}
+
+
+def suggest(word: str, known: Sequence[str]) -> str | None:
+    """Return the one of the `known` flags that an unknown flag probably means: by its usual name, or its spelling."""
+    usual = [f"--{name}" for name in USUAL.get(word.strip("-").replace("-", "_"), ())]
+    similar = [name for name in usual if name in known] or difflib.get_close_matches(word, known, n=1)
+    return similar[0] if similar else None
 
 
 def expand(words: list[str]) -> tuple[list[str], list[str]]:
