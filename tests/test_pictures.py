@@ -104,7 +104,10 @@ def test_confusion_matrix(tmp_path):
 def test_names_stay_inside(tmp_path, num_classes):
     numbers = range(num_classes)
     for name in ("a", "a very long name $of a class\nwith a line $break " * 9, "\u732b"):
-        names, title = [name] * num_classes, "step 4210, epoch 12.3: top-1 93.24 %"
+        names, title = (
+            [name] * num_classes,
+            "step 4210, epoch 12.3: top-1 93.24 % (most frequent class: 50.88 %), top-5 99.12 %",
+        )
         assert confusion_matrix(tmp_path / "matrix.png", numbers, numbers, names, title=title)
         pixels = np.asarray(Image.open(tmp_path / "matrix.png"))[..., :3]
         for edge in (pixels[:1], pixels[-1:], pixels[:, :1], pixels[:, -1:]):

@@ -44,6 +44,8 @@ def test_against_counting_and_torchmetrics(num_classes, count):
     assert got["top1"] == pytest.approx(100 * sum(rank == 0 for rank in ranks) / count, abs=1e-9)
     assert got["top5"] == pytest.approx(100 * sum(rank < 5 for rank in ranks) / count, abs=1e-9)
     assert got["val_loss"] == pytest.approx(losses.double().mean().item(), rel=1e-12)
+    frequent = max(labels.tolist().count(c) for c in range(num_classes))
+    assert got["most_frequent_class"] == pytest.approx(100 * frequent / count, abs=1e-9)
     for c in range(num_classes):
         of_class = [rank == 0 for rank, label in zip(ranks, labels, strict=True) if label == c]
         expected = pytest.approx(100 * sum(of_class) / len(of_class), abs=1e-9) if of_class else None

@@ -47,8 +47,12 @@ class Classes:
 
     def describe(self, scores: dict) -> str:
         """Return the accuracies in words."""
-        subset = f" ({scores['subset_top1']:.2f} % among the classes of the data)" if "subset_top1" in scores else ""
-        return f"top-1 {scores['top1']:.2f} %{subset}, top-5 {scores['top5']:.2f} %"
+        texts = {
+            "most_frequent_class": "most frequent class: {:.2f} %",
+            "subset_top1": "among the data's classes: {:.2f} %",
+        }
+        notes = "; ".join(text.format(scores[name]) for name, text in texts.items() if name in scores)
+        return f"top-1 {scores['top1']:.2f} %{f' ({notes})' if notes else ''}, top-5 {scores['top5']:.2f} %"
 
 
 class Labels:

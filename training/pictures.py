@@ -96,7 +96,7 @@ def confusion_matrix(
     rows = [f"{name} ({count})" for name, count in zip(names, images, strict=True)]
     side = 0.3 * len(classes) + 3  # inches
     figure, axes = _figure(path, (max(side, 6), side), "predicted class, in percent of the images", "class (images)")
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
     axes.set_xticks(range(len(classes)), names, rotation=90, parse_math=False)
     axes.set_yticks(range(len(classes)), rows, parse_math=False)

@@ -12,6 +12,7 @@ import torch
 def score_classification(rows: list[tuple], classes: Sequence[str]) -> dict:
     """Return `val_loss`, `top1` and `top5` in percent, and `per_class_accuracy`: name -> percent, None without images.
 
+    `most_frequent_class` is the share of its images in percent: the top-1 of always predicting that class.
     If some classes have no image, also `subset_top1`: the accuracy of the best one among those that have.
 
     Args:
@@ -30,6 +31,7 @@ def score_classification(rows: list[tuple], classes: Sequence[str]) -> dict:
         **subset,
         "top1": 100 * int(hits[:, 0].sum()) / len(hits),
         "top5": 100 * int(hits[:, :5].sum()) / len(hits),
+        "most_frequent_class": 100 * int(images.max()) / len(hits),
         "per_class_accuracy": {
             name: 100 * int(r) / int(n) if n else None for name, r, n in zip(classes, right, images, strict=True)
         },
