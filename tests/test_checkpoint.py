@@ -83,7 +83,7 @@ def test_the_run_folder_is_claimed(run, monkeypatch):
 def test_all_differences_to_the_run_are_listed(run):
     def compare(data="abc", known=None, **flags):
         before = {**(known or {}), **saved_flags(run.checkpoint)}
-        return compare_with_run(run.checkpoint, {**FLAGS, **flags}, data, before=before)
+        return compare_with_run(run.checkpoint, {**FLAGS, **flags}, data, before=before, derived={"max_steps"})
 
     assert compare(num_workers=7, path_to_data="b") == []
     errors = compare("other", seed=1, img_size=[32, 64])
@@ -92,6 +92,8 @@ def test_all_differences_to_the_run_are_listed(run):
     assert errors[1].startswith("--img_size 32 64 differs from the run to resume, which has 64 64")
     assert "is not the data set of the run" in errors[2]
     assert compare(known={"tf32": True}, tf32=True) == []  # a flag that the run did not know yet
+    (cause,) = compare(known={"max_steps": 6, "epochs": 2}, max_steps=9, epochs=3)
+    assert cause.startswith("--epochs 3 differs") and "--max_steps 9" in compare(known={"max_steps": 6}, max_steps=9)[0]
     assert "--tf32 True differs" in compare(known={"tf32": False}, tf32=True)[0]
 
 

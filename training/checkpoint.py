@@ -16,6 +16,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Collection
 from importlib import metadata
 from pathlib import Path
 
@@ -140,19 +141,23 @@ def saved_flags(checkpoint: Path | None) -> dict:
     return {"num_cls_tokens": 1, **flags}  # which older runs do not state
 
 
-def compare_with_run(checkpoint: Path, flags: dict, fingerprint: str, *, before: dict) -> list[str]:
+def compare_with_run(
+    checkpoint: Path, flags: dict, fingerprint: str, *, before: dict, derived: Collection[str] = ()
+) -> list[str]:
     """Return error messages for flags and data that differ from those of the run to resume.
 
     Args:
         flags: those that are to continue the run.
         fingerprint: the training data's.
         before: the flags of the run, with defaults for those that it did not know yet.
+        derived: flags that were not given and follow from others; they are named only if no other flag differs.
     """
+    different = [name for name in flags if name not in FREE_FLAGS and flags[name] != before.get(name)]
+    different = [name for name in different if name not in derived] or different
     errors = [
         f"--{name} {as_typed(flags[name])} differs from the run to resume, which has {as_typed(before.get(name))}; "
         "resume with the same value, or start another --experiment_name"
-        for name in flags
-        if name not in FREE_FLAGS and flags[name] != before.get(name)
+        for name in different
     ]
     if read_state(checkpoint)["data"] != fingerprint:
         errors.append(

@@ -175,8 +175,9 @@ class Run:
         self.flags, self.sources = flags, (train_source, validation_source)
         self.fingerprints = [source.fingerprint() if source else None for source in self.sources]
         if self.checkpoint:
-            before = {**defaults, **self.previous}
-            self.errors += compare_with_run(self.checkpoint, flags, self.fingerprints[0], before=before)
+            derived = {name for name in self.plan.flags if getattr(self.given, name, None) is None}
+            options = dict(before={**defaults, **self.previous}, derived=derived)
+            self.errors += compare_with_run(self.checkpoint, flags, self.fingerprints[0], **options)
             sizes = self.given.global_batch_size, self.given.per_gpu_batch_size
             self.errors += compare_batch(*sizes, self.batch.global_size, self.num_processes)
         self.gate(lambda: self.crew.differences(flags, self.fingerprints))
@@ -193,8 +194,7 @@ class Run:
         """
         model.to(self.device)
         per_process, before = self.batch.per_process, self.state.get("micro_batch_size")
-        sizes = [size for size in range(1, per_process + 1) if per_process % size == 0]
-        sizes = [size for size in sizes if not self.check_micro_batch(size)]
+        sizes = [n for n in range(1, per_process + 1) if per_process % n == 0 and not self.check_micro_batch(n)]
         sizes = [size for size in sizes if size <= before] if before in sizes else sizes
         micro = fit_micro_batch(
             sizes,
