@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -60,19 +61,31 @@ def test_precision_is_the_flag_or_what_accelerate_says(monkeypatch):
     assert launch.resolve_precision(None) == "bf16" and launch.resolve_precision("no") == "no"
 
 
-def test_the_single_thread_of_the_launcher_is_undone(monkeypatch):
+def test_the_single_thread_of_the_launcher_is_undone_unless_the_user_chose_it(monkeypatch):
     numbers, launched = [], dict(ACCELERATE_MIXED_PRECISION="no")
     monkeypatch.setattr(launch, "cores_per_process", lambda: 3)
     monkeypatch.setattr(torch, "set_num_threads", numbers.append)
-    for variables in (
-        dict(OMP_NUM_THREADS="1"),
-        dict(launched, OMP_NUM_THREADS="2"),
-        dict(launched, OMP_NUM_THREADS="1"),
+    for given, variables, expected in (
+        ({}, dict(OMP_NUM_THREADS="1"), []),
+        ({}, dict(launched, OMP_NUM_THREADS="2"), []),
+        (dict(OMP_NUM_THREADS="1"), dict(launched, OMP_NUM_THREADS="1"), [1]),
+        ({}, dict(launched, OMP_NUM_THREADS="1"), [3]),
     ):
-        assert not numbers
+        numbers.clear()
+        monkeypatch.setattr(launch, "launcher_environment", lambda given=given: given)
         monkeypatch.setattr("os.environ", variables)
         launch.set_speed(torch.device("cpu"), tf32=True)
-    assert numbers == [3]
+        assert numbers == expected
+
+
+def test_the_environment_of_the_launcher():
+    code = "from training.launch import launcher_environment as e; print(e().get('OMP_NUM_THREADS'))"
+    child = [sys.executable, "-c", f"import os; os.environ['OMP_NUM_THREADS'] = '1'; {code}"]
+    for given in ({}, {"OMP_NUM_THREADS": "7"}):
+        variables = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | given
+        launcher = f"import os, subprocess; os.environ['OMP_NUM_THREADS'] = '1'; subprocess.run({child})"
+        done = subprocess.run([sys.executable, "-c", launcher], env=variables, cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.strip() == given.get("OMP_NUM_THREADS", "None"), done.stderr
 
 
 def test_deterministic_algorithms(tmp_path):

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
+import psutil
 import torch
 
 
@@ -201,7 +202,17 @@ def set_speed(device: torch.device, *, tf32: bool, deterministic: bool = False) 
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32  # convolutions; torch's default is True
     elif "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(cores_per_process())  # `accelerate launch` sets one thread if the user sets no number
+        # `accelerate launch` sets one thread if the user sets no number
+        chosen = "OMP_NUM_THREADS" in launcher_environment()
+        torch.set_num_threads(1 if chosen else cores_per_process())
+
+
+def launcher_environment() -> dict[str, str]:
+    """Return the variables that the parent of this process was started with, {} if they cannot be read."""
+    try:
+        return psutil.Process().parent().environ()
+    except (psutil.Error, OSError, AttributeError):  # the latter without a parent
+        return {}
 
 
 def prepare_compiler(device: torch.device) -> list[str]:
