@@ -117,11 +117,14 @@ def lines_of(run):
 def test_a_run_from_its_start_to_its_end(tmp_path, capsys):
     run = begin(tmp_path)
     run.print_plan(["model      none"], ImageFormat(3, None, None, [0.5], [0.25]), targets="2 classes")
+    (run.folder / "best").mkdir()
     go(run)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
     plan = ["data", "model", "input", "batch", "steps", "lr", "precision"]
     assert [line.split()[0] for line in lines[:7]] == plan and "validated 3" in lines
-    assert lines[-1] == "finished: look here" and run.sources[0].prepare_options == dict(processes=1, progress=True)
+    assert lines[-2] == "finished: look here. Use the model:"
+    assert lines[-1] == f"  python predict.py {run.folder / 'best'} PHOTOS"
+    assert run.sources[0].prepare_options == dict(processes=1, progress=True)
     assert sorted(os.listdir(run.folder / "checkpoints")) == ["step_00000004", "step_00000006"]
     args = content_of(run, "args.json")
     resolved = dict(max_steps=6, global_batch_size=8, learning_rate=0.5, mean=[0.5], mixed_precision="no", seed=0)

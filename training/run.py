@@ -415,10 +415,8 @@ class Run:
             save_training(self.claim, self.accelerator, self.crew, self.model, self.optimizer, state, **options)
 
     def _stop(self) -> None:
-        if self.model is None:
-            self.say("stopped before the end; nothing was measured")
-        else:
-            self.say(self.crew.describe_stop(self.step, start_step=self.start_step))
+        nothing = "stopped before the end; nothing was measured"
+        self.say(nothing if self.model is None else self.crew.describe_stop(self.step, start_step=self.start_step))
         self._leave()
         raise Stopped
 
@@ -445,6 +443,8 @@ class Run:
                 metrics[f"best_{best}"], metrics["best_step"] = best_of(self.folder, best)
             metrics = {"step": self.step, "epoch": self.epoch, **speed, **self.metrics, **metrics}
             write_json(self.folder / "metrics.json", metrics)
+            if best and (trained := self.folder / "best").is_dir():
+                text += f". Use the model:\n  python predict.py {trained} PHOTOS"
             print(f"finished: {text}")
         self._leave()
         self.uploader.finish(stop=lambda: bool(self.crew.signal_name))  # last: no other process waits for it
