@@ -30,7 +30,7 @@ from modeling.trained import open_trained
 from modeling.upernet import Segmenter
 from modeling.vit import VisionTransformer
 from training.launch import RunError
-from training.predictions import picture_names, write_features
+from training.predictions import picture_names, write_features, write_lines
 
 SIZE = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
 DECODER = dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
@@ -300,6 +300,16 @@ def test_pictures_of_a_segmentation(predictions):
             assert picture.mode == "P" and not colours[0].any()
             assert np.array_equal(colours[1 : len(SCENES) + 1], palette(len(SCENES)))
         assert Image.open(folder / line["overlay"]).width >= 160
+
+
+def test_results_that_are_not_printed_are_counted(tmp_path, capsys):
+    results = [(f"{i}.jpg", None if i == 1 else {"overlay": f"{i}.png"}, "cut" if i == 1 else None) for i in range(12)]
+    for length, more in ((12, 2), (10, 0)):
+        path = tmp_path / str(length)
+        assert write_lines(path, iter(results[:length])) == length - 1
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == "0.jpg: 0.png" and len(lines) == 9 + (more > 0)
+        assert not more or lines[-1] == f"... and {more} more in {path}"
 
 
 # Masked autoencoders

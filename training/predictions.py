@@ -64,14 +64,14 @@ def picture_names(paths: Sequence[str]) -> list[str]:
 
 
 def predict_all(loader: Iterable, predict_batch: Callable[..., Sequence], names: Sequence[str]) -> Iterator[tuple]:
-    """Yield (name, result, error) of each image in order, and show a bar; either the result or the error is None.
+    """Yield (name, result, error) of each image in order, with a bar in a terminal; result or error is None.
 
     Args:
         loader: batches with the `indices` of images that could be read, and of the others, with reasons, in `damaged`.
         predict_batch: makes a result of each image of a batch that could be read.
         names: those of all images.
     """
-    with tqdm(total=len(names), unit="image") as bar:
+    with tqdm(total=len(names), unit="image", disable=None) as bar:  # none in a file
         for batch in loader:
             results, errors = iter(predict_batch(batch) if batch.indices else ()), dict(batch.damaged)
             for index in sorted([*batch.indices, *errors]):
@@ -83,7 +83,7 @@ def predict_all(loader: Iterable, predict_batch: Callable[..., Sequence], names:
 
 def write_lines(path: Path, results: Results) -> int:
     """Write one line of JSON per image, print the first results, and return the number of readable images."""
-    count = 0
+    count, printed = 0, 0
     with open(path, "x") as file:
         for number, (name, result, error) in enumerate(results):
             try:
@@ -95,6 +95,9 @@ def write_lines(path: Path, results: Results) -> int:
             count += result is not None
             if result and number < NUM_PRINTED:
                 tqdm.write(f"{name}: {describe_result(result)}".encode(errors="replace").decode())
+                printed += 1
+    if count > printed:
+        print(f"... and {count - printed} more in {path}")
     return count
 
 

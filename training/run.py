@@ -366,12 +366,12 @@ class Run:
         return dict(self.loading, process_index=self.process_index, num_processes=self.num_processes, watch=self.watch)
 
     def watch(self, batches: range, title: str = "validation") -> Iterator[int]:
-        """Yield the numbers of the batches of a validation under a bar, until the run is asked to stop.
+        """Yield the numbers of the batches of a validation, with a bar in a terminal, until the run is asked to stop.
 
         Raises:
             Stopped: at the end, on all processes, after a checkpoint was saved.
         """
-        for batch in tqdm(batches, desc=title, unit="batch", disable=not self.is_main_process, **BAR):
+        for batch in tqdm(batches, desc=title, unit="batch", disable=not self.is_main_process or None, **BAR):
             if self.crew.stop_requested():
                 break
             yield batch
