@@ -219,8 +219,7 @@ class Run:
         speed = ["TF32"] * tf32 + ["deterministic"] * self.given.deterministic + ["compile"] * self.given.compile
         speed += ["gradient checkpointing"] * self.gradient_checkpointing + ["FSDP2"] * self.accelerator.is_fsdp2
         lines = describe_images(self.given.path_to_data, *self.sources, **data) + model
-        lines += describe_run(self.plan, images, self.accelerator, speed, decay=decay)
-        self.accelerator.print("\n".join(lines))
+        self.accelerator.print("\n".join(lines + describe_run(self.plan, images, self.accelerator, speed, decay=decay)))
 
     def prepare(self, model, optimizer, *, average=None) -> tuple:
         """Prepare model and optimizer with Accelerate, and return both.
@@ -235,9 +234,10 @@ class Run:
 
     def prepare_sources(self) -> None:
         """Prepare the data sources: render or open their files."""
-        for source in dict.fromkeys(self.sources):
-            if source:
-                source.prepare(processes=self.given.num_workers or 1, progress=self.is_main_process)
+        with self.crew.leaving(self.claim.release):
+            for source in dict.fromkeys(self.sources):
+                if source:
+                    source.prepare(processes=self.given.num_workers or 1, progress=self.is_main_process)
 
     def start_evaluation(self, resolved: dict, source, content: dict) -> None:
         """Start a run that trains nothing and measures a trained model on one source, see `compare` and `resume`."""
