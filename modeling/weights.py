@@ -43,7 +43,8 @@ class LoadReport(NamedTuple):
         line = (
             f"weights of {self.layout}: {self.loaded} loaded, {len(self.missing)} missing, {len(self.ignored)} ignored"
         )
-        line += f" ({', '.join(parts)})" if parts else ""
+        reason = ": the head does not use it" if parts == ["encoder.norm"] else ""
+        line += f" ({', '.join(parts)}{reason})" if parts else ""
         for change, names in (("resized", self.resized), ("adapted", self.adapted), ("newly initialized", new)):
             line += f", {change}: {', '.join(names)}" if names else ""
         return line

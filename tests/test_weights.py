@@ -279,6 +279,7 @@ def test_mean_pooling_leaves_the_norm_of_an_encoder_out():
     state, ours = randomize(new_encoder()).state_dict(), new_classifier().encoder
     report = load_weights(ours, state)
     assert report.ignored == ("encoder.norm.bias", "encoder.norm.weight") and report.loaded == len(state) - 2
+    assert str(report).endswith("2 ignored (encoder.norm: the head does not use it)")
 
 
 def test_an_encoder_without_norm_is_for_mean_pooling():
