@@ -34,7 +34,7 @@ def test_each_decoder_has_its_depth(flags, depth):
             "--mask_block 2 does not divide the grid of 14 x 7 patches",
         ),
         (["--mask_block", "2", "--mask_strategy", "block"], "--mask_block 2 does not go with --mask_strategy block"),
-        (["--predict_ratio", "0"], "--predict_ratio 0 predicts none of 147 removed patches; expected a ratio that"),
+        (["--predict_ratio", "0"], "--predict_ratio 0 predicts none of 147 masked patches; expected a ratio that"),
         (["--decoder_inputs", "weighted"], "--decoder_inputs weighted needs --decoder cross"),
         (
             ["--mask_block", "7", *schedule("112:0.5", "160:0.8", "224:1")],

@@ -33,7 +33,7 @@ def add_mask_flags(parser: Parser, *, strategies: Iterable[str], validities: Ite
     help_text = "mark of invalid pixels: a missing value (nodata), besides that the last channel or a mask; or none "
     help_text += "(default nodata if --nodata is known and the target is normalized or pixels)"
     flag("--validity", choices=("none", *validities), help=help_text)
-    help_text = "share of the removed patches that is predicted in training, evenly spread (default 1)"
+    help_text = "share of the masked patches that is predicted in training, evenly spread (default 1)"
     flag("--predict_ratio", type=number(0, 1), default=1.0, metavar="R", help=help_text)
 
 
@@ -115,7 +115,7 @@ def check_masks(args: argparse.Namespace, img_size: Sequence[int]) -> list[str]:
         )
     elif not round(num_removed * args.predict_ratio):
         errors.append(
-            f"--predict_ratio {args.predict_ratio:g} predicts none of {num_removed} removed patches; expected a ratio "
+            f"--predict_ratio {args.predict_ratio:g} predicts none of {num_removed} masked patches; expected a ratio "
             "that predicts at least one"
         )
     return errors + check_mask_block(args.mask_block, args.mask_strategy, grid)
