@@ -92,9 +92,9 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("segmentation").add_argument
     flag("--evaluate", choices=("slide", "whole"), help="sliding windows, or the image as one crop (default slide)")
     flag = parser.add_argument_group("masked autoencoder").add_argument
-    flag("--mask_ratio", type=number(0, 1), help="share of removed patches (default as in training)")
-    flag("--mask_strategy", choices=MASK_STRATEGIES, help="pattern of removed patches (default random)")
-    flag("--mask_block", type=integer(1), metavar="N", help="side of removed blocks, in patches (default 1)")
+    flag("--mask_ratio", type=number(0, 1), help="share of masked patches (default as in training)")
+    flag("--mask_strategy", choices=MASK_STRATEGIES, help="pattern of masked patches (default random)")
+    flag("--mask_block", type=integer(1), metavar="N", help="side of masked blocks, in patches (default 1)")
     flag("--seed", type=integer(0, 2**32 - 1), help="seed of the masks (default 0)")
     flag("--mask", metavar="FILE.png", help="picture whose white removes patches, as large as the image or the crop")
     flag("--fill", action=Pair, help="predict every patch, by masks that together remove all of them (off)")

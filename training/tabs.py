@@ -17,11 +17,11 @@ EVENT = dict(api_visibility="private", show_progress="minimal", trigger_mode="al
 STATE = dict(time_to_live=3600)  # seconds without a change after which what a visitor chose is forgotten
 CLICKED = 1  # of the pictures RECONSTRUCTION
 METRICS = {  # row of the table -> prefix of PSNR and SSIM in metrics.json
-    "removed patches": "masked",
+    "masked patches": "masked",
     "whole image": "prediction",
     "with visible patches": "pasted",
 }
-LEAKS = "Predictions use the true mean and variance of each removed patch, which the model did not see."
+LEAKS = "Predictions use the true mean and variance of each masked patch, which the model did not see."
 
 
 def picture(label: str, **options) -> gr.Image:
@@ -63,7 +63,7 @@ def _columns(models: Sequence, indices: Sequence[int]) -> Iterator[int]:
 def _mask_controls(models: Sequence, *, least: int = 1) -> list:
     """Add the controls of a mask that removes at least `least` %: ratio, strategy, seed, and use of true statistics."""
     start = max(round(100 * models[0].mask_ratio), least)
-    ratio = gr.Slider(least, 99, start, step=1, label="Removed patches (%)", min_width=220)
+    ratio = gr.Slider(least, 99, start, step=1, label="Masked patches (%)", min_width=220)
     strategy = gr.Radio(["random", "block", "grid"], value="random", label="Pattern", min_width=220)
     seed = gr.Slider(0, 99, 0, step=1, label="Seed of the mask", min_width=220)
     leaks = any(model.leaks for model in models)
@@ -79,7 +79,7 @@ def reconstruct_tab(models: Sequence, choice: gr.State) -> tuple:
         with gr.Row():
             controls = _mask_controls([models[i] for i in indices])
         with gr.Row():
-            gr.Markdown("**Click** a patch of what the encoder sees to remove it, or to put it back.")
+            gr.Markdown("**Click** a patch of what the encoder sees to mask it, or to show it again.")
             undo = gr.Button("Undo clicks", size="sm", scale=0, min_width=140)
         for i in _columns(models, indices):
             with gr.Row(elem_classes=["tiles"]):
