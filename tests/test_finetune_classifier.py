@@ -467,7 +467,7 @@ def test_evaluation_on_some_of_the_classes(tmp_path):
     expected = 100 * (chosen[probabilities[:, chosen].argmax(axis=1)] == labels).mean()
     assert metrics["subset_top1"] == pytest.approx(expected)
     assert metrics["top1"] == pytest.approx(100 * (probabilities.argmax(axis=1) == labels).mean())
-    assert f"({expected:.2f} % among the classes of the data)" in printed
+    assert f"among the data's classes: {expected:.2f} %)" in printed
 
 
 def test_evaluating_never_touches_the_weights_it_measures(undisturbed, image_folder, tmp_path):
