@@ -104,16 +104,6 @@ def terminate(now):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_signal_while_data_are_prepared_ends_the_run(tmp_path, capsys):
-    run, source = start(tmp_path), Source()
-    source.prepare = lambda **_: terminate(True)
-    run.plan_steps(len(source), lambda size: [])
-    run.compare({"mean": [0.5]}, source, None, defaults={})
-    with pytest.raises(Stopped):
-        run.prepare_sources()
-    assert "stopped by SIGTERM before any step" in capsys.readouterr().out and not any(tmp_path.iterdir())
-
-
 def content_of(run, name):
     return json.loads((run.folder / name).read_text())
 

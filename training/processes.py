@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import psutil
 import torch
@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from training.arguments import in_seconds
-from training.launch import RunError, Stopped, fail, is_main_process, prepare_compiler, resolve_precision, set_speed
+from training.launch import RunError, fail, is_main_process, prepare_compiler, resolve_precision, set_speed
 from training.wording import in_one_line
 
 # Flags that may differ between machines: their cores, and the places of their data, which are compared themselves
@@ -131,7 +131,6 @@ class Crew:
 
     def __init__(self, time_limit: str | None = None):
         self.signal_name: str | None = None
-        self._leaving: int | None = None
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
                 signal.signal(number, self._note)
@@ -157,27 +156,6 @@ class Crew:
         self.signal_name = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self._leaving == os.getpid():
-            raise Stopped
-
-    @contextlib.contextmanager
-    def leaving(self, release: Callable[[], None]) -> Iterator[None]:
-        """Let a signal end a run of one process inside at once, after `release()`; several processes finish it.
-
-        Raises:
-            Stopped: after a signal. Nothing is saved.
-        """
-        self._leaving = os.getpid() if self.group is None else None  # workers that are forked inside stay
-        try:
-            if self._leaving and self.signal_name:
-                raise Stopped
-            yield
-        except Stopped:
-            print(f"stopped by {self.signal_name} before any step; nothing was written: give the same command again")
-            release()
-            raise
-        finally:
-            self._leaving = None
 
     def watch(self, batches: Iterator) -> Iterator:
         """Yield the batches of training, and let a SIGTERM end the process if one does not come."""

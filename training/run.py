@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import copy
 import math
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from pathlib import Path
@@ -234,10 +235,9 @@ class Run:
 
     def prepare_sources(self) -> None:
         """Prepare the data sources: render or open their files."""
-        with self.crew.leaving(self.claim.release):
-            for source in dict.fromkeys(self.sources):
-                if source:
-                    source.prepare(processes=self.given.num_workers or 1, progress=self.is_main_process)
+        for source in dict.fromkeys(self.sources):
+            if source:
+                source.prepare(processes=self.given.num_workers or 1, progress=self.is_main_process)
 
     def start_evaluation(self, resolved: dict, source, content: dict) -> None:
         """Start a run that trains nothing and measures a trained model on one source, see `compare` and `resume`."""
@@ -444,7 +444,7 @@ class Run:
             metrics = {"step": self.step, "epoch": self.epoch, **speed, **self.metrics, **metrics}
             write_json(self.folder / "metrics.json", metrics)
             if best and (trained := self.folder / "best").is_dir():
-                text += f". Use the model:\n  python predict.py {trained} PHOTOS"
+                text += f". Use the model:\n  python predict.py {shlex.quote(str(trained))} PHOTOS"
             print(f"finished: {text}")
         self._leave()
         self.uploader.finish(stop=lambda: bool(self.crew.signal_name))  # last: no other process waits for it
