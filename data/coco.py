@@ -14,9 +14,11 @@ from data.files import FolderSource, is_fresh_index, stamp
 from data.index import DataError, Names, cached, first_few
 from data.objects import Entry, ObjectPacker, ObjectSource
 
+LARGEST = 1e15  # of a number of pixels, beyond which float64 is not exact
+
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) < LARGEST  # false for NaN, too
 
 
 def _is_side(value) -> bool:
@@ -49,9 +51,33 @@ def _is_mask(value) -> bool:
         if not isinstance(value, dict):
             return all(len(each) % 2 == 0 and math.isfinite(math.fsum(each)) for each in value)
         (height, width), counts = value["size"], value["counts"]
-        return isinstance(counts, str) or (min(counts) >= 0 and sum(counts) == height * width)
-    except (KeyError, TypeError, ValueError):
+        if isinstance(counts, str):
+            counts = _decompress(counts.encode())
+        return min(counts) >= 0 and sum(counts) == height * width
+    except (KeyError, TypeError, ValueError, OverflowError):
         return False
+
+
+def _decompress(counts: bytes) -> list[int]:
+    """Return the counts of a compressed RLE, whose faults pycocotools does not check. Raises ValueError.
+
+    A count is written as its difference to the one before the last, in digits of five bits and a bit for "more follow",
+    the lowest first, each as the character 48 + digit.
+    """
+    numbers, number, shift = [], 0, 0
+    for character in counts:
+        digit = character - 48
+        if not 0 <= digit < 64:
+            raise ValueError(f"character {character} in a compressed RLE")
+        number |= (digit & 31) << shift
+        shift += 5
+        if not digit & 32:
+            number -= (digit & 16) << (shift - 4)  # the sign
+            numbers.append(number + (numbers[-2] if len(numbers) > 2 else 0))
+            number = shift = 0
+    if shift:
+        raise ValueError("a compressed RLE that is cut off")
+    return numbers
 
 
 def _is_packed(value) -> bool:

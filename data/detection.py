@@ -132,7 +132,7 @@ def training_sample(
             cut = cut[:, ::-1] if mirrored else cut
             box[:] = _box_of(cut)
             x1, y1, x2, y2 = box.astype(int)
-            parts.append(cut[y1:y2, x1:x2])
+            parts.append(cut[y1:y2, x1:x2].copy())  # a view would keep all of the cut in memory
     visible = (boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf) >= SMALLEST
     parts = [parts[number] for number in np.flatnonzero(visible)] if masks else None
     return image, (h, w), boxes[visible], labels[visible], parts

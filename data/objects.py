@@ -155,7 +155,8 @@ class ObjectPacker:
     def objects(self) -> Names:
         """Return the objects of all images, as ObjectSource takes them. Raises DataError if none is a single object."""
         if not self.num_single:
-            raise DataError(f"{self.where} has no objects but crowds, which are not scored; give images with objects")
+            count = f"{len(self.left_out)} boxes outside their image or of no area" if self.left_out else "crowds alone"
+            raise DataError(f"{self.where} has no objects that can be scored ({count}); give images with objects")
         return Names(np.frombuffer(self.buffer, np.uint8), np.array(self.ends, np.int64))
 
     @property

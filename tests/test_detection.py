@@ -220,7 +220,7 @@ def test_splits_of_crowds_alone_are_refused(tmp_path):
     for folder, places in ((root, ["instances_train2017.json", "instances_val2017.json"]), (yolo, ["labels/val"])):
         with pytest.raises(DataError) as error:
             open_objects(str(folder), PIXELS)
-        expected = [f"{place} has no objects but crowds, which are not scored; give images" for place in places]
+        expected = [f"{place} has no objects that can be scored (crowds alone); give images" for place in places]
         assert all(text in line for text, line in zip(expected, str(error.value).splitlines(), strict=True))
 
 
@@ -302,8 +302,13 @@ BAD = {
     "words": (broken("annotations", 0, "segmentation", [["a"] * 6]), "expected polygons of x, y"),
     "no counts": (broken("annotations", 0, "segmentation", dict(size=[32, 48])), "or RLE with counts and size"),
     "a short RLE": (broken("annotations", 0, "segmentation", dict(size=[32, 48], counts=[3])), "or RLE with counts"),
+    "a compressed RLE of no sense": (
+        broken("annotations", 0, "segmentation", dict(size=[32, 48], counts="zz")),
+        "or RLE with counts",
+    ),
+    "a huge polygon": (broken("annotations", 0, "segmentation", [[1e308] * 6]), "expected polygons of x, y"),
     "a small RLE": (
-        broken("annotations", 0, "segmentation", dict(size=[2, 3], counts="12")),
+        broken("annotations", 0, "segmentation", dict(size=[2, 3], counts="15")),
         "annotations with RLE of 2 x 3 pixels in an image of 32 x 48",
     ),
     "no objects": (broken("annotations", []), "has an empty list 'annotations'; give annotated images"),
