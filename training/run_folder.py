@@ -51,7 +51,7 @@ class RunFolder:
                     f"{', ...' if foreign[3:] else ''}), or a run without its args.json; give another "
                     "--experiment_name or --working_directory"
                 )
-            paths = (self.path / ".lock", self.checkpoints, self.path, *self.path.parents)
+            paths = (self.checkpoints, self.path / ".lock", self.path, *self.path.parents)
             created = [path for path in paths if not path.exists()]
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.checkpoints).close()
@@ -59,6 +59,7 @@ class RunFolder:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loader workers
             if not os.fstat(self._lock.fileno()).st_nlink:  # its folder was released in the meantime
                 raise BlockingIOError
+            self.checkpoints.mkdir(exist_ok=True)  # which another start may have released before the lock was free
             self._created = created
         except BlockingIOError:
             raise InputError(
