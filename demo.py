@@ -225,16 +225,14 @@ class PageModel:
 
     @torch.no_grad()
     def detect(self, inputs):
-        """Return what a detector gives for an image, see Detector.forward, on the CPU."""
+        """Return COCO's records of the objects in an image."""
         images, size = self.normalize(inputs.view[None].to(self.device)), tuple(inputs.picture.shape[1:])
-        return {name: values.cpu() for name, values in self.model(images, [size])[0].items()}
+        return as_results(in_original_pixels(self.model(images, [size])[0], size, inputs.original))
 
-    def draw_objects(self, inputs, detections, least_score):
-        """Return a picture of the objects of `detect` that score at least `least_score`, and COCO's records of them."""
-        chosen, size = detections["scores"] >= least_score, tuple(inputs.picture.shape[1:])
-        detections = {name: values[chosen] for name, values in detections.items()}
-        records = as_results(in_original_pixels(detections, size, inputs.original))
-        shown = drawings(records, inputs.original, size)
+    def draw_objects(self, inputs, records, least_score):
+        """Return a picture of the records of `detect` that score at least `least_score`, and these records."""
+        records = [record for record in records if record["score"] >= least_score]
+        shown = drawings(records, inputs.original, tuple(inputs.picture.shape[1:]))
         return detection_picture(inputs.picture.numpy(), shown, self.classes, self.colours), records
 
     @torch.no_grad()
@@ -306,7 +304,7 @@ def find_examples(model):
         try:
             examples = held_out_examples(flags, model.pixels, NUM_EXAMPLES, annotated=model.detects)
             if pairs := with_pictures(examples, model):
-                return pairs, f"Held-out images of {Path(path).name}"
+                return pairs, f"Validation images of {Path(flags.get('path_to_validation_data') or path).name}"
             reason = "holds out no image that can be read"
         except (DataError, OSError, ImportError) as error:
             reason = f"cannot be read ({in_one_line(error)})"

@@ -143,7 +143,7 @@ def test_held_out_images_score_as_in_metrics_json(image_folder, tmp_path, monkey
     assert demo.newest_run("work_dir") == "work_dir/pretrain_mae" and demo.newest_run("nothing") is None
     model, metrics = opened("work_dir/pretrain_mae"), metrics_of(Path("work_dir/pretrain_mae"))
     examples, caption = demo.find_examples(model)
-    assert len(examples) == 11 and caption == f"Held-out images of {image_folder.name}"
+    assert len(examples) == 11 and caption == f"Validation images of {image_folder.name}"
     assert model.name == "pretrain_mae"
     results = []
     for (name, index, data), tile in examples:
@@ -177,7 +177,7 @@ def test_examples_of_a_detector_are_held_out_images(models, photos, tmp_path):
     (tmp_path / "data/data.yaml").write_text(f"names: {json.dumps(CLASSES)}")
     run_folder = write_record(tmp_path / "run", models, "detector", path_to_data=str(tmp_path / "data"))
     examples, caption = demo.find_examples(opened(run_folder / "checkpoints/step_2"))
-    assert caption == "Held-out images of data" and [example.data for example, _ in examples] == [
+    assert caption == "Validation images of data" and [example.data for example, _ in examples] == [
         photos[1].read_bytes()
     ]
 
@@ -261,13 +261,13 @@ def test_objects_are_those_of_predict_py(models, photos, tmp_path):
     model, counts = opened(models / "detector"), []
     for path, line in zip(photos, lines_of(tmp_path / "out"), strict=True):
         inputs = model.prepare(path.read_bytes())
-        detections = model.detect(inputs)
+        records = model.detect(inputs)
         numbers = {2: 1, 7: 2, 9: 3}
         expected = [{**each, "category_id": numbers[each["category_id"]]} for each in line["objects"]]
         for each in expected:
             del each["class"]
-        assert model.draw_objects(inputs, detections, 0)[1] == expected
-        drawn, records = model.draw_objects(inputs, detections, 0.5)
+        assert records == expected
+        drawn, records = model.draw_objects(inputs, records, 0.5)
         assert records == [each for each in expected if each["score"] >= 0.5]
         written = np.asarray(Image.open(tmp_path / "out" / line["overlay"]))
         assert np.array_equal(written[8 : 8 + drawn.height, 8 : 8 + drawn.width], np.asarray(drawn))

@@ -29,6 +29,7 @@ USUAL = {
     **dict.fromkeys(("input_size", "image_size", "imgsz"), ("img_size", "crop_size")),
     **dict.fromkeys(("finetune", "pretrained", "weights", "checkpoint"), WEIGHTS),
     "nb_classes": ("num_classes",),
+    **dict.fromkeys(("name", "exp_name", "run_name"), ("experiment_name",)),
     "eval": ("eval_only",),
 }
 

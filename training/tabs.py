@@ -269,8 +269,8 @@ def detect_tab(models: Sequence, choice: gr.State) -> tuple:
     return _slider_tab(models, indices, choice, names=("Detect", "objects"), slider=slider, **functions)
 
 
-def _draw_objects(model, inputs, detections, least_score: float) -> tuple[Image.Image, str]:
-    drawn, records = model.draw_objects(inputs, detections, least_score)
+def _draw_objects(model, inputs, records, least_score: float) -> tuple[Image.Image, str]:
+    drawn, records = model.draw_objects(inputs, records, least_score)
     return drawn, object_list(records, model.classes, model.colours)
 
 
