@@ -37,6 +37,7 @@ CSS = """
 .smooth img { image-rendering: auto; }
 .tiles { display: grid !important; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
 .clickable img { cursor: crosshair; }
+.examples .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)) !important; }
 @media (max-width: 600px) { .labelled .grid-container { grid-template-columns: repeat(3, 1fr) !important; } }
 footer { display: none !important; }
 """
