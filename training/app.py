@@ -161,6 +161,7 @@ def serve(page: gr.Blocks, *, host: str, port: int, share: bool) -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
             signal.signal(number, lambda *_: sys.exit(0))
     local, public = _launch(page, host, port, share=share)
+    page.server.force_exit = True  # ends without waiting for pages that are open in a browser
     print(f"demo: {local}" + (f" and {public}" if public else "") + " (Ctrl-C ends it)", flush=True)
     try:
         page.block_thread()
