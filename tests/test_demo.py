@@ -486,7 +486,8 @@ def server(browser, models, photos, tmp_path_factory):
         said = process.streams[0].read_text()
         assert f"port {port} is in use" in said and address != f"http://127.0.0.1:{port}"
     yield address, cwd / "tmp"
-    process.send_signal(signal.SIGHUP)
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # below nohup
+    process.send_signal(signal.SIGTERM if ignored else signal.SIGHUP)
     finish(process, 0)
     assert not list((cwd / "tmp").iterdir())  # nothing is left
 
