@@ -36,8 +36,11 @@ USUAL = {
 
 def suggest(word: str, known: Sequence[str]) -> str | None:
     """Return the one of the `known` flags that an unknown flag probably means: by its usual name, or its spelling."""
-    usual = [f"--{name}" for name in USUAL.get(word.strip("-").replace("-", "_"), ())]
-    similar = [name for name in usual if name in known] or difflib.get_close_matches(word, known, n=1)
+    name = word.strip("-").replace("-", "_")
+    usual = [f"--{flag}" for flag in USUAL.get(name, ())]
+    similar = [flag for flag in usual if flag in known]
+    if name not in USUAL:
+        similar = difflib.get_close_matches(word, known, n=1)
     return similar[0] if similar else None
 
 
