@@ -2,11 +2,10 @@
 
     python predict.py work_dir/quickstart_pretrain photos/ one_more.jpg
 
-writes predictions/predictions.jsonl, one line per image in the order given. A classifier predicts classes, labels or
-numbers, as it was trained; one with attentive pooling also writes attention/, where each query looks. A segmentation
-model writes labels/ (pixel values 1 to N: the classes in the model's order) and overlays/; a detector writes overlays/
-and coco.json; a masked autoencoder writes reconstructions/, with their PSNR and SSIM. Images are files, folders, or
-patterns such as 'photos/**/*.jpg'. Unreadable images are named and skipped; the exit code is then 1.
+writes predictions/predictions.jsonl, one line per image in order. A classifier predicts classes, labels or numbers; one
+with attentive pooling also writes attention/, where each query looks. A segmentation model writes labels/ (pixel values
+1 to N: the classes in the model's order) and overlays/; a detector writes overlays/ and coco.json; a masked autoencoder
+writes reconstructions/, with their PSNR and SSIM. Unreadable images are named and skipped; the exit code is then 1.
 
     python predict.py work_dir/quickstart_pretrain photos/ --features features.npy
 
@@ -90,7 +89,8 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("classification").add_argument
     flag("--top_k", type=integer(1), help="classes or labels per image (default 5 classes, all labels)")
     flag = parser.add_argument_group("segmentation").add_argument
-    flag("--evaluate", choices=("slide", "whole"), help="sliding windows, or the image as one crop (default slide)")
+    mode = "sliding windows, or the image as one crop (default slide)"
+    flag("--evaluation_mode", "--evaluate", dest="evaluate", choices=("slide", "whole"), help=mode)
     flag = parser.add_argument_group("masked autoencoder").add_argument
     flag("--mask_ratio", type=number(0, 1), help="share of masked patches (default as in training)")
     flag("--mask_strategy", choices=MASK_STRATEGIES, help="pattern of masked patches (default random)")
