@@ -143,6 +143,7 @@ SNIPPETS = [
 def trained(tmp_path_factory) -> Path:
     """A folder with tiny models and the photograph that snippets name."""
     folder = tmp_path_factory.mktemp("trained")
+    (folder / "photographs").mkdir()
     size = dict(img_size=32, patch_size=16, embed_dim=64, depth=2, num_heads=2)
     encoder, pretrained = new_encoder(**size), new_encoder(**size | {"img_size": 64})
     statistics = dict(mean=[0.5] * 3, std=[0.25] * 3)

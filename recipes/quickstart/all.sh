@@ -13,7 +13,7 @@ accelerate launch finetune_segmentation.py @recipes/quickstart/finetune_segmenta
 python - <<'TABLE'
 import json
 
-print("| trained | top-1 (%) | validation loss | time of training (s) |\n|---|---|---|---|")
+print("| trained | top-1 (%) | validation loss | training time (s) |\n|---|---|---|---|")
 for run, what in {
     "finetune_classifier": "the pre-trained encoder and the head",
     "linear_probe": "a linear head on the frozen encoder",
