@@ -1,4 +1,4 @@
-"""Time two sides in turns, and print the figures as lines or as JSON."""
+"""Time two implementations in turns, print the figures and, on request, write them as JSON."""
 
 import argparse
 import contextlib
@@ -29,7 +29,7 @@ def new_parser(description: str, *, rounds: int) -> Parser:
 
 
 def own_file(name: str) -> str:
-    """Read the name of a file to write, which may hold figures and nothing else: an argparse type."""
+    """Return the name of a file to write (an argparse type); an existing file must contain only figures."""
     path, error = Path(name), "has no folder; create it"
     if path.parent.is_dir():
         error = "holds something else; give another name"
@@ -40,7 +40,7 @@ def own_file(name: str) -> str:
 
 
 def read_step_flags(parser: Parser, argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Return the flags, with those of a training step added to the parser's own, and a list of error messages."""
+    """Add the flags of a training step to the parser; return the parsed flags and a list of error messages."""
     flag = parser.add_argument
     flag("--model", choices=SIZES, default="base", help="size of the encoder (default base)")
     flag("--img_size", type=integer(1), default=224, help="pixels (default 224)")
@@ -57,14 +57,14 @@ def read_step_flags(parser: Parser, argv: list[str] | None) -> tuple[argparse.Na
 
 
 def clock(work: Callable) -> float:
-    """Return the seconds of a call."""
+    """Return the duration of a call in seconds."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
 def events(work: Callable, count: int = 20) -> float:
-    """Return the mean of the GPU's seconds of `count` calls, which are launched without waiting for one another."""
+    """Return the mean GPU time, in seconds, of `count` calls that are launched without waiting in between."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(count):
@@ -77,7 +77,7 @@ def events(work: Callable, count: int = 20) -> float:
 def time_in_turns(
     works: dict[str, Callable], *, rounds: int, warmup: int = 1, timer: Callable[[Callable], float] = clock
 ) -> dict[str, list[float]]:
-    """Return the seconds of each work in each round; every round runs all works, after `warmup` untimed rounds."""
+    """Return the seconds of each function in each round; all run once a round, and `warmup` rounds are dropped."""
     seconds = {name: [] for name in works}
     for _ in range(warmup + rounds):
         for name, work in works.items():
@@ -86,7 +86,7 @@ def time_in_turns(
 
 
 def rates(count: int, seconds: Iterable[float]) -> list[float]:
-    """Return `count` per second, for each time that so many took."""
+    """Return `count` per second for each of the durations `seconds`."""
     return [count / value for value in seconds]
 
 

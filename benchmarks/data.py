@@ -2,11 +2,11 @@
 
     python benchmarks/data.py --path_to_data IMAGES
 
-Theirs opens with PIL and does RandomResizedCrop (bicubic), flip, conversion to float and normalization. Ours reads
-uint8 batches with their masks: from the files, without and with --fast_decoding, and from what prepare_data.py makes of
-them at a short side of 256, as JPEG and as arrays; decoding alone is the limit. Both read the same images, the first
---num_images that both can read, on one thread. Then each of these forms is read by --workers loader workers, compared
-with none.
+torchvision's pipeline opens images with PIL and does RandomResizedCrop (bicubic), flip, conversion to float and
+normalization. Our data set reads uint8 batches with their masks from the files, without and with --fast_decoding, and
+from copies that prepare_data.py writes with a short side of 256, as JPEG and as arrays; decoding alone is the limit.
+Both sides read the same images on one thread: the first --num_images that both can read. Each form is then read with
+--workers loader workers and compared with no workers.
 """
 
 import json
@@ -40,7 +40,7 @@ from training.arguments import integer
 from training.launch import default_workers, fail, run_script
 from training.wording import several
 
-SHORT_SIDE = 256  # of prepared images
+SHORT_SIDE = 256  # of the prepared images, in pixels
 
 
 def parse_args(argv=None):
@@ -122,7 +122,7 @@ def prepare(source: FileSource, count: int, folder: Path, form: str) -> Source:
 
 
 def loader_rate(dataset: PretrainingDataset, count: int, num_workers: int) -> float:
-    """Return images/s after the first batch, over 1,600 images a worker or more, of which few are in stock."""
+    """Return images/s after the first batch, over at least 1,600 images per worker: prefetched ones count little."""
     epochs = range(math.ceil(1600 * max(1, num_workers) / count))
     batches = [batch for epoch in epochs for batch in batches_of(count, epoch)]
     loader = iter(make_loader(dataset, batches, num_workers=num_workers))
@@ -135,7 +135,7 @@ def loader_rate(dataset: PretrainingDataset, count: int, num_workers: int) -> fl
 def measure(
     source: FileSource, *, img_size: int, num_images: int, rounds: int, workers: Sequence[int]
 ) -> Iterator[dict]:
-    """Yield the figures of reading and of loader workers."""
+    """Yield the figures of reading on one thread, then those of loader workers."""
     count = min(num_images, len(source))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,13 +1,14 @@
-"""Time ONNX Runtime against PyTorch on one core, and its int8 weights against its float32 ones.
+"""Compare the speed of ONNX Runtime with PyTorch on one core, and of int8 weights with float32 weights.
 
     python benchmarks/deploy.py
 
-measures the encoder of ViT-B with random weights. A model of your own, and its top-1 accuracy on IMAGES/val/CLASS/*:
+measures the encoder of ViT-B with random weights. To measure your own model, and its top-1 accuracy on
+IMAGES/val/CLASS/*:
 
     python benchmarks/deploy.py work_dir/finetune_classifier --path_to_data IMAGES
 
-Rates are images per second of CPU time, so other programs on the machine disturb them little. Both sides see the same
-images, whose pixels they normalize. int8 is onnxruntime's dynamic quantization of the weights of matrix products.
+Rates are images per second of CPU time, so other programs on the machine hardly affect them. Both sides get the same
+raw images and normalize them. int8 is onnxruntime's dynamic quantization of the weights of matrix products.
 """
 
 import sys
@@ -62,7 +63,7 @@ def random_encoder():
 
 
 def open_sessions(deployed, folder):
-    """Return sessions of the float32 and the int8 file, on one thread, and the sizes of both files in MB."""
+    """Return single-threaded sessions of the float32 and the int8 file, and the sizes of both files in MB."""
     paths = [folder / name for name in ("float32.onnx", "int8.onnx")]
     paths[0].write_bytes(to_onnx(deployed, {}))
     quantize_dynamic(*paths, weight_type=QuantType.QInt8)
@@ -73,7 +74,7 @@ def open_sessions(deployed, folder):
 
 
 def top1(session, trained, paths):
-    """Return the share of images (%) whose folder is the name of the likeliest class."""
+    """Return the top-1 accuracy (%) on images whose folders are named like their classes."""
     source, _ = find_images(paths)
     crop = partial(centre_crop, size=trained.encoder.img_size, crop_ratio=trained.crop_ratio)
     dataset, right = ListedDataset(source, pixels=PixelFormat(trained.encoder.in_channels), prepare=crop), 0

@@ -2,9 +2,9 @@
 
     python benchmarks/evaluation.py
 
-Our scores keep one row of areas per image, the published metric keeps all masks. It is written here from its
-definition, because loading it needs the network. Both must give the same value, otherwise nothing is reported. Only
-scoring is timed, on one thread. Memory is the peak of a process, with the same imports on both sides.
+Our scores keep one row of areas per image; the published metric keeps all masks. The latter is reimplemented here,
+because loading it needs the network. Both must give the same value, otherwise nothing is reported. Only scoring is
+timed, on one thread. Memory is the peak of a process, with the same imports on both sides.
 """
 
 import multiprocessing
@@ -41,7 +41,7 @@ def parse_args(argv=None):
 
 
 def random_masks(num_images: int, size: int, num_classes: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield predictions and annotations (size, size), uint8: patches, most predicted correctly, a tenth void."""
+    """Yield predictions and annotations (size, size), uint8, of square patches: about 70 % correct and 10 % void."""
     rng = np.random.default_rng(0)
     patch = max(1, size // 16)
     for _ in range(num_images):
@@ -52,10 +52,10 @@ def random_masks(num_images: int, size: int, num_classes: int) -> Iterator[tuple
 
 
 class PublishedMeanIou(evaluate.Metric):
-    """The metric `mean_iou`: rows are whole masks as uint16, areas are histograms of the pixels that are not void."""
+    """The metric `mean_iou`: it stores whole masks as uint16 and counts areas as histograms of non-void pixels."""
 
     def __init__(self):
-        with tempfile.TemporaryDirectory() as unused:  # `evaluate` requires a folder even where it writes nothing
+        with tempfile.TemporaryDirectory() as unused:  # `evaluate` requires a folder even if it writes nothing
             super().__init__(keep_in_memory=True, cache_dir=unused)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -76,7 +76,7 @@ class PublishedMeanIou(evaluate.Metric):
 
 
 def score(side: str, num_images: int, size: int, num_classes: int) -> tuple[float, float, float]:
-    """Return the mean IoU (%) by "ours" or "theirs", the seconds of scoring, and this process's peak memory (GB)."""
+    """Return the mean IoU (%) of one side, the seconds of scoring, and this process's peak memory (GB)."""
     rows, published, seconds = [], PublishedMeanIou(), 0.0
     torch.set_num_threads(1)
     for prediction, annotation in random_masks(num_images, size, num_classes):
@@ -98,7 +98,7 @@ def measure(num_images: int, size: int, num_classes: int, *, rounds: int) -> Ite
     """Yield images/s and peak memory of both sides. Raises RunError if their values differ."""
     results = {"ours": [], "theirs": []}
     options = dict(mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1)
-    with ProcessPoolExecutor(1, **options) as pool:  # a process each, so that its peak memory is its own
+    with ProcessPoolExecutor(1, **options) as pool:  # one process per run, so that peak memory is that of the run
         for side in [*results] * rounds:
             results[side].append(pool.submit(score, side, num_images, size, num_classes).result())
     columns = [list(zip(*runs, strict=True)) for runs in results.values()]

@@ -1,11 +1,12 @@
-"""Compute how long pre-trainings take, from the speed of a known one.
+"""Estimate the hours of pre-training runs from the known speed of one recipe.
 
     python benchmarks/hours.py recipes/budget/hour_1.args recipes/budget/hours_10.args --images_per_second 1980
 
-A recipe takes its floating-point operations, divided by those of a second: the images per second of --reference times
-its operations per image and step. The default is derived from 800 epochs of ViT-B in 18 hours on eight A100 (Wu et al.
-2024, "DailyMAE", arXiv 2404.00509), which include progressive resolution, as if all images had 224 pixels. So the hours
-are a lower bound; on a machine at hand, `pretrain_mae.py @RECIPE --dry_run` measures.
+The time of a recipe is its floating-point operations divided by the operations per second. These are the images per
+second of --reference times its operations per image and step. The default speed is derived from 800 epochs of ViT-B in
+18 hours on eight A100 (Wu et al. 2024, "DailyMAE", arXiv 2404.00509). That run used progressive resolution, but the
+speed counts all images as 224 pixels wide, so the hours are a lower bound. On your own machine,
+`pretrain_mae.py @RECIPE --dry_run` measures the speed.
 """
 
 import sys

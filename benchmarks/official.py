@@ -1,8 +1,8 @@
-"""A masked autoencoder in the manner of the official code, written from the paper (He et al. 2021, section 3).
+"""A masked autoencoder that works as the official code does, written from the paper (He et al. 2021, section 3).
 
-It computes what our model does in another way: all patches are embedded, the kept ones are selected, attention is a
-softmax of explicit scores (timm's blocks), the decoder sees the tokens in the order of the image and predicts every
-patch, and a mask selects the removed ones from the loss. Images are normalized by the loader and copied in float32.
+It computes the same loss as our model in another way. All patches are embedded before the visible ones are selected,
+and attention is a softmax of explicit scores (timm's blocks). The decoder sees the tokens in the order of the image and
+predicts every patch; a mask restricts the loss to the masked patches. Images arrive normalized, in float32.
 """
 
 import timm
@@ -15,20 +15,20 @@ from modeling.vit import VisionTransformer, patchify, take
 
 
 def timm_encoder(encoder: VisionTransformer, **head) -> timm.models.VisionTransformer:
-    """Return timm's model with the sizes of our encoder, but with weights of its own; `head` are its arguments."""
+    """Return a timm model with the sizes of our encoder and its own weights; `head` are further arguments of timm."""
     names = ("img_size", "patch_size", "in_channels", "embed_dim", "depth", "num_heads", "mlp_ratio")
     sizes = {name.replace("in_channels", "in_chans"): getattr(encoder, name) for name in names}
     return timm.models.VisionTransformer(**sizes, **head)
 
 
 class OfficialManner(nn.Module):
-    """Return the loss of normalized images (B, C, H, W) and noise (B, L), with the weights of `model`."""
+    """Compute the loss of normalized images (B, C, H, W) and noise (B, L), with the weights of `model`."""
 
     def __init__(self, model: MaskedAutoencoder):
         super().__init__()
         self.num_kept, self.norm_pix_loss = model.num_kept, model.target.name == "normalized"
         self.encoder = timm_encoder(model.encoder, num_classes=0)
-        # An encoder of the decoder's size, for its blocks
+        # timm has no decoder: take the blocks of an encoder of the decoder's size
         sizes = {name: getattr(model.decoder, name) for name in ("embed_dim", "depth", "num_heads")}
         self.decoder = timm.models.VisionTransformer(num_classes=0, **sizes)
         del self.decoder.patch_embed, self.decoder.cls_token

@@ -1,16 +1,16 @@
-"""Compare recipes of pre-training by the quality of their features at equal training time.
+"""Compare pre-training recipes by the quality of their features at equal training time.
 
     python benchmarks/quality.py --path_to_data IMAGES --recipe baseline= --recipe muon="--optimizer muon"
 
 A recipe is a name and flags of pretrain_mae.py, which follow those of --common; the first one is the baseline. Dry runs
-of all recipes, in turns, time a step of each. Then a run of each recipe and seed has as many steps as fit into
---seconds, and its schedule ends there. Validation and saving do not count. At --points equally distant times, the
-frozen features of labelled images are measured, and at the end an attentive probe is trained on them.
+of all recipes, in turns, measure the time of a step. Then, for each recipe and seed, a run has as many steps as fit
+into --seconds, and its schedule ends there. Validation and saving do not count. At --points equally spaced times, the
+frozen features of labelled images are evaluated, and at the end an attentive probe is trained on them.
 
---out holds the curves (quality.png), the table (quality.md, quality.json), and all runs. The same command continues a
-comparison that was interrupted; finished runs are not run again, and recipes and seeds may be added. Values are means
-over the seeds, with the standard deviation. Times are steps times the seconds of a timed step; "trained" is what the
-runs took, for comparison: if it differs, the machine was busy.
+The folder --out holds the curves (quality.png), the table (quality.md, quality.json), and all runs. The same command
+continues an interrupted comparison; finished runs are not repeated, and recipes and seeds may be added. Values are
+means over the seeds, with the standard deviation. Times are steps times the measured seconds of a step; "trained" is
+the time that the runs took. If the two differ, the machine was busy.
 """
 
 import argparse
@@ -84,7 +84,7 @@ def read_recipe(text: str) -> tuple[str, list[str]]:
 
 
 def open_folder(out: Path, settings: dict, recipes: dict[str, list[str]]) -> dict[str, dict]:
-    """Return the recipes that earlier commands have timed; a folder of another comparison ends the benchmark."""
+    """Return the recipes that earlier commands have timed; exit if the folder is of another comparison."""
     path = out / "settings.json"
     if not path.exists():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -105,7 +105,7 @@ def run_all(commands: list[tuple[list, Path]], *, parallel: int, title: str) -> 
     """Run scripts with their flags, some at a time under one bar, each with its output in a file.
 
     Raises:
-        RunError: if one fails, with its message; bad flags exit with code 2.
+        RunError: if a script fails, with its message; bad flags exit with code 2.
     """
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores_per_process() // parallel)))
     waiting, running = list(commands), {}
@@ -128,7 +128,7 @@ def run_all(commands: list[tuple[list, Path]], *, parallel: int, title: str) -> 
     finally:
         bar.close()
         for process in running:
-            process.terminate()  # they save
+            process.terminate()  # the scripts then save a checkpoint
         for process in running:
             process.wait()
 
@@ -144,7 +144,7 @@ def report_failure(log: Path, code: int) -> None:
 def time_steps(out: Path, recipes: dict[str, list], *, rounds: int, parallel: int) -> dict[str, dict]:
     """Return the seconds of a step and the steps of an epoch of each recipe, by dry runs in turns.
 
-    As many dry runs of a recipe run at the same time as runs will, so that the load is the same.
+    `parallel` dry runs of a recipe run at the same time, so that the load is that of the later runs.
     """
     seconds, epochs = {name: [] for name in recipes}, {}
     for _ in range(rounds):
@@ -159,12 +159,12 @@ def time_steps(out: Path, recipes: dict[str, list], *, rounds: int, parallel: in
 
 
 def count_steps(step_seconds: float, seconds: float, points: int) -> int:
-    """Return the steps that fit into a time, at least one, and a multiple of the number of points."""
+    """Return the number of steps that fit into a time, as a multiple of `points` and at least `points`."""
     return points * max(1, int(seconds / step_seconds / points))
 
 
 def pretrain(folder: Path, flags: list, recipe: dict, *, seed: int, points: int) -> list:
-    """Return the command of a run with a measure after each of equal parts of its steps."""
+    """Return the command of a run that measures its features `points` times, at equal intervals."""
     every = recipe["steps"] // points
     options = ["--working_directory", folder, "--experiment_name", f"pretrain_{seed}", "--seed", seed]
     options += ["--max_steps", recipe["steps"], "--knn_every", f"{every / recipe['steps_per_epoch']:.9f}"]
@@ -185,7 +185,7 @@ def is_finished(run: Path) -> bool:
 
 
 def read_run(folder: Path, seed: int, recipe: dict, *, points: int) -> dict:
-    """Return the measures of a run and of its probe.
+    """Return the measurements of a run and of its probe.
 
     Raises:
         RunError: if the run was stopped, or its data have no labels.
@@ -210,7 +210,7 @@ def read_run(folder: Path, seed: int, recipe: dict, *, points: int) -> dict:
 
 
 def mean_and_deviation(values: list[float]) -> list[float]:
-    """Return mean and standard deviation, the latter 0 for one value."""
+    """Return the mean and the standard deviation, which is 0 for a single value."""
     return [mean(values), stdev(values) if len(values) > 1 else 0.0]
 
 
@@ -228,7 +228,7 @@ def summarize(recipe: dict, runs: list[dict]) -> dict:
 
 
 def seconds_to_reach(curve: list[dict], target: float) -> float | None:
-    """Return the time at which the mean linear top-1 reaches a target, interpolated; None if it does not.
+    """Return the interpolated time at which the mean linear top-1 reaches a target; None if it does not.
 
     The first point's time is an upper bound if the target is reached there.
     """
@@ -287,7 +287,7 @@ def draw(path: Path, results: dict[str, dict], title: str) -> None:
 
 
 def report(out: Path, results: dict[str, dict], context: dict) -> None:
-    """Print the table, and write quality.json, quality.md and quality.png; `context` is what the JSON holds besides."""
+    """Print the table, and write quality.json, quality.md and quality.png; `context` are the JSON's other entries."""
     baseline = next(iter(results))
     target = results[baseline]["curve"][-1]["linear_top1"][0]
     for result in results.values():
@@ -307,7 +307,7 @@ def main(argv=None):
     if errors:
         fail(errors)
     for each in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, signal.default_int_handler)  # ends the runs, which save
+        signal.signal(each, signal.default_int_handler)  # raises KeyboardInterrupt, which ends the runs
     out, recipes = Path(args.out), dict(args.recipes)
     names = ("path_to_data", "common", "seconds", "points", "parallel", "probe_steps", "probe")
     settings = {name: getattr(args, name) for name in names}

@@ -1,13 +1,13 @@
-"""Time pre-training as one process against several, and a checkpoint.
+"""Compare the speed of pre-training with several processes and with one, and time a checkpoint.
 
     python benchmarks/scaling.py --model base --batch_size 16
 
-`accelerate launch pretrain_mae.py` runs with 1, 2, 4, ... and all GPUs, or with 1 and 2 processes on a CPU, in turns.
-Each process has a batch of its own. "Ours" are several processes, "theirs" is one. N GPUs reach at most N times the
-images/s. The processes of a CPU share the cores that a single one has to itself, so about 1 is expected there.
+`accelerate launch pretrain_mae.py` runs in turns with 1, 2, 4, ... and all GPUs, or with 1 and 2 processes on a CPU.
+Each process has its own batch. "Ours" are several processes, "theirs" is one. N GPUs reach at most N times the
+images/s. The processes on a CPU share its cores.
 
-Images/s and the data wait are those of --steps steps in the run's log, after as many to warm up. The start lasts from
-the command to the first line of the log, and a checkpoint until it is complete on the disk of the temporary folder
+Images/s and the data wait come from the run's log, for --steps steps after as many warmup steps. The start is the time
+from the command to the first line of the log. The time of a checkpoint ends when it is complete in the temporary folder
 (TMPDIR).
 """
 
@@ -51,13 +51,13 @@ def parse_args(argv=None):
 
 
 def launch(folder: Path, flags: list, *, processes: int) -> subprocess.Popen:
-    """Start `accelerate launch pretrain_mae.py` in a folder, with its error messages in the file `errors` there."""
+    """Start `accelerate launch pretrain_mae.py` in `folder` and write its error messages to the file `errors` there."""
     on_cpu = not torch.cuda.is_available()
     names = ("cpu", "cpu_2_processes") if on_cpu else ("single_gpu", "multi_gpu")
     config = ROOT / "accelerate_configs" / f"{names[processes > 1]}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
     command += ["--num_processes", processes, SCRIPT, *flags]
-    # With the launcher's default of one thread, the processes divide all cores among themselves
+    # Set in the launcher's environment, this gives each process on a CPU one thread
     variables = os.environ | {"OMP_NUM_THREADS": "1"} | ({"ACCELERATE_USE_CPU": "true"} if on_cpu else {})
     with (folder / "errors").open("w") as stream:
         options = dict(cwd=folder, env=variables, stdout=subprocess.DEVNULL, stderr=stream)
@@ -68,10 +68,10 @@ def pretrain(flags: list, *, processes: int, batch_size: int, num_images: int, s
     """Launch pretrain_mae.py for twice `steps` steps.
 
     Returns:
-        Images/s, the times of the start and of saving (s), the data wait (%) and the size of the checkpoint (MB).
+        Images/s, the seconds of the start and of saving, the data wait (%) and the size of the checkpoint (MB).
 
     Raises:
-        RunError: if the run fails, with its messages.
+        RunError: the run failed; the error has its messages.
     """
     flags = [*flags, "--path_to_data", "images.csv", "--per_gpu_batch_size", batch_size, "--validate_every", 0]
     flags += ["--max_steps", 2 * steps, "--log_every", steps, "--save_checkpoint_interval", 0]
@@ -104,7 +104,10 @@ def pretrain(flags: list, *, processes: int, batch_size: int, num_images: int, s
 def measure(
     model: str, img_size: int, batch_size: int, precision: str, *, processes: list[int], steps: int, rounds: int
 ) -> Iterator[dict]:
-    """Yield the figures of each number of processes against those of 1, which must be there, and of a checkpoint."""
+    """Yield the figures of each number of processes against one process, and of a checkpoint.
+
+    `processes` must contain 1.
+    """
     flags = ["--model", model, "--img_size", img_size, "--mixed_precision", precision]
     setting = f"scale: {model}, {img_size} pixels, batch {batch_size}"
     sizes = dict(batch_size=batch_size, num_images=max(processes) * batch_size, steps=steps)

@@ -2,15 +2,16 @@
 
     python benchmarks/step.py --task mae --model base --compile
 
-A step copies random 8-bit images to the device, normalizes them, and makes forward, backward, clipping and fused AdamW.
-The masked autoencoder is compared with transformers' ViTMAEForPreTraining with its fast attention (sdpa), the encoder
-on whole images and a classifier of 1000 classes with timm's ViT. Both sides have the same weights, inputs, precision
-and optimizer, and must compute the same loss and gradient norm, otherwise nothing is timed. --compile adds ours
-compiled against the faster of theirs, compiled or not. --official_manner adds ours against an eager step in the manner
-of the official code: that of benchmarks/official.py, with images in float32 and PyTorch's default AdamW.
+A step copies random 8-bit images to the device, normalizes them, and runs the forward pass, the backward pass, gradient
+clipping and fused AdamW. The masked autoencoder is compared with transformers' ViTMAEForPreTraining with its fast
+attention (sdpa); the encoder on whole images and a classifier of 1000 classes are compared with timm's ViT. Both sides
+have the same weights, inputs, precision and optimizer, and must compute the same loss and gradient norm, otherwise
+nothing is timed. --compile also compares our compiled step with the faster of theirs, compiled or eager.
+--official_manner also compares ours with an eager step as in the official code (benchmarks/official.py), with float32
+images and PyTorch's default AdamW.
 
 On a GPU the copies come from pinned memory, a measurement is the mean of 20 steps between two events, and the figures
-include peak memory and, but for the encoder, TFLOP/s.
+include peak memory and, except for the encoder, TFLOP/s.
 """
 
 import sys
@@ -59,11 +60,11 @@ def parse_args(argv=None):
 
 
 class Side(NamedTuple):
-    """A model with all that its training step needs, eager or compiled."""
+    """Hold a model and everything that its training step needs, eager or compiled."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of images (B, C, H, W) and noise (B, L)
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # takes images (B, C, H, W) and noise (B, L)
     inputs: tuple[torch.Tensor, torch.Tensor]  # on the CPU, in pinned memory if there is a GPU
     precision: str
 
@@ -83,7 +84,7 @@ class Side(NamedTuple):
         self.optimizer.zero_grad()
 
     def peak_memory(self) -> int:
-        """Return the bytes that a step needs on the GPU, model and optimizer included, those of other sides not."""
+        """Return the bytes that a step needs on the GPU, with its model and optimizer but without other sides."""
         states = [value for state in self.optimizer.state.values() for value in state.values()]
         own = [*self.model.parameters(), *self.model.buffers(), *filter(torch.is_tensor, states)]
         before = torch.cuda.memory_allocated()
@@ -93,7 +94,7 @@ class Side(NamedTuple):
 
 
 def new_model(task: str, size: dict) -> nn.Module:
-    """Return our model of a task; `size` are arguments of the encoder."""
+    """Return our model of a task; `size` holds the arguments of the encoder."""
     encoder = VisionTransformer(**size)
     if task == "mae":
         return MaskedAutoencoder(encoder, Decoder(encoder))
@@ -126,8 +127,10 @@ def timm_peer(model: VisionTransformer | Classifier) -> nn.Module:
 
 
 def loss_function(task: str, model: nn.Module, normalize: Normalization, *, compiled: bool) -> Callable:
-    """Return a function of (8-bit images, noise): the autoencoder's own loss, the mean square of the encoder's
-    features, or the classifier's cross-entropy, with labels that are drawn from the noise.
+    """Return the loss of a task as a function of (8-bit images, noise).
+
+    It is the autoencoder's own loss, the mean square of the encoder's features, or the classifier's cross-entropy with
+    labels that are drawn from the noise.
     """
     is_ours = isinstance(model, MaskedAutoencoder | VisionTransformer | Classifier)
     if task == "mae" and is_ours:  # as in pretrain_mae.py, our model skips the patches that the loss does not need
@@ -170,7 +173,7 @@ def new_sides(
 ) -> dict[tuple[str, str], Side]:
     """Return both sides by ("ours" or "theirs", "eager" or "compiled"), on the GPU if there is one.
 
-    With `official_manner`, there is also ("official manner", "eager"), for the task "mae"; without `peer`, no "theirs".
+    `official_manner`, for the task "mae", adds ("official manner", "eager"). Without `peer`, there is no "theirs".
     """
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -213,7 +216,7 @@ def check_equal_work(sides: dict[tuple[str, str], Side]) -> None:
 
 
 def measure(name: str, sides: dict[tuple[str, str], Side], *, rounds: int) -> Iterator[dict]:
-    """Yield images/s of a training step, of ours compiled against their faster mode; on a GPU also GB and TFLOP/s."""
+    """Yield the speed and, on a GPU, GB and TFLOP/s of a step; ours compiled is compared with their faster mode."""
     on_gpu = torch.cuda.is_available()
     works = {key: side.step for key, side in sides.items()}
     seconds = time_in_turns(works, rounds=rounds, warmup=2, timer=events if on_gpu else clock)

@@ -23,7 +23,7 @@ def build_parser():
 
 
 def read(*words):
-    """Return flags and error messages of all groups of flags that scripts share."""
+    """Parse words with the groups of flags that scripts share; return the flags and error messages."""
     return build_parser().read(list(words))
 
 
@@ -70,7 +70,7 @@ def test_numbers_and_words():
         with pytest.raises(arguments.argparse.ArgumentTypeError, match="is not valid; expected a whole number"):
             integer(1)(text)
     assert arguments.in_seconds(arguments.hours_and_minutes("12:34")) == 45_240
-    for text in ("-9999", "-3.4e38", "-.5", "-1E-3"):  # which are no flags
+    for text in ("-9999", "-3.4e38", "-.5", "-1E-3"):  # negative numbers are values, not flags
         args, errors = read("--nodata", text)
         assert args.nodata == float(text) and not errors
 
@@ -81,7 +81,7 @@ def test_unknown_flags_are_listed_together():
         f"--per_gpu_batchsize is not a flag of {prog}; did you mean --per_gpu_batch_size?",
         f"--zz is not a flag of {prog}; {prog} --help lists the flags",
     ]
-    assert len(read("--what", "1", "stray", "-z", "--epo", "3")[1]) == 4  # no abbreviations
+    assert len(read("--what", "1", "stray", "-z", "--epo", "3")[1]) == 4  # abbreviations are not accepted
 
 
 def test_flags_of_other_projects_are_known():
@@ -110,7 +110,7 @@ def test_a_tilde_is_the_home_folder(words, tmp_path, monkeypatch):
     args, errors = read("--path_to_data=~", "--cache_dir", "~/a~b=~", *words.split())
     assert not errors and args.working_directory == str(tmp_path / "runs") and args.path_to_data == str(tmp_path)
     assert args.cache_dir == str(tmp_path / "a~b=~")
-    for word in ("a~b", "=~/a", "~nobody~/a", "--cache_dir=a=~/b"):  # as a shell leaves them
+    for word in ("a~b", "=~/a", "~nobody~/a", "--cache_dir=a=~/b"):  # a shell does not expand these either
         assert expand_home(word) == word
 
 

@@ -69,7 +69,7 @@ def test_files_beside_the_table_and_rows_without_an_image(tmp_path):
     assert (beside, inside, nameless, empty) == (b"beside", b"inside", b"nameless", b"")
     assert isinstance(nowhere, FileNotFoundError) and "neither bytes nor a path" in nothing.strerror
     assert [source.name(index) for index in (1, 3, 4)] == ["rows/1 (inside.jpg)", "rows/3", "rows/4"]
-    assert source.size_in_bytes() == len(b"inside" + b"nameless") + 3 * len(b"beside")  # about: three lie outside
+    assert source.size_in_bytes() == len(b"inside" + b"nameless") + 3 * len(b"beside")  # estimated: three lie outside
 
 
 def test_masks_go_with_their_images(tmp_path):
@@ -85,7 +85,7 @@ def test_masks_go_with_their_images(tmp_path):
     ("labels", "kind", "numbers", "classes"),
     [
         ([0, 1, 1], datasets.ClassLabel(names=["cat", "dog"]), [0, 1, 1], ["cat", "dog"]),
-        ([-1, -1, -1], datasets.ClassLabel(names=["cat", "dog"]), None, []),  # hidden, as of a test split
+        ([-1, -1, -1], datasets.ClassLabel(names=["cat", "dog"]), None, []),  # hidden, as in a test split
         ([0, -1, 1], datasets.ClassLabel(names=["cat", "dog"]), [0, -1, 1], ["cat", "dog"]),
         ([0, None, 1], datasets.Value("int64"), [0, -1, 1], ["0", "1"]),
         ([0.0, float("nan"), 1.0], datasets.Value("float64"), [0, -1, 1], ["0", "1"]),
@@ -116,7 +116,7 @@ def test_labels_that_cannot_be_used(labels, classes, word):
     rows = table([[b"1", b"2", b"3"]]).append_column("label", [labels])
     source = ArrowSource(rows, "rows", Columns("image", "label", classes=classes))
     assert source.labels is None and source.classes == [] and re.match(word, *source.label_errors)
-    assert fetched(source) == [b"1", b"2", b"3"]  # which pre-training reads
+    assert fetched(source) == [b"1", b"2", b"3"]  # pre-training still reads the images
 
 
 FILE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -165,7 +165,7 @@ def test_parquet_files_that_hold_images(columns, holds, tmp_path):
 
 
 def test_what_save_to_disk_writes(tmp_path):
-    shuffled = rows_of(range(9)).shuffle(seed=0)  # which is an index into the rows
+    shuffled = rows_of(range(9)).shuffle(seed=0)  # stored as an index into the rows
     splits = datasets.DatasetDict(train=shuffled, test=rows_of([20, 21]))
     splits.save_to_disk(tmp_path / "both", num_shards={"train": 3, "test": 1})
     sources = open_datasets(tmp_path / "both")
@@ -265,7 +265,7 @@ def test_damaged_folders(damage, tmp_path):
 def test_arrow_files_that_are_cut_between_two_batches(tmp_path):
     rows_of(range(4)).save_to_disk(tmp_path / "saved")
     path = tmp_path / "saved" / "data-00000-of-00001.arrow"
-    path.write_bytes(path.read_bytes()[:-8])  # without the mark of the end
+    path.write_bytes(path.read_bytes()[:-8])  # removes the end-of-stream mark
     with pytest.raises(DataError, match=f"{path} cannot be read .it is truncated, or no Arrow stream"):
         open_datasets(tmp_path / "saved")
 
@@ -300,7 +300,7 @@ def test_local_data_that_cannot_be_used(tmp_path, caplog):
 
 @pytest.fixture
 def on_hub(hub, tmp_path, monkeypatch):
-    """Return the Hub with owner/pets, whose default configuration has two splits."""
+    """Return a Hub that holds the data set owner/pets with two splits."""
     folder = tmp_path / "pets"
     rows_of(range(5)).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
     rows_of([7, 8]).to_parquet(folder / "data" / "validation-00000-of-00001.parquet")
@@ -318,7 +318,7 @@ def test_a_data_set_on_the_hub(on_hub):
     assert sources["train"].name(3) == "hf:owner/pets/train/3 (3.jpg)"
     on_hub.requests.clear()
     assert fetched(open_datasets("hf:owner/pets")["train"]) == fetched(sources["train"])
-    assert not any(verb == "GET" and path.endswith(".parquet") for verb, path in on_hub.requests)  # of the cache
+    assert not any(verb == "GET" and path.endswith(".parquet") for verb, path in on_hub.requests)  # cached
 
 
 def test_revisions_and_configurations(on_hub, tmp_path):

@@ -1,4 +1,4 @@
-"""data/augment.py: RandAugment has the pixels of timm's, and follows its seed alone."""
+"""Tests of data/augment.py: RandAugment gives the same pixels as timm's and depends only on its seed."""
 
 import pickle
 import random
@@ -17,7 +17,7 @@ MEANS = {3: (0.485, 0.456, 0.406), 1: (0.48,)}
 
 
 def timm_rand_augment(magnitude: int, size: tuple[int, int], channels: int) -> TimmRandAugment:
-    """The step of timm's own training transform."""
+    """Return the RandAugment step of timm's own training transform."""
     whole = create_transform(
         (channels, *size),
         is_training=True,
@@ -35,7 +35,7 @@ def drawing(height: int, width: int, channels: int) -> np.ndarray:
 
 
 def assert_near(ours: np.ndarray, theirs: Image.Image, *, most: int = 255) -> None:
-    """Equal but for few values, which Pillow's double precision rounds otherwise, and there by `most` levels."""
+    """Check that few values differ, by at most `most` levels: Pillow's double precision rounds them differently."""
     difference = np.abs(ours.astype(int) - np.asarray(theirs).reshape(ours.shape))
     assert difference.max() <= most and np.count_nonzero(difference) <= 4 + 0.001 * difference.size
 
@@ -64,7 +64,7 @@ def test_every_operation_is_timms(monkeypatch, size, channels):
     fill = RandAugment(9, MEANS[channels]).fill
     for operation, other in zip(OPERATIONS, theirs, strict=True):
         for level in (0.0, 0.31, 0.62, 0.93, -0.31, -0.87)[: 6 if operation in SIGNED else 4]:
-            monkeypatch.setattr(random, "random", lambda level=level: float(level < 0))  # by which timm draws a sign
+            monkeypatch.setattr(random, "random", lambda level=level: float(level < 0))  # timm takes the sign from it
             arguments = other.level_fn(10 * abs(level), other.hparams) if other.level_fn else ()
             expected = other.aug_fn(pillow(picture(*size, channels)), *arguments, **other.kwargs)
             assert_near(operation(image, level, fill), expected, most=1)

@@ -1,4 +1,4 @@
-"""Synchronized BatchNorm on two processes, against PyTorch's BatchNorm of the whole batch."""
+"""Tests of synchronized BatchNorm on two processes, against PyTorch's BatchNorm of the whole batch."""
 
 import copy
 
@@ -14,7 +14,7 @@ CASES = [(torch.float32, None, 1e-6), (torch.float32, "aot_eager", 1e-6), (torch
 
 
 def whole_batch():
-    """A BatchNorm, a batch whose halves and channels differ, and the gradient of its output."""
+    """Return a BatchNorm, a batch whose halves and channels differ, and the gradient of its output."""
     generator = torch.Generator().manual_seed(0)
     maps, grad = torch.randn(2, 6, 5, 4, 3, generator=generator)
     maps = maps * torch.linspace(0.1, 3, 5)[:, None, None] + torch.linspace(-1, 1, 6)[:, None, None, None]
@@ -26,14 +26,14 @@ def whole_batch():
 
 
 def work(rank, folder):
-    """Write what the process of this rank computes from its half of the batch, in all cases."""
+    """Run the process of this rank: write the results from its half of the batch, in all cases."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.save([normalize_half(rank, dtype, backend) for dtype, backend, _ in CASES], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def normalize_half(rank, dtype, backend):
-    """Return what a process computes from its half."""
+    """Return the output, gradients and state after a process has normalized its half."""
     plain, maps, grad = whole_batch()
     norm = BatchNorm(5)
     norm.load_state_dict(plain.state_dict())
@@ -44,8 +44,8 @@ def normalize_half(rank, dtype, backend):
     output = norm(half)
     output.backward(grad.chunk(2)[rank].to(dtype))
     grads = {name: parameter.grad for name, parameter in norm.named_parameters()}
-    norm(1000 + maps.chunk(2)[rank].to(dtype))  # a mean far from zero loses no variance
-    alone = norm.eval()(maps[:1]) if rank == 0 else None  # must not wait for the other process
+    norm(1000 + maps.chunk(2)[rank].to(dtype))  # a mean far from zero must not make the variance inexact
+    alone = norm.eval()(maps[:1]) if rank == 0 else None  # evaluation must not wait for the other process
     return dict(output=output, grad=half.grad, grads=grads, alone=alone, state=norm.state_dict())
 
 

@@ -41,7 +41,7 @@ def dataset(source, **options):
 
 
 def labelled(source, **options):
-    """A data set for classification, with RandAugment where crops are random."""
+    """Return a data set for classification, with RandAugment by default if crops are random."""
     options = dict(crop=RandomCrop(SIZE, (0.08, 1.0)), pixels=PixelFormat(3), seed=0) | options
     if isinstance(options["crop"], RandomCrop):
         options.setdefault("augment", RandAugment(9, (0.5,) * options["pixels"].channels))
@@ -110,7 +110,7 @@ def test_views_of_an_image_cost_one_reading_and_equal_those_of_their_epochs(sour
 
 def test_a_crop_of_the_whole_image_shows_all_of_it(source):
     crops = CentreCrop((20, 20)), RandomCrop((20, 20), (1.0, 1.0)), RandomCrop((20, 20), (0.2, 0.3))
-    image, whole, part = (dataset(source, crop=crop).__getitems__([(0, 3)]).images[0] for crop in crops)  # of 40 x 40
+    image, whole, part = (dataset(source, crop=crop).__getitems__([(0, 3)]).images[0] for crop in crops)  # 40 x 40
     assert torch.equal(whole, image) or torch.equal(whole, image.flip(2))
     assert not torch.equal(part, image) and not torch.equal(part, image.flip(2))
 
@@ -205,7 +205,7 @@ def test_arrays_are_classified_like_files():
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_listed_images_are_prepared_or_told(source, num_workers):
-    """One after the other, so that one image is in memory at its own size, and in the order of the indices."""
+    """Batches follow the order of the indices; damaged images are left out and reported."""
     with open(source.name(2), "wb") as file:
         file.write(b"damaged")
     prepare = partial(masked_crop, size=SIZE, grid=(2, 3), num_kept=1, mask_strategy="random", mask_block=1, seed=5)
@@ -214,8 +214,8 @@ def test_listed_images_are_prepared_or_told(source, num_workers):
     assert [batch.indices for batch in batches] == [[0, 1], [3, 4], []]
     assert [[index for index, _ in batch.damaged] for batch in batches] == [[2], [], [2]]
     assert "not an image" in batches[2].damaged[0][1]
-    # Tensors, which workers leave in shared memory: to write more into a pipe than it holds, they would wait for ever
-    # where nobody reads any more.
+    # Inputs are tensors, which workers pass in shared memory: a worker that writes more into a pipe than fits waits
+    # for ever if nobody reads it.
     validation = dataset(source, seed=5, crop=CENTRE).__getitems__([(FIXED_EPOCH, 3), (FIXED_EPOCH, 4)])
     images, noise = batches[1].inputs
     assert torch.equal(images, validation.images) and torch.equal(noise, validation.noise)
@@ -240,7 +240,7 @@ def test_processes_share_the_samples_of_an_evaluation(source, num_processes, num
         assert all(len(batch.indices) <= 2 for batch in batches)
         shown += [index for batch in batches for index in batch.indices]
     assert sorted(shown) == list(range(4)) and all(type(index) is int for index in shown)
-    assert len(set(asked)) == 1  # each process takes part in as many questions, with nothing left to read too
+    assert len(set(asked)) == 1  # every process has as many turns, even with no samples left
 
 
 def test_an_evaluation_ends_where_the_run_is_to_stop(source):
@@ -281,12 +281,12 @@ def test_normalization_and_its_inverse():
 
 @pytest.mark.parametrize("size", [(24, 24), (16, 48)])
 def test_fast_decoding_reads_large_photographs_at_a_smaller_scale(tmp_path, size):
-    """The crops are then those of a smaller image, hardly different; small images are read as ever."""
+    """With fast decoding, crops of large photographs hardly differ, and those of small images are equal."""
     source = FolderSource(write_images(tmp_path, 4, size=400))
     items = [(epoch, index) for epoch in range(4) for index in range(4)]
 
     def images(make, *options, source=source, **others):
-        """Without and with fast decoding."""
+        """Return the images without and with fast decoding."""
         crops = [RandomCrop(size, *options, fast=fast) for fast in (False, True)]
         return [make(source, crop=crop, **others).__getitems__(items[: len(source)]).images for crop in crops]
 
@@ -310,7 +310,7 @@ def test_deep_pixels_travel_as_floats_and_are_normalized_as_they_are(tmp_path):
 
 
 class InWorker(torch.utils.data.Dataset):
-    """Samples are the number of objects that a worker's garbage collector leaves alone, and its priority."""
+    """Return samples of the number of objects that the garbage collector ignores and the process's niceness."""
 
     def __getitems__(self, indices):
         return gc.get_freeze_count(), os.getpriority(os.PRIO_PROCESS, 0)
@@ -338,7 +338,7 @@ def test_patches_without_a_valid_pixel_come_last(tmp_path, strategy):
     holds_data = batch.valid.unfold(2, 8, 8).unfold(3, 8, 8).any(-1).any(-1).flatten(1)  # (B, L)
     assert holds_data.all(dim=1).any() and not holds_data.all()
     for noise, before, holds in zip(batch.noise, plain.noise, holds_data, strict=True):
-        assert torch.equal(noise[holds], before[holds])  # masks of others are as they were
+        assert torch.equal(noise[holds], before[holds])  # the noise of the other patches is unchanged
         assert (~holds).sum() == 0 or noise[~holds].min() > noise[holds].max()
 
 

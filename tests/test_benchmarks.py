@@ -87,7 +87,7 @@ def test_both_sides_read_the_same_images_and_no_damaged_ones(image_folder, tmp_p
     monkeypatch.setattr(data.FileSource, "fetch", fetch_noted)
     figures = list(data.measure(source, img_size=32, num_images=4, rounds=1, workers=[1]))
     assert theirs == expected and ours == 3 * expected  # decoding, and batches without and with --fast_decoding
-    assert all(figure["ours"] == figure["theirs"] == 4 for figure in figures[:5])  # images in a second
+    assert all(figure["ours"] == figure["theirs"] == 4 for figure in figures[:5])  # 4 images in 1 second
 
     for path in paths:
         path.write_text("no image")
@@ -133,7 +133,7 @@ def test_compiled_is_compared_with_the_faster_of_theirs(task, monkeypatch, on_cp
     assert compiled == [dict(fullgraph=True, dynamic=False), dict(fullgraph=False, dynamic=False)]
 
 
-@pytest.mark.slow  # half a minute and more
+@pytest.mark.slow  # takes more than half a minute
 @pytest.mark.parametrize("task", ["mae", "encoder"])
 def test_both_sides_compile(task, on_cpu):
     sides = step.new_sides(task, SHALLOW, batch_size=2, precision="no", compiled=True)
@@ -214,7 +214,7 @@ def test_the_peak_memory_is_that_of_one_side(monkeypatch, on_cpu):
 
 @pytest.fixture
 def in_threads(monkeypatch):
-    """Run in threads what runs in processes."""
+    """Replace the process pool of benchmarks/evaluation.py with threads."""
     monkeypatch.setattr(evaluation, "ProcessPoolExecutor", lambda number, **options: ThreadPoolExecutor(number))
 
 
@@ -256,7 +256,7 @@ def test_different_mean_ious_are_not_reported(monkeypatch, in_threads):
 
 
 def test_int8_is_measured_against_float32(image_folder, tmp_path):
-    """Of a classifier that always says class_0: of 11 images, that are 6."""
+    """The classifier always predicts class_0, which is the class of 6 of the 11 validation images."""
     model = Classifier(VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=2), 2)
     model.head.bias.data[0] = 100
     statistics = dict(mean=[0.5] * 3, std=[0.25] * 3, crop_ratio=0.875)

@@ -1,4 +1,4 @@
-"""Test the model card: its code runs unchanged, and its numbers are the run's."""
+"""Tests of the model card: its code runs unchanged, and its numbers are those of the run."""
 
 import ast
 import json
@@ -64,7 +64,7 @@ def build_model(kind: str) -> torch.nn.Module:
 
 
 def export(model: torch.nn.Module, folder: Path) -> ModelSummary:
-    """Write a model as push_to_hub.py does."""
+    """Write a model as push_to_hub.py does, and return its summary."""
     encoder = getattr(model, "encoder", model)
     statistics = dict(mean=[0.4, 0.5, 0.6][: encoder.in_channels], std=[0.2, 0.3, 0.2][: encoder.in_channels])
     if isinstance(model, Segmenter):
@@ -110,7 +110,7 @@ def photo(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_code_runs_unchanged(kind, photo, tmp_path, monkeypatch, capsys, hub):
-    """On the local folder and on a repository of the Hub; the libraries compute what our own module does."""
+    """The code runs on a local folder and on the Hub, and the libraries compute the same as our module."""
     model, folder = build_model(kind), tmp_path / "a folder"
     summary = export(model, folder)
     hub.enter(monkeypatch, tmp_path)
@@ -122,7 +122,7 @@ def test_code_runs_unchanged(kind, photo, tmp_path, monkeypatch, capsys, hub):
         codes = code_blocks(card, "python")
         square_autoencoder = kind.startswith("autoencoder") and "32 x 64" not in kind
         expected = 3 if square_autoencoder else 1 if kind.startswith("segmenter") else 2
-        if "class tokens" in kind:  # transformers alone has the encoder, and no head on it
+        if "class tokens" in kind:  # only transformers supports them, without a head
             expected = 0 if kind.startswith("classifier") else 1
             assert kind.startswith("classifier") or "(1, 3 + patches, width), the class tokens first" in codes[0]
         assert len(codes) == expected
@@ -139,7 +139,7 @@ def test_code_runs_unchanged(kind, photo, tmp_path, monkeypatch, capsys, hub):
 
 @torch.inference_mode()
 def check_outputs(code: str, variables: dict, model: torch.nn.Module, stdout: str) -> None:
-    """Compare what a block of the card computed with our own module on the same images."""
+    """Compare the results of a code block of the card with our own module on the same images."""
     encoder = getattr(model, "encoder", model)
     if "pipeline" in code:
         answers = ast.literal_eval(re.sub(r"<PIL[^>]*>", "None", stdout))
@@ -158,7 +158,7 @@ def check_outputs(code: str, variables: dict, model: torch.nn.Module, stdout: st
 
 
 def write_run(folder: Path, script: str = "pretrain_mae.py", *, finished: bool = True, **more_flags) -> Path:
-    """Write the files of a run of 40 steps, validated after steps 20 and 40, whose last line of log is cut short."""
+    """Write the files of a run of 40 steps (30 if unfinished), validated every 20, with a truncated last log line."""
     folder.mkdir(parents=True)
     flags = dict(experiment_name="x", path_to_data="/data/beans", epochs=4, max_steps=40, global_batch_size=16)
     flags |= {
@@ -241,7 +241,7 @@ def test_scores_and_settings_of_the_run(kind, script, tmp_path):
     assert Image.open(folder / picture).size == (40, 40) and Image.open(folder / "loss.png").size == (800, 400)
     assert ("true mean and standard deviation" in card.text) == (kind == "autoencoder")
     assert ("| PSNR of the masked patches with each patch's true mean and" in card.text) == (kind == "autoencoder")
-    assert "mean visible colour" not in card.text  # which does not use the true patches
+    assert "mean visible colour" not in card.text  # this baseline does not use true patch statistics
     assert ("sliding windows" in card.text) == (kind == "segmenter")
 
 

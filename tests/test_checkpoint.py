@@ -23,7 +23,7 @@ FLAGS = {"seed": 0, "img_size": [64, 64], "mask_ratio": 0.75, "num_workers": 2, 
 
 
 def build():
-    """Return a model that has buffers, and its optimizer, after one step."""
+    """Return a model with buffers and its optimizer, after one step."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.rand(4, 3)).square().sum().backward()
@@ -98,7 +98,7 @@ def test_all_differences_to_the_run_are_listed(run):
 
 
 def test_the_flags_of_a_run_must_be_readable(run):
-    older = {"num_cls_tokens": 1}  # of runs that had no such flag
+    older = {"num_cls_tokens": 1}  # for runs that had no such flag
     assert saved_flags(None) == {} and saved_flags(run.checkpoint) == FLAGS | older
     for content in ("{", "[]", "{}"):
         (run.folder.path / "args.json").write_text(content)

@@ -1,4 +1,4 @@
-"""Files of classes as many programs write them: read, or refused with the line, and never shifted."""
+"""Tests of class files: files of many programs are read correctly, or refused with the line that is wrong."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The classifier: its logits, against timm's; and what trains in every mode."""
+"""Tests of the classifier: its logits equal timm's, and every mode trains the right parameters."""
 
 import math
 
@@ -26,7 +26,7 @@ def new_classifier(pooling: str = "mean", *, num_classes: int = 5, encoder: dict
 
 
 def base(pooling: str = "mean", **change) -> Classifier:
-    """ViT-B, names without numbers."""
+    """Return a classifier of ViT-B without weights (on the meta device)."""
     with torch.device("meta"):
         return Classifier(VisionTransformer(**SIZES["base"]), 1000, pooling=pooling, **change)
 
@@ -63,7 +63,7 @@ def test_mean_pooling_leaves_the_cls_token_out():
 @torch.inference_mode()
 @pytest.mark.parametrize("pooling", [*POOLINGS, "attentive"])
 def test_pooling_with_several_class_tokens(pooling):
-    """The cls head sees their mean, the others none of them; features that were cached give the same logits."""
+    """The cls head uses the mean of the class tokens, other heads none; cached features give the same logits."""
     model = randomize(new_classifier(pooling, encoder=dict(num_cls_tokens=3), num_queries=4))
     images = torch.randn(2, 3, 32, 32)
     tokens = model.encoder(images)
@@ -91,7 +91,7 @@ def test_the_batch_norm_of_a_linear_probe():
 
 
 def test_attentive_pooling_is_a_loop_over_queries():
-    """And it has D * D + Q * D parameters, as published."""
+    """Attentive pooling has D * D + Q * D parameters, as published."""
     model = randomize(new_classifier("attentive", probe=True, num_queries=4))
     pool, tokens = model.attentive_pool, torch.randn(3, 16, 32)
     parts, share = [], 32 // 4
@@ -118,7 +118,7 @@ def test_the_encoder_of_a_probe_is_never_in_training_mode(probe):
     assert not model.eval().head_norm.training
 
 
-# What trains
+# Trained parameters
 
 
 def blocks(first: int, last: int = 11) -> set[str]:
@@ -198,7 +198,7 @@ def test_blocks_that_are_not_there(n):
 
 
 def in_mode(mode, **change) -> Classifier:
-    """ViT-Ti at 112 pixels: "everything", "linear probe", or the last blocks."""
+    """Return a small classifier that trains "everything", a "linear probe", or the last `mode` blocks."""
     size = SIZES["tiny"] | dict(img_size=112, depth=4)
     model = Classifier(new_encoder(**size, **change), 10, probe=mode == "linear probe")
     if not isinstance(mode, str):

@@ -1,4 +1,4 @@
-"""Labels and numbers from the columns of lists and tables."""
+"""Tests of labels and numbers that are read from the columns of lists and tables."""
 
 import json
 
@@ -17,7 +17,7 @@ from data.lists import ListSource
 
 
 def new_list(folder, text, name="list.csv"):
-    """Return a list of the images 0.png, 1.png, ... in a folder; `text` is its content."""
+    """Write the images 0.png to 3.png and a list with the content `text`; return the list's source."""
     for number in range(4):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
     (folder / name).write_text(text)
@@ -52,7 +52,7 @@ def test_class_numbers_may_begin_anywhere_and_have_gaps(tmp_path):
 
 
 def test_other_columns_of_json_do_not_matter(tmp_path):
-    """Neither their types, nor that the first line lacks the column; dates are names."""
+    """Other columns may mix types; a first line without labels has a missing value. Dates are names."""
     lines = [{"meta": 1}, {"meta": "x", "labels": ["2020-01-01"]}, {"labels": []}, {"labels": ["b"]}]
     lines = [json.dumps({"path": f"{i}.png"} | line) for i, line in enumerate(lines)]
     with pytest.raises(DataError, match="no value in the column labels of row 1"):
@@ -88,7 +88,7 @@ def test_labels_of_parquet_with_named_numbers(tmp_path):
 
 @pytest.mark.parametrize("form", ["{}", "{}.0", "{:d}"])
 def test_labels_and_numbers_of_a_table(tmp_path, form):
-    """Blank rows are no images, and columns may be named in any order."""
+    """Blank rows are skipped, and columns may be named in any order."""
     rows = [f"{i}.png,{form.format(i % 2)},{bool(i // 2)},{i - 1}e-1" for i in range(4)]
     source = new_list(tmp_path, "\n".join(["path,odd, Large ,size", *rows[:2], ",,,", *rows[2:], ""]))
     labels = read("labels", source, ["Large", "odd"])

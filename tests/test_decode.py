@@ -1,4 +1,4 @@
-"""Test that data/decode.py gives Pillow's pixels or the stored numbers, and an error for every damaged file alone."""
+"""Tests of data/decode.py: it returns Pillow's pixels or the stored numbers, and damaged files are errors."""
 
 import contextlib
 import io
@@ -126,7 +126,7 @@ def test_exif_turns_the_image_upright(format, orientation):
     content = encode(RGB, format, exif=exif(orientation))
     upright = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
     assert np.array_equal(decode(content, PixelFormat(3)).permute(1, 2, 0).numpy(), upright)
-    assert np.array_equal(own_values(content, PixelFormat(3)), upright)  # tifffile's of a TIFF
+    assert np.array_equal(own_values(content, PixelFormat(3)), upright)  # tifffile reads a TIFF here
     assert decode(content, PixelFormat(1)).shape[1:] == upright.shape[:2]
 
 
@@ -196,7 +196,7 @@ NOT_IMAGES = {
     "start of a jpeg": b"\xff\xd8",
     "start of a png": b"\x89PNG\r\n\x1a\n",
     "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n",
-    # Headers that claim 60000 x 60000 pixels, which neither decoder may allocate
+    # Headers that claim billions of pixels, which no decoder may allocate
     "jpeg bomb": BOMB,
     "ppm bomb": b"P6\n100000 100000\n255\n" + bytes(100),
 }
@@ -207,7 +207,7 @@ def test_what_is_no_image_is_damaged_with_a_short_reason(name):
     with pytest.raises(DamagedImage) as caught:
         decode(NOT_IMAGES[name], PixelFormat(3))
     reason = str(caught.value)
-    assert 0 < len(reason) < 150 and "0x" not in reason  # no address: the same file gives the same reason
+    assert 0 < len(reason) < 150 and "0x" not in reason  # no memory address: the reason is reproducible
 
 
 def tiff(array, **options) -> bytes:
@@ -320,7 +320,7 @@ def test_arrays_of_any_number_of_channels_are_read_as_eight_bits(dtype, channels
     expected = torch.from_numpy(planes.astype(float) / (257 if dtype == np.uint16 else 1)).round().to(torch.uint8)
     contents = [npy(array), npy(planes), npy(array[None]), npy(np.stack([array, array[::-1]]))]
     contents += [npy(array.astype(array.dtype.newbyteorder(">"))), npy(np.asfortranarray(array))]
-    if channels != 3 or dtype == np.uint8:  # 16-bit colour goes through Pillow, which drops the low byte
+    if channels != 3 or dtype == np.uint8:  # Pillow reads 16-bit RGB TIFFs, and drops the low byte
         for stored, planarconfig in ((array, "contig"), (planes, "separate")):
             stored = stored if channels > 1 else array[:, :, 0]
             contents.append(tiff(stored, photometric="minisblack", planarconfig=planarconfig))
@@ -331,7 +331,7 @@ def test_arrays_of_any_number_of_channels_are_read_as_eight_bits(dtype, channels
 
 
 def scaled(array: np.ndarray, low: float, high: float) -> np.ndarray:
-    """(H, W, C) -> (C, H, W)"""
+    """Scale numbers (H, W, C) from `low` .. `high` to 0 .. 1: (C, H, W)."""
     return np.clip((np.moveaxis(array, 2, 0).astype(np.float64) - low) / (high - low), 0, 1)
 
 
@@ -372,7 +372,7 @@ def test_where_both_ends_fit_the_last_axis_is_the_channel():
 
 def test_bands_that_were_written_as_pages_are_channels():
     array = numbers(np.uint16, HEIGHT, WIDTH, 13)
-    for stored in (array, np.moveaxis(array, 2, 0).copy()):  # tifffile knows the axes of neither
+    for stored in (array, np.moveaxis(array, 2, 0).copy()):  # tifffile cannot tell the axes of either
         assert np.array_equal(own_values(tiff(stored, photometric="minisblack"), PixelFormat(13)), array)
 
 
@@ -387,7 +387,7 @@ def test_sixteen_bit_png_keeps_its_depth_in_grey_and_in_colour():
     assert np.array_equal(own_values(png_encode(rgba), PixelFormat(3)), rgba[:, :, :3])
 
 
-@pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # by Pillow, for the expected pixels
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # raised by Pillow for the expected pixels
 @pytest.mark.parametrize("name", FILES)
 def test_eight_bit_files_give_their_numbers(name):
     image = Image.open(io.BytesIO(FILES[name]))
@@ -430,7 +430,7 @@ def test_the_lowest_float_is_known_however_it_is_written(text):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_data_is_known_in_every_number_type(dtype):
     array = numbers(dtype, 5, 6)
-    nodata = -9999 if np.dtype(dtype).kind == "f" else int(array[2, 3])  # which float16 rounds
+    nodata = -9999 if np.dtype(dtype).kind == "f" else int(array[2, 3])  # float16 rounds -9999
     array[2, 3] = nodata
     values = own_values(npy(array), PixelFormat(1, nodata=nodata))
     assert np.argwhere(np.isnan(values)).tolist() == [[2, 3, 0]]
@@ -476,7 +476,7 @@ def test_an_image_without_any_data_in_a_channel_is_damaged():
 def test_arrays_and_files_give_equal_images():
     eight_bit = numbers(np.uint8, 5, 6, 3)
     image = decode(eight_bit, PixelFormat(3))
-    assert image.shape == (3, 5, 6) and image.data_ptr() == eight_bit.ctypes.data  # a view
+    assert image.shape == (3, 5, 6) and image.data_ptr() == eight_bit.ctypes.data  # a view, not a copy
     for array, options in (
         (numbers(np.uint8, 5, 6, 3), {}),
         (numbers(np.uint8, 5, 6, 3), dict(nodata=0)),
@@ -552,7 +552,7 @@ NUMBER_FILES = {
 def test_files_of_numbers_are_damaged_wherever_they_are_cut(name):
     content, channels = NUMBER_FILES[name], {"png": 3, "tiff bands": 4}.get(name, 1)
     assert decode(content, PixelFormat(channels, (0, 1))).shape == (channels, 20, 30)
-    end = content.rindex(b"IEND") - 4 if name == "png" else len(content)  # whose checksum follows
+    end = content.rindex(b"IEND") - 4 if name == "png" else len(content)  # the last chunk may be missing
     for length in {*range(0, end, 41), end - 1}:
         with pytest.raises(DamagedImage) as caught:
             decode(content[:length], PixelFormat(channels, (0, 1)))
@@ -606,7 +606,7 @@ def test_photographs_decode_to_pillows_pixels(real_images):
 
 
 def test_lzw_with_a_code_that_means_nothing_yet_is_damaged():
-    """For such files, imagecodecs crashes."""
+    """imagecodecs crashes on such files."""
     array = np.random.default_rng(0).integers(0, 200, (60, 70, 5)).astype(np.uint16)
     content = bytearray(tiff(array, compression="lzw", tile=(32, 32)))
     assert np.array_equal(own_values(bytes(content), PixelFormat(5)), array)
@@ -614,7 +614,7 @@ def test_lzw_with_a_code_that_means_nothing_yet_is_damaged():
         places = file.pages.first.dataoffsets
     for place in (places[0], places[-1]):
         broken = content.copy()
-        broken[place + 1] |= 0x68  # the first code after the one that clears the table
+        broken[place + 1] |= 0x68  # the first code after the clear code
         with pytest.raises(DamagedImage, match="LZW"):
             own_values(bytes(broken), PixelFormat(5))
 
@@ -632,8 +632,8 @@ def test_images_of_any_size_are_read(height, width):
 
 
 def damage(content: bytes, kind: str, place: int, value: int) -> bytes:
-    """Damage a file at `place`, 0 to 9,999."""
-    # Most of what bytes can break is in the head
+    """Damage a file at `place`, from 0 (its start) to 9,999 (its end)."""
+    # Most fields that can break are in the first bytes, so "head" changes one of these.
     at = place % min(400, len(content)) if kind == "head" else place * len(content) // 10_000
     changed = {
         "cut": b"",
@@ -665,7 +665,7 @@ def test_any_bytes_give_an_image_or_are_damaged(content, damaged, channels, valu
         assert 0 < len(str(error)) < 200 and "\n" not in str(error)
     else:
         assert image.dtype == pixels.dtype and image.ndim == 3 and len(image) == channels and image.numel() > 0
-        assert value_range is None or (image.min() >= 0 and image.max() <= 1)  # which NaN is not
+        assert value_range is None or (image.min() >= 0 and image.max() <= 1)  # false for NaN
     with contextlib.suppress(DamagedImage):
         assert decode_stored(content, pixels.max_pixels).size > 0
 
@@ -748,7 +748,7 @@ def test_a_mask_of_16_bits(value_range):
 
 
 def test_a_mask_is_not_converted_with_its_image():
-    """Of two channels and a mask, which are as many as in colour."""
+    """Two channels and a mask are as many channels as RGB has."""
     array, valid = hole(numbers(np.uint8, 30, 40, 2))
     content = encode(Image.fromarray(np.dstack([array, valid * np.uint8(255)])), "PNG")
     assert np.array_equal(decode(content, PixelFormat(2, validity="channel"))[2] > 0, valid)

@@ -1,4 +1,4 @@
-"""The cross-attention decoder against torch's own attention, and training on a share of the removed patches."""
+"""Tests of the cross-attention decoder against torch's attention, and of predicting a share of the masked patches."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ NOISE = torch.rand(3, 16, generator=torch.Generator().manual_seed(2))
 
 
 class TorchBlock(nn.Module):
-    """A block of `nn.MultiheadAttention` with the parameters of a CrossBlock, copied."""
+    """A CrossBlock with `nn.MultiheadAttention`: attention parameters are copied, norms and MLP are shared."""
 
     def __init__(self, block: CrossBlock):
         super().__init__()
@@ -45,7 +45,7 @@ class TorchBlock(nn.Module):
 
 
 def plain_loss(model, images, noise, share=1.0):
-    """The loss, patch by patch and layer by layer, of a model whose blocks are TorchBlocks."""
+    """Return the loss of a model, computed layer by layer and with TorchBlocks in the decoder."""
     encoder, decoder = model.encoder, model.decoder
     side, (h, w) = encoder.patch_size, encoder.grid
     patches = images.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 4, 5, 1)
@@ -78,7 +78,7 @@ def test_loss_and_gradients_equal_torchs_attention(kind, ratio):
     loss = model(IMAGES, NOISE, loss_only=True)
     expected = plain_loss(model, IMAGES, NOISE, ratio)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    # Copies have no gradient, so that those of attention are compared by what lies below it
+    # TorchBlock's copied attention parameters pass no gradient on to the model, so compare shared parameters
     names = ["mask_token", "encoder.cls_token", "decoder.blocks.1.mlp.fc1.weight", "encoder.blocks.0.attn.qkv.weight"]
     names += ["encoder.norm.weight"] + ["decoder.layer_weights", "decoder.input_norms.0.weight"] * (kind == "weighted")
     parameters = [dict(model.named_parameters())[name] for name in names]
@@ -103,7 +103,7 @@ def test_gradients_of_cross_attention_equal_torchs():
 
 @pytest.mark.parametrize("kind", ["last", "weighted"])
 def test_a_prediction_depends_on_no_other_mask_token(kind):
-    """What is predicted for a patch is the same, however many patches are predicted with it."""
+    """The prediction for a patch is the same, however many patches are predicted with it."""
     model = randomize(build_autoencoder(new_encoder(**SMALL), **KINDS[kind]))
     order = NOISE.argsort(dim=1, stable=True)
     kept = order[:, :4]

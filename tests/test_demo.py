@@ -1,4 +1,4 @@
-"""Test demo.py: what it computes, against predict.py and metrics.json; its page, in a browser; and as a Space."""
+"""Tests of demo.py: its results against predict.py and metrics.json, its page in a browser, and its Space."""
 
 import asyncio
 import io
@@ -83,7 +83,7 @@ def models(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> list[Path]:
-    """Return images of several sizes."""
+    """Return the paths of images of several sizes."""
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("photos")
     for i, size in enumerate([(40, 40), (61, 40), (40, 77)]):
         pixels = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
@@ -99,7 +99,7 @@ def lines_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
-# What is computed
+# Results
 
 
 @pytest.mark.parametrize("name", ["mae", "flat"])
@@ -137,7 +137,7 @@ def test_the_baseline_is_the_mean_colour_of_the_visible_patches(models, photos):
 
 
 def test_held_out_images_score_as_in_metrics_json(image_folder, tmp_path, monkeypatch):
-    """The examples of a run are its held-out images, each under the mask of validation."""
+    """The examples of a run are its validation images, each with its mask of validation."""
     run("pretrain_mae.py", *TINY, "--path_to_data", image_folder, "--max_steps", 2, cwd=tmp_path)
     monkeypatch.chdir(tmp_path)
     assert demo.newest_run("work_dir") == "work_dir/pretrain_mae" and demo.newest_run("nothing") is None
@@ -157,7 +157,7 @@ def test_held_out_images_score_as_in_metrics_json(image_folder, tmp_path, monkey
 
 @pytest.mark.parametrize(("data", "words"), [("gone", "cannot be read"), ("all", "no image"), ("damaged", "no image")])
 def test_drawn_scenes_replace_what_is_not_held_out(data, words, models, photos, tmp_path, capsys):
-    """The data is gone, has no held-out split, or has no image in it that can be read."""
+    """The data is gone, has no validation images, or none of them can be read."""
     for name in ("all/a", "damaged/train/a", "damaged/val/a"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "0.png").write_bytes(photos[0].read_bytes()[: 60 if "val" in name else None])
@@ -183,7 +183,7 @@ def test_examples_of_a_detector_are_held_out_images(models, photos, tmp_path):
 
 
 def write_record(folder: Path, models: Path, name: str = "mae", **flags) -> Path:
-    """Write the args.json of a run, and a checkpoint of it."""
+    """Write the args.json and a checkpoint of a run, and return its folder."""
     shutil.copytree(models / name, folder / "checkpoints/step_2")
     record = {key: {} for key in ("command", "data", "machine", "processes", "versions")}
     (folder / "args.json").write_text(json.dumps(dict(record, flags=flags)))
@@ -191,7 +191,7 @@ def write_record(folder: Path, models: Path, name: str = "mae", **flags) -> Path
 
 
 def test_only_the_files_of_a_run_are_its_record(models, tmp_path):
-    """Another program may have written an args.json above."""
+    """An args.json of another program is ignored."""
     (tmp_path / "args.json").write_text("[]")
     folder = write_record(tmp_path / "run", models, seed=7)
     assert find_record(folder / "checkpoints/step_2/config.json").flags == {"seed": 7}
@@ -386,7 +386,7 @@ def tabs():
 
 
 def test_uploads_are_limited(models, photos, tabs, tmp_path):
-    """gradio limits what it receives; a visitor can also ask for a file by its path, or for an address."""
+    """gradio limits uploads only; large files given by path are refused, and addresses are not downloaded."""
     from training.app import _choose_file, build_page
 
     model = opened(models / "mae")
@@ -399,7 +399,7 @@ def test_uploads_are_limited(models, photos, tabs, tmp_path):
     assert after is before and "error: large.png: larger than 20 MB" in line
     page = build_page([model], [], "", pick)
     components = [block for block in page.blocks.values() if hasattr(block, "preprocess")]
-    for component in components:  # an event can send a file to each
+    for component in components:  # an event can send a file to each of them
         with pytest.raises(gradio_error(), match="not downloaded"):
             asyncio.run(component.async_move_resource_to_block_cache("http://127.0.0.1:9/a.png"))
     assert len(components) > 20
@@ -412,7 +412,7 @@ def gradio_error() -> type[Exception]:
 
 
 def test_without_an_image_nothing_is_drawn(tabs):
-    """A page without examples, or one whose session is forgotten."""
+    """A page has no image if it has no examples, or after its session was dropped."""
     skipped = tabs.gr.skip()
     assert tabs.if_chosen(lambda choice: 1 / 0, None) == skipped
     event = SimpleNamespace(index=(3, 3))
@@ -442,7 +442,7 @@ def test_models_that_cannot_read_an_image_say_so(models, photos, tabs):
 
 
 def test_segmenters_show_attention_alone(models, photos, tabs):
-    """Their encoder has no final norm: predict.py has no colours of them either."""
+    """Their encoder has no final norm, so neither the page nor predict.py shows feature colours."""
     both = [opened(models / "segmenter"), opened(models / "mae")]
     choice = demo.pick(both, "x", 0, photos[0].read_bytes())
     features, *outputs = tabs._look(both, [0, 1], lambda: None, choice, None)
@@ -465,7 +465,7 @@ def test_true_patch_statistics_are_named(models, photos, tabs):
     for draw, clicks in ((tabs._reconstruct, [None]), (tabs._fill, [])):
         leaky, honest = (draw(mae, [0], choice, 75, "random", 0, truth, *clicks) for truth in (True, False))
         assert tabs.LEAKS in leaky[-2] and tabs.LEAKS not in honest[-2]
-        assert not np.array_equal(np.asarray(leaky[-3]), np.asarray(honest[-3]))  # errors
+        assert not np.array_equal(np.asarray(leaky[-3]), np.asarray(honest[-3]))  # error maps
 
 
 # The page
@@ -473,7 +473,7 @@ def test_true_patch_statistics_are_named(models, photos, tabs):
 
 @pytest.fixture(scope="module")
 def server(browser, models, photos, tmp_path_factory):
-    """Return the address of a page with five models, whose port was taken, and the folder of its temporary files."""
+    """Yield the address of a page with five models, started on a port in use, and its temporary folder."""
     cwd = tmp_path_factory.mktemp("server")
     names = [models / name for name in ("mae", "flat", "attentive", "segmenter", "detector")]
     with socket.socket() as taken:
@@ -486,10 +486,10 @@ def server(browser, models, photos, tmp_path_factory):
         said = process.streams[0].read_text()
         assert f"port {port} is in use" in said and address != f"http://127.0.0.1:{port}"
     yield address, cwd / "tmp"
-    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # below nohup
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # as under nohup
     process.send_signal(signal.SIGTERM if ignored else signal.SIGHUP)
     finish(process, 0)
-    assert not list((cwd / "tmp").iterdir())  # nothing is left
+    assert not list((cwd / "tmp").iterdir())  # the server has removed its files
 
 
 def start_page(script: Path, *words, cwd: Path, **variables: str) -> Start:
@@ -499,7 +499,7 @@ def start_page(script: Path, *words, cwd: Path, **variables: str) -> Start:
 
 
 def address_of(process: Start) -> str:
-    """Wait until the page is served."""
+    """Wait until the page is served, and return its address."""
     end = time.monotonic() + 600
     while process.poll() is None and time.monotonic() < end:
         said = process.streams[0].read_text() if process.streams[0].exists() else ""
@@ -522,7 +522,7 @@ def browser():
 
 
 class Page:
-    """A visitor's page."""
+    """Control the page of one visitor in the browser."""
 
     def __init__(self, browser, address, width=1280, text="4 of 16 patches are seen"):
         self.context = browser.new_context(viewport=dict(width=width, height=900))
@@ -536,7 +536,7 @@ class Page:
         self.page.get_by_text(text).locator("visible=true").first.wait_for()
 
     def click(self, locator, text: str, **options) -> None:
-        """Click until a text is shown: again if the picture was replaced just then."""
+        """Click until a text is shown; clicks are repeated, because the page may replace the picture meanwhile."""
         found = self.page.get_by_text(text).locator("visible=true").first
         for turn in range(2400):
             if found.is_visible():
@@ -550,7 +550,7 @@ class Page:
         self.page.locator("button[role=tab]", has_text=name).locator("visible=true").first.click()
 
     def upload(self, path: Path, text: str) -> None:
-        """Upload a file in place of the one before, and wait for a text."""
+        """Upload a file in place of the previous one, and wait for a text."""
         clear = self.page.get_by_label("Remove Image").or_(self.page.get_by_label("Clear")).locator("visible=true")
         if clear.count():
             clear.first.click()
@@ -575,7 +575,7 @@ class Page:
 
 
 def test_a_visitor(server, browser, models, photos, tmp_path):
-    """Slider, clicks, upload, damaged and large files, tabs; and nothing comes from another server."""
+    """A visitor uses every tab and uploads good and bad files; nothing is requested from another server."""
     address, folder = server
     visitor = Page(browser, address)
     page = visitor.page
@@ -640,7 +640,7 @@ def test_a_visitor(server, browser, models, photos, tmp_path):
     visitor.tab("Nearest")
     visitor.wait("1.000 2.png")
     assert all(url.startswith((address, "data:", "blob:")) for url in visitor.outside)
-    assert list(folder.rglob("*.png"))  # until the server ends
+    assert list(folder.rglob("*.png"))  # kept until the server ends
     visitor.context.close()
 
 
@@ -665,7 +665,7 @@ def test_two_visitors_at_once_do_not_mix(server, browser):
 def test_files_of_other_channels_and_values(browser, models, photos, tabs, tmp_path, monkeypatch):
     from training.app import _launch, build_page
 
-    monkeypatch.setattr("gradio.networking.url_ok", lambda url: False)  # as on a machine whose answers are delayed
+    monkeypatch.setattr("gradio.networking.url_ok", lambda url: False)  # as on a machine that answers late
     model = [opened(models / "bands")]
     (port, _), rng = free_port("127.0.0.1", 7890), np.random.default_rng(0)
     page = build_page(model, *demo.find_examples(model[0]), partial(demo.pick, model))
@@ -691,7 +691,7 @@ def test_files_of_other_channels_and_values(browser, models, photos, tabs, tmp_p
 
 
 def test_a_space_runs_by_itself(models, photos, hub, tmp_path, monkeypatch):
-    """The folder that is uploaded serves the page without this project and what trains or reads its results."""
+    """The uploaded folder serves the page without this repository and the packages for training and evaluation."""
     hub.enter(monkeypatch, tmp_path)
     folder = tmp_path / "space"
     words = [models / "mae", "--output", folder, "--space", "owner/mae-demo", "--license", "apache-2.0"]
@@ -730,7 +730,7 @@ def test_a_space_runs_by_itself(models, photos, hub, tmp_path, monkeypatch):
 
 
 def first_outputs(address: str) -> list:
-    """Return what the first tab shows, asking for it as a browser does."""
+    """Return the outputs of the first tab, requested as a browser does."""
     with urllib.request.urlopen(f"{address}/config") as answer:
         config = json.load(answer)
     values = {component["id"]: component["props"].get("value") for component in config["components"]}
@@ -781,7 +781,7 @@ def test_apps_of_others_are_not_replaced(theirs, hub, tmp_path, monkeypatch):
 
 
 def test_a_second_upload_deletes_what_the_first_wrote(hub, tmp_path, monkeypatch):
-    """A new Space holds a README alone. Files that its owner adds stay, wherever they are."""
+    """A new Space contains only a README. Files that its owner adds are kept in every folder."""
     hub.enter(monkeypatch, tmp_path)
     (tmp_path / "new").mkdir()
     (tmp_path / "new/README.md").write_text("---\nsdk: gradio\n---\n")
@@ -790,7 +790,7 @@ def test_a_second_upload_deletes_what_the_first_wrote(hub, tmp_path, monkeypatch
     names = {MARKER, "README.md", "app.py", "model/old.json", "data/old.py"}
     assert hub.files("spaces/owner/app").keys() == names
     shutil.copytree(tmp_path / "space", tmp_path / "edited")
-    for name in ("config.json", "model/mine.json", "data/mine.py"):  # Spaces are no models, whatever config.json says
+    for name in ("config.json", "model/mine.json", "data/mine.py"):  # config.json does not make a Space a model
         (tmp_path / "edited" / name).write_text("mine")
     hub.add("spaces/owner/app", tmp_path / "edited")
     push_space(tmp_path, "app.py", "model/new.json")

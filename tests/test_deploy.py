@@ -1,4 +1,4 @@
-"""Test ONNX files of every kind of model: ONNX Runtime's outputs against those of the modules themselves."""
+"""Tests of ONNX files: ONNX Runtime gives the same outputs as the modules, for every kind of model."""
 
 import copy
 import functools
@@ -92,7 +92,7 @@ def expected_outputs(model: nn.Module, images: torch.Tensor, noise: torch.Tensor
 
 
 def assert_equal_outputs(content: bytes, model: nn.Module, shape: tuple[int, ...], *, atol: float) -> None:
-    """Compare on raw pixels, with noise in which values repeat, so that the sort must be stable."""
+    """Compare outputs on raw pixels; the noise has repeated values, so the sort must be stable."""
     generator = torch.Generator().manual_seed(shape[0])
     coarse = torch.randint(0, 256, (*shape[:2], 4, 4), generator=generator, dtype=torch.uint8)
     images = F.interpolate(coarse.float(), size=shape[2:], mode="bilinear").round().byte()
@@ -141,7 +141,7 @@ HALF = ["numbers", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("up
 
 @pytest.mark.parametrize("kind", HALF)
 def test_half_precision(kind):
-    """The file is half as large, and so are its digits; numbers beyond float16's range stay exact in the head."""
+    """Outputs are accurate to 5e-3, also numbers beyond float16's range, and the model itself stays in float32."""
     trained = open_model(kind)
     deployed = Deployed(trained, task_of(trained, features=False), raw_pixels=True, half=True)
     content = to_onnx(deployed, {})
@@ -151,7 +151,7 @@ def test_half_precision(kind):
 
 
 def test_normalized_images_and_metadata():
-    """Pixels of a value range come as they are; what the file states is what it was given."""
+    """A model with a value range takes raw values and clips them; the file contains the given metadata."""
     trained = open_model("mean", value_range=(-100.0, 4000.0))
     raw = Deployed(trained, "features", raw_pixels=True)
     content = to_onnx(raw, {"task": "features", "classes": ["ä", "b"], "mean": [0.5]})
@@ -159,10 +159,10 @@ def test_normalized_images_and_metadata():
     facts = session.get_modelmeta().custom_metadata_map
     assert json.loads(facts["classes"]) == ["ä", "b"] and json.loads(facts["mean"]) == [0.5]
     assert (facts["task"], facts["opset"], facts["torch"]) == ("features", "18", torch.__version__)
-    assert b"site-packages" not in content and b"deploy.py" not in content  # paths of this machine
+    assert b"site-packages" not in content and b"deploy.py" not in content  # no paths of this machine
     assert [known.shape for known in session.get_inputs()] == [["batch", 3, 32, 32]]
     images = torch.rand(2, 3, 32, 32)
-    features = run(content, images * 4400 - 200)["features"]  # beyond both ends, which data loading clips
+    features = run(content, images * 4400 - 200)["features"]  # beyond both ends, where data loading clips
     inside = ((images * 4400 - 100) / 4100).clamp(0, 1)
     with torch.no_grad():
         expected = trained.model.pool(trained.model.encoder((inside - MEAN) / STD))
@@ -190,14 +190,14 @@ def test_an_operation_without_an_onnx_form(monkeypatch):
     monkeypatch.setattr(Classifier, "answer", lambda self, logits: torch.linalg.eigvalsh(logits.mT @ logits))
     with pytest.raises(DeployError, match=r"^has an operation without an ONNX form \(No ONNX .*\); give another"):
         to_onnx(Deployed(trained, "classes"), {})
-    monkeypatch.setattr(Classifier, "answer", lambda self, logits: logits[: int(logits.argmax())])  # no graph at all
+    monkeypatch.setattr(Classifier, "answer", lambda self, logits: logits[: int(logits.argmax())])  # dynamic shape
     with pytest.raises(DeployError, match=r"^has an operation without an ONNX form \(.+\); give another"):
         to_onnx(Deployed(trained, "classes"), {})
 
 
 @torch.no_grad()
 def test_differences_are_seen():
-    """Differences beyond rounding, wrong labels, and outputs that are not finite."""
+    """A small change of a bias and outputs that are not finite show in the largest difference."""
     trained, deployed, content = file_of("upernet")
     other = trained._replace(model=copy.deepcopy(trained.model))
     for change, low, high in ((0.0, 0.0, 1e-5), (0.01, 1e-4, 0.01), (torch.nan, torch.inf, torch.inf)):

@@ -1,4 +1,4 @@
-"""Annotated objects in every layout, and their augmentation: boxes and masks stay on their objects."""
+"""Tests of annotated objects in every layout, and of the augmentation of their boxes and masks."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def write_images(folder, names=BOXES):
 
 
 def coco_content(**masks):
-    """The objects as COCO has them, with class numbers that have gaps and are not sorted."""
+    """Return the objects as COCO annotations, with class numbers that have gaps and are not sorted."""
     content = dict(images=[], annotations=[], categories=[dict(id=7, name="dot"), dict(id=3, name="cell")])
     for number, (name, boxes) in enumerate(BOXES.items()):
         height, width = SIZES[name]
@@ -127,7 +127,7 @@ def test_every_layout_gives_the_same_objects(tmp_path, layout):
 
 
 def test_large_annotations_are_parsed_once(tmp_path, monkeypatch):
-    """Their index is cached until the file or the names of the images change; it is what was parsed."""
+    """The index is cached until the annotation file or the names of the images change."""
     root, cache, parsed, parse = write_coco(tmp_path / "data"), str(tmp_path / "cache"), [], coco._read_coco
     monkeypatch.setattr(coco, "_read_coco", lambda file: parsed.append(file.name) or parse(file))
     monkeypatch.setattr(files, "CACHED_FROM", 1)
@@ -195,7 +195,7 @@ def test_images_that_no_annotation_lists_are_not_read(tmp_path):
 
 
 def test_crowds_and_objects_without_masks(tmp_path):
-    """A crowd gets its box as its mask; an object without one makes masks useless, which is said."""
+    """A crowd without a mask gets its box as mask. Any other object without a mask disables masks, with a note."""
     content = coco_content(segmentation=polygon)
     content["annotations"].append(dict(image_id=10, category_id=3, bbox=[2, 3, 10, 20], iscrowd=1))
     train, _ = open_objects(str(write_coco(tmp_path / "crowd", content)), PIXELS)
@@ -209,7 +209,7 @@ def test_crowds_and_objects_without_masks(tmp_path):
 
 
 def test_splits_of_crowds_alone_are_refused(tmp_path):
-    """Nothing could be learned from them, and no average precision would be defined."""
+    """There is nothing to learn from them, and their average precision is undefined."""
     root, yolo = write_coco(tmp_path / "data"), write_yolo(tmp_path / "yolo")
     for name in ("train2017", "val2017"):
         content = coco_content(segmentation=polygon)
@@ -266,7 +266,7 @@ def without(record, key):
 
 
 def broken(*change):
-    """COCO's content with one value replaced, at a path of keys; None removes it."""
+    """Return COCO annotations with the value at a path of keys replaced; None removes it."""
     content = coco_content()
     *path, last, value = change
     part = content
@@ -324,7 +324,7 @@ def test_annotations_that_cannot_be_used(tmp_path, case):
     content, words = BAD[case]
     with pytest.raises(DataError) as error:
         open_objects(str(write_coco(tmp_path / "data", content)), PIXELS)
-    lines = str(error.value).splitlines()  # of both splits
+    lines = str(error.value).splitlines()  # one per split
     assert len(lines) == (1 if case == "another size" else 2) and all(words in line for line in lines)
 
 
@@ -400,7 +400,7 @@ def test_scenes_give_boxes_and_masks_of_their_shapes(scenes):
 
 
 def painted(scenes, index):
-    """An image whose channel is white where an object is, and the objects: up to three."""
+    """Return an image in which each of up to three objects is white in its own channel, and the objects."""
     objects = scenes.objects(index, (64, 64))
     objects = Objects(*(part[:3] for part in objects))
     image = np.zeros((3, 64, 64), np.uint8)
@@ -410,14 +410,14 @@ def painted(scenes, index):
 
 
 def whole(parts, boxes, side):
-    """Masks (side, side) from their parts in boxes."""
+    """Return masks (n, side, side) from their parts in boxes."""
     pixels = torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *(part.ravel() for part in parts)]))
     return paste_masks(pixels, torch.from_numpy(boxes), side).numpy()
 
 
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (1.0, 2.0), (0.5, 1.0)])
 def test_masks_of_transformed_scenes_are_transformed_masks(scenes, scales):
-    """The same for an image that is painted with its masks: resized, cut, padded and mirrored."""
+    """An image painted with its masks is resized, cropped, padded and flipped as the masks are."""
     worst = []
     for index in range(len(scenes)):
         image, objects = painted(scenes, index)
@@ -456,7 +456,7 @@ def test_polygons_are_transformed_as_pixels_are():
             image, objects, np.random.default_rng(seed), side=96, scales=(0.4, 2.0), fill=[0, 0, 0], masks=False
         )
         assert boxes_alone[4] is None
-        for box_alone, of_mask in zip(boxes_alone[2], results[0][2], strict=True):  # holds what is left of the object
+        for box_alone, of_mask in zip(boxes_alone[2], results[0][2], strict=True):  # contains the rest of the object
             assert (box_alone[:2] <= of_mask[:2] + 1).all() and (box_alone[2:] >= of_mask[2:] - 1).all()
 
 
@@ -497,7 +497,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(scenes):
 
 
 def test_masks_of_a_batch_are_those_of_the_crops(scenes, monkeypatch):
-    """In pixels of the whole input, bit by bit; the batch itself holds less than a third of these pixels."""
+    """The pasted masks equal the crops bit by bit, and the batch holds less than a third of their pixels."""
     crops, cut = [], detection._cut_mask
     monkeypatch.setattr(detection, "_cut_mask", lambda *args: crops.append(cut(*args)) or crops[-1])
     dataset = DetectionDataset(scenes, pixels=PIXELS, seed=0, **OPTIONS)

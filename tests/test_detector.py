@@ -1,4 +1,4 @@
-"""The detector: window attention and the pyramid against a few independent lines, its losses, and its files."""
+"""Tests of the detector: window attention and pyramid against independent code, its losses, and its files."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def new_detector(num_classes: int = 3, *, encoder: dict | None = None, **change)
 
 
 def target(*boxes, seed: int = 0) -> dict:
-    """The objects of an image of 64 pixels, whose masks fill their boxes."""
+    """Return the objects of a 64 x 64 image; their masks fill their boxes."""
     masks = torch.zeros(len(boxes), 64, 64, dtype=torch.uint8)
     for mask, (x1, y1, x2, y2) in zip(masks, boxes, strict=True):
         mask[y1:y2, x1:x2] = 1
@@ -58,7 +58,7 @@ def test_global_blocks_are_those_of_the_paper():
 
 
 def bias_of(table, grid, query, key):
-    """The bias of BEiT's table between two patches (row, column), (heads,)."""
+    """Return the bias (heads,) in BEiT's table between two patches, each a (row, column)."""
     (h, w), (dy, dx) = grid, (query[0] - key[0], query[1] - key[1])
     return table[(dy + h - 1) * (2 * w - 1) + dx + w - 1]
 
@@ -107,7 +107,7 @@ def test_the_bias_of_a_window_does_not_change_with_the_grid(tmp_path):
     name, (_, last, *_) = "relative_position_bias_table", global_blocks(5)
     tables = [block.attn.relative_position_bias_table for block in model.encoder.blocks]
     assert [len(table) for table in tables] == [84 if i == 2 else 228 for i in range(5)], last
-    for side, window in ((96, 5), (96, 3), (32, 5)):  # in a grid of 4 x 4, there are no windows
+    for side, window in ((96, 5), (96, 3), (32, 5)):  # a 4 x 4 grid has no windows
         encoder = new_detector(window=window, encoder=dict(img_size=side, relative_position_bias=True)).encoder
         weights = open_weights(tmp_path)
         load_weights(encoder, weights.state, stored=weights.stored)
@@ -132,7 +132,7 @@ def test_only_global_blocks_see_beyond_their_window():
 
 
 def test_without_windows_features_are_those_of_the_encoder():
-    """Also with windows that hold the whole grid; and positions are resized to it."""
+    """The same holds for windows of the whole grid or more. Positions are resized to another grid."""
     encoder = randomize(new_encoder(**SMALL))
     state = encoder.state_dict()
     for window in (0, 8, 14):
@@ -172,11 +172,11 @@ def test_the_pyramid_is_that_of_the_paper():
 
 @pytest.mark.parametrize("size", [(64, 64), (20, 64)])
 def test_boxes_are_cut_at_the_strides_of_the_padded_image(size):
-    """torchvision alone would take half the strides for the second size."""
+    """torchvision alone would infer strides that are too small for the second size."""
     maps = {name: torch.randn(1, 4, 64 >> i, 64 >> i) for i, name in enumerate(LEVELS)}
     boxes = torch.tensor([[2.0, 3.0, 17.0, 15.0], [0.0, 0.0, 64.0, 20.0]])
     ours = PyramidAlign(64, 7)(maps, [boxes], [size])
-    for number, (name, scale) in enumerate((("0", 1.0), ("1", 0.5))):  # by the boxes' areas
+    for number, (name, scale) in enumerate((("0", 1.0), ("1", 0.5))):  # the areas of the boxes choose the level
         own = [boxes[number : number + 1]]
         expected = roi_align(maps[name], own, 7, spatial_scale=scale, sampling_ratio=2)
         torch.testing.assert_close(ours[number : number + 1], expected)
@@ -196,7 +196,7 @@ def test_anchors_stand_on_the_patches():
 
 @pytest.mark.parametrize("head", ["mask_rcnn", "faster_rcnn"])
 def test_losses_do_not_depend_on_the_micro_batch(head):
-    """An image without objects is among them; every parameter has a gradient, as DDP needs."""
+    """One image has no objects. Every parameter has a gradient, as DDP needs."""
     model = new_detector(masks=head == "mask_rcnn", num_regions=32).train()
     assert model.head == head
     losses = model(IMAGES, VALID, TARGETS)
@@ -246,7 +246,7 @@ def test_a_frozen_encoder_keeps_its_weights_and_its_mode():
 
 
 def test_a_compiled_encoder_computes_the_same(monkeypatch):
-    """As one graph, without the compiler that makes code of it."""
+    """Encoder and pyramid compile into one graph; the eager backend skips code generation."""
     model = new_detector().eval()
     expected = model(IMAGES)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
@@ -293,7 +293,7 @@ def test_a_detector_gives_its_encoder_to_another(tmp_path):
 
 @pytest.mark.parametrize("model", ["classifier", "segmenter", "autoencoder"])
 def test_what_else_starts_from_a_detector(tmp_path, model):
-    """A classifier and a segmenter get its encoder, which the report says; an autoencoder needs the norm it lost."""
+    """A classifier and a segmenter load its encoder; an autoencoder refuses it, because the final norm is missing."""
     detector = randomize(new_detector(encoder=dict(relative_position_bias=model == "segmenter")), 0.01)
     export_detector(detector, tmp_path, classes=["a", "b", "c"], **STATISTICS)
     weights = open_weights(tmp_path)
@@ -319,7 +319,7 @@ def test_patches_of_another_side_see_the_same_colour(tmp_path):
     assert weights.sizes["patch_size"] == 8
     larger = new_encoder(**SMALL).eval()
     load_weights(larger, weights.state, stored=weights.stored)
-    # A smooth image: the same ramp over each of the 8 x 8 patches
+    # A smooth image: one horizontal ramp, which both sizes divide into 8 x 8 patches
     ramp = torch.linspace(0, 1, 8 * 7 * 8)[None, None, None].expand(1, 3, 8 * 7 * 8, -1)
     images = [F.interpolate(ramp, size=(side, side), mode="area") for side in (56, 64)]
     old, new = encoder(images[0]), larger(images[1])
@@ -328,7 +328,7 @@ def test_patches_of_another_side_see_the_same_colour(tmp_path):
 
 
 def test_smaller_patches_average_and_leave_the_weights_as_they_are(tmp_path):
-    """Stripes of a pixel vanish in patches of half the side."""
+    """Stripes of one pixel average out in patches of half the side."""
     encoder = new_encoder(**SMALL)
     stripes = torch.ones(8).mul(torch.tensor([1.0, -1.0]).repeat(4)).expand_as(encoder.patch_embed.proj.weight)
     encoder.patch_embed.proj.weight.data.copy_(stripes)

@@ -1,4 +1,4 @@
-"""The pages: every link, flag and snippet works, and README and recipes list what there is."""
+"""Tests of the pages: every link, flag and snippet works, and README and the table of recipes are complete."""
 
 import re
 import tomllib
@@ -29,7 +29,7 @@ from training.arguments import Parser
 README = (ROOT / "README.md").read_text()
 FOLDERS = (ROOT, ROOT / "docs", ROOT / "recipes", ROOT / ".github", ROOT / ".github" / "ISSUE_TEMPLATE")
 PAGES = sorted(page for folder in FOLDERS for page in folder.glob("*.md"))
-OTHER_FLAGS = {  # of programs that are not ours, and of tests/gpu.py and tests/soak.py
+OTHER_FLAGS = {  # flags of other programs, and of tests/gpu.py and tests/soak.py
     *("--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip"),
     *("--max_restarts", "--rdzv_backend", "--standalone", "--cpu"),  # accelerate launch, torchrun
     *("--job-name", "--nodes", "--gpus-per-node", "--signal", "--batch"),  # sbatch, scancel
@@ -65,7 +65,7 @@ def test_every_relative_link_and_image_exists(page):
 
 
 class Parsed(Exception):
-    """Carries the parser of a script."""
+    """Carry the parser of a script out of its `parse_args`."""
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def flags_of(parser: Parser) -> set[str]:
     return {option for action in parser._actions for option in action.option_strings}
 
 
-NAMING_FLAGS = [path for path in (*PAGES, *RECIPES, *CONFIGS) if path.name != "CHANGELOG.md"]  # it names removed ones
+NAMING_FLAGS = [path for path in (*PAGES, *RECIPES, *CONFIGS) if path.name != "CHANGELOG.md"]  # names removed flags
 
 
 @pytest.mark.parametrize("path", NAMING_FLAGS, ids=name_of)
@@ -141,7 +141,7 @@ SNIPPETS = [
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A folder with tiny models and the photograph that snippets name."""
+    """Return a folder with tiny models and the photograph that the snippets open."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "photographs").mkdir()
     size = dict(img_size=32, patch_size=16, embed_dim=64, depth=2, num_heads=2)
@@ -165,7 +165,7 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_snippets_run(snippet, trained, monkeypatch):
-    """Those with OWNER/NAME need the Hub, and are compiled alone; runs of pretrain_mae.main end after its flags."""
+    """Snippets with OWNER/NAME need the Hub and are only compiled; `pretrain_mae.main` only checks its flags."""
     code = compile(snippet, "snippet", "exec")
     monkeypatch.chdir(trained)
     errors = []

@@ -1,4 +1,4 @@
-"""Exported folders, loaded by transformers, timm and this project: no parameter left over, the same numbers."""
+"""Tests of exported folders: transformers, timm and this project load all parameters and compute the same numbers."""
 
 import json
 import math
@@ -60,7 +60,7 @@ ENCODERS = {
 
 
 def new_encoder(size: dict) -> VisionTransformer:
-    """An encoder whose every parameter is random."""
+    """Return an encoder in which every parameter is random."""
     return randomize(VisionTransformer(**size))
 
 
@@ -105,7 +105,7 @@ def test_three_libraries_load_the_encoder_and_agree(exported):
 def test_timm_reads_the_file_and_knows_the_input(exported):
     encoder, folder = exported
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    assert_equal(model.state_dict(), encoder.state_dict())  # not its own initialization
+    assert_equal(model.state_dict(), encoder.state_dict())  # not timm's own initialization
     config = timm.data.resolve_data_config(model=model)
     assert config["input_size"] == (encoder.in_channels, *encoder.img_size)
     assert (config["interpolation"], config["crop_pct"]) == ("bicubic", 0.875)
@@ -206,7 +206,7 @@ def test_renaming_and_back_is_bit_equal():
     model = randomize(build_autoencoder(VisionTransformer(**ENCODERS["32 x 64, 4 channels"]), decoder_depth=2))
     state = model.state_dict()
     theirs = to_transformers(state)
-    assert len(theirs) == len(state) + 2 * 2 * (4 + 2)  # q, k, v of two parameters a block
+    assert len(theirs) == len(state) + 2 * 2 * (4 + 2)  # qkv weight and bias of each block become three each
     assert not theirs.keys() & state.keys()
     assert_equal(to_ours(theirs)[1], state)
     for kind in ("mean", "cls"):
@@ -221,7 +221,7 @@ def test_renaming_and_back_is_bit_equal():
 
 @torch.inference_mode()
 def test_files_of_the_official_code_and_of_timm_come_back_bit_equal(tmp_path):
-    """Ours -> theirs -> ours, and theirs -> ours -> theirs."""
+    """Check the round trips ours -> official -> ours -> official and timm -> ours -> timm."""
     for size in ("128 x 4, 64 pixels", "32 x 64, 4 channels"):
         model = randomize(build_autoencoder(VisionTransformer(**ENCODERS[size]), decoder_depth=2))
         official = to_official(model.state_dict())
@@ -266,7 +266,7 @@ KINDS = {
 
 
 def new_classifier(size: dict, kind: dict) -> Classifier:
-    """A classifier whose every number is random, the statistics of its BatchNorm too."""
+    """Return a classifier with random parameters and random BatchNorm statistics."""
     model = randomize(Classifier(VisionTransformer(**size), len(NAMES), **kind, custom_weight_init=False))
     if model.probe:
         torch.manual_seed(3)
@@ -293,11 +293,11 @@ def test_attentive_pooling_is_for_this_project_and_its_encoder_for_all(tmp_path)
     torch.testing.assert_close(again.model(images), model(images), rtol=0, atol=1e-5)
     assert again.class_names == NAMES and again.crop_ratio == 0.9 and not again.assumed
     assert (again.mean, again.std) == tuple(statistics(model.encoder)[name] for name in ("mean", "std"))
-    with pytest.raises(ValueError, match="attentive_probe"):  # not an encoder with a random head
+    with pytest.raises(ValueError, match="attentive_probe"):  # no encoder with a random head
         AutoModelForImageClassification.from_pretrained(folder)
     encoder = AutoModel.from_pretrained(folder / "encoder").eval()
     torch.testing.assert_close(encoder(images).last_hidden_state, model.encoder(images), rtol=0, atol=1e-5)
-    encoder = VisionTransformer(**SHAPES["32 x 64"]).eval()  # another training starts from it
+    encoder = VisionTransformer(**SHAPES["32 x 64"]).eval()  # another training can start from the classifier
     report = load_weights(encoder, read_state_dict(folder), stored=read_stored(folder))
     assert not report.missing and {"attentive_pool.queries", "head.weight"} <= {*report.ignored}
     torch.testing.assert_close(encoder(images), model.encoder(images), rtol=0, atol=1e-5)
@@ -306,7 +306,7 @@ def test_attentive_pooling_is_for_this_project_and_its_encoder_for_all(tmp_path)
 @torch.inference_mode()
 @pytest.mark.parametrize("img_size", [32, (16, 32)])
 def test_an_encoder_of_several_class_tokens_is_a_pixio(img_size, tmp_path):
-    """Equal in transformers, and read again, from all models that keep its final norm."""
+    """The encoder, alone or of a classifier that keeps its final norm, opens again and, if square, equals a Pixio."""
     size = dict(img_size=img_size, patch_size=8, in_channels=4, embed_dim=32, depth=2, num_heads=2, num_cls_tokens=3)
     encoder = randomize(VisionTransformer(**size))
     head = new_classifier(size, dict(pooling="cls", probe=True))
@@ -420,7 +420,7 @@ def test_the_crop_ratio_reaches_both_libraries(crop_ratio, resized, tmp_path):
 
 
 def test_folding_happens_in_double_precision(tmp_path):
-    """A mean a thousand deviations from zero leaves half of float32's digits; and the model keeps its own."""
+    """A mean of a thousand standard deviations costs float32 half of its digits. The model itself does not change."""
     model = new_classifier(SHAPES["square"], KINDS["cls, linear probe"])
     model.head_norm.running_mean.fill_(1.0)
     model.head_norm.running_var.fill_(1e-6)
@@ -465,7 +465,7 @@ SEGMENTERS = {
 
 
 def new_segmenter(kind: str, **change) -> Segmenter:
-    """A segmentation model whose every number is random, the statistics of its BatchNorms too."""
+    """Return a segmentation model with random parameters and random BatchNorm statistics."""
     options, extras = SEGMENTERS[kind]
     size = dict(img_size=48, patch_size=8, embed_dim=32, depth=5, num_heads=2, mlp_ratio=3.0)
     torch.manual_seed(4)
@@ -500,7 +500,7 @@ def test_transformers_loads_the_segmenter_and_agrees(kind, tmp_path):
     assert theirs.config.architectures == [type(theirs).__name__]
     assert theirs.config.id2label == dict(enumerate(NAMES)) and theirs.config.label2id["gnu"] == 6
     own, larger = torch.randn(2, 3, 48, 48), torch.randn(2, 3, 64, 100)
-    for images in [own] if kind == "dpt" else [own, larger]:  # transformers' DPT resizes positions otherwise
+    for images in [own] if kind == "dpt" else [own, larger]:  # transformers' DPT resizes positions differently
         logits = model(images)
         assert logits.std(dim=(0, 2, 3)).min() > 0.03  # they depend on the image
         expected = torch.nn.functional.interpolate(theirs.eval()(images).logits, images.shape[2:], mode="bilinear")
@@ -524,7 +524,7 @@ def test_reading_a_segmenter_that_was_written(kind, tmp_path):
         again = open_trained(path, given=stored).model
         torch.testing.assert_close(again(images), model(images), rtol=0, atol=1e-4)
         assert again.state_dict().keys() == model.state_dict().keys()
-        if path == folder:  # bit equal, BatchNorm and auxiliary head too
+        if path == folder:  # bit-equal, with BatchNorm and auxiliary head
             assert_equal(again.state_dict(), model.state_dict())
 
 
@@ -541,7 +541,7 @@ def test_the_pipeline_names_the_classes_of_an_image(tmp_path):
     assert inputs["labels"].unique().tolist() == [0, 6, 255] and inputs["labels"][0, 0, 0] == 255
     pixels = torch.from_numpy(np.array(image.resize((48, 48), Image.Resampling.BILINEAR))).permute(2, 0, 1) / 255
     pixels = (pixels - torch.tensor(MEAN[:3])[:, None, None]) / torch.tensor(STD[:3])[:, None, None]
-    assert (inputs["pixel_values"][0] - pixels).abs().max() < 1.1 / 255 / 0.22  # rounded otherwise
+    assert (inputs["pixel_values"][0] - pixels).abs().max() < 1.1 / 255 / 0.22  # rounded differently
     with torch.inference_mode():
         logits = torch.nn.functional.interpolate(model(inputs["pixel_values"]), size=(80, 100), mode="bilinear")
     expected = logits[0].argmax(dim=0).numpy()

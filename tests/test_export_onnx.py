@@ -1,4 +1,4 @@
-"""Test export_onnx.py: whole paths from weights to predictions in ONNX Runtime, and input that it refuses."""
+"""Tests of export_onnx.py: from weights to predictions in ONNX Runtime, and error messages."""
 
 import json
 import sys
@@ -55,7 +55,7 @@ def export(*words) -> None:
 
 
 def errors_of(*words, capsys) -> list[str]:
-    """Return the error messages of bad input, which ends with exit code 2."""
+    """Return the error messages of bad input, and check that the exit code is 2."""
     with pytest.raises(SystemExit) as end:
         export(*words)
     stderr = capsys.readouterr().err
@@ -64,7 +64,7 @@ def errors_of(*words, capsys) -> list[str]:
 
 
 def test_a_classifier_of_photographs(models, real_images, tmp_path, monkeypatch):
-    """predict.py and ONNX Runtime, which sees the pixels that predict.py reads, agree; so does the file's metadata."""
+    """ONNX Runtime and predict.py agree on the same pixels, and the file has the metadata of the model."""
     monkeypatch.chdir(tmp_path)
     export(models / "classifier", "classifier.onnx", "--raw_pixels")
     session = onnxruntime.InferenceSession("classifier.onnx")
@@ -157,7 +157,7 @@ def test_bad_input(models, tmp_path, monkeypatch, capsys):
 
 
 def test_a_killed_export_leaves_no_file(models, tmp_path, monkeypatch):
-    """Kill it while the file is written, which is not there then; the next call writes it."""
+    """An export that is killed while it writes leaves no model.onnx; the next one removes its temporary file."""
     content = 'b"x" * 100_000'
     code = f"""
 import os, signal, sys

@@ -1,6 +1,6 @@
-"""Steps and evaluations on fake CUDA tensors, which have devices and types but no values.
+"""Tests of steps and evaluations on fake CUDA tensors, which have devices and types but no values.
 
-Code that mixes devices, or waits for a value on the device, raises. Backward passes and PyTorch's refusals of
+Code that mixes devices, or waits for a value on the device, raises. Backward passes and PyTorch's errors about
 nondeterministic kernels need a real GPU.
 """
 
@@ -38,7 +38,7 @@ MIXING = dict(mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5, labe
 
 @pytest.fixture(params=[False, True], ids=["default", "deterministic"])
 def fake(request, monkeypatch):
-    """Enter the mode of fake tensors; autocast is possible, though there is no GPU."""
+    """Enable fake tensors, and autocast although there is no GPU."""
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     torch.use_deterministic_algorithms(request.param)
@@ -48,7 +48,7 @@ def fake(request, monkeypatch):
 
 
 class Accelerator(SimpleNamespace):
-    """What the scripts use of Accelerate, on the fake device."""
+    """Imitate the part of Accelerate that the scripts use, on the fake device."""
 
     device, gradient_accumulation_steps, sync_gradients = CUDA, 2, True
 
@@ -62,7 +62,7 @@ class Accelerator(SimpleNamespace):
         return model
 
     def backward(self, loss):
-        """Give every parameter a gradient; autograd itself needs a real device."""
+        """Give every trainable parameter a gradient; autograd itself needs a real device."""
         assert loss.requires_grad
         for parameter in self.model.parameters():
             if parameter.requires_grad:
@@ -76,7 +76,7 @@ class Accelerator(SimpleNamespace):
 
 
 def on_gpu(model):
-    """Return the model with its parameters and buffers on the fake device; `to` cannot swap fake ones."""
+    """Move parameters and buffers to the fake device, as `to` cannot with fake tensors, and return the model."""
     for module in model.modules():
         for name, tensor in module._parameters.items():
             if tensor is not None:
@@ -140,7 +140,7 @@ def test_a_step_neither_waits_nor_mixes_devices(fake, task):
     options["max_grad_norm"] = 0 if torch.are_deterministic_algorithms_enabled() else 1.0  # without and with clipping
     loss, norm, _ = script.optimizer_step(Accelerator(model=model), model, optimizer, batches, normalize, **options)
     assert loss.device == norm.device == CUDA and loss.dtype == norm.dtype == torch.float32
-    with pytest.raises(DataDependentOutputException):  # what a wait in the step would have raised
+    with pytest.raises(DataDependentOutputException):  # a wait in the step would have raised this
         loss.item()
 
 
@@ -163,7 +163,7 @@ def test_evaluations_neither_wait_nor_mix_devices(fake):
 
 
 class Maps(TorchDispatchMode):
-    """Collect the results of operations that are maps of several pixels."""
+    """Collect the results of operations that are maps (2, C, h, w) of more than six rows."""
 
     def __init__(self):
         super().__init__()
@@ -178,12 +178,12 @@ class Maps(TorchDispatchMode):
 
 
 def select_cudnn(*args, transposed, **kwargs):
-    """Return the backend of convolutions on a GPU, whose memory layout fake tensors then have."""
+    """Return the convolution backend of a GPU, which gives fake tensors its memory layout."""
     return torch._C._ConvBackend.CudnnTranspose if transposed else torch._C._ConvBackend.Cudnn
 
 
 def test_the_maps_of_upernet_are_half_as_wide_and_never_rearranged(fake, monkeypatch):
-    """In bfloat16 and NHWC, except those of the encoder and the logits, which the loss needs in float32 and NCHW."""
+    """All maps of the FPN and the heads are bfloat16 in NHWC; the loss gets its logits in float32 and NCHW."""
     monkeypatch.setattr(torch._C, "_select_conv_backend", select_cudnn)
     model, images = on_gpu(Segmenter(encoder(), 5, head_width=16)).train(), torch.empty(2, 3, 64, 64, device=CUDA)
     with Accelerator().autocast():
@@ -192,7 +192,7 @@ def test_the_maps_of_upernet_are_half_as_wide_and_never_rearranged(fake, monkeyp
             pyramid = model.fpn(features)
             logits = model.decode_head(pyramid), model.auxiliary_head(pyramid)
         outputs = model(images)
-    rearranging = ("view", "permute", "transpose", "expand")  # no copies
+    rearranging = ("view", "permute", "transpose", "expand")  # these make views, not copies
     kept = [(op, m) for op, m in maps.found if not any(word in str(op) for word in rearranging)]
     assert len(kept) > 20 and {m.dtype for _, m in kept} == {torch.bfloat16}
     assert all(m.is_contiguous(memory_format=torch.channels_last) for _, m in kept), kept

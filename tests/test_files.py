@@ -1,4 +1,4 @@
-"""Files of weights: which one is read, what stands beside it, and refusals that say what is wrong."""
+"""Tests of finding and reading weight files and the facts stored beside them, and of error messages."""
 
 import argparse
 import json
@@ -55,7 +55,7 @@ def test_files_and_folders(name, tmp_path):
 
 @pytest.mark.parametrize("safe", [True, False])
 def test_shards_are_read_by_their_index(safe, tmp_path):
-    """As transformers writes them, and in the same way with the prefix of a wrapper and .bin files."""
+    """Read shards as transformers writes them, and .bin shards with the prefix of a wrapper."""
     model = ViTModel(ViTConfig(**SIZES_OF_SHARDED)).eval()
     model.save_pretrained(tmp_path / "whole")
     model.save_pretrained(tmp_path, max_shard_size="30KB")
@@ -146,7 +146,7 @@ def test_code_in_a_file_is_refused_and_not_run(zipped, tmp_path):
         read_state_dict(file)
     assert not trace.exists()
     torch.load(file, weights_only=False) if zipped else pickle.loads(file.read_bytes())
-    assert trace.exists()  # the file does run code where it is let
+    assert trace.exists()  # the file does run code if it is loaded without protection
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
@@ -181,7 +181,7 @@ def test_half_precision_files_load_into_float32(tmp_path):
 
 
 def write_checkpoint(folder: Path, model: MaskedAutoencoder) -> Path:
-    """A checkpoint as a run leaves it, but for the optimizer."""
+    """Write a checkpoint as a run leaves it, but without the optimizer, and return its folder."""
     folder.mkdir(parents=True)
     save_file(model.state_dict(), folder / "model.safetensors")
     (folder / "state.json").write_text(json.dumps({"step": int(folder.name[5:])}))
@@ -190,7 +190,7 @@ def write_checkpoint(folder: Path, model: MaskedAutoencoder) -> Path:
 
 @pytest.fixture
 def run_folder(tmp_path) -> tuple[Path, MaskedAutoencoder]:
-    """A finished run and its model; its checkpoints hold another one."""
+    """Return the folder of a finished run and its model; the checkpoints hold other weights."""
     run, model = tmp_path / "run", randomize(new_autoencoder())
     statistics = dict(mean=[0.5] * 3, std=[0.5] * 3)
     export_encoder(model.encoder, run / "encoder", **statistics)
@@ -223,7 +223,7 @@ def test_the_weights_of_a_run(run_folder):
 
 
 def test_heads_and_grid_stand_beside_the_weights(tmp_path):
-    """In the configuration of an export, and in the flags of a checkpoint's run; they are held against the model."""
+    """An export's configuration or the flags of a checkpoint's run give heads and grid; wrong heads are an error."""
     wide = randomize(new_autoencoder(img_size=(16, 64), patch_size=8))
     heads, decoder_heads = wide.encoder.num_heads, wide.decoder.num_heads
     run, statistics = tmp_path / "run", dict(mean=[0.5] * 3, std=[0.5] * 3)
@@ -251,13 +251,13 @@ def test_heads_and_grid_stand_beside_the_weights(tmp_path):
 def test_a_run_that_is_not_finished(run_folder):
     run, _ = run_folder
     old, middle, new = sorted((run / "checkpoints").iterdir())
-    (run / "encoder" / "pretraining" / "config.json").unlink()  # an export that was killed: it is written last
+    (run / "encoder" / "pretraining" / "config.json").unlink()  # as if the export was killed: it writes this file last
     assert find_weights(run, whole=True) == new
     (run / "encoder" / "config.json").unlink()
     assert find_weights(run, whole=False) == new
-    (new / "state.json").unlink()  # half removed
+    (new / "state.json").unlink()  # as if the checkpoint is half removed
     (run / "checkpoints" / ".saving_step_00000200").mkdir()
-    shutil.copytree(old, run / "checkpoints" / "step_best")  # the user's
+    shutil.copytree(old, run / "checkpoints" / "step_best")  # a copy that the user made
     assert find_weights(run, whole=True) == find_weights(run, whole=False) == middle
     (middle / "model.safetensors").unlink()
     assert find_weights(run, whole=True) == old
@@ -270,7 +270,7 @@ def test_a_run_that_is_not_finished(run_folder):
 
 @pytest.fixture
 def classifier_run(tmp_path) -> tuple[Path, Classifier]:
-    """A finished run of a linear probe and its model; its checkpoints hold another one."""
+    """Return the folder of a finished linear probe and its model; the checkpoints hold other weights."""
     run, model = tmp_path / "run", trained_classifier("cls", probe=True)
     export_classifier(model, run / "model", classes=NAMES, mean=[0.5] * 3, std=[0.25] * 3, crop_ratio=0.875)
     for step in (1, 2):
@@ -291,27 +291,27 @@ def test_the_weights_of_a_classifiers_run(classifier_run):
     for path in (run / "model", run / "model" / "model.safetensors"):
         assert read_stored(path) == known._replace(classes=NAMES, pooling="cls", crop_ratio=0.875)
     state = read_state_dict(run / "model")
-    ours = new_classifier("cls")  # no linear probe: its BatchNorm is a part of the head now
+    ours = new_classifier("cls")  # no probe: the export has merged the probe's BatchNorm into the head
     load_weights(ours, state, stored=read_stored(run / "model"))
     torch.testing.assert_close(ours(IMAGES), model(IMAGES), rtol=0, atol=1e-5)
 
     export_encoder(new_encoder(), run / "encoder", mean=[0.5] * 3, std=[0.5] * 3)
     assert find_weights(run, whole=False) == run / "encoder"
     (run / "encoder" / "config.json").unlink()
-    (run / "model" / "config.json").unlink()  # half written
+    (run / "model" / "config.json").unlink()  # as if the export is half written
     assert find_weights(run, whole=False) == newest
 
 
 def test_the_averaged_weights_come_first(classifier_run):
     run, model = classifier_run
     newest = run / "checkpoints" / "step_00000002"
-    average = {f"module.{name}": value for name, value in model.state_dict().items()}  # as the average is a wrapper
+    average = {f"module.{name}": value for name, value in model.state_dict().items()}  # as averages are saved
     save_file(average, newest / "ema.safetensors")
     read = read_state_dict(newest)
     assert read.keys() == model.state_dict().keys()
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in read.items())
     assert read_stored(newest / "ema.safetensors") == read_stored(newest)
-    plain = read_state_dict(find_weights(newest / "model.safetensors", whole=False))  # named, it is read all the same
+    plain = read_state_dict(find_weights(newest / "model.safetensors", whole=False))  # the file itself is still read
     assert not torch.equal(plain["head_norm.running_mean"], read["head_norm.running_mean"])
     (newest / "model.safetensors").unlink()
     assert find_weights(newest, whole=False) == newest
@@ -349,11 +349,11 @@ def test_what_timm_writes(tmp_path):
 
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
-    del config["model_args"]  # older versions write only those that they are given
+    del config["model_args"]  # older versions of timm write only the arguments given
     config["label_names"] = dict(enumerate(NAMES))
     file.write_text(json.dumps(config))
     assert read_stored(tmp_path) == known._replace(grid=None, num_heads=None)
-    flat = config["pretrained_cfg"] | dict(architecture="vit_base_patch16_224")  # as the oldest versions write it
+    flat = config["pretrained_cfg"] | dict(architecture="vit_base_patch16_224")  # the form of the oldest versions
     file.write_text(json.dumps(flat))
     assert read_stored(tmp_path) == Stored(None, None, None, *statistics, crop_ratio=0.9)
     for damaged in ("[]", "{", '{"image_size": 32, "patch_size": 0}', '{"image_size": [32], "patch_size": 8}'):
@@ -403,7 +403,7 @@ def test_other_activations_and_poolings_are_seen(tmp_path):
 
 def test_an_encoder_folder_without_an_autoencoder(tmp_path):
     export_encoder(new_encoder(), tmp_path / "encoder", mean=[0.5] * 3, std=[0.5] * 3)
-    for whole in (True, False):  # what it lacks is for `load_weights` to say
+    for whole in (True, False):  # `load_weights` reports what is missing
         assert find_weights(tmp_path / "encoder", whole=whole) == tmp_path / "encoder"
     assert find_weights(tmp_path, whole=False) == tmp_path / "encoder"
     with pytest.raises(WeightsError, match="a folder without weights"):

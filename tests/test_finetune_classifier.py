@@ -1,4 +1,4 @@
-"""Whole runs of finetune_classifier.py, as its users start them, and what it refuses."""
+"""Tests of whole runs of finetune_classifier.py, and of the errors that it prints."""
 
 import json
 import os
@@ -48,7 +48,7 @@ from modeling.files import read_state_dict
 from training.objectives import Classes
 
 SCRIPT = "finetune_classifier.py"
-# Everything random that a run can have, in steps of two micro-batches
+# With the defaults, all randomness of a run is on; each step has two micro-batches
 SMALL = ["--per_gpu_batch_size", 8, "--gradient_accumulation_steps", 2, "--learning_rate", 1e-3, "--num_workers", 0]
 SMALL += ["--mixed_precision", "no", "--log_every", 1, "--drop_path", 0.2, "--ema_decay", 0.9]
 WEIGHTS = "--path_to_pretrained_mae_weights"
@@ -56,7 +56,7 @@ WEIGHTS = "--path_to_pretrained_mae_weights"
 
 @pytest.fixture(scope="session")
 def pretrained(image_folder, tmp_path_factory):
-    """The folder of a pre-training run of one step."""
+    """Return the folder of a pre-training run of one step."""
     cwd = tmp_path_factory.mktemp("pretrained")
     run("pretrain_mae.py", *TINY, "--path_to_data", image_folder, "--max_steps", 1, cwd=cwd)
     return cwd / "work_dir" / "pretrain_mae"
@@ -64,13 +64,13 @@ def pretrained(image_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def flags(image_folder, pretrained):
-    """Five steps an epoch, twelve in all, so that the run ends inside its third epoch."""
+    """Return flags for twelve steps, five per epoch, so that the run ends inside its third epoch."""
     return ["--path_to_data", image_folder, WEIGHTS, pretrained, *SMALL, "--max_steps", 12]
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory, flags):
-    """A run that nothing interrupts."""
+    """Return the folder of a run that nothing interrupts."""
     cwd = tmp_path_factory.mktemp("undisturbed")
     run_cold(ROOT / SCRIPT, *flags, "--save_checkpoint_steps", 3, cwd=cwd)
     return cwd / "work_dir" / "finetune_classifier"
@@ -138,7 +138,7 @@ def test_resume_refuses_what_would_change_the_run(undisturbed, flags, tmp_path):
 
 
 def test_two_processes_evaluate_a_probe_by_the_same_statistics(image_folder, pretrained, tmp_path):
-    """Those of the main process, which are in the checkpoint, though each process has seen other images."""
+    """Both use the BatchNorm statistics of the main process, which the checkpoint holds."""
     flags = ["--path_to_data", image_folder, WEIGHTS]
     probe = [*flags, pretrained, "--attentive_probe", "--max_steps", 4, "--global_batch_size", 8, "--num_workers", 0]
     run_two(SCRIPT, *probe, "--experiment_name", "probe", cwd=tmp_path)
@@ -149,7 +149,7 @@ def test_two_processes_evaluate_a_probe_by_the_same_statistics(image_folder, pre
 
 
 def test_what_trains(image_folder, pretrained, tmp_path):
-    """The weights that a step changes, in a linear probe and a partial fine-tuning."""
+    """A linear probe leaves the encoder alone; 0.5 blocks train the MLP of the last block, and 1 trains all of it."""
     flags = ["--path_to_data", image_folder, WEIGHTS, pretrained, "--max_steps", 2, "--per_gpu_batch_size", 8]
     flags += ["--num_workers", 0, "--learning_rate", 0.1, "--warmup_steps", 0]
     before = {f"encoder.{name}": value for name, value in read_state_dict(pretrained / "encoder").items()}
@@ -167,7 +167,7 @@ def test_what_trains(image_folder, pretrained, tmp_path):
 
 
 def test_the_blogs_command_runs_unchanged(image_folder, pretrained, tmp_path):
-    """All flags of the scripts that users have, but for sizes that take hours."""
+    """The command has all flags of the blog, with sizes that do not take hours."""
     words = f"""--experiment_name ft --wandb_run_name first --path_to_data {image_folder} --working_directory runs
         {WEIGHTS} {pretrained} --num_classes 2 --epochs 1 --warmup_epochs 0 --save_checkpoint_interval 1
         --per_gpu_batch_size 16 --gradient_accumulation_steps 2 --learning_rate 0.001 --weight_decay 0.05
@@ -187,7 +187,7 @@ def test_from_scratch_in_grey_and_not_square(image_folder, tmp_path):
 
 
 def test_strangers_agree_on_real_photographs(real_images, tmp_path):
-    """Photographs of all sizes, some of them grey: the accuracy is that of stock timm and transformers, up to two."""
+    """On photographs of all sizes, some of them grey, stock timm and transformers are right as often, up to two."""
     sizes = ["--img_size", 64, "--patch_size", 8, "--encoder_embed_dim", 64, "--encoder_depth", 2]
     flags = ["--path_to_data", real_images / "caltech101", *sizes, "--encoder_num_heads", 2, "--max_steps", 60]
     flags += ["--per_gpu_batch_size", 16, "--learning_rate", 2e-3, "--mixup_alpha", 0, "--cutmix_alpha", 0]
@@ -198,15 +198,17 @@ def test_strangers_agree_on_real_photographs(real_images, tmp_path):
     found, loss = strangers(folder / "model", paths)
     expected = metrics_of(folder)
     right = round(expected["top1"] * len(paths) / 100)
-    assert right > 1.5 * len(paths) / 10  # of ten classes
+    assert right > 1.5 * len(paths) / 10  # chance is one in ten
     labels = np.array([path.parent.name for path in paths])
     assert all(abs((names == labels).sum() - right) <= 2 for names in found)
     assert loss == pytest.approx(expected["val_loss"], abs=5e-3)  # their resizing differs a little
 
 
 def strangers(folder, paths):
-    """The classes that stock transformers and stock timm give to image files, each with the preprocessing that the
-    folder names, and the mean loss of timm's."""
+    """Return the classes that stock transformers and stock timm predict for image files, and the mean loss of timm.
+
+    Both use the preprocessing that the folder names.
+    """
     import timm
     import transformers
 
@@ -251,7 +253,7 @@ def test_flags_that_contradict_each_other_are_refused_together(image_folder, pre
 
 
 def test_every_flag_of_training_reaches_what_it_is_for(image_folder, pretrained, tmp_path):
-    """The first step is looked at instead of taken. None of the values is a default, or equal to another one."""
+    """The first step is inspected instead of taken. Every value differs from its default."""
     code = """
 import json, sys, finetune_classifier as script
 from training import objectives
@@ -302,8 +304,8 @@ script.main(sys.argv[1:])
         "pixels": [3, None, 7, 90_000, None],
         "crop_scale": [0.2, 0.8],
         "augment": 7,
-        "fill": [26, 51, 76],  # the mean 0.1 0.2 0.3 of 255
-        "smoothing of the loss": 0.0,  # mixing has it
+        "fill": [26, 51, 76],  # 255 times the mean
+        "smoothing of the loss": 0.0,  # mixing smooths the labels instead
         "drop_path": 0.3,
         "checkpointing": True,
         "erase": [0.4, True],
@@ -319,7 +321,7 @@ script.main(sys.argv[1:])
 
 
 def test_labels_are_smoothed_without_mixing_too():
-    """The loss of a step of two micro-batches, against the definition: Szegedy et al. 2016, section 7."""
+    """Compare the loss of a step of two micro-batches with the definition (Szegedy et al. 2016, section 7)."""
     mixing = build_mixing(0.0, device=torch.device("cpu"), mixup_alpha=0.0, cutmix_alpha=0.0)
     assert mixing[1] is None
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -348,7 +350,7 @@ def test_the_help_tells_the_defaults_of_every_kind(capsys):
 
 
 def test_weights_of_every_layout_with_their_own_sizes(image_folder, pretrained, tmp_path):
-    """The encoder of this project, the official MAE's, timm's and transformers', whole checkpoints and grey images."""
+    """Weights of this project, the official MAE, timm and transformers can be fine-tuned, also on grey images."""
     import timm
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -378,7 +380,7 @@ def test_weights_of_every_layout_with_their_own_sizes(image_folder, pretrained, 
 
 
 def resume_probe(*flags, cwd):
-    """Runs a probe with averaged weights, resumes it from step 3, compares the two, and returns the run's folder."""
+    """Run a probe with averaged weights, resume it from step 3, compare the two, and return the run's folder."""
     flags = [*flags, "--num_workers", 0, "--per_gpu_batch_size", 8, "--micro_batch_size", 4, "--max_steps", 8]
     flags += ["--ema_decay", 0.8]
     flags += ["--save_checkpoint_steps", 3, "--log_every", 1, "--mixed_precision", "no", "--learning_rate", 0.5]
@@ -391,7 +393,7 @@ def resume_probe(*flags, cwd):
 
 
 def test_a_linear_probe_resumes_exactly(image_folder, pretrained, tmp_path):
-    """LARS, the statistics of BatchNorm, averaged weights, micro-batches."""
+    """The probe has LARS, BatchNorm statistics, averaged weights and micro-batches."""
     flags = ["--path_to_data", image_folder, WEIGHTS, pretrained, "--linear_probe"]
     folder = resume_probe(*flags, cwd=tmp_path)
     ema, last = weights_of(folder, 8, "ema.safetensors"), weights_of(folder, 8)
@@ -400,7 +402,7 @@ def test_a_linear_probe_resumes_exactly(image_folder, pretrained, tmp_path):
 
 
 def test_an_attentive_probe_from_training_to_its_card(image_folder, pretrained, tmp_path):
-    """It resumes exactly, leaves the encoder's bits alone, shows where its queries look, and is evaluated again."""
+    """It resumes exactly, leaves the encoder unchanged, scores the same again, and gets attention maps and a card."""
     flags = ["--path_to_data", image_folder, WEIGHTS, pretrained, "--attentive_probe", "--num_queries", 4]
     folder = resume_probe(*flags, cwd=tmp_path)
     start, last = load_file(pretrained / "encoder" / "model.safetensors"), weights_of(folder, 8)
@@ -439,7 +441,7 @@ def test_all_measures_of_an_encoder_in_one_table(image_folder, pretrained, tmp_p
 
 
 def test_evaluation_on_some_of_the_classes(tmp_path):
-    """Ten classes of ImageNet by WordNet id, then images of three of them, in folders named by words."""
+    """A classifier of ten ImageNet classes, named by WordNet ids, is evaluated on three in folders named by words."""
     ids = [f"n0{number}" for number in (1440764, 1443537, 1484850, 1491361, 1494475, 1496331, 1498041)]
     ids += ["n01514668", "n01514859", "n01518878"]
     data = write_images(tmp_path / "data" / "train", 10, classes=10).parent
@@ -449,7 +451,7 @@ def test_evaluation_on_some_of_the_classes(tmp_path):
             (data / part / f"class_{number}").rename(data / part / name)
     run(SCRIPT, *TINY[:14], "--path_to_data", data, "--max_steps", 4, "--num_workers", 0, cwd=tmp_path)
     some = write_images(tmp_path / "some", 30, classes=3, seed=1)
-    for number, name in enumerate(("goldfish", "cock", "great_white_shark")):  # of several words and of one
+    for number, name in enumerate(("goldfish", "cock", "great_white_shark")):  # names of one word and of several
         (some / f"class_{number}").rename(some / name)
     trained = tmp_path / "work_dir" / "finetune_classifier" / "model"
     words = ["--path_to_data", some, WEIGHTS, trained, "--eval_only", "--experiment_name", "some", "--num_workers", 0]
@@ -533,11 +535,11 @@ def test_evaluation_leaves_damaged_images_out(undisturbed, image_folder, tmp_pat
     run(SCRIPT, "--path_to_data", data, WEIGHTS, undisturbed / "best", "--eval_only", cwd=tmp_path)
     folder = tmp_path / "work_dir" / "finetune_classifier"
     per_class = metrics_of(folder)["per_class_accuracy"]
-    assert round(per_class["class_0"] * 5 / 100, 6) % 1 == 0  # of 5 images now
+    assert round(per_class["class_0"] * 5 / 100, 6) % 1 == 0  # 5 images are left
     assert json.loads((folder / "damaged.jsonl").read_text())["path"].endswith("0000.jpg")
 
 
-@pytest.mark.parametrize("name", ["tar", "parquet"])  # test_sources.py compares the samples of all
+@pytest.mark.parametrize("name", ["tar", "parquet"])  # test_sources.py compares the samples of all sources
 def test_every_source_trains_and_measures_the_same_classifier(name, flags, undisturbed, every_source, tmp_path):
     run(SCRIPT, *flags, *every_source[name], "--save_checkpoint_steps", 3, cwd=tmp_path)
     folder = tmp_path / "work_dir" / "finetune_classifier"
@@ -548,7 +550,7 @@ def test_every_source_trains_and_measures_the_same_classifier(name, flags, undis
 
 
 def test_the_size_of_the_weights_chooses_the_recipe(image_folder, pretrained, tmp_path):
-    """The encoder of the tests stands for ViT-L. A flag that is given wins, and a resumed run keeps its recipe."""
+    """The small encoder stands for ViT-L and ViT-H. Flags override the recipe, and a resumed run keeps its recipe."""
     code = """
 import sys
 from finetune_classifier import main
@@ -572,12 +574,12 @@ main(sys.argv[1:])
     folder = tmp_path / "work_dir" / "finetune_classifier"
     assert flags_of(folder)["warmup_steps"] == 2 and flags_of(folder)["epochs"] == 50
     resumed = [*short, "--resume_from_checkpoint", "step_00000015"]
-    assert "layer decay 0.7, drop path 0.2" in run(SCRIPT, *resumed, cwd=tmp_path).stdout  # as ViT-B
+    assert "layer decay 0.7, drop path 0.2" in run(SCRIPT, *resumed, cwd=tmp_path).stdout  # a new run would use ViT-B's
     assert flags_of(folder)["epochs"] == 50
 
 
 def test_images_without_a_label_and_classes_without_held_out_images(tmp_path):
-    """As a list has them of which a part is labelled; pre-training reads all of it."""
+    """Both occur in lists that are labelled in part. Pre-training reads all of their images."""
     write_images(tmp_path, 24, classes=3)
     for name, classes in (("train", "012"), ("val", "01")):
         lines = [f"class_{int(n)}/{i:04d}.jpg,{n}\n" for n in classes for i in range(int(n), 24, 3)]
@@ -604,7 +606,7 @@ def test_images_without_a_label_and_classes_without_held_out_images(tmp_path):
 
 @pytest.fixture(scope="session")
 def tables(image_folder, tmp_path_factory):
-    """Lists of the images with columns of labels and of numbers: the flags that name them."""
+    """Write lists of the images with columns of labels and of numbers, and return the flags that name the lists."""
     folder, rng = tmp_path_factory.mktemp("tables"), np.random.default_rng(0)
     for split in ("train", "val"):
         rows = ["path,red,odd,size,depth"]
@@ -621,7 +623,7 @@ NUMBERS = ["--target", "numbers", "--label_columns", "size", "depth"]
 
 @pytest.mark.parametrize("target", [LABELS, NUMBERS], ids=["labels", "numbers"])
 def test_other_targets_than_classes(tables, pretrained, tmp_path, target):
-    """A run resumes exactly; two processes are as one; its model answers alike in every library and is scored again."""
+    """A killed run resumes exactly. Its model scores the same in one and two processes, and transformers agrees."""
     flags = [*tables, *target, WEIGHTS, pretrained, "--per_gpu_batch_size", 8, "--num_workers", 0, "--max_steps", 8]
     flags += ["--log_every", 1, "--learning_rate", 1e-3, "--positive_weights", "balanced"]
     flags = flags if target is LABELS else [*flags[:-2], "--regression_loss", "huber"]
@@ -655,7 +657,7 @@ def test_other_targets_than_classes(tables, pretrained, tmp_path, target):
     answers = transformers.pipeline("image-classification", model=str(whole / "model"))(image)
     theirs = {answer["label"]: answer["score"] for answer in answers}
     ours = line.get("numbers") or {entry["label"]: entry["probability"] for entry in line["labels"]}
-    assert theirs == {name: pytest.approx(value, rel=0.02) for name, value in ours.items()}  # they resize otherwise
+    assert theirs == {name: pytest.approx(value, rel=0.02) for name, value in ours.items()}  # their resizing differs
     run("push_to_hub.py", whole / "checkpoints" / "step_00000008", "--output", tmp_path / "pushed", cwd=tmp_path)
     run("push_to_hub.py", whole, "--checkpoint", "best", cwd=tmp_path)
     card = (whole / "hub" / "README.md").read_text()
@@ -701,7 +703,7 @@ def test_targets_that_do_not_fit_are_refused(tables, image_folder, pretrained, t
 
 @pytest.mark.parametrize("probe", [["--linear_probe"], ["--linear_probe", "--pooling", "mean"], ["--attentive_probe"]])
 def test_features_are_computed_once(image_folder, pretrained, tmp_path, probe):
-    """A killed run resumes to the last bit, and its model is measured alike on images."""
+    """A killed run resumes exactly, and a model scores the same on images as on cached features."""
     flags = [WEIGHTS, pretrained, *probe, "--cache_features", "--optimizer", "adamw", "--learning_rate", 1e-2]
     flags += ["--path_to_data", image_folder, "--per_gpu_batch_size", 8, "--max_steps", 12, "--log_every", 1]
     flags += ["--save_checkpoint_steps", 3, "--num_workers", 0, "--mixed_precision", "no"]
@@ -722,7 +724,7 @@ def test_features_are_computed_once(image_folder, pretrained, tmp_path, probe):
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 def test_encoded_data_sets(image_folder, tmp_path, num_processes, monkeypatch):
-    """All processes have all features and labels; a damaged image's are those of the next, and it is reported."""
+    """All processes get all features and labels. A damaged image is reported and gets those of the next image."""
     monkeypatch.setattr(features, "CHUNK", 4)
     source = FolderSource(shutil.copytree(image_folder / "train", tmp_path / "images"))
     path = Path(source.name(2))

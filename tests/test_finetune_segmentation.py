@@ -1,4 +1,4 @@
-"""Whole runs of finetune_segmentation.py, as its users start them, and what it refuses."""
+"""Tests of complete runs of finetune_segmentation.py, and of flags and data that it refuses."""
 
 import json
 import os
@@ -39,7 +39,7 @@ SCRIPT = "finetune_segmentation.py"
 WEIGHTS = "--path_to_backbone_checkpoint"
 ENCODER = ["--patch_size", 8, "--encoder_embed_dim", 32, "--encoder_depth", 4, "--encoder_num_heads", 2]
 HEAD = ["--head_width", 16, "--layers", 0, 1, 2, 3]
-# Everything random that a run can have, in steps of two micro-batches
+# All sources of randomness of a run, with two micro-batches per step
 SMALL = ["--crop_size", 32, "--global_batch_size", 4, "--micro_batch_size", 2, "--learning_rate", 1e-3]
 SMALL += ["--drop_path", 0.2, "--num_workers", 0, "--mixed_precision", "no", "--log_every", 1]
 SMALL += ["--num_preview_images", 2]
@@ -47,7 +47,7 @@ SMALL += ["--num_preview_images", 2]
 
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory):
-    """The folder of an encoder, as pre-training leaves it."""
+    """Return the folder of an encoder, as pre-training writes it."""
     folder = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
     encoder = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2).initialize()
@@ -57,14 +57,14 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def flags(scenes, encoder):
-    """Two steps an epoch, seven in all, so that the run ends inside its fourth epoch."""
+    """Return the flags of a run of seven steps, two per epoch, so that it ends inside its fourth epoch."""
     flags = ["--path_to_data", scenes, WEIGHTS, encoder, *SMALL, *HEAD, "--max_steps", 7, "--evaluate", "whole"]
     return [*flags, "--evaluate_every", 4, "--save_checkpoint_steps", 3, "--class_weights", "balanced"]
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory, flags):
-    """A run that nothing interrupts."""
+    """Return the folder of an uninterrupted run."""
     cwd = tmp_path_factory.mktemp("undisturbed")
     done = run_cold(ROOT / SCRIPT, *flags, cwd=cwd)
     assert "UperNet of width 16 after blocks 0, 1, 2, 3" in done.stdout and "relative position bias" in done.stdout
@@ -72,13 +72,13 @@ def undisturbed(tmp_path_factory, flags):
 
 
 def annotation(path):
-    """Class numbers from 0, 255 = void, of a mask that belongs to an image."""
+    """Return the mask of the image at `path`, with class numbers from 0 and 255 for void."""
     labels = np.array(Image.open(str(path.with_suffix(".png")).replace("/images/", "/annotations/"))).astype(int)
     return np.where(labels == 0, 255, labels - 1)
 
 
 def mean_iou(predictions, annotations, num_classes):
-    """By its definition, in percent: over the whole set, classes left out that are in neither."""
+    """Return the mean IoU (%) over the whole set by its definition, without classes that occur in neither."""
     confusion = np.zeros((num_classes, num_classes))
     for prediction, mask in zip(predictions, annotations, strict=True):
         np.add.at(confusion, (mask[mask != 255], prediction[mask != 255]), 1)
@@ -109,7 +109,7 @@ def test_what_a_run_leaves_behind(undisturbed):
 
 
 def test_a_stranger_finds_the_same_mean_iou(undisturbed, scenes):
-    """Stock transformers with the folder's own processor, and the definition of the metric; and its pipeline."""
+    """Stock transformers with the folder's processor gets this mean IoU, and its pipeline finds the same classes."""
     import transformers
 
     folder = undisturbed / "model"
@@ -130,7 +130,7 @@ def test_a_stranger_finds_the_same_mean_iou(undisturbed, scenes):
 
 
 def test_kill_and_resume_in_the_middle_of_an_epoch(undisturbed, flags, tmp_path):
-    """Drop path, dropout, BatchNorm, random resizing and colours."""
+    """Drop path, dropout, BatchNorm and random augmentation go on as in the uninterrupted run."""
     folder = tmp_path / "work_dir" / "finetune_segmentation"
     process = start(SCRIPT, *flags, "--num_workers", 1, cwd=tmp_path)
     wait_for(5, folder, process)
@@ -144,7 +144,7 @@ def test_kill_and_resume_in_the_middle_of_an_epoch(undisturbed, flags, tmp_path)
 
 
 def test_numbers_of_masks_do_not_change_a_run(undisturbed, scenes, flags, tmp_path):
-    """Masks that count from 0 and have 255 for void: trained and measured with the flags that say so."""
+    """Masks with classes from 0 and 255 for void give the same run, with the flags that say so."""
     data = shutil.copytree(scenes, tmp_path / "data")
     for path in (data / "annotations").rglob("*.png"):
         Image.fromarray(annotation(path).astype(np.uint8)).save(path)
@@ -153,7 +153,7 @@ def test_numbers_of_masks_do_not_change_a_run(undisturbed, scenes, flags, tmp_pa
     folder = tmp_path / "work_dir" / "finetune_segmentation"
     assert_equal_runs(undisturbed, folder, 7)
     assert metrics_of(folder)["per_class_iou"] == metrics_of(undisturbed)["per_class_iou"]
-    again = ["--path_to_data", data, "--eval_only", "--num_workers", 0, "--evaluate", "whole"]  # they are remembered
+    again = ["--path_to_data", data, "--eval_only", "--num_workers", 0, "--evaluate", "whole"]  # flags from the weights
     weights = {"model": folder / "model", "checkpoint": folder / "checkpoints" / "step_00000007"}
     run_each(SCRIPT, [[*again, WEIGHTS, weights[name], "--experiment_name", name] for name in weights], cwd=tmp_path)
     for name in weights:
@@ -162,7 +162,7 @@ def test_numbers_of_masks_do_not_change_a_run(undisturbed, scenes, flags, tmp_pa
 
 
 def test_runs_that_do_not_say_how_masks_are_numbered_are_resumed(undisturbed, scenes, flags, tmp_path):
-    """Their masks, which a new run refuses, were accepted as numbered from 1; older runs know no such flag."""
+    """Runs without a saved --mask_offset took masks as numbered from 1, also masks that a new run refuses."""
     data = shutil.copytree(scenes, tmp_path / "data")
     (data / "classes.txt").write_text("\n".join(["background", *SCENES[1:]]))  # the last one has no pixel
     starts = []
@@ -182,7 +182,7 @@ def test_runs_that_do_not_say_how_masks_are_numbered_are_resumed(undisturbed, sc
 
 
 def test_what_only_evaluates_agrees_with_the_run(undisturbed, scenes, tmp_path):
-    """From any of its folders; one without this project's own file too."""
+    """--eval_only repeats the metrics from the run, from a checkpoint, and from transformers' file alone."""
     stock = shutil.copytree(undisturbed / "model", tmp_path / "stock")
     (stock / "transformers_model.safetensors").replace(stock / "model.safetensors")
     words = ["--path_to_data", scenes, "--eval_only", "--num_workers", 0, "--evaluate", "whole"]
@@ -198,8 +198,10 @@ def test_what_only_evaluates_agrees_with_the_run(undisturbed, scenes, tmp_path):
 
 
 def test_other_ways_to_train_and_to_evaluate(scenes, tmp_path):
-    """From scratch, in grey, with a linear head, sliding windows of several sizes and mirror images, by epochs;
-    a pair of training and one of evaluation are damaged."""
+    """Train from scratch in grey with a linear head, and evaluate sliding windows of several scales and mirror images.
+
+    One training pair and one validation pair are damaged.
+    """
     data = shutil.copytree(scenes, tmp_path / "data")
     (data / "images" / "training" / "scene_05.jpg").write_text("no image")
     (data / "annotations" / "validation" / "scene_01.png").write_bytes(b"\x89PNG cut")
@@ -218,18 +220,18 @@ def test_other_ways_to_train_and_to_evaluate(scenes, tmp_path):
     assert not any("bias_table" in name or "gamma" in name for name in weights_of(folder, 2))
     damaged = [json.loads(line)["path"] for line in (folder / "damaged.jsonl").read_text().splitlines()]
     assert sorted(os.path.basename(path) for path in damaged) == ["scene_01.jpg", "scene_05.jpg"]
-    assert "damaged    1 of 10 images so far, such as " in dry  # although it is met in each of many epochs
+    assert "damaged    1 of 10 images so far, such as " in dry  # counted once, not in every epoch
     assert "dry run" in dry and not (tmp_path / "work_dir" / "dry").exists()
 
 
 def without(flags, name):
-    """`flags` without one of them and its value."""
+    """Return `flags` without the flag `name` and its value."""
     return [*flags[: flags.index(name)], *flags[flags.index(name) + 2 :]]
 
 
 @pytest.fixture(scope="module")
 def frozen(scenes, encoder, tmp_path_factory):
-    """Flags and folder of a run that trains a DPT head on a frozen encoder."""
+    """Return the flags and the folder of a run that trains a DPT head on a frozen encoder."""
     cwd = tmp_path_factory.mktemp("frozen")
     flags = ["--path_to_data", scenes, WEIGHTS, encoder, *without(SMALL, "--drop_path"), "--freeze_encoder"]
     flags += [
@@ -250,7 +252,7 @@ def frozen(scenes, encoder, tmp_path_factory):
 
 
 def assert_frozen(folder, encoder, step):
-    """The encoder's weights are those that it had; the optimizer holds those of the head alone."""
+    """Assert that the encoder's weights are unchanged and the optimizer has only parameters of the head."""
     before, after = read_state_dict(encoder), weights_of(folder, step)
     ours = {name.removeprefix("encoder."): value for name, value in after.items() if name.startswith("encoder.")}
     assert ours.keys() == before.keys() - {"norm.weight", "norm.bias"}
@@ -262,7 +264,7 @@ def assert_frozen(folder, encoder, step):
 
 
 def test_a_frozen_encoder_keeps_its_weights_and_transformers_agrees(frozen, scenes, encoder, tmp_path):
-    """From the model/ of a DPT head, whose crops are 4 x 4 patches."""
+    """The model/ folder of a DPT head on crops of 4 x 4 patches gives the run's mean IoU in transformers."""
     import transformers
 
     folder = frozen[1]
@@ -295,7 +297,7 @@ def test_kill_and_resume_with_a_frozen_encoder(frozen, tmp_path):
 
 
 def test_two_processes_with_a_frozen_encoder(frozen, encoder, tmp_path):
-    """Micro-batches of two images, as one process has them, so that BatchNorm sees the same."""
+    """Micro-batches have two images, as in the run of one process, so BatchNorm gets the same statistics."""
     flags, undisturbed = frozen
     run_two(SCRIPT, *flags, cwd=tmp_path)
     folder = tmp_path / "work_dir" / "finetune_segmentation"
@@ -314,7 +316,7 @@ def test_two_flags_are_the_published_recipe():
 
 
 def test_every_flag_of_training_reaches_what_it_is_for(scenes, encoder, tmp_path):
-    """The first step is looked at instead of taken. None of the values is a default, or equal to another one."""
+    """The first step is inspected instead of taken. No value is a default or equal to another value."""
     code = """
 import json, sys, finetune_segmentation as script
 found = {}
@@ -437,7 +439,7 @@ def test_flags_that_do_not_fit_are_refused_together(scenes, encoder, flags, undi
 
 
 def test_data_that_do_not_fit_are_refused_with_their_names(scenes, undisturbed, tmp_path):
-    """Masks of another size, in colour, beyond the classes; missing masks; other classes than the segmenter's."""
+    """Masks with a wrong size, colours or unknown labels, missing files, and wrong classes are errors."""
     masks = shutil.copytree(scenes, tmp_path / "masks") / "annotations" / "training"
     Image.new("L", (9, 9), 1).save(masks / "scene_00.png")
     Image.open(masks / "scene_01.png").convert("RGB").save(masks / "scene_01.png")
@@ -473,7 +475,7 @@ def test_data_that_do_not_fit_are_refused_with_their_names(scenes, undisturbed, 
 
 
 def test_real_street_scenes(real_images, tmp_path):
-    """CamVid, in few steps: better than the commonest class everywhere."""
+    """A few steps on CamVid give better scores than the most common class everywhere."""
     words = ["--path_to_data", real_images / "camvid", "--crop_size", 96, "--resize", 480, 96, *ENCODER]
     words += ["--global_batch_size", 4, "--head_width", 16, "--max_steps", 40, "--learning_rate", 2e-3]
     words += ["--mixed_precision", "no", "--num_workers", 1, "--drop_path", 0]

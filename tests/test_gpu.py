@@ -1,4 +1,4 @@
-"""The check pack for GPUs, each check run small on a CPU; and its table."""
+"""Tests of gpu.py, the checks for GPUs, which run small on a CPU, and of its table."""
 
 import json
 
@@ -7,12 +7,12 @@ from conftest import run, start
 
 SHORT = ["environment", "compilation", "numerics", "determinism", "throughput", "scripts", "waits", "loader"]
 SHORT += ["learning", "memory", "predict"]
-LONG = ["resume", "distributed"]  # know the scripts by their flags alone, as "scripts" does
+LONG = ["resume", "distributed"]  # like "scripts", they use the scripts only through flags
 
 
 @pytest.mark.parametrize("checks", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)], ids=["short", "long"])
 def test_every_check_runs_small_on_a_cpu(checks, tmp_path):
-    """Run gpu.py, whose checks are then known to run; a check that ends without a figure fails, too."""
+    """gpu.py ends without a failure, and each check reports at least one figure."""
     flags = ["--device", "cpu", "--tiny", "--seconds", 900, "--out", tmp_path / "gpu", "--only", *checks]
     process = start("tests/gpu.py", *flags, cwd=tmp_path)
     said = "".join(process.communicate(timeout=900))

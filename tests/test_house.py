@@ -1,4 +1,4 @@
-"""The house: which file may import which, and that every command in pages and recipes is one that the scripts take."""
+"""Tests of the repository: imports between files, sizes of files and functions, and commands in pages and recipes."""
 
 import ast
 import re
@@ -84,7 +84,7 @@ def test_pretraining_starts_without_the_packages_that_it_does_not_use():
 
 
 def commands(text: str):
-    """The argument lists of all commands that run one of the scripts."""
+    """Yield the script and the arguments of each command in a text, except for those with `--help` alone."""
     for line in re.sub(r"\\\n\s*#?", " ", text).splitlines():
         for script in SCRIPTS:
             before, found, after = line.partition(f" {script} ")
@@ -113,7 +113,7 @@ def test_every_command_is_read_without_errors(path, monkeypatch):
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_processes_divide_the_batches_of_their_commands(path, monkeypatch):
-    """Those of commands that say how many; what sbatch starts is two nodes of eight."""
+    """The number is that of the command; sbatch without --nodes starts two nodes of eight processes."""
     monkeypatch.chdir(ROOT)
     for line in path.read_text().splitlines():
         number = re.search(r"--num_processes (\d+)", line)
@@ -124,7 +124,7 @@ def test_processes_divide_the_batches_of_their_commands(path, monkeypatch):
                 names = ("global_batch_size", "per_gpu_batch_size", "micro_batch_size", "gradient_accumulation_steps")
                 plan_batch(
                     **{name: getattr(args, name) for name in names}, num_processes=processes
-                )  # raises InputError
+                )  # raises InputError if they do not divide the batch
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -152,7 +152,7 @@ PRODUCT = [*ROOT.glob("*.py"), *(path for folder in (*PACKAGES, "benchmarks") fo
 
 @pytest.mark.parametrize("path", sorted(PRODUCT), ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_and_functions_stay_small(path):
-    """Scripts of 400 lines and others of 450, a main of 120, eight parameters, nested functions of five lines."""
+    """The limits are 400 lines a script, 450 another file, 120 `main`, 5 a nested function, and eight parameters."""
     text = path.read_text()
     assert text.count("\n") <= (400 if path.parent == ROOT else 450)
     for node in ast.walk(ast.parse(text)):

@@ -1,4 +1,4 @@
-"""Weights on the Hub, against a Hub on the loopback interface that speaks real HTTP."""
+"""Tests of weights on the Hub, downloaded over HTTP from a Hub on this machine."""
 
 import hub as server
 import pytest
@@ -25,7 +25,7 @@ def encoder() -> VisionTransformer:
 
 @pytest.fixture
 def folder(encoder, tmp_path):
-    """Export the weights of a pre-training as push_to_hub.py does."""
+    """Export a pre-trained model as push_to_hub.py does; return the folder."""
     folder = tmp_path / "published"
     export_encoder(encoder, folder, **STATISTICS)
     model = build_autoencoder(encoder, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
@@ -49,7 +49,7 @@ def test_only_what_is_read_is_downloaded_and_once(hub, folder, encoder, tmp_path
     assert all(torch.equal(weights.state[name], value) for name, value in encoder.state_dict().items())
     assert (weights.stored.mean, weights.stored.num_heads) == (STATISTICS["mean"], 2)
     trained = open_trained("hf:owner/mae")
-    assert fetched(hub) == ["pretraining/config.json", "pretraining/model.safetensors"]  # the third is in the cache
+    assert fetched(hub) == ["pretraining/config.json", "pretraining/model.safetensors"]  # the third is cached
     assert isinstance(trained.model, MaskedAutoencoder)
     assert isinstance(open_trained("hf:owner/mae", whole=False).model, VisionTransformer) and fetched(hub) == []
 

@@ -70,7 +70,7 @@ def test_links_that_lead_to_each_other(tmp_path):
     os.symlink(tmp_path / "two", tmp_path / "one" / "to_two")
     os.symlink(tmp_path / "one", tmp_path / "two" / "to_one")
     os.symlink(tmp_path / "nowhere", tmp_path / "one" / "broken")
-    os.symlink(tmp_path / "nowhere", tmp_path / "one" / "broken.jpg")  # is told when it is read
+    os.symlink(tmp_path / "nowhere", tmp_path / "one" / "broken.jpg")  # reported when it is read
     os.symlink(tmp_path / "one" / "self", tmp_path / "one" / "self")
     assert FolderSource(tmp_path / "one").notes == [
         f"left out   2 below {tmp_path / 'one'}: 2 without suffix (no image)"
@@ -94,7 +94,7 @@ def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
-    """Return a path with a folder of old files, and a list that grows with every scan; three files are cached."""
+    """Return a path with a folder of old files, and a list that grows with each scan; three images suffice to cache."""
     write(tmp_path / "data", "a/1.jpg", "a/2.jpg", "b/3.jpg", "b/deep/4.jpg")
     for folder in ("", "a", "b", "b/deep"):
         ago(tmp_path / "data" / folder, 60)
@@ -115,7 +115,7 @@ def test_a_folder_that_did_not_change_is_scanned_once(kept, monkeypatch):
     assert second.fetch([3, 0]) == [b"4.jpg", b"1.jpg"] and second.fingerprint() == first.fingerprint()
     assert pickle.loads(pickle.dumps(second)).fetch([2]) == [b"3.jpg"]
     FolderSource(tmp_path / "data", (".jpg",), cache=tmp_path / "cache")
-    assert len(scans) == 2  # for other files
+    assert len(scans) == 2  # another suffix needs another scan
 
 
 def test_a_folder_that_changed_is_scanned_again(kept):
@@ -163,7 +163,7 @@ def test_what_is_no_file_is_told_at_once(tmp_path):
     write(tmp_path, "whole.jpg")
     os.mkfifo(tmp_path / "pipe.jpg")
     start = time.monotonic()
-    assert read_file(str(tmp_path / "pipe.jpg")) == b""  # as an empty file
+    assert read_file(str(tmp_path / "pipe.jpg")) == b""  # read as an empty file
     codes = dict(EISDIR="", ENOTDIR="whole.jpg/1.jpg", ENOENT="no")
     for code, name in codes.items():
         assert read_file(str(tmp_path / name)).errno == getattr(errno, code)
@@ -177,11 +177,11 @@ def test_files_from_names_or_a_list(tmp_path):
     assert listed.fetch(np.array([1, 0])) == named.fetch(range(1, -1, -1)) == [b"a.jpg", b"b.jpg"]
     assert (
         listed.fingerprint() == named.fingerprint() == "39bf40fb2f52b744" and named.size_in_bytes() == 10
-    )  # wherever they are
+    )  # in any folder
 
 
 def write_list(path, rows: list[dict]) -> str:
-    """The rows as CSV or as JSONL."""
+    """Write the rows as CSV or as JSONL, and return the path."""
     with open(path, "w", newline="") as file:
         if path.suffix == ".csv":
             writer = csv.DictWriter(file, list(dict.fromkeys(itertools.chain(*rows))))
@@ -225,12 +225,12 @@ TEXTS = {
     "lines.csv": 'path,notes,label\na.jpg,"one\ntwo\n",3\na.jpg,three,1\n',
     "tabs.tsv": "path\tlabel\r\na.jpg\t3\r\n\ta.jpg\t1\r\n".replace("\n\ta", "\na"),
     "tabs.csv": 'path\tnotes\tlabel\na.jpg\t"1, 2; 3"\t3\na.jpg\t\t1\n\t\t\n',
-    "semicolons.csv": "\ufeffpath;label\r\na.jpg;3\r\na.jpg;1\r\n;\r\n",  # of spreadsheets where the comma is decimal
+    "semicolons.csv": "\ufeffpath;label\r\na.jpg;3\r\na.jpg;1\r\n;\r\n",  # from spreadsheets with decimal commas
     "UPPER.CSV": "Path,LABEL\na.jpg,3\na.jpg,1\n",
     "floats.csv": "path,label\na.jpg,3.0\na.jpg,1.0\n",
     "floats.jsonl": '{"path": "a.jpg", "label": 3.0}\n{"path": "a.jpg", "label": 1.0}\n',
-    "index.csv": ",path,label\n0,a.jpg,3\n1,a.jpg,1\n",  # of pandas
-    "commas.csv": "path,label\na.jpg,3\na.jpg,1\n,\n,\n",  # rows that a spreadsheet thinks of as used
+    "index.csv": ",path,label\n0,a.jpg,3\n1,a.jpg,1\n",  # as pandas writes it
+    "commas.csv": "path,label\na.jpg,3\na.jpg,1\n,\n,\n",  # empty rows that a spreadsheet counts as used
     "blanks.csv": "\npath,label\n\na.jpg,3\n   \na.jpg,1\n\n \t\n\n",
     "quotes.csv": '"path" , "label"\n"a.jpg","3"\n"a.jpg" ,1\n'.replace(" ", ""),
     "around.csv": "path , label\n a.jpg , 3 \n\ta.jpg\t, 1\n",
@@ -333,7 +333,7 @@ def test_the_home_folder_in_a_list(tmp_path, kind, monkeypatch):
     for name in ("home/a.jpg", "home/b~/c.jpg", "home/m.png", "lists/~x.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    rows = [{"path": f"~/{name}", "label": 1.5, "mask": "~/m.png"} for name in names]  # a label that is refused
+    rows = [{"path": f"~/{name}", "label": 1.5, "mask": "~/m.png"} for name in names]  # an invalid label
     rows += [{"path": "~x.jpg", "label": 1, "mask": "~/m.png"}]
     source = ListSource(write_list(tmp_path / "lists" / f"x.{kind}", rows))
     assert source.fetch(range(3)) == [b"home/a.jpg", b"home/b~/c.jpg", b"lists/~x.jpg"]

@@ -1,4 +1,4 @@
-"""The names of ImageNet's classes, against timm's tables."""
+"""Tests of the names of ImageNet's classes, against timm's tables."""
 
 import pytest
 from timm.data import ImageNetInfo

@@ -144,7 +144,7 @@ def test_what_no_longer_holds_is_built_anew(tmp_path):
     for build in (built(2), never_built):
         meta, arrays = cached(tmp_path, "key", fresh=lambda meta: meta["number"] == 2, build=build)
         assert meta == {"number": 2} and arrays["squares"][2] == 8
-    assert old["squares"][2] == 4  # whoever has it open goes on with it
+    assert old["squares"][2] == 4  # open arrays stay valid
 
 
 def test_what_does_not_hold_when_it_is_built_is_not_kept(tmp_path):
@@ -197,7 +197,7 @@ def test_the_default_cache(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert default_cache() == tmp_path / ".cache" / "masked-autoencoders"
-    monkeypatch.setenv("XDG_CACHE_HOME", "~/scratch")  # as a file of variables has it, which no shell reads
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/scratch")  # as in a file of variables, where no shell expands it
     assert default_cache() == tmp_path / "scratch" / "masked-autoencoders"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv("HOME")
@@ -210,7 +210,7 @@ def test_entries_are_built_side_by_side(tmp_path):
     def build():
         return cached(tmp_path, "another key", fresh=bool, build=built(2))
 
-    assert cached(tmp_path, "key", fresh=bool, build=build)[0] == {"number": 2}  # each has a lock of its own
+    assert cached(tmp_path, "key", fresh=bool, build=build)[0] == {"number": 2}  # each has its own lock
 
 
 def test_one_process_builds_and_the_others_wait(tmp_path):
@@ -245,7 +245,7 @@ def test_a_process_that_is_killed_holds_up_nobody(tmp_path):
 
 
 def own_memory() -> int:
-    """Return the bytes that this process has written, which it shares with no other."""
+    """Return the bytes of memory that this process has written and does not share."""
     with open("/proc/self/smaps_rollup") as file:
         return sum(int(line.split()[1]) for line in file if line.startswith("Private_Dirty")) * 1024
 
@@ -269,4 +269,4 @@ def test_reading_names_takes_no_memory_of_a_worker(tmp_path, cache):
         os._exit(0)
     os.wait()
     right, growth = json.loads(os.read(receive, 100))
-    assert right and growth < 2**20  # of 12 MB
+    assert right and growth < 2**20  # the names take 12 MB

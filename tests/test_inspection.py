@@ -1,4 +1,4 @@
-"""Test what is seen inside of encoders against timm, transformers and NumPy, and masks against sets."""
+"""Tests of attention, features, colours and masks of modeling/inspection.py against timm, transformers and NumPy."""
 
 import math
 
@@ -64,7 +64,7 @@ def test_attention_and_features_equal_transformers(num_cls_tokens):
 
 @pytest.mark.parametrize("img_size", [(16, 40), (24, 24)])
 def test_attention_with_a_relative_position_bias_equals_timm(img_size):
-    """Also on images of another size than the encoder's, for which positions and biases are resized."""
+    """For images of another size than the encoder's, positions and biases are resized."""
     args = SMALL | dict(img_size=img_size)
     options = dict(use_abs_pos_emb=True, use_rel_pos_bias=True, init_values=0.1, global_pool="token")
     theirs = randomize(timm.create_model("beit_base_patch16_224", **args, **options), std=0.3)
@@ -114,7 +114,7 @@ def test_colours_equal_the_components_of_numpy():
     np.testing.assert_allclose(colours, expected, rtol=0, atol=1e-4)
     assert colours.min() == 0 and colours.max() == 1
     own = feature_colours(torch.from_numpy(features[:1]).float())
-    assert (own - colours[:1]).abs().max() > 0.05  # the basis is that of all images
+    assert (own - colours[:1]).abs().max() > 0.05  # the colours depend on all images
 
 
 def test_colours_of_features_without_variance_are_grey():
@@ -167,7 +167,7 @@ def test_complementary_masks_remove_every_patch(num_kept, model):
     model = keep_patches(model, num_kept)
     masks = torch.stack([model(images, each).mask for each in noises])
     assert (masks.sum(dim=2) == 10 - num_kept).all() and masks.any(dim=0).all()
-    assert len(masks) == math.ceil(10 / (10 - num_kept))  # no fewer could
+    assert len(masks) == math.ceil(10 / (10 - num_kept))  # the fewest possible
     assert torch.equal(masks[0], model(images, noise).mask)
 
 
@@ -175,7 +175,7 @@ def test_complementary_masks_remove_every_patch(num_kept, model):
 @pytest.mark.parametrize("num_kept", [1, 2, 7])
 @torch.no_grad()
 def test_filled_patches_are_predicted_while_they_are_hidden(num_kept, true_statistics, model):
-    """Loops over masks and patches give the same; the pixels of a patch change its statistics at most."""
+    """The result equals loops over masks and patches. A patch's own pixels change at most its statistics."""
     model, images = keep_patches(model, num_kept), images_of(model.encoder)
     noise, options = (
         torch.rand(2, 10, generator=torch.Generator().manual_seed(3)),
@@ -198,6 +198,6 @@ def test_filled_patches_are_predicted_while_they_are_hidden(num_kept, true_stati
     other = patchify(fill(model, changed, noise, **options), 8)
     assert torch.equal(other[:, 7], filled[:, 7]) != true_statistics and not torch.equal(other[:, :7], filled[:, :7])
     changed = images.clone()
-    changed[:, :, 8:, 16:24] += 1  # the mean of patch 7 alone
+    changed[:, :, 8:, 16:24] += 1  # changes only the mean of patch 7
     other = patchify(fill(model, changed, noise, **options), 8)
     torch.testing.assert_close(other[:, 7] - filled[:, 7], torch.full((2, 192), float(true_statistics)))

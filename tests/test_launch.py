@@ -49,7 +49,7 @@ run_script(main, remedy={!r})
 def test_the_end_of_a_script(tmp_path, statement, remedy, code, expected):
     end = run_code(RUN.format(statement, remedy), cwd=tmp_path, code=code)
     assert end.stdout == "started\n" and (end.stderr.startswith(expected) if expected else not end.stderr)
-    if "RunError" in statement:  # the main process alone prints it
+    if "RunError" in statement:  # only the main process prints it
         assert not run_code(RUN.format(statement, remedy), cwd=tmp_path, code=code, RANK="1").stderr
 
 
@@ -127,8 +127,8 @@ run_script(main)
 @pytest.mark.parametrize(
     "loss",
     [
-        "reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1); os.dup2(writer, 2)",  # tee, head
-        "master, slave = os.openpty(); os.dup2(slave, 1); os.dup2(slave, 2); os.close(master)",  # a terminal
+        "reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1); os.dup2(writer, 2)",  # tee or head ended
+        "master, slave = os.openpty(); os.dup2(slave, 1); os.dup2(slave, 2); os.close(master)",  # the terminal closed
         "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)",
         "os.close(1); os.close(2)",
     ],
@@ -166,7 +166,7 @@ def test_a_gpu_keeps_two_cores_of_the_machine(monkeypatch, cores, processes, cud
 
 @pytest.mark.parametrize("end", ["pass", "raise SystemExit(2)"])
 def test_the_end_of_a_run_ends_its_loader_workers(tmp_path, end):
-    """Workers ignore SIGTERM, by which Python's shutdown would end them, and may still be referred to."""
+    """Workers ignore the SIGTERM of Python's shutdown, and a variable may still refer to their iterator."""
     code = """
 from torch.utils.data import TensorDataset
 import torch

@@ -1,4 +1,4 @@
-"""Layouts of weights, against the library that writes each; and what parameters show of their model."""
+"""Tests of the layouts of weights, against the libraries that write them, and of settings read from parameters."""
 
 import re
 from functools import partial
@@ -109,12 +109,12 @@ def test_classifier_of_transformers(pooling, state_of, tmp_path):
     assert [settings[name] for name in ("num_classes", "pooling", "probe")] == [5, pooling, False]
     if state_of is files_of_5:
         weights = open_weights(tmp_path)
-        assert weights.stored.classes is None and weights.stored.num_heads == 2  # nobody named the classes
+        assert weights.stored.classes is None and weights.stored.num_heads == 2  # the classes were not named
         assert weights.sizes == SIZES_OF_SMALL and weights.grid == weights.stored.grid == (4, 4)
 
 
 def older_files(model, folder):
-    """Rename parameters as the first version of transformers' Pixio did."""
+    """Return the saved parameters under the names of transformers' first version of Pixio."""
     names = [(".layernorm_before.", ".norm1."), (".layernorm_after.", ".norm2."), (".intermediate.dense.", ".mlp.fc1.")]
     names += [(".attention.output.", ".attention.o_proj."), (".output.dense.", ".mlp.fc2."), (".o_proj.", ".output.")]
     return {rename(name, names): value for name, value in written_by(model, folder).items()}
@@ -133,7 +133,7 @@ def test_pixio_of_transformers(state_of, tmp_path):
         weights = open_weights(tmp_path)
         assert weights.sizes == SIZES_OF_SMALL | dict(num_cls_tokens=3) and weights.grid == (4, 4)
         (tmp_path / "config.json").unlink()
-        assert open_weights(tmp_path).grid == (4, 4)  # the class tokens have no place in it
+        assert open_weights(tmp_path).grid == (4, 4)  # the class tokens are not part of the grid
 
 
 def test_official_autoencoder_and_ours():
@@ -153,7 +153,7 @@ def test_renaming_loses_nothing_and_leaves_its_argument_alone():
     before = dict(state)
     _, renamed = to_ours(state)
     assert sorted(map(id, renamed.values())) == sorted(map(id, state.values()))
-    load_weights(new_autoencoder(img_size=64), official(new_autoencoder()))  # resizes
+    load_weights(new_autoencoder(img_size=64), official(new_autoencoder()))  # resizes position embeddings
     assert state == before
 
 
@@ -187,14 +187,14 @@ def test_segmenter_of_transformers(there, here, state_of, tmp_path):
     report = load_weights(ours, state)
     torch.testing.assert_close(ours(IMAGES), theirs(IMAGES).logits, rtol=0, atol=1e-4)
     assert (report.layout, report.loaded) == ("transformers' UperNet", len(ours.state_dict()))
-    unused = any(re.match(r"backbone\.(beit\.)?layernorm\.", name) for name in state)  # of some versions and settings
+    unused = any(re.match(r"backbone\.(beit\.)?layernorm\.", name) for name in state)  # in some versions and settings
     norm = ("encoder.norm.bias", "encoder.norm.weight") if unused else ()
     assert report.ignored == norm and report.missing == report.resized == ()
     assert segmenter_settings(to_ours(state)[1]) == (5, "upernet", 12, True, bool(here), bool(here))
     if state_of is files_of_5:
         assert read_stored(tmp_path) == Stored((4, 4), 2, layers=[0, 1, 2, 3])
 
-    for img_size, name in (((48, 48), "6x6"), ((24, 64), "3x8")):  # the encoder alone, for other images
+    for img_size, name in (((48, 48), "6x6"), ((24, 64), "3x8")):  # the encoder alone, at other image sizes
         segmenter = new_segmenter(img_size=img_size, **here)
         report = load_weights(segmenter.encoder, state)
         images = torch.randn(2, 3, *img_size)
@@ -225,7 +225,7 @@ def test_the_kind_of_a_segmenter():
 
 
 def test_numbers_that_follow_from_the_grid_are_left_out():
-    """Older files of BEiT hold them, as buffers of every block."""
+    """Older BEiT files contain the index of relative positions as a buffer of every block."""
     model = trained(new_segmenter(relative_position_bias=True))
     state = {f"encoder.blocks.{i}.attn.relative_position_index": torch.zeros(17, 17).long() for i in range(4)}
     theirs = to_transformers(model.state_dict())
@@ -253,7 +253,7 @@ def test_weights_without_an_encoder():
 
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes_of_known_encoders(name, tmp_path):
-    size = SIZES[name] | dict(depth=1)  # of one block, because these are large
+    size = SIZES[name] | dict(depth=1)  # one block, because these models are large
     theirs = timm.create_model(f"vit_{name}_patch{size['patch_size']}_224", num_classes=9, depth=1).state_dict()
     settings = model_settings(to_ours(theirs)[1])
     sizes = {key: settings[f"encoder_{key}"] for key in ("embed_dim", "depth", "mlp_ratio")}

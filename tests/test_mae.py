@@ -1,4 +1,4 @@
-"""The autoencoder, against transformers' ViTMAEForPreTraining; and what it may and may not see."""
+"""Tests of the autoencoder against transformers' ViTMAEForPreTraining, and of the pixels that it may see."""
 
 import math
 
@@ -19,7 +19,7 @@ DECODER = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
 
 
 def transformers_model(size: dict, *, mask_ratio: float = 0.75) -> ViTMAEForPreTraining:
-    """A randomly initialized model whose tables, tokens, biases and norms are random too."""
+    """Return a model in which every parameter is random, including position tables, tokens, biases and norms."""
     config = ViTMAEConfig(
         hidden_size=size["embed_dim"],
         num_hidden_layers=size["depth"],
@@ -60,7 +60,7 @@ def test_images_of_another_size_equal_transformers():
     ours = build_autoencoder(VisionTransformer(**SIZES["tiny"])).eval()
     load_weights(ours, theirs.state_dict())
     images, noise, table = torch.randn(2, 3, 96, 96), torch.rand(2, 36), theirs.decoder.decoder_pos_embed.data
-    # Its decoder resizes positions along rows and not in the image, which leaves a table of the new size as it is
+    # transformers resizes the decoder's positions as one row and not as an image, so give it a table of the new size
     patches = table[:, 1:].unflatten(1, (14, 14)).permute(0, 3, 1, 2)
     patches = nn.functional.interpolate(patches, (6, 6), mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
     theirs.decoder.decoder_pos_embed.data = torch.cat([table[:, :1], patches], dim=1)
@@ -126,7 +126,7 @@ def small():
 
 @pytest.mark.parametrize("kind", ["self", "cross"])
 def test_several_class_tokens_pass_through_encoder_and_decoder(kind):
-    """The prediction equals that of all patches in their own order."""
+    """The prediction equals that of a plain computation with all patches in image order."""
     encoder = new_encoder(**SMALL, num_cls_tokens=3)
     model = randomize(build_autoencoder(encoder, **DECODER, decoder=kind))
     images, noise = torch.randn(1, 3, 32, 32), torch.rand(1, 16)
@@ -168,7 +168,7 @@ def test_prediction_does_not_see_removed_patches(small):
     changed = model(torch.where(removed, torch.randn_like(images) * 100, images), noise)
     assert torch.equal(changed.prediction, output.prediction)
     assert changed.loss != output.loss
-    brighter = model(torch.where(removed, images, images + 1), noise)  # it sees the others
+    brighter = model(torch.where(removed, images, images + 1), noise)  # visible patches do count
     assert not torch.equal(brighter.prediction, output.prediction)
 
 
@@ -312,11 +312,11 @@ def autoencoder(target, **options):
 
 
 def with_holes(model, count=6, seed=0):
-    """Return images, noise and valid pixels: a third of the patches hold none, and a third some."""
+    """Return images, noise and valid pixels: a third of the patches have no valid pixel and a third have some."""
     generator = torch.Generator().manual_seed(seed)
     side, grid = model.encoder.patch_size, model.encoder.grid
     images = torch.randn(count, 3, *model.encoder.img_size, generator=generator)
-    share = torch.randint(3, (count, grid[0] * grid[1]), generator=generator) / 2  # of valid pixels in a patch
+    share = torch.randint(3, (count, grid[0] * grid[1]), generator=generator) / 2  # share of valid pixels
     valid = torch.rand(count, len(share[0]), side * side, generator=generator) < share[..., None]
     noise = torch.rand(share.shape, generator=generator) + 2 * ~valid.any(dim=2)
     assert (noise < 2).sum(dim=1).min() > model.num_kept
@@ -359,7 +359,7 @@ def test_patches_without_a_valid_pixel_change_nothing(target, kind):
         loss = model(pixels, noise, valid=valid, loss_only=True)
         loss.backward()
         full = model(pixels, noise, valid=valid)
-        assert not (hidden & ~full.mask.bool()).any()  # none is visible
+        assert not (hidden & ~full.mask.bool()).any()  # no patch without data is visible
         results.append([loss, full.prediction, *(p.grad for p in model.parameters() if p.grad is not None)])
     assert all(torch.equal(one, two) for one, two in zip(*results, strict=True)) and results[0][-1].any()
 
@@ -392,7 +392,7 @@ def test_reconstructions_use_the_statistics_of_valid_pixels():
 
 @pytest.mark.parametrize("kind", ["self", "cross"])
 def test_a_share_of_the_removed_patches_is_one_of_those_with_data(kind):
-    model = autoencoder(NormalizedPixels, decoder=kind, predict_ratio=0.25)  # 3 of 12 removed ones
+    model = autoencoder(NormalizedPixels, decoder=kind, predict_ratio=0.25)  # 3 of 12 removed patches
     images, noise, valid = with_holes(model, 20)
     holds_data = patchify(valid, 8).any(dim=2)
     order = noise.argsort(dim=1)

@@ -39,9 +39,9 @@ def test_blocks_are_aligned_and_exactly_that_many_patches_are_kept(block, grid, 
         assert kept.sum() == num_kept
         sums = kept.reshape(grid[0] // block, block, grid[1] // block, block).sum(axis=(1, 3))
         partial = (sums > 0) & (sums < block**2)
-        assert partial.sum() == (num_kept % block**2 > 0)  # all blocks are whole but one, where K needs it
+        assert partial.sum() == (num_kept % block**2 > 0)  # one block is partial if K needs it
         counts.append(sums)
-    assert any((other != counts[0]).any() for other in counts)  # other blocks for another image
+    assert any((other != counts[0]).any() for other in counts)  # the blocks differ between images
 
 
 def test_blocks_are_kept_equally_often():
@@ -71,7 +71,7 @@ def test_block_removes_connected_regions():
 
 
 def test_only_the_last_rectangle_of_block_keeps_patches():
-    """The others, of 16 or more patches, are removed as a whole."""
+    """The others are removed as a whole: each mask has a removed window of 3 x 3 patches."""
     for seed in range(20):
         removed = ~mask("block", (14, 14), 0.75, seed)
         window = np.lib.stride_tricks.sliding_window_view(removed, (3, 3)).all(axis=(2, 3))
@@ -81,10 +81,10 @@ def test_only_the_last_rectangle_of_block_keeps_patches():
 def test_patches_are_removed_if_they_are_white_by_half():
     removed = torch.zeros(8, 12, dtype=torch.bool)
     removed[:4, :2] = True  # half of the first of 2 x 3 patches
-    removed[4:, 8:11] = removed[7, 11] = True  # most of the last
-    removed[:3, 8:10] = True  # less than half
+    removed[4:, 8:11] = removed[7, 11] = True  # most of the last patch
+    removed[:3, 8:10] = True  # less than half of the third patch
     assert removed_patches(removed, (8, 12), (2, 3)).tolist() == [1, 0, 0, 0, 0, 1]
-    for factor in (2, 7, 150):  # resized to the same patches, and what is cut off does not count
+    for factor in (2, 7, 150):  # larger masks are resized, and their margins are cropped
         larger = removed.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
         wider = torch.nn.functional.pad(larger, (6 * factor, 6 * factor), value=True)
         for each in (larger, wider, wider.flip(0, 1)):
@@ -95,7 +95,7 @@ def test_patches_are_removed_if_they_are_white_by_half():
 
 @pytest.mark.parametrize("shape", [(40, 40), (77, 40), (31, 240), (9, 14), (32, 32), (1, 300)])
 def test_removed_patches_lie_where_the_crop_of_an_image_has_them(shape):
-    """White patches of random pictures, cropped as images, are bright where they are removed."""
+    """A patch is removed where the random picture, cropped as an image is, is bright."""
     removed = torch.rand(shape, generator=torch.Generator().manual_seed(0)) > 0.5
     blocks = removed[::5, ::5].repeat_interleave(5, 0).repeat_interleave(5, 1)[: shape[0], : shape[1]]
     bright = CentreCrop((32, 32))(blocks[None].float()).reshape(4, 8, 4, 8).mean(dim=(1, 3)).flatten()
@@ -125,7 +125,7 @@ def test_white_pixels_are_removed(tmp_path):
 def test_a_large_mask_is_refused_by_its_header(tmp_path, monkeypatch):
     Image.new("LA", (100, 90)).save(tmp_path / "mask.png")
     assert read_removed(tmp_path / "mask.png", 9000).shape == (90, 100)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's own limit, which the flag replaces
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # --max_pixels replaces Pillow's own limit
     assert not read_removed(tmp_path / "mask.png", 9000).any()
     monkeypatch.setattr(ImageFile.ImageFile, "load", None)
     with pytest.raises(DamagedImage, match=r"^90 x 100 pixels, more than the 8999 allowed; raise --max_pixels$"):

@@ -1,4 +1,4 @@
-"""How masks are numbered and coloured, and what is said about masks that fit the flags badly."""
+"""Tests of the labels and colours of masks, and of the messages about masks that do not fit the flags."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ LABELS = np.kron(np.array([[0, 1, 2], [2, 1, 0]], np.uint8), np.ones((6, 5), np.
 
 
 def write(root, masks, classes, name="classes.txt"):
-    """Write pairs of two splits with these masks, arrays or pictures; the first label is 0 or 1 as they have it."""
+    """Write pairs with these masks (arrays or pictures) in two splits, and the file of classes; return `root`."""
     for split in ("training", "validation"):
         for number, mask in enumerate(masks):
             picture = mask if isinstance(mask, Image.Image) else Image.fromarray(mask)
@@ -28,7 +28,7 @@ def write(root, masks, classes, name="classes.txt"):
 
 
 def check(root, mask_format=LIKE_ADE20K, *, strict=False, **options):
-    """Return the pixels of each class in training, and the lines that are said; raises DataError."""
+    """Return the number of training pixels of each class, and the messages. Raises DataError."""
     sources, said = open_pairs(str(root), RGB, mask_format, **options), []
     names, here = ("training", "validation"), dict(share=slice(None), gather=list, processes=1, progress=False)
     counts = check_annotations(dict(zip(names, sources, strict=True)), RGB, say=said.append, strict=strict, **here)
@@ -86,7 +86,7 @@ def test_a_further_label_can_be_void(tmp_path, void):
     stored = np.where(LABELS == 2, void, LABELS.astype(np.int32) + 1)
     stored = stored if void in (-1, 65535) else stored.astype(np.uint8)
     root = write(tmp_path, [LABELS + 1], ["sky", "road", "car"])
-    for split in ("training", "validation"):  # PNG holds no negative numbers; the bytes decide the format
+    for split in ("training", "validation"):  # PNG has no negative numbers; the content decides the format
         path = root / "annotations" / split / "0.png"
         Image.fromarray(stored).save(path, format="TIFF")
     error = refusal(root)
@@ -97,7 +97,7 @@ def test_a_further_label_can_be_void(tmp_path, void):
 
 
 def coloured(mode):
-    """Return LABELS in colour, as a picture of a mode."""
+    """Return LABELS in colour, as a picture of the given mode."""
     picture = Image.fromarray(COLOURS[LABELS])
     return picture.quantize(8) if mode == "P" else picture.convert(mode)
 
@@ -165,7 +165,7 @@ def test_masks_that_are_not_turned_as_their_photographs_are_told(tmp_path, orien
         assert len(said) == (orientation > 1) and all("EXIF" in line and "turned" in line for line in said)
     for split in ("training", "validation"):
         Image.fromarray(stored).save(root / "annotations" / split / "0.png", exif=exif)
-    assert check(root)[1] == []  # turned by the same tag
+    assert check(root)[1] == []  # the same tag turns both
     image, mask = read_pair(open_pairs(str(root), RGB)[0], 0, RGB)
     assert mask.shape == image.shape[1:]
 

@@ -9,7 +9,7 @@ from training.memory import check_memory, fit_micro_batch
 
 
 def fit(sizes, limit, *, elsewhere=100):
-    """Return the micro-batch if `limit` images fit here and `elsewhere` on another process, and the sizes tried."""
+    """Return the size that is chosen if `limit` images fit here and `elsewhere` on another process, and all trials."""
     trials = []
 
     def step(size):

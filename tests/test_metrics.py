@@ -51,7 +51,7 @@ def test_metrics_equal_their_definition_in_numpy(case):
 
 
 def test_psnr_by_hand():
-    """Check that pasting halves the squared error, by 3.01 dB, if half of the pixels are removed."""
+    """Pasting halves the squared error (3.01 dB) if half of the pixels are removed."""
     error = torch.tensor([0.01, 0.0001]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
     assert psnr(error).tolist() == pytest.approx([20, 40])
     images = torch.full((1, 3, 16, 16), 0.5)
@@ -78,7 +78,7 @@ def count_areas(prediction, annotation, num_classes):
 @pytest.mark.parametrize("kind", [torch.uint8, torch.int64])
 @pytest.mark.parametrize("num_classes", [2, 7, 150])
 def test_areas_equal_a_count_of_pixels(num_classes, kind):
-    """Try void, predicted or not, and classes that annotation, prediction or both lack."""
+    """The masks have void pixels with any prediction, and classes that annotation or prediction lack."""
     generator = torch.Generator().manual_seed(num_classes)
     prediction = torch.randint(num_classes // 2, num_classes, (37, 41), generator=generator)
     annotation = torch.randint(max(1, num_classes - 2), (37, 41), generator=generator)

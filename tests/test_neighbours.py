@@ -12,7 +12,7 @@ from training.neighbours import linear_sums, linear_vote, own_features, rank_me,
 
 
 def test_linear_classifier_is_least_squares():
-    """Compare with torch's solver without penalty, sums of parts with one sum, and scaled features."""
+    """Without penalty, it equals torch's solver. Sums of parts add up, and the scale of features does not matter."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (200,), generator=generator)
     features = torch.randn(200, 5, generator=generator) + F.one_hot(labels, 5)
@@ -34,7 +34,7 @@ def features(count, generator):
 
 
 def scores_of_processes(count, tensors):
-    """Return the scores that each of `count` processes computes from its shares; threads take their place."""
+    """Return the scores that `count` processes, played by threads, compute from their shares of the tensors."""
     parts, barrier = [None] * count, threading.Barrier(count)
 
     def gather(rank, here):
@@ -78,13 +78,13 @@ def test_scores_of_any_number_of_processes_equal_a_search_in_numpy(count):
 
 def test_the_rank_of_features_that_fill_few_directions():
     directions = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64)).Q[:3]
-    moment = directions.T @ directions  # of three orthogonal features of equal length
+    moment = directions.T @ directions  # second moments of three orthogonal features of equal length
     assert rank_me(moment) == pytest.approx(3, abs=1e-3)
     assert rank_me(torch.eye(16).double()) == pytest.approx(16, abs=1e-3)
 
 
 def test_damaged_images_have_no_features():
-    """Read 7 images, of which numbers 1 and 5 are damaged, as the second of two processes: it has 1, 3 and 5."""
+    """The second of two processes reads images 1, 3 and 5 of 7, of which 1 and 5 are damaged."""
 
     def read(dataset, indices):
         own = [*indices][1::2]

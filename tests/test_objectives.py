@@ -10,7 +10,7 @@ from training.objectives import Labels, balance, build_objective
 
 
 def test_balanced_labels_weigh_positives_and_negatives_alike():
-    """The loss is that of a loop; outputs of 0 cost the positives of a label as much as its negatives."""
+    """The loss equals that of a loop. With outputs of 0, a label's positives cost as much as its negatives."""
     rng = np.random.default_rng(0)
     labels = (rng.random((40, 3)) < [0.1, 0.5, 0.8]).astype(np.uint8)
     labels[0] = 1
@@ -43,7 +43,7 @@ def test_numbers_are_standardized_and_come_back_in_their_units(name, expected):
 
 
 def test_mixing_mixes_labels_as_it_mixes_images():
-    """Images of one value, so that the share of each image of a pair can be read off the mixture."""
+    """The channels of each image have the values of its labels, so mixed images and mixed labels must be equal."""
     torch.manual_seed(0)
     np.random.seed(0)
     options = dict(mixup_alpha=0.8, cutmix_alpha=0.0, label_smoothing=0.0, num_classes=3, multi_label=True)

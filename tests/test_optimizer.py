@@ -14,7 +14,7 @@ from modeling.classifier import Classifier
 from modeling.vit import SIZES, VisionTransformer
 from training.optimizer import adamw, check_muon, clip_gradients, lars, muon, parameter_groups, set_learning_rate
 
-# 0.65 to the power 13 - i, for layer i of ViT-B: 0 the embeddings, 1 to 12 the blocks, 13 the head
+# 0.65 ** (13 - i) for layer i of ViT-B: the embeddings (0), the blocks (1 to 12) and the head (13)
 SCALES = [
     *(0.003697205891, 0.005688009063, 0.008750783174, 0.01346274334, 0.02071191284, 0.03186448129, 0.04902227891),
     *(0.07541889063, 0.1160290625, 0.17850625, 0.274625, 0.4225, 0.65, 1.0),
@@ -22,7 +22,7 @@ SCALES = [
 
 
 def names_of(model, groups):
-    """Return the names of the parameters of each group, by its weight decay and its scale of the learning rate."""
+    """Return the names of the parameters of each group, by weight decay and scale of the learning rate."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {(group["weight_decay"], group["lr_scale"]): {names[id(p)] for p in group["params"]} for group in groups}
 
@@ -38,7 +38,7 @@ def base_classifier(pooling):
 
 
 def test_groups_of_vit_base_against_the_official_rule():
-    """Check that what has more than one dimension decays, the cls and mask tokens too."""
+    """Parameters with more than one dimension decay, the cls and mask tokens too."""
     model = base_mae()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     decayed = {name for name, parameter in trained.items() if parameter.ndim > 1}
@@ -101,7 +101,7 @@ def test_scales_survive_accelerate_and_a_checkpoint(build):
 
 
 def test_lars_excludes_what_has_one_dimension():
-    """Check each parameter of ViT-B, with decay asked for everywhere: 1-D ones have neither decay nor trust ratio."""
+    """1-D parameters get neither weight decay nor trust ratio, even if biases and norms are to decay."""
     model = base_classifier("cls")
     groups = parameter_groups(model, 0.1, bias_weight_decay=True, norm_weight_decay=True)
     by_id = {id(p): group for group in lars(groups).param_groups for p in group["params"]}
@@ -114,7 +114,7 @@ def test_lars_excludes_what_has_one_dimension():
 
 
 def lars_of_the_paper(weight, gradients, *, rate, decay, adapted):
-    """Return the weight after a step for each gradient, by algorithm 1 of You et al. 2017."""
+    """Return the weight after one step per gradient, by algorithm 1 of You et al. 2017."""
     velocity = torch.zeros_like(weight)
     for gradient in gradients:
         norm = (weight**2).sum().sqrt()
@@ -137,7 +137,7 @@ def test_steps_of_lars_against_the_equations_of_the_paper(decay):
         model.weight.grad, model.bias.grad = gradient[:, :5].clone(), gradient[:, 5].clone()
         optimizer.step()
     expected = lars_of_the_paper(weight, [g[:, :5] for g in gradients], rate=6.4, decay=decay, adapted=True)
-    # timm's adds 1e-8 to the gradient's norm
+    # timm's LARS adds 1e-8 to the denominator
     torch.testing.assert_close(model.weight.detach(), expected, rtol=1e-8, atol=1e-9)
     assert (expected - weight).abs().max() > 1e-3
     expected = lars_of_the_paper(bias, [g[:, 5] for g in gradients], rate=6.4, decay=0.0, adapted=False)
@@ -156,7 +156,7 @@ def test_gradients_are_clipped_or_left_as_they_are():
 
 
 def orthogonalized(matrix):
-    """Return five Newton-Schulz steps from a matrix, by the post of Jordan et al., in bfloat16 as there."""
+    """Return a matrix after five Newton-Schulz steps in bfloat16, as in the post of Jordan et al."""
     x = matrix.bfloat16()
     x = x.T if len(x) > len(x.T) else x
     x = x / (x.norm() + 1e-7)
@@ -167,7 +167,7 @@ def orthogonalized(matrix):
 
 
 def muon_of_the_post(weight, gradients, *, rate, decay, parts):
-    """Return the weight after a step for each gradient, with the learning rates of Liu et al. 2025, equation 4."""
+    """Return the weight after one step per gradient, with the learning rates of Liu et al. 2025, equation 4."""
     momentum = torch.zeros_like(weight)
     for gradient in gradients:
         momentum = 0.95 * momentum + 0.05 * gradient
@@ -231,7 +231,7 @@ def test_steps_of_muon_against_newton_schulz_and_of_adamw():
             continue
         parts = 3 if "qkv" in name else 1
         expected = muon_of_the_post(value, gradients[name], rate=0.01, decay=0.3, parts=parts)
-        torch.testing.assert_close(after[name].detach(), expected, rtol=0, atol=1e-3)  # bfloat16's rounding
+        torch.testing.assert_close(after[name].detach(), expected, rtol=0, atol=1e-3)  # bfloat16 rounding
         other = muon_of_the_post(
             value, gradients[name], rate=0.01, decay=0.3, parts=4 - parts if len(value) == 24 else 2
         )
@@ -252,7 +252,7 @@ def test_muon_survives_copies_accelerate_and_a_checkpoint():
 
     take_step(model, optimizer, batches[0])
     torch.save([model.state_dict(), optimizer.state_dict()], file)
-    plain = copy.deepcopy((model, optimizer.optimizer))  # as trials of a micro-batch do
+    plain = copy.deepcopy((model, optimizer.optimizer))  # as trials of micro-batch sizes do
     loaded = small_mae()
     resumed = accelerator.prepare(muon(parameter_groups(loaded, 0.05), loaded, betas=(0.9, 0.95)))
     take_step(loaded, resumed, batches[3])

@@ -27,7 +27,7 @@ def errors_of(path) -> list[str]:
 
 
 def check(source, pixels=RGB, **options):
-    """Pixels of each class and errors of all masks of a source."""
+    """Return the pixels of each class, and the errors of all masks of a source."""
     report = check_masks(source, range(len(source)), pixels, **options)
     return report.counts, report.errors
 
@@ -43,7 +43,7 @@ def test_ade20k_has_150_names_and_colours():
 
 
 def test_pairs_go_by_their_relative_names(tmp_path):
-    names = ["b/x.jpg", "a.k.jpg", "a.jpg", "a-b.jpeg", "b/ü.webp", "B.PNG"]  # masks by their own bytes: a.k, a
+    names = ["b/x.jpg", "a.k.jpg", "a.jpg", "a-b.jpeg", "b/ü.webp", "B.PNG"]  # masks alone would sort as a.k, a
     for number, name in enumerate(names):
         write_pair(tmp_path, "training", name, np.full((4, 4), number, np.uint8))
     (tmp_path / "classes.txt").write_text("one\ntwo")
@@ -200,7 +200,7 @@ def test_masks_are_counted(pair_folder, processes):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_processes_of_a_run_share_the_masks(pair_folder, capfd, rank):
-    """One of two processes, of which the first shows a bar."""
+    """Each of two processes reads its share of the masks, and the first one shows a progress bar."""
     sources = dict(zip(("training", "validation"), open_pairs(str(pair_folder), RGB), strict=True))
 
     def checked(sources):
@@ -260,7 +260,7 @@ def test_bad_masks_are_named_at_the_start_and_refused_when_read(pair_folder, mas
 
 
 def test_at_most_five_masks_are_named(pair_folder):
-    """Of both splits and of both processes of a run, this one and a like one, together."""
+    """The errors of both splits and of two processes are counted together; `gather` plays an equal second process."""
     for path in (pair_folder / "annotations").rglob("*.png"):
         Image.new("RGB", (80, 60)).save(path)
     sources = dict(zip(("training", "validation"), open_pairs(str(pair_folder), RGB), strict=True))
@@ -276,7 +276,7 @@ def test_at_most_five_masks_are_named(pair_folder):
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
 def test_a_mask_fits_the_upright_image(tmp_path, suffix):
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored turned by 90 degrees
+    exif[0x0112] = 6  # the image is stored rotated by 90 degrees
     (tmp_path / "classes.txt").write_text("one\ntwo")
     write_pair(tmp_path, "training", f"a{suffix}", np.ones((30, 50), np.uint8), exif=exif)
     Image.fromarray(np.ones((50, 30), np.uint8)).save(tmp_path / "annotations/training/a.png")
@@ -305,7 +305,7 @@ def test_builtin_shapes():
 
 @pytest.mark.parametrize("form", ["csv", "parquet"])
 def test_pairs_of_a_list_or_a_data_set_are_those_of_the_folder(scenes, tmp_path, form):
-    """Same pixels in the same order, checked alike; the names of the classes come from beside it or from a flag."""
+    """Pixels, their order and the checks are equal. Class names come from classes.txt beside it or from a flag."""
     paths = {}
     for split in ("training", "validation"):
         images = sorted((scenes / "images" / split).iterdir())
@@ -366,7 +366,7 @@ REAL = dict(camvid=11, clothing=58, membrane=2, ade20k_sample=150, pets=4)
 def test_real_sets(real_images, name):
     pixels, classes = PixelFormat(1 if name == "membrane" else 3), REAL[name]
     train, validation = open_pairs(str(real_images / name), pixels)
-    source = train if name == "pets" else validation  # two of the former have a wrong suffix
+    source = train if name == "pets" else validation  # two of its training images have a wrong suffix
     assert len(source.classes) == classes
     counts, errors = check(source, pixels)
     assert errors == [] and counts.sum() > 0

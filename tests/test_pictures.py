@@ -59,12 +59,12 @@ def test_colours_of_patches_stand_beside_the_image(tmp_path, channels):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_attention_is_bright_where_a_query_looks(tmp_path, channels):
-    maps = np.full((10, 4, 4), 1 / 16, np.float32)  # the others look everywhere
+    maps = np.full((10, 4, 4), 1 / 16, np.float32)  # the other queries attend equally to all patches
     maps[8], maps[8, 0, 0] = 0, 1
     attention_grid(tmp_path / "x.png", np.full((channels, 64, 64), 200, np.uint8), maps)
     pixels = np.asarray(Image.open(tmp_path / "x.png")).astype(int)
     assert pixels.shape == (8 + 2 * 136, 8 + 9 * 136, 3)
-    image, looking = pixels[8:136, 8:136], pixels[144:272, 8:136]  # of the ninth query
+    image, looking = pixels[8:136, 8:136], pixels[144:272, 8:136]  # the ninth query
     assert (image == 200).all()
     assert looking[10:20, 10:20].min() > 150 > 60 > looking[100:120, 20:30, 0].max()
 
@@ -77,7 +77,7 @@ def test_title_says_true_statistics(tmp_path):
 
 
 def boxes(path, shares):
-    """Return the (left, top, right, bottom) of the pixels with the colour of each share of a row, in percent."""
+    """Return (left, top, right, bottom) of the pixels that have the colour of each share of a row, in percent."""
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
     found = []
     for share in shares:
@@ -88,14 +88,14 @@ def boxes(path, shares):
 
 
 def test_confusion_matrix(tmp_path):
-    """Of two classes, and a third one without images."""
+    """Two classes have images, and a third one has none."""
     path = tmp_path / "deep" / "matrix.png"
     labels, predictions = [0] * 40 + [1] * 5, [0] * 30 + [1] * 10 + [1] * 5
     assert confusion_matrix(path, labels, predictions, ["cat", "dog", "owl"], title="step 1")
-    first, second, third = boxes(path, (75, 25, 100))  # rows (cat, cat), (cat, dog) and (dog, dog)
+    first, second, third = boxes(path, (75, 25, 100))  # cells (cat, cat), (cat, dog) and (dog, dog)
     for box in (first, second, third):
         assert box[2:] - box[:2] == pytest.approx([first[2] - first[0]] * 2, abs=2)
-        assert np.asarray(Image.open(path).convert("L").crop(box.tolist())).std() > 5  # the number
+        assert np.asarray(Image.open(path).convert("L").crop(box.tolist())).std() > 5  # the cell shows a number
     assert second - first == pytest.approx([first[2] - first[0], 0] * 2, abs=2)
     assert third - second == pytest.approx([0, first[2] - first[0]] * 2, abs=2)
 
@@ -128,7 +128,7 @@ def scene(width, height, *, channels=3):
 
 
 def test_segmentation_grid(tmp_path):
-    """A small image is enlarged by a whole factor, a large one reduced."""
+    """A small image is enlarged by a whole factor, and a large one is reduced."""
     rows = [scene(50, 30), scene(512, 384, channels=1)]
     colours, path = np.uint8([(200, 0, 0), (0, 0, 200), (0, 200, 0)]), tmp_path / "deep" / "masks.png"
     segmentation_grid(path, rows, ["cat", "dog", "owl"], colours, title="step 1")
@@ -138,18 +138,18 @@ def test_segmentation_grid(tmp_path):
     for top, width, height in ((48, 250, 150), (206, 256, 192)):
         left_and_right = [pixels[top + 5, [8 + i * 264 + 5, 8 + i * 264 + 240]].tolist() for i in range(3)]
         assert left_and_right == [[grey, grey], [red, blue], [red, blue]]
-        lower = pixels[top + height // 2 : top + height, 272 : 272 + width].reshape(-1, 3)  # of the annotation
+        lower = pixels[top + height // 2 : top + height, 272 : 272 + width].reshape(-1, 3)  # the annotation
         assert np.unique(lower, axis=0).tolist() == [[110] * 3, [190] * 3]
         assert pixels[top + height - 5, [536 + 5, 536 + 240]].tolist() == [red, blue]  # the prediction has no void
         assert (pixels[top + height + 4] == 255).all() and (pixels[top : top + height, 272 + width] == 255).all()
     legend = pixels[406:426]
     assert [legend[7, 8 + i * 264 + 7].tolist() for i in range(2)] == [red, blue]
     assert set(legend[1:14, 537:550].ravel().tolist()) == {110, 190}
-    assert all(legend[:, 30 + i * 264 : 264 + i * 264].min() < 100 for i in range(3))  # names
+    assert all(legend[:, 30 + i * 264 : 264 + i * 264].min() < 100 for i in range(3))  # the names
 
 
 def test_legend_has_the_largest_classes_first(tmp_path):
-    """One image of 40 classes, the later ones larger, with short and long names."""
+    """One image has 40 classes, each larger than the one before; their names are short or long."""
     mask = np.repeat(np.arange(40), np.arange(1, 41))
     mask = np.tile(mask.astype(np.uint8), (8, 1))
     image = np.zeros((3, *mask.shape), np.uint8)
@@ -158,7 +158,7 @@ def test_legend_has_the_largest_classes_first(tmp_path):
     for names in (["a"] * 50, ["a very long name " * 9] * 50):
         segmentation_grid(tmp_path / "many.png", [(image, mask, mask)], names, colours, title="")
         pixels = np.asarray(Image.open(tmp_path / "many.png"))
-        below = np.arange(len(pixels))[:, None] > 60  # the masks
+        below = np.arange(len(pixels))[:, None] > 60  # below the masks
         swatches = np.argwhere((pixels[..., 2] == 7) & (pixels[..., 0] != 7) & below)
         shown = {tuple(pixels[y, x].tolist()) for y, x in swatches}
         assert shown == set(map(tuple, colours[:40].tolist()))
@@ -192,7 +192,7 @@ def test_label_picture(tmp_path):
 
 @pytest.mark.parametrize(("width", "height", "channels"), [(600, 400, 3), (40, 60, 1), (1, 700, 3), (5, 5, 3)])
 def test_segmentation_overlay(tmp_path, width, height, channels):
-    """One class in the upper half, another in the lower, a third in seven pixels; the mask is larger than the image."""
+    """The upper half has one class, the lower half another, seven pixels a third. The mask is larger than the image."""
     labels = np.zeros((3 * height, 3 * width), np.uint8)
     labels[len(labels) // 2 :] = 2
     labels.ravel()[:7] = 3
@@ -206,14 +206,14 @@ def test_segmentation_overlay(tmp_path, width, height, channels):
     assert upper[0] - upper[2] == lower[2] - lower[0] == pytest.approx(105, abs=1)
     legend = pixels[8 + height * scale :].reshape(-1, 3)
     places = [np.flatnonzero((legend == colour).all(axis=1)).min() for colour in (lower, upper)]
-    assert places[0] != places[1]  # the overlay's colours
-    assert ((legend[:, 1] > legend[:, 0] + 100) & (legend[:, 1] > legend[:, 2] + 100)).any()  # the third class
-    assert not (legend[:, :2].min(axis=1) > legend[:, 2] + 100).any()  # the absent class
+    assert places[0] != places[1]  # both colours are in the legend
+    assert ((legend[:, 1] > legend[:, 0] + 100) & (legend[:, 1] > legend[:, 2] + 100)).any()  # so is the third class
+    assert not (legend[:, :2].min(axis=1) > legend[:, 2] + 100).any()  # the absent class is not
     edges = [pixels[:8], pixels[-4:], pixels[:, :8], pixels[:, -4:]]
     assert all((edge == 255).all() for edge in edges)
     if height > 5:
         line = shown[len(shown) // 2 - scale : len(shown) // 2 + scale, width * scale // 2]
-        assert (line == 255).all(axis=1).any()  # between the classes
+        assert (line == 255).all(axis=1).any()  # a white line between the classes
 
 
 @pytest.mark.parametrize("channels", [1, 3])

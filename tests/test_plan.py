@@ -18,11 +18,11 @@ def batch(processes=1, **flags):
     ("processes", "flags", "expected", "accumulation"),
     [
         (1, {}, (256, 256, 256), 1),
-        (2, dict(per_gpu_batch_size=2048, gradient_accumulation_steps=4), (4096, 2048, 512), 4),  # the paper on two
+        (2, dict(per_gpu_batch_size=2048, gradient_accumulation_steps=4), (4096, 2048, 512), 4),  # as in the paper
         (8, dict(global_batch_size=4096, micro_batch_size="auto"), (4096, 512, 512), 1),
         (2, dict(global_batch_size=32, per_gpu_batch_size=16, micro_batch_size=4), (32, 16, 4), 4),
         (1, dict(per_gpu_batch_size=8, micro_batch_size=2, gradient_accumulation_steps=4), (8, 8, 2), 4),
-        (2, dict(checkpoint_size=16), (16, 8, 8), 1),  # on other processes than before
+        (2, dict(checkpoint_size=16), (16, 8, 8), 1),  # resumed on another number of processes
         (8, dict(default=16), (16, 2, 2), 1),
         (8, dict(default=16, per_gpu_batch_size=4), (32, 4, 4), 1),
     ],
@@ -64,13 +64,13 @@ def length(num_samples=100, **flags):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (dict(), (12, 120, 6)),  # a default warmup keeps the recipe's share of a shorter run
+        (dict(), (12, 120, 6)),  # in a shorter run, the default warmup keeps its share
         (dict(epochs=80), (12, 960, 48)),
-        (dict(epochs=200), (12, 2400, 48)),  # and is no longer than the recipe's
+        (dict(epochs=200), (12, 2400, 48)),  # in a longer run, it keeps its length
         (dict(max_steps=19), (12, 19, 0)),
-        (dict(epochs=90, recipe_epochs=(10, 90)), (12, 1080, 120)),  # the probe
+        (dict(epochs=90, recipe_epochs=(10, 90)), (12, 1080, 120)),  # linear probe
         (dict(epochs=9, recipe_epochs=(10, 90)), (12, 108, 12)),
-        (dict(epochs=300, recipe_epochs=(20, 300)), (12, 3600, 240)),  # from scratch
+        (dict(epochs=300, recipe_epochs=(20, 300)), (12, 3600, 240)),  # training from scratch
         (dict(epochs=30, recipe_epochs=(20, 300)), (12, 360, 24)),
         (dict(warmup_epochs=4.0), (12, 120, 48)),
         (dict(max_steps=50, warmup_steps=7), (12, 50, 7)),
@@ -104,7 +104,7 @@ def test_a_plan_gives_the_schedule_and_the_resolved_flags():
 
 
 class Images(SimpleNamespace):
-    """Images with labels, as the sources of the package `data` have them."""
+    """Imitate a source of the package `data` with labels."""
 
     classes, notes = list("0123"), []
 

@@ -118,7 +118,7 @@ def test_an_error_in_a_worker_keeps_its_traceback(tmp_path):
 
 
 def test_a_report_that_fails_ends_the_process_all_the_same(tmp_path):
-    """Workers are alive, for which Python's own end would wait."""
+    """The workers are still alive, and a normal exit of Python would wait for them."""
     text = LOADER.format(worker="pass", main="import traceback; traceback.format_exception = None")
     run_code(text.replace("kept.append(batch)", "raise ValueError"), cwd=tmp_path, code=1)
 
@@ -138,7 +138,7 @@ def test_the_room_for_batches_is_checked(monkeypatch):
 
 @pytest.mark.parametrize("script", ["pretrain_mae", "finetune_classifier"])
 def test_batches_that_do_not_fit_are_refused_before_the_first_step(image_folder, tmp_path, script):
-    """By their true size: 8 images of 32 x 32 pixels."""
+    """The check uses the true size of a batch: 8 images of 32 x 32 pixels."""
     code = (
         "import runpy, sys, data.pool\nfrom collections import namedtuple\n"
         "data.pool.shutil.disk_usage = lambda path, usage=namedtuple('usage', 'free'): usage(390_000)\n"

@@ -1,4 +1,4 @@
-"""Position tables, against the formula written out, transformers, and a bicubic filter written by hand."""
+"""Tests of position tables against the written-out formula, transformers, and a handwritten bicubic filter."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_resizing_equals_transformers(size):
 
 
 def cubic_filter(old: int, new: int) -> np.ndarray:
-    """(new, old): cubic convolution (Keys 1981, a = -0.75) at the centres of the new cells, edges repeated."""
+    """Return the matrix (new, old) of cubic convolution (Keys 1981, a = -0.75) at new cell centres, edges repeated."""
     a, weights = -0.75, np.zeros((new, old))
     for i in range(new):
         centre = (i + 0.5) * old / new - 0.5

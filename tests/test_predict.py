@@ -37,7 +37,7 @@ DECODER = dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
 COLOUR = dict(mean=[0.5, 0.4, 0.3], std=[0.3, 0.2, 0.25])
 GREY = dict(mean=[0.45], std=[0.25])
 CLASSES = ["a cat", "Käse", "dog", "owl", "eel", "fly", "gnu"]
-# Width and height. transformers crops the fourth and the fifth one pixel further left or up.
+# Width and height. transformers may crop the fourth to the sixth one pixel further left or up.
 SIZES = [(40, 40), (61, 40), (40, 77), (70, 51), (35, 38), (240, 31), (9, 14), (33, 120)]
 ORIENTATION = 0x0112  # in EXIF
 LONG, SHORT = 96, 48  # sides of images for segmentation, larger than a window of 32 pixels
@@ -111,7 +111,7 @@ def photos(tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def predictions(models, photos, tmp_path_factory):
-    """Return a function that runs predict.py once for the same arguments: its lines, its output folder, its process."""
+    """Return a function that runs predict.py, cached by arguments, and returns lines, output folder and process."""
     folder = tmp_path_factory.mktemp("predictions")
 
     @functools.cache
@@ -130,7 +130,7 @@ def lines_of(folder: Path) -> list[dict]:
 
 def upright(path: Path, mode: str = "RGB") -> Image.Image:
     image = Image.open(path)
-    image.draft(mode, image.size)  # of a JPEG in grey, the luma that it stores
+    image.draft(mode, image.size)  # takes the stored luma of a JPEG for grey
     return ImageOps.exif_transpose(image).convert(mode)
 
 
@@ -152,7 +152,7 @@ def covering(path: Path, size: tuple[int, int], crop_ratio: float, mode: str = "
 
 
 def as_timm_sees(name: str, path: Path) -> torch.Tensor:
-    """Return the input (1, C, H, W) of a model of `models`, by torchvision's transforms."""
+    """Return the input (1, C, H, W) of the model `name` of `models`, by torchvision's transforms."""
     size, mode, statistics = ((16, 32), "L", GREY) if name.startswith("flat") else ((32, 32), "RGB", COLOUR)
     return normalized(covering(path, size, 1.0 if name == "cls" else 0.875, mode), statistics)
 
@@ -165,7 +165,7 @@ def probabilities_of(line: dict) -> dict[str, float]:
 
 
 def same_crop(path: Path, side: int, cover: int) -> bool:
-    """Check that transformers crops as torchvision and timm do: it rounds half a pixel down, they to even."""
+    """Return whether transformers crops as torchvision and timm do: it rounds half a pixel down, they to even."""
     width, height = upright(path).size
     margins = [length * cover // min(width, height) - side for length in (width, height)]
     return all(margin % 4 != 3 for margin in margins)
@@ -278,13 +278,13 @@ def scores_by_hand(lines, folder, annotations, num_classes):
 @pytest.mark.parametrize("mode", ["slide", "whole"])
 def test_labels_have_the_scores_of_evaluation(mode, models, scenes, predictions, tmp_path):
     flags = ["--path_to_data", scenes, "--path_to_backbone_checkpoint", models["segmenter"], "--eval_only"]
-    flags += ["--mask_offset", 1]  # which this model does not state
+    flags += ["--mask_offset", 1]  # the model's config does not say so
     flags += ["--evaluate", mode, "--resize", LONG, SHORT, "--num_workers", 0, "--mixed_precision", "no"]
     run("finetune_segmentation.py", *flags, cwd=tmp_path)
     metrics = json.loads((tmp_path / "work_dir" / "finetune_segmentation" / "metrics.json").read_text())
     lines, folder, _ = predictions("segmenter", "--evaluate", mode, images=(scenes / "images" / "validation",))
     scores = scores_by_hand(lines, folder, scenes / "annotations" / "validation", len(SCENES))
-    # Evaluation uses larger batches, which may round a pixel between two classes differently
+    # Evaluation uses larger batches, so rounding may change the class of a pixel between two classes.
     assert scores == pytest.approx((metrics["mean_iou"], metrics["overall_accuracy"]), abs=5e-3)
 
 
@@ -393,7 +393,7 @@ def features_by_run(model, images, tmp_path, *flags, code=0):
 
 @pytest.mark.parametrize("name", ["autoencoder", "encoder", "mean", "cls", "flat autoencoder"])
 def test_features_agree_with_timm(name, models, photos, tmp_path):
-    """The mean of the patch tokens, or the input of a classifier's head."""
+    """Features are the mean of the patch tokens, or the input of a classifier's head."""
     theirs = timm.create_model(f"local-dir:{models[name]}", pretrained=True).eval()
     features, names = features_by_run(models[name], photos, tmp_path)
     assert features.dtype == np.float32 and features.shape == (len(photos), 32)
@@ -442,7 +442,7 @@ def test_pooling_may_differ_from_that_of_the_head(models, photos, tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch) -> dict[str, list[np.ndarray]]:
-    """Return the last arrays that are drawn into each picture of attention or colours, by calls of predict.main."""
+    """Return the arrays, by picture, that predict.main draws: attention maps or colours."""
     arrays = {}
     for name in ("attention_grid", "colour_picture"):
         draw = getattr(training.predictions, name)
@@ -567,7 +567,7 @@ def write_mask(path: Path, size: tuple[int, int], *boxes, mode="L") -> Path:
 
 @pytest.mark.parametrize("mode", ["L", "1", "RGB", "P", "LA", "RGBA"])
 def test_patches_are_removed_by_a_picture(mode, models, photos, predictions, tmp_path):
-    """Of the crop's size: two patches, one half of the next, and less than half of the one after it."""
+    """The mask covers three patches, half of a fourth, which is removed too, and less than half of a fifth."""
     mask = write_mask(tmp_path / "mask.png", (32, 32), (0, 0, 20, 8), (16, 8, 19, 16), (24, 24, 32, 32), mode=mode)
     lines, folder, done = predictions("autoencoder", "--mask", mask)
     removed = np.zeros(16, bool)
@@ -582,12 +582,12 @@ def test_patches_are_removed_by_a_picture(mode, models, photos, predictions, tmp
 
 
 def test_a_picture_of_the_images_size_is_cropped_as_it_is(photos, predictions, tmp_path):
-    """Images of other sizes have an error. The crop of 61 x 40 pixels is its centre, 40 x 40."""
+    """Images of other sizes are errors. The crop of the image of 40 x 77 pixels is its centre, 40 x 40."""
     width, height = upright(photos[2]).size
     assert (width, height) == (40, 77)
-    top, side = 77 / 2 - 20, 10  # of the crop, and of a patch
+    top, side = 77 / 2 - 20, 10  # top of the crop, side of a patch
     box = tuple(round(value) for value in (10, top + 20, 30, top + 30))
-    mask = write_mask(tmp_path / "mask.png", (width, height), box, (0, 0, 40, 10))  # outside of the crop
+    mask = write_mask(tmp_path / "mask.png", (width, height), box, (0, 0, 40, 10))  # the second is outside the crop
     lines, folder, done = predictions("autoencoder", "--mask", mask, images=tuple(photos[:3]), code=1)
     grey = np.asarray(Image.open(folder / lines[2]["reconstruction"]))[48:176, 16 + 128 : 16 + 256] == 128
     removed = grey.reshape(4, 32, 4, 32, 3).all(axis=(1, 3, 4)).ravel()
@@ -619,7 +619,7 @@ def test_batches_and_workers_change_nothing(models, photos, predictions, tmp_pat
 
 @pytest.fixture
 def damaged(tmp_path) -> list[Path]:
-    """Return a text, a truncated picture and an empty file."""
+    """Return a text file, a truncated picture and an empty file."""
     picture = write_images(tmp_path / "whole", 1) / "class_0" / "0000.jpg"
     paths = [tmp_path / name for name in ("text.jpg", "cut.jpg", "empty.png")]
     for path, data in zip(paths, [b"no image at all", picture.read_bytes()[:300], b""], strict=True):
@@ -658,7 +658,7 @@ def test_features_have_a_row_per_readable_image(models, photos, damaged, tmp_pat
 
 
 def test_files_folders_and_patterns(models, photos, tmp_path):
-    """Also two files of the same name, and names that are not valid Unicode."""
+    """Files may share a name, and names may be invalid Unicode."""
     for name in ("a/x.jpg", "b/x.jpg", "b/deep/X.png", "b/deep/notes.txt", "c/[1].jpg", "c/scan"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(photos[3], tmp_path / name)
@@ -684,7 +684,7 @@ def test_picture_names_are_unique():
 
 @pytest.mark.parametrize("shape", [(3,), (4, 3)])
 def test_files_of_features_are_those_of_numpy(shape, tmp_path):
-    """They are written as they come; what fails leaves nothing."""
+    """The file equals NumPy's, and a failed write leaves no file."""
     rows = np.random.default_rng(0).normal(size=(12, *shape)).astype(np.float32)
     results = [(f"{i}.jpg", row, None) for i, row in enumerate(rows)]
     results.insert(5, ("broken.jpg", None, "empty file"))
@@ -803,7 +803,7 @@ def test_nothing_is_overwritten(models, photos, tmp_path):
     words = [models["mean"], photos[0]]
     for name in ("x.npy", "y.json", "file", ".z.npy"):
         (tmp_path / name).touch()
-    for name in ("link.npy", "linked/predictions.jsonl"):  # to a disk that is not mounted
+    for name in ("link.npy", "linked/predictions.jsonl"):  # as to a disk that is not mounted
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to("nowhere")
     for flags, expected in (
@@ -818,7 +818,7 @@ def test_nothing_is_overwritten(models, photos, tmp_path):
     ):
         (error,) = errors_of(*words, *flags, cwd=tmp_path)
         assert expected in error
-    for name in ("labels", "reconstructions"):  # they may hold annotations of the user's
+    for name in ("labels", "reconstructions"):  # they may hold the user's annotations
         (tmp_path / "predictions" / name).mkdir(parents=True)
     (error,) = errors_of(*words, cwd=tmp_path)
     assert "--output predictions would overwrite predictions/labels, predictions/reconstructions; give" in error

@@ -1,4 +1,4 @@
-"""Run prepare_data.py as its users do."""
+"""Tests of prepare_data.py through its command line."""
 
 import io
 import json
@@ -65,7 +65,7 @@ def mixed(tmp_path_factory):
     for number, path in enumerate(sorted(large.rglob("*.jpg"))):
         image = Image.open(path).resize((120, 90))
         exif = Image.Exif()
-        exif[0x0112] = 6 if number else 1  # turned by a quarter
+        exif[0x0112] = 6 if number else 1  # 6 is a quarter turn
         image.save(folder / "class_0" / f"large_{number}.jpg", quality=95, exif=exif)
         path.unlink()
     Image.open(folder / "class_0" / "large_0.jpg").convert("RGBA").save(folder / "class_1" / "alpha.png")
@@ -101,7 +101,7 @@ def test_images_are_shrunk_upright_and_the_damaged_left_out(mixed, tmp_path):
     for name, data in zip(names, found.fetch(range(9)), strict=True):
         image, file = decode(data, PIXELS), mixed / name
         assert bytes(data[:2]) == b"\xff\xd8"
-        if file.stat().st_size == len(data):  # as the small ones
+        if file.stat().st_size == len(data):  # a small image, which is copied
             assert file.read_bytes() == bytes(data) and image.shape[1:] == (30, 30)
             continue
         assert image.shape[1:] == ((60, 45) if name == "class_0/large_1.jpg" else (45, 60))
@@ -165,7 +165,7 @@ def test_masks_and_labels_go_with_their_images(pairs, tmp_path):
 def test_pairs_of_a_prepared_folder_equal_those_of_the_folder(scenes, tmp_path):
     folder, out = shutil.copytree(scenes, tmp_path / "scenes"), tmp_path / "out"
     prepare(folder, out, "--statistics")
-    prepare(folder, "--statistics")  # of the images alone
+    prepare(folder, "--statistics")  # without OUT: measure the source itself
     assert statistics_of(out) == statistics_of(folder) and statistics_of(folder)["images"] == 10
     for ours, theirs in zip(open_pairs(str(out), PIXELS), open_pairs(str(folder), PIXELS), strict=True):
         indices = range(len(theirs))
@@ -278,7 +278,7 @@ def test_what_was_begun_is_not_mixed_with_other_settings_or_images(tmp_path, cap
     image = photos / "class_0" / "0000.jpg"
     data = image.read_bytes()
     image.write_bytes(data + b"\0")
-    assert "started with other images" in refused(capsys, photos, out, "--short_side", 20)  # of the same names
+    assert "started with other images" in refused(capsys, photos, out, "--short_side", 20)  # the names are the same
     image.write_bytes(data)
     write_images(photos / "more", 1)
     assert "started with other images" in refused(capsys, photos, out, "--short_side", 20)
@@ -304,7 +304,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
     (tmp_path / "out" / "thesis.txt").write_text("all of it")
     assert "holds something else" in refused(capsys, photos, tmp_path / "out")
     assert [*files_of(tmp_path / "out")] == [Path("thesis.txt")]
-    write_images(tmp_path / "other" / "preparing", 1)  # a class of that name
+    write_images(tmp_path / "other" / "preparing", 1)  # a class folder with this name
     assert "holds something else" in refused(capsys, photos, tmp_path / "other")
     assert "is inside SOURCE" in refused(capsys, photos, photos / "out")
     for name, content in (("preparing/plan.json", "["), ("preparing/plan.json", '{"a": 1}'), ("prepared.json", "{}")):
@@ -346,7 +346,7 @@ def test_one_process_writes_at_a_time(tmp_path):
             ["photos", "--format", "array", "--quality", "90", "--shard_size", "1", "--verify"],
             [*(f"--{name} needs a folder" for name in ("format", "quality", "shard_size")), "--quality needs --format"],
         ),
-        (["list.csv", "list.csv/out"], []),  # which is no folder
+        (["list.csv", "list.csv/out"], []),  # SOURCE is a file, so OUT is not inside it
         (["photos", "out", "--quality", "9", "--format", "array"], ["--quality needs --format jpeg"]),
         (["photos", "out", "--value_range", "2", "1"], ["--value_range 2 1 is not increasing"]),
         (["photos", "out", "--short_side", "9", "--input_channels", "4"], ["give --format array"]),
@@ -491,7 +491,7 @@ def test_statistics_follow_a_range_that_is_given(tmp_path):
     prepare(folder, *flags)
     found, scaled = statistics_of(folder), ((values - 1000.0) / 1000).clip(0, 1)
     np.testing.assert_allclose(found["mean"], scaled.mean((0, 1)), atol=1e-12)
-    np.testing.assert_allclose(found["std"], [scaled[..., 0].std(), 1], rtol=1e-12)  # the other says nothing
+    np.testing.assert_allclose(found["std"], [scaled[..., 0].std(), 1], rtol=1e-12)  # the second band is constant
     prepare(folder, tmp_path / "out", "--format", "array", *flags)
     assert statistics_of(tmp_path / "out") == found
 
@@ -509,11 +509,11 @@ def test_the_statistics_of_another_program_stay(image_folder, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "--mean" in said and "give the scripts these flags" in said and "is another program's" in said
     (folder / "statistics.json").unlink()
-    (folder / "statistics.json").symlink_to("nowhere")  # as git-annex leaves what is not here
+    (folder / "statistics.json").symlink_to("nowhere")  # as git-annex leaves files that are not fetched
     prepare(folder, "--statistics")
     assert (folder / "statistics.json").is_symlink()
     (folder / "statistics.json").unlink()
-    for _ in range(2):  # its own are written again
+    for _ in range(2):  # its own statistics are overwritten
         prepare(folder, "--statistics")
     assert statistics_of(folder)["images"] == 40
 

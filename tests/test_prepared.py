@@ -1,4 +1,4 @@
-"""Test reading the folders that prepare_data.py writes."""
+"""Tests of reading the folders that prepare_data.py writes."""
 
 import json
 import pickle
@@ -28,7 +28,7 @@ def prepare(source, out, *flags):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """13 training and 5 validation images, 60 x 60 pixels, in two classes."""
+    """Return a folder of 13 training and 5 validation images, 60 x 60 pixels, in two classes."""
     root = tmp_path_factory.mktemp("photos")
     write_images(root / "train", 13, size=60)
     write_images(root / "val", 5, size=60, seed=1)
@@ -79,7 +79,7 @@ def test_arrays_are_views_in_the_sources_order_which_torch_takes_without_a_warni
     first = ours.fetch([0])[0]
     assert first.shape == (40, 40, 3) and not first.flags.owndata
     before = (arrays / "train" / "data-00000-of-00001.bin").read_bytes()
-    first[:] = 0  # a view of this process's own
+    first[:] = 0  # changes only this process's copy
     assert (arrays / "train" / "data-00000-of-00001.bin").read_bytes() == before
 
 
@@ -89,7 +89,7 @@ def test_deep_arrays_come_out_as_stored_in_shards_of_their_own(deep):
     assert source.labels is None and source.classes == []
     for index in (2, 0, 1):
         (image,) = source.fetch([index])
-        assert np.array_equal(image, scenes[index]) and image.dtype == np.float32  # which holds 16 bits
+        assert np.array_equal(image, scenes[index]) and image.dtype == np.float32  # float32 can hold 16-bit integers
     assert source.size_in_bytes() == sum(4 * scene.size for scene in scenes)
 
 
@@ -166,7 +166,7 @@ def cut(path):
 def test_an_unfinished_folder_is_known(tmp_path):
     assert not is_prepared(tmp_path)
     (tmp_path / "preparing").mkdir()
-    assert not is_prepared(tmp_path)  # but a class of that name
+    assert not is_prepared(tmp_path)  # this may be a class of that name
     (tmp_path / "preparing" / "plan.json").write_text("{}")
     assert is_prepared(tmp_path)
     with pytest.raises(DataError, match="not completely prepared; repeat the command"):

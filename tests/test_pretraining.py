@@ -1,4 +1,4 @@
-"""Flags of views, sizes, masks and decoders; whole runs are in test_scripts.py and test_schedule_runs.py."""
+"""Tests of the flags of sizes, masks, decoders and validity; test_scripts.py and test_schedule_runs.py test runs."""
 
 from types import SimpleNamespace
 
@@ -117,12 +117,12 @@ def test_batches_continue_in_the_stage_of_their_step(start, expected):
         return ((stage.size[0], step) for step in stage.steps)
 
     batches = staged_batches(stages, load, start)
-    assert len(loaded) == 1  # the workers of the others start when those of the one before have ended
+    assert len(loaded) == 1  # each stage starts its workers when those of the stage before have ended
     assert list(batches) == [([8, 8, 16, 16, 24][step], step) for step in expected]
 
 
 def test_costs_of_the_stages_by_hand():
-    """Two stages of a run of 10 steps, of which the small images need a quarter of the operations."""
+    """A run of 10 steps has two stages; its small images need a quarter of the operations."""
     model = SimpleNamespace(training_flops=lambda size: size[0] ** 2 * 1e6, count=lambda patches: (patches // 4, 0))
     model.encoder = SimpleNamespace(patch_size=16)
     stages = plan_stages(["112:0.8", "224:1"], [224, 224], 10)

@@ -44,9 +44,9 @@ ALIKE += ["--num_workers", 0, "--mixed_precision", "no"]
 
 @pytest.fixture(autouse=True)
 def own_handlers():
-    """A Crew changes those of the process."""
+    """Restore the signal handlers after each test, because a Crew changes them."""
     handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)}
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # not as below nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup would ignore it
     yield
     signal.set_wakeup_fd(-1)
     for number, handler in handlers.items():
@@ -81,13 +81,13 @@ MOMENTS = ["model prepared", "forward", "measuring", "any moment of a save", "en
     [
         pytest.param(
             name, moment, marks=[] if (row - column) % 4 == 0 else pytest.mark.slow
-        )  # each signal, each moment
+        )  # the fast tests cover each signal and each moment
         for column, name in enumerate(SIGNALS)
         for row, moment in enumerate(MOMENTS)
     ],
 )
 def test_a_signal_at_any_moment_saves_and_ends_the_run(image_folder, tmp_path, name, moment):
-    """Only at the end, when all is saved, the run finishes instead."""
+    """A signal after the last save does not stop the run: it finishes."""
     flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 7, "--save_checkpoint_steps", 2]
     done = run("tests/armed.py", *flags, "--validate_every", 1, "--send", name, moment, 1, cwd=tmp_path)
     folder = tmp_path / "work_dir" / "pretrain_mae"
@@ -117,7 +117,7 @@ run_script(main)
     "wait", ["time.sleep(300)", "torch.distributed.TCPStore('127.0.0.1', 0, is_master=True).get('x')"]
 )
 def test_a_second_sigterm_ends_a_process_that_waits(tmp_path, wait):
-    """In a call, too, that does not let handlers of Python run; an echo of the first one does not."""
+    """It works even during a call that lets no Python handler run. Within ECHO_SECONDS, it is taken for an echo."""
     (tmp_path / "code.py").write_text(HANGING.format(wait))
     process = Start(tmp_path / "code.py", cwd=tmp_path)
     while not (tmp_path / "ready").exists():
@@ -170,7 +170,7 @@ def test_one_process_agrees_with_itself():
 
 
 class Clock:
-    """A clock that tests turn, for a process that is born at 0."""
+    """A clock that tests set, for a process that started at time 0."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0
@@ -179,9 +179,9 @@ class Clock:
 
 
 @pytest.mark.parametrize(
-    "limit, step, save, expected",  # seconds; the last step that is begun must end, and be saved, within the limit
+    "limit, step, save, expected",  # in seconds; the last step must end and be saved within the limit
     [
-        ("1:00", 10, 0, 3600 - 180 - 10),  # 5 % are for the first save, which nobody has seen
+        ("1:00", 10, 0, 3600 - 180 - 10),  # 5 % are reserved for the first save, whose time is unknown
         ("0:01", 10, 0, 60 - 15 - 10),
         ("100:00", 10, 0, 360000 - 300 - 10),
         ("1:00", 10, 400, 3600 - 180 - 10 - 400),
@@ -196,7 +196,7 @@ def test_a_time_limit_leaves_time_for_a_step_and_a_save(monkeypatch, limit, step
     while not crew.stop_requested(after_step=True):
         clock.now += step
     assert expected < clock.now <= expected + step
-    clock.now = 0  # what was agreed is not taken back
+    clock.now = 0  # the decision to stop is final
     assert crew.stop_requested()
     assert f"stopped by --time_limit {limit} after step 9" in crew.describe_stop(9, start_step=0)
 
@@ -204,7 +204,7 @@ def test_a_time_limit_leaves_time_for_a_step_and_a_save(monkeypatch, limit, step
 def test_slow_steps_of_long_ago_are_forgotten(monkeypatch):
     clock = Clock(monkeypatch)
     crew = Crew("1:00")
-    clock.now = 1200.0  # the first one compiled
+    clock.now = 1200.0  # the first step compiled the model
     assert not crew.stop_requested(after_step=True)
     while not crew.stop_requested(after_step=True):
         clock.now += 1
@@ -243,7 +243,7 @@ LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
         (LAUNCHED, 1, None),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "1", **LAUNCHED}, 2, None),
         ({"WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1"}, 1, None),
-        ({"SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "16", "RANK": "3"}, 16, None),  # a launcher on each of two nodes
+        ({"SLURM_STEP_NUM_TASKS": "2", "WORLD_SIZE": "16", "RANK": "3"}, 16, None),  # two nodes, one launcher each
         ({"MASTER_PORT": "29500"}, 1, None),
         ({"WORLD_SIZE": "2", "RANK": "1", **LAUNCHED}, 1, "asks for 2 processes (WORLD_SIZE), but only 1 started"),
         ({"MASTER_PORT": "29500", **LAUNCHED}, 1, "asked for several processes (MASTER_PORT is set), and started one"),
@@ -312,7 +312,7 @@ def test_a_setting_of_accelerate_ends_a_script_in_one_line(tmp_path):
 
 @pytest.fixture(scope="module")
 def many_scenes(tmp_path_factory):
-    """14 pairs to train on, 5 held out."""
+    """Return the folder of 14 training and 5 validation pairs."""
     folder = tmp_path_factory.mktemp("many_scenes")
     write_scenes(folder, 14, "training", seed=0)
     write_scenes(folder, 5, "validation", seed=1)
@@ -330,15 +330,18 @@ def kind(request):
 
 @pytest.fixture
 def flags(kind, image_folder, many_scenes):
-    """A run of global batches of 12 images, that is not changed by how they are split."""
+    """Return flags of a run that does not depend on how its global batches of 12 images are split."""
     own = {"pretrain_mae": AUTOENCODER, "finetune_classifier": CLASSIFIER, "finetune_segmentation": SEGMENTER}
     data = many_scenes if kind == "finetune_segmentation" else image_folder
     return ["--path_to_data", data, *own[kind], *ALIKE]
 
 
 def expect_alike(folder, other):
-    """Losses, validations and weights of two runs within the bounds of contract 1. BatchNorm's statistics, which are
-    those of the main process's images, are left out, and validations that use them."""
+    """Assert that losses, validations and weights of two runs are equal but for rounding.
+
+    BatchNorm's running statistics come from the main process's images. They, and validations that use them, are
+    left out.
+    """
     losses = losses_of(folder)
     assert losses_of(other) == pytest.approx(losses, rel=1e-5)
     assert log_of(other)[0]["grad_norm"] == pytest.approx(log_of(folder)[0]["grad_norm"], rel=1e-5)
@@ -351,15 +354,15 @@ def expect_alike(folder, other):
         if "running" in key or "num_batches" in key:
             continue
         difference = theirs[key] - value
-        if key.endswith("qkv.bias"):  # softmax cancels the key's bias: its gradient is rounding, which Adam enlarges
+        if key.endswith("qkv.bias"):  # softmax cancels the key's bias: its gradient is rounding, which Adam amplifies
             difference[len(difference) // 3 : -len(difference) // 3] = 0
         assert difference.abs().max() <= 1e-4, key
 
 
 def test_one_two_and_three_processes_are_one_run(kind, flags, tmp_path):
-    """The same samples in other shares and micro-batches. Held-out images, whose number neither two nor three divides,
-    are counted once each; and the main process alone writes."""
-    normed = kind == "finetune_segmentation"  # by BatchNorm, which follows the micro-batch
+    """The split into processes and micro-batches changes neither losses nor weights. Validation images, whose number
+    neither two nor three divides, are counted once each, and each step is logged once."""
+    normed = kind == "finetune_segmentation"  # its BatchNorm depends on the micro-batch, which stays 2
     steps = 20 if kind == "pretrain_mae" else 4
     shares = [(1, 2), (2, 2), (3, 2)] if normed else [(1, 12), (1, 3), (2, 3), (3, 4)]
     first, *others = (tmp_path / "work_dir" / f"{count}_{micro}" for count, micro in shares)
@@ -370,7 +373,7 @@ def test_one_two_and_three_processes_are_one_run(kind, flags, tmp_path):
         assert [line["step"] for line in log_of(folder) if "loss" in line] == list(range(1, steps + 1))
     for folder in others:
         expect_alike(first, folder)
-    if normed:  # what one process found, three find with its statistics
+    if normed:  # three processes evaluate the weights of one
         own = ["--path_to_backbone_checkpoint", first / "model", "--eval_only"]
         run_several(3, f"{kind}.py", *flags[:2], *own, "--num_workers", 0, "--experiment_name", "again", cwd=tmp_path)
         one, again = metrics_of(first), metrics_of(tmp_path / "work_dir" / "again")
@@ -378,8 +381,8 @@ def test_one_two_and_three_processes_are_one_run(kind, flags, tmp_path):
 
 
 def test_a_checkpoint_goes_on_with_other_processes(kind, flags, tmp_path):
-    """A signal to one of three processes stops all of them in the middle of an epoch, with one save; two go on, then
-    one, with the samples of a run that nothing interrupts."""
+    """A signal to one of three processes stops all of them after a step, which is saved. Two processes resume, then
+    one, and the result is that of a run that nothing interrupts."""
     longer = [*flags, "--max_steps", 12, "--micro_batch_size", 2]
     run(f"{kind}.py", *longer, "--experiment_name", "whole", cwd=tmp_path)
     folder = tmp_path / "work_dir" / "parts"
@@ -409,7 +412,7 @@ def test_a_checkpoint_goes_on_with_other_processes(kind, flags, tmp_path):
     "kind", ["pretrain_mae", *(pytest.param(name, marks=pytest.mark.slow) for name in FINE_TUNING)]
 )
 def test_a_killed_process_ends_the_others_and_the_same_command_goes_on(kind, flags, tmp_path):
-    """kill -9 of one of three in the middle of a step; then every loss and weight is that of an undisturbed run."""
+    """SIGKILL of one of three processes ends all; the resumed run has the losses and weights of an undisturbed one."""
     flags = [*flags, "--max_steps", 12, "--save_checkpoint_steps", 3, "--resume_from_checkpoint", "auto"]
     for name in ("whole", "killed"):
         own = [*flags, "--experiment_name", name]
@@ -431,7 +434,7 @@ def test_a_killed_process_ends_the_others_and_the_same_command_goes_on(kind, fla
 
 
 def patched(tmp_path, kind, code):
-    """A file that runs a script after some `code`, which changes what its processes do."""
+    """Write a file that runs `code`, which changes what its processes do, and then a script; return its path."""
     path = tmp_path / f"patched_{kind}.py"
     script = ROOT / f"{kind}.py"
     path.write_text(
@@ -442,7 +445,7 @@ def patched(tmp_path, kind, code):
 
 
 def errors_of(ends):
-    """The errors that all processes of a run said, each ended by itself."""
+    """Return the error lines of all processes of a run, which have printed no traceback."""
     told = "".join(end.stderr for end in ends)
     assert "Traceback" not in told
     return [line for line in told.splitlines() if line.startswith("error: ")]
@@ -498,7 +501,7 @@ def test_processes_with_other_flags_or_data_are_refused(kind, flags, many_scenes
 
 
 def test_a_full_disk_of_one_process_is_told_by_that_one(image_folder, tmp_path):
-    """Its machine's, which the others do not see."""
+    """Each machine has its own disk, so the other process does not see that one is full."""
     code = """
 from training.progress import Progress
 step = Progress.step
@@ -525,7 +528,7 @@ def test_who_is_waited_for_is_told(monkeypatch, capsys):
 
 
 def test_a_time_limit_stops_a_run(image_folder, tmp_path):
-    """Of a process that seems to be older than it is."""
+    """The process pretends to be older than it is."""
     flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 1000, "--validate_every", 0]
     aged = "import psutil, time\npsutil.Process.create_time = lambda process, born=time.time() - {}: born"
     path = patched(tmp_path, "pretrain_mae", aged.format(3600 - 180 - 3))
@@ -540,7 +543,7 @@ def test_a_time_limit_stops_a_run(image_folder, tmp_path):
 
 
 def test_the_scripts_find_a_micro_batch_and_keep_it(kind, flags, tmp_path):
-    """Where three of twelve images fit on a GPU, which a CPU plays. The trials leave nothing behind."""
+    """Three of twelve images fit on a GPU, played by a CPU. The trials do not change the run."""
     code = """
 import training.memory
 training.memory.check_device = lambda device: []

@@ -31,7 +31,7 @@ def begin(folder, trackers=(), *, start_step=0, log_every=1):
 
 
 def go(progress, first, last, *, offset=0.0):
-    """Write the lines of some steps, with a validation and its picture every ten."""
+    """Log some steps, with a validation and its picture every ten steps."""
     path = progress.path.with_name("picture.png")
     Image.fromarray(np.full((6, 8, 3), 200, np.uint8)).save(path)
     for step in range(first, last + 1):
@@ -43,7 +43,7 @@ def go(progress, first, last, *, offset=0.0):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Return a clock that the test turns."""
+    """Return a clock that the test sets."""
     result = SimpleNamespace(now=0.0)
     monkeypatch.setattr("training.progress.time.perf_counter", lambda: result.now)
     return result
@@ -100,7 +100,7 @@ def test_a_rehearsal_times_what_is_not_in_stock(tmp_path, clock, capsys, step_se
 
 
 def test_a_rehearsal_times_each_stage(tmp_path, clock, capsys):
-    """Seconds and waiting are means over the steps that the run has left."""
+    """The step time and the data wait are means over the remaining steps of the run."""
     progress, crew, loaded = begin(tmp_path), SimpleNamespace(any=bool, signal_name=None), []
     rehearsal = Rehearsal(progress, crew, read_ahead=0)
     stages = [Stage((16, 16), range(2, 3)), Stage((32, 32), range(3, 6))]
@@ -114,7 +114,7 @@ def test_a_rehearsal_times_each_stage(tmp_path, clock, capsys):
         progress.waited += 0.5
         if rehearsal.completed(torch.tensor(1.0)):
             break
-    # A step, more than three seconds and more than ten in each stage
+    # Each stage runs one step, then more than three seconds, then more than ten
     lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()]
     report = "dry run    15 steps timed after 8: 2.5 s a step, 3.2 images/s, data wait 20%, peak memory "
     assert loaded == [2, 3] and lines[0].startswith(report)
@@ -176,7 +176,7 @@ def test_damaged_images_are_named_once_and_limited(tmp_path, capsys):
         again.add([("x.jpg", "empty")])
 
 
-@pytest.mark.parametrize("num_samples, limit", [(3, 2), (5000, 50)])  # one must be readable; one percent
+@pytest.mark.parametrize("num_samples, limit", [(3, 2), (5000, 50)])  # one image must be readable; one percent
 def test_the_limit_of_damaged_images(tmp_path, num_samples, limit):
     damaged = DamagedImages(tmp_path, num_samples, is_main_process=False)
     damaged.add([(f"{i}.jpg", "empty") for i in range(limit)])

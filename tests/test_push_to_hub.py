@@ -1,4 +1,4 @@
-"""Test push_to_hub.py: whole paths from a run to the Hub and back, and input that it refuses."""
+"""Tests of push_to_hub.py: from a run to the Hub and back, and input that it refuses."""
 
 import json
 import os
@@ -30,7 +30,7 @@ SEGMENTER += ["--resize", 128, 40, "--layers", 0, 1, 2, 3]
 
 @pytest.fixture(scope="session")
 def runs(image_folder, scenes, tmp_path_factory):
-    """Return a working directory with a finished run of each script."""
+    """Return a folder with a finished run of each script."""
     cwd = tmp_path_factory.mktemp("runs")
     work = cwd / "work_dir"
     data = ["--path_to_data", image_folder]
@@ -45,7 +45,7 @@ def runs(image_folder, scenes, tmp_path_factory):
 
 @pytest.fixture
 def photo(tmp_path, monkeypatch):
-    """Return photo.jpg in the working directory."""
+    """Write photo.jpg to a new working directory, and return its path."""
     monkeypatch.chdir(tmp_path)
     Image.radial_gradient("L").convert("RGB").crop((20, 40, 220, 190)).save("photo.jpg")
     return tmp_path / "photo.jpg"
@@ -70,7 +70,7 @@ def errors_of(*words, capsys) -> str:
 
 
 def run_card(text: str, hub, photo, image_folder, scenes) -> tuple[int, int]:
-    """Run the Python code and the commands of a card's "Use" section on real images; return how many of each."""
+    """Run the Python code and the commands of a card's "Use" section on images; return the number of each."""
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     for block in blocks:
         exec(block, {})
@@ -90,13 +90,13 @@ def run_card(text: str, hub, photo, image_folder, scenes) -> tuple[int, int]:
 
 
 def test_training_uploads_what_all_libraries_load(hub, image_folder, photo, monkeypatch):
-    """Training uploads over HTTP, while it runs and at its end; the libraries download."""
+    """Training uploads while it runs and at its end, and the libraries load the model from the Hub."""
     cwd, variables = photo.parent, hub.variables(photo.parent)
     flags = [*TINY, "--path_to_data", image_folder, "--epochs", 2, "--hub_every", 1]
     flags += ["--push_to_hub", "--hub_private", "--hub_model_id", "owner/mae"]
     stdout = run("pretrain_mae.py", *flags, cwd=cwd, **variables).stdout
     assert "uploading step 5 " in stdout and "uploaded the finished run" in stdout
-    assert (cwd / "work_dir" / "pretrain_mae" / "checkpoints" / "step_00000005").is_dir()  # saved for that alone
+    assert (cwd / "work_dir" / "pretrain_mae" / "checkpoints" / "step_00000005").is_dir()  # saved only for the upload
     messages = list(hub.repositories["owner/mae"].messages.values())
     assert messages[-1] == "Weights of step 10" and hub.repositories["owner/mae"].private
     assert set(messages[1:]) <= {"Weights of step 5", "Weights of step 10"}
@@ -265,7 +265,7 @@ class Hostile:
 
 
 def test_code_in_weights_never_runs(runs, image_folder, scenes, photo):
-    """In a file, a folder, and in the checkpoint that a run resumes from."""
+    """Code in a file, in a folder or in the checkpoint to resume from is an error."""
     cwd, folder, file = photo.parent, photo.parent / "weights", photo.parent / "hostile.pth"
     folder.mkdir()
     for path in (file, folder / "pytorch_model.bin"):
@@ -294,7 +294,7 @@ def test_code_in_weights_never_runs(runs, image_folder, scenes, photo):
     (stderr,) = run_each("pretrain_mae.py", [flags], cwd=cwd, code=1)
     assert re.search(r"^error: .*optimizer.pt is missing, damaged, or holds objects", stderr, re.M), stderr
     assert not (cwd / "trace").exists()
-    torch.load(optimizer, weights_only=False)  # the code would have run
+    torch.load(optimizer, weights_only=False)  # an unsafe load runs the code
     assert (cwd / "trace").exists()
 
 

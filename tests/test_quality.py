@@ -29,7 +29,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Script(Start):
-    """A script that `quality` starts, with the libraries imported; a dry run has a clock that is ten times as fast."""
+    """A script that `quality` starts, with the libraries imported. Dry runs have a clock that is ten times as fast."""
 
     def __init__(self, words, *, stdout, **options):
         self.log = Path(stdout.name)
@@ -51,7 +51,7 @@ class Script(Start):
 
 
 def times(out, recipes, **options):
-    """The seconds of a step, and the steps of an epoch of 40 images."""
+    """Return made-up seconds per step for each recipe, and the steps of an epoch of 40 images."""
     return {name: dict(step_seconds=0.5 if name == "grid" else 0.25, steps_per_epoch=5) for name in recipes}
 
 
@@ -64,7 +64,7 @@ def quick(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def compared(image_folder, tmp_path_factory):
-    """A baseline of 40 steps and a recipe of 20, two seeds each."""
+    """Return the folder that compares a baseline of 40 steps with a recipe of 20, two seeds each."""
     out = tmp_path_factory.mktemp("quality") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quality, "Popen", Script)
@@ -117,14 +117,14 @@ def test_finished_runs_are_not_run_again_and_recipes_may_be_added(compared, imag
     flags, reported, report = ["--path_to_data", str(image_folder), *FLAGS, "--out", str(out)], [], quality.report
     monkeypatch.setattr(quality, "report", lambda *given: reported.append(given[2]["seeds"]) or report(*given))
     quality.main(flags)
-    assert reported == [[0], [0, 3]]  # after each seed
+    assert reported == [[0], [0, 3]]  # the report is written after each seed
     assert not started and json.loads((out / "quality.json").read_text()) == before
     quality.main([*flags, "--recipe", "half=--mask_ratio 0.5", "--seeds", "0"])
     assert len(started) == 2 and all("again/half" in " ".join(words) for words in started)
     after = json.loads((out / "quality.json").read_text())["recipes"]
     assert after.keys() == {"baseline", "grid", "half"}
     assert after["grid"]["runs"] == before["recipes"]["grid"]["runs"][:1]
-    assert "±" not in (out / "quality.md").read_text()  # of one seed
+    assert "±" not in (out / "quality.md").read_text()  # one seed has no standard deviation
 
 
 def test_an_interrupted_comparison_goes_on_exactly(compared, image_folder, quick, monkeypatch, capsys):

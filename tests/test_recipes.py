@@ -1,4 +1,4 @@
-"""Default flags of a classifier, against the tables of the paper."""
+"""Tests of the default flags of a classifier against the tables of the paper."""
 
 import pytest
 

@@ -36,7 +36,7 @@ def test_weights_give_mean_and_standard_deviation():
     assert images(None, of_weights(2, [0.0, 1.0])) == of_weights(2, [0.0, 1.0])
     eight_bits = STATISTICS._replace(value_range=None)
     assert images(eight_bits, of_weights(2, [0.0, 1.0])) == of_weights(2)._replace(nodata=-1.0)
-    assert images(weights=of_weights(3)) == STATISTICS  # weights for other channels, which are refused later
+    assert images(weights=of_weights(3)) == STATISTICS  # weights for another number of channels are an error later
     assert images(None, of_weights(1), adapt_channels=True) == COLOUR
 
 
@@ -81,8 +81,8 @@ def test_inputs_follow_from_the_weights_the_run_to_resume_or_a_named_size():
     assert inputs(weights, model="base", img_size=[64, 64])[1] == dict(base, img_size=(64, 64))
     assert inputs(weights, patch_size=8)[1]["img_size"] == (16, 24)
     weights.sizes["num_cls_tokens"] = 8
-    assert inputs(weights, model="base")[1]["num_cls_tokens"] == 8  # no named size has a number of them
-    assert inputs(weights, num_cls_tokens=2)[1]["num_cls_tokens"] == 2  # refused later
+    assert inputs(weights, model="base")[1]["num_cls_tokens"] == 8  # named sizes do not set this number
+    assert inputs(weights, num_cls_tokens=2)[1]["num_cls_tokens"] == 2  # an error later
     previous = dict(resolve.encoder_flags(tiny), img_size=[48, 48], **STATISTICS._asdict())
     assert inputs(previous=previous) == (STATISTICS, dict(tiny, img_size=(48, 48)))
 

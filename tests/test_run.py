@@ -1,4 +1,4 @@
-"""The mechanics of a run, with a model that must not be called; and which functions see the flags."""
+"""Tests of the mechanics of a run, with a model that must not be called, and of which functions use the flags."""
 
 import ast
 import json
@@ -21,7 +21,7 @@ from training.run import Run
 
 
 class Source:
-    """Images, as far as a Run sees them."""
+    """The part of a source of images that a Run uses."""
 
     def __init__(self):
         self.fingerprint, self.size_in_bytes, self.name = (lambda: "abc"), (lambda: 1000), "{}.jpg".format
@@ -35,7 +35,7 @@ class Source:
 
 
 class Untouchable(torch.nn.Linear):
-    """A model that nobody may call."""
+    """A model that fails when it is called."""
 
     def forward(self, *inputs):
         raise AssertionError("the model was called")
@@ -43,7 +43,7 @@ class Untouchable(torch.nn.Linear):
 
 @pytest.fixture(autouse=True)
 def process(monkeypatch):
-    """Give each test a process on a CPU, without the signal handlers and Accelerate's state of the last one."""
+    """Run each test on the CPU, and reset Accelerate's state and the signal handlers afterwards."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -84,7 +84,7 @@ def test_a_refused_start_leaves_no_run_folder(tmp_path, capsys):
 
 
 def go(run, terminate_at=None):
-    """Take the steps of a run with gradients and losses by hand, validate every three, find an image damaged."""
+    """Take the steps of a run with made-up gradients and losses, validate every three, report one damaged image."""
     for step in run.steps:
         if run.is_due(step, 3, "top1"):
             for _ in run.watch(range(2)):
@@ -184,7 +184,7 @@ def test_errors_are_told_together_at_a_gate(tmp_path, capsys):
         run.plan_steps(7, lambda size: [])
     with run.refusing(InputError):
         run.plan_steps(8, lambda size: [f"a micro-batch of {size} is refused"])
-    with run.refusing(InputError):  # is skipped, as it needs what was refused
+    with run.refusing(InputError):  # skipped, because it may need what failed before
         raise UnboundLocalError("train_source")
     with pytest.raises(SystemExit, match="2"):
         run.gate()
@@ -226,7 +226,7 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
 @pytest.mark.parametrize("limit, before, expected", [(4, None, 4), (8, 2, 2), (1, 2, 1), (8, 3, 8)])
 def test_the_micro_batch_that_fits_is_kept_by_a_resumed_run(tmp_path, limit, before, expected):
     def step(model, optimizer, size):
-        assert optimizer.param_groups[0]["params"][0] is model.weight is not run.model.weight  # copies
+        assert optimizer.param_groups[0]["params"][0] is model.weight is not run.model.weight  # a copy of the model
         if size > limit:
             raise torch.OutOfMemoryError
 
@@ -270,7 +270,7 @@ def changes_flags(function):
 
 @pytest.mark.parametrize("path", [*SCRIPTS, *sorted(ROOT.glob("training/*.py"))], ids=lambda path: path.name)
 def test_functions_take_values_and_leave_the_flags_alone(path):
-    """Allow the flags, and changes of them, to the functions that read and check them alone."""
+    """Only the functions that read and check the flags may take or change them."""
     functions = parts_of(path, ast.FunctionDef)
     changing = {function.name for function in functions if changes_flags(function)}
     taking = {f.name for f in functions for node in ast.walk(f.args) if getattr(node, "arg", None) == "args"}
@@ -288,7 +288,7 @@ def test_run_has_no_base_class_no_subclass_and_calls_no_model():
 
 
 def test_several_runs_of_one_process(image_folder, tmp_path):
-    """As in a notebook: with other precisions and devices of others, after errors; each as in a process of its own."""
+    """Runs in one process, as in a notebook, equal runs in their own, also after other precisions and errors."""
     code = """
 import signal, sys, torch
 from pretrain_mae import main

@@ -1,4 +1,4 @@
-"""The run folder, its checkpoints, and the files and folders that are whole or absent."""
+"""Tests of the run folder, its checkpoints, and folders that are replaced atomically."""
 
 import os
 import shutil
@@ -22,14 +22,14 @@ def save(folder, step, keep=3):
 
 
 def fill(folder, *names):
-    """Write files, each of which holds its name."""
+    """Write files that contain their own names."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
 
 
 def files_in(folder):
-    """Return the text of all files below a folder, by their paths."""
+    """Return the texts of all files below a folder, by path."""
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -67,7 +67,7 @@ def test_the_folder_of_something_else_is_refused_and_stays_as_it_is(tmp_path, na
 @pytest.mark.parametrize("names", [[], ["slurm/7.out", "log.txt", "1.err", "job.sh", "config/a.yaml", ".hidden"]])
 def test_a_folder_without_names_of_a_run_is_taken_and_keeps_its_files(tmp_path, names):
     fill(tmp_path / "run", *names)
-    for _ in range(2):  # the second start finds what the first has made
+    for _ in range(2):  # the second start finds the files of the first
         RunFolder(tmp_path / "run").lock()
     write_json(tmp_path / "run" / "args.json", {"flags": {}, "versions": {}})
     RunFolder(tmp_path / "run").clear_beyond(0)
@@ -116,7 +116,7 @@ def test_a_run_that_left_no_checkpoint_starts_anew_and_files_of_others_stay(fold
     assert folder.find(None) is None and folder.find("auto") is None
     folder.clear_beyond(0)
     assert {*files_in(folder.path)} == {"args.json", ".lock", *others}
-    save(folder, 1)  # in the place of what was half removed
+    save(folder, 1)  # replaces the partly removed checkpoint
     assert folder.find("auto").name == "step_00000001"
     assert (folder.checkpoints / "step_00000001" / "merged.pt").read_text() == "checkpoints/step_00000001/merged.pt"
 
@@ -164,7 +164,7 @@ def test_runs_are_recognized_by_their_mark_and_older_ones_by_their_flags_and_ver
     write_json(folder.path / "args.json", content)
     fill(folder.path, "log.jsonl", "notes.txt")
     folder.lock()
-    write_json(folder.path / "args.json", {"flags": {}})  # of another program
+    write_json(folder.path / "args.json", {"flags": {}})  # from another program
     with pytest.raises(InputError, match="holds files that no run wrote"):
         RunFolder(folder.path).lock()
 
@@ -277,7 +277,7 @@ replace_folder(target, write)
 
 
 def test_a_replaced_folder_keeps_what_others_put_there(tmp_path):
-    """Of its own files, those that the new one lacks go; an empty folder, a link and a repository of git stay."""
+    """Own files that the new folder lacks are removed; an empty folder, a link and a Git repository stay."""
     target = tmp_path / "hub"
     replace_folder(target, lambda folder: fill(folder, "config.json", "pretraining/model.safetensors"))
     fill(target, "notes.txt", ".git/HEAD", "pretraining/convert.py")
@@ -293,7 +293,7 @@ def test_a_replaced_folder_keeps_what_others_put_there(tmp_path):
 
 
 def test_a_link_to_a_replaced_folder_stays(tmp_path):
-    """The folder lies on a larger disk."""
+    """Such a link may lead to a larger disk."""
     link, real = tmp_path / "run" / "hub", tmp_path / "disk" / "hub"
     fill(real, "notes.txt")
     link.parent.mkdir()
@@ -301,13 +301,13 @@ def test_a_link_to_a_replaced_folder_stays(tmp_path):
     for names in (["config.json"], ["model.safetensors"]):
         replace_folder(link, lambda folder, names=names: fill(folder, *names))
         assert link.is_symlink() and {*files_in(real)} == {"notes.txt", *names, MARKER}
-    fill(real.parent, f".hub.replacing/{MARKER}")  # of a call that was killed
+    fill(real.parent, f".hub.replacing/{MARKER}")  # left by a killed call
     clear_beside(link)
     assert os.listdir(real.parent) == ["hub"] and os.listdir(link.parent) == ["hub"]
 
 
 def test_what_lies_beside_a_replaced_folder_stays(tmp_path):
-    """By their names these could be left over from a replacement."""
+    """Their names are like those of unfinished replacements."""
     fill(tmp_path, ".new_hub/mine", ".old_hub/mine", "hub/config.json", "encoder")
     with pytest.raises(RunError, match=r"encoder is in the way, a file .*; move it"):
         replace_folder(tmp_path / "encoder", lambda folder: fill(folder, "config.json"))

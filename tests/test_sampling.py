@@ -20,7 +20,7 @@ def test_every_epoch_is_a_permutation_of_its_own():
 
 
 def test_the_rest_of_an_epoch_is_not_used():
-    drawn = batches()  # 21 images in batches of 8: two steps an epoch
+    drawn = batches()  # 21 images in batches of 8: two steps per epoch
     assert [batch[0][0] for batch in drawn] == [0, 0, 1, 1, 2, 2, 3]
     assert len({index for batch in drawn[:2] for _, index in batch}) == 16
 
@@ -47,7 +47,7 @@ def test_repeated_views_stand_together_and_are_those_of_later_epochs(processes, 
         epochs, indices = zip(*batch, strict=True)
         assert indices[::2] == indices[1::2] and len(set(indices)) == micro // 2
         assert all(odd == even + 1 and even % 2 == 0 for even, odd in zip(epochs[::2], epochs[1::2], strict=True))
-    first_epoch = batches(steps=range(5), views=2)  # 21 images, twice each, in batches of 8: five steps an epoch
+    first_epoch = batches(steps=range(5), views=2)  # 21 images, twice each, in batches of 8: five steps per epoch
     assert {epoch for batch in first_epoch for epoch, _ in batch} == {0, 1}
     assert len({index for batch in first_epoch for _, index in batch}) == 20
     assert batches(steps=range(6), views=2)[5][0][0] == 2

@@ -2,7 +2,7 @@ import pytest
 
 from training.schedule import is_due, learning_rate_at, stepped_learning_rate
 
-DIAGONAL = 0.5**0.5  # cos(pi / 4), a quarter of the cosine
+DIAGONAL = 0.5**0.5  # cos(pi / 4), after a quarter of the cosine schedule
 
 
 def test_warmup_then_cosine_against_numbers_by_hand():
@@ -13,7 +13,7 @@ def test_warmup_then_cosine_against_numbers_by_hand():
 
 
 def test_warmup_then_linear_against_numbers_by_hand():
-    """Take segmentation's schedule: peak 1e-4, 1,500 steps of warmup, 160,000 in all."""
+    """The schedule is that of segmentation: peak 1e-4, 160,000 steps, of which 1,500 are warmup."""
     expected = {0: 0, 750: 0.5e-4, 1_500: 1e-4, 80_750: 1e-4 * 79_249 / 158_499, 159_999: 0}
     for step, learning_rate in expected.items():
         value = learning_rate_at(step, peak=1e-4, total_steps=160_000, warmup_steps=1_500, linear=True)
@@ -22,7 +22,7 @@ def test_warmup_then_linear_against_numbers_by_hand():
 
 
 def test_steps_of_vitdet_against_numbers_by_hand():
-    """Take ViT-B's schedule on COCO: 250 steps of warmup, 184,375 in all, drops at steps 163,889 and 177,546."""
+    """The schedule is ViT-B's on COCO: 184,375 steps, 250 of them warmup, and drops at 163,889 and 177,546."""
     expected = {0: 0, 125: 0.5e-4, 250: 1e-4, 163_888: 1e-4, 163_889: 1e-5, 177_545: 1e-5, 177_546: 1e-6, 184_374: 1e-6}
     for step, learning_rate in expected.items():
         value = stepped_learning_rate(step, peak=1e-4, total_steps=184_375, warmup_steps=250)

@@ -1,4 +1,4 @@
-"""Whole pre-trainings whose images grow: resume, processes, workers, compilation, and schedules that are refused."""
+"""Tests of pre-training runs with growing images: resume, processes, workers, compilation and refused schedules."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ SCHEDULE = ["--img_size_schedule", "16:0.5", "24:0.7", "32:1"]  # 4, 2 and 2 of 
 
 @pytest.fixture(scope="session")
 def plain(image_folder):
-    """The flags of runs without a schedule."""
+    """Return the flags of a run without a schedule."""
     often = ["--validate_every", 1, "--save_checkpoint_steps", 1, "--keep_checkpoints", 8]
     return [*TINY, "--path_to_data", image_folder, "--max_steps", 8, *often]
 
@@ -37,7 +37,7 @@ def flags(plain):
 
 @pytest.fixture(scope="session")
 def scheduled(flags, tmp_path_factory):
-    """A run that nothing interrupts, and what it said."""
+    """Return the folder and the output of an uninterrupted run."""
     cwd = tmp_path_factory.mktemp("scheduled")
     said = run(SCRIPT, *flags, cwd=cwd).stdout
     return cwd / "work_dir" / "pretrain_mae", said

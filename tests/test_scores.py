@@ -87,7 +87,7 @@ def test_labels_against_torchmetrics():
         assert got[f"mean_{key}"] == pytest.approx(sum(expected) / 2, abs=1e-4)
     assert got["val_loss"] == 0.5
     alone = score_labels([row for row in rows if row[0].tolist() == rows[0][0].tolist()], list("abcd"))
-    assert alone["mean_ap"] is alone["mean_auroc"] is alone["mean_f1"] is None  # as there is nothing to rank
+    assert alone["mean_ap"] is alone["mean_auroc"] is alone["mean_f1"] is None  # there is nothing to rank
 
 
 def test_numbers_against_torchmetrics():
@@ -101,7 +101,7 @@ def test_numbers_against_torchmetrics():
         assert got["per_column_mae"][name] == pytest.approx(regression.mean_absolute_error(*both).item(), rel=1e-9)
         squares = regression.mean_squared_error(*both, squared=False)
         assert got["per_column_rmse"][name] == pytest.approx(squares.item(), rel=1e-9)
-        centred = [values - true[:, column].mean() for values in both]  # theirs sums squares of the values themselves
+        centred = [values - true[:, column].mean() for values in both]  # torchmetrics sums uncentred squares
         expected = None if name == "c" else pytest.approx(regression.r2_score(*centred).item(), rel=1e-6)
         assert got["per_column_r2"][name] == expected
     assert got["mean_r2"] == (got["per_column_r2"]["a"] + got["per_column_r2"]["b"]) / 2
@@ -168,7 +168,7 @@ def test_an_annotation_of_void_counts_nowhere():
 
 
 def test_sample_of_ade20k(real_images):
-    """Three images whose predictions equal the annotations, in files with 0 = void."""
+    """The predictions of three images equal their annotations; label 0 in the files is void."""
     folder = real_images / "ade20k_sample"
     pairs = []
     for path in sorted((folder / "annotations" / "validation").glob("*.png")):
@@ -181,7 +181,7 @@ def test_sample_of_ade20k(real_images):
 
 
 def detections_of(truths, rng):
-    """Records near the objects, some of which are missed, of another class, or found where nothing is."""
+    """Return zero to two detections near each object, some of them of another class."""
     records = []
     for truth in truths:
         x, y, w, h = truth["bbox"]
@@ -203,7 +203,7 @@ def masked(record, size):
 
 @pytest.mark.parametrize("name, kind", [("box", "bbox"), ("mask", "segm")])
 def test_detections_are_scored_as_pycocotools_scores_files(tmp_path, name, kind):
-    """Crowds, images without objects, a class without objects and one that is never found."""
+    """The data have crowds, images without objects, a class without objects and one that is never detected."""
     rng, rows, size = np.random.default_rng(0), [], (120, 160)
     for index in range(30):
         truths = []

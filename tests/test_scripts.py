@@ -1,4 +1,4 @@
-"""Whole runs of the scripts, as their users start them."""
+"""Tests of whole runs of the scripts, started as users start them."""
 
 import json
 import os
@@ -45,13 +45,13 @@ SCRIPT = "pretrain_mae.py"
 
 @pytest.fixture(scope="session")
 def flags(image_folder):
-    """40 images in batches of 8: five steps an epoch, 23 in all, so that the run ends inside its fifth epoch."""
+    """Return flags for 40 images in batches of 8, five steps per epoch, with an end inside the fifth epoch."""
     return [*TINY, "--path_to_data", image_folder, "--max_steps", 23, "--validate_every", 2, "--drop_path", 0.2]
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory, flags):
-    """A run of 23 steps that nothing interrupts, with drop path on and gradients accumulated."""
+    """Return the folder of an uninterrupted run of 23 steps with drop path and gradient accumulation."""
     cwd = tmp_path_factory.mktemp("undisturbed")
     run(SCRIPT, *flags, "--gradient_accumulation_steps", 2, "--save_checkpoint_steps", 4, cwd=cwd)
     return cwd / "work_dir" / "pretrain_mae"
@@ -100,7 +100,7 @@ def test_sigterm_saves_and_exits_0_and_the_rest_is_the_same(undisturbed, flags, 
     (checkpoint,) = (folder / "checkpoints").iterdir()
     step = int(checkpoint.name.removeprefix("step_"))
     assert 7 <= step < 23 and f"stopped by SIGTERM after step {step}" in out + err
-    again = run(SCRIPT, *flags, cwd=tmp_path, code=2)  # without the flag, the run folder is refused
+    again = run(SCRIPT, *flags, cwd=tmp_path, code=2)  # without the flag, an existing run is an error
     assert "already holds a run" in again.stderr and "--resume_from_checkpoint latest" in again.stderr
     run(SCRIPT, *flags, "--resume_from_checkpoint", checkpoint.name, cwd=tmp_path)
     assert_equal_runs(undisturbed, folder, 23)
@@ -140,7 +140,7 @@ def test_resuming_from_an_earlier_checkpoint_goes_on_from_there(undisturbed, fla
 
 
 def test_a_run_that_version_0_1_started_goes_on(tmp_path):
-    """The archive holds a run of five steps, with its whole log and the checkpoint after two."""
+    """The archive holds the whole log of a run of five steps, and its checkpoint of step 2."""
     write_images(tmp_path / "images" / "train", 12, size=24)
     shutil.unpack_archive(ROOT / "tests" / "run_of_0.1.tar.xz", tmp_path / "work_dir")
     folder = tmp_path / "work_dir" / "pretrain_mae"
@@ -164,13 +164,13 @@ def test_the_launcher_of_two_processes_passes_sigterm_on(image_folder, tmp_path)
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
     wait_for(7, folder, process)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)  # the launcher makes an exit code of its own
+    process.communicate(timeout=60)  # the launcher has its own exit code
     (checkpoint,) = (folder / "checkpoints").iterdir()
     assert steps_in(folder) == int(checkpoint.name.removeprefix("step_"))
 
 
 def test_a_failure_nobody_foresaw_ends_at_once_with_its_traceback(flags, tmp_path):
-    """With loader workers alive, which Python's farewell would wait for."""
+    """The run ends although loader workers are alive, for which Python's shutdown would wait."""
     code = (
         "import sys, pretrain_mae; from training import launch, progress\n"
         "def fail(*_): raise ValueError('unforeseen')\n"
@@ -191,7 +191,7 @@ def test_one_writer_at_a_time(flags, tmp_path):
 
 
 def test_all_bad_flags_at_once(tmp_path):
-    """First the flags by themselves, then data, weights and plan together."""
+    """Wrong flags are listed first; if there are none, errors of data, weights and plan are listed together."""
     flags = ["--path_to_data", tmp_path / "nowhere", "--img_size", 100, "--encoder_num_heads", 7, "--what", 1]
     plan = ["--path_to_data", tmp_path / "nowhere", "--init_from", "lost.pth", "--gradient_accumulation_steps", 3]
     ratio = ["--mask_ratio", 0.999, "@missing.args"]
@@ -200,7 +200,7 @@ def test_all_bad_flags_at_once(tmp_path):
     starts = [[*flags, "--mask_ratio", 0.999], plan, ratio, ["--epochs", "x", "--what"]]
     starts += [share, [*data, "--decoder_inputs", "weighted"]]
     words = (
-        ("--img_size 100 100", "--encoder_num_heads 7", "--what"),  # patches cannot be counted: no mask ratio
+        ("--img_size 100 100", "--encoder_num_heads 7", "--what"),  # the mask ratio needs the number of patches
         ("nowhere", "--init_from lost.pth", "does not divide"),
         ("--mask_ratio 0.999 keeps 0 of 196", "--path_to_data is missing", "the recipe missing.args"),
         ("--epochs: 'x' is not valid; expected a whole number of at least 1",),
@@ -253,7 +253,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(image_folder
 
 
 def small_disk(path, kilobytes):
-    """Mounts a file system of a few kilobytes at `path`, or skips the test where that is not allowed."""
+    """Mount a file system of a few kilobytes at `path`, or skip the test if that is not allowed."""
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(path)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
@@ -261,7 +261,7 @@ def small_disk(path, kilobytes):
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoint(image_folder, tmp_path):
-    """Two processes stop together, with one line: the other one has nothing to write, and waits for the save."""
+    """Two processes stop together with one error, although one of them has nothing to write and waits for the save."""
     disk = tmp_path / "disk"
     flags = [*TINY, "--path_to_data", image_folder, "--validate_every", 0, "--working_directory", disk]
     flags += ["--save_checkpoint_steps", 3, "--max_steps", 30]
@@ -300,7 +300,7 @@ def test_other_masks_sizes_and_channels(strategy, tmp_path):
 
 
 def test_the_blogs_command_runs_unchanged(image_folder, tmp_path):
-    """Every flag of the script that users already have."""
+    """The command has every flag of the script that users already have."""
     command = f"""--experiment_name mae --wandb_run_name first --path_to_data {image_folder} --working_directory runs
         --epochs 1 --warmup_epochs 0 --save_checkpoint_interval 10 --per_gpu_batch_size 8
         --gradient_accumulation_steps 2 --base_learning_rate 1.5e-4 --weight_decay 0.05 --bias_weight_decay
@@ -316,7 +316,7 @@ def test_the_blogs_command_runs_unchanged(image_folder, tmp_path):
 
 
 def test_the_launcher_and_the_quickstart_recipe(tmp_path):
-    """The README's first command, cut short: one process, 700 images of the built-in data set."""
+    """The README's first command runs, shortened to three steps and 700 images of the built-in data set."""
     few = f"import runpy, sys; sys.path[0] = {str(ROOT)!r}; from data import shapes; shapes.TRAIN_IMAGES = 640; "
     few += f"shapes.VALIDATION_IMAGES = 60; runpy.run_path({str(ROOT / SCRIPT)!r}, run_name='__main__')"
     (tmp_path / "few.py").write_text(few)
@@ -354,7 +354,7 @@ launch.run_script(lambda: pretrain_mae.main(sys.argv[1:]))"""
 
 
 def test_a_dry_run_says_what_will_happen_and_writes_nothing(image_folder, undisturbed, flags, tmp_path):
-    """Nor does that of a resumption, which counts what is left."""
+    """The dry run of a resumed run counts the remaining steps and writes nothing either."""
     resumed, fresh = tmp_path / "resumed", tmp_path / "fresh"
     shutil.copytree(undisturbed, resumed / "work_dir" / "pretrain_mae")
     before = sorted((path, path.stat().st_mtime_ns) for path in resumed.rglob("*"))
@@ -410,19 +410,19 @@ def test_neighbours_are_asked_without_disturbing_the_run(undisturbed, flags, tmp
     (folder / "log.jsonl").write_text("".join(line for line in lines if '"step": 23' not in line or '"loss"' in line))
     flags += ["--knn_every", 1, "--resume_from_checkpoint", "latest"]
     flags += ["--per_gpu_batch_size", 4, "--gradient_accumulation_steps", 1]
-    run_two(SCRIPT, *flags, cwd=tmp_path)  # the last step is measured again, its bank and queries shared by the two
+    run_two(SCRIPT, *flags, cwd=tmp_path)  # measures the last step again; the two processes share its bank and queries
     again = metrics_of(folder)
-    for name in ("knn_top1", "linear_top1"):  # other batches round otherwise, which may tip one of 11 images
+    for name in ("knn_top1", "linear_top1"):  # other batches round differently, which may change one of 11 images
         assert again[name] == pytest.approx(metrics[name], abs=100 / 11 + 1e-6)
     assert again["val_loss"] == pytest.approx(metrics["val_loss"], rel=1e-6)
 
 
 def test_features_of_few_images_are_measured_between_epochs(flags, tmp_path):
-    """Five steps an epoch: 0.4 of one are two steps."""
+    """An epoch has five steps, so 0.4 epochs are two steps."""
     run(SCRIPT, *flags, "--max_steps", 5, "--knn_every", 0.4, "--knn_images", 10, cwd=tmp_path)
     lines = [line for line in log_of(tmp_path / "work_dir" / "pretrain_mae") if "knn_top1" in line]
     assert [line["step"] for line in lines] == [2, 4, 5]
-    correct = [line["linear_top1"] * 6 / 100 for line in lines]  # of 11 held-out images, six are taken
+    correct = [line["linear_top1"] * 6 / 100 for line in lines]  # six of 11 held-out images are used
     assert correct == pytest.approx([round(number) for number in correct])
 
 
@@ -435,7 +435,7 @@ def test_the_rank_of_features_needs_no_labels(tmp_path):
 
 
 def test_compile_and_checkpointing_leave_the_losses_alone(image_folder, tmp_path):
-    """20 steps in two micro-batches with drop path; one graph, never broken, compiled once."""
+    """20 steps with two micro-batches and drop path have the same losses; the step compiles once, to one graph."""
     flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 20, "--validate_every", 2, "--drop_path", 0.2]
     flags += ["--gradient_accumulation_steps", 2]
     code = """
@@ -456,8 +456,8 @@ print(f"checkpoints {len(calls)}")"""
     counted = run_code(code_of_checkpoint, *words, cwd=tmp_path).stdout
     assert "checkpoints 120" in counted  # 20 steps of two micro-batches through three blocks
     words = [*flags, "--compile", "--gradient_checkpointing", "--experiment_name", "compiled"]
-    done = run_cold("-c", code, *words, cwd=tmp_path).stdout  # what is imported later may make it compile again
-    assert "breaks 0 graphs 2" in done  # the step's, and that of the compiler's check
+    done = run_cold("-c", code, *words, cwd=tmp_path).stdout  # cold, as later imports may cause recompilation
+    assert "breaks 0 graphs 2" in done  # that of the step, and that of the compiler check
     assert "float32, compile, gradient checkpointing on cpu" in done
     losses = {name: losses_of(tmp_path / "work_dir" / name) for name in ("plain", "checkpointed", "compiled")}
     assert len(losses["plain"]) == 20
@@ -505,7 +505,7 @@ def test_repeated_augmentation_is_the_same_on_one_process_and_two(image_folder, 
 
 
 def test_a_cross_decoder_on_a_share_of_blocks(image_folder, tmp_path):
-    """Resumed, to the last bit; on two processes; and what the run leaves behind is opened by the other scripts."""
+    """The run resumes bit for bit, trains on two processes, and its results open in the other scripts."""
     flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 7, "--save_checkpoint_steps", 3, "--mask_block", 2]
     flags += ["--decoder", "cross", "--decoder_inputs", "weighted", "--predict_ratio", 0.34]
     said = run(SCRIPT, *flags, "--experiment_name", "one", cwd=tmp_path).stdout
@@ -529,7 +529,7 @@ def test_a_cross_decoder_on_a_share_of_blocks(image_folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def pixio(tmp_path_factory):
-    """Weights of three class tokens as transformers writes them, and sizes of the model."""
+    """Return the folder of a small Pixio with three class tokens, written by transformers."""
     config = PixioConfig(
         image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, n_cls_tokens=3
     )
@@ -539,7 +539,7 @@ def pixio(tmp_path_factory):
 
 
 def test_several_class_tokens_from_pre_training_to_features(image_folder, pixio, tmp_path):
-    """Start from transformers' weights; resume to the last bit; run on two processes; publish; write features."""
+    """Start from transformers' weights, resume bit for bit, run on two processes, convert for the Hub, predict."""
     flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 7, "--save_checkpoint_steps", 3, "--mask_block", 2]
     flags += ["--num_cls_tokens", 3, "--init_from", pixio, "--knn_every", 1]
     said = run(SCRIPT, *flags, "--experiment_name", "one", cwd=tmp_path).stdout
@@ -567,7 +567,7 @@ def test_several_class_tokens_from_pre_training_to_features(image_folder, pixio,
 
 
 def test_several_class_tokens_in_fine_tuning(image_folder, scenes, pixio, tmp_path):
-    """Their number follows from the weights, and a resumed run ends with the same bits."""
+    """The number of class tokens follows from the weights, and a resumed run ends with the same bits."""
     shared = ["--num_workers", 0, "--per_gpu_batch_size", 4, "--max_steps", 4, "--mixed_precision", "no"]
     shared += ["--save_checkpoint_steps", 2, "--log_every", 1]
     classifier = ["finetune_classifier.py", image_folder, "--path_to_pretrained_mae_weights"]
@@ -618,7 +618,7 @@ def test_numbers_of_class_tokens_that_do_not_fit(image_folder, pixio, tmp_path):
 
 
 def test_init_from_every_layout(undisturbed, flags, tmp_path):
-    """A run's folder, its checkpoint, its encoder alone, other sizes and channels; and what does not fit."""
+    """Start from a run, a checkpoint or an encoder, also with other sizes and channels; the rest is an error."""
     flags = [*flags, "--max_steps", 1, "--validate_every", 0, "--init_from"]
     encoder = undisturbed / "encoder" / "model.safetensors"
     larger = [undisturbed, "--img_size", 48, "--input_channels", 1]
@@ -675,7 +675,7 @@ def test_trackers_continue_their_curves_and_their_absence_costs_a_warning(image_
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 11))
     assert [event.value for event in events.Scalars("loss")] == pytest.approx([*losses_of(folder).values()])
-    assert [event.step for event in events.Scalars("val_loss")] == [5, 10]  # that of step 5 is not repeated
+    assert [event.step for event in events.Scalars("val_loss")] == [5, 10]  # the validation of step 5 is not repeated
     assert [line["step"] for line in before] == [line["step"] for line in log_of(folder)]
     assert [event.step for event in events.Images("reconstructions")] == [5, 10]
     assert list((folder / "wandb").glob("offline-run-*"))
@@ -683,9 +683,9 @@ def test_trackers_continue_their_curves_and_their_absence_costs_a_warning(image_
     assert "--report_to none wandb contradicts itself" in both
 
 
-@pytest.mark.parametrize("name", ["csv", "tar", "prepared"])  # test_sources.py compares the samples of all
+@pytest.mark.parametrize("name", ["csv", "tar", "prepared"])  # test_sources.py compares the samples of all sources
 def test_every_source_gives_the_same_losses_and_resumes(name, flags, undisturbed, every_source, tmp_path):
-    """Stopped in the middle of an epoch, to the last bit as the folder's undisturbed run."""
+    """A run that is stopped inside an epoch and resumed equals the undisturbed run on the folder bit for bit."""
     flags = [*flags, *every_source[name], "--gradient_accumulation_steps", 2]
     folder = tmp_path / "work_dir" / "pretrain_mae"
     process = start(SCRIPT, *flags, cwd=tmp_path)
@@ -709,7 +709,7 @@ def test_the_first_damaged_image_ends_a_run_that_allows_none(tmp_path):
 
 
 def test_images_of_many_channels_take_their_statistics_from_the_data(tmp_path):
-    """Five channels of floats, of which some have no data: measured, trained on, pictured, and read by predict.py."""
+    """Statistics, training, pictures and predict.py work with float images of five channels and some missing data."""
     rng = np.random.default_rng(0)
     for i in range(20):
         values = rng.normal(100 * np.arange(5), 10, (40, 40, 5)).astype(np.float32)
@@ -733,7 +733,7 @@ def test_images_of_many_channels_take_their_statistics_from_the_data(tmp_path):
     lines = (tmp_path / "predictions/predictions.jsonl").read_text().splitlines()
     values = [json.loads(line)["masked_psnr"] for line in lines]
     expected = metrics_of(folder)["masked_psnr"]
-    assert len(values) == 4 and np.mean(values) == pytest.approx(expected, abs=1e-3)  # seed 0 draws validation's masks
+    assert len(values) == 4 and np.mean(values) == pytest.approx(expected, abs=1e-3)  # seed 0 draws the same masks
 
 
 def test_bad_flags_of_images_are_listed_together(tmp_path):
@@ -763,7 +763,7 @@ def test_fast_decoding_and_the_limit_of_pixels_reach_the_images(tmp_path):
 
 
 def test_a_data_set_on_the_hub_is_trained_on_as_its_folder_is(flags, undisturbed, every_source, hub, tmp_path):
-    """And without a network, from the cache; a name that is not there ends in one line."""
+    """The run also works offline, from the cache; an unknown name is an error of one line."""
     hub.add("datasets/owner/pairs", every_source["parquet"][1])
     flags = [*flags, "--path_to_data", "hf:owner/pairs", "--gradient_accumulation_steps", 2]
     run(SCRIPT, *flags, cwd=tmp_path, **hub.variables(tmp_path))

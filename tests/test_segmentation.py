@@ -26,14 +26,14 @@ FILL = [124, 116, 104]
 
 
 def blocks(rng: np.random.Generator, size: tuple[int, int], labels: list[int], block: int = 24) -> np.ndarray:
-    """A mask of random squares, uint8 of `size`."""
+    """Return a mask of random squares, uint8 of `size`."""
     rows, columns = (-(-side // block) for side in size)
     coarse = rng.choice(np.array(labels, np.uint8), (rows, columns))
     return np.kron(coarse, np.ones((block, block), np.uint8))[: size[0], : size[1]]
 
 
 def augmented(image, mask, seed, *, fill=FILL, ratio=(0.5, 2), max_share=0.75, **options):
-    """`training_pair` of an image (H, W, C) without distortion, to 64 pixels."""
+    """Return `training_pair` of an image (H, W, C), cropped to 64 pixels and not distorted."""
     options = dict(crop_size=64, resize=(256, 64), fill=fill) | options
     pair = torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(mask)
     with pytest.MonkeyPatch.context() as patch:
@@ -49,7 +49,7 @@ def test_the_palette_goes_on_behind_ade20k():
     np.testing.assert_array_equal(colours[:150], ade20k_classes()[1])
     np.testing.assert_array_equal(palette(180), colours[:180])
     assert palette(2).shape == (2, 3)
-    eleven = palette(11).astype(int)  # of fewer classes, ADE20K's that are easy to tell apart
+    eleven = palette(11).astype(int)  # fewer classes have ADE20K colours that are easy to tell apart
     assert {tuple(colour) for colour in eleven} <= {tuple(colour) for colour in ade20k_classes()[1].astype(int)}
     assert min(np.linalg.norm(a - b) for i, a in enumerate(eleven) for b in eleven[:i]) > 100
     assert len({tuple(colour) for colour in colours}) == 253  # ADE20K itself has one colour twice
@@ -62,7 +62,7 @@ def test_sizes_by_hand():
     assert keep_ratio(512, 683, 2048, 512) == (512, 683)
     assert keep_ratio(360, 480, 2048, 512) == (512, 683)  # 480 * 512 / 360 = 682.67
     assert keep_ratio(480, 360, 1024, 256) == (341, 256)
-    assert keep_ratio(100, 1000, 2048, 512) == (205, 2048)  # the long side binds: 204.8
+    assert keep_ratio(100, 1000, 2048, 512) == (205, 2048)  # the long side is the limit: 204.8
     assert keep_ratio(1, 100_000, 2048, 512) == (1, 2048)
     assert keep_ratio(64, 64, 512, 128) == (128, 128)
 
@@ -84,7 +84,7 @@ def test_image_and_mask_stay_aligned(seed):
     image, mask = augmented(colours[mask], mask, seed, ratio=(0.5, 3))
     assert image.shape == (3, 64, 64) and mask.shape == (64, 64) and image.dtype == mask.dtype == torch.uint8
     one_hot = torch.stack([mask == label for label in (0, 1, 2, 3, 255)]).float()
-    inside = max_pool2d(one_hot, 5, stride=1).sum(0) == 1  # as far from an edge as the filter reaches
+    inside = max_pool2d(one_hot, 5, stride=1).sum(0) == 1  # no edge within reach of the filter
     image, mask = image[:, 2:-2, 2:-2], mask[2:-2, 2:-2]
     shown = image.permute(1, 2, 0)[inside].numpy()
     padded = np.tile(np.array(FILL), (len(shown), 1))
@@ -119,14 +119,14 @@ def test_a_class_that_fills_the_crop_is_avoided():
 
 def test_void_does_not_count_for_the_cap():
     mask = np.full((100, 200), 255, np.uint8)
-    mask[:10, :100], mask[10:20, :100] = 0, 1  # half and half of what is not void
+    mask[:10, :100], mask[10:20, :100] = 0, 1  # two classes of equal size; the rest is void
     image = np.zeros((100, 200, 3), np.uint8)
     options = dict(crop_size=100, resize=(200, 100), ratio=(1, 1))
     for seed in range(50):
         _, crop = augmented(image, mask, seed, **options)
         _, first = augmented(image, mask, seed, max_share=2, **options)
-        assert torch.equal(crop, first)  # of void there is 80 % and more, which is no reason to draw again
-        assert (crop < 255).any()  # a crop of void alone is: one place of 101
+        assert torch.equal(crop, first)  # 80 % of void or more is no reason to draw again
+        assert (crop < 255).any()  # a crop of void alone (1 of 101 places) is drawn again
 
 
 def test_a_small_pair_is_padded_at_the_right_and_the_bottom():
@@ -145,7 +145,7 @@ def test_half_of_the_pairs_are_mirrored():
 
 
 class Draws:
-    """In place of a generator: fixed numbers."""
+    """Stand-in for a generator that returns fixed numbers."""
 
     def __init__(self, changed, amounts):
         self.changed, self.amounts = changed, amounts
@@ -194,7 +194,7 @@ def test_distortion_draws_each_half_the_time_and_spares_the_colours_of_grey():
     image = torch.full((3, 4, 4), 100, dtype=torch.uint8)
     image[1] = 140
     kept = sum(torch.equal(photometric_distortion(image, np.random.default_rng(i)), image) for i in range(320))
-    assert 5 <= kept <= 40  # 1 of 16
+    assert 5 <= kept <= 40  # 1 of 16 expected
     for i in range(20):
         grey = photometric_distortion(image[:1], np.random.default_rng(i))
         assert grey.shape == (1, 4, 4) and grey.unique().numel() == 1
@@ -236,13 +236,13 @@ def test_a_damaged_image_or_mask_is_replaced_by_the_next_pair(pair_folder):
     Image.new("RGB", (80, 60), (9, 9, 9)).save(pair_folder / "images/training/3.png")
     source = SegmentationFolder(pair_folder, "training")
     os.remove(pair_folder / "annotations/training/5.png")
-    options = dict(resize=(500, 400))  # larger than the crop: nothing is padded
+    options = dict(resize=(500, 400))  # larger than the crop, so nothing is padded
     batch = dataset_of(source, **options).__getitems__([(0, 1), (0, 2), (0, 3), (0, 5)])
     assert [index for index, _ in batch.damaged] == [1, 2, 2, 5] and batch.indices == [1, 2, 3, 5]
     assert batch.damaged[0][1] == "empty file"
     assert batch.damaged[1][1].startswith(f"its mask {pair_folder}/annotations/training/2.png: ")
     assert batch.damaged[3][1].endswith("5.png: No such file or directory")
-    assert (batch.masks[:3] == 2).all()  # those of sample 3, each cropped and coloured in its own way
+    assert (batch.masks[:3] == 2).all()  # all of sample 3, but cropped and distorted differently
     assert (batch.images[:3].flatten(2).amin(2) == batch.images[:3].flatten(2).amax(2)).all()
     pairs = pairs_of(source, [1, 2, 3], sizes=lambda height, width: [(8, 8)])
     assert [pair.index for pair in pairs] == [1, 2, 3] and [len(pair.views) for pair in pairs] == [0, 0, 1]
@@ -276,7 +276,7 @@ def test_floats_and_many_channels_are_distorted_within_their_range():
     bytes_ = (255 * image).to(torch.uint8)
     assert all(photometric_distortion(bytes_, rng).dtype == torch.uint8 for _ in range(8))
     mask = torch.randint(0, 3, (20, 30), dtype=torch.uint8)
-    options = dict(crop_size=16, resize=(20, 5), fill=[0.1, 0.2, 0.3, 0.4, 0.5])  # times 2 at most
+    options = dict(crop_size=16, resize=(20, 5), fill=[0.1, 0.2, 0.3, 0.4, 0.5])  # at most 10 x 10 pixels, padded
     crop, labels = training_pair(image[:, :9, :9], mask[:9, :9], np.random.default_rng(3), **options)
     assert crop.shape == (5, 16, 16) and crop.dtype == torch.float32 and labels[-1, -1] == IGNORED
     assert crop[:, -1, -1].tolist() == pytest.approx(options["fill"])

@@ -1,4 +1,4 @@
-"""Test that the drawn scenes are reproducible, labelled by their largest object, and learnable."""
+"""Tests of the drawn scenes: they are reproducible and labelled by their largest object."""
 
 import hashlib
 import subprocess

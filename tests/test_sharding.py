@@ -1,6 +1,7 @@
-"""FSDP2, run by two processes on a CPU: whole runs, their checkpoints, and what is refused.
+"""Tests of FSDP2 with two processes on a CPU: whole runs, their checkpoints, and settings that are refused.
 
-The processes have the variables that `accelerate launch` makes of accelerate_configs/fsdp2.yaml, but its precision.
+The processes get the variables that `accelerate launch` sets for accelerate_configs/fsdp2.yaml; flags override its
+precision.
 """
 
 import functools
@@ -28,7 +29,7 @@ from safetensors.torch import load_file
 from test_finetune_segmentation import ENCODER, HEAD
 
 PRETRAIN, CLASSIFIER, SEGMENTATION = "pretrain_mae.py", "finetune_classifier.py", "finetune_segmentation.py"
-# Accelerate shards on no CPU, so it is told of GPUs that talk as CPUs do
+# Accelerate does not shard on CPUs, so this pretends to have GPUs that communicate through gloo
 LAUNCHER = """
 import os, runpy, sys
 from accelerate.state import PartialState
@@ -38,7 +39,7 @@ sys.argv = sys.argv[1:]
 sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-# Loads a checkpoint into other weights, and saves it as the first one of the working directory
+# This loads a checkpoint into a new model and saves it again in the working directory
 SAVE_AGAIN = """
 import sys
 from pathlib import Path
@@ -80,7 +81,7 @@ def configuration():
 
 
 def start_sharded(script, *flags, cwd, processes=2, **variables):
-    """Starts `SCRIPT flags` as so many processes under FSDP2, the main one first."""
+    """Start `SCRIPT flags` as `processes` processes under FSDP2 and return them, the main process first."""
     launcher = cwd / "launcher.py"
     launcher.write_text(LAUNCHER)
     with socket.socket() as free:
@@ -96,20 +97,20 @@ def start_sharded(script, *flags, cwd, processes=2, **variables):
 
 
 def run_sharded(script, *flags, cwd, code=0, **options):
-    """Runs `SCRIPT flags` under FSDP2 and expects the same exit code of all processes: what each of them said."""
+    """Run `SCRIPT flags` under FSDP2, check the exit code of every process, and return the output of each."""
     ends = [finish(process, code) for process in start_sharded(script, *flags, cwd=cwd, **options)]
     return [end.stdout + end.stderr for end in ends]
 
 
 def assert_close_runs(one, other, step):
-    """Losses and norms of the steps, and what was trained, agree but for rounding."""
+    """Check that losses, gradient norms and trained weights are equal up to rounding."""
     assert len(losses_of(one)) == step and losses_of(one) == pytest.approx(losses_of(other), rel=1e-5)
     norms = [[line["grad_norm"] for line in log_of(folder) if "loss" in line] for folder in (one, other)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     a, b = weights_of(one, step), weights_of(other, step)
     assert a.keys() == b.keys()
     for name in a:
-        if "running" in name or "num_batches" in name:  # of the main process's micro-batches
+        if "running" in name or "num_batches" in name:  # these follow the main process's micro-batches
             continue
         difference = a[name] - b[name]
         if name.endswith("qkv.bias"):  # softmax cancels the key's bias: its gradient is rounding, which Adam enlarges
@@ -119,7 +120,7 @@ def assert_close_runs(one, other, step):
 
 @pytest.fixture(scope="module")
 def flags(image_folder):
-    """Twelve steps of eight images in micro-batches of two, with drop path."""
+    """Return the flags of twelve steps of eight images in micro-batches of two, with drop path."""
     flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 12, "--drop_path", 0.2, "--save_checkpoint_steps", 4]
     place = flags.index("--per_gpu_batch_size")
     flags[place : place + 2] = ["--global_batch_size", 8, "--micro_batch_size", 2]
@@ -128,7 +129,7 @@ def flags(image_folder):
 
 @pytest.fixture(scope="module")
 def whole(flags, tmp_path_factory):
-    """A run of one process that nothing interrupts."""
+    """Return the folder of an uninterrupted run of one process."""
     cwd = tmp_path_factory.mktemp("whole")
     run(PRETRAIN, *flags, cwd=cwd)
     return cwd / "work_dir" / "pretrain_mae"
@@ -136,7 +137,7 @@ def whole(flags, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sharded(flags, tmp_path_factory):
-    """The same by two processes under FSDP2."""
+    """Return the folder of the same run of two processes under FSDP2."""
     cwd = tmp_path_factory.mktemp("sharded")
     said, other = run_sharded(PRETRAIN, *flags, cwd=cwd)
     assert "float32, gradient checkpointing, FSDP2 on cpu" in said and "8 = 2 processes x 2 micro-batches x 2" in said
@@ -162,7 +163,7 @@ def test_whole_weights_are_exported(sharded):
 
 
 def test_killed_and_stopped_it_continues_to_the_last_bit(flags, sharded, tmp_path):
-    """One process is killed, which ends the other; then one is asked to stop, and both do."""
+    """Killing one process ends both with an error; a signal to stop one process stops both cleanly."""
     folder = tmp_path / "work_dir" / "pretrain_mae"
     for number, steps in ((signal.SIGKILL, 6), (signal.SIGTERM, 9)):
         main, other = start_sharded(PRETRAIN, *flags, "--resume_from_checkpoint", "auto", cwd=tmp_path)
@@ -178,7 +179,7 @@ def test_killed_and_stopped_it_continues_to_the_last_bit(flags, sharded, tmp_pat
 
 
 def test_a_checkpoint_passes_through_every_layout_unchanged(flags, sharded, tmp_path):
-    """From two processes with shares to one, to one that has all without FSDP2, and back to two: to the last bit."""
+    """A checkpoint of two processes goes to one under FSDP2, to one without it, and back to two, bit-equal."""
     (tmp_path / "save_again.py").write_text(SAVE_AGAIN)
     first = checkpoint = sharded / "checkpoints" / "step_00000012"
     for layout in ("one", "whole", "two"):
@@ -203,7 +204,10 @@ def test_one_process_without_fsdp_continues_the_run(flags, whole, sharded, tmp_p
 
 
 def fine_tune_both(script, flags, cwd, step):
-    """One process and two with shares: they agree, and a model that the latter wrote scores as it did. Its run."""
+    """Train with one process and with two under FSDP2, and return both run folders.
+
+    Check that the runs agree, and that the exported model of the second has the same scores when it is evaluated.
+    """
     run(script, *flags, "--experiment_name", "one", cwd=cwd)
     run_sharded(script, *flags, "--experiment_name", "two", cwd=cwd)
     one, two = (cwd / "work_dir" / name for name in ("one", "two"))
@@ -224,7 +228,7 @@ def fine_tune_both(script, flags, cwd, step):
 
 
 def test_a_linear_probe_and_its_average(image_folder, sharded, tmp_path):
-    """Frozen shares, bf16, LARS, BatchNorm and a moving average, on the encoder that was trained in shares."""
+    """The frozen encoder comes from a run under FSDP2; the probe uses bf16, LARS, BatchNorm and a moving average."""
     flags = ["--path_to_data", image_folder, "--path_to_pretrained_mae_weights", sharded, "--linear_probe"]
     flags += ["--global_batch_size", 8, "--micro_batch_size", 2, "--learning_rate", 0.1, "--ema_decay", 0.9]
     flags += ["--num_workers", 0, "--mixed_precision", "bf16", "--log_every", 1, "--max_steps", 6]

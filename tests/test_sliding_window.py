@@ -12,7 +12,7 @@ def random(*shape, seed=0):
 
 def test_windows_by_hand():
     assert windows((512, 1024), 512) == [(0, 0), (0, 341), (0, 512)]
-    assert windows((853, 300), 512) == [(0, 0), (341, 0)]  # ends at the edge by itself
+    assert windows((853, 300), 512) == [(0, 0), (341, 0)]  # the last one ends at the edge unshifted
     assert windows((10, 7), 8) == [(0, 0), (2, 0)]
     assert windows((6, 6), 3) == [(i, j) for i in (0, 2, 3) for j in (0, 2, 3)]
 
@@ -20,7 +20,7 @@ def test_windows_by_hand():
 @pytest.mark.parametrize("size", [(1, 1), (7, 30), (31, 8), (64, 65)])
 @pytest.mark.parametrize("window", [1, 8, 9, 100])
 def test_windows_cover_the_image_and_no_more(size, window):
-    """With as few a side as its length allows, each two thirds of a window apart, but for the last."""
+    """There are no more windows than a stride of two thirds of their side needs."""
     stride, positions = max(1, 2 * window // 3), windows(size, window)
     height, width = (min(window, side) for side in size)
     covered = torch.zeros(size)
@@ -33,7 +33,7 @@ def test_windows_cover_the_image_and_no_more(size, window):
 
 
 def context(images):
-    """Logits (B, 2, H, W) that depend on the whole window: each pixel, and the window's mean."""
+    """Return logits (B, 2, H, W) that depend on the whole window: each pixel, and the window's mean."""
     return torch.cat([images[:, :1] * 3, images.mean(dim=(1, 2, 3), keepdim=True).expand_as(images[:, :1])], dim=1)
 
 
@@ -45,7 +45,7 @@ def test_a_window_that_covers_the_image_equals_the_plain_forward(window):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 def test_overlaps_are_averaged(batch_size, monkeypatch):
-    """Against a loop over pixels: the mean of what each window that holds it says."""
+    """Each pixel has the mean of the logits of all windows that contain it."""
     monkeypatch.setattr(module, "BATCH_SIZE", batch_size)
     images, seen = random(2, 3, 11, 6), []
 
@@ -75,7 +75,7 @@ def test_half_precision_is_summed_in_full_and_gradients_are_not_kept():
 def test_labels_equal_those_of_all_maps_at_once(size, portion, monkeypatch):
     monkeypatch.setattr(module, "MAP_VALUES", portion * size[0] * size[1])
     logits = random(23, 70, 65).round(decimals=1)
-    logits[11] = logits[5]  # equals, where the first wins, also in different portions
+    logits[11] = logits[5]  # a tie: the first class wins, also across portions
     logits[0, :40] = logits[22, :40] = 9.0
     expected = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0].argmax(dim=0)
     got = labels_at(logits, size)
@@ -113,7 +113,7 @@ def predict_plain(images):
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("size", [(13, 11), (16, 9), (40, 33)])
 def test_several_views_have_the_mean_of_their_probabilities(size, window):
-    """Against mmsegmentation's definition, written out. Beyond the largest view it is the mean that is resized."""
+    """The result equals mmsegmentation's definition. For sizes beyond the largest view, the mean is resized."""
     views = [random(2, 3, 12, 9, seed=1), random(2, 3, 18, 14, seed=2)]
     kernel = random(7, 3, 3, 3, seed=3)
 
@@ -137,7 +137,7 @@ def test_several_views_have_the_mean_of_their_probabilities(size, window):
 
 
 def test_a_mirrored_view_alone_is_mirrored_back():
-    """A model that looks to the right only says the same of both directions together."""
+    """The model looks to the right only, but its mean over both directions is symmetric."""
     images = random(1, 1, 6, 8)
 
     def model(crops):

@@ -1,4 +1,4 @@
-"""recipes/slurm/ as a cluster runs it, with stand-ins for srun and scontrol."""
+"""Tests of recipes/slurm/ as a cluster runs it, with stand-ins for srun and scontrol."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, TINY, environment, finish, log_of, wait_for
 
 BATCH_FILES = sorted((ROOT / "recipes" / "slurm").glob("*.sbatch"))
-# Starts the tasks, passes signals on to all of their processes as Slurm does, ends with the highest exit code
+# Start the tasks, pass signals on to all of their processes as Slurm does, and exit with the highest exit code
 SRUN = """#!{python} -S
 import os, signal, subprocess, sys
 
@@ -39,7 +39,7 @@ esac
 
 @pytest.fixture
 def submit(tmp_path):
-    """Starts a batch file in `tmp_path`, as sbatch does for a job of two tasks on one machine."""
+    """Return a function that runs train.sbatch in `tmp_path`, as sbatch does for two tasks on one machine."""
     for name, text in (("srun", SRUN.replace("{python}", sys.executable)), ("scontrol", SCONTROL)):
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
@@ -74,7 +74,7 @@ def test_a_job_stops_is_queued_again_and_finishes(submit, image_folder, tmp_path
     folder, requeued = tmp_path / "work_dir/run", tmp_path / "requeued"
     job = submit(ROOT / "pretrain_mae.py", *flags)
     wait_for(1, folder, job)
-    job.send_signal(signal.SIGTERM)  # to the shell alone
+    job.send_signal(signal.SIGTERM)  # only to the shell
     said = finish(job, 0).stdout
     assert "stopped and saved" in said and len(requeued.read_text().splitlines()) == 1
     (checkpoint,) = (folder / "checkpoints").iterdir()
@@ -89,7 +89,7 @@ def test_a_job_stops_is_queued_again_and_finishes(submit, image_folder, tmp_path
 
 
 def test_a_job_that_fails_is_not_queued_again_and_passes_its_code_on(submit, tmp_path):
-    (tmp_path / "fail.py").write_text("raise SystemExit(2)")  # as for bad flags
+    (tmp_path / "fail.py").write_text("raise SystemExit(2)")  # the code for bad flags
     done = finish(submit("fail.py", "--path_to_data", "images"), 2)
     assert "exit code 2" in done.stdout and not (tmp_path / "requeued").exists()
     for flag in ("--experiment_name", "--working_directory=there"):

@@ -1,4 +1,4 @@
-"""A few kills of the soak, which `python tests/soak.py` goes on with; and what single ones must not lose."""
+"""Tests of runs that are killed: a short version of `python tests/soak.py`, and one kill during a validation."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ def test_a_run_that_is_killed_again_and_again_loses_nothing(tmp_path, capsys):
 
 
 def test_the_picture_of_a_validation_that_was_killed_is_drawn_again(image_folder, tmp_path):
-    """At a step that is saved, from which the resumed run goes on."""
+    """The validation is at a step with a checkpoint, from which the resumed run goes on."""
     flags = [*TINY, "--path_to_data", image_folder, "--max_steps", 5, "--resume_from_checkpoint", "auto"]
     run("tests/armed.py", *flags, "--kill", "picture", 1, 0, cwd=tmp_path, code=-signal.SIGKILL)
     folder = tmp_path / "work_dir" / "pretrain_mae"

@@ -78,7 +78,7 @@ def test_folders_beside_the_splits_are_told(tmp_path):
     train, validation = open_sources(str(tmp_path), PixelFormat(3))
     assert (len(train), len(validation)) == (5, 3)
     assert train.notes == [f"not read   Train, test, unlabeled in {tmp_path}, beside train"]
-    train, validation = open_sources(str(tmp_path / "val"), PixelFormat(3))  # where nothing is called train
+    train, validation = open_sources(str(tmp_path / "val"), PixelFormat(3))  # no folder in it is called train
     assert len(train) == 3 and validation is None
 
 
@@ -111,7 +111,7 @@ def test_images_of_any_suffix_are_read_by_their_content(tmp_path, name, suffix):
     (tmp_path / "notes").write_text("BMW and P1 are words")
     (tmp_path / "c.bin").write_bytes(bytes(1000))
     source = FolderSource(tmp_path)
-    is_raw = name == "TIFF" and suffix  # cameras' raw files are TIFFs of other names, which begin with a thumbnail
+    is_raw = name == "TIFF" and suffix  # cameras' raw files are TIFFs with other suffixes, and begin with a thumbnail
     assert len(source) == (1 if is_raw else 2)
     assert all(decode(*source.fetch([index]), PixelFormat(3)).shape == (3, 16, 16) for index in range(len(source)))
 
@@ -155,11 +155,11 @@ def test_what_is_left_out_is_counted(tmp_path):
 
 
 def write_metadata(root: Path) -> None:
-    """What img2dataset, the library datasets and others write beside images."""
+    """Write the metadata that img2dataset, the library datasets and others write beside images."""
     pq.write_table(pa.table({"key": ["0"], "url": ["http://x"], "width": [5]}), root / "00000.parquet")
     (root / "metadata.csv").write_text("file_name,label\nx.jpg,1\n")
     (root / "metadata.jsonl").write_text('{"file_name": "x.jpg"}\n')
-    (root / "state.json").write_text("{}")  # of any other program
+    (root / "state.json").write_text("{}")  # by any other program
 
 
 def test_tables_beside_images_are_no_data_set(tmp_path):
@@ -214,7 +214,7 @@ def test_pointers_of_git_lfs_are_told(tmp_path, name):
     ("words", "expected"),
     [
         (["b/2.jpg", "a"], ["b/2.jpg", "a/1.jpg", "a/deep/3.png", "a/deep/[4].jpg"]),
-        (["a/notes.txt", "a/notes.txt"], ["a/notes.txt"] * 2),  # a file that is named is taken
+        (["a/notes.txt", "a/notes.txt"], ["a/notes.txt"] * 2),  # a named file is always taken
         (["a/*"], ["a/1.jpg", "a/deep/3.png", "a/deep/[4].jpg", "a/notes.txt"]),  # as if the shell had listed them
         (["**/*.png", "a/deep/[4].jpg"], ["a/deep/3.png", "b/2.png", "a/deep/[4].jpg"]),
         (["a/**"], ["a/1.jpg", "a/deep/3.png", "a/deep/[4].jpg", "a/notes.txt"]),
@@ -321,7 +321,7 @@ def test_deep_images_that_are_black_at_8_bits_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"0.png has 16-bit numbers up to 200, which are black at 8 bits; give --value"):
         open_sources(str(tmp_path), PixelFormat(1))
     open_sources(str(tmp_path), PixelFormat(1, (0, 300)))
-    Image.fromarray(np.full((8, 8), 9000, np.uint16)).save(tmp_path / "0.png")  # as bright as others may be
+    Image.fromarray(np.full((8, 8), 9000, np.uint16)).save(tmp_path / "0.png")  # not black at 8 bits
     open_sources(str(tmp_path), PixelFormat(1))
 
 
@@ -347,7 +347,7 @@ def test_a_path_that_is_no_folder_is_refused_with_a_suggestion(tmp_path, monkeyp
 
 
 class OfClasses(StoredSource):
-    """A source with an image of each class but those named "-"."""
+    """Hold one image of each class, and none of classes given as "-"."""
 
     def __init__(self, classes):
         self.classes = ["abcdef"[number] if name == "-" else name for number, name in enumerate(classes)]
@@ -408,7 +408,7 @@ def test_images_without_a_class_are_refused_or_left_out(tmp_path):
     train, validation = open_sources(str(tmp_path), PixelFormat(3), drop_unlabelled=True)
     check_classes("D", train, validation)
     assert (len(train), len(validation)) == (6, 4) and train.notes == ["left out   1 image without a label"]
-    check_labels("D", *open_sources(str(tmp_path), PixelFormat(3)))  # nearest neighbours are sought with labels alone
+    check_labels("D", *open_sources(str(tmp_path), PixelFormat(3)))  # nearest neighbours use only images with labels
 
 
 def test_the_labelled_samples_of_a_source():

@@ -1,4 +1,4 @@
-"""Test the arithmetic of channel statistics, and reading statistics.json."""
+"""Tests of the arithmetic of channel statistics and of reading statistics.json."""
 
 import json
 
@@ -15,7 +15,7 @@ STATISTICS = dict(version=1, images=4, channels=2, value_range=None, nodata=None
 def test_moments_of_parts_are_those_of_all_pixels_far_from_zero():
     rng = np.random.default_rng(0)
     images = [rng.normal([1e6, -5], [3, 1e-3], (4 + i, 7, 2)) for i in range(5)]
-    images[1][0, 0], images[2][:] = (np.nan, np.inf), np.nan  # a pixel, and an image, without data
+    images[1][0, 0], images[2][:] = (np.nan, np.inf), np.nan  # a pixel and an image without data
     parts = [moments_of(image, None) for image in images]
     found = merge([merge(parts[:2]), merge(parts[2:])])
     pixels = np.concatenate([image.reshape(-1, 2) for image in images])
@@ -31,7 +31,7 @@ def test_moments_of_parts_are_those_of_all_pixels_far_from_zero():
     ("values", "value_range", "eight_bit", "mean", "std", "found_range"),
     [
         ([0, 255], None, True, 0.5, 0.5, None),
-        ([51, 51], None, True, 0.2, 1.0, None),  # says nothing, and is not to be blown up
+        ([51, 51], None, True, 0.2, 1.0, None),  # a constant channel is not scaled
         ([-100.0, 300.0], None, False, 0.5, 0.5, [-100, 300]),
         ([-100.0, 300.0], (0.0, 200.0), False, 0.5, 0.5, [0, 200]),
         ([0.0, np.nan, 100.0], (0.0, 200.0), False, 0.25, 0.25, [0, 200]),
@@ -65,7 +65,7 @@ def test_statistics_are_read_as_written_or_absent(tmp_path):
         *(STATISTICS | {"version": 2}, STATISTICS | {"mean": [0.5]}, STATISTICS | {"std": [0.1, 0]}),
         *(STATISTICS | {"mean": [0.5, float("nan")]}, STATISTICS | {"mean": "ab"}, STATISTICS | {"channels": 3}),
         *(STATISTICS | {"value_range": [1, 0]}, STATISTICS | {"value_range": 3}),
-        *("", json.dumps(STATISTICS)[:-9], "\0"),  # cut, or lost
+        *("", json.dumps(STATISTICS)[:-9], "\0"),  # empty, truncated and overwritten
     ],
 )
 def test_malformed_statistics_are_refused(tmp_path, content):
@@ -81,5 +81,5 @@ def test_the_statistics_of_another_program_are_not_read(tmp_path, monkeypatch, c
     path.write_text(content)
     assert read_statistics(tmp_path) is None
     assert capsys.readouterr().err == f"warning: {path} is another program's, and is not read\n"
-    monkeypatch.setenv("RANK", "1")  # the main process tells it
+    monkeypatch.setenv("RANK", "1")  # only the main process prints the warning
     assert read_statistics(tmp_path) is None and not capsys.readouterr().err

@@ -16,7 +16,7 @@ from data.tar import TarSource, expand
 
 
 def write_tar(path: Path, files: dict[str, bytes], **options) -> Path:
-    """Write files into a tar."""
+    """Write files into a tar; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, options.pop("mode", "w"), **options) as shard:
         for name, content in files.items():
@@ -27,12 +27,12 @@ def write_tar(path: Path, files: dict[str, bytes], **options) -> Path:
 
 
 def encoded(number: int) -> bytes:
-    """Return bytes that stand for an encoded image, of a different length for each number, some of whole blocks."""
+    """Return bytes that stand for an encoded image; lengths depend on the number, and some are whole blocks."""
     return b"x" * (512 * (number % 3)) + b"%d" % number * (number % 4)
 
 
 def samples(numbers, **endings) -> dict[str, bytes]:
-    """Return the members of samples: encoded(number).jpg, and for each ending what its function returns."""
+    """Return the members of samples: encoded(number) as .jpg, and for each ending what its function returns."""
     endings = {"jpg": encoded, **endings}
     return {f"{n:04d}.{ending.replace('_', '.')}": make(n) for n in numbers for ending, make in endings.items()}
 
@@ -72,9 +72,9 @@ def test_what_lies_beside_the_images_in_a_tar(tmp_path):
 
 def test_the_members_of_a_sample(tmp_path):
     files = {"a/1.json": b"{}", "a/1.seg.png": b"mask", "a/1.depth.png": b"depth", "a/1.jpg": b"one", "a/1.png": b"two"}
-    files |= {"b/1.jpg": b"other", "b/1.mask": b"its mask", "b/2.cls": b"0"}  # the last of which is no image's
+    files |= {"b/1.jpg": b"other", "b/1.mask": b"its mask", "b/2.cls": b"0"}  # the last has no image
     source = TarSource(str(write_tar(tmp_path / "0.tar", files)))
-    assert fetched(source) == [b"one", b"other"]  # the first image of each, in different folders
+    assert fetched(source) == [b"one", b"other"]  # the first image of each; folders separate samples
     assert source.has_masks and source.fetch_masks([1, 0]) == [b"its mask", b"mask"]
     assert source.mask_name(0) == f"{tmp_path}/0.tar/a/1.seg.png"
 
@@ -125,7 +125,7 @@ def test_labels(endings, numbers, classes, tmp_path):
         (["{b,a}-{0..1}.tar", "x.tar"], ["b-0.tar", "b-1.tar", "a-0.tar", "a-1.tar", "x.tar"]),
         (["?-*.tar"], ["B-0.tar", "a-0.tar", "a-1.tar", "a-10.tar", "b-0.tar", "b-1.tar"]),
         (["{b,a}-*.tar"], ["b-0.tar", "b-1.tar", "a-0.tar", "a-1.tar", "a-10.tar"]),
-        (["{x}.tar", "[y].tar"], ["{x}.tar", "[y].tar"]),  # which are the names of files
+        (["{x}.tar", "[y].tar"], ["{x}.tar", "[y].tar"]),  # names of files
     ],
 )
 def test_patterns(patterns, shards, tmp_path, monkeypatch):
@@ -149,7 +149,7 @@ def test_the_index_is_kept_until_a_shard_changes(tmp_path, monkeypatch):
     write_tar(paths[1], samples(range(50, 54), cls=lambda n: b"1"))
     assert fetched(TarSource(pattern, cache=tmp_path / "cache"))[4:] == [encoded(n) for n in range(50, 54)]
     TarSource(pattern, cache=tmp_path / "cache")
-    assert len(indexed) == 3  # the last one too: the shard had changed just before
+    assert len(indexed) == 3  # the last time, too, as the shard had changed just before
 
 
 def test_a_source_travels_to_workers_and_holds_few_files_open(tmp_path, monkeypatch):
@@ -163,7 +163,7 @@ def test_a_source_travels_to_workers_and_holds_few_files_open(tmp_path, monkeypa
     assert len(os.listdir("/proc/self/fd")) <= before + 2
     assert fetched(pickle.loads(pickle.dumps(source))) == expected
     child = os.fork()
-    if child == 0:  # reads by the descriptors that it has inherited
+    if child == 0:  # it reads through the descriptors that it inherits
         os._exit(0 if fetched(source) == expected else 1)
     assert os.waitpid(child, 0)[1] == 0 and fetched(source) == expected
 
@@ -215,7 +215,7 @@ def test_a_shard_that_is_cut_anywhere(tmp_path):
     path = write_tar(tmp_path / "0.tar", samples(range(5), cls=lambda n: b"1"))
     content = path.read_bytes()
     with tarfile.open(path) as shard:
-        end = shard.getmembers()[-1].offset + 1024  # of the last sample; the mark follows
+        end = shard.getmembers()[-1].offset + 1024  # of the last member; the end-of-archive mark follows
     for length in [*range(0, end, 100), end, end + 511]:
         path.write_bytes(content[:length])
         assert refusal(path).startswith(f"{path} is compressed, truncated or damaged (")
@@ -223,7 +223,7 @@ def test_a_shard_that_is_cut_anywhere(tmp_path):
 
 def test_shards_that_cannot_be_used(tmp_path):
     broken = bytearray(write_tar(tmp_path / "good.tar", samples(range(3))).read_bytes())
-    broken[520] ^= 1  # in the second header's name
+    broken[520] ^= 1  # in the name in the second header
     (tmp_path / "broken.tar").write_bytes(broken)
     (tmp_path / "empty.tar").write_bytes(bytes(1024))
     (tmp_path / "pointer.tar").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n" * 30)
@@ -259,7 +259,7 @@ def test_shards_whose_labels_or_masks_are_broken_are_read_without_them(tmp_path)
 
 DOTTED = {
     "frames": [f"video/frame.{n:04d}.jpg" for n in range(9)],
-    "two names": [f"{name}.{n}.jpg" for name in ("cat", "dog") for n in range(9)],  # of Kaggle's cats and dogs
+    "two names": [f"{name}.{n}.jpg" for name in ("cat", "dog") for n in range(9)],  # as in Kaggle's Dogs vs. Cats
     "times": [f"Screenshot 10.{n // 10}.{n % 10}.png" for n in range(30)],
     "seconds": [f"{1305031102 + n // 3}.{n * 31415:06d}.png" for n in range(20)],
     "clips": [f"v{clip}/frame.{n:04d}.jpg" for clip in range(12) for n in range(5)],

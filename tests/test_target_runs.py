@@ -1,4 +1,4 @@
-"""Whole pre-trainings with each target: resume, processes, compilation, and flags that are refused."""
+"""Tests of whole pre-training runs with each target: resuming, two processes, compilation, and bad flags."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ WIDTHS = {"pixels": 192, "pca": 10, "hog": 27, "teacher": 32}
 
 @pytest.fixture(scope="session")
 def targets(tmp_path_factory):
-    """The flags of each target; the teacher is a DINOv2 with other patches, whose images have another normalization."""
+    """Return the flags of each target; the teacher is a DINOv2 with another patch size and normalization."""
     folder = tmp_path_factory.mktemp("teacher")
     write_tower(folder, "Dinov2Model", patch_size=4)
     return {
@@ -61,7 +61,7 @@ def flags(image_folder):
 
 @pytest.fixture(scope="session", params=["pca", "hog", "teacher"])
 def trained(request, flags, targets, tmp_path_factory):
-    """The name of a target, its flags, and a run that nothing interrupts."""
+    """Return the name of a target, its flags, and the folder of an uninterrupted run."""
     cwd = tmp_path_factory.mktemp(request.param)
     flags = [*flags, *targets[request.param]]
     run(SCRIPT, *flags, cwd=cwd)
@@ -95,7 +95,7 @@ def test_resumed_runs_end_the_same(trained, tmp_path):
     code += "pretrain_mae.main(sys.argv[1:])"
     run_code(code, *flags, "--resume_from_checkpoint", "step_00000004", cwd=tmp_path)
     assert_equal_runs(folder, copy, 6)
-    if name == "pca":  # before its first step a run may be stopped, and then has no components yet
+    if name == "pca":  # stored in the checkpoint, so that no fit is needed
         assert weights_of(folder, 4)["target.components"].any()
 
 
@@ -107,7 +107,7 @@ def test_two_processes_train_as_one(trained, tmp_path):
     assert metrics_of(other)["val_loss"] == pytest.approx(metrics_of(folder)["val_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("trained", ["pca"], indirect=True)  # the one with buffers
+@pytest.mark.parametrize("trained", ["pca"], indirect=True)  # the only target with buffers
 def test_two_processes_with_a_share_of_the_weights_each_train_as_one(trained, tmp_path):
     _, flags, folder = trained
     run_sharded(SCRIPT, *flags, "--per_gpu_batch_size", 4, cwd=tmp_path)
@@ -158,7 +158,7 @@ SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
 
 @pytest.mark.parametrize("name", WIDTHS)
 def test_loss_and_gradients_equal_those_of_a_few_lines(name):
-    """All patches are embedded and predicted, and a mask selects the removed ones."""
+    """The reference normalizes whole images and predicts all patches; a mask selects the removed ones."""
     torch.manual_seed(0)
     encoder = new_encoder(**SMALL)
     sizes = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
@@ -205,7 +205,7 @@ def test_a_cross_decoder_predicts_a_share_of_the_removed_patches(name):
     if name == "teacher":
         features = torch.randn(3, 16, 32)
     values = model.target(patches) if features is None else features
-    chosen = noise.argsort(dim=1)[:, 4::3]  # every third of the twelve removed ones
+    chosen = noise.argsort(dim=1)[:, 4::3]  # every third of the twelve removed patches
     prediction = model(images, noise, features=features).prediction
     expected = model.target.loss(take(prediction, chosen), take(values, chosen))
     torch.testing.assert_close(model(images, noise, features=features, loss_only=True), expected, rtol=1e-5, atol=0)

@@ -1,4 +1,4 @@
-"""Targets, against independent implementations of a few lines."""
+"""Tests of the targets against short independent implementations."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def photographs(*shape, seed=0):
 )
 @pytest.mark.parametrize("channels", [1, 3])
 def test_hog_equals_scikit_image(patch_size, cell, img_size, channels):
-    """Its blocks of one cell are normalized by their own L2 norm, and so is each cell here."""
+    """scikit-image normalizes a block of one cell by its L2 norm, as HOG does with each cell."""
     target = HOG(new_encoder(patch_size, img_size, channels))
     images = photographs(2, channels, *img_size)
     result = target(patchify(images, patch_size))
@@ -43,16 +43,16 @@ def test_hog_equals_scikit_image(patch_size, cell, img_size, channels):
 
 
 def test_hog_does_not_change_with_brightness_and_contrast():
-    """So the normalization of a run's images does not matter."""
+    """HOG does not depend on the mean and standard deviation that normalize a run's images."""
     target, images = HOG(new_encoder()), photographs(1, 3, 32, 48)
     scale = torch.tensor([4.0, 5.0, 0.5]).view(3, 1, 1)
     result = target(patchify(images * scale - 1, 8))
     torch.testing.assert_close(result, target(patchify(images, 8)), rtol=0, atol=1e-4)
-    assert not target(torch.full((1, 24, 192), 0.3)).any()  # a flat image has no orientation, and no NaN
+    assert not target(torch.full((1, 24, 192), 0.3)).any()  # a flat image has no orientation and gives no NaN
 
 
 def test_principal_components_equal_numpy():
-    """Found in batches of unequal size, and for patches whose mean is far from 0."""
+    """The components are right for batches of unequal size and for patches whose mean is far from 0."""
     encoder = new_encoder(4, (16, 16))
     patches = patchify(photographs(60, 3, 16, 16) + torch.tensor([5.0, -3.0, 0.0]).view(3, 1, 1), 4)
     target = PrincipalComponents(encoder, 10)
@@ -81,7 +81,7 @@ def test_the_inverse_of_principal_components_is_the_projection():
 
 def test_number_of_components():
     assert PrincipalComponents(new_encoder(16)).width == 96  # as in the paper
-    assert PrincipalComponents(new_encoder(4)).width == 48  # all that there are
+    assert PrincipalComponents(new_encoder(4)).width == 48  # all components of 48 values
     with pytest.raises(ValueError, match="49 components of patches of 48 values; expected at most 48"):
         PrincipalComponents(new_encoder(4), 49)
 

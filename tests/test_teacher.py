@@ -1,4 +1,4 @@
-"""Teachers of every kind, against the libraries that compute them."""
+"""Tests of every kind of teacher against the library that it comes from."""
 
 import json
 
@@ -70,14 +70,14 @@ def test_an_encoder_of_this_project(tmp_path):
         tokens = encoder((images - 0.5) / 0.25)[:, 1:]
     torch.testing.assert_close(teacher(images), torch.nn.functional.layer_norm(tokens, (32,)), rtol=0, atol=1e-5)
     assert not teacher(images).requires_grad
-    # The student's patches of 4 pixels: the teacher, whose patches have 8, sees the image at twice its size
+    # The student has patches of 4 pixels and the teacher of 8, so the teacher sees the image at twice its size.
     resized = open_teacher(str(tmp_path), grid=(8, 8), in_channels=4)
     assert "images of 64 x 64" in resized.description and resized(images).shape == (2, 64, 32)
     smaller = open_teacher(str(tmp_path), grid=(2, 2), in_channels=4)
     assert torch.equal(teacher(images[:, :, :16, :16], (2, 2)), smaller(images[:, :, :16, :16]))
     with pytest.raises(WeightsError, match="input_channels of the teacher is 4 instead of 3; give another teacher"):
         open_teacher(str(tmp_path), grid=(4, 4), in_channels=3)
-    open_teacher(str(tmp_path), grid=(4, 4), in_channels=4, value_range=(0, 10000))  # its files state no range
+    open_teacher(str(tmp_path), grid=(4, 4), in_channels=4, value_range=(0, 10000))  # the teacher states no range
     export_encoder(encoder, tmp_path, mean=[0.5] * 4, std=[0.25] * 4, value_range=(0, 1000))
     with pytest.raises(WeightsError, match="a teacher of pixels from 0 to 1000, the data have 0 to 255; give another"):
         open_teacher(str(tmp_path), grid=(4, 4), in_channels=4)
@@ -85,7 +85,7 @@ def test_an_encoder_of_this_project(tmp_path):
 
 @pytest.mark.parametrize("fault", ["missing", "not finite", "one mean"])
 def test_damaged_towers(tmp_path, fault):
-    """transformers itself draws missing weights at random, and only warns."""
+    """Damage is an error, although transformers only warns and draws missing weights at random."""
     write_tower(tmp_path, "Dinov2Model")
     path, processor = tmp_path / "model.safetensors", tmp_path / "preprocessor_config.json"
     state = load_file(path)

@@ -1,4 +1,4 @@
-"""From weights of any layout to their module, against the libraries that wrote them."""
+"""Tests of opening weights of any layout, compared with the libraries that wrote them."""
 
 import json
 from functools import partial
@@ -152,7 +152,7 @@ def test_the_autoencoder_beside_an_encoder_comes_first(tmp_path):
 
 @torch.inference_mode()
 def test_another_image_size_and_other_channels(tmp_path):
-    """Compare with a module of that size into which the weights are loaded."""
+    """Compare the model with one of that size into which the weights are loaded."""
     size = dict(patch_size=8, embed_dim=32, depth=4, num_heads=2)
     export_classifier = partial(export.export_classifier, classes=["ant", "bee"], crop_ratio=0.5)
     export_segmenter = partial(export.export_segmenter, classes=["ant", "bee"], resize=(200, 40))

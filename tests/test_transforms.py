@@ -1,4 +1,4 @@
-"""data/transforms.py: crops as of torchvision and Pillow, which follow the generator alone."""
+"""Tests of data/transforms.py against torchvision and Pillow; crops depend only on the generator."""
 
 import math
 
@@ -22,7 +22,7 @@ from data.transforms import (
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333), (64, 64), (100, 260), (1, 400)])
 def test_official_crops_are_one_draw_cut_to_the_image(height, width):
-    """By hand: area and aspect ratio are drawn once, each side is cut, the place is uniform."""
+    """Area and aspect ratio are drawn once, each side is cut to the image, and the position is uniform."""
     rng, draws, scale = np.random.default_rng(0), np.random.default_rng(1), (0.08, 1.0)
     boxes = np.array([random_crop_box(rng, height, width, scale=scale, style="official") for _ in range(4000)])
     area = height * width * draws.uniform(*scale, 4000)
@@ -32,14 +32,14 @@ def test_official_crops_are_one_draw_cut_to_the_image(height, width):
         assert boxes[:, column].mean() == pytest.approx(side.mean(), rel=0.02)
         assert (boxes[:, place] >= 0).all() and (boxes[:, place] + boxes[:, column] <= whole).all()
         assert boxes[:, place].mean() == pytest.approx((whole - side).mean() / 2, abs=0.02 * whole)
-    if (height, width) == (375, 500):  # larger than torchvision's
+    if (height, width) == (375, 500):  # the official crops are larger than torchvision's
         usual = np.array([random_crop_box(rng, height, width, scale=scale) for _ in range(4000)])
         shares = [(found[:, 2] * found[:, 3]).mean() / (height * width) for found in (boxes, usual)]
         assert shares == pytest.approx([0.519, 0.432], abs=0.015)
 
 
 def picture(height: int, width: int, channels: int = 3, seed: int = 0) -> torch.Tensor:
-    """Smooth colours, a few sharp edges and a little noise, in channels-last order as decode() gives it."""
+    """Return smooth colours, sharp edges and a little noise, in channels-last memory like the images of decode()."""
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / (5 + c) + c) * np.cos(y / (9 + c)) for c in range(channels)]
     pixels = 128 + 90 * np.stack(waves, axis=-1) + 40 * ((x // 13 + y // 17) % 2)[:, :, None]
@@ -53,10 +53,10 @@ def pillow(image: torch.Tensor) -> Image.Image:
 
 
 def pillow_resized_crop(image: torch.Tensor, box, size) -> np.ndarray:
-    """Pillow's antialiased bicubic on the same pixels, the width first and then the height.
+    """Return a crop resized by Pillow's antialiased bicubic filter, the width first and then the height.
 
-    Pillow 13 takes the height first where that is less work, and the image rounded to 8 bits between the two passes
-    then differs: by 50 to 55 dB, from torch and from older Pillow alike.
+    Pillow 13 resizes the height first if that is less work. The image is rounded to 8 bits between the two passes, so
+    the result then differs from torch's and older Pillow's alike: the PSNR is 50 to 55 dB.
     """
     top, left, h, w = box
     crop = pillow(image).crop((left, top, left + w, top + h))
@@ -165,7 +165,7 @@ def test_a_centre_crop_is_torchvisions_resize_and_centre_crop(height, width, sid
     image = picture(height, width)
     resize = Resize(short_side, interpolation=InterpolationMode.BICUBIC, antialias=True)
     result = CentreCrop((side, side), crop_ratio)(image)
-    # Not bit for bit: without AVX2 torchvision resizes in float32. A shift by a pixel would be below 30 dB.
+    # Not bit-equal: without AVX2, torchvision resizes in float32. A shift by one pixel would give less than 30 dB.
     assert psnr(result.numpy(), CenterCrop(side)(resize(image)).numpy()) >= 50
 
 
@@ -178,7 +178,7 @@ def test_a_centre_crop_takes_any_image_to_any_size(height, width, size, crop_rat
 
 
 def test_a_centre_crop_keeps_the_centre_of_a_strip():
-    """A strip long enough to be cut before it is resized: the result is what the whole resize would give."""
+    """A long strip is cut before it is resized, and the result is that of resizing it whole."""
     image = picture(20, 1000)
     whole = resized_crop(image, (0, 0, 20, 1000), (40, 2000))[:, :, 980:1020]
     assert psnr(CentreCrop((40, 40))(image).numpy(), whole.numpy()) >= 60
@@ -195,7 +195,7 @@ def test_a_crop_is_written_into_room_of_any_layout_and_nowhere_else(channels, dt
     image = image if dtype == torch.uint8 else image / 255
     for box, size in (((3, 5, 40, 41), (32, 24)), ((0, 0, 32, 24), (32, 24)), ((7, 0, 1, 60), (8, 8))):
         expected = resized_crop(image, box, size)
-        shape = (3, channels, *size)  # of which the middle one is written to
+        shape = (3, channels, *size)  # only the middle image is written to
         for order in ((0, 1, 2, 3), (0, 2, 3, 1), (0, 3, 2, 1)):
             room = torch.zeros([shape[axis] for axis in order], dtype=dtype)
             images = room.permute([order.index(axis) for axis in range(4)])
@@ -206,7 +206,7 @@ def test_a_crop_is_written_into_room_of_any_layout_and_nowhere_else(channels, dt
 @pytest.mark.parametrize("kind", [np.uint8, np.float32])
 @pytest.mark.parametrize("size", [(32, 32), (20, 24), (90, 70)])
 def test_valid_pixels_of_a_crop_have_nothing_of_invalid_ones(kind, size):
-    """Change the invalid pixels: what the resized image calls valid stays, within 0.4 % of the change."""
+    """Changing the invalid pixels changes the valid pixels of a crop by at most 0.4 % of that change."""
     rng = np.random.default_rng(0)
     valid = rng.random((45, 60)) < 0.99
     valid[10:20, 30:50] = False

@@ -1,4 +1,4 @@
-"""The segmenter, against UperNet and DPT of transformers; its loss against sums by hand, its cost against a count."""
+"""Tests of the segmenter: UperNet and DPT against transformers, its loss by hand, and its cost as torch counts it."""
 
 import copy
 import math
@@ -36,7 +36,7 @@ def new_segmenter(num_classes: int = 7, *, encoder: dict | None = None, **change
 
 
 def randomized(module: nn.Module, std: float = 0.1) -> nn.Module:
-    """`module` in evaluation mode, every parameter and statistic moved, so that no two could be swapped unnoticed."""
+    """Move every parameter and statistic, so that no two could be swapped unnoticed; in evaluation mode."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, value in module.state_dict().items():
@@ -51,7 +51,7 @@ def randomized(module: nn.Module, std: float = 0.1) -> nn.Module:
 
 
 def both(size: dict, num_classes: int, *, layers: list[int], head_width: int, bias: bool, std: float = 0.1):
-    """Our segmenter and transformers' with the same random weights."""
+    """Return our segmenter and transformers' with the same random weights."""
     backbone = BeitConfig(
         image_size=size["img_size"],
         patch_size=size["patch_size"],
@@ -92,7 +92,7 @@ def assert_equal_outputs(ours: Segmenter, theirs: nn.Module, images: torch.Tenso
 @pytest.mark.parametrize("bias", [False, True])
 def test_pyramid_and_logits_equal_transformers(bias):
     ours, theirs = both(SMALL, 7, layers=[0, 2, 3, 4], head_width=24, bias=bias)
-    for height, width in ((32, 32), (72, 64), (48, 32), (16, 64), (45, 61)):  # the fourth has as many patches
+    for height, width in ((32, 32), (72, 64), (48, 32), (16, 64), (45, 61)):  # 16 x 64 has as many patches as 32 x 32
         assert_equal_outputs(ours, theirs, torch.randn(2, 3, height, width))
 
 
@@ -124,7 +124,7 @@ def test_the_linear_head_by_hand():
 
 @torch.inference_mode()
 def test_the_logits_of_dpt_equal_transformers():
-    """Its neck and its head, on maps of even, odd and unequal sides."""
+    """Compare the neck and the head on maps with even, odd and unequal sides."""
     model = randomized(new_segmenter(head="dpt"))
     config = DPTConfig(
         hidden_size=32,
@@ -159,11 +159,11 @@ def test_outputs_and_dropout_in_training():
         head.dropout.p = 0.0
         assert not torch.allclose(model(images)[output is auxiliary], output)
     again = model(images)
-    assert all(map(torch.equal, again, model(images)))  # nothing else is drawn
+    assert all(map(torch.equal, again, model(images)))  # nothing else is random
     assert model.eval()(images).shape == (2, 7, 32, 48)
     assert new_segmenter(auxiliary=False).train()(images).shape == (2, 7, 32, 48)
     assert new_segmenter(head="linear").train()(images).shape == (2, 7, 32, 48)
-    assert new_segmenter(head="dpt").train()(images[:1, :, :24, :24]).shape == (1, 7, 24, 24)  # the least it takes
+    assert new_segmenter(head="dpt").train()(images[:1, :, :24, :24]).shape == (1, 7, 24, 24)  # the smallest input
 
 
 def test_blocks_above_the_highest_layer_are_frozen():
@@ -189,7 +189,7 @@ def test_a_frozen_encoder_computes_as_in_evaluation_and_keeps_nothing(head):
     with torch.autograd.graph.saved_tensors_hooks(lambda value: saved.append(value) or value, lambda value: value):
         outputs = model(images)
     assert all(map(torch.equal, maps, expected)) and not any(level.requires_grad for level in maps)
-    tokens = 2 * 17 * 32  # no hidden layer of the encoder, of 4 x as many numbers, is saved for a backward pass
+    tokens = 2 * 17 * 32  # no hidden layer of an MLP (17, 128) and no qkv (3 x tokens) is saved for backward
     assert not any(value.shape[1:] == (17, 128) or value.numel() == 3 * tokens for value in saved)
     compiled = copy.deepcopy(model)
     compiled.compile(fullgraph=True, dynamic=False, backend="eager")
@@ -203,7 +203,7 @@ def test_a_frozen_encoder_computes_as_in_evaluation_and_keeps_nothing(head):
 
 
 def random_masks(count: int, size: int = 32, *, classes: int = 7) -> torch.Tensor:
-    """uint8 (count, size, size), of which a share that differs by image is ignored, of the first everything."""
+    """Return masks, uint8 (count, size, size); the ignored share falls from all of the first to none of the last."""
     generator = torch.Generator().manual_seed(1)
     masks = torch.randint(classes, (count, size, size), generator=generator, dtype=torch.uint8)
     ignored = torch.rand(count, size, size, generator=generator) < torch.linspace(1, 0, count)[:, None, None]
@@ -372,7 +372,7 @@ def test_flops_of_a_step_are_those_that_torch_counts(head, extras):
     assert torch.equal(torch.get_rng_state(), random) and not model.training  # counting changes nothing
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     images, masks = torch.randn(4, 3, 96, 96), random_masks(4, 96)
-    # As plain products, because older versions do not count the attention of a CPU
+    # Attention runs as plain products, because older versions of torch do not count it on a CPU
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         outputs = model.train()(images)
         sum(segmentation_loss(one, masks) for one in (outputs if model.auxiliary else [outputs])).backward()

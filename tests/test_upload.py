@@ -1,4 +1,4 @@
-"""Test uploads by huggingface_hub over HTTP to a Hub on this machine, and uploads in the background of a run."""
+"""Tests of uploads over HTTP to a Hub on this machine, and of uploads in the background of a run."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from training.files import MARKER, replace_folder
 from training.launch import RunError
 from training.upload import Uploader, check_hub, check_repo_id, check_token, upload
 
-WEIGHTS = ["model.safetensors", "pretraining/model.safetensors", "reconstructions.png"]  # what goes by LFS
+WEIGHTS = ["model.safetensors", "pretraining/model.safetensors", "reconstructions.png"]  # uploaded through LFS
 
 
 def write_folder(folder: Path, *, model_type: str = "vit", architecture: str = "ViTModel", content: str = "1") -> Path:
@@ -42,7 +42,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def here(hub, monkeypatch, tmp_path):
-    """Return the Hub on this machine, which this process uses for the real one."""
+    """Return the Hub on this machine, which this process uses instead of the real one."""
     hub.enter(monkeypatch, tmp_path)
     return hub
 
@@ -121,7 +121,7 @@ def test_files_of_an_earlier_model_are_removed(here, folder):
 
 
 def test_interrupted_upload_continues(here, folder):
-    """Large files that arrived are not sent again, and nothing is visible before all have."""
+    """Large files that arrived are not sent again, and no file is visible before all have arrived."""
     here.fail_uploads_after = 1
     with pytest.raises(RunError) as error:
         push(folder)
@@ -225,7 +225,7 @@ def test_valid_names_and_tokens(hub, monkeypatch, tmp_path):
         hub.enter(monkeypatch, tmp_path, token=token)
         assert len(check_token()) == count
     (tmp_path / "hf_home").mkdir()
-    (tmp_path / "hf_home" / "token").write_text(VALID)  # as `hf auth login` leaves it
+    (tmp_path / "hf_home" / "token").write_text(VALID)  # as `hf auth login` writes it
     assert not check_token() and not hub.requests
 
 
@@ -244,7 +244,7 @@ def test_check_hub(push_to_hub, repository, every, private, expected):
     assert len(errors) == len(expected) and all(map(str.startswith, errors, expected)), errors
 
 
-# In the background of a run
+# Uploads in the background of a run
 
 STAND_IN = """
 import json, os, sys, time
@@ -277,7 +277,7 @@ def calls(folder: Path) -> list[dict]:
 
 
 def test_upload_during_and_after_training(tmp_path, monkeypatch, capsys):
-    """One upload at a time, in a process outside the launch."""
+    """Only one upload runs at a time, in a process that does not belong to the launch."""
     launch = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="x", MASTER_PORT="1")
     launch |= dict(ACCELERATE_MIXED_PRECISION="bf16", TORCHELASTIC_RUN_ID="1", GROUP_RANK="0", ROLE_RANK="0")
     for name, value in {**launch, "CUDA_VISIBLE_DEVICES": "0,1", "HF_HOME": "home"}.items():
@@ -335,7 +335,7 @@ def test_failed_uploads_are_reported_and_the_next_one_starts(script, tmp_path, c
 
 
 def test_uploads_that_cannot_start(script, tmp_path, capsys):
-    """A missing script, and a run folder that was removed."""
+    """A missing script and a removed run folder cause warnings only."""
     script.unlink()
     Uploader(tmp_path, "owner/name").finish()
     assert "warning: the finished run is not uploaded: " in capsys.readouterr().out
@@ -346,7 +346,7 @@ def test_uploads_that_cannot_start(script, tmp_path, capsys):
 
 
 def test_no_repository_uploads_nothing(tmp_path, capsys):
-    """As on all processes but the main one, which save at the same steps."""
+    """Processes other than the main one have no repository and save at the same steps."""
     uploader = Uploader(tmp_path, None, every=10)
     uploader.after(10)
     uploader.finish()

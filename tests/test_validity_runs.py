@@ -1,4 +1,4 @@
-"""Whole pre-trainings on images with invalid pixels: what is trained, resume, processes, compilation, bad data."""
+"""Tests of pre-training runs on images with invalid pixels: results, resume, processes, compilation and bad data."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ SCRIPT = "pretrain_mae.py"
 
 
 def write_holes(folder, count, *, seed=0, fill=0):
-    """Write images of which every third has a hole, filled by a number or, if None, by noise; return which is valid."""
+    """Write images, every third with a hole of value `fill` (None: noise); return the valid pixels of each."""
     rng, noise, marks = np.random.default_rng(seed), np.random.default_rng(99), {}
     for i in range(count):
         path = folder / "ab"[i % 2] / f"{i}.png"
@@ -155,12 +155,13 @@ def test_bad_data(holes, tmp_path):
 
 
 def test_floats_workers_views_and_features(tmp_path):
-    """Validation images that are nearly empty count in no metric of reconstructions."""
+    """Metrics stay finite although most validation images have few or no valid pixels."""
     rng = np.random.default_rng(0)
     for part, count in (("train", 16), ("val", 6)):
         for i in range(count):
             image = rng.random((40, 40, 2), dtype=np.float32)
-            image[: 13 * (i % 3) + 38 * (part == "val" and i > 1)] = np.nan  # of the last four, two rows are left
+            # Of the last four validation images, one has two valid rows, the others none
+            image[: 13 * (i % 3) + 38 * (part == "val" and i > 1)] = np.nan
             (tmp_path / part / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
             np.save(tmp_path / part / "ab"[i % 2] / f"{i}.npy", image)
     words = ["--input_channels", 2, "--value_range", 0, 1, "--validity", "nodata", "--num_workers", 2, "--knn_every", 1]

@@ -1,4 +1,4 @@
-"""The encoder, against timm: names, features, taps, drop path; and its initialization against the formula."""
+"""Tests of the encoder against timm and transformers, and of its initialization against the formula."""
 
 import math
 from functools import partial
@@ -87,14 +87,14 @@ def test_embedding_some_patches_is_taking_some_tokens():
 
 
 def new_pixio(num_cls_tokens: int) -> PixioModel:
-    """Build transformers' model of SMALL, with random positions of class tokens too."""
+    """Return transformers' Pixio with the sizes of SMALL; the positions of its class tokens are random too."""
     sizes = dict(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=4, num_attention_heads=2)
     return randomize(PixioModel(PixioConfig(**sizes, n_cls_tokens=num_cls_tokens)))
 
 
 @pytest.mark.parametrize("num_cls_tokens", [2, 8])
 def test_several_class_tokens_equal_pixio(num_cls_tokens):
-    """Tokens and gradients, and maps of images of another size, for which positions are resized."""
+    """Tokens and gradients agree, and so do maps of images of another size, for which positions are resized."""
     theirs, ours = new_pixio(num_cls_tokens), VisionTransformer(**SMALL, num_cls_tokens=num_cls_tokens)
     load_weights(ours, theirs.state_dict())
     images = torch.randn(2, 3, 32, 32)
@@ -132,7 +132,7 @@ def test_initialization_is_the_papers():
     for name, weight in weights.items():
         bound = math.sqrt(6 / (weight.shape[0] + weight.shape[1]))
         assert 0.99 * bound < weight.abs().max() <= bound, name
-        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02), name  # of a uniform distribution
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02), name  # uniform distribution
         assert abs(weight.mean()) < 0.02 * bound, name
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -168,7 +168,7 @@ def test_drop_path_drops_whole_branches_of_a_sample_in_training_only():
     images = torch.randn(1, 3, 32, 32)
     assert torch.equal(model(images), plain(images))
 
-    # Both branches of the last block come out at twice their size or not at all: four outcomes, each seen.
+    # Each of the two branches of the last block is doubled or dropped: all four outcomes occur.
     x, block = model.blocks[0](model.embed(patchify(images, 8))), model.blocks[1]
     outcomes = []
     for attention in (0, 2):
@@ -259,7 +259,7 @@ def test_class_tokens_share_their_biases():
 
 @pytest.mark.parametrize("change", [dict(), BEIT])
 def test_layers_of_images_of_other_sizes(change):
-    """Check that a remainder beyond whole patches is cut off."""
+    """The remainder beyond whole patches is cut off."""
     model = randomize(new_encoder(**SMALL, **change))
     images = torch.randn(2, 3, 43, 70)
     maps = model.forward_layers(images, [3, 0, 2])

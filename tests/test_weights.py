@@ -1,4 +1,4 @@
-"""Reading weights: every layout against the library that wrote it, and refusals that say what is wrong."""
+"""Tests of loading weights: every layout against the library that wrote it, and error messages."""
 
 import ast
 import math
@@ -56,7 +56,7 @@ def new_classifier(pooling: str = "mean", *, num_classes: int = 5, probe: bool =
 
 
 def official(model: MaskedAutoencoder | Classifier) -> dict[str, torch.Tensor]:
-    """The names of the official code: one flat module."""
+    """Return the parameters under the names of the official code, which has one flat module."""
     return {n.removeprefix("encoder.").replace("decoder.", "decoder_"): t for n, t in model.state_dict().items()}
 
 
@@ -77,7 +77,7 @@ def test_positions_are_resized_as_transformers_does():
     for img_size, name in (((48, 48), "6x6"), ((24, 64), "3x8"), ((16, 64), "2x8")):
         ours = new_encoder(img_size=img_size)
         images = torch.randn(2, 3, *img_size)
-        same_count = math.prod(ours.grid) == 16  # cannot be told from a table of this very grid
+        same_count = math.prod(ours.grid) == 16  # 16 positions might be a table of this grid
         report = load_weights(ours, theirs.state_dict(), stored=Stored((4, 4) if same_count else None))
         expected = theirs(images, interpolate_pos_encoding=True).last_hidden_state
         torch.testing.assert_close(ours(images), expected, rtol=0, atol=1e-5)
@@ -103,7 +103,7 @@ def test_both_tables_of_an_autoencoder_are_resized_as_transformers_does(img_size
     for resized, table in (
         (ours.encoder.pos_embed, theirs.vit.embeddings.position_embeddings),
         (ours.decoder.pos_embed, theirs.decoder.decoder_pos_embed),
-    ):  # by ViTModel's method, as that of ViTMAE's decoder takes the grid for a line
+    ):  # ViTModel's method is the reference, as that of ViTMAE's decoder treats the grid as a line
         embeddings = ViTModel(ViTConfig(**THEIRS | dict(hidden_size=table.shape[2]))).embeddings
         embeddings.position_embeddings.data = table.data
         expected = embeddings.interpolate_pos_encoding(torch.empty_like(resized), *img_size)
@@ -193,7 +193,7 @@ def test_an_error_shows_its_message_and_settings():
 
 @pytest.mark.parametrize("num_heads", [None, 32])
 def test_the_number_of_heads_of_a_known_size(num_heads):
-    with torch.device("meta"):  # shapes without numbers
+    with torch.device("meta"):  # shapes without values
         large, base = VisionTransformer(**SIZES["large"]), VisionTransformer(**SIZES["base"])
     with pytest.raises(WeightsError) as error:
         load_weights(base, large.state_dict(), stored=Stored(num_heads=num_heads))
@@ -254,7 +254,7 @@ def test_checkpoints_of_older_versions_have_other_names_of_the_decoder():
 
 
 def trained_classifier(pooling: str = "mean", **change) -> Classifier:
-    """A classifier whose every number is random, the statistics of a linear probe too."""
+    """Return a classifier with random parameters and, in a linear probe, random BatchNorm statistics."""
     model = randomize(new_classifier(pooling, **change))
     if model.probe:
         model.head_norm.running_mean.normal_(std=3)
@@ -319,7 +319,7 @@ def new_segmenter(num_classes: int = 5, *, head: dict | None = None, **change) -
 
 
 def trained(model: torch.nn.Module) -> torch.nn.Module:
-    """`model` with every number random, the statistics of its BatchNorms too."""
+    """Set all parameters of `model` and the statistics of its BatchNorms to random values, and return it."""
     randomize(model)
     for name, buffer in model.named_buffers():
         if not name.endswith("num_batches_tracked"):
@@ -328,7 +328,7 @@ def trained(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def stock_segmenter(**change) -> UperNetForSemanticSegmentation:
-    """transformers' UperNet with a BEiT, of the sizes of `new_segmenter`."""
+    """Return transformers' UperNet with a BEiT encoder and the sizes of `new_segmenter`."""
     backbone = THEIRS | BEIT | dict(num_hidden_layers=4, add_fpn=True, batch_norm_eps=1e-5)
     backbone["out_features"] = [f"stage{i}" for i in (1, 2, 3, 4)]
     config = UperNetConfig(backbone_config=BeitConfig(**backbone | change), hidden_size=12, num_labels=5)
@@ -341,12 +341,12 @@ def test_biases_are_resized_as_the_model_does_it_for_other_images():
     load_weights(ours.encoder, source.encoder.state_dict())
     for block, other in zip(ours.encoder.blocks, source.encoder.blocks, strict=True):
         assert torch.equal(block.attn.relative_position_bias_table[-3:], other.attn.relative_position_bias_table[-3:])
-    flat = trained(new_segmenter(img_size=(16, 64), **EXTRAS))  # 2 x 8, which holds as many patches
+    flat = trained(new_segmenter(img_size=(16, 64), **EXTRAS))  # 2 x 8 patches, as many as 4 x 4
     ours = new_segmenter(**EXTRAS)
     report = load_weights(ours, flat.state_dict(), stored=Stored((2, 8)))
     torch.testing.assert_close(ours(IMAGES), flat(IMAGES), rtol=0, atol=1e-4)
     assert report.resized == ("encoder.pos_embed 2x8 -> 4x4", "4 relative position biases 2x8 -> 4x4")
-    message = refused(new_segmenter(**EXTRAS), flat.state_dict())  # nobody tells
+    message = refused(new_segmenter(**EXTRAS), flat.state_dict())  # without the stored grid
     assert "relative_position_bias_table is (48, 2) instead of (52, 2)" in message
 
 
@@ -366,7 +366,7 @@ def test_biases_and_scales_of_an_encoder_may_be_new():
         ours.encoder.blocks[1].attn.relative_position_bias_table,
         biased["encoder.blocks.1.attn.relative_position_bias_table"],
     )
-    del biased["encoder.blocks.1.attn.relative_position_bias_table"]  # a hole is no plan
+    del biased["encoder.blocks.1.attn.relative_position_bias_table"]  # a single missing table is an error
     message = refused(ours.encoder, biased)
     assert "do not fit: encoder.blocks.1.attn.relative_position_bias_table is missing; give" in message
 
@@ -438,7 +438,7 @@ def test_a_new_decoder_is_not_for_weights_that_hold_one_or_a_part_of_one():
 
 
 def converted(images: torch.Tensor, channels: int) -> torch.Tensor:
-    """Images of N channels as the checkpoint's model, of `channels`, is to see them."""
+    """Convert images of N channels to those that the model of the checkpoint, with `channels`, must see."""
     n = images.shape[1]
     if n <= channels:
         return images[:, [i % n for i in range(channels)]]
@@ -446,7 +446,7 @@ def converted(images: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def predicted(pixels: torch.Tensor, old: int, new: int) -> torch.Tensor:
-    """Predictions (B, L, P*P*old) as the adapted model is to make them."""
+    """Convert predictions (B, L, P*P*old) to those (B, L, P*P*new) that the adapted model must make."""
     pixels = pixels.reshape(*pixels.shape[:2], 64, old)
     if new >= old:
         return pixels[..., [j % old for j in range(new)]].flatten(2)
@@ -469,7 +469,7 @@ def test_other_channels(old, new):
     expected = predicted(source(converted(images, old), NOISE).prediction, old, new)
     torch.testing.assert_close(ours(images, NOISE).prediction, expected, rtol=0, atol=1e-5)
 
-    grey = images[:, :1]  # the same in every channel: the same tokens, whatever the numbers of channels
+    grey = images[:, :1]  # equal channels give equal tokens, whatever the numbers of channels
     tokens = ours.encoder(grey.expand(-1, new, -1, -1))
     torch.testing.assert_close(tokens, source.encoder(grey.expand(-1, old, -1, -1)), rtol=0, atol=1e-5)
 
