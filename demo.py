@@ -57,8 +57,8 @@ from training.ports import free_port
 from training.processes import check_settings
 from training.wording import in_one_line
 
-MAX_PIXELS = 50_000_000  # of an image: more than a phone's camera has, and 150 MB of memory as 8-bit RGB
-PREVIEW_SIZE = 1024  # longer side of a segmented image, in pixels, at most, as in predict.py
+MAX_PIXELS = 50_000_000  # limit per image, which takes 150 MB of memory as 8-bit RGB
+PREVIEW_SIZE = 1024  # maximum of the longer side of a segmented image, in pixels, as in predict.py
 NUM_EXAMPLES, NUM_NEAREST = 12, 8
 MAKE_ONE = "make one with: accelerate launch pretrain_mae.py @recipes/quickstart/pretrain.args"
 
@@ -71,7 +71,7 @@ def parse_args(argv=None):
     flag("--nearest", metavar="FOLDER", help="folder whose nearest images to an image are shown (default none)")
     flag("--max_pixels", type=integer(1), default=MAX_PIXELS, help=f"refuse larger images (default {MAX_PIXELS})")
     flag = parser.add_argument_group("server").add_argument
-    # A Hugging Face Space sets the two variables
+    # A Hugging Face Space sets these two variables
     host, port = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), os.environ.get("GRADIO_SERVER_PORT", "7860")
     flag("--host", default=host, help="address to listen at; 0.0.0.0 lets other machines in (default 127.0.0.1)")
     flag("--port", type=integer(1, 65535), default=port, help="port; the next free one if it is in use (default 7860)")
@@ -91,7 +91,7 @@ def newest_run(folder):
 
 
 def name_of(path, record):
-    """Return what a page calls a model: the path from its run's name on, without the folders above."""
+    """Return the name of a model on the page: its path from the run folder on, or its repository on the Hub."""
     if is_on_hub(path):
         return str(path)
     path = Path(path).resolve()
@@ -99,21 +99,21 @@ def name_of(path, record):
 
 
 class Inputs(NamedTuple):
-    """Hold an image as a model sees it."""
+    """An image as a model takes it."""
 
-    whole: torch.Tensor  # (C, *img_size): all of its shorter side, for reconstruction
-    view: torch.Tensor  # (C, h, w): what predict.py gives an encoder, a classifier, a segmenter or a detector
+    whole: torch.Tensor  # (C, *img_size): centre crop with the whole shorter side, for reconstruction
+    view: torch.Tensor  # (C, h, w): input of an encoder, classifier, segmenter or detector, as in predict.py
     picture: torch.Tensor  # (C, H, W): `view`, or the image of a segmenter or detector at its own proportions
     original: tuple[int, int] = ()  # height and width of a detector's image
 
 
 class Reconstruction(NamedTuple):
-    """Hold a reconstruction."""
+    """A reconstruction of an image."""
 
     tiles: list[Image.Image]  # see training.pictures.RECONSTRUCTION
-    errors: np.ndarray  # (h, w): root mean squared error of each predicted patch, NaN for others
-    metrics: dict[str, float]  # by the names of metrics.json
-    baseline: dict[str, float] | None  # those of the mean colour of the visible pixels; None if all were removed
+    errors: np.ndarray  # (h, w): root mean squared error of each predicted patch, NaN for the others
+    metrics: dict[str, float]  # with the names of metrics.json
+    baseline: dict[str, float] | None  # metrics of the visible pixels' mean colour; None if every patch is predicted
     num_kept: int
 
 
@@ -123,9 +123,9 @@ def score(images, prediction, mask):
 
 
 class PageModel:
-    """Compute what the page shows of one model; nothing in it changes with a visitor.
+    """A model on the page, with methods that compute what is shown; visitors do not change its state.
 
-    Legend: as in mae.py; images are (C, H, W), Q heads or queries.
+    Legend: as in mae.py; images are (C, H, W).
     """
 
     def __init__(self, path, *, device, max_pixels):
@@ -168,9 +168,9 @@ class PageModel:
         return picture
 
     def draw_mask(self, index, *, mask_ratio, strategy, seed, clicks=()):
-        """Return the noise (1, L) and the number of kept patches of a mask, with the patches at `clicks` turned over.
+        """Return the noise (1, L) and the number of kept patches of a mask, with the patches at `clicks` inverted.
 
-        The mask is that of predict.py. A click is (x, y) in [0, 1]. At least one patch is kept, and one removed.
+        Without clicks, it is predict.py's mask. A click is (x, y) in [0, 1]. No mask keeps or removes all patches.
         """
         h, w = self.grid
         num_kept = min(max(int(h * w * (1 - mask_ratio)), 1), h * w - 1)
@@ -190,8 +190,8 @@ class PageModel:
     def reconstruct(self, image, noise, num_kept, *, true_statistics=True, everywhere=False):
         """Return the Reconstruction of an image from the patches that noise (1, L) keeps, as predict.py does.
 
-        With `everywhere`, each patch is predicted from masks that remove it. Without `true_statistics`, patches that
-        are normalized by their own mean and variance are turned back by those of the patches that their mask keeps.
+        With `everywhere`, each patch is predicted from masks that remove it. Without `true_statistics`, predictions of
+        normalized pixels are inverted by the mean and variance of the kept patches, not by those of the true patch.
         """
         model, images = keep_patches(self.model, num_kept), self.normalize(image[None].to(self.device))
         noise = noise.to(self.device)
@@ -213,7 +213,7 @@ class PageModel:
 
     @torch.no_grad()
     def classify(self, image):
-        """Return the classes or labels of an image with probabilities, or its numbers, by name."""
+        """Return the probabilities of the classes or labels of an image, or its numbers, by name."""
         answers = self.model.answer(self.model(self.normalize(image[None].to(self.device))))
         return dict(zip(self.classes, answers[0].tolist(), strict=True))
 
@@ -225,21 +225,21 @@ class PageModel:
 
     @torch.no_grad()
     def detect(self, inputs):
-        """Return COCO's records of the objects in an image."""
+        """Return the objects in an image as COCO's records."""
         images, size = self.normalize(inputs.view[None].to(self.device)), tuple(inputs.picture.shape[1:])
         return as_results(in_original_pixels(self.model(images, [size])[0], size, inputs.original))
 
     def draw_objects(self, inputs, records, least_score):
-        """Return a picture of the records of `detect` that score at least `least_score`, and these records."""
+        """Draw the records of `detect` that score at least `least_score`; return the picture and these records."""
         records = [record for record in records if record["score"] >= least_score]
         shown = drawings(records, inputs.original, tuple(inputs.picture.shape[1:]))
         return detection_picture(inputs.picture.numpy(), shown, self.classes, self.colours), records
 
     @torch.no_grad()
     def look(self, pair):
-        """Return features (2, L, D) of the patches of two Inputs, and pictures of them and of attention, for each.
+        """Return the patch features (2, L, D) of two Inputs and, for each, pictures of its features and attention.
 
-        The attention is that of the class token by head or, of attentive pooling, that of its queries.
+        The attention is that of the class token per head or, for attentive pooling, that of its queries.
         """
         pixels = [inputs.whole if self.segments else inputs.view for inputs in pair]
         images = self.normalize(torch.stack(pixels).to(self.device))
@@ -254,9 +254,9 @@ class PageModel:
         return features, [Image.fromarray(each.numpy()) for each in colours], tiles
 
     def compare(self, features, image, x, y):
-        """Return the cosine similarities (h, w) of the patches of two images to one, and its row and column.
+        """Return the cosine similarities (2, h, w) of all patches to one patch, and the row and column of that patch.
 
-        It is the patch of `image`, 0 or 1, at (x, y) in [0, 1]; `features` are those of `look`.
+        The patch is at (x, y) in [0, 1] of `image`, 0 or 1; `features` are those of `look`.
         """
         row, column = (min(int(place * side), side - 1) for place, side in zip((y, x), self.grid, strict=True))
         values = similarities(features, image, row * self.grid[1] + column)
@@ -287,17 +287,17 @@ class PageModel:
 
     def nearest(self, image):
         """Return pictures of the nearest indexed images, each with its name and cosine similarity."""
-        closest = nearest(*self.bank, self.embed(image[None]), NUM_NEAREST)  # similarities and indices
+        closest = nearest(*self.bank, self.embed(image[None]), NUM_NEAREST)  # (similarities, indices), (1, k) each
         results = []
         for value, i in zip(*(each[0].tolist() for each in closest), strict=True):
-            with contextlib.suppress(DamagedImage):  # it has changed since
+            with contextlib.suppress(DamagedImage):  # the file has changed since it was indexed
                 picture = self.thumbnail(*self.source.fetch([i]))
                 results.append((picture, f"{value:.3f} {Path(self.source.name(i)).name}"))
         return results
 
 
 def find_examples(model):
-    """Return held-out images of a run's data, or drawn scenes, each with a small picture; and what they are."""
+    """Return held-out images of a run's data or drawn scenes, each with a small picture, and a caption."""
     flags = model.record.flags if model.record else {}
     path, channels, reason = flags.get("path_to_data") or "builtin:shapes", model.pixels.channels, None
     if path != "builtin:shapes":
@@ -326,16 +326,16 @@ def with_pictures(examples, model):
 
 
 class Choice(NamedTuple):
-    """Hold the image that a visitor chose."""
+    """The image that a visitor chose."""
 
     name: str
-    index: int  # on which its masks depend
-    inputs: list[Inputs | str]  # for each model; a str says why it cannot read the image
+    index: int  # its masks depend on it
+    inputs: list[Inputs | str]  # for each model, its Inputs or the reason why it cannot read the image
     time: int  # distinguishes one choice from the next
 
 
 def pick(models, name, index, data):
-    """Return an image as Choice; a str that says why no model can read it."""
+    """Return an image as a Choice, or the reason as a str if no model can read it."""
     inputs = []
     for model in models:
         try:

@@ -59,10 +59,10 @@ def parse_args(argv=None):
 
 
 def check_output(path):
-    """Return errors for a file that cannot be written."""
+    """Return an error message if the file cannot be written."""
     if path.suffix != ".onnx":
         return [f"{path} does not end in .onnx; give OUT.onnx"]
-    if os.path.lexists(path):  # also a link whose file is not there
+    if os.path.lexists(path):  # also true for a broken link
         return [f"{path} exists and would be overwritten; give another name"]
     if not path.parent.is_dir():
         return [f"the folder {path.parent} does not exist; create it, or give another one"]
@@ -72,14 +72,14 @@ def check_output(path):
 
 
 def check_libraries():
-    """Return an error for libraries that are not installed."""
+    """Return an error message if libraries are not installed."""
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     words = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed"
     return [f"{words}; pip install {' '.join(missing)}"] if missing else []
 
 
 def check_model(trained, *, features, dynamic_size):
-    """Return the errors in flags that do not fit the model."""
+    """Return error messages for flags that do not fit the model."""
     model, errors = trained.model, []
     if isinstance(model, Detector):
         return [f"{trained.path} is a detector, which has no ONNX form here; give what it started from"]
@@ -97,7 +97,7 @@ def check_model(trained, *, features, dynamic_size):
 
 
 def describe_file(trained, task, *, raw_pixels, half, dynamic_size):
-    """Return the metadata of the file."""
+    """Return the metadata that the ONNX file stores."""
     facts = {
         "task": task,
         "img_size": trained.encoder.img_size,
@@ -122,7 +122,7 @@ def describe_file(trained, task, *, raw_pixels, half, dynamic_size):
 
 
 def write_file(path, content):
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content)
     sync(temporary)

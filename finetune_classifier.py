@@ -7,9 +7,9 @@ log.jsonl, checkpoints/, predictions/ (the confusion matrix, up to 50 classes), 
 model/: folders which transformers and timm load. Kill it at any moment: the same command with
 --resume_from_checkpoint auto continues it exactly.
 
-Without --path_to_pretrained_mae_weights, everything trains from scratch; with them everything is fine-tuned, or what
---linear_probe, --attentive_probe or --trainable_blocks say. --target learns labels or numbers in place of classes. The
-defaults are the published recipe that the plan names, except that weights are not averaged and gradients are clipped.
+Without --path_to_pretrained_mae_weights, everything is trained from scratch; with it, everything is fine-tuned, unless
+--linear_probe, --attentive_probe or --trainable_blocks limits it. --target learns labels or numbers instead of classes.
+Defaults: the published recipe named in the plan, with gradient clipping (except for probes), without weight averaging.
 """
 
 import math
@@ -121,7 +121,7 @@ def optimizer_step(accelerator, model, optimizer, batches, normalize, *, mixing,
 
     Args:
         batches: an iterator over (seed of the model's randomness, ClassificationBatch).
-        mixing: erasing, and mixup and CutMix or None, see `build_mixing`.
+        mixing: random erasing, and mixup and CutMix or None; see `build_mixing`.
         loss_of: outputs (B, num_classes), labels -> loss ().
         max_grad_norm: the norm that gradients are clipped to; 0 for none.
 
@@ -151,7 +151,7 @@ def optimizer_step(accelerator, model, optimizer, batches, normalize, *, mixing,
 
 
 def empty_step(accelerator, model, optimizer, size, *, normalize, pixels, **options):
-    """Take one optimizer step on black images: to measure memory, or to warm up DDP before a checkpoint is loaded."""
+    """Take one optimizer step on black images, to measure memory or to warm up DDP before a checkpoint is loaded."""
     plain = accelerator.unwrap_model(model)
     images = empty_images(size, pixels.channels, plain.encoder.img_size, pixels.dtype).zero_()
     labels = torch.zeros(size).long() if plain.problem == "classes" else torch.zeros(size, plain.num_classes)
@@ -164,7 +164,7 @@ def evaluate(run, model, dataset, objective, normalize, *, read, export=None):
     """Score a model on all images of the dataset, each once, and log the scores; damaged images are left out.
 
     Args:
-        read: returns the batches of a dataset's indices.
+        read: read(dataset, indices) yields the batches of this process.
         export: writes the model into a folder, which becomes best/ if the model is the best so far.
     """
     training = model.training
@@ -172,7 +172,7 @@ def evaluate(run, model, dataset, objective, normalize, *, read, export=None):
     for buffer in model.buffers():  # BatchNorm's statistics are those of the main process, as in a checkpoint
         broadcast(buffer)
     rows, damaged = [], []
-    present = torch.from_numpy(np.unique(dataset.labels)).to(run.device)  # the classes, of --target classes
+    present = torch.from_numpy(np.unique(dataset.labels)).to(run.device)  # for --target classes: those in the data
     for batch in read(dataset, range(len(dataset))):
         with run.accelerator.autocast():  # the forward method is not compiled, as sizes vary
             outputs = model.forward(normalize(batch.images.to(run.device, non_blocking=True))).float()
@@ -198,7 +198,7 @@ def evaluate(run, model, dataset, objective, normalize, *, read, export=None):
 
 @torch.no_grad()
 def encode_once(run, normalize, datasets, *, read):
-    """Return data sets of features that the head of a probe sees, computed once, in place of images."""
+    """Encode all images once; return data sets of the features that a probe's head reads (--cache_features)."""
     model = run.plain_model().eval()
 
     def encode(images):
@@ -214,7 +214,7 @@ def encode_once(run, normalize, datasets, *, read):
 
 
 def describe_model(model, recipe, augmentation):
-    """Return the plan's lines about model, recipe and images; the latter two are in words."""
+    """Return the plan's lines about model, recipe and images; `recipe` and `augmentation` are texts."""
     encoder, (height, width) = model.encoder, model.encoder.img_size
     count = sum(p.numel() for p in model.parameters()) / 1e6
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
@@ -281,7 +281,7 @@ def main(argv=None):
     if given.eval_only:
         return evaluate_trained(run)
 
-    # Weights, data, plan and model: run.gate() prints all errors; a block that needs what failed is skipped
+    # Weights, data, plan and model: run.gate() prints all errors; a block that depends on a failed one is skipped
     with run.refusing(InputError, WeightsError, flag=WEIGHTS):
         path = None if run.checkpoint else given.path_to_pretrained_mae_weights
         check_outside(path, run.folder)

@@ -1,9 +1,8 @@
-"""Find objects with a pre-trained encoder, fine-tuned or frozen: ViTDet's Mask R-CNN or Faster R-CNN on COCO's layout,
-Pascal VOC's or YOLO's.
+"""Fine-tune a pre-trained encoder to detect objects: ViTDet's Mask or Faster R-CNN on COCO, Pascal VOC or YOLO data.
 
     accelerate launch finetune_detection.py @recipes/quickstart/finetune_detection.args
 
-prints the plan, then a bar with the loss and, every so many steps, the average precision, and writes
+prints the plan, then a bar with the loss and, every --evaluate_every steps, the average precision, and writes
 work_dir/EXPERIMENT_NAME/: log.jsonl, checkpoints/, predictions/ (annotations and detections), detections.json (COCO's
 results of the last validation), best/ and, at the end, metrics.json and model/, which predict.py loads. Kill it at any
 moment: the same command with --resume_from_checkpoint auto continues it exactly.
@@ -152,7 +151,7 @@ def optimizer_step(accelerator, model, optimizer, batches, normalize, *, max_gra
 def empty_step(accelerator, model, optimizer, size, *, normalize, pixels):
     """Take one optimizer step on black images: to measure memory, or to warm up DDP.
 
-    Each has one object, or with masks, which take memory, a hundred.
+    Each image has one object or, for Mask R-CNN, a hundred, because masks take memory.
     """
     plain = accelerator.unwrap_model(model)
     side, count = plain.encoder.img_size[0], 1 + 99 * (plain.head == "mask_rcnn")
@@ -169,8 +168,9 @@ def evaluate(run, model, dataset, normalize, *, read, num_previews, export=None)
     """Score a model on all images of the dataset, each once and in its own pixels, and log the scores.
 
     Args:
-        read: returns the batches of a dataset's indices, of one image each, so that rounding depends on no other;
+        read: read(dataset, indices) yields batches of one image, so that rounding does not depend on other images;
             damaged images are left out.
+        num_previews: number of images in the picture, evenly spread over the dataset.
         export: writes the model into a folder, which becomes best/ if the model is the best so far.
     """
     training, source = model.training, dataset.source
@@ -215,7 +215,7 @@ def evaluate(run, model, dataset, normalize, *, read, num_previews, export=None)
 
 
 def list_results(rows, source):
-    """Return the detections as COCO's results, with the numbers that images and classes have in the annotations."""
+    """Return the detections as COCO's results, with the image and class numbers of the annotations."""
     return [
         {**record, "image_id": source.image_ids[index], "category_id": source.class_ids[record["category_id"] - 1]}
         for index, _, _, results in rows
@@ -224,7 +224,7 @@ def list_results(rows, source):
 
 
 def describe_scores(scores):
-    """Return the scores in words, "-" for those of no object."""
+    """Return the scores in words, "-" for a score without objects."""
     names = [name for name in ("box_ap", "box_ap50", "mask_ap", "mask_ap50") if name in scores]
     values = ("-" if scores[name] is None else f"{scores[name]:.2f} %" for name in names)
     return ", ".join(f"{name.replace('_ap', ' AP')} {value}" for name, value in zip(names, values, strict=True))
@@ -291,7 +291,7 @@ def main(argv=None):
     if args.eval_only:
         return evaluate_trained(run)
 
-    # Weights, data, plan and model: run.gate() prints all errors; a block that needs what failed is skipped
+    # Weights, data, plan and model: run.gate() prints all errors; a block that depends on a failed one is skipped
     with run.refusing(InputError, WeightsError, flag=WEIGHTS):
         path = None if run.checkpoint else args.path_to_backbone_checkpoint
         check_outside(path, run.folder)

@@ -1,11 +1,11 @@
-"""Label every pixel with a pre-trained encoder, fine-tuned or frozen: UperNet on ADE20K, or any folder with its layout.
+"""Fine-tune a pre-trained encoder for segmentation: UperNet on ADE20K, or on any data set of images and masks.
 
     accelerate launch finetune_segmentation.py @recipes/quickstart/finetune_segmentation.args
 
-prints the plan, then a bar with the loss and, every so many steps, the mean IoU, and writes work_dir/EXPERIMENT_NAME/:
-log.jsonl, checkpoints/, predictions/ (image, annotation, prediction), best/ and, at the end, metrics.json and model/:
-folders which transformers loads with AutoModelForSemanticSegmentation. Kill it at any moment: the same command with
---resume_from_checkpoint auto continues it exactly.
+prints the plan, then a bar with the loss and, every --evaluate_every steps, the mean IoU. It writes to
+work_dir/EXPERIMENT_NAME/: log.jsonl, checkpoints/, predictions/ (image, annotation, prediction), best/ and, at the end,
+metrics.json and model/. transformers loads best/ and model/ with AutoModelForSemanticSegmentation. Kill it at any
+moment: the same command with --resume_from_checkpoint auto continues it exactly.
 
     accelerate launch finetune_segmentation.py --path_to_data ADEChallengeData2016 \\
         --path_to_backbone_checkpoint work_dir/pretrain_mae
@@ -151,7 +151,7 @@ def optimizer_step(accelerator, model, optimizer, batches, normalize, *, weights
 
 
 def empty_step(accelerator, model, optimizer, size, *, normalize, pixels):
-    """Take one optimizer step on black images: to measure memory, or to warm up DDP before a checkpoint is loaded."""
+    """Take one optimizer step on black images, to measure memory or to warm up DDP before a checkpoint is loaded."""
     crop = accelerator.unwrap_model(model).encoder.img_size
     images = empty_images(size, pixels.channels, crop, pixels.dtype).zero_()
     batch = SegmentationBatch(images, torch.zeros(size, *crop, dtype=torch.uint8), [], [])
@@ -164,8 +164,8 @@ def evaluate(run, model, dataset, normalize, *, read, predict, num_previews, exp
     """Score a model on all images of the dataset, each once and at its annotation's own size, and log the scores.
 
     Args:
-        read: returns the batches of a dataset's indices; damaged images are left out.
-        predict: predict(forward, views, size) -> classes (B, *size).
+        read: read(dataset, indices) yields the batches of this process; damaged images are left out.
+        predict: predict(forward, views, size) returns classes (B, *size), uint8.
         export: writes the model into a folder, which becomes best/ if the model is the best so far.
     """
     training, classes = model.training, dataset.source.classes
@@ -266,7 +266,7 @@ def evaluate_trained(run):
 
 
 def describe_model(model, head, recipe, images):
-    """Return the plan's lines about model, recipe and images; the latter two are in words."""
+    """Return the plan's lines about model, recipe and images; `recipe` and `images` are texts."""
     encoder, layers = model.encoder, head["layers"]
     kind = "frozen encoder" if model.frozen_encoder else "encoder"
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
@@ -290,7 +290,7 @@ def main(argv=None):
         return evaluate_trained(run)
     synchronized = run.num_processes > 1 and run.device.type == "cuda"
 
-    # Weights, data, plan and model: run.gate() prints all errors; a block that needs what failed is skipped
+    # Weights, data, plan and model: run.gate() prints all errors; a block that depends on a failed one is skipped
     with run.refusing(InputError, WeightsError, flag=WEIGHTS):
         path = None if run.checkpoint else args.path_to_backbone_checkpoint
         check_outside(path, run.folder)
@@ -307,7 +307,7 @@ def main(argv=None):
     with run.refusing(InputError):
         head = resolve_head(vars(args), encoder["depth"], HEADS[args.head], default_layers)
     with run.refusing(DataError):
-        if run.checkpoint:  # the run took its masks; older ones do not say how they are numbered
+        if run.checkpoint:  # it has accepted its masks; older runs do not store their numbering
             run.previous["mask_offset"] = MaskFormat(run.previous.get("mask_offset")).first_label
         masks = MaskFormat.from_flags(vars(args), run.previous)
         places = dict(validation=args.path_to_validation_data, cache=args.cache_dir, data_format=args.data_format)
@@ -315,7 +315,7 @@ def main(argv=None):
         classes = sources[0].classes
         check_class_weights(args.class_weights, len(classes))
     with run.refusing(InputError):
-        alone = not synchronized or args.micro_batch_size == "auto"  # which tries steps without synchronization
+        alone = not synchronized or args.micro_batch_size == "auto"  # auto tries steps without synchronized BatchNorm
         check_batch = partial(check_segmenter_batch, min_batch=HEADS[args.head].min_batch if alone else 1)
         run.plan_steps(len(sources[0]), check_batch, recipe_steps=(WARMUP_STEPS, STEPS))
     with run.refusing(WeightsError, flag=WEIGHTS):

@@ -3,14 +3,14 @@
     python predict.py work_dir/quickstart_pretrain photos/ one_more.jpg
 
 writes predictions/predictions.jsonl, one line per image in order. A classifier predicts classes, labels or numbers; one
-with attentive pooling also writes attention/, where each query looks. A segmentation model writes labels/ (pixel values
+with attentive pooling also writes attention/, maps of its queries. A segmentation model writes labels/ (pixel values
 1 to N: the classes in the model's order) and overlays/; a detector writes overlays/ and coco.json; a masked autoencoder
 writes reconstructions/, with their PSNR and SSIM. Unreadable images are named and skipped; the exit code is then 1.
 
     python predict.py work_dir/quickstart_pretrain photos/ --features features.npy
 
-writes features (images, width) instead, and features.json, the list of their files; --patch_features those of each
-patch. --attention and --pca write pictures of what any encoder sees.
+writes features (images, width) instead, and features.json, the list of their files. --patch_features writes features of
+each patch. --attention and --pca write pictures of what the encoder computes.
 """
 
 import math
@@ -49,9 +49,9 @@ from training.processes import check_settings
 from training.resolve import check_preview
 from training.wording import count_targets, in_bytes, several
 
-PREVIEW_SIZE = 1024  # longer side of an overlay, in pixels, at most
+PREVIEW_SIZE = 1024  # maximum of the longer side of an overlay, in pixels
 MASK_DEFAULTS = dict(mask_strategy="random", mask_block=1, seed=0)
-KINDS = {  # model -> name, flags for its predictions alone
+KINDS = {  # class of the model -> its name, flags that only its predictions take
     Classifier: ("a classifier", ["top_k"]),
     Segmenter: ("a segmentation model", ["evaluate"]),
     Detector: ("a detector", []),
@@ -61,7 +61,7 @@ KINDS = {  # model -> name, flags for its predictions alone
     ),
     VisionTransformer: ("an encoder without a head", []),
 }
-LOOKS = {  # flag of what is written instead of predictions -> words, flags for this alone
+LOOKS = {  # flag that replaces predictions -> name of the output, flags that only this output takes
     "features": ("features", ["pooling"]),
     "patch_features": ("features of patches", []),
     "attention": ("attention", []),
@@ -114,9 +114,9 @@ def parse_args(argv=None):
 
 
 def check_model(trained, given, removed, *, look):
-    """Return the errors in flags that do not fit the model.
+    """Return error messages for flags that do not fit the model.
 
-    `given` maps flags in KINDS and LOOKS to their values, `removed` (L,) is 1 for the patches that --mask removes.
+    `given` maps flags in KINDS and LOOKS to their values; `removed` (L,) is 1 for patches that --mask removes, or None.
     """
     model, encoder, errors = trained.model, trained.encoder, []
     name, flags = KINDS[type(model)]
@@ -140,7 +140,7 @@ def check_model(trained, given, removed, *, look):
 
 
 def check_masks(encoder, given, removed):
-    """Return the errors in flags of masks that do not fit the patches of a masked autoencoder."""
+    """Return error messages for mask flags that do not fit the patches of a masked autoencoder."""
     patches, errors = math.prod(encoder.grid), []
     if "mask_ratio" in given:
         num_kept = int(patches * (1 - given["mask_ratio"]))
@@ -158,9 +158,9 @@ def check_masks(encoder, given, removed):
 
 @torch.no_grad()
 def predict_classes(batch, *, model, normalize, device, classes, top_k, folder, names):
-    """Return the likeliest classes or labels of each image with probabilities, or its numbers.
+    """Return the most probable classes or labels of each image with their probabilities, or its numbers.
 
-    Maps of attentive pooling are written.
+    The attention maps of attentive pooling are written.
     """
     tokens = model.encoder(normalize(batch.inputs[0].to(device)))
     answers = model.answer(model.classify(tokens))
@@ -181,7 +181,7 @@ def predict_classes(batch, *, model, normalize, device, classes, top_k, folder, 
 
 @torch.no_grad()
 def predict_labels(batch, *, segment, normalize, device, classes, folder, names):
-    """Write the labels and the overlay of one image. `segment(views, size)` returns class numbers (1, *size)."""
+    """Write labels and overlay of one image; return its result. `segment(views, size)` gives classes (1, *size)."""
     images, (preview,), (size,) = batch.inputs
     (labels,) = segment([normalize(images.to(device))], tuple(size.tolist()))
     options = dict(classes=classes, colours=palette(len(classes)), folder=folder, name=names[batch.indices[0]])
@@ -190,7 +190,7 @@ def predict_labels(batch, *, segment, normalize, device, classes, folder, names)
 
 @torch.no_grad()
 def predict_objects(batch, *, model, normalize, device, classes, folder, names):
-    """Write the overlay of one image and return its objects, as COCO's records with the names of their classes."""
+    """Write the overlay of one image; return its objects as COCO's records with the names of their classes."""
     images, (size,), (original,) = batch.inputs
     size, original = tuple(size.tolist()), tuple(original.tolist())
     (detections,) = model(normalize(images.to(device)), [size])
@@ -202,7 +202,7 @@ def predict_objects(batch, *, model, normalize, device, classes, folder, names):
 
 @torch.no_grad()
 def predict_patches(batch, *, model, whole, normalize, device, **pictures):
-    """Write the reconstruction of each image, from one mask, or of the `whole` of it from several; return metrics."""
+    """Write each image's reconstruction and return its metrics; `whole`: predict all patches, using several masks."""
     images, noise = (part.to(device) for part in batch.inputs)
     images, removed = normalize(images), None
     if whole:
@@ -217,7 +217,7 @@ def predict_patches(batch, *, model, whole, normalize, device, **pictures):
 
 @torch.no_grad()
 def encode_images(batch, *, trained, pooling, normalize, device):
-    """Return features (B, D): the mean of one kind of tokens; by default what a classifier's head reads, or patches."""
+    """Return features (B, D): tokens averaged by `pooling`; None: as a classifier's head pools, or patch tokens."""
     tokens, model = trained.encoder(normalize(batch.inputs[0].to(device))), trained.model
     if isinstance(model, Classifier) and pooling in (None, model.pooling):
         return model.pool(tokens).cpu().numpy()
@@ -232,7 +232,7 @@ def encode_patches(batch, *, trained, normalize, device):
 
 @torch.no_grad()
 def find_attention(batch, *, trained, normalize, device, **pictures):
-    """Write where an attentive probe's queries look in each image, otherwise the heads of the class token."""
+    """Write attention maps of each image: of an attentive probe's queries, otherwise of the class token's heads."""
     images, model, encoder = normalize(batch.inputs[0].to(device)), trained.model, trained.encoder
     if getattr(model, "pooling", None) == "attentive":
         maps = model.attention_maps(encoder(images))
@@ -244,12 +244,12 @@ def find_attention(batch, *, trained, normalize, device, **pictures):
 
 
 def encode_for_colours(batch, **options):
-    """Return the features (L, D) of each image and the image as it is shown."""
+    """Return the features (L, D) and the displayable image (C, H, W) of each image."""
     return [*zip(encode_patches(batch, **options), map(displayable, batch.inputs[0]), strict=True)]
 
 
 def plan_look(look, trained, *, pooling, num_images, **pictures):
-    """Return the task in words, the transform of an image, and the prediction of a batch, of one of LOOKS."""
+    """Return, for one of LOOKS, the task in words, the transform of an image and the function that predicts a batch."""
     encoder = trained.encoder
     patches, width = math.prod(encoder.grid), encoder.embed_dim
     transform = partial(centre_crop, size=encoder.img_size, crop_ratio=trained.crop_ratio)
@@ -268,7 +268,7 @@ def plan_look(look, trained, *, pooling, num_images, **pictures):
 
 
 def plan_predictions(trained, given, removed, *, mask_size, pixels, **pictures):
-    """Return what `plan_look` does, for predictions. See `check_model` for `given` and `removed`."""
+    """Return the same as `plan_look`, for predictions. See `check_model` for `given` and `removed`."""
     model, encoder, classes = trained.model, trained.encoder, trained.classes
     if isinstance(model, Classifier):
         task = f"{'one of ' * (model.problem == 'classes')}{count_targets(len(classes), model.problem)} per image"
@@ -306,7 +306,7 @@ def plan_predictions(trained, given, removed, *, mask_size, pixels, **pictures):
 
 
 def read_mask(path, max_pixels):
-    """Return which pixels the picture of --mask removes (H, W), None without one, and a list of errors."""
+    """Return the pixels that the picture of --mask removes (H, W), or None, and a list of errors."""
     try:
         return None if path is None else read_removed(path, max_pixels), []
     except DamagedImage as error:
@@ -336,7 +336,7 @@ def main(argv=None):
     folder = Path(args.output or "predictions")
     if file is not None:
         errors += predictions.check_features(args.look, Path(file))
-    elif not errors or args.output:  # after a first call the default folder is always taken
+    elif not errors or args.output:  # after a first call the default folder is always in use
         errors += predictions.check_output(folder)
     if errors:
         fail(errors)
@@ -368,11 +368,11 @@ def main(argv=None):
     print(f"task       {task}\nimages     {len(paths)}")
 
     # Loop
-    # The views of a segmenter have different sizes; one image at a time, rounding and memory depend on no other.
+    # A segmenter's views differ in size. In batches of one image, results and memory do not depend on other images.
     batch_size = 1 if isinstance(trained.model, Segmenter | Detector) and not args.look else args.batch_size
     batches = [range(len(paths))[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     num_workers = args.num_workers
-    if num_workers is None:  # none for a single batch, which is read sooner than a process starts
+    if num_workers is None:  # none for a single batch, which loads faster than a process starts
         num_workers = min(launch.default_workers(), len(batches) - 1)
     loader = make_loader(ListedDataset(source, pixels=pixels, prepare=transform), batches, num_workers=num_workers)
     predict_batch = partial(predict_batch, normalize=Normalization(trained.mean, trained.std, device), device=device)

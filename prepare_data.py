@@ -1,13 +1,13 @@
-"""Rewrite images once so that every epoch reads them faster, and measure their channels for the normalization.
+"""Rewrite images once so that every epoch reads them faster, and measure their channels for normalization.
 
     python prepare_data.py photos/ prepared/ --short_side 256 --statistics
 
 SOURCE is anything that --path_to_data of the training scripts takes; OUT can then be given to --path_to_data instead.
-OUT holds shards of JPEG files whose shorter side has at most 256 pixels (datasets.load_from_disk("prepared") loads them
-too), or with --format array of decoded pixels, which are larger and read fastest. Without --short_side and --quality
-files are kept unchanged, and a run on OUT equals one on SOURCE. A folder with images/ and annotations/ becomes pairs
-for finetune_segmentation.py. damaged.jsonl lists the images that cannot be read. After an interruption, repeat the
-command. --statistics writes statistics.json into OUT, or into SOURCE, from which the scripts take --mean and --std.
+OUT holds shards of JPEG files whose shorter side has at most 256 pixels; datasets.load_from_disk("prepared") loads them
+too. With --format array, the shards hold decoded pixels, which are larger and read fastest. Without --short_side and
+--quality, files are kept unchanged, and a run on OUT equals one on SOURCE. A folder with images/ and annotations/ stays
+one for finetune_segmentation.py. damaged.jsonl lists unreadable images. After an interruption, repeat the command.
+--statistics writes statistics.json into OUT, or SOURCE without OUT; the scripts take --mean and --std from it.
 """
 
 import hashlib
@@ -37,11 +37,11 @@ from training.arguments import integer, number
 from training.files import alone_at, write_json
 from training.wording import in_bytes
 
-PROBED = 64  # images from which the size of all is estimated
-CHUNK_SAMPLES, CHUNK_BYTES = 256, 8e6  # a process encodes at most this much at a time
-BEGUN = (PREPARING, f".{Path(PLAN).name}.tmp")  # all that a folder holds before its plan is written
-OWN_SETTINGS = (*SETTINGS, "shard_size", "mask_offset")  # of a plan; older ones lack the last
-FLAGS = {"channels": "input_channels"}  # settings whose flag has another name
+PROBED = 64  # images that are encoded to estimate the size of all
+CHUNK_SAMPLES, CHUNK_BYTES = 256, 8e6  # limits of what a process encodes at a time
+BEGUN = (PREPARING, f".{Path(PLAN).name}.tmp")  # all files of a folder before its plan is written
+OWN_SETTINGS = (*SETTINGS, "shard_size", "mask_offset")  # keys of a plan; older plans lack the last
+FLAGS = {"channels": "input_channels"}  # setting -> flag, if the names differ
 
 
 def parse_args(argv=None):
@@ -94,7 +94,7 @@ def format_flag(value):
 
 
 def spread(source):
-    """Return the indices of some evenly spread samples."""
+    """Return the indices of at most PROBED evenly spread samples."""
     count = min(PROBED, len(source))
     return [index * len(source) // count for index in range(count)]
 
@@ -106,7 +106,7 @@ def describe(source, damaged):
 
 
 def mean_size(encoder):
-    """Estimate the bytes of an encoded image. Raises DataError if none can be read."""
+    """Estimate the mean size of an encoded image in bytes. Raises DataError if no image can be read."""
     indices, sizes, damaged = spread(encoder.source), [], []
     for index in indices:
         if image := encoder.encode(index, damaged):
@@ -117,7 +117,7 @@ def mean_size(encoder):
 
 
 def make_plan(encoders, content):
-    """Return the plan for a new folder of this content, which decides every byte that is written. Raises DataError."""
+    """Return the plan for a new folder of this content; it determines every byte to write. Raises DataError."""
     has_masks = any(getattr(encoder.source, "has_masks", False) for encoder in encoders.values())
     if has_masks and (content["short_side"] is not None or content["format"] == "array"):
         raise DataError("the images have masks, which need their own size and --format jpeg; leave out --short_side")
@@ -193,7 +193,7 @@ def shard_names(plan, split):
 
 
 def record_path(output, name):
-    """Return the path of the record of a finished shard; with the suffix .npy, that of its images' sizes."""
+    """Return the path of a finished shard's record; with the suffix .npy, it is that of its images' sizes."""
     return output / PREPARING / f"{name.replace('/', '-')}.json"
 
 
@@ -236,7 +236,7 @@ def write_split(output, plan, split, encoder, num_workers, bar):
 
 
 def finish(output, plan, encoders):
-    """Write the indices of finished shards and damaged.jsonl, and at last prepared.json, whose content is returned."""
+    """Write the indices of finished shards, damaged.jsonl and, last, prepared.json; return the content of the last."""
     sources, shards, damaged = {split: encoder.source for split, encoder in encoders.items()}, [], []
     for split, source in sources.items():
         names = shard_names(plan, split)
@@ -269,14 +269,14 @@ def finish(output, plan, encoders):
 
 
 def prepare(output, encoders, settings, num_workers):
-    """Write the folder, or what is missing of it. Raises DataError and RunError."""
+    """Write the folder, or the shards that are missing in it. Raises DataError and RunError."""
     with alone_at(output):
         content = {"version": VERSION, **settings}
         content["fingerprint"] = {split: encoder.source.fingerprint() for split, encoder in encoders.items()}
         content["source_bytes"] = {split: round(encoder.source.size_in_bytes()) for split, encoder in encoders.items()}
         if (output / PREPARED).is_file():
             check_same(output, read_prepared(output), content)
-            if read_plan(output / PLAN):  # killed while it was removed; a folder of the user's has none
+            if read_plan(output / PLAN):  # left by a kill during its removal; a user's folder has no plan
                 shutil.rmtree(output / PREPARING)
             print(f"already finished: {output}; --verify compares it with its checksums")
             return
@@ -307,7 +307,7 @@ def verify(folder):
 def measure(source, pixels, num_workers):
     """Return the content of statistics.json. Raises DataError if no image can be read."""
     eight_bit = pixels.value_range is None and is_eight_bit(source, spread(source), pixels)
-    total, damaged = [], []  # total: the Moments of all images so far, if any
+    total, damaged = [], []  # `total` holds the Moments of all images so far, if any
     chunks = [range(start, min(start + 32, len(source))) for start in range(0, len(source), 32)]
     dataset = Measure(source, pixels, eight_bit=eight_bit)
     with tqdm(total=len(source), unit="image") as bar:
@@ -341,7 +341,7 @@ def report_statistics(statistics, folder):
 def open_all(source, pixels, mask_format, *, any_range, **options):
     """Open the sources of all splits, with masks if the folder has them. Raises DataError.
 
-    With `any_range`, the range of values may still have to be measured. `options` are those of `open_sources`.
+    With `any_range`, images that need a value range open without one. `options` are those of `open_sources`.
     """
     parts = [Path(source, part) for part in ("images", "annotations")]
     kind, opens = kind_of_data(source, options["data_format"]), partial(open_sources, **options)

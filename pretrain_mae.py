@@ -108,7 +108,7 @@ def check_flags(args):
 def build_model(
     encoder, decoder, *, kind="self", target="normalized", width=None, drop_path, custom_weight_init, **options
 ):
-    """Build the masked autoencoder from the arguments of its encoder, of a `kind` of decoder, its target and itself."""
+    """Build the autoencoder from arguments of encoder and decoder; `width` is the target's, `options` the model's."""
     encoder = VisionTransformer(**encoder).initialize(custom_weight_init).add_extras(drop_path=drop_path)
     target = TARGETS[target](encoder, width)
     decoder = DECODERS[kind](encoder, **decoder, num_outputs=target.width, custom_weight_init=custom_weight_init)
@@ -116,14 +116,14 @@ def build_model(
 
 
 def build_dataset(source, crop, *, model, seed=0, **options):
-    """Build the data set of crops and masks for the model, with the seed of validation by default."""
+    """Build the dataset of crops and masks for the model; the default seed is that of validation."""
     grid = tuple(side // model.encoder.patch_size for side in crop.size)
     num_kept, _ = model.count(math.prod(grid))
     return PretrainingDataset(source, crop=crop, grid=grid, num_kept=num_kept, seed=seed, **options)
 
 
 def build_optimizer(model, name, weight_decay, **decay):
-    """Build AdamW as in the paper (table 8), or Muon; `decay` says whether biases and norms decay too."""
+    """Build AdamW as in the paper (table 8), or Muon; `decay` says whether biases and norms have weight decay."""
     groups, betas = parameter_groups(model, weight_decay, **decay), (0.9, 0.95)
     return muon(groups, model, betas=betas) if name == "muon" else adamw(groups, betas=betas)
 
@@ -139,7 +139,7 @@ def optimizer_step(accelerator, model, optimizer, batches, normalize, *, max_gra
     Args:
         batches: an iterator over (seed of the model's randomness, PretrainingBatch).
         max_grad_norm: the norm that gradients are clipped to; 0 for none.
-        teacher: makes the features that are predicted, see `modeling.teacher`; None for other targets.
+        teacher: computes the features to predict, see `modeling.teacher`; None for other targets.
 
     Returns:
         Loss () and gradient norm (), both left on the device, and [(index, reason)] of damaged images.
@@ -165,7 +165,7 @@ def optimizer_step(accelerator, model, optimizer, batches, normalize, *, max_gra
 
 
 def empty_step(accelerator, model, optimizer, size, *, normalize, pixels, teacher=None):
-    """Take one optimizer step on black images: to measure memory, or to warm up DDP before a checkpoint is loaded."""
+    """Take one optimizer step on black images, to measure memory or to warm up DDP before a checkpoint is loaded."""
     encoder = accelerator.unwrap_model(model).encoder
     images = empty_images(size, pixels.channels, encoder.img_size, pixels.dtype).zero_()
     valid = torch.ones(size, 1, *encoder.img_size, dtype=torch.bool) if pixels.validity else None
@@ -175,9 +175,9 @@ def empty_step(accelerator, model, optimizer, size, *, normalize, pixels, teache
 
 @torch.no_grad()
 def reconstruct(accelerator, model, batch, normalize, teacher=None):
-    """Return a batch's loss and, of an invertible target, images, predictions in [0, 1], pixel masks and valid pixels.
+    """Return the loss () of a batch and, for an invertible target, images, predictions, pixel masks and valid pixels.
 
-    Shapes: (B, C, H, W) twice, (B, 1, H, W) twice; valid pixels may be None.
+    Images and predictions are (B, C, H, W) on the scale of [0, 1], masks and valid pixels (B, 1, H, W) or None.
     """
     images, noise, valid = to_device(batch, accelerator.device)
     with accelerator.autocast():
@@ -190,11 +190,11 @@ def reconstruct(accelerator, model, batch, normalize, teacher=None):
 
 
 def evaluate(run, model, dataset, indices, normalize, *, teacher, read, preview):
-    """Log masked loss and, of an invertible target, PSNR and SSIM; each image is evaluated under a fixed mask.
+    """Log the loss on masked patches and, for an invertible target, PSNR and SSIM; each image has a fixed mask.
 
     Args:
-        read: returns the batches of indices, see `own_batches`; the next readable image replaces a damaged one.
-        preview: number of images in the picture, and the channels to show.
+        read: yields batches, see `own_batches`; the next readable image replaces a damaged one.
+        preview: (number of images in the picture, channels to show).
     """
     model.eval()
     sums, total, damaged = Counter(), Counter(), []
@@ -243,8 +243,8 @@ def measure_features(run, model, datasets, normalize, *, read, most):
     """Log RankMe of the encoder's features and, with labels, the accuracies of k-NN and of a linear classifier.
 
     Args:
-        datasets: those of training and of validation images; without labels, of training images alone.
-        most: images of each at most, evenly spread; None for all.
+        datasets: the training and the validation dataset; without labels, only the training dataset.
+        most: maximum number of images of each, evenly spread; None for all.
     """
     model.eval()
     embed = partial(features_of, run.accelerator, model, normalize=normalize)
@@ -258,16 +258,16 @@ def measure_features(run, model, datasets, normalize, *, read, most):
 
 
 def export(model, folder, **statistics):
-    """Write the encoder into a folder, and the whole autoencoder into pretraining/ below it."""
+    """Write the encoder into a folder, and the whole autoencoder into its subfolder pretraining/."""
     export_encoder(model.encoder, folder, **statistics)
     export_autoencoder(model, folder / "pretraining", **statistics)
 
 
 def fit_components(model, dataset, normalize, *, device, read):
-    """Find the principal components that the model predicts in 500 images, the same on all processes; once a run."""
-    if model.target.components.any():  # those of the checkpoint, or of --init_from
+    """Compute the principal components to predict from 500 images, equally on all processes; once per run."""
+    if model.target.components.any():  # loaded from the checkpoint or --init_from
         return
-    # The same batches whatever the micro-batch: the order of sums decides directions without variance
+    # Batches do not depend on the micro-batch: the order of sums determines directions without variance
     batches = read(dataset, spread(500, len(dataset)), batch_size=50, process_index=0, num_processes=1, watch=iter)
     side = model.encoder.patch_size
     model.target.fit(normalize.patches(patchify(batch.images.to(device), side)) for batch in batches)
@@ -279,7 +279,7 @@ def main(argv=None):
     args, errors = parse_args(argv)
     run = Run(args, errors)  # processes, signals, the locked folder, the checkpoint to resume; bad flags end here
 
-    # Data, plan, model and weights: run.gate() prints all errors; a block that needs what failed is skipped
+    # Data, plan, model and weights: run.gate() prints all errors; a block that depends on a failed one is skipped
     with run.refusing(InputError, DataError):
         known = ImageFormat.from_dict(run.previous) or ImageFormat.from_dict(read_statistics(args.path_to_data))
         images = resolve_images(ImageFormat.from_dict(vars(args)), known=known)
@@ -374,7 +374,7 @@ def main(argv=None):
         if args.knn_every and run.is_due(step, max(1, round(args.knn_every * steps_per_epoch)), "rankme"):
             with run.paused():
                 sources = map(keep_labelled, run.sources) if has_labels else run.sources[:1]
-                data = [new_data(source, CentreCrop(size, CROP_RATIO)) for source in sources]  # the crop of encoder/
+                data = [new_data(source, CentreCrop(size, CROP_RATIO)) for source in sources]  # as encoder/ crops
                 measure_features(run, run.plain_model(), data, normalize, read=read, most=args.knn_images)
         if step == run.plan.length.total_steps:
             break

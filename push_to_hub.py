@@ -49,9 +49,9 @@ from training.run_folder import RunFolder, read_state
 from training.upload import check_repo_id, upload
 from training.wording import count_targets, in_one_line, several
 
-MAX_DIFFERENCE = 1e-4  # between the outputs of a library and of our own module
+MAX_DIFFERENCE = 1e-4  # between the outputs of a library and of this project's module
 REMEDY = "nothing was written; install the versions of transformers and timm in requirements.txt"
-TASKS = {  # on the Hub
+TASKS = {  # pipeline tags of the Hub
     Classifier: "image-classification",
     Segmenter: "image-segmentation",
     Detector: "object-detection",
@@ -94,7 +94,7 @@ def parse_args(argv=None):
 
 
 def select_weights(path, checkpoint):
-    """Return the weights that --checkpoint names at `path`, their run and their step; None and None without a run.
+    """Return the weights that --checkpoint names at `path`, their run and their step (None, None without a run).
 
     Raises RunError if the run has no such weights.
     """
@@ -107,7 +107,7 @@ def select_weights(path, checkpoint):
         raise RunError(f"{path} is an --eval_only run without weights of its own; give the run that it evaluated")
     if checkpoint == "best":
         of_classifier = {"labels": "mean_ap", "numbers": "mean_r2"}.get(record.flags.get("target"), "top1")
-        of_head = {"crop_size": "mean_iou", "window_size": "box_ap"}  # by a flag that only its script has
+        of_head = {"crop_size": "mean_iou", "window_size": "box_ap"}  # keyed by a flag that only this head's script has
         metric = next((metric for flag, metric in of_head.items() if flag in record.flags), of_classifier)
         _, step = best_of(record.folder, metric)
         if step is None or not (record.folder / "best" / "config.json").is_file():
@@ -124,7 +124,7 @@ def select_weights(path, checkpoint):
 
 
 def resolve_output(output, path, record, *, name):
-    """Return the folder to write, by default `name` in the run. Raises RunError if it holds files of the user's."""
+    """Return the folder to write, by default `name` in the run. Raises RunError for a missing path or foreign files."""
     if not is_on_hub(path) and not Path(path).exists():
         raise RunError(f"{path}: no such file or folder; expected a run or weights (on the Hub: hf:OWNER/NAME)")
     if output is None and record is None:
@@ -137,7 +137,7 @@ def resolve_output(output, path, record, *, name):
 
 
 def describe_model(trained):
-    """Return one line on the architecture."""
+    """Describe the architecture in one line."""
     encoder, model = trained.encoder, trained.model
     words = f"ViT {encoder.embed_dim} wide, {encoder.depth} deep, {encoder.num_heads} heads"
     words += f", {encoder.patch_size}-pixel patches"
@@ -173,7 +173,7 @@ def export_model(trained, folder):
 
 
 def compare_libraries(trained, folder):
-    """Print the differences of the libraries' outputs from ours, and return notes on libraries that are left out.
+    """Print how much the libraries' outputs differ from the model's, and return notes on libraries that are left out.
 
     Raises RunError if a library does not load the folder or its outputs differ.
     """
@@ -221,7 +221,7 @@ def write_folder(folder, *, trained, record, step, origin, **card):
 
 def write_demo(folder, *, trained, origin, repo_id, license, datasets):
     """Write a Space that shows the page of demo.py."""
-    if isinstance(trained.model, MaskedAutoencoder):  # which includes the encoder
+    if isinstance(trained.model, MaskedAutoencoder):  # one folder: it includes the encoder
         statistics = dict(mean=trained.mean, std=trained.std, value_range=trained.value_range)
         export_autoencoder(trained.model, folder / space.MODEL, **statistics)
     else:

@@ -1,12 +1,12 @@
-"""Runs pre-training as `python pretrain_mae.py FLAGS` does, and has it killed at a point of its work, as by `kill -9`.
+"""Run pre-training as `python pretrain_mae.py FLAGS` does, and kill it at a given point of its work, as `kill -9` does.
 
     python tests/armed.py FLAGS --kill POINT CALL SECONDS
     python tests/armed.py FLAGS --send SIGTERM POINT CALL
 
-The function of POINT is called for the CALL-th time, and SECONDS later the process is gone; with 0 seconds at once,
-before the call or after it. At the points of the place `worker` a loader worker is killed instead, and at those of
-`terminal` the output goes away, with a SIGHUP. --send sends another signal. Without either flag nothing happens. Adds a
-line to the file `saves` for each checkpoint that has got its final name.
+The process is killed SECONDS after the CALL-th call of the function of POINT or, if SECONDS is 0, directly before or
+after that call. At points of the place `worker`, a loader worker is killed instead; at those of `terminal`, stdout and
+stderr break and the process gets SIGHUP. --send sends another signal. Without these flags, nothing is killed. The file
+`saves` gets a line for each checkpoint that is renamed to its final name.
 """
 
 import functools
@@ -23,20 +23,20 @@ from typing import NamedTuple
 import psutil
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # as for a script there, and for soak.py, too
+sys.path.insert(0, str(ROOT))  # as for a script in the root; soak.py needs it, too
 
 
 class Point(NamedTuple):
-    """Where a process may be killed: at one of the first `calls` calls, and up to `delay` seconds later."""
+    """A point where a process may be killed: at one of the first `calls` calls, and up to `delay` seconds later."""
 
-    place: str
+    place: str  # kind of work, or "worker" or "terminal"
     target: str  # MODULE:NAME of a function
-    calls: int = 1  # steps, saves ... lie between them, of which a start makes six at most before its kill
+    calls: int = 1  # so few that a start takes at most six steps before its kill
     delay: float = 0.0
-    after: bool = False  # the call, where the delay is 0
-    of: str = ""  # only calls whose first argument is a file that has this in its name
-    main: bool = False  # what the main process alone does
-    resumed: bool = False  # what a first start does not do
+    after: bool = False  # kill after the call, not before it; only if the delay is 0
+    of: str = ""  # count only calls whose first argument is a path with this in its file name
+    main: bool = False  # only the main process reaches it
+    resumed: bool = False  # only a resumed start reaches it
 
 
 POINTS = {
@@ -83,7 +83,7 @@ POINTS = {
 
 
 def surround(target: str, of: str, *, before: Callable = lambda *_: None, after: Callable = lambda *_: None) -> None:
-    """Has `before` and `after` called around every call of a function, with its arguments."""
+    """Patch a function so that `before` and `after` are called around every call of it, with its arguments."""
     module, _, name = target.partition(":")
     *owners, name = name.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
@@ -103,12 +103,12 @@ def surround(target: str, of: str, *, before: Callable = lambda *_: None, after:
 
 
 def killer() -> Callable[[float], None]:
-    """A function that has this process killed so many seconds later: by another one, whatever this one does then."""
+    """Return a function that kills this process after some seconds; a fork does it, so that nothing can delay it."""
     reader, writer = os.pipe()
     process = os.getpid()
     if os.fork() == 0:
         os.close(writer)
-        if seconds := os.read(reader, 100):  # nothing where the process has ended
+        if seconds := os.read(reader, 100):  # empty if the process has ended
             time.sleep(float(seconds))
             os.kill(process, signal.SIGKILL)
         os._exit(0)
@@ -128,7 +128,7 @@ def lose_terminal() -> None:
 
 
 def arm(name: str, call: int, seconds: float, number: int = signal.SIGKILL) -> None:
-    """Has this process killed at `call` calls of the point `name`, or so many seconds later."""
+    """Kill this process, or its worker or terminal, `seconds` after the `call`-th call at the point `name`."""
     calls, point, kill = 0, POINTS[name], killer() if seconds else None
     at_once = {"worker": kill_worker, "terminal": lose_terminal}.get(point.place, lambda: os.kill(os.getpid(), number))
 
@@ -148,7 +148,7 @@ def note(path: Path, target: Path) -> None:
 
 def main() -> None:
     surround("pathlib:Path.rename", ".saving_", after=note)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # not as below nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     if sys.argv[-4] == "--kill":
         *sys.argv[:], _, name, call, seconds = sys.argv
         arm(name, int(call), float(seconds))

@@ -1,4 +1,4 @@
-"""Fixtures: a folder of small images, real images, and running a script as its user does."""
+"""Fixtures for small and real data sets, and functions that run a script as a user does."""
 
 import atexit
 import functools
@@ -23,28 +23,28 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 CACHE = tempfile.TemporaryDirectory()
-os.environ["XDG_CACHE_HOME"] = CACHE.name  # where indices are kept, and what other libraries keep
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the two workers, whose threads would wait for each other
-# A model and a run that take a second: 4 x 4 patches of 8 pixels
+os.environ["XDG_CACHE_HOME"] = CACHE.name  # for our indices and for caches of other libraries
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of the two pytest workers would compete
+# Flags of a model and a run that take a second: 4 x 4 patches of 8 pixels
 TINY = [
     *("--img_size", "32", "--patch_size", "8", "--learning_rate", "1e-3", "--per_gpu_batch_size", "8"),
     *("--encoder_embed_dim", "32", "--encoder_depth", "2", "--encoder_num_heads", "2"),
     *("--decoder_embed_dim", "32", "--decoder_depth", "1", "--decoder_num_heads", "2"),
     *("--num_workers", "0", "--mixed_precision", "no", "--log_every", "1", "--num_preview_images", "2"),
 ]
-SCENES = ["sky", "tree", "road", "sea"]  # classes; the last one is nowhere
+SCENES = ["sky", "tree", "road", "sea"]  # classes; the last one occurs nowhere
 
 
 LONGEST = ("test_scripts", "test_gpu", "test_processes", "test_finetune", "test_sharding", "test_predict", "test_push")
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the files that take longest, so that no worker ends alone with one of them."""
+    """Run the slowest files first, so that no worker is left alone with one of them at the end."""
     items.sort(key=lambda item: not item.path.name.startswith(LONGEST))
 
 
 def write_images(folder: Path, count: int, *, classes: int = 2, size: int = 40, seed: int = 0) -> Path:
-    """Writes smooth random JPEG images into CLASS/NAME.jpg below `folder`."""
+    """Write smooth random JPEG images to CLASS/NAME.jpg in `folder`, and return the folder."""
     rng = np.random.default_rng(seed)
     for i in range(count):
         path = folder / f"class_{i % classes}" / f"{i:04d}.jpg"
@@ -55,7 +55,7 @@ def write_images(folder: Path, count: int, *, classes: int = 2, size: int = 40, 
 
 
 def write_scenes(folder, count, split, *, seed):
-    """Pairs of different sizes: three classes in smooth patches of three colours, and some void."""
+    """Write image and mask pairs of different sizes: three classes in three noisy colours, and some void."""
     rng = np.random.default_rng(seed)
     colours = np.array([[0, 0, 0], [90, 160, 230], [40, 140, 50], [120, 110, 100]])
     for part in ("images", "annotations"):
@@ -70,7 +70,7 @@ def write_scenes(folder, count, split, *, seed):
 
 
 def write_pair(root: Path, split: str, name: str, mask: np.ndarray, **options) -> None:
-    """Writes an image of the mask's size, which shows 20 times its labels, and the mask."""
+    """Write a mask, and an image of the same size whose pixels are 20 times the labels."""
     stem, suffix = os.path.splitext(name)
     for folder, pixels, end in (("images", np.stack([mask * 20] * 3, -1), suffix), ("annotations", mask, ".png")):
         path = root / folder / split / (stem + end)
@@ -80,7 +80,7 @@ def write_pair(root: Path, split: str, name: str, mask: np.ndarray, **options) -
 
 @pytest.fixture
 def pair_folder(tmp_path) -> Path:
-    """Six pairs for training, three for validation, of 60 x 80 pixels, with 3 classes and void."""
+    """Return a folder of 6 training and 3 validation pairs of 60 x 80 pixels, with 3 classes and void."""
     rng = np.random.default_rng(0)
     for split, count in (("training", 6), ("validation", 3)):
         for i in range(count):
@@ -92,7 +92,7 @@ def pair_folder(tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
-    """40 training and 11 validation images, in two classes."""
+    """Return a folder of 40 training and 11 validation images in two classes."""
     root = tmp_path_factory.mktemp("images")
     write_images(root / "train", 40)
     write_images(root / "val", 11, seed=1)
@@ -101,7 +101,7 @@ def image_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def every_source(image_folder, tmp_path_factory) -> dict[str, list]:
-    """The images of `image_folder` in every form that --path_to_data takes, by name: the flags for it."""
+    """Write `image_folder` in every form that --path_to_data takes; return the flags for each form by name."""
     import datasets
 
     root = tmp_path_factory.mktemp("every_source")
@@ -140,7 +140,7 @@ def every_source(image_folder, tmp_path_factory) -> dict[str, list]:
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
-    """10 training and 5 held-out pairs; one of each is entirely void."""
+    """Return a folder of 10 training and 5 validation pairs; one of each split is entirely void."""
     folder = tmp_path_factory.mktemp("scenes")
     write_scenes(folder, 10, "training", seed=0)
     write_scenes(folder, 5, "validation", seed=1)
@@ -153,7 +153,7 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def real_images() -> Path:
-    """The folder of real data sets that MAE_TEST_DATA names."""
+    """Return the folder of real data sets that MAE_TEST_DATA names; skip the test if it is not set."""
     if "MAE_TEST_DATA" not in os.environ:
         pytest.skip("MAE_TEST_DATA is not set")
     return Path(os.environ["MAE_TEST_DATA"])
@@ -161,7 +161,7 @@ def real_images() -> Path:
 
 @pytest.fixture(scope="session")
 def hub_server():
-    """A Hugging Face Hub on this machine."""
+    """Start a Hugging Face Hub on this machine."""
     server = Hub()
     yield server
     server.close()
@@ -169,19 +169,19 @@ def hub_server():
 
 @pytest.fixture
 def hub(hub_server) -> Hub:
-    """The Hub on this machine, empty. `run(..., **hub.variables(tmp_path))` is a process that talks to it, and so does
-    this one after `hub.enter(monkeypatch, tmp_path)`."""
+    """Return the Hub on this machine, empty. `run(..., **hub.variables(tmp_path))` starts a process that uses it;
+    `hub.enter(monkeypatch, tmp_path)` makes this process use it."""
     hub_server.clear()
     return hub_server
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """The environment of a run on one CPU, without what the caller's shell may have set for Accelerate and wandb."""
+    """Return the environment of a run on one CPU, without the shell's variables for Accelerate and wandb."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "WANDB_"))}
     return {**kept, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **variables}
 
 
-# Forks for each process that it is asked for, and tells the exit code of one that has ended
+# A server that forks a process for each request, and answers with exit codes of processes that have ended
 WARM = """
 import atexit, gc, json, os, runpy, sys, tempfile
 
@@ -229,12 +229,12 @@ except BaseException as end:
 
 @functools.cache
 def warm() -> subprocess.Popen:
-    """A Python that has imported the libraries, once for all tests: that takes longer than most of the runs do."""
+    """Start a Python that has imported the libraries, once for all tests; importing takes longer than most runs."""
     options = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-    single = dict(JE_ARROW_MALLOC_CONF="background_thread:false")  # a process of one thread forks safely
+    single = dict(JE_ARROW_MALLOC_CONF="background_thread:false")  # only a process of one thread forks safely
     options |= dict(env=environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", **single))
     python = subprocess.Popen([sys.executable, "-c", WARM], **options)
-    atexit.register(python.communicate)  # nothing more is asked, which ends it
+    atexit.register(python.communicate)  # closing its stdin ends it
     return python
 
 
@@ -244,7 +244,7 @@ def ask(question):
 
 
 class Start:
-    """A process that runs `FILE words` as a new Python does, but with the libraries imported. As subprocess.Popen."""
+    """A process that runs `FILE words` with the libraries already imported; methods as in subprocess.Popen."""
 
     def __init__(self, *words, cwd: Path, **variables: str):
         self.args, self.returncode = [str(word) for word in words], None
@@ -279,25 +279,25 @@ class Start:
 
 
 def start(script: str, *flags, cwd: Path, **variables: str) -> Start:
-    """Starts `SCRIPT flags` in the folder `cwd`."""
+    """Start `SCRIPT flags` in the folder `cwd`."""
     return Start(ROOT / script, *flags, cwd=cwd, **variables)
 
 
 def finish(process: Start | subprocess.Popen, code: int) -> subprocess.CompletedProcess:
-    """Waits for a process and expects its exit code."""
+    """Wait for a process and assert its exit code."""
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
     return subprocess.CompletedProcess(process.args, code, out, err)
 
 
 def run(script: str, *flags, cwd: Path, code: int = 0, **variables: str) -> subprocess.CompletedProcess:
-    """Runs `SCRIPT flags` in the folder `cwd` and expects its exit code."""
+    """Run `SCRIPT flags` in the folder `cwd` and assert its exit code."""
     return finish(start(script, *flags, cwd=cwd, **variables), code)
 
 
 def start_several(count: int, script: str, *flags, cwd: Path, own: dict[int, list] | None = None) -> list[Start]:
-    """Starts `SCRIPT flags` as `count` processes, with the variables that `accelerate launch` gives them; `own` are
-    further flags of single ones."""
+    """Start `SCRIPT flags` as `count` processes, with the variables that `accelerate launch` sets. `own` maps ranks
+    to further flags."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -309,7 +309,7 @@ def start_several(count: int, script: str, *flags, cwd: Path, own: dict[int, lis
 
 
 def finish_several(processes: list[Start], code: int = 0) -> list[subprocess.CompletedProcess]:
-    """Waits for the processes of a run, and expects the same exit code of all."""
+    """Wait for the processes of a run, and assert that all have this exit code."""
     ends = [(process, *process.communicate()) for process in processes]
     told = [f"exit {process.returncode}\n{out}\n{err}" for process, out, err in ends]
     assert all(process.returncode == code for process in processes), "\n".join(told)
@@ -317,7 +317,7 @@ def finish_several(processes: list[Start], code: int = 0) -> list[subprocess.Com
 
 
 def run_several(count: int, script: str, *flags, cwd: Path, code: int = 0, **options) -> subprocess.CompletedProcess:
-    """Runs `SCRIPT flags` as `count` processes. Returns what the main process said."""
+    """Run `SCRIPT flags` as `count` processes, and return the result of the main process."""
     return finish_several(start_several(count, script, *flags, cwd=cwd, **options), code)[0]
 
 
@@ -325,7 +325,7 @@ run_two = functools.partial(run_several, 2)
 
 
 def run_code(text: str, *words, cwd: Path, code: int = 0, **variables: str) -> subprocess.CompletedProcess:
-    """Runs the Python code `text`, which can import this project, in a process of its own; expects its exit code."""
+    """Run the Python code `text`, which can import this project, in a new process, and assert its exit code."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "code.py")
         path.write_text(text)
@@ -333,8 +333,8 @@ def run_code(text: str, *words, cwd: Path, code: int = 0, **variables: str) -> s
 
 
 def dry_run(script: str, *flags, cwd: Path) -> str:
-    """Runs `SCRIPT flags --dry_run` with a clock that is ten times as fast, as it times steps for 13 seconds. Returns
-    what it said."""
+    """Run `SCRIPT flags --dry_run` and return its output. The clock is ten times as fast, because a dry run times
+    steps for 13 seconds."""
     code = "import runpy, sys, time; clock = time.perf_counter; time.perf_counter = lambda: 10 * clock()\n"
     code += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     done = run_code(code, ROOT / script, *flags, "--dry_run", cwd=cwd)
@@ -342,7 +342,7 @@ def dry_run(script: str, *flags, cwd: Path) -> str:
 
 
 def run_cold(*words, cwd: Path, code: int = 0, **variables: str) -> subprocess.CompletedProcess:
-    """Runs `python words` in the folder `cwd`, with all that a new Python has to import; expects its exit code."""
+    """Run `python words` in the folder `cwd` in a new Python, without preloaded libraries; assert its exit code."""
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     command = [sys.executable, *map(str, words)]
     variables = environment(PYTHONPATH=str(ROOT), **variables)
@@ -350,14 +350,14 @@ def run_cold(*words, cwd: Path, code: int = 0, **variables: str) -> subprocess.C
 
 
 def run_each(script: str, starts: list[list], *, cwd: Path, code: int = 0) -> list[str]:
-    """Runs `SCRIPT flags` for each list of flags in `starts`, one after the other, and expects the same exit code of
-    all. Returns what each of them said."""
+    """Run `SCRIPT flags` for each list of flags in `starts`, one after the other, and assert the exit code of each.
+    Return their outputs."""
     ends = [run(script, *flags, cwd=cwd, code=code) for flags in starts]
     return [end.stdout + end.stderr for end in ends]
 
 
 def launch(*words, cwd: Path) -> subprocess.CompletedProcess:
-    """Runs `accelerate launch words` in the folder `cwd`."""
+    """Run `accelerate launch words` in the folder `cwd`."""
     command = [sys.executable, "-m", "accelerate.commands.launch", *map(str, words)]
     return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
 
@@ -369,50 +369,50 @@ TWO_PROCESSES = [
 
 
 def log_of(folder: Path) -> list[dict]:
-    """The lines of a run's log."""
+    """Return the lines of a run's log."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def losses_of(folder: Path) -> dict[int, float]:
-    """Every logged training loss by step."""
+    """Return the logged training losses by step."""
     return {line["step"]: line["loss"] for line in log_of(folder) if "loss" in line}
 
 
 def steps_in(folder: Path) -> int:
-    """The steps in the log of a run, which may be writing it or not have begun it."""
+    """Return the number of steps in a run's log, which may be incomplete or missing."""
     path = folder / "log.jsonl"
     return path.read_text().count("grad_norm") if path.exists() else 0
 
 
 def wait_for(steps: int, folder: Path, *processes: Start | subprocess.Popen) -> None:
-    """Waits until the log of a run has so many steps."""
+    """Wait until the log of a run has `steps` steps; assert that its processes go on until then."""
     while steps_in(folder) < steps:
         assert all(process.poll() is None for process in processes), "ended before"
         time.sleep(0.005)
 
 
 def metrics_of(folder: Path) -> dict:
-    """The metrics.json of a run."""
+    """Return the content of a run's metrics.json."""
     return json.loads((folder / "metrics.json").read_text())
 
 
 def flags_of(folder: Path) -> dict:
-    """The flags in the args.json of a run."""
+    """Return the flags in a run's args.json."""
     return json.loads((folder / "args.json").read_text())["flags"]
 
 
 def weights_of(folder: Path, step: int, name: str = "model.safetensors") -> dict:
-    """The weights in a checkpoint of a run."""
+    """Return the weights in a checkpoint of a run."""
     return load_file(folder / "checkpoints" / f"step_{step:08d}" / name)
 
 
 def validations_of(folder: Path) -> list[dict]:
-    """The lines of a run's log that have the metrics of a validation."""
+    """Return the lines of a run's log that have the metrics of a validation."""
     return [line for line in log_of(folder) if {"val_loss", "mean_iou", "box_ap"} & line.keys()]
 
 
 def assert_equal_runs(one: Path, other: Path, step: int, *names: str) -> None:
-    """Every logged loss, every validation and the weights are equal to the last bit, and so are those in `names`."""
+    """Assert that losses, validations and weights of two runs are equal, also the weights in the files `names`."""
     assert losses_of(one) == losses_of(other)
     assert validations_of(one) == validations_of(other) != []
     for name in ("model.safetensors", *names):
@@ -421,7 +421,7 @@ def assert_equal_runs(one: Path, other: Path, step: int, *names: str) -> None:
 
 
 def refusals(script: str, *starts: list, cwd: Path) -> list[list[str]]:
-    """The lines that starts with bad flags or data say, each before its first step."""
+    """Return the error lines of each start; assert that it ends with exit code 2 before its first step."""
     ends = run_each(script, starts, cwd=cwd, code=2)
     assert not any("Traceback" in said for said in ends) and not list(cwd.glob("work_dir/*/checkpoints/step_*"))
     return [[line for line in said.splitlines() if line.startswith("error: ")] for said in ends]

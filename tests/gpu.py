@@ -2,10 +2,10 @@
 
     python tests/gpu.py --images PHOTOGRAPHS --cifar10 PARQUET --out gpu
 
-runs the checks of gpu_models.py and gpu_runs.py, each in processes of its own under a time limit, prints a table of
-figures with what was expected, and writes it to gpu/gpu.json; --only NAME ... repeats or adds single checks. The exit
-code is the number of failures. Without CUDA all checks are skipped; --device cpu --tiny runs each of them small on a
-CPU, which tests the checks themselves.
+runs the checks of gpu_models.py and gpu_runs.py, each in its own processes and with a time limit. It prints a table of
+figures with their expected values, and writes it to gpu/gpu.json; --only NAME ... repeats or adds single checks. The
+exit code is the number of failures, at most 100. Without CUDA, all checks are skipped; --device cpu --tiny runs small
+versions on a CPU, which tests the checks themselves.
 
     python tests/gpu.py --table gpu/gpu.json ...
 
@@ -22,10 +22,10 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the repository
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # another way to look for GPUs forbids CUDA in forked processes
-os.environ["OMP_NUM_THREADS"] = "1" if "--tiny" in sys.argv else "4"  # checks run beside each other
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # the default check prevents CUDA in forked processes
+os.environ["OMP_NUM_THREADS"] = "1" if "--tiny" in sys.argv else "4"  # checks run in parallel
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "4"
-os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # a process of one thread forks safely
+os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # only a process of one thread forks safely
 
 import accelerate
 import gpu_models
@@ -36,11 +36,11 @@ import torchvision
 import transformers
 from gpu_lab import Child, Lab
 
-IMAGENET_IMAGES = 800 * 1_281_167  # of 800 epochs
+IMAGENET_IMAGES = 800 * 1_281_167  # images in 800 epochs
 
 
-# Groups of checks that run beside each other: name -> check, time limit in seconds. Those that measure run alone; what
-# they compile is in the compiler's cache by then
+# Groups of checks that run in parallel: name -> check, time limit in seconds. Checks that measure run alone, after
+# "compilation" has filled the compiler's cache for them
 GROUPS = [
     {"environment": (gpu_models.check_environment, 20)},
     {
@@ -82,7 +82,7 @@ def parse_args():
 
 
 def run_group(labs: list[Lab], limit: int) -> dict[str, list[dict]]:
-    """Run checks, at most `limit` at a time, print and return their figures."""
+    """Run checks, at most `limit` at a time; print their figures, and return them by the name of the check."""
     waiting, running, results = list(labs), {}, {}
     while waiting or running:
         while waiting and len(running) < limit:
@@ -109,7 +109,7 @@ def run_group(labs: list[Lab], limit: int) -> dict[str, list[dict]]:
 
 
 def run_checks(args, report: dict) -> None:
-    """Run the groups of checks; after each, write its figures into gpu.json, beside those of earlier runs."""
+    """Run the groups of checks; after each, add its figures to `report` and write gpu.json."""
     start = time.monotonic()
     for group in [CHECKS] if args.tiny else GROUPS:
         left, labs = args.seconds - (time.monotonic() - start), []
@@ -128,7 +128,7 @@ def run_checks(args, report: dict) -> None:
 
 
 def describe(row: dict) -> str:
-    """Return a line of the table."""
+    """Return the line of the table for a figure."""
     status = {True: "PASS", False: "FAIL", None: "    "}[row["ok"]]
     value = (
         f"{row['value']:.4g}"
@@ -140,7 +140,7 @@ def describe(row: dict) -> str:
 
 
 def speed_table(paths: list[Path]) -> str:
-    """Return the Markdown table of speeds of the cards in gpu.json files."""
+    """Return a Markdown table of the pre-training speeds in gpu.json files."""
     lines = [
         "| card | model | images/s | TFLOP/s | of the matrix rate | memory | 800 epochs of ImageNet |",
         "|---|---|---|---|---|---|---|",
@@ -159,14 +159,14 @@ def speed_table(paths: list[Path]) -> str:
 
 
 def name_card(path: Path) -> None:
-    """Write the name of a GPU on which a tensor can be made; exit with code 1 without one."""
+    """Write the name of the GPU; exit with code 1 if no tensor can be made on it."""
     if not torch.cuda.is_available() or torch.ones(1, device="cuda").item() != 1:
         sys.exit(1)
     path.write_text(torch.cuda.get_device_name())
 
 
 def main() -> int:
-    """Run the checks, and return the number of failures."""
+    """Run the checks, and return the number of failures, at most 100."""
     args, started = parse_args(), time.monotonic()
     if args.table:
         print(speed_table(args.table))

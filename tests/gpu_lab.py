@@ -1,4 +1,4 @@
-"""What the checks of gpu.py share: processes, figures, short runs of the scripts and their logs."""
+"""Helpers for the checks of gpu.py: processes, figures, short runs of the scripts and their logs."""
 
 import contextlib
 import json
@@ -24,14 +24,14 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 GIGABYTE = 1e9
 SCRIPTS = {"mae": "pretrain_mae", "classifier": "finetune_classifier", "segmenter": "finetune_segmentation"}
-ALL_SCRIPTS = SCRIPTS | {"detector": "finetune_detection"}  # whose heads, torchvision's, wait for the device
+ALL_SCRIPTS = SCRIPTS | {"detector": "finetune_detection"}  # torchvision's heads wait for the device
 ENCODER = ["--patch_size", "8", "--encoder_embed_dim", "128", "--encoder_depth", "4", "--encoder_num_heads", "4"]
 TINY_ENCODER = ["--patch_size", "8", "--encoder_embed_dim", "32", "--encoder_depth", "4", "--encoder_num_heads", "2"]
 DECODER = ["--decoder_embed_dim", "64", "--decoder_depth", "2", "--decoder_num_heads", "2"]
 
 
 class Child:
-    """A forked process that runs `work(*args)`, with its output in `log`; the libraries are imported already."""
+    """A forked process that runs `work(*args)` with the libraries already imported; its output goes to `log`."""
 
     def __init__(self, work, *args, log: Path):
         self.log, self.code = log, None
@@ -61,7 +61,7 @@ class Child:
         return self.code
 
     def wait(self, seconds: float = 600) -> int:
-        """Wait for the end; kill the process and its children after so many seconds."""
+        """Wait for the end and return the exit code; kill the process and its descendants after `seconds`."""
         end = time.monotonic() + seconds
         while self.poll() is None:
             if time.monotonic() > end:
@@ -73,12 +73,12 @@ class Child:
         """Kill the process and its descendants."""
         process = psutil.Process(self.pid)
         for each in [*process.children(recursive=True), process]:
-            with contextlib.suppress(psutil.NoSuchProcess):  # a loader worker ends when its parent is gone
+            with contextlib.suppress(psutil.NoSuchProcess):  # a loader worker ends with its parent
                 each.kill()
 
 
 class Lab(NamedTuple):
-    """Where and how a check runs, and where it reports to."""
+    """The settings of a check, and methods to run processes and report figures."""
 
     name: str
     device: str
@@ -89,7 +89,7 @@ class Lab(NamedTuple):
     seconds: float  # time limit
 
     def missing_input(self) -> str:
-        """Return why the check cannot run, or ""."""
+        """Return why the check cannot run, "" if it can."""
         needed = {"loader": "images", "learning": "cifar10"}.get(self.name)
         missing = needed and not self.tiny and getattr(self, needed) is None
         return f"--{needed} is not given" if missing else ""
@@ -100,7 +100,7 @@ class Lab(NamedTuple):
 
     def report(self, name: str, value, expected: str = "", ok: bool | None = None, unit: str = "", **more) -> None:
         """Write a figure at once, so that it survives the time limit."""
-        value = None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has neither
+        value = None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no inf or NaN
         ok = ok if ok is None else bool(ok)
         with open(self.folder / "figures.jsonl", "a") as file:
             file.write(json.dumps(self.figure(name, value, ok=ok, expected=expected, unit=unit, **more)) + "\n")
@@ -120,7 +120,7 @@ class Lab(NamedTuple):
             torch.cuda.synchronize()
 
     def seconds_of(self, work: Callable[[], object], *, repeats: int, warmup: int = 3) -> float:
-        """Return the seconds of one call, in `repeats` calls that are not waited for one by one."""
+        """Return the mean seconds of a call; the device is synchronized before and after all `repeats` calls."""
         for _ in range(1 if self.tiny else warmup):
             work()
         repeats = 2 if self.tiny else repeats
@@ -144,7 +144,7 @@ class Lab(NamedTuple):
         return codes
 
     def collect(self, works: dict[str, tuple], limit: int = 8) -> dict[str, object]:
-        """Return what each of `name: (function, *args)` returns in a process of its own; None if that fails."""
+        """Run each `name: (function, *args)` in its own process; return the results, None for a failed one."""
         paths = {name: self.folder / re.sub(r"\W+", "_", name) for name in works}
         codes = self.at_once(
             {
@@ -172,12 +172,12 @@ class Lab(NamedTuple):
 
 
 def write_result(path: Path, function: Callable, *args) -> None:
-    """Write what a function returns to a JSON file."""
+    """Write the result of a function to a JSON file."""
     path.write_text(json.dumps(function(*args)))
 
 
 def run_script(script: str, flags: tuple, cwd: Path, variables: dict[str, str], backend: str | None) -> None:
-    """Run a script in this process as Python would; its processes talk over `backend`, or over Accelerate's choice."""
+    """Run a script in this process as Python would, with a torch.distributed `backend`; None: Accelerate's choice."""
     os.chdir(cwd)
     os.environ.update(variables)
     if backend:
@@ -215,7 +215,7 @@ def write_pictures(folder: Path) -> None:
 
 
 def flags_of(lab: Lab, task: str, *, steps: int, weights: Path | None = None) -> list[str]:
-    """Return flags of a short run on the pictures; fine-tuning starts from `weights`, or from scratch."""
+    """Return the flags of a short run on the pictures; fine-tuning starts from `weights`, or from scratch."""
     flags = f"--max_steps {steps} --warmup_steps 2 --learning_rate 1e-3 --log_every 1 --num_workers 2".split()
     side = 32 if lab.tiny else 64
     flags += ["--path_to_data", str(lab.folder / ("pairs" if task in ("segmenter", "detector") else "classes"))]
@@ -232,7 +232,7 @@ def flags_of(lab: Lab, task: str, *, steps: int, weights: Path | None = None) ->
 
 
 def losses_of(run: Path) -> list[float]:
-    """Return the training losses in a run's log, by step; of a run that may not have begun none."""
+    """Return the training losses in a run's log, in order; [] if there is no log yet."""
     path = run / "log.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     logged = [json.loads(line) for line in lines if line.endswith("}")]

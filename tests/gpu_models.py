@@ -37,16 +37,16 @@ KERNELS = {
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2)
 TINY_DECODER = dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
-SHALLOW = SIZES["small"] | dict(depth=4)  # all kernels of ViT-S, and a third of its time to compile
-GOALS = {  # images/s of compiled steps of 256 images in bfloat16
+SHALLOW = SIZES["small"] | dict(depth=4)  # has all kernels of ViT-S, and compiles in a third of the time
+GOALS = {  # images/s of compiled pre-training steps of 256 images in bfloat16
     "H100": {"base": 4900, "large": 2700, "huge": 1300},
     "H200": {"base": 5500, "large": 3050, "huge": 1440},
 }
-MEMORY = {"base": (45.6, 2.0), "large": (73.3, 5.9), "huge": (133.7, 11.8)}  # MB an image, GB of all else; eager
+MEMORY = {"base": (45.6, 2.0), "large": (73.3, 5.9), "huge": (133.7, 11.8)}  # eager: MB per image, GB of all else
 
 
 def new_task(task: str, size: str, batch_size: int, device: str) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
-    """Return a model, and its loss on images that are the same on every device."""
+    """Return a model, and a function that computes its loss on images that are the same on every device."""
     torch.manual_seed(0)
     encoder = VisionTransformer(**{"tiny": TINY, "shallow": SHALLOW}.get(size) or SIZES[size]).initialize()
     height, width = encoder.img_size
@@ -56,7 +56,7 @@ def new_task(task: str, size: str, batch_size: int, device: str) -> tuple[nn.Mod
         model = build_autoencoder(encoder, **{"tiny": TINY_DECODER, "shallow": dict(decoder_depth=2)}.get(size, {}))
     elif task == "classifier":
         model = Classifier(encoder, 10)
-        nn.init.normal_(model.head.weight, std=0.02)  # below the small initial head, gradients are rounding errors
+        nn.init.normal_(model.head.weight, std=0.02)  # the small initial head makes gradients mere rounding errors
     else:
         extras = dict(relative_position_bias=True, layer_scale=1.0)
         model = Segmenter(encoder.add_extras(**extras), 10, head_width=16 if size == "tiny" else None)
@@ -76,12 +76,12 @@ def new_task(task: str, size: str, batch_size: int, device: str) -> tuple[nn.Mod
 
 
 def loss_and_gradients(lab: Lab, task: str, precision: str, kernel: str | None = None, device: str | None = None):
-    """Return the loss and all gradients in one float64 vector on the CPU, or None if the kernel does not apply."""
+    """Return the loss and all gradients as a float64 vector on the CPU; None if the kernel does not apply."""
     device = device or lab.device
     model, loss_of = new_task(task, "tiny" if lab.tiny else "shallow", 4 if lab.tiny else 8, device)
     for module in model.modules():
         if isinstance(module, nn.Dropout2d):
-            module.p = 0.0  # devices draw other numbers
+            module.p = 0.0  # devices draw different numbers
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     scale = 2.0**10 if precision == "fp16" else 1.0
     try:
@@ -97,19 +97,19 @@ def loss_and_gradients(lab: Lab, task: str, precision: str, kernel: str | None =
 
 
 def only_kernel(name: str | None):
-    """Return a context in which attention uses one kernel; None for torch's choice."""
+    """Return a context in which attention uses one kernel; None: PyTorch's choice."""
     return sdpa_kernel(KERNELS[name]) if name else nullcontext()
 
 
 def matrix_rate(lab: Lab) -> float:
-    """Return the TFLOP/s of a large matrix product in bfloat16."""
+    """Measure the TFLOP/s of a large matrix product in bfloat16."""
     size = 256 if lab.tiny else 8192
     a, b = (torch.randn(size, size, device=lab.device, dtype=torch.bfloat16) for _ in range(2))
     return 2 * size**3 / lab.seconds_of(lambda: a @ b, repeats=20) / 1e12
 
 
 def check_environment(lab: Lab) -> None:
-    """Report versions and the rates that the card reaches."""
+    """Report versions, cores, shared memory, attention kernels, and the rates that the card reaches."""
     card = torch.cuda.get_device_name() if lab.on_gpu else "CPU"
     lab.report("card", card)
     cudnn = torch.backends.cudnn.version()
@@ -155,7 +155,7 @@ def check_numerics(lab: Lab) -> None:
                 limits = (
                     limits[0],
                     1e-3 if task == "segmenter" and not tf32 else limits[1],
-                )  # BatchNorms of few values
+                )  # BatchNorm over few values is less exact
                 expected = f"loss {limits[0]:g}, gradients {limits[1]:g}"
                 ok = errors[0] <= limits[0] and errors[1] <= limits[1]
             else:
@@ -172,7 +172,7 @@ def check_numerics(lab: Lab) -> None:
 
 
 def digest(lab: Lab, task: str, kernel: str | None, deterministic: bool = False, cache: str = "") -> str:
-    """Return a hash of loss and gradients in bf16, or "different" if a second step differs; `cache` compiles."""
+    """Return a hash of loss and gradients in bf16, "different" if a second step differs; compile if given a `cache`."""
     set_speed(torch.device(lab.device), tf32=True, deterministic=deterministic)
     model, loss_of = new_task(task, "tiny" if lab.tiny else "shallow", 4 if lab.tiny else 16, lab.device)
     if cache:
@@ -183,7 +183,7 @@ def digest(lab: Lab, task: str, kernel: str | None, deterministic: bool = False,
     hashes = set()
     for _ in range(2):
         model.zero_grad()
-        torch.manual_seed(0)  # of UperNet's dropout
+        torch.manual_seed(0)  # for UperNet's dropout
         with torch.autocast(lab.device, torch.bfloat16), only_kernel(kernel):
             loss = loss_of()
             loss.backward()
@@ -193,7 +193,7 @@ def digest(lab: Lab, task: str, kernel: str | None, deterministic: bool = False,
 
 
 def check_determinism(lab: Lab) -> None:
-    """Take the same step twice: bits must be equal with --deterministic, in two processes and two compilations."""
+    """Take the same step twice; with --deterministic, two processes and two compilations must give equal bits."""
     works = {}
     for task in SCRIPTS:
         for attempt in "AB":
@@ -217,17 +217,17 @@ def check_determinism(lab: Lab) -> None:
 
 
 EAGER_RIVALS = ["theirs eager", "official manner eager"]
-PRETRAINING = [  # size, batch, what ours is compared with
+PRETRAINING = [  # size, batch size, implementations that ours is compared with
     ("base", 256, [*EAGER_RIVALS, "theirs compiled"]),
     ("large", 256, EAGER_RIVALS),
     ("huge", 256, []),
     ("base", 512, []),
 ]
-FINETUNING = {"classifier": 3200, "segmenter": None}  # images/s that are expected of ViT-B
+FINETUNING = {"classifier": 3200, "segmenter": None}  # images/s expected of ViT-B; None: only reported
 
 
 def pretraining_sides(lab: Lab, size: str, batch_size: int, rivals: list[str]) -> dict:
-    """Return training steps of ours and of rivals, see benchmarks/step.py."""
+    """Return training steps by (implementation, mode), see `new_sides` in benchmarks/step.py."""
     sizes = TINY if lab.tiny else SIZES[size]
     set_speed(torch.device(lab.device), tf32=True)
     options = dict(batch_size=batch_size, precision="bf16", compiled=not lab.tiny)
@@ -235,7 +235,7 @@ def pretraining_sides(lab: Lab, size: str, batch_size: int, rivals: list[str]) -
 
 
 def first_step(lab: Lab, task: str, *options) -> float:
-    """Return the seconds until the first compiled step of a task is done."""
+    """Return the seconds until the first compiled steps of a task are done."""
     start = time.monotonic()
     if task == "mae":
         sides = pretraining_sides(lab, *options)
@@ -249,7 +249,7 @@ def first_step(lab: Lab, task: str, *options) -> float:
 
 
 def check_compilation(lab: Lab) -> None:
-    """Take the first steps of what check_throughput times, all at once, which fills the compiler's cache."""
+    """Take the first step of all that check_throughput times, in parallel, to fill the compiler's cache."""
     works = {f"ViT-base {task}": (first_step, lab, task) for task in FINETUNING}
     for size, batch_size, rivals in [("base", 4, [])] if lab.tiny else PRETRAINING:
         compiled = [rival for rival in rivals if "compiled" in rival]
@@ -259,7 +259,7 @@ def check_compilation(lab: Lab) -> None:
 
 
 def time_pretraining(lab: Lab, size: str, batch_size: int, rivals: list[str]) -> dict[str, float]:
-    """Report speed and memory of our pre-training step, eager and compiled; return images/s by side and mode."""
+    """Report speed and memory of our pre-training step; return the images/s of ours and of `rivals` by name."""
     sides = pretraining_sides(lab, size, batch_size, rivals)
     card = next((card for card in GOALS if lab.on_gpu and card in torch.cuda.get_device_name()), None)
     speeds, peak_rate = {}, matrix_rate(lab)
@@ -278,7 +278,7 @@ def time_pretraining(lab: Lab, size: str, batch_size: int, rivals: list[str]) ->
         lab.report(name, speed, expected, speed >= 0.8 * goal if goal else None, "images/s", **more)
         if lab.on_gpu:
             planned = MEMORY[size][1] + MEMORY[size][0] * batch_size / 1000
-            low = 0.9 if mode == "eager" else 0.0  # the compiler recomputes what is cheap
+            low = 0.9 if mode == "eager" else 0.0  # the compiler saves memory by recomputing cheap values
             expected, ok = f"{low:g} to 1.2 of {planned:.1f}", low <= memory / planned <= 1.2
             lab.report(f"{name}: peak memory", memory, expected, ok, "GB")
     return speeds
@@ -327,7 +327,7 @@ def time_finetuning(lab: Lab, task: str) -> float:
 
 
 def check_throughput(lab: Lab) -> None:
-    """Time training steps, against transformers and an eager step in the official code's manner."""
+    """Time training steps, and compare pre-training with transformers and with the official code's manner."""
     for kernel, speed in (lab.collect({"kernels": (time_kernels, lab)})["kernels"] or {}).items():
         lab.report(f"ViT-base, forward and backward, {kernel} attention", speed, unit="images/s")
     for size, batch_size, rivals in [("base", 4, EAGER_RIVALS)] if lab.tiny else PRETRAINING:
@@ -350,7 +350,7 @@ def check_throughput(lab: Lab) -> None:
 
 
 def fit_one(lab: Lab, size: str) -> int:
-    """Return the micro-batch that --micro_batch_size auto finds for pre-training."""
+    """Return the micro-batch size that --micro_batch_size auto finds for pre-training."""
     set_speed(torch.device(lab.device), tf32=True)
     accelerator = Accelerator(mixed_precision="bf16", cpu=not lab.on_gpu)
     sizes = TINY if lab.tiny else SIZES[size]
@@ -368,7 +368,7 @@ def fit_one(lab: Lab, size: str) -> int:
 
 
 def check_memory(lab: Lab) -> None:
-    """Look for the largest micro-batch from 4096 down."""
+    """Find the largest micro-batch that fits, from 4096 down."""
     works = {size: (fit_one, lab, size) for size in (["base"] if lab.tiny else ["base", "large", "huge"])}
     for size, found in lab.collect(works, limit=1).items():
         expected = {"base": 1024, "large": 512, "huge": 256}[size]

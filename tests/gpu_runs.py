@@ -1,6 +1,6 @@
 """Checks of gpu.py that run the scripts.
 
-They compute nothing themselves, because a process that has used CUDA cannot fork one that will.
+They compute nothing themselves, because a process that has used CUDA cannot fork one that uses it.
 """
 
 import importlib
@@ -32,7 +32,7 @@ def largest_difference(one: list[float], other: list[float]) -> float:
 
 
 def check_scripts(lab: Lab) -> None:
-    """Run the scripts in every precision, eager and compiled, to their exports; detection in two precisions alone."""
+    """Run the scripts to their exports in every precision, eager and compiled; detection only in float32 and bf16."""
     write_pictures(lab.folder)
     modes = {
         "float32": ["--mixed_precision", "no", "--no-tf32"],
@@ -42,7 +42,7 @@ def check_scripts(lab: Lab) -> None:
         "compiled": ["--mixed_precision", "bf16", "--compile"],
         "compiled, checkpointing": ["--mixed_precision", "bf16", "--compile", "--gradient_checkpointing"],
     }
-    others = {  # with losses of their own
+    others = {  # these change the losses, which are therefore not compared
         "mae": "--decoder cross --predict_ratio 0.5 --mask_block 2 --target hog --optimizer muon --compile",
         "classifier": "--attentive_probe --cache_features --optimizer adamw --compile",
         "segmenter": "--freeze_encoder --head dpt --compile",
@@ -71,7 +71,7 @@ def check_scripts(lab: Lab) -> None:
         for mode in modes:
             other, curve = ("bf16", eager) if mode.startswith("compiled") else ("float32", exact)
             error = largest_difference(losses_of(folder / f"{task} {mode}"), curve)
-            ok = None if mode == "fp16" else error <= 1e-2  # a step that the loss scaler skips shifts the curve
+            ok = None if mode == "fp16" else error <= 1e-2  # steps that the loss scaler skips shift the curve
             lab.report(f"{task} {mode}: losses against {other}", error, "" if ok is None else "0.01", ok)
     curves = [losses_of(folder / f"detector {mode}") for mode in ("bf16", "float32")]
     error = largest_difference(*curves)  # rounding changes which regions train the heads
@@ -88,8 +88,8 @@ RESUMED = {
 
 
 def compare_resumed(lab: Lab, name: str) -> dict[str, str]:
-    """Kill a run, stop another one, resume both, and compare them with one that was left alone."""
-    torch.set_num_threads(1)  # comparing starts OpenMP's threads otherwise, and no fork after that could use them
+    """Kill a run, stop another, resume both, and return how they compare with an undisturbed run."""
+    torch.set_num_threads(1)  # otherwise comparisons start OpenMP's threads, which later forks cannot use
     task, flags = RESUMED[name]
     steps, every = (12, 4) if lab.tiny else (60, 20)
     flags = [*flags_of(lab, task, steps=steps), *flags.split(), "--deterministic", "--save_checkpoint_steps", every]
@@ -117,7 +117,7 @@ def compare_resumed(lab: Lab, name: str) -> dict[str, str]:
 
 
 def compare_runs(one: Path, other: Path) -> str:
-    """Return "equal" if two runs have the same losses, and the same tensors in their last checkpoints."""
+    """Return "equal" if losses and last checkpoints of two runs are equal, otherwise what differs."""
     if losses_of(one) != losses_of(other):
         return "losses differ"
     last = max((one / "checkpoints").glob("step_*"))
@@ -143,7 +143,7 @@ def same(one, other) -> bool:
 
 
 def check_resume(lab: Lab) -> None:
-    """Compare runs that were killed or stopped, and resumed with --deterministic, with runs left alone."""
+    """Compare --deterministic runs that were killed or stopped, and resumed, with undisturbed ones."""
     write_pictures(lab.folder)
     names = ["classifier"] if lab.tiny else list(RESUMED)
     for name, answers in lab.collect({name: (compare_resumed, lab, name) for name in names}).items():
@@ -152,7 +152,7 @@ def check_resume(lab: Lab) -> None:
 
 
 def count_waits(lab: Lab, task: str) -> dict[str, int]:
-    """Return what the profiler counts in eight steps of a script, in which a wait for the device is an error."""
+    """Count profiler events in eight steps of a script (tiny: two), in which a wait for the device is an error."""
     first, last = (4, 6) if lab.tiny else (4, 12)
     script, calls = importlib.import_module(SCRIPTS[task]), itertools.count()
     optimizer_step, activities = script.optimizer_step, [torch.profiler.ProfilerActivity.CPU]
@@ -182,7 +182,7 @@ def count_waits(lab: Lab, task: str) -> dict[str, int]:
 
 
 def check_waits(lab: Lab) -> None:
-    """Take steps in which a wait for the device is an error, and count what the profiler sees."""
+    """Take steps in which a wait for the device is an error, and report the profiler's counts."""
     write_pictures(lab.folder)
     for task, counts in lab.collect({task: (count_waits, lab, task) for task in SCRIPTS}).items():
         name, expected = f"{task}: steps without a wait", "0 pageable copies, 2 synchronizations: of the profiler"
@@ -194,7 +194,7 @@ def check_waits(lab: Lab) -> None:
 
 
 def repeated_list(lab: Lab, count: int) -> Path:
-    """Write a list of at least `count` images, which names each photograph as often as needed."""
+    """Write a list of `count` images, which repeats the photographs as often as needed."""
     source, path = FolderSource(str(lab.images or lab.folder / "classes")), lab.folder / "images.jsonl"
     names = [os.path.abspath(source.name(index)) for index in range(len(source))]
     lines = [json.dumps({"path": name}) + "\n" for name in itertools.islice(itertools.cycle(names), count)]
@@ -203,14 +203,14 @@ def repeated_list(lab: Lab, count: int) -> Path:
 
 
 def loader_rate(folder: str, img_size: int, count: int, num_workers: int) -> float:
-    """Return images/s of pre-training's batches alone."""
+    """Return the images/s of the pre-training loader alone."""
     source = open_sources(folder, PixelFormat(3))[0]
     dataset = data_benchmark.pretraining_data(source, img_size)
     return data_benchmark.loader_rate(dataset, min(count, len(source)), num_workers)
 
 
 def check_loader(lab: Lab) -> None:
-    """Time the loader alone, and the data wait of a training step that is fed by it."""
+    """Time the loader alone, and the data wait of training steps that read from it."""
     count, img_size, short_side = (64, 32, 48) if lab.tiny else (4096, 224, 256)
     write_pictures(lab.folder)
     images = repeated_list(lab, count)
@@ -251,7 +251,7 @@ def free_port() -> str:
 
 
 def fsdp_variables() -> dict[str, str]:
-    """Return the variables that `accelerate launch` sets for fsdp2.yaml, but its precision."""
+    """Return the variables that `accelerate launch` sets for fsdp2.yaml; --mixed_precision overrides its precision."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
@@ -264,10 +264,10 @@ def fsdp_variables() -> dict[str, str]:
 def start_ranks(
     lab: Lab, script: str, flags: list, name: str, ranks: int, backend: str | None, fsdp: bool
 ) -> list[Child]:
-    """Start a script as so many processes of one run, all on the one device; `backend` None is NCCL."""
+    """Start a script as `ranks` processes of one run, all on the same device; `backend` None is Accelerate's, NCCL."""
     shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
     shared |= dict(LOCAL_RANK="0", **(fsdp_variables() if fsdp else {}))
-    if fsdp and not lab.on_gpu:  # Accelerate shards on no CPU, so it is told of GPUs that talk as CPUs do
+    if fsdp and not lab.on_gpu:  # Accelerate does not shard on a CPU: claim GPUs that use gloo
         backend, shared = "gloo", shared | dict(ACCELERATE_TORCH_DEVICE="cpu", CUDA_VISIBLE_DEVICES="")
         shared["ACCELERATE_USE_CPU"] = "false"
     elif not lab.on_gpu:
@@ -280,7 +280,7 @@ def start_ranks(
 
 
 def script_of(task: str) -> str:
-    """Return the script of a task, or of a segmenter with a linear head."""
+    """Return the script of a task; "linear" is a segmenter with a linear head."""
     return SCRIPTS["segmenter" if task == "linear" else task]
 
 
@@ -298,7 +298,7 @@ def check_distributed(lab: Lab) -> None:
         "DDP over gloo, two processes": ("mae", [], 2, "gloo", False, 1e-5),
         "BatchNorm of two processes": ("linear", [], 2, "gloo", False, 1e-4),
         "BatchNorm of two processes, compiled": ("linear", ["--compile"], 2, "gloo", False, 1e-4),
-        # Dropout's seed is that of a micro-batch, so that two processes draw other numbers than one
+        # Dropout is seeded per micro-batch, so two processes draw other numbers than one
         "UperNet of two processes, compiled": ("segmenter", ["--compile"], 2, "gloo", False, 1e-1),
     }
     if lab.tiny:
@@ -329,7 +329,7 @@ def check_distributed(lab: Lab) -> None:
 
 
 def check_learning(lab: Lab) -> None:
-    """Pre-train ViT-Ti on CIFAR-10 for 100 seconds, then train a linear probe and fine-tune."""
+    """Pre-train ViT-Ti on CIFAR-10 for at most 100 seconds, then train a linear probe and fine-tune."""
     start, folder = time.monotonic(), lab.folder / "work_dir"
     write_pictures(lab.folder)
     batch, workers, source = (16, 1, lab.folder / "classes") if lab.tiny else (1024, 14, lab.cifar10)
@@ -366,7 +366,7 @@ def check_learning(lab: Lab) -> None:
 
 
 def check_predict(lab: Lab) -> None:
-    """Compare predictions of a GPU with those of a CPU, and export runs for the Hub without an upload."""
+    """Compare predictions of the device with those of a CPU, and export runs for the Hub without an upload."""
     write_pictures(lab.folder)
     folder, answers = lab.folder / "work_dir", {}
     for task in ("mae", "classifier"):

@@ -1,9 +1,8 @@
-"""A Hugging Face Hub on the loopback interface, with the HTTP requests that huggingface_hub 1.33 to 2.4 needs to upload
-models and to download them, and that datasets 4.4 to 5.2 needs to download data sets.
+"""A Hugging Face Hub on the loopback interface, which keeps everything in memory.
 
-A data set's repository is named datasets/OWNER/NAME and a Space's spaces/OWNER/NAME, as in its web address. Large files
-go by git LFS ("basic"): `variables` and `enter` switch Xet off, which huggingface_hub would use without asking the
-server. Everything is kept in memory.
+It answers the requests with which huggingface_hub 1.33 to 2.4 uploads and downloads models, and datasets 4.4 to 5.2
+downloads data sets. A data set is named datasets/OWNER/NAME and a Space spaces/OWNER/NAME, as in web addresses. Large
+files go by git LFS ("basic"); `variables` and `enter` switch Xet off, which huggingface_hub would use by default.
 """
 
 import base64
@@ -19,7 +18,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-# The tokens VALID and READ_ONLY belong to the user "owner", who may write to owner/... alone
+# The tokens VALID and READ_ONLY belong to the user "owner", who may write only to owner/...
 VALID, READ_ONLY, EXPIRED, UNKNOWN = "hf_valid", "hf_read_only", "hf_expired", "hf_unknown"
 USER = "owner"
 ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
@@ -35,7 +34,7 @@ class File(NamedTuple):
 
     @property
     def oid(self) -> str:
-        """Return git's hash of the content, or of the LFS pointer to it."""
+        """Return the git hash of the content, or of the LFS pointer to it."""
         content = self.content
         if self.lfs:
             size = len(content)
@@ -53,7 +52,7 @@ class File(NamedTuple):
 
 
 class Repository:
-    """Commits by hash, and the branches that name them."""
+    """A repository: commits by hash, and branches that point to them."""
 
     def __init__(self, private: bool = False, gated: bool = False):
         self.private, self.gated, self.commits, self.names, self.messages = private, gated, {}, {}, {}
@@ -66,7 +65,7 @@ class Repository:
         return commit
 
     def find(self, revision: str) -> str | None:
-        """Return the commit of a branch or a hash."""
+        """Return the commit hash of a branch or hash, None if there is none."""
         return self.names.get(revision, revision if revision in self.commits else None)
 
 
@@ -87,12 +86,12 @@ class Server(ThreadingHTTPServer):
 
 
 class Hub:
-    """The server, from its construction to `close`.
+    """A server that runs from its construction to `close`.
 
     Attributes:
         requests: (method, path without query) of each request.
         uploads: sha256 of each large file that arrived.
-        fail_uploads_after: Number of large files to accept before the next ones fail; None accepts all.
+        fail_uploads_after: number of large files to accept before uploads fail; None: accept all.
     """
 
     def __init__(self):
@@ -118,9 +117,9 @@ class Hub:
     def add(
         self, repo_id: str, folder: str | Path, *, revision: str = "main", private: bool = False, gated: bool = False
     ) -> str:
-        """Add a folder's files as the whole content of a branch, without a client; return the commit.
+        """Replace the content of a branch by a folder's files, without a client; return the commit.
 
-        A gated repository can be seen by everybody, and read by nobody.
+        A gated repository is visible to everybody, but nobody can read its files.
         """
         folder = Path(folder)
         files = {".gitattributes": File(ATTRIBUTES, False)}
@@ -165,7 +164,7 @@ class Hub:
 
 
 def heed(variables: dict[str, str], change=setattr) -> None:
-    """Apply `Hub.variables` as huggingface_hub does when it is imported."""
+    """Apply `Hub.variables` to an imported huggingface_hub, as its import does."""
     from huggingface_hub import constants, hf_api
 
     endpoint = variables["HF_ENDPOINT"]
@@ -180,7 +179,7 @@ def heed(variables: dict[str, str], change=setattr) -> None:
     }.items():
         change(constants, name, value)
     change(hf_api.api, "endpoint", endpoint)  # behind huggingface_hub.model_info and the like
-    if "datasets" in sys.modules:  # it has read the variables before
+    if "datasets" in sys.modules:  # its import has read the variables
         from datasets import config
 
         change(config, "HF_ENDPOINT", endpoint)
@@ -190,17 +189,17 @@ def heed(variables: dict[str, str], change=setattr) -> None:
 
 
 def is_large(path: str, content: bytes) -> bool:
-    """Check whether a file goes by LFS: weights and other binary files."""
+    """Return True if a file goes by LFS, as weights and other binary files do."""
     return path.endswith(".safetensors") or b"\0" in content[:512]
 
 
 def without_type(repo_id: str) -> str:
-    """Return OWNER/NAME of a repository of any type."""
+    """Return the OWNER/NAME of a repository of any type."""
     return repo_id.removeprefix("datasets/").removeprefix("spaces/")
 
 
 def metadata_errors(card: str) -> list[str]:
-    """Return the errors of the Hub for the metadata of a model card."""
+    """Return the errors that the Hub reports for the metadata of a model card."""
     match = re.match(r"---\r?\n(.*?)\r?\n---(\r?\n|$)", card, re.DOTALL)
     try:
         metadata = yaml.safe_load(match[1]) if match else {}
@@ -227,7 +226,7 @@ def metadata_errors(card: str) -> list[str]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request, answered by the method that ROUTES names."""
+    """A handler that answers each request by the method in ROUTES, which raises the Answer."""
 
     hub: Hub
     protocol_version = "HTTP/1.1"
@@ -265,7 +264,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @property
     def token(self) -> str | None:
-        """Return the token of the request; 401 for an invalid one."""
+        """The token of the request, None without one; an invalid token is answered by 401."""
         given = self.headers.get("Authorization", "").removeprefix("Bearer ").strip()
         if given == EXPIRED:  # the real Hub answers as if the repository were missing
             raise Answer(401, {"error": 'User Access Token "test" is expired'}, X_Error_Code="RepoNotFound")
@@ -280,7 +279,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Answer(403, {"error": f"You don't have the rights to write to {repo_id}"})
 
     def find(self, repo_id: str, revision: str = "main") -> tuple[Repository, str]:
-        """Return a readable repository and a commit in it; 401 or 404 otherwise."""
+        """Return a visible repository and a commit in it; answer 401 or 404 if there is none."""
         repository, token = self.hub.repositories.get(repo_id), self.token
         own = without_type(repo_id).startswith(f"{USER}/")
         if repository is None or (repository.private and (token is None or not own)):
@@ -389,7 +388,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def put(self, sha256: str) -> None:
         left = self.hub.fail_uploads_after
-        if left is not None and left <= 0:  # an error of S3 after which the client does not retry
+        if left is not None and left <= 0:  # an S3 error after which the client does not retry
             raise Answer(400, b"<Error><Code>RequestTimeout</Code></Error>", Content_Type="application/xml")
         if hashlib.sha256(self.body).hexdigest() != sha256:
             raise Answer(400, b"<Error><Code>BadDigest</Code></Error>", Content_Type="application/xml")
@@ -424,7 +423,7 @@ class Handler(BaseHTTPRequestHandler):
 
 NAME = r"((?:datasets/|spaces/)?[^/]+/[^/]+)"
 REPOSITORY = rf"/api/(?:models/|(?=datasets/|spaces/)){NAME}"
-ROUTES = [  # methods, path, handler, which gets the groups of the path
+ROUTES = [  # methods, pattern of the path, handler that takes the groups of the pattern
     ("POST", "/api/repos/create", Handler.create),
     ("POST", "/api/validate-yaml", Handler.validate),
     ("GET", REPOSITORY, Handler.info),

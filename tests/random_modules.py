@@ -1,4 +1,4 @@
-"""Small modules for tests, and random parameters for them."""
+"""Build small modules for tests, and randomize their parameters."""
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ EXTRAS = ("drop_path", "relative_position_bias", "layer_scale")
 
 
 def randomize(module: nn.Module, std: float = 0.1) -> nn.Module:
-    """Move every parameter of `module`, so that no two could be swapped unnoticed; in evaluation mode."""
+    """Add noise to every parameter, so that a swap of two would be noticed; switch to evaluation mode."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -21,7 +21,7 @@ def randomize(module: nn.Module, std: float = 0.1) -> nn.Module:
 
 
 def new_encoder(**options) -> VisionTransformer:
-    """Build an encoder from its sizes and the options of `add_extras`, and with `gradient_checkpointing`."""
+    """Build an encoder from its sizes, options of `add_extras` and `gradient_checkpointing`."""
     extras = {name: options.pop(name) for name in EXTRAS if name in options}
     checkpointed = options.pop("gradient_checkpointing", False)
     encoder = VisionTransformer(**options).initialize().add_extras(**extras)
@@ -30,7 +30,7 @@ def new_encoder(**options) -> VisionTransformer:
 
 
 def build_autoencoder(encoder: VisionTransformer, **options) -> MaskedAutoencoder:
-    """Build an autoencoder around an encoder, from the names of the scripts' flags."""
+    """Build an autoencoder around an encoder; `options` have the names of the scripts' flags."""
     names = [name for name in options if name.startswith("decoder_")]
     kind = options.pop("decoder", "self")
     sizes = {name.removeprefix("decoder_"): options.pop(name) for name in names}

@@ -1,17 +1,17 @@
-"""Kills pre-training at random points, again and again, and holds that nothing is lost beyond the last save.
+"""Kill pre-training repeatedly at random points, and check that nothing is lost but the work since the last save.
 
     python tests/soak.py --kills 100
 
-One random process of a tiny run is killed by SIGKILL, in a step, a save, a removal of old checkpoints, a validation,
-the start, or while log.jsonl is written, and last while the results are; or one of its loader workers is killed; or its
-terminal goes away, at which it saves. All others have to end by themselves, and no process may be left. The same
-command then resumes the run. After each kill the checkpoint that `auto` picks has to be whole, not older than the last
-that was saved, and equal to the same step's of a run that nobody disturbed; and in the end all that the run leaves
-behind. Prints a line a kill, and exits with 1 where anything was violated.
+kills a random process of a tiny run by SIGKILL: in a step, a save, a removal of old checkpoints, a validation or the
+start, or while log.jsonl is written; the last time, while the results are written. Some kills hit a loader worker
+instead, or close the terminal, upon which the run saves. All other processes must end by themselves. The same command
+then resumes the run. After each kill, the checkpoint that `auto` picks must be whole, not older than the last save, and
+equal to that of an undisturbed run. At the end, all results of the run must be equal to those of the undisturbed run.
+The script prints a line per kill, and exits with code 1 if a check fails.
 
     python tests/soak.py --launcher 12 --launch_flags="--rdzv_backend c10d"
 
-counts how often `accelerate launch --max_restarts 1` finishes such a run, where a process is killed in its steps.
+counts how often `accelerate launch --max_restarts 1` finishes such a run after a process is killed in a step.
 """
 
 import argparse
@@ -40,18 +40,18 @@ FLAGS = [
     *("--per_gpu_batch_size", 4, "--gradient_accumulation_steps", 2, "--drop_path", 0.1, "--warmup_steps", 2),
     *("--validate_every", 1, "--save_checkpoint_steps", SAVE_STEPS),
 ]
-KEPT = 2  # checkpoints
-PATIENCE = 60  # seconds in which the other processes have to end
-LEFT_OVER = 30  # seconds in which all that they started has to end
-TIMES = {"seconds", "images_per_second", "data_wait"}  # what may differ from the undisturbed run
+KEPT = 2  # checkpoints that the killed run keeps
+PATIENCE = 60  # seconds in which the other processes must end
+LEFT_OVER = 30  # seconds in which everything that they started must end
+TIMES = {"seconds", "images_per_second", "data_wait"}  # values that may differ from the undisturbed run
 
 
 class Lost(Exception):
-    """The soak cannot go on."""
+    """An error after which the soak test cannot continue."""
 
 
 def same(one, other) -> bool:
-    """Whether what a checkpoint holds is equal to the last bit."""
+    """Return True if two nested values of checkpoints are equal to the last bit."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
@@ -66,13 +66,13 @@ def timeless(values: dict) -> dict:
 
 
 def checkpoint_differences(checkpoint: Path, reference: Path) -> Iterator[str]:
-    """In what a checkpoint differs from the same step's of the undisturbed run."""
+    """Yield how a checkpoint differs from that of the same step in the undisturbed run."""
     other = reference / "checkpoints" / checkpoint.name
     try:
         states = [timeless(read_state(folder)) for folder in (checkpoint, other)]
         weights = [load_file(folder / MODEL) for folder in (checkpoint, other)]
         optimizers = [torch.load(folder / OPTIMIZER, weights_only=True) for folder in (checkpoint, other)]
-    except Exception as error:  # whatever a broken file raises
+    except Exception as error:  # a broken file raises many types
         yield f"{checkpoint.name} does not load: {error}"
         return
     for states_ in states:
@@ -83,14 +83,14 @@ def checkpoint_differences(checkpoint: Path, reference: Path) -> Iterator[str]:
 
 
 def lines_of(folder: Path) -> list[dict]:
-    """The whole lines of a run's log, without times; none where it has none."""
+    """Return the complete lines of a run's log without times; [] if there is no log."""
     path = folder / "log.jsonl"
     *lines, _ = path.read_text().split("\n") if path.exists() else [""]
     return [timeless(json.loads(line)) for line in lines]
 
 
 def kill_violations(folder: Path, reference: Path, saves: list[str]) -> Iterator[str]:
-    """Yield what is wrong with a run folder after a kill; the checkpoints `saves` had got their names."""
+    """Yield what is wrong with a run folder after a kill; `saves` are the names of the saved checkpoints."""
     found = RunFolder(folder).find("auto")
     picked, last = found.name if found else "", max(saves, default="")
     if picked < last:
@@ -106,16 +106,16 @@ def kill_violations(folder: Path, reference: Path, saves: list[str]) -> Iterator
 
 
 def results_of(folder: Path) -> dict:
-    """Return the files of a finished run by name, except checkpoints, log and args.json."""
+    """Return the content of a finished run's files by name; checkpoints are left out, args.json and the log empty."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.parent.parent.name != "checkpoints"]
     found = {str(path.relative_to(folder)): path.read_bytes() for path in files}
-    found |= {name: b"" for name in ("args.json", "log.jsonl")}  # the first tells of the starts
+    found |= {name: b"" for name in ("args.json", "log.jsonl")}  # args.json lists the starts
     found["metrics.json"] = timeless(json.loads(found["metrics.json"]))
     return found
 
 
 def end_violations(folder: Path, reference: Path) -> Iterator[str]:
-    """In what a finished run differs from the undisturbed one."""
+    """Yield how a finished run differs from the undisturbed one."""
     if lines_of(folder) != lines_of(reference):
         yield "log.jsonl differs from the undisturbed run's"
     names = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (folder, reference)]
@@ -131,26 +131,26 @@ def end_violations(folder: Path, reference: Path) -> Iterator[str]:
 
 
 class Soak:
-    """A run that is killed and resumed in `folder`, and the undisturbed one beside it. `violations` are told at once,
-    and collected."""
+    """A run in `folder` that is killed and resumed, and an undisturbed one beside it. Violations are printed at once
+    and collected in `violations`."""
 
     def __init__(self, folder: Path, *, kills: int, processes: int, seed: int):
         self.kills, self.processes, self.random = kills, processes, random.Random(seed)
         self.violations: list[str] = []
         self.counts: Counter = Counter()
-        self.longest = 0.0  # seconds until the other processes had ended
-        write_images(folder / "images" / "train", 20 * processes)  # five steps an epoch
+        self.longest = 0.0  # seconds: longest time until the other processes had ended
+        write_images(folder / "images" / "train", 20 * processes)  # five steps per epoch
         write_images(folder / "images" / "val", 2 * processes + 1, seed=1)
         self.flags = [*TINY, *FLAGS, "--path_to_data", folder / "images", "--max_steps", 6 * kills]
         self.cwd, reference = folder / "killed", folder / "undisturbed"
         for cwd in (self.cwd, reference):
             cwd.mkdir()
-        every = ["--keep_checkpoints", 10**6, "--save_checkpoint_steps", 1]  # a stop saves at any step
+        every = ["--keep_checkpoints", 10**6, "--save_checkpoint_steps", 1]  # because a stop saves at any step
         run_several(processes, ARMED, *self.flags, *every, cwd=reference)
         self.run, self.reference = (cwd / "work_dir" / "pretrain_mae" for cwd in (self.cwd, reference))
 
     def saves(self) -> list[str]:
-        """The checkpoints that were saved, by name, in their order."""
+        """Return the names of the saved checkpoints in the order of their saves."""
         path = self.cwd / "saves"
         return path.read_text().split() if path.exists() else []
 
@@ -163,7 +163,7 @@ class Soak:
         print(f"VIOLATION {self.violations[-1]}", flush=True)
 
     def __call__(self) -> list[str]:
-        """Kills, resumes, and returns what was violated."""
+        """Kill and resume the run to its end, and return the violations."""
         places = []
         for number in range(1, self.kills + 1):
             if not places:
@@ -184,7 +184,7 @@ class Soak:
         return self.violations
 
     def kill(self, number: int, place: str) -> None:
-        """Starts the run, has one of its processes killed, and looks at what is left. Raises Lost."""
+        """Start the run, kill one of its processes, and check what is left. Raises Lost."""
         draw, before = self.random, RunFolder(self.run).whole_checkpoints()
         fitting = [name for name, point in POINTS.items() if point.place == place and (before or not point.resumed)]
         name = draw.choice(fitting)
@@ -210,7 +210,7 @@ class Soak:
         where = f"kill {number}, {name} of process {rank}, after step {last}"
         for other, (process, (out, err)) in enumerate(zip(processes, outputs, strict=True)):
             told = "another process of the run is gone" in err and "Traceback" not in err
-            done = place in ("finish", "terminal") and process.returncode == 0  # none waits for the main one; all stop
+            done = place in ("finish", "terminal") and process.returncode == 0  # others may be done, or all stop
             if other != rank and not (process.returncode == 1 and told) and not done:
                 self.violated(where, f"process {other} ended with {process.returncode}\n{out}\n{err}")
         if place == "worker" and "error: a loader worker ended by SIGKILL" not in outputs[rank][1]:
@@ -221,7 +221,7 @@ class Soak:
             self.violated(where, what)
 
     def left_over(self) -> int:
-        """Waits for all that the run started to end. Returns how many do not."""
+        """Wait until all processes that the run started have ended; return the number that are left."""
         end = time.monotonic() + LEFT_OVER
         while True:
             places = [process.info["cwd"] for process in psutil.process_iter(["cwd", "status"])]
@@ -231,8 +231,8 @@ class Soak:
             time.sleep(0.05)
 
     def wait(self, processes: list, rank: int, code: int) -> None:
-        """Waits for process `rank` to end with `code`, and for the others to end. Raises Lost where they do not."""
-        end = time.monotonic() + PATIENCE + self.kills  # the last start makes all steps that are left
+        """Wait for process `rank` to end with `code`, and for the others to end. Raises Lost if they do not."""
+        end = time.monotonic() + PATIENCE + self.kills  # the last start takes all remaining steps
         while processes[rank].poll() is None and time.monotonic() < end:
             time.sleep(0.01)
         killed = time.monotonic()
@@ -248,7 +248,7 @@ class Soak:
 
 
 def soak(folder: Path, *, kills: int, processes: int, seed: int) -> list[str]:
-    """Kills a run so many times in `folder`, an empty one; returns what was violated, a line each, and tells it."""
+    """Kill a run `kills` times in the empty `folder`; print and return the violations, one line each."""
     test = Soak(folder, kills=kills, processes=processes, seed=seed)
     violations = test()
     places = ", ".join(f"{place} {count}" for place, count in sorted(test.counts.items()))
@@ -260,8 +260,8 @@ def soak(folder: Path, *, kills: int, processes: int, seed: int) -> list[str]:
 
 
 def launched(folder: Path, reference: Path, command: list, draw: random.Random) -> tuple[str, float]:
-    """Starts a run of two processes by a launcher in `folder`, and kills one of them in a step. Returns what became of
-    it, "" where it finished as the undisturbed one; and the seconds until the other process had ended."""
+    """Start a run of two processes by a launcher in `folder`, and kill one of them in a step. Return the outcome, "" if
+    it finished equal to the undisturbed run, and the seconds until the other process had ended."""
     run, at, rank = folder / "work_dir" / "pretrain_mae", draw.randint(5, 40), draw.randrange(2)
     with open(folder / "said", "w+") as said:
         launcher = subprocess.Popen(command, cwd=folder, env=environment(), stdout=said, stderr=subprocess.STDOUT)
@@ -293,7 +293,7 @@ def launched(folder: Path, reference: Path, command: list, draw: random.Random) 
 
 
 def launch_often(folder: Path, *, trials: int, seed: int, launch_flags: list[str]) -> None:
-    """Counts how many of so many runs `accelerate launch --max_restarts 1` finishes after a kill, bit-equal."""
+    """Count how many of `trials` runs `accelerate launch --max_restarts 1` finishes after a kill, bit-equal."""
     test = Soak(folder, kills=20, processes=2, seed=seed)
     flags = [*test.flags, "--keep_checkpoints", KEPT, "--resume_from_checkpoint", "auto"]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *TWO_PROCESSES, "--max_restarts", "1"]
