@@ -375,7 +375,7 @@ def main(argv=None):
     if errors:
         fail(errors)
     if port != args.port:
-        print(f"port {args.port} is in use; {port} is taken")
+        print(f"port {args.port} is in use; using {port}")
     for model in models:
         print(f"model      {model.path} ({model.trained.layout})")
         for assumption in model.trained.assumed:

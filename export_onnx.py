@@ -46,7 +46,7 @@ def parse_args(argv=None):
     flag("output", metavar="OUT.onnx", help="file to write")
     flag("--features", **pair, help="export features and tokens of the encoder instead of the predictions (off)")
     flag("--raw_pixels", **pair, help="take uint8 images and normalize them in the file (off)")
-    flag("--half", **pair, help="hold the weights in float16; inputs and outputs stay float32 (off)")
+    flag("--half", **pair, help="store the weights in float16; inputs and outputs stay float32 (off)")
     either = parser.add_mutually_exclusive_group().add_argument
     either("--img_size", type=integer(1), nargs="+", metavar="H [W]", help="pixels (default those of the model)")
     either("--dynamic_size", **pair, help="take images of any size that patches divide (off)")

@@ -183,7 +183,7 @@ def evaluate(run, model, dataset, objective, normalize, *, read, export=None):
     run.note_damage(damaged)
     rows, scores = [row for _, row in sorted(run.crew.gather(rows), key=itemgetter(0))], []
     if not rows:
-        raise RunError(f"none of the {len(dataset)} held-out images can be read; damaged.jsonl says why: repair them")
+        raise RunError(f"none of the {len(dataset)} held-out images can be read; see damaged.jsonl, and repair them")
     if run.is_main_process:
         scores = [objective.score(rows)]
         path = run.folder / "predictions" / f"step_{run.step:08d}.png"

@@ -194,7 +194,7 @@ def evaluate(run, model, dataset, normalize, *, read, predict, num_previews, exp
     run.note_damage(damaged)
     rows, previews = sorted(run.crew.gather(rows)), sorted(run.crew.gather(previews), key=lambda row: row[0])
     if not rows:
-        raise RunError(f"none of the {len(dataset)} held-out images can be read; damaged.jsonl says why: repair them")
+        raise RunError(f"none of the {len(dataset)} held-out images can be read; see damaged.jsonl, and repair them")
     if not any(sum(labelled) for _, (_, _, labelled) in rows):
         raise RunError("no pixel of the held-out annotations has a class; give annotations that are not all void")
     scores = []

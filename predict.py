@@ -83,7 +83,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("instead of predictions, one of these").add_argument
     flag("--features", metavar="FILE.npy", help="write the encoder's features there, float32 (images, width)")
     flag("--patch_features", metavar="FILE.npy", help="write the patch tokens there, float32 (images, patches, width)")
-    flag("--attention", action=Pair, help="write where the heads of the class token look, or a probe's queries (off)")
+    flag("--attention", action=Pair, help="write attention maps of the class token or of a probe's queries (off)")
     flag("--pca", action=Pair, help="write principal components of patch tokens as colours that images share (off)")
     flag("--pooling", choices=("mean", "cls"), help="tokens that --features averages (default as the head, else mean)")
     flag = parser.add_argument_group("classification").add_argument
@@ -123,7 +123,7 @@ def check_model(trained, given, removed, *, look):
     if (look not in (None, "attention") and isinstance(model, Segmenter)) or (look and isinstance(model, Detector)):
         errors.append(f"--{look}: {trained.path} is {name}, whose encoder has no norm; give what it started from")
     if look is None and isinstance(model, VisionTransformer):
-        words = "computes features alone; give --features FILE.npy, --attention or --pca"
+        words = "only computes features; give --features FILE.npy, --attention or --pca"
         errors.append(f"{trained.path} is {name}, which {words}")
     if given.get("pooling") == "cls" and getattr(model, "pooling", None) == "mean":
         words = f"{trained.path} is {name} of the mean patch token, whose class token has no norm"
@@ -148,7 +148,7 @@ def check_masks(encoder, given, removed):
         errors += [] if 0 < num_kept < patches else [f"--mask_ratio {given['mask_ratio']:g} {words}"]
     if removed is not None:
         count = int(removed.sum())
-        words = f"removes {count} of {patches} patches; expected white on half of at least one, and not of all"
+        words = f"removes {count} of {patches} patches; expected a picture that masks some and not all"
         errors += [] if 0 < count < patches else [f"--mask {given['mask']} {words}"]
     others = [flag for flag in given if flag in ("mask_ratio", "mask_strategy", "mask_block", "seed", "fill")]
     if "mask" in given:

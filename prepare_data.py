@@ -53,7 +53,7 @@ def parse_args(argv=None):
     flag("--data_format", choices=arguments.DATA_FORMATS, help="kind (default: detected from suffixes and content)")
     flag("--format", choices=("jpeg", "array"), default="jpeg", help="image files or decoded pixels (default jpeg)")
     flag("--short_side", type=integer(1), metavar="N", help="shrink the shorter side to N pixels (default: unchanged)")
-    flag("--quality", type=integer(1, 100), metavar="Q", help=f"JPEG quality of all (default: {QUALITY}, if shrunk)")
+    flag("--quality", type=integer(1, 100), metavar="Q", help=f"JPEG quality of all images (default: {QUALITY} if shrunk)")
     flag("--shard_size", type=number(1e-3), default=512, metavar="MB", help="approximate size of a file (default 512)")
     flag("--statistics", action="store_true", help=f"measure the channels of the training images ({STATISTICS})")
     flag("--verify", action="store_true", help="compare the shards of OUT, or of SOURCE, with their checksums")
@@ -141,7 +141,7 @@ def check_same(output, found, content):
         if found.get(name) != content[name]
     ]
     if any(found.get(name) != content[name] for name in ("version", "fingerprint", "source_bytes")):
-        errors.append(f"{output} was started with other images or by another version of this script; give another OUT")
+        errors.append(f"{output} was started with other images or another version of this script; give another OUT")
     if errors:
         raise DataError("\n".join(errors))
 
@@ -330,7 +330,7 @@ def report_statistics(statistics, folder):
     print("statistics " + " ".join(f"--{name} {format_flag(value)}" for name, value in flags.items()))
     path = folder / STATISTICS
     if os.path.lexists(path) and not is_statistics(path):
-        print(f"           give the scripts these flags: {path} is another program's, and stays as it is")
+        print(f"           give the scripts these flags: {path} was written by another program, and is kept")
     elif folder.is_dir() and os.access(folder, os.W_OK):
         write_json(path, statistics)
         print(f"           written to {path}, where the scripts find them")

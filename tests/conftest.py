@@ -185,12 +185,12 @@ def environment(**variables: str) -> dict[str, str]:
 WARM = """
 import atexit, gc, json, os, runpy, sys, tempfile
 
-def leave():  # the last of all farewells: freeing the libraries takes longer than most of the runs do
+def leave():  # registered first, so it runs last: freeing the libraries takes longer than most of the runs
     sys.stdout.flush()
     os._exit(code)
 atexit.register(leave)
 
-sys.modules["wandb"] = None  # which timm imports: the first process to end would remove a folder that it makes
+sys.modules["wandb"] = None  # timm imports it, and the first process to end would remove the folder that wandb makes
 import accelerate, evaluate, matplotlib.figure, multiprocessing.pool, numpy, psutil, simplejpeg, timm, torchmetrics
 import torch.utils.tensorboard, transformers
 del sys.modules["wandb"]
@@ -211,18 +211,19 @@ cwd, variables, sys.argv, streams = asked
 os.chdir(cwd)
 os.environ.clear()
 os.environ.update(variables)
-tempfile.tempdir = None  # so that TMPDIR is read again
+tempfile.tempdir = None  # TMPDIR is read again
 for number, path in enumerate([os.devnull, *streams]):
     os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), number)
 sys.path[0] = os.path.dirname(sys.argv[0])
-if "HF_ENDPOINT" in variables:  # which has been read before
+if "HF_ENDPOINT" in variables:  # the library has read it already
     import hub
     hub.heed(variables)
-numpy.random.seed()  # as unlike as in every new Python
+numpy.random.seed()  # a new Python has another seed each time
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except BaseException as end:
-    code = end.code or 0 if isinstance(end, SystemExit) else 1
+    code = getattr(end, "code", 1) or 0
+    code = code if isinstance(code, int) else 1
     raise
 """
 

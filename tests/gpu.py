@@ -74,7 +74,7 @@ def parse_args():
     flag("--cifar10", type=absolute, help="CIFAR-10 as train.parquet and validation.parquet")
     flag("--out", type=absolute, default="gpu", help="folder to write (default gpu)")
     flag("--seconds", type=float, default=470, help="checks that would start later are left out (default 470)")
-    flag("--only", nargs="+", choices=CHECKS, default=list(CHECKS), metavar="NAME", help=f"of {', '.join(CHECKS)}")
+    flag("--only", nargs="+", choices=CHECKS, default=list(CHECKS), metavar="NAME", help=f"names: {', '.join(CHECKS)}")
     flag("--device", choices=("cuda", "cpu"), default="cuda", help="default cuda")
     flag("--tiny", action="store_true", help="small models and few steps: to test the checks")
     flag("--table", type=Path, nargs="+", metavar="FILE", help="print the speeds in gpu.json files")

@@ -45,7 +45,7 @@ class Child:
                 work(*args)
                 code = 0
             except SystemExit as end:
-                code = end.code or 0
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
             except BaseException:
                 traceback.print_exc()
             finally:

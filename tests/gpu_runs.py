@@ -147,7 +147,7 @@ def check_resume(lab: Lab) -> None:
     write_pictures(lab.folder)
     names = ["classifier"] if lab.tiny else list(RESUMED)
     for name, answers in lab.collect({name: (compare_resumed, lab, name) for name in names}).items():
-        for end, answer in (answers or {"or stopped": "failed"}).items():
+        for end, answer in (answers or {"killed or stopped": "failed"}).items():
             lab.report(f"{name}, {end}", answer, "equal", answer == "equal")
 
 
@@ -185,7 +185,7 @@ def check_waits(lab: Lab) -> None:
     """Take steps in which a wait for the device is an error, and report the profiler's counts."""
     write_pictures(lab.folder)
     for task, counts in lab.collect({task: (count_waits, lab, task) for task in SCRIPTS}).items():
-        name, expected = f"{task}: steps without a wait", "0 pageable copies, 2 synchronizations: of the profiler"
+        name, expected = f"{task}: steps without a wait", "0 pageable copies, 2 synchronizations (by the profiler)"
         if counts is None:
             lab.report(name, "failed", expected, ok=False)
             continue

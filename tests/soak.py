@@ -214,7 +214,7 @@ class Soak:
             if other != rank and not (process.returncode == 1 and told) and not done:
                 self.violated(where, f"process {other} ended with {process.returncode}\n{out}\n{err}")
         if place == "worker" and "error: a loader worker ended by SIGKILL" not in outputs[rank][1]:
-            self.violated(where, f"the death of a worker is not told\n{outputs[rank][1]}")
+            self.violated(where, f"no error reports the killed worker\n{outputs[rank][1]}")
         if left := self.left_over():
             self.violated(where, f"{left} processes are left after {LEFT_OVER} seconds")
         for what in kill_violations(self.run, self.reference, self.saves()):
@@ -242,7 +242,7 @@ class Soak:
             raise Lost(f"process {rank} should have ended with {code}, and not {ended or 'at all'}\n{out}\n{err}")
         while any(process.poll() is None for process in processes):
             if time.monotonic() > killed + PATIENCE:
-                raise Lost(f"the processes other than {rank} had not ended {PATIENCE} seconds after it was killed")
+                raise Lost(f"the processes other than {rank} were still running {PATIENCE} seconds after the kill")
             time.sleep(0.01)
         self.longest = max(self.longest, time.monotonic() - killed)
 
@@ -315,8 +315,8 @@ def launch_often(folder: Path, *, trials: int, seed: int, launch_flags: list[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="times that a process is killed (default 20)")
-    parser.add_argument("--processes", type=int, default=2, help="of the run (default 2)")
-    parser.add_argument("--seed", type=int, default=0, help="of places and moments (default 0)")
+    parser.add_argument("--processes", type=int, default=2, help="processes of the run (default 2)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the kills (default 0)")
     parser.add_argument("--launcher", type=int, metavar="N", help="count restarts by the launcher instead, of N kills")
     parser.add_argument("--launch_flags", type=str.split, default=[], help="further flags of accelerate launch")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="a new folder in which both runs stay")

@@ -742,7 +742,7 @@ def test_all_errors_at_once(models, photos, tmp_path):
             ["--evaluate has no effect on the predictions of a masked"],
         ),
         ("autoencoder", ["--mask_ratio", 0.99], ["--mask_ratio 0.99 keeps 0 of 16 patches; expected a ratio"]),
-        ("encoder", [], ["{} is an encoder without a head, which computes features alone; give --features FILE.npy"]),
+        ("encoder", [], ["{} is an encoder without a head, which only computes features; give --features FILE.npy"]),
         ("encoder", ["--features", "x.txt"], ["x.txt does not end in"]),
         ("encoder", ["--features", "x.npy", "--output", "out"], ["--output out has no effect with --features, which"]),
         ("encoder", ["--features", "x.npy", "--seed", 1], ["--seed has no effect on features; leave it out"]),
@@ -795,7 +795,7 @@ def test_flags_that_do_not_fit_the_model(name, flags, expected, models, photos, 
 def test_masks_that_remove_nothing_or_everything(box, count, models, photos, tmp_path):
     mask = write_mask(tmp_path / "mask.png", (64, 64), box)
     (error,) = errors_of(models["autoencoder"], photos[0], "--mask", mask, cwd=tmp_path)
-    expected = f"--mask {mask} removes {count} of 16 patches; expected white on half of at least one, and not of all"
+    expected = f"--mask {mask} removes {count} of 16 patches; expected a picture that masks some and not all"
     assert error == f"error: {expected}" and os.listdir(tmp_path) == ["mask.png"]
 
 

@@ -507,7 +507,7 @@ def test_the_statistics_of_another_program_stay(image_folder, tmp_path, capsys):
     prepare(folder, "--statistics")
     assert (folder / "statistics.json").read_text() == '{"mean": [0.5]}'
     said = capsys.readouterr().out
-    assert "--mean" in said and "give the scripts these flags" in said and "is another program's" in said
+    assert "--mean" in said and "give the scripts these flags" in said and "was written by another program" in said
     (folder / "statistics.json").unlink()
     (folder / "statistics.json").symlink_to("nowhere")  # as git-annex leaves files that are not fetched
     prepare(folder, "--statistics")
