@@ -1,4 +1,4 @@
-"""BatchNorm (Ioffe and Szegedy 2015) over the micro-batches of one process or of all.
+"""BatchNorm (Ioffe and Szegedy 2015) with the statistics of one process or of all processes.
 
 Legend: B batch, C channels, h w positions.
 """
@@ -10,9 +10,9 @@ from torch import nn
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Normalize maps (B, C, h, w); with `synchronized`, train on the statistics of the maps of all processes.
+    """Normalize maps (B, C, h, w); with `synchronized`, training uses the statistics of all processes.
 
-    These maps need equal shapes. Unlike torch.nn.SyncBatchNorm, the layer does not wait for the device and
+    Their maps must have the same shape. Unlike torch.nn.SyncBatchNorm, the layer does not wait for the device, and
     torch.compile captures it in one graph.
     """
 
@@ -30,11 +30,11 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class SynchronizedNorm(torch.autograd.Function):
-    """Return maps (B, C, h, w) normalized over all processes, and their means and biased variances (C,)."""
+    """Normalize maps (B, C, h, w) over all processes; also return their means and biased variances (C,)."""
 
     @staticmethod
     def forward(ctx, maps, weight, bias, eps):
-        # In float32, the type of the weights; not from the mean of the squares, which would lose digits
+        # In float32, the type of the weights. The mean of the squares minus the squared mean would lose digits.
         var, mean = torch.var_mean(maps.to(weight.dtype), (0, 2, 3), correction=0)
         variances, means = gather(torch.stack([var, mean])).unbind(1)  # (processes, C) each
         mean = means.mean(0)
@@ -47,10 +47,10 @@ class SynchronizedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         maps, weight, mean, var = ctx.saved_tensors
-        # First the gradients for constant mean and variance, by the kernel of evaluation mode
+        # First the gradients for a constant mean and variance, by the kernel of evaluation mode
         constants = (mean, var, None, None, False, ctx.eps, (True, True, True))
         grad_maps, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(grad, maps, weight, *constants)
-        # Then the part through mean and variance: the averages of grad and of grad times normalized maps
+        # Then the part through mean and variance: the means of grad and of grad times the normalized maps
         slope, offset = gather(torch.stack([grad_weight, grad_bias])).mean(0) / (maps.numel() / maps.shape[1])
         inverse_std = (var + ctx.eps).rsqrt()
         scale, slope = weight * inverse_std, slope * inverse_std
@@ -59,8 +59,8 @@ class SynchronizedNorm(torch.autograd.Function):
 
 
 def gather(values: torch.Tensor) -> torch.Tensor:
-    """Return the values of all processes, (processes, *values.shape)."""
+    """Gather the values of all processes: (processes, *values.shape)."""
     gathered = values.new_zeros(dist.get_world_size(), *values.shape)
     gathered[dist.get_rank()] = values
-    dist.all_reduce(gathered)  # torch's own gathering of tensors has another name from 2.14 on
+    dist.all_reduce(gathered)  # torch's function that gathers tensors has another name from 2.14 on
     return gathered

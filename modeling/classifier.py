@@ -1,6 +1,6 @@
 """Classify images with an encoder, pooled tokens and a linear head (He et al. 2021, section 4 and appendix A.1).
 
-Legend: B batch, C channels, H W pixels, L patches, T class tokens, D width, Q queries.
+Legend: B batch, C channels, H W pixels, h w patches, L = h * w, T class tokens, D width, Q queries.
 """
 
 import numpy as np
@@ -11,10 +11,10 @@ from modeling.vit import EncoderWithHead, VisionTransformer
 
 
 class AttentivePooling(nn.Module):
-    """Pool tokens (B, L, D) to (B, D) by the attention of learned queries.
+    """Pool tokens (B, L, D) to (B, D) by attention from learned queries.
 
-    Efficient probing (Psomas et al. 2026, "Attention, Please!", arXiv 2506.10178): the tokens themselves are the keys,
-    and every query pools its own share of the values' channels.
+    Efficient probing (Psomas et al. 2026, "Attention, Please!", arXiv 2506.10178): the tokens are the keys without a
+    projection, and each query pools its own share of the values' channels.
 
     Raises:
         ValueError: if `num_queries` does not divide `dim`.
@@ -39,21 +39,20 @@ class AttentivePooling(nn.Module):
 class Classifier(EncoderWithHead):
     """Classify images with an encoder and a linear head: (B, C, H, W) -> logits (B, num_classes).
 
-    All parameters train, positions too, unless `probe` or `train_last_blocks` say otherwise.
+    All parameters train, including positions, unless `probe` or `train_last_blocks` freezes them.
 
     Args:
-        encoder: becomes a part of the classifier; with "mean" pooling it loses its final norm, so load weights into it
+        encoder: becomes a part of the classifier. With "mean" pooling it loses its final norm, so load weights into it
             afterwards.
-        pooling: "mean" of the patch tokens, with the norm (`fc_norm`) after it; "cls", the mean of the class tokens
-            after the norm; or
-            "attentive", AttentivePooling of the patch tokens after the norm.
-        probe: train only the head, behind a BatchNorm without parameters (appendix A.1, "Linear probing"), and
-            attentive pooling. The encoder stays in evaluation mode.
-        num_queries: those of attentive pooling.
-        problem: "classes", "labels" or "numbers": what the outputs are. Numbers are standardized by `number_mean` and
-            `number_std` (num_classes,), which are 0 and 1 at first.
-        custom_weight_init: draw the head's weight from N(0, 2e-5), for a probe from N(0, 0.01), as the official code
-            does, instead of PyTorch's initialization.
+        pooling: "mean", the mean of the patch tokens, followed by a norm (`fc_norm`); "cls", the mean of the class
+            tokens after the encoder's norm; or "attentive", AttentivePooling of the patch tokens after that norm.
+        probe: train only the head and attentive pooling. A BatchNorm without parameters precedes the head (appendix
+            A.1, "Linear probing"), and the encoder stays in evaluation mode.
+        num_queries: number of queries of attentive pooling; it must divide the encoder's width.
+        problem: "classes", "labels" (several per image) or "numbers" (regression). Numbers are standardized by the
+            buffers `number_mean` and `number_std` (num_classes,), which start at 0 and 1.
+        custom_weight_init: initialize the head as the official code does, with a standard deviation of 2e-5, or of 0.01
+            for a probe, instead of as PyTorch does.
     """
 
     def __init__(
@@ -90,17 +89,17 @@ class Classifier(EncoderWithHead):
         self.head.requires_grad_(True)
 
     def train(self, mode: bool = True) -> "Classifier":
-        """Set training or evaluation mode; the encoder of a probe is always evaluated."""
+        """Set training or evaluation mode; the encoder of a probe stays in evaluation mode."""
         super().train(mode)
         self.encoder.train(mode and not self.probe)
         return self
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, num_classes) of images (B, C, H, W), or of what `encode_for_head` returned for them."""
+        """Return the logits (B, num_classes) of images (B, C, H, W) or of the output of `encode_for_head`."""
         return self.classify(images if images.ndim == 3 else self.encoder(images))
 
     def encode_for_head(self, images: torch.Tensor) -> torch.Tensor:
-        """Return what `classify` needs of the encoder's tokens: (B, T + L, D), or less if the head pools less."""
+        """Return the tokens that `classify` needs: (B, T + 1, D) for "mean", (B, T, D) for "cls", or (B, T + L, D)."""
         tokens = self.encoder(images)
         cls_tokens, patches = self.encoder.split(tokens)
         if self.pooling == "mean":
@@ -108,11 +107,11 @@ class Classifier(EncoderWithHead):
         return cls_tokens if self.pooling == "cls" else tokens
 
     def classify(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, num_classes) of the encoder's tokens (B, T + L, D)."""
+        """Return the logits (B, num_classes) of the encoder's tokens (B, T + L, D) or those of `encode_for_head`."""
         return self.head(self.head_norm(self.pool(tokens)))
 
     def pool(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Pool the encoder's tokens (B, T + L, D) to what the BatchNorm of a probe, or the head, sees: (B, D)."""
+        """Pool the encoder's tokens (B, T + L, D) to the input (B, D) of the head, or of the BatchNorm of a probe."""
         cls_tokens, patches = self.encoder.split(tokens)
         if self.pooling == "attentive":
             return self.attentive_pool(patches)
@@ -120,38 +119,38 @@ class Classifier(EncoderWithHead):
 
     @property
     def pooled(self) -> str:
-        """Return in words what the head sees."""
+        """The input of the head, in words."""
         cls = "the mean class token" if self.encoder.num_cls_tokens > 1 else "the class token"
         return {"cls": cls, "mean": "the mean patch token", "attentive": "attentive pooling"}[self.pooling]
 
     def set_scale(self, scale: tuple[np.ndarray, np.ndarray] | None) -> None:
-        """Set mean and standard deviation (num_classes,) of the numbers that training standardizes, if it does."""
+        """Set the mean and standard deviation (num_classes,) of the target numbers; do nothing for None."""
         if scale is not None:
             self.number_mean.copy_(torch.from_numpy(scale[0]))
             self.number_std.copy_(torch.from_numpy(scale[1]))
 
     @property
     def scale(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return mean and standard deviation of the numbers, as `set_scale` takes them; None otherwise."""
+        """The mean and standard deviation of the numbers, as in `set_scale`; None for other problems."""
         return (self.number_mean.cpu().numpy(), self.number_std.cpu().numpy()) if self.problem == "numbers" else None
 
     def answer(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return probabilities of classes or labels, or numbers in their own units, of logits (B, num_classes)."""
+        """Turn logits (B, num_classes) into probabilities of classes or labels, or into numbers in their units."""
         if self.problem == "numbers":
             return logits.float() * self.number_std + self.number_mean
         return logits.sigmoid() if self.problem == "labels" else logits.softmax(dim=1)
 
     def attention_maps(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the attention (B, Q, h, w) of attentive pooling's queries to the encoder's tokens (B, T + L, D)."""
+        """Return the attention (B, Q, h, w) of the pooling's queries to the patches among tokens (B, T + L, D)."""
         return self.attentive_pool.attention(self.encoder.split(tokens)[1]).unflatten(-1, self.encoder.grid)
 
     def train_last_blocks(self, n: float) -> None:
-        """Freeze all but the head, the last `n` blocks and the norm (section 4.3, "Partial fine-tuning").
+        """Freeze all parameters except the head, the last `n` blocks and the norm (section 4.3, "Partial fine-tuning").
 
-        `n` is 0.5 for the MLP of the last block alone, without its norm.
+        With `n` = 0.5, only the MLP of the last block trains, without the norm before it.
 
         Raises:
-            ValueError: for other fractions, and for more blocks than the encoder has.
+            ValueError: if `n` is another fraction, negative, or more than the blocks of the encoder.
         """
         depth = self.encoder.depth
         if n != 0.5 and (n % 1 or not 0 <= n <= depth):

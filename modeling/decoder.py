@@ -1,7 +1,7 @@
-"""Decoders of a masked autoencoder: from the encoded tokens of the kept patches to a prediction of the others.
+"""Decoders of a masked autoencoder, which predict masked patches from the encoded visible patches.
 
-Legend: B batch, C channels, L patches, K kept patches, M predicted patches, S class tokens, N tokens, D width, E width
-of the encoder, P patch side, T outputs per patch.
+Legend: B batch, C channels, L patches, K visible patches, M predicted patches, S class tokens, N tokens, D width,
+E width of the encoder, P patch side, T outputs per patch.
 """
 
 import torch
@@ -13,23 +13,23 @@ from modeling.vit import MLP, Block, Grid, VisionTransformer, attend, initialize
 
 
 class Decoder(nn.Module):
-    """Predict patches with a light transformer over the encoded kept patches and mask tokens (He et al. 2021).
+    """Predict patches with a light transformer over encoded visible patches and mask tokens (He et al. 2021).
 
     Args:
-        encoder: the one whose tokens are decoded; only its sizes are read.
-        depth: number of blocks, by default `default_depth`.
-        num_outputs: T, the numbers that are predicted for a patch; None: its pixels, P*P*C.
+        encoder: the encoder whose tokens are decoded; only its sizes are used.
+        depth: number of blocks; None: `default_depth`.
+        num_outputs: T, the number of values predicted for a patch; None: the number of its pixel values, P*P*C.
         custom_weight_init: initialize as the paper does instead of as PyTorch does.
 
     `new_mask_token` is the initial value (1, 1, D) of the mask token, which is a parameter of the autoencoder.
 
     Raises:
-        ValueError: if `depth` is 0, or `num_heads` does not divide `embed_dim`.
+        ValueError: if `depth` is below 1, or `num_heads` or 4 does not divide `embed_dim`.
     """
 
     title = "decoder"
     default_depth = 8
-    reads_layers = False  # whether `forward` takes the tokens of all layers of the encoder, see `encode_layers`
+    reads_layers = False  # whether `forward` takes the tokens of all encoder layers, see `encode_layers`
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class Decoder(nn.Module):
             self.apply(initialize_like_paper)
 
     def add_blocks(self, encoder_dim: int) -> None:
-        """Create what comes before the final norm."""
+        """Create the layers before the final norm, and the initial mask token."""
         self.embed = nn.Linear(encoder_dim, self.embed_dim)
         self.new_mask_token = torch.zeros(1, 1, self.embed_dim).normal_(std=0.02)
         blocks = [Block(self.embed_dim, self.num_heads, self.mlp_ratio) for _ in range(self.depth)]
@@ -82,11 +82,11 @@ class Decoder(nn.Module):
         grid: Grid | None = None,
         checkpointed: bool = False,
     ) -> torch.Tensor:
-        """Predict patches from encoded tokens (B, S + K, D) and the order of patches (B, L), kept ones first.
+        """Predict patches from encoded tokens (B, S + K, E) and the order of patches (B, L), visible ones first.
 
-        Attention is permutation-equivariant and positions are added per patch, so the tokens stay in this order.
-        Positions are resized if the patches form another `grid` than the encoder's.
-        `checkpointed` is that of `run_blocks`. Returns (B, L, T), or (B, M, T) with `last=M`, in this order.
+        Returns (B, L, T), or (B, M, T) for the last M patches with `last=M`, in this order. Attention is
+        permutation-equivariant and positions are added per patch, so the tokens stay in this order too. Positions are
+        resized if the patches form another `grid` than the encoder's. `checkpointed` is as in `run_blocks`.
         """
         n, positions = self.num_cls_tokens, self.positions(grid)
         cls_tokens, kept = self.embed(tokens).split([n, tokens.shape[1] - n], dim=1)
@@ -98,7 +98,7 @@ class Decoder(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attend from queries (B, M, D) to other tokens (B, N, E) (Vaswani et al. 2017, section 3.2.2): -> (B, M, D)."""
+    """Attend from queries (B, M, D) to tokens (B, N, E): -> (B, M, D) (Vaswani et al. 2017, section 3.2.2)."""
 
     def __init__(self, dim: int, encoder_dim: int, num_heads: int):
         super().__init__()
@@ -130,15 +130,15 @@ class CrossBlock(nn.Module):
 
 
 class CrossDecoder(Decoder):
-    """Predict each patch by itself: mask tokens attend to the encoded kept patches, and not to each other.
+    """Predict each patch independently: mask tokens attend to the encoded visible patches, not to each other.
 
     (Fu et al. 2024, "Rethinking Patch Dependence for Masked Autoencoders", CrossMAE, arXiv 2401.14391, section 3.)
 
     Args:
-        inputs: "last", if every block reads the encoder's last tokens, or "weighted", if each reads its own learned
-            weighted sum, normed, of the tokens before the first and after every block of the encoder. The last of them
-            have the encoder's norm, unlike in the published code, so that this norm trains too.
-        options: those of Decoder.
+        inputs: "last": every block reads the encoder's final tokens. "weighted": each block reads its own learned
+            weighted sum, normalized, of the tokens before the first and after every block of the encoder. Unlike in
+            the published code, the last of these have passed the encoder's norm, so that this norm trains too.
+        options: the arguments of Decoder.
     """
 
     title = "cross-attention decoder"
@@ -154,7 +154,7 @@ class CrossDecoder(Decoder):
             self.input_norms = nn.ModuleList(norms)
 
     def add_blocks(self, encoder_dim: int) -> None:
-        """Create what comes before the final norm."""
+        """Create the layers before the final norm, and the initial mask token."""
         self.new_mask_token = torch.zeros(1, 1, self.embed_dim).normal_(std=0.02)
         sizes = (self.embed_dim, encoder_dim, self.num_heads, self.mlp_ratio)
         self.blocks = nn.ModuleList([CrossBlock(*sizes) for _ in range(self.depth)])
@@ -169,9 +169,9 @@ class CrossDecoder(Decoder):
         grid: Grid | None = None,
         checkpointed: bool = False,
     ) -> torch.Tensor:
-        """Predict patches as `Decoder.forward` does, kept ones too: from their positions and all encoded tokens.
+        """Predict patches as `Decoder.forward` does, visible ones too, from their positions and all encoded tokens.
 
-        `tokens` (B, S + K, E) is the list of `VisionTransformer.encode_layers` if `reads_layers`.
+        `tokens` are (B, S + K, E), or with `reads_layers` the list that `VisionTransformer.encode_layers` returns.
         """
         predicted = order if last is None else order[:, order.shape[1] - last :]
         x = mask_token + self.positions(grid)[self.num_cls_tokens + predicted]  # (B, M, D)
@@ -181,7 +181,7 @@ class CrossDecoder(Decoder):
         return self.pred(self.norm(x))
 
     def weigh(self, layers: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the normed weighted sum (B, N, E) of the layers' tokens for each block."""
+        """Return, for each block, the normalized weighted sum (B, N, E) of the layers' tokens."""
         sums = torch.einsum("jk,kbne->jbne", self.layer_weights, torch.stack(layers))
         return [norm(tokens) for norm, tokens in zip(self.input_norms, sums, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Turn trained models into ONNX files, and compare ONNX Runtime's outputs with those of the model.
+"""Convert trained models to ONNX files, and compare ONNX Runtime's outputs with those of the model.
 
 Legend: B batch, C channels, H W pixels, h w patches, L = h * w, T class tokens, D width, N classes.
 """
@@ -18,8 +18,8 @@ from modeling.upernet import Segmenter
 from modeling.vit import Grid, VisionTransformer
 
 OPSET = 18  # the version that torch's exporter writes without a conversion
-MAX_BYTES = 2**31 - 2**24  # of weights: protobuf holds 2 GiB, and the graph needs some of it
-TOLERANCES = {False: 1e-4, True: 1e-2}  # half precision -> largest difference of outputs
+MAX_BYTES = 2**31 - 2**24  # size of the weights: protobuf's limit is 2 GiB, and the graph needs part of it
+TOLERANCES = {False: 1e-4, True: 1e-2}  # half precision -> largest allowed difference of outputs
 OUTPUTS = {
     "features": ("features", "cls_tokens", "patch_tokens"),
     "classes": ("logits", "probabilities"),
@@ -31,11 +31,11 @@ OUTPUTS = {
 
 
 class DeployError(ValueError):
-    """Report a model that cannot become an ONNX file; the message is one line."""
+    """Raised for a model that cannot become an ONNX file; the message is one line."""
 
 
 def task_of(trained: Trained, *, features: bool) -> str:
-    """Return the key in OUTPUTS of a model, or of its encoder alone with `features`."""
+    """Return the key in OUTPUTS for a model; with `features` for the encoder alone, except of a Segmenter."""
     model = trained.model
     if isinstance(model, Classifier) and not features:
         return model.problem
@@ -45,7 +45,7 @@ def task_of(trained: Trained, *, features: bool) -> str:
 
 
 def dynamic_size_misfit(trained: Trained, task: str) -> str | None:
-    """Return in words why a model has no ONNX form for images of any size, None if it has one."""
+    """Return the reason why a model has no ONNX form for images of any size, None if it has one."""
     if task == "reconstruction":
         return "an autoencoder, whose noise and number of visible patches are those of one size"
     if task == "segmentation" and trained.model.head != "linear":
@@ -56,14 +56,14 @@ def dynamic_size_misfit(trained: Trained, task: str) -> str | None:
 
 
 class Deployed(nn.Module):
-    """Compute what an ONNX file is to return, from its inputs.
+    """Compute the outputs of an ONNX file from its inputs.
 
     Args:
-        trained: its model is copied, not changed.
+        trained: the trained model, which is copied.
         task: a key in OUTPUTS.
-        raw_pixels: normalize the images inside: they are uint8 or, for a model with a `value_range`, float32 in its
-            units. Otherwise they are normalized already, in float32.
-        half: hold the weights in float16; inputs and outputs stay as they are, and a classifier's head, too.
+        raw_pixels: normalize the images in the module. They are uint8 or, for a model with a `value_range`, float32 in
+            the units of that range. Otherwise the inputs are normalized images in float32.
+        half: store weights in float16, except a classifier's head; inputs and outputs keep their types.
     """
 
     def __init__(self, trained: Trained, task: str, *, raw_pixels: bool = False, half: bool = False):
@@ -72,7 +72,7 @@ class Deployed(nn.Module):
         self.dtype = torch.float16 if half else torch.float32
         self.low, self.high = trained.value_range or (0.0, 255.0)
         self.image_type = torch.uint8 if raw_pixels and trained.value_range is None else torch.float32
-        whole = task != "features" or isinstance(trained.model, Classifier)  # whose head pools the features
+        whole = task != "features" or isinstance(trained.model, Classifier)  # a classifier's head pools the features
         self.model = copy.deepcopy(trained.model if whole else trained.encoder).requires_grad_(False)
         if half:
             (self.encoder if isinstance(self.model, Classifier) else self.model).half()
@@ -84,12 +84,12 @@ class Deployed(nn.Module):
 
     @property
     def encoder(self) -> VisionTransformer:
-        """Return the encoder, which is the whole model or a part of it."""
-        # Not an attribute: its parameters would have two names, and the exported file then computes wrong outputs.
+        """The encoder, which is the whole model or a part of it."""
+        # Not an attribute: its parameters would have two names, and the exported file would compute wrong outputs.
         return getattr(self.model, "encoder", self.model)
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-        """Return the outputs in OUTPUTS of images (B, C, H, W), and of noise (B, L) if the task is reconstruction."""
+        """Return the outputs named in OUTPUTS for images (B, C, H, W); reconstruction also needs noise (B, L)."""
         if self.raw_pixels:
             scaled = (images.float() - self.low) / (self.high - self.low)
             images = (scaled.clamp(0, 1) - self.mean) / self.std
@@ -106,22 +106,19 @@ class Deployed(nn.Module):
         return (answer,) if self.task == "numbers" else (logits, answer)
 
     def pool(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the features (B, D) that predict.py writes of tokens (B, T + L, D)."""
+        """Return the features (B, D) that predict.py writes, from tokens (B, T + L, D)."""
         is_classifier = isinstance(self.model, Classifier)
         return self.model.pool(tokens) if is_classifier else self.encoder.split(tokens)[1].mean(dim=1)
 
     def reconstruct(self, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the prediction (B, C, H, W) of normalized images, undone and not clipped, and the mask (B, 1, H, W).
-
-        The mask is 1 for removed pixels.
-        """
+        """Return the prediction (B, C, H, W), denormalized but not clipped, and the mask (B, 1, H, W), 1: masked."""
         no_target = noise.new_zeros(*noise.shape, self.model.target.width)  # the loss is not needed
         _, prediction, mask = self.model(images.to(self.dtype), noise, features=no_target)
         pixels = self.model.reconstruct(images, prediction)
         return pixels * self.std + self.mean, self.model.pixel_mask(mask)
 
     def example(self, count: int, size: Grid) -> tuple[torch.Tensor, ...]:
-        """Return random inputs for `count` images of `size`: smooth ones, with noise."""
+        """Return random inputs: `count` smooth images of `size` with some noise, and what else the task needs."""
         generator = torch.Generator().manual_seed(count)
         shape = (count, self.encoder.in_channels)
         coarse = torch.rand(*shape, 4, 4, generator=generator)
@@ -137,10 +134,11 @@ class Deployed(nn.Module):
 
 
 def to_onnx(deployed: Deployed, metadata: dict, *, dynamic_size: bool = False) -> bytes:
-    """Return the content of an ONNX file, for any batch size and one image size, or any with `dynamic_size`.
+    """Return the content of an ONNX file for any batch size.
 
     Args:
-        metadata: goes into the file's properties, numbers and lists as JSON.
+        metadata: properties of the file; values that are not strings are stored as JSON.
+        dynamic_size: accept images of any size that patches divide, two patches a side at least, not only the model's.
 
     Raises:
         DeployError: if the weights are too large for one file, or an operation has no ONNX form.
@@ -152,21 +150,21 @@ def to_onnx(deployed: Deployed, metadata: dict, *, dynamic_size: bool = False) -
         raise DeployError(f"has {size / 1e9:.3g} GB of weights; {words}")
     (height, width), side = deployed.encoder.img_size, deployed.encoder.patch_size
     shapes, axes = {0: torch.export.Dim("batch")}, {0: "batch"}
-    if dynamic_size:  # the example has another size than the positions, so that the graph resizes them
+    if dynamic_size:  # the example's size differs from that of the positions, so that the graph resizes them
         shapes |= {axis: side * torch.export.Dim(f"patches_{axis}", min=2) for axis in (2, 3)}
         axes |= {2: "height", 3: "width"}
         height, width = height + side, width + 2 * side
     example = deployed.example(2, (height, width))
     names = dict(input_names=["images", "noise"][: len(example)], output_names=list(OUTPUTS[deployed.task]))
     names["dynamic_shapes"] = (axes, {0: "batch"})[: len(example)]
-    # Guards would refuse sizes for which the model's code branches, such as that of its own positions.
+    # Guards would refuse sizes at which the model's code branches, such as the size of its own positions.
     capture = dict(strict=False, prefer_deferred_runtime_asserts_over_guards=True)
     capture["dynamic_shapes"] = (shapes, {0: shapes[0]})[: len(example)]
     options = dict(dynamo=True, verbose=False, opset_version=OPSET)
     options["custom_translation_table"] = {torch.ops.aten.sort.stable: _stable_sort}
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of torch's and onnxscript's own code
+            warnings.simplefilter("ignore")  # the warnings are about torch's and onnxscript's code
             program = torch.onnx.export(torch.export.export(deployed, example, **capture), **names, **options)
     except RuntimeError as error:  # the base of what torch.export and torch.onnx raise
         raise DeployError(f"has an operation without an ONNX form ({_reason(error)}); give another model") from error
@@ -180,7 +178,7 @@ def to_onnx(deployed: Deployed, metadata: dict, *, dynamic_size: bool = False) -
 
 
 def _stable_sort(values, stable=True, dim=-1, descending=False):
-    """Translate torch's stable sort: ONNX's TopK puts the lower index first among equal values."""
+    """Translate torch's stable sort to ONNX's TopK, which puts the lower index first among equal values."""
     from onnxscript import opset18 as op
 
     size = op.Shape(values, start=dim, end=dim + 1 or None)
@@ -188,7 +186,7 @@ def _stable_sort(values, stable=True, dim=-1, descending=False):
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first line of the exception that began a chain."""
+    """Return the first line of the message of the first exception in a chain."""
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).strip().partition("\n")[0].rstrip(". ")
@@ -196,11 +194,11 @@ def _reason(error: BaseException) -> str:
 
 @torch.no_grad()
 def largest_difference(content: bytes, trained: Trained, deployed: Deployed, *, dynamic_size: bool = False) -> float:
-    """Return the largest difference of a file's outputs in ONNX Runtime from those of the model in float32.
+    """Return the largest difference between a file's outputs in ONNX Runtime and those of the model in float32.
 
-    Two batch sizes are compared, with `dynamic_size` for two image sizes each. The difference of an output is the
-    largest absolute one, divided by the largest absolute value if that is above 1; of a map of labels, that between the
-    logits of its label and of the best one of each pixel. An output that is not finite gives infinity.
+    Two batch sizes are compared, and with `dynamic_size` two image sizes. The difference of an output is the largest
+    absolute difference, divided by the largest absolute value if that is above 1. For a map of labels, it compares the
+    model's logits of these labels with the largest logits. A wrong shape or NaN gives infinity.
     """
     import onnxruntime
 

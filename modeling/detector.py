@@ -1,4 +1,4 @@
-"""Detect objects with a plain encoder: window attention, a pyramid of its last map, and torchvision's R-CNN heads.
+"""Detect objects with a plain encoder, window attention, a pyramid of its last map, and torchvision's R-CNN heads.
 
 ViTDet (Li et al. 2022, "Exploring Plain Vision Transformer Backbones for Object Detection", arXiv 2203.16527), with
 Faster R-CNN (Ren et al. 2015) for boxes or Mask R-CNN (He et al. 2017) for boxes and masks.
@@ -25,8 +25,8 @@ from modeling.position import cut_biases
 from modeling.vit import Attention, EncoderWithHead, Grid, VisionTransformer
 
 HEADS = ("mask_rcnn", "faster_rcnn")
-NUM_GLOBAL = 4  # blocks whose attention sees all patches
-LEVELS = ("0", "1", "2", "3", "4")  # of the pyramid: strides of 1/4, 1/2, 1, 2 and 4 patches
+NUM_GLOBAL = 4  # number of blocks with global attention
+LEVELS = ("0", "1", "2", "3", "4")  # levels of the pyramid, with strides of 1/4, 1/2, 1, 2 and 4 patches
 ASPECT_RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
 ANCHOR_CELLS = 8  # side of an anchor, in cells of its level: 32 to 512 pixels for patches of 16
 
@@ -40,11 +40,11 @@ def global_blocks(depth: int) -> list[int]:
 
 
 class WindowAttention(Attention):
-    """Apply an encoder's attention within windows of `window` x `window` patches: (B, T + h*w, D) -> the same.
+    """Apply an encoder's attention within windows of `window` x `window` patches: (B, T + h*w, D) -> same shape.
 
     The grid is padded with zeros at the right and the bottom to whole windows. Class tokens take part in each window,
-    and their mean over the windows is returned. The table of a relative position bias has the window's offsets, which
-    do not change with the grid.
+    and their mean over the windows is returned. The table of a relative position bias covers the offsets in a window,
+    which do not depend on the grid.
     """
 
     def __init__(self, attention: Attention, window: int):
@@ -71,7 +71,7 @@ class WindowAttention(Attention):
 
 
 class SimplePyramid(nn.Module):
-    """Make five maps (B, width, ., .) of one (B, D, h, w), 4 to 1/4 times as large (section 3 of ViTDet)."""
+    """Make five maps (B, width, ., .), 4 to 1/4 times as large, from one (B, D, h, w) (section 3 of ViTDet)."""
 
     def __init__(self, dim: int, width: int):
         super().__init__()
@@ -94,9 +94,9 @@ class SimplePyramid(nn.Module):
 
 
 class PyramidAlign(MultiScaleRoIAlign):
-    """Cut boxes out of the pyramid of square inputs.
+    """Pool the features of boxes from the pyramid of square inputs.
 
-    torchvision takes the strides from the sizes of the images, which are here without the padding to a square.
+    torchvision derives the strides from the sizes of the images, which here exclude the padding to a square.
     """
 
     def __init__(self, side: int, output_size: int):
@@ -108,7 +108,7 @@ class PyramidAlign(MultiScaleRoIAlign):
 
 
 def return_float32(module: nn.Module, inputs: tuple, outputs):
-    """Convert the outputs of a module to float32: a forward hook, so that losses and boxes are computed in it."""
+    """Convert the outputs of a module to float32, as a forward hook, so that losses and boxes are float32 too."""
     if isinstance(outputs, torch.Tensor):
         return outputs.float()
     return tuple(return_float32(module, inputs, part) for part in outputs)
@@ -117,20 +117,20 @@ def return_float32(module: nn.Module, inputs: tuple, outputs):
 class Detector(EncoderWithHead):
     """Find objects in square images (B, C, S, S).
 
-    Losses are means over the images, each with its own regions: ViTDet trains on one image per GPU, and so does a
-    micro-batch of any size here. Heads and their settings are torchvision's, with ViTDet's depths and norms.
+    Losses are computed per image and averaged, so a micro-batch of any size trains as ViTDet does with one image per
+    GPU. Heads and their settings are torchvision's, with ViTDet's depths and norms.
 
     Args:
         encoder: for square images; it loses its final norm, so load weights into it afterwards.
-        num_classes: without the background.
+        num_classes: number of classes without the background.
         masks: predict masks too.
-        window: side of the attention windows, in patches; 0 for none. There are none in grids that fit in one.
+        window: side of the attention windows, in patches. 0, or a grid that fits in one window: global attention only.
         width: channels of the pyramid and the heads; the fully connected layer has four times as many.
-        num_regions: regions of an image that train the heads; half as many anchors train the proposals.
+        num_regions: regions per image that train the heads; half as many anchors train the proposals.
 
     Raises:
-        ValueError: for images that are no squares of a multiple of four patches, or patches whose side is no power of
-            two.
+        ValueError: if the images are not squares of a multiple of four patches a side, or the patch size is not a power
+            of two of at least 4.
     """
 
     default_window, default_width, default_regions = 14, 256, 512
@@ -207,7 +207,7 @@ class Detector(EncoderWithHead):
         )
 
     def freeze_encoder(self) -> None:
-        """Train pyramid and heads alone; autograd then keeps nothing of the encoder, which stays in evaluation mode."""
+        """Train only the pyramid and heads; the encoder stays in evaluation mode and autograd stores nothing of it."""
         self.frozen_encoder = True
         self.encoder.requires_grad_(False).eval()
 
@@ -218,7 +218,7 @@ class Detector(EncoderWithHead):
         return self
 
     def compile_features(self) -> None:
-        """Compile encoder and pyramid; the sizes of what follows vary."""
+        """Compile encoder and pyramid, but not the heads, whose input sizes vary."""
         self.features = torch.compile(self.features, fullgraph=True, dynamic=False)
 
     def features(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -228,16 +228,16 @@ class Detector(EncoderWithHead):
     def forward(
         self, images: torch.Tensor, sizes: list[Grid] | None = None, targets: list[dict] | None = None
     ) -> tuple[torch.Tensor, ...] | dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]:
-        """Return losses with targets, otherwise detections, or without sizes the maps of the pyramid.
+        """Return losses with targets (in training mode), detections without, or without sizes the pyramid's maps.
 
         Args:
             sizes: height and width of each image without its padding.
-            targets: of each image `boxes` (n, 4), `labels` (n,) from 1, `masks` (n, S, S), 0 or 1, and a `seed` from
-                which its regions are drawn.
+            targets: for each image `boxes` (n, 4), `labels` (n,) from 1, `masks` (n, S, S), 0 or 1, and the `seed` that
+                its regions are drawn with.
 
         Returns:
-            Losses by name, (); or `boxes` (n, 4), `labels` (n,) from 1, `scores` (n,) and `masks` (n, 1, 28, 28) of
-            each image, the masks as probabilities inside their box.
+            Losses () by name; or for each image `boxes` (n, 4), `labels` (n,) from 1, `scores` (n,) and, if the model
+            predicts them, `masks` (n, 1, 28, 28): probabilities inside their box.
         """
         maps = self.features(images)
         if sizes is None:
@@ -248,8 +248,8 @@ class Detector(EncoderWithHead):
             levels = {name: level[own] for name, level in zip(LEVELS, maps, strict=True)}
             target = targets and targets[own]
             if target:
-                torch.manual_seed(target[0]["seed"])  # the same regions in whatever micro-batch an image is
-            # torchvision makes anchors of the maps' precision, and bfloat16 cannot hold coordinates
+                torch.manual_seed(target[0]["seed"])  # an image gets the same regions in any micro-batch
+            # torchvision makes anchors in the maps' precision, and bfloat16 is too coarse for coordinates
             float32 = {name: level.float() for name, level in levels.items()}
             proposals, losses = self.rpn(ImageList(images[own], sizes[own]), float32, target)
             detections, others = self.roi_heads(levels, proposals, sizes[own], target)
@@ -262,8 +262,8 @@ class Detector(EncoderWithHead):
 def in_original_pixels(detections: dict[str, torch.Tensor], size: Grid, original: Grid) -> dict[str, torch.Tensor]:
     """Return the detections of an image of `original` height and width that was resized to `size`.
 
-    Boxes are scaled, and masks (n, 1, 28, 28) become an iterator over masks of `original`, uint8, 0 or 1: all of them
-    at once would take gigabytes in large images.
+    Boxes are scaled. Masks (n, 1, 28, 28) become an iterator over masks of the original size, uint8, 0 or 1, because
+    all of them at once would take gigabytes for large images.
     """
     (height, width), (h, w) = original, size
     boxes = detections["boxes"] * detections["boxes"].new_tensor([width / w, height / h] * 2)

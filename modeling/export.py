@@ -1,4 +1,4 @@
-"""Export modules to folders that transformers, timm and this project load, without using these libraries."""
+"""Export modules to folders that transformers, timm and this project load, without needing these libraries."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from modeling.weights import Model
 
 CROP_RATIO = 0.875  # side of the centre crop / side of the resized image, in evaluation at 224 pixels
 Floats = Sequence[float]
-BEIT = {  # computes what a ViT without a final norm does
+BEIT = {  # settings with which BEiT computes the same as a ViT without a final norm
     "model_type": "beit",
     "use_absolute_position_embeddings": True,
     "use_mean_pooling": True,
@@ -30,7 +30,7 @@ BEIT = {  # computes what a ViT without a final norm does
 
 
 def to_transformers(state: State) -> State:
-    """Rename our parameters to those in files of transformers 4 and 5; the inverse of `layouts.to_ours`."""
+    """Rename our parameters as in the files of transformers 4 and 5; `layouts.to_ours` renames them back."""
     theirs = {}
     for name, value in state.items():
         parts = [(name, value)]
@@ -41,12 +41,12 @@ def to_transformers(state: State) -> State:
 
 
 def to_official(state: State) -> State:
-    """Rename the parameters of a MaskedAutoencoder or Classifier to those of the official MAE, or timm."""
+    """Rename the parameters of a MaskedAutoencoder or Classifier as in the official MAE and timm."""
     return {re.sub(r"^decoder\.", "decoder_", name.removeprefix("encoder.")): t for name, t in state.items()}
 
 
 def libraries_of(model: Model) -> list[str]:
-    """Return the libraries that load the exported folder of a model as a whole: transformers and timm, one or none."""
+    """Return which of transformers and timm load the exported folder of a model as a whole."""
     encoder = getattr(model, "encoder", model)
     has_head = isinstance(model, Classifier | Segmenter)
     if (
@@ -61,14 +61,14 @@ def libraries_of(model: Model) -> list[str]:
 
 
 def pixio_misfit(encoder: VisionTransformer) -> str | None:
-    """Return the reason why transformers' PixioModel cannot hold an encoder of several class tokens, None if it can."""
+    """Return why transformers' PixioModel cannot represent an encoder of several class tokens, None if it can."""
     if encoder.img_size[0] != encoder.img_size[1]:
         return "takes square images only"
     return "takes whole MLP ratios only" if encoder.mlp_ratio % 1 else None
 
 
 def loading_commands(encoder: VisionTransformer, folder: Path) -> str:
-    """Return lines with a command for each library that loads the encoder in a folder; "" without any."""
+    """Return lines with a command for each library that loads the encoder in `folder`; "" if there is none."""
     code = {
         "timm": f"import timm; timm.create_model('local-dir:{folder}', pretrained=True)",
         "transformers": f"from transformers import AutoModel; AutoModel.from_pretrained('{folder}')",
@@ -82,10 +82,12 @@ def export_encoder(
 ) -> None:
     """Write a folder for transformers' `AutoModel`, timm's `local-dir:FOLDER` and this project.
 
-    An encoder of several class tokens becomes transformers' `PixioModel`, see `pixio_misfit`; timm has none. For others
-    it needs transformers 4.52, whose `transformers_weights` lets one config.json name a file for each library. Images
-    in [0, 1] were normalized by `mean` and `std`, one number a channel; `value_range` are the pixels that became 0 and
-    1, by default 0 and 255.
+    An encoder with several class tokens becomes transformers' `PixioModel`, see `pixio_misfit`; timm has no such model.
+    Other encoders need transformers 4.52, whose `transformers_weights` lets config.json name a file for each library.
+
+    Args:
+        mean, std: normalization of images in [0, 1], one number per channel.
+        value_range: pixel values that become 0 and 1; None: 0 and 255.
     """
     theirs = to_transformers({f"encoder.{name}": value for name, value in encoder.state_dict().items()})
     theirs = {name.removeprefix("vit."): value for name, value in theirs.items()}
@@ -95,7 +97,7 @@ def export_encoder(
         config = {"model_type": "pixio", "architectures": ["PixioModel"], **_vit_config(encoder), "mlp_ratio": ratio}
         config["pretrained_cfg"] = {"crop_pct": CROP_RATIO}  # other libraries ignore it
         return _write(folder, {"model.safetensors": theirs}, config, _preprocessor(encoder), statistics)
-    # AutoModel always adds a pooler: this one, with the linear activation below, returns the cls token as it is.
+    # AutoModel always adds a pooler. This one, with the linear activation below, returns the cls token unchanged.
     theirs["pooler.dense.weight"] = torch.eye(encoder.embed_dim)
     theirs["pooler.dense.bias"] = torch.zeros(encoder.embed_dim)
     config = {
@@ -122,11 +124,11 @@ def export_classifier(
 ) -> None:
     """Write a folder for transformers' `AutoModelForImageClassification`, timm's `local-dir:FOLDER` and this project.
 
-    The BatchNorm of a probe and the standardization of numbers are folded into the head. In transformers, mean pooling
-    is BEiT's; images that are not square use its wrapper of timm, because BEiT's positions are square. transformers'
-    pipeline converts images to RGB, so it serves models of three channels only. No library has attentive pooling, or
-    classifiers with several class tokens: only this project loads such a model, but its encoder, in `encoder/`, is for
-    all unless mean pooling removed its final norm.
+    The BatchNorm of a probe and the standardization of numbers are folded into the head. In transformers, a model with
+    mean pooling becomes a BEiT. BEiT needs square images, so models of other images use transformers' wrapper of timm.
+    transformers' pipeline converts images to RGB, so it works only with three channels. Only this project loads
+    attentive pooling and classifiers with several class tokens. The encoder of such a model is also written to
+    `encoder/`, for other libraries, unless mean pooling removed its final norm.
 
     Args:
         classes: names of classes, labels or numbers, in the order of the logits.
@@ -139,7 +141,7 @@ def export_classifier(
     if model.problem != "classes":
         names["problem_type"] = {"labels": "multi_label_classification", "numbers": "regression"}[model.problem]
     if model.problem == "numbers":
-        # Other libraries ignore it; their bias has the mean, by which this project's could not be found again exactly
+        # Other libraries ignore this. Their bias includes the mean, so ours could not be recovered exactly from it.
         parts = dict(
             mean=model.number_mean, std=model.number_std, bias=_fold_into_head(model, in_units=False)["head.bias"]
         )
@@ -189,17 +191,17 @@ def export_segmenter(
 ) -> None:
     """Write a folder for transformers' `AutoModelForSemanticSegmentation` and this project.
 
-    For transformers, a linear head becomes an UperNet with the same results, see its `to_transformers`; this project
-    reads the head itself, and the auxiliary head. transformers' DPT resizes positions otherwise, so its results are
-    the same for images of the encoder's size only, as its processor makes them; the encoder must have no relative
-    position bias and no LayerScale. transformers' pipeline serves models of three channels only. It has no models with
-    several class tokens: only this project loads these.
+    For transformers, a linear head becomes an equivalent UperNet, see `LinearHead.to_transformers`; this project loads
+    the linear head itself. An encoder for DPT must have no relative position bias and no LayerScale. transformers' DPT
+    resizes positions differently, so its results agree only for images of the encoder's size, which its processor
+    makes. transformers' pipeline works only with three channels. transformers has no models with several class tokens,
+    so only this project loads these.
 
     Args:
         classes: names, in the order of the logits.
-        resize: LONG and SHORT side that images fit in this project's evaluation.
+        resize: LONG and SHORT side that images fit into in this project's evaluation.
         mean, std, value_range: as in `export_encoder`.
-        masks: "mask_offset" and "void_label" of the masks of training.
+        masks: "mask_offset" and "void_label" of the training masks.
     """
     state, head = model.state_dict(), model.decode_head.to_transformers()
     theirs = to_transformers({name: value for name, value in state.items() if not name.startswith("decode_head.")})
@@ -208,7 +210,7 @@ def export_segmenter(
     elif model.decode_head.model_type == "dpt":
         config, theirs = _dpt_config(model), {re.sub(r"^vit\.", "dpt.", name): t for name, t in theirs.items()}
         dim = model.encoder.embed_dim
-        theirs |= {"dpt.layernorm.weight": torch.ones(dim), "dpt.layernorm.bias": torch.zeros(dim)}  # of no effect
+        theirs |= {"dpt.layernorm.weight": torch.ones(dim), "dpt.layernorm.bias": torch.zeros(dim)}  # without effect
     else:
         config = _upernet_config(model, len(head["decode_head.bottleneck.conv.weight"]))
         theirs = _to_beit(theirs, "backbone.")
@@ -224,7 +226,7 @@ def export_segmenter(
         "do_resize": True,
         "size": {"height": height, "width": width},
         "resample": 2,  # bilinear
-        "do_reduce_labels": True,  # in annotations, 0 is no class and classes start at 1
+        "do_reduce_labels": True,  # in annotations, 0 means no class and classes start at 1
     }
     _write(folder, weights, config, preprocessor, (mean, std, value_range))
 
@@ -239,11 +241,11 @@ def export_detector(
     std: Floats,
     value_range: Floats | None = None,
 ) -> None:
-    """Write a folder for this project; no other library has the model.
+    """Write a folder for this project; no other library has this model.
 
     Args:
         classes: names, without the background.
-        class_ids: their numbers in the annotations, by default from 1.
+        class_ids: their numbers in the annotations; None: from 1.
         mean, std, value_range: as in `export_encoder`.
     """
     config = {"model_type": "vit_detector", **_vit_config(model.encoder), "window_size": model.window}
@@ -254,7 +256,7 @@ def export_detector(
 
 
 def _upernet_config(model: Segmenter, width: int) -> dict:
-    """Return the configuration of transformers' UperNet, of `width` channels, with a BEiT."""
+    """Return the configuration of transformers' UperNet with `width` channels and a BEiT as backbone."""
     encoder, has_pyramid = model.encoder, isinstance(model.fpn, FeaturePyramid)
     backbone = {
         **_vit_config(encoder),
@@ -301,10 +303,7 @@ def _class_names(classes: Sequence[str]) -> dict:
 
 
 def _fold_into_head(model: Classifier, *, in_units: bool = True) -> State:
-    """Return the parameters of `model` on the CPU, with what stands before its head folded into the head.
-
-    So are, with `in_units`, the mean and standard deviation of numbers.
-    """
+    """Return the parameters on the CPU, with the BatchNorm and (if `in_units`) the scale of numbers in the head."""
     apart = ("head_norm.", "number_")
     state = {name: value.cpu() for name, value in model.state_dict().items() if not name.startswith(apart)}
     weight, bias = state["head.weight"].double(), state["head.bias"].double()
@@ -319,7 +318,7 @@ def _fold_into_head(model: Classifier, *, in_units: bool = True) -> State:
 
 
 def vit_mae_misfit(model: MaskedAutoencoder) -> str | None:
-    """Return the reason why transformers' ViTMAE cannot hold an autoencoder, None if it can."""
+    """Return the reason why transformers' ViTMAE cannot represent an autoencoder, None if it can."""
     height, width = model.encoder.img_size
     if isinstance(model.decoder, CrossDecoder):
         return "has no cross-attention decoder"
@@ -383,7 +382,7 @@ def _timm_config(
         f"vit_{name}_patch{size['patch_size']}_224" for name, size in SIZES.items() if size.items() <= sizes.items()
     ]
     config = {
-        "architecture": known[0] if known else "vit_base_patch16_224",  # any, because `model_args` has every size
+        "architecture": known[0] if known else "vit_base_patch16_224",  # any, because `model_args` has all sizes
         "num_classes": len(classes),
         "num_features": encoder.embed_dim,
         "model_args": {"img_size": list(encoder.img_size), "in_chans": encoder.in_channels, **sizes},
@@ -421,11 +420,11 @@ def _preprocessor(encoder: VisionTransformer, crop_ratio: float = CROP_RATIO) ->
 
 
 def _write(folder: str | Path, weights: dict[str, State], config: dict, preprocessor: dict, statistics: tuple) -> None:
-    """Write files of weights, config.json and preprocessor_config.json; `statistics` are mean, std and value range."""
+    """Write weights, config.json and preprocessor_config.json; `statistics` are mean, std and value range."""
     mean, std, value_range = statistics
     low, high = value_range or (0, 255)
     preprocessor |= {"do_rescale": True, "rescale_factor": 1 / (high - low), "do_normalize": True}
-    preprocessor["image_mean"] = [value + low / (high - low) for value in mean]  # other libraries can only multiply
+    preprocessor["image_mean"] = [value + low / (high - low) for value in mean]  # other libraries can only scale
     preprocessor["image_std"] = list(std)
     if value_range is not None:
         config = {**config, "value_range": list(value_range)}  # other libraries ignore it

@@ -1,4 +1,4 @@
-"""Read files of weights and the configurations beside them; nothing in a file is executed."""
+"""Read files of weights and the configurations beside them. No code in a file is executed."""
 
 import argparse
 import contextlib
@@ -13,17 +13,17 @@ from safetensors.torch import load_file
 
 from modeling.upernet import POOL_SCALES
 
-WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")  # of DistributedDataParallel and torch.compile
-INDEX = ".index.json"  # ends the name of a file that lists in which shard each parameter is
+WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\.")  # DistributedDataParallel, torch.compile
+INDEX = ".index.json"  # suffix of files that list the shard of each parameter
 WEIGHT_FILES = ("ema.safetensors", "model.safetensors", "pytorch_model.bin")
-WEIGHT_FILES += ("model.safetensors" + INDEX, "pytorch_model.bin" + INDEX)  # the first of all in a folder is read
+WEIGHT_FILES += ("model.safetensors" + INDEX, "pytorch_model.bin" + INDEX)  # the first that a folder has is read
 
 
 class WeightsError(ValueError):
-    """Report weights that cannot be read or do not fit.
+    """Raised for weights that cannot be read or do not fit.
 
-    `message` is one line; `settings` are the arguments of models and scripts with the values that would fit, where "N"
-    is a number that no file states.
+    `message` is one line. `settings` maps arguments of models and scripts to the values that would fit; "N" stands for
+    a number that no file states.
     """
 
     def __init__(self, message: str, settings: dict[str, object] | None = None):
@@ -36,9 +36,9 @@ class WeightsError(ValueError):
 
 
 class Stored(NamedTuple):
-    """Hold the facts that files beside weights state and parameters do not show; None if unknown."""
+    """Facts about a model from the files beside its weights, which parameters do not show; None if unknown."""
 
-    grid: tuple[int, int] | None = None  # h and w patches of the position tables
+    grid: tuple[int, int] | None = None  # h and w of the position tables, in patches
     num_heads: int | None = None
     decoder_num_heads: int | None = None
     mean: list[float] | None = None  # of the channels, for the normalization of images in [0, 1]
@@ -47,20 +47,20 @@ class Stored(NamedTuple):
     pooling: str | None = None  # "mean", "cls" or "attentive"; timm has others
     problem: str | None = None  # of a classifier: "labels" or "numbers"; None for classes
     standardization: dict[str, list[float]] | None = (
-        None  # mean, std, bias: an export's numbers, see `export_classifier`
+        None  # mean, std and bias of exported numbers, see `export_classifier`
     )
-    layers: list[int] | None = None  # blocks, from 0, that feed a segmentation head
+    layers: list[int] | None = None  # indices of the blocks that feed a segmentation head
     window_size: int | None = None  # side of a detector's attention windows, in patches; 0: none
     class_ids: list[int] | None = None  # numbers of a detector's classes in the annotations
     crop_ratio: float | None = None  # side of the centre crop / side of the resized image, in evaluation
     resize: list[int] | None = None  # LONG and SHORT side that images fit in a segmenter's evaluation
     mask_offset: int | None = None  # label of a segmenter's first class in the masks that it was trained on
-    void_label: int | None = None  # a further label there that is void
+    void_label: int | None = None  # another label in these masks, of pixels without a class
     mask_ratio: float | None = None  # of an autoencoder
-    target: str | None = None  # what it predicts, see `modeling.targets`
+    target: str | None = None  # what the autoencoder predicts, see `modeling.targets`
     value_range: list[float] | None = None  # pixels that become 0 and 1; None: 0 and 255
-    norm_eps: float | None = None  # of LayerNorm, unless it is 1e-6 as here
-    unsupported: str | None = None  # a feature of the weights that no model here has, in words
+    norm_eps: float | None = None  # epsilon of LayerNorm, unless it is 1e-6 as here
+    unsupported: str | None = None  # description of a feature that no model here has
 
 
 def read_stored(path: str | Path) -> Stored:
@@ -76,7 +76,7 @@ def read_stored(path: str | Path) -> Stored:
     if file.is_file():
         try:
             return _read_config(json.loads(file.read_text()), folder)
-        except Exception as error:  # whatever a damaged configuration causes
+        except Exception as error:  # a damaged configuration can raise any exception
             raise WeightsError(
                 f"{file}: cannot be read ({type(error).__name__}: {error}); expected the configuration of a ViT, as "
                 "transformers or timm write it; copy it again"
@@ -97,7 +97,7 @@ def read_stored(path: str | Path) -> Stored:
 
 
 def _pixel_target(settings: dict) -> str | None:
-    """Return the target that `norm_pix_loss` means, in transformers' config.json and in args.json of older runs."""
+    """Return the target that `norm_pix_loss` means in transformers' config.json and in args.json of older runs."""
     return {True: "normalized", False: "pixels"}.get(settings.get("norm_pix_loss"))
 
 
@@ -107,8 +107,8 @@ def _grid(img_size: int | list[int], patch_size: int) -> tuple[int, int]:
 
 
 def _read_config(config: dict, folder: Path) -> Stored:
-    """Return the facts in a folder's config.json, and in its preprocessor_config.json."""
-    sizes = config.get("backbone_config", config)  # UperNet keeps its encoder's sizes apart
+    """Return the facts in `config`, a folder's config.json, and in its preprocessor_config.json."""
+    sizes = config.get("backbone_config", config)  # UperNet's config nests the sizes of its encoder
     if "image_size" not in sizes:
         return _read_timm_config(config)
     stages = config.get("backbone_config", {}).get("out_features", [])
@@ -118,8 +118,8 @@ def _read_config(config: dict, folder: Path) -> Stored:
     names = config.get("id2label") or {}
     classes = [str(names[index]) for index in sorted(names, key=int)]
     if classes == [f"LABEL_{i}" for i in range(len(classes))]:
-        classes = None  # transformers' own names
-    pooling = config.get("pooling")  # in this project's own layout
+        classes = None  # transformers' default names
+    pooling = config.get("pooling")  # of models that only this project loads
     if any("ForImageClassification" in name for name in config.get("architectures") or []):
         pooling = "mean" if config["model_type"] == "beit" and config.get("use_mean_pooling", True) else "cls"
     activation = sizes.get("hidden_act", "gelu")
@@ -131,7 +131,7 @@ def _read_config(config: dict, folder: Path) -> Stored:
     if norm_eps > 1e-5:
         unsupported = f"the epsilon {norm_eps:g} in norms"
     mean, value_range = processor.get("image_mean"), config.get("value_range")
-    if mean and value_range:  # other libraries can only multiply pixels, so theirs end in a range of length 1
+    if mean and value_range:  # undo the shift that `export` adds for other libraries
         low, high = value_range
         mean = [value - low / (high - low) for value in mean]
     return Stored(
@@ -158,7 +158,7 @@ def _read_config(config: dict, folder: Path) -> Stored:
 
 
 def _read_timm_config(config: dict) -> Stored:
-    """Return the facts in timm's config.json, which has sizes only if they differ from the architecture's."""
+    """Return the facts in timm's config.json, which states only sizes that differ from the architecture's."""
     pretrained, arguments = config.get("pretrained_cfg", config), config.get("model_args", {})
     names = config.get("label_names") or pretrained.get("label_names") or []
     names = names.values() if isinstance(names, dict) else names
@@ -178,13 +178,13 @@ def _read_timm_config(config: dict) -> Stored:
 
 
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read the parameters in a .safetensors or PyTorch file, or in a folder with one, under their own names.
+    """Read the parameters in a .safetensors or PyTorch file, or in a folder with one, under their original names.
 
-    Weights in several shards are read by their index. Parameters are taken out of {"model": ...} or
-    {"state_dict": ...}, and prefixes of wrappers are removed.
+    An index is followed to its shards. Parameters are taken out of {"model": ...} or {"state_dict": ...}, and prefixes
+    of wrappers are removed.
 
     Raises:
-        WeightsError: for a file that is damaged or holds no tensors.
+        WeightsError: if a file is damaged or has no state dict.
     """
     path = Path(path)
     if path.is_dir():
@@ -197,14 +197,14 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # of the official code's flags
+            with torch.serialization.safe_globals([argparse.Namespace]):  # of flags in official checkpoints
                 state = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path}: refused, as it is damaged or holds objects that run code when read; expected tensors; if "
             "you trust its source, save its state dict as .safetensors"
         ) from error
-    except Exception as error:  # what a truncated file raises depends on where it ends
+    except Exception as error:  # the type for a truncated file depends on where it ends
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise WeightsError(f"{path}: not readable ({reason}); expected a whole file; copy it again") from error
     for wrapper in ("model", "state_dict"):
@@ -223,7 +223,7 @@ def _begins_with(path: Path, start: bytes) -> bool:
 
 
 def _read_shards(path: Path) -> dict[str, torch.Tensor]:
-    """Read the parameters in the files that an index names. Raises WeightsError."""
+    """Read the parameters in the shards that an index names; raise WeightsError if the index is damaged."""
     try:
         places = json.loads(path.read_text())["weight_map"]
         shards = sorted({*places.values()})

@@ -1,4 +1,4 @@
-"""Find weights: a file, a folder, a run, or a repository on the Hugging Face Hub, which is downloaded."""
+"""Find weights in a file, a folder, a run, or a repository on the Hugging Face Hub, which is downloaded."""
 
 import re
 from pathlib import Path
@@ -9,21 +9,21 @@ PREFIX = "hf:"
 
 
 def is_on_hub(path: str | Path) -> bool:
-    """Return whether `path` is a name on the Hub."""
+    """Return whether `path` names a repository on the Hub."""
     return str(path).startswith(PREFIX)
 
 
 def find_weights(path: str | Path, *, whole: bool) -> Path:
-    """Return the file or folder that `read_state_dict` is to read for a path, which may also be a run.
+    """Return the file or folder that `read_state_dict` reads for a path, which may also be a run.
 
     Args:
-        path: a file or folder with weights, which is returned as it is; the folder of a run or its `encoder/`; or
+        path: a file or folder with weights, which is returned unchanged; the folder of a run or its `encoder/`; or
             hf:OWNER/NAME[@revision], which is downloaded.
-        whole: prefer the autoencoder, `encoder/pretraining/`, to the encoder, `encoder/`. A fine-tuned model is in
-            `model/`. A run that has none of these yet has its newest whole checkpoint.
+        whole: prefer the autoencoder in `pretraining/` to the encoder beside it. A run without exported folders, which
+            are `encoder/` and `model/`, gives its newest complete checkpoint.
 
     Raises:
-        WeightsError: if there is no such path, or no weights there.
+        WeightsError: if the path does not exist or has no weights.
     """
     path = download(str(path), whole=whole) if is_on_hub(path) else Path(path)
     if path.is_file():
@@ -51,14 +51,14 @@ def find_weights(path: str | Path, *, whole: bool) -> Path:
 
 
 def download(name: str, *, whole: bool) -> Path:
-    """Download weights and the configurations beside them, and return their folder; offline, the cache is used.
+    """Download weights and the configurations beside them, and return their folder; offline, use the cache.
 
     Args:
         name: hf:OWNER/NAME[@revision].
         whole: prefer the autoencoder in `pretraining/`.
 
     Raises:
-        WeightsError: if there is no such repository or revision, no weights in it, or no access.
+        WeightsError: if the repository or revision does not exist, cannot be accessed, or has no weights.
     """
     from huggingface_hub import errors, snapshot_download
 

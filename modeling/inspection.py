@@ -1,8 +1,8 @@
-"""Look inside a trained encoder, and reconstruct from several masks or from a mask of one's own.
+"""Look inside a trained encoder, and reconstruct images from several masks or from a given mask.
 
-Models are in evaluation mode, and nothing here changes them. Images are normalized, (B, C, H, W).
+Models must be in evaluation mode and are not changed. Images (B, C, H, W) are normalized.
 
-Legend: B images, L patches, K kept patches, D width, S passes.
+Legend: B images, L patches, K visible patches, D width, S masks.
 """
 
 import copy
@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from modeling.mae import MaskedAutoencoder
 from modeling.vit import VisionTransformer, patchify, run_blocks
 
-TAILS = 0.02  # share of the patches that is clipped at either end of a colour
+TAILS = 0.02  # share of the patches that is clipped at either end of a colour channel
 
 
 @torch.no_grad()
 def patch_features(encoder: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
     """Return the patch tokens (B, L, D), float32, after the final norm of the encoder.
 
-    The encoder of a classifier with mean pooling has no final norm.
+    Encoders of segmenters, detectors and classifiers with mean pooling have no final norm.
     """
     return encoder.split(encoder(images))[1].float()
 
@@ -30,8 +30,8 @@ def patch_features(encoder: VisionTransformer, images: torch.Tensor) -> torch.Te
 def attention_maps(encoder: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
     """Return the attention (B, heads, L) of the class token to the patches in the last block, float32.
 
-    Of several class tokens, it is the mean. The softmax is over all tokens, so the weights of a head sum to 1 less its
-    attention to the class tokens themselves.
+    With several class tokens, it is their mean. The softmax is over all tokens, so the weights of a head sum to 1 minus
+    its attention to the class tokens.
     """
     grid, n = encoder.grid_of(images), encoder.num_cls_tokens
     tokens = encoder.embed(patchify(images, encoder.patch_size), grid=grid)
@@ -47,16 +47,16 @@ def attention_maps(encoder: VisionTransformer, images: torch.Tensor) -> torch.Te
 def feature_colours(features: torch.Tensor) -> torch.Tensor:
     """Return the first three principal components of features (B, L, D) as colours (B, L, 3) in [0, 1].
 
-    All images share the components, so that equal colours mean similar features. Each component is scaled so that the
-    2nd and 98th percentiles of all patches become 0 and 1, and clipped; one without variance is 0.5. Its largest
-    coefficient is positive, which makes the result deterministic.
+    All images share the components, so equal colours mean similar features. Each component is scaled so that the 2nd
+    and 98th percentiles of all patches become 0 and 1, and clipped. A component without variance becomes 0.5. The
+    coefficient of largest magnitude is made positive, so that the sign is deterministic.
     """
     count, mean = features.shape[0] * features.shape[1], features.mean(dim=(0, 1), dtype=torch.float64)
     products = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=features.device)
     for image in features:  # one at a time, because float64 takes twice the memory
         centred = image.double() - mean
         products += centred.T @ centred
-    variances, vectors = torch.linalg.eigh(products / count)  # of ascending variance
+    variances, vectors = torch.linalg.eigh(products / count)  # in order of ascending variance
     components = vectors[:, -3:].flip(1)  # (D, 3)
     largest = components.gather(0, components.abs().argmax(dim=0, keepdim=True))
     components = components * largest.sign()
@@ -69,31 +69,31 @@ def feature_colours(features: torch.Tensor) -> torch.Tensor:
 
 
 def similarities(features: torch.Tensor, image: int, patch: int) -> torch.Tensor:
-    """Return the cosine similarities (B, L) of all features (B, L, D) to those of one patch of one image."""
+    """Return the cosine similarities (B, L) of features (B, L, D) to the feature of one patch of one image."""
     return F.cosine_similarity(features, features[image, patch], dim=-1)
 
 
 def keep_patches(model: MaskedAutoencoder, num_kept: int) -> MaskedAutoencoder:
-    """Return a model of the same weights that keeps exactly `num_kept` of the patches; `model` keeps its ratio.
+    """Return a model with the same weights that sees exactly `num_kept` patches; `model` is unchanged.
 
-    With a mask of one's own, 1 = removed, as its noise, this removes those very patches.
+    If the noise is a mask (1: masked) with `num_kept` zeros, the new model masks exactly these patches.
 
     Raises:
-        ValueError: if that keeps or removes no patch.
+        ValueError: if no patch would be visible or masked.
     """
     num_patches = math.prod(model.encoder.grid)
     if not 0 < num_kept < num_patches:
         raise ValueError(f"{num_kept} of {num_patches} patches are kept; expected to keep and remove at least one")
     model = copy.copy(model)  # shares all modules and parameters
-    model.mask_ratio = 1 - (num_kept + 0.5) / num_patches  # far from where `count` rounds down
+    model.mask_ratio = 1 - (num_kept + 0.5) / num_patches  # `count` rounds down; the half keeps rounding errors away
     return model
 
 
 def complementary_noise(noise: torch.Tensor, num_kept: int) -> torch.Tensor:
-    """Return the noise (S, B, L) of the fewest masks that together remove each patch: S = L / (L - K), rounded up.
+    """Return the noise (S, B, L) of the fewest masks that together mask every patch: S = L / (L - K), rounded up.
 
-    The first mask is that of `noise` (B, L); each other one removes the L - K patches that follow, in the order of the
-    noise, those that the mask before it removes.
+    The first mask is that of `noise` (B, L). Each further mask covers the next L - K patches in the cyclic order of the
+    noise.
     """
     num_patches = noise.shape[1]
     num_removed = num_patches - num_kept
@@ -106,10 +106,10 @@ def complementary_noise(noise: torch.Tensor, num_kept: int) -> torch.Tensor:
 def fill(
     model: MaskedAutoencoder, images: torch.Tensor, noise: torch.Tensor, *, true_statistics: bool = True
 ) -> torch.Tensor:
-    """Reconstruct all patches of images (B, C, H, W), each from masks that remove it, in the space of the images.
+    """Reconstruct all patches of images (B, C, H, W), each from masks that cover it, in the space of the images.
 
-    The masks are those of `complementary_noise`. A patch that several of them remove has the mean of its pixels.
-    Without `true_statistics`, a normalized patch is turned back by the statistics of the patches that its mask keeps.
+    The masks are those of `complementary_noise`. A patch that several of them cover is the mean of its predictions.
+    Without `true_statistics`, normalized patches get statistics interpolated from the visible patches.
     """
     total, count = 0, 0
     for each in complementary_noise(noise, model.num_kept):

@@ -1,6 +1,6 @@
-"""Convert parameter names of several libraries to ours, and inspect what parameters show of their model.
+"""Convert parameter names of several libraries to ours, and infer the settings of a model from its parameters.
 
-Legend: as in mae.py.
+Legend: C channels, P patch side, h w patches, T class tokens, Q queries, D width.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from modeling.files import WeightsError
 from modeling.upernet import HEADS
 
-State = dict[str, torch.Tensor]  # parameters by name
+State = dict[str, torch.Tensor]  # name -> parameter
 
 # Names of MaskedAutoencoder, Classifier and Segmenter -> names in transformers' files: those of `vit` (ViT and ViTMAE)
 # and, with other prefixes, of BEiT. Used in both directions.
@@ -39,18 +39,18 @@ TRANSFORMERS_NAMES = [
     (".mlp.fc1.", ".intermediate.dense."),
     (".mlp.fc2.", ".output.dense."),  # after attn.proj, which has the same ending
 ]
-QKV = ".attn.qkv."  # one parameter (3D, ...) here, three parameters (D, ...) there
+QKV = ".attn.qkv."  # one parameter (3D, ...) here, three (D, ...) in transformers
 TRANSFORMERS_QKV = (".attention.attention.query.", ".attention.attention.key.", ".attention.attention.value.")
 
 # Names that transformers 5 uses in memory, or writes by mistake -> those of its files; its mlp.fc1 and fc2 equal ours.
 TRANSFORMERS_5_NAMES = [
     ("vit.layers.", "vit.encoder.layer."),
-    ("decoder.decoder_encoder.layer.", "decoder.decoder_layers."),  # the mistake, which 4.x does not read
+    ("decoder.decoder_encoder.layer.", "decoder.decoder_layers."),  # the mistake; 4.x cannot read these names
     (".attention.q_proj.", TRANSFORMERS_QKV[0]),
     (".attention.k_proj.", TRANSFORMERS_QKV[1]),
     (".attention.v_proj.", TRANSFORMERS_QKV[2]),
     (".attention.o_proj.", ".attention.output.dense."),
-    (".attention.attention.relative_position_bias.", ".relative_position_bias."),  # files have the prefix that follows
+    (".attention.attention.relative_position_bias.", ".relative_position_bias."),  # files have the prefix, added next
     (".relative_position_bias.", ".attention.attention.relative_position_bias."),
     ("backbone.fpn.fpn1.conv_transpose1.", "backbone.fpn1.0."),
     ("backbone.fpn.fpn1.normalization.", "backbone.fpn1.1."),
@@ -59,7 +59,7 @@ TRANSFORMERS_5_NAMES = [
 ]
 
 SEGMENTATION_HEADS = ("decode_head.", "auxiliary_head.")  # the same names here and in transformers
-# All that follows an encoder
+# Prefixes of everything after an encoder, except decoders
 HEAD_PREFIXES = ("head.", "head_norm.", "fc_norm.", "attentive_pool.", "number_", "vit.pooler.", "fpn.")
 HEAD_PREFIXES += (*SEGMENTATION_HEADS, "rpn.", "roi_heads.")
 DECODER = ("mask_token", "decoder.", "target.")
@@ -77,7 +77,7 @@ EXTRAS = {
 
 
 def rename(name: str, pairs: list[tuple[str, str]]) -> str:
-    """Replace the first member of each pair by the second in a parameter's name, unless it is a segmentation head's."""
+    """Replace the first part of each pair by the second in a parameter's name, except for segmentation heads."""
     if name.startswith(SEGMENTATION_HEADS):
         return name
     for old, new in pairs:
@@ -86,12 +86,12 @@ def rename(name: str, pairs: list[tuple[str, str]]) -> str:
 
 
 def to_ours(state: State) -> tuple[str, State]:
-    """Return the name of a layout, and its parameters under the names of this project's modules.
+    """Return the name of the layout of `state`, and its parameters under the names of this project's modules.
 
-    Parameters without a counterpart keep their names.
+    Parameters without a counterpart here keep their names.
 
     Raises:
-        WeightsError: for an unknown layout, and without an encoder.
+        WeightsError: if the layout is unknown or there is no encoder.
     """
     # Older versions of transformers and of BEiT store these indices, which follow from the grid.
     state = {name: value for name, value in state.items() if not name.endswith(".relative_position_index")}
@@ -123,14 +123,14 @@ def to_ours(state: State) -> tuple[str, State]:
 
 
 def _from_transformers(state: State) -> State:
-    """Rename the parameters in transformers' files to ours; the inverse of `export.to_transformers`."""
+    """Rename the parameters in transformers' files to ours, the inverse of `export.to_transformers`."""
     pairs = [(theirs, ours) for ours, theirs in TRANSFORMERS_NAMES]
     query, others = TRANSFORMERS_QKV[0], TRANSFORMERS_QKV[1:]
     ours = {}
     for name, value in state.items():
-        if query in name:  # a missing part shows as a wrong shape
+        if query in name:  # if a part is missing, the shape is wrong, which is reported later
             parts = [state.get(name.replace(query, part)) for part in TRANSFORMERS_QKV]
-            if name.endswith(".bias") and parts[1] is None:  # BEiT has none, because the softmax cancels it
+            if name.endswith(".bias") and parts[1] is None:  # BEiT has no key bias, because the softmax cancels it
                 parts[1] = torch.zeros_like(value)
             ours[rename(name.replace(query, QKV), pairs)] = torch.cat([part for part in parts if part is not None])
         elif not any(part in name for part in others):
@@ -139,15 +139,15 @@ def _from_transformers(state: State) -> State:
 
 
 def extra_names(state: State, option: str) -> list[str]:
-    """Return the encoder's parameters in `state`, under our names, that one of EXTRAS adds."""
+    """Return the names of the encoder's parameters in `state`, under our names, that an option of EXTRAS adds."""
     return [name for name in state if name.startswith(BLOCKS["encoder"]) and name.endswith(EXTRAS[option])]
 
 
 def model_settings(state: State) -> dict[str, object]:
-    """Return the arguments that parameters under our names show, as the scripts name them.
+    """Infer the settings of a model from its parameters under our names; the keys are named like the scripts' flags.
 
-    They have `encoder_embed_dim` if they show an encoder, `decoder_embed_dim` and `decoder` if they show a decoder,
-    `pooling` if they have a classification head, and `head` if they have a head for segmentation or detection.
+    There is `encoder_embed_dim` if there is an encoder, `decoder_embed_dim` and `decoder` if there is a decoder,
+    `pooling` if there is a classification head, and `head` if there is a head for segmentation or detection.
     """
     settings = {option: bool(extra_names(state, option)) for option in EXTRAS}
     for part, blocks in BLOCKS.items():
@@ -169,7 +169,7 @@ def model_settings(state: State) -> dict[str, object]:
         if QUERIES in state:
             pooling, settings["num_queries"] = "attentive", state[QUERIES].shape[1]
         settings |= dict(num_classes=len(state["head.weight"]), pooling=pooling)
-        settings["probe"] = "head_norm.running_mean" in state  # not in an export, whose head includes the norm
+        settings["probe"] = "head_norm.running_mean" in state  # exports have it folded into the head
     head = state.get("decode_head.classifier.weight")
     name = next((name for name, kind in HEADS.items() if kind.own_parameter in state), None)
     if head is not None and name:

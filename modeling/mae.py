@@ -1,7 +1,7 @@
 """Masked autoencoder: He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners", section 3.
 
-Legend: B batch, C channels, H W pixels, L patches, K kept and M predicted patches, D width, P patch side, T outputs per
-patch.
+Legend: B batch, C channels, H W pixels, L patches, K visible patches, M predicted patches, D width, P patch side,
+T outputs per patch.
 """
 
 import math
@@ -17,24 +17,24 @@ from modeling.vit import Grid, VisionTransformer, patchify, take, training_flops
 
 
 class MAEOutput(NamedTuple):
-    """Hold the results of `MaskedAutoencoder.forward`."""
+    """The outputs of `MaskedAutoencoder.forward`."""
 
     loss: torch.Tensor  # (), float32
     prediction: torch.Tensor  # (B, L, T), in the space of the target
-    mask: torch.Tensor  # (B, L), 1 = removed, 0 = kept
+    mask: torch.Tensor  # (B, L), 1: masked, 0: visible
 
 
 class MaskedAutoencoder(nn.Module):
-    """Encode the kept patches of an image, and predict a target of the removed ones with a light decoder.
+    """Encode the visible patches of an image, and predict a target of the masked ones with a light decoder.
 
     Args:
         encoder, decoder: become parts of the model; the decoder uses gradient checkpointing if the encoder does.
-        target: says what is predicted for a patch; None: pixels normalized per patch.
-        mask_ratio: share of patches that is removed.
-        predict_ratio: share of the removed patches that `forward` predicts for a loss alone.
+        target: what is predicted for a patch; None: pixels normalized per patch.
+        mask_ratio: share of the patches that is masked.
+        predict_ratio: share of the masked patches that `forward` predicts with `loss_only`.
 
     Raises:
-        ValueError: if `mask_ratio` keeps or removes no patch, or `predict_ratio` predicts none.
+        ValueError: if `mask_ratio` leaves no patch visible or masked, or `predict_ratio` predicts none.
     """
 
     def __init__(
@@ -57,18 +57,18 @@ class MaskedAutoencoder(nn.Module):
             raise ValueError(f"a ratio of {predict_ratio} predicts none of {num_patches - self.num_kept} patches")
 
     def count(self, num_patches: int) -> tuple[int, int]:
-        """Return K and M of an image of `num_patches`."""
+        """Return K and M for an image of `num_patches` patches."""
         num_kept = int(num_patches * (1 - self.mask_ratio))
         return num_kept, round((num_patches - num_kept) * self.predict_ratio)
 
     @property
     def num_kept(self) -> int:
-        """Return K for images of the encoder's size."""
+        """K, the number of visible patches, for images of the encoder's size."""
         return self.count(math.prod(self.encoder.grid))[0]
 
     @property
     def num_predicted(self) -> int:
-        """Return M for images of the encoder's size: the removed patches that `forward` predicts for a loss alone."""
+        """M, the number of masked patches predicted with `loss_only`, for images of the encoder's size."""
         return self.count(math.prod(self.encoder.grid))[1]
 
     def forward(
@@ -81,19 +81,19 @@ class MaskedAutoencoder(nn.Module):
         valid: torch.Tensor | None = None,
         loss_only: bool = False,
     ) -> MAEOutput | torch.Tensor:
-        """Reconstruct images (B, C, H, W); the K smallest values of `noise` (B, L) mark the kept patches.
+        """Reconstruct images (B, C, H, W); patches with the K smallest values of `noise` (B, L) are visible.
 
-        Images may be of another size than the encoder's; positions are then resized, and K and M follow, see `count`.
+        Images may have another size than the encoder's. Positions are then resized, and `count` gives K and M.
 
         Args:
-            normalize: normalizes patches (B, N, P*P*C) of images that are not, so that 8-bit pixels are gathered.
-            features: the target (B, L, T) of all patches, if it is a teacher's.
-            valid: which pixels (B, 1, H, W) count in the loss of a target of pixels; `noise` must remove the patches
-                without any, see `PretrainingDataset`. None: all.
-            loss_only: return the loss (), of M removed patches, and predict no others.
+            normalize: normalizes patches (B, N, P*P*C) of raw images, after they are selected as 8-bit pixels.
+            features: the target (B, L, T) of all patches, such as a teacher's; None: computed from the images.
+            valid: which pixels (B, 1, H, W) count in the loss of a pixel target; None: all. `noise` must mask the
+                patches without a valid pixel, see `PretrainingDataset`.
+            loss_only: return only the loss (), over M masked patches, and predict no other patches.
         """
         patches, grid = patchify(images, self.encoder.patch_size), self.encoder.grid_of(images)
-        order, num_kept = noise.argsort(dim=1, stable=True), self.count(noise.shape[1])[0]  # kept patches first
+        order, num_kept = noise.argsort(dim=1, stable=True), self.count(noise.shape[1])[0]  # visible patches first
         pixels = None if valid is None else patchify(valid, self.encoder.patch_size)  # (B, L, P*P)
         if loss_only:
             order = self.leave_out(order, None if valid is None else pixels.any(dim=2))
@@ -116,10 +116,10 @@ class MaskedAutoencoder(nn.Module):
         return MAEOutput(loss, take(prediction, restore), mask=(restore >= num_kept).float())
 
     def leave_out(self, order: torch.Tensor, holds_data: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the order of patches (B, L) without removed ones that are not predicted: (B, K + M).
+        """Remove the masked patches that are not predicted from the order of patches: (B, L) -> (B, K + M).
 
-        The M are evenly spaced in the order of the noise: under every mask strategy a random share of the removed. With
-        `holds_data` (B, L) they are spaced over the removed patches that hold valid pixels, which come first.
+        The M predicted ones are evenly spaced in the order of the noise, so they are a random share under every mask
+        strategy. With `holds_data` (B, L), they are spaced over the masked patches with valid pixels, which come first.
         """
         num_kept, num_predicted = self.count(order.shape[1])
         kept, removed = order[:, :num_kept], order[:, num_kept:]
@@ -141,9 +141,9 @@ class MaskedAutoencoder(nn.Module):
     ) -> torch.Tensor:
         """Turn a prediction (B, L, T) into images (B, C, H, W) in the space of `images`.
 
-        If the target is normalized, this uses the true mean and standard deviation of each patch, of its `valid` pixels
-        (B, 1, H, W), which shows detail but leaks information of removed patches. With `mask` (B, L), 1 = removed, it
-        uses those of the kept patches around each patch instead, see `nearness`, which leaks nothing.
+        If the target is normalized, this uses the true mean and standard deviation of the `valid` pixels (B, 1, H, W)
+        of each patch. They show detail but leak information about masked patches. With `mask` (B, L), 1: masked, the
+        statistics are interpolated from the visible patches instead, see `nearness`, which leaks nothing.
         """
         side = self.encoder.patch_size
         options = {} if valid is None else {"valid": patchify(valid, side)}
@@ -153,25 +153,25 @@ class MaskedAutoencoder(nn.Module):
         return unpatchify(pixels, side, self.encoder.grid)
 
     def nearness(self, mask: torch.Tensor) -> torch.Tensor:
-        """Return the weights (B, L, L) of inverse-square distance to the kept patches; each row sums to 1.
+        """Return interpolation weights (B, L, L) of the visible patches of `mask` (B, L), 1: masked; rows sum to 1.
 
-        The weight of patch j for patch i is in row i; it is 0 for a removed one. `mask` (B, L) has 1 for removed ones.
+        Row i has the weights for patch i by inverse squared distance: nearly 1 of patch i itself if it is visible.
         """
         rows, columns = (torch.arange(side, device=mask.device) for side in self.encoder.grid)
         places = torch.cartesian_prod(rows, columns).float()  # (L, 2)
-        distances = (places[:, None] - places).square().sum(dim=-1).clamp(min=1e-6)  # so a kept patch has its own
+        distances = (places[:, None] - places).square().sum(dim=-1).clamp(min=1e-6)  # not 0
         weights = (1 - mask[:, None]) / distances
         return weights / weights.sum(dim=-1, keepdim=True)
 
     def pixel_mask(self, mask: torch.Tensor) -> torch.Tensor:
-        """Turn a mask of patches (B, L) into one of pixels (B, 1, H, W)."""
+        """Turn a mask of patches (B, L) into a mask of pixels (B, 1, H, W)."""
         side = self.encoder.patch_size
         return unpatchify(mask.unsqueeze(-1).expand(-1, -1, side * side), side, self.encoder.grid)
 
     def training_flops(self, img_size: Grid | None = None) -> float:
         """Return the floating-point operations of the matrix products of a training step, per image.
 
-        Images are of the encoder's size, or of `img_size`, H and W.
+        `img_size` is H and W of the images; None: the encoder's.
         """
         height, width = img_size or self.encoder.img_size
         num_patches = height * width // self.encoder.patch_size**2

@@ -1,4 +1,4 @@
-"""Compare an exported folder, as transformers and timm load it, with the module it was made of."""
+"""Compare an exported folder, as transformers and timm load it, with the original module."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +19,8 @@ def differences(folder: str | Path, model: Model) -> tuple[dict[str, float], lis
     """Return each library's difference from `model` on two random images, and notes on libraries that are left out.
 
     The difference is the largest absolute one of outputs, divided by the largest absolute output if that is above 1.
-    Outputs are an encoder's tokens, an autoencoder's loss under the same noise, a detector's pyramid, otherwise logits.
-    `model` is on the CPU, in evaluation mode. Errors of the libraries are raised as they are.
+    Outputs are tokens of encoders, the loss of autoencoders under the same noise, pyramids of detectors, and otherwise
+    logits. `model` must be on the CPU and in evaluation mode. Exceptions of the libraries are not caught.
     """
     import timm
     import transformers
@@ -32,7 +32,7 @@ def differences(folder: str | Path, model: Model) -> tuple[dict[str, float], lis
     whole = has_head or isinstance(model, Detector)
     expected = _outputs(model if whole else encoder, images)
     in_units = model.answer(expected) if getattr(model, "problem", None) == "numbers" else expected
-    outputs, libraries = {}, libraries_of(model)  # library -> its outputs and those expected
+    outputs, libraries = {}, libraries_of(model)  # library -> its outputs and the expected ones
     notes = list(_limits(model, libraries))
     if "transformers" in libraries and isinstance(model, Segmenter):
         theirs = transformers.AutoModelForSemanticSegmentation.from_pretrained(folder)
@@ -69,13 +69,13 @@ def differences(folder: str | Path, model: Model) -> tuple[dict[str, float], lis
 
 
 def _outputs(model: Model, images: torch.Tensor) -> torch.Tensor:
-    """Return the outputs of a model, the several maps of a detector as one tensor (B, values)."""
+    """Return the outputs of a model; the maps of a detector are joined to one tensor (B, values)."""
     outputs = model(images)
     return torch.cat([part.flatten(1) for part in outputs], dim=1) if isinstance(outputs, tuple) else outputs
 
 
 def _limits(model: Model, libraries: list[str]) -> Iterator[str]:
-    """Yield in sentences which libraries do not load the folder of a model, and why."""
+    """Yield sentences that say which libraries do not load the folder of a model, and why."""
     encoder = getattr(model, "encoder", model)
     if isinstance(model, Detector):
         yield "transformers has no ViTDet with region-based heads, so this project alone loads the model."

@@ -1,4 +1,4 @@
-"""Fixed 2-D sine-cosine position tables, and resizing them and relative position biases.
+"""Fixed 2-D sine-cosine position tables, and the resizing of these and of relative position biases.
 
 Legend: h w grid of patches, L = h * w, D width.
 """
@@ -58,9 +58,9 @@ def resize_biases(table: torch.Tensor, old_grid: tuple[int, int], new_grid: tupl
 
 
 def cut_biases(table: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
-    """Return the part of a table of relative position biases for the smaller offsets of a grid inside `old_grid`.
+    """Cut a table of relative position biases for `old_grid` to the smaller offsets in `new_grid`.
 
-    A table for fewer rows or columns is resized first. Shapes as in `resize_biases`.
+    A table for fewer rows or columns than `new_grid` is resized first. Shapes are as in `resize_biases`.
     """
     h, w = (max(sides) for sides in zip(old_grid, new_grid, strict=True))
     table = resize_biases(table, old_grid, (h, w))

@@ -12,14 +12,14 @@ import torch
 
 from modeling.upernet import resize
 
-BATCH_SIZE = 8  # windows that a model sees at a time, at least one of each image
-MAP_VALUES = 2**25  # numbers in the class maps that `labels_at` has in memory at a time: 128 MB
+BATCH_SIZE = 8  # windows per forward pass, but at least one of each image
+MAP_VALUES = 2**25  # values of the class maps that `labels_at` has in memory at a time: 128 MiB
 
 
 def windows(size: tuple[int, int], window: int) -> list[tuple[int, int]]:
     """Return (top, left) of the windows that cover an image of `size` (H, W), row by row, two thirds of a side apart.
 
-    All have min(window, H) x min(window, W) pixels: the last ones of a row or column end at the edge, as in
+    All have min(window, H) x min(window, W) pixels. The last windows of a row or column end at the edge, as in
     mmsegmentation.
     """
     stride = max(1, 2 * window // 3)
@@ -30,7 +30,7 @@ def windows(size: tuple[int, int], window: int) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def sliding_window(model: Callable, images: torch.Tensor, *, window: int) -> torch.Tensor:
-    """Return the logits (B, N, H, W), float32, of images (B, C, H, W): for each pixel, the mean over its windows."""
+    """Return the logits (B, N, H, W), float32, of images (B, C, H, W): at each pixel the mean over its windows."""
     size = images.shape[-2:]
     height, width = (min(window, side) for side in size)
     parts = [(..., slice(top, top + height), slice(left, left + width)) for top, left in windows(size, window)]
@@ -50,8 +50,8 @@ def sliding_window(model: Callable, images: torch.Tensor, *, window: int) -> tor
 def labels_at(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Return the best class of each pixel (H, W), uint8, of logits (N, h, w) resized bilinearly to `size` (H, W).
 
-    This equals the argmax of all resized maps, but resizes a few classes at a time (MAP_VALUES numbers at most, at
-    least one class) and keeps the best so far. N is 256 at most.
+    This equals the argmax of all resized maps, but resizes a few classes at a time (at most MAP_VALUES values, at least
+    one class) and keeps the best so far. N is at most 256.
     """
     best = logits.new_full(tuple(size), -torch.inf, dtype=torch.float32)
     labels = torch.zeros_like(best, dtype=torch.uint8)
@@ -71,15 +71,15 @@ def predict(
 ) -> torch.Tensor:
     """Return the best class of each pixel (B, H, W), uint8, from the same images at one or several sizes.
 
-    One view without `flip` gives the argmax of its logits, resized to `size`. Several are averaged as class
-    probabilities at a common size, as in mmsegmentation's multi-scale testing: `size`, or that of the largest view if
-    smaller, so that memory does not depend on the annotation's size.
+    One view without `flip` gives the argmax of its logits, resized to `size`. The class probabilities of several views
+    are averaged at a common size, as in mmsegmentation's multi-scale testing. It is `size`, or that of the largest view
+    if smaller, so that memory does not depend on the annotation's size.
 
     Args:
-        views: normalized images (B, C, h_i, w_i).
+        views: the normalized images at each size, (B, C, h_i, w_i).
         size: H and W of the result.
         window: side of sliding windows in pixels; None: the model sees whole views.
-        flip: average over mirrored views, too.
+        flip: also average over mirrored views.
     """
     logits_of = model if window is None else partial(sliding_window, model, window=window)
     if len(views) == 1 and not flip:

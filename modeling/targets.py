@@ -1,6 +1,6 @@
-"""What a masked autoencoder predicts for a patch (He et al. 2021, section 3, "Reconstruction target", and table 1d).
+"""Targets that a masked autoencoder predicts (He et al. 2021, section 3, "Reconstruction target", and table 1d).
 
-A target is a class here and a line in TARGETS. Legend: as in mae.py; T is the width of a target.
+Each target is a class here and an entry of TARGETS. Legend: as in mae.py, N patches; T is the width of a target.
 """
 
 from collections.abc import Iterable
@@ -13,17 +13,17 @@ from modeling.vit import Grid, VisionTransformer, patchify, unpatchify
 
 
 class Target(nn.Module):
-    """Base of the targets, which says how predictions are trained and shown.
+    """Base class of targets, which define the loss of predictions and how they become pixels.
 
     Args:
-        encoder: has the patches that are predicted.
-        width: T, for targets that can have any.
+        encoder: its patch size and channels define the patches.
+        width: T, for targets with a variable width.
     """
 
-    name = ""  # of --target
-    title = ""  # in words
+    name = ""  # value of --target
+    title = ""  # name in messages
     invertible = True  # whether predictions can be turned into pixels, for pictures and PSNR
-    uses_true_patch_statistics = False  # whether this needs the mean and standard deviation of each true patch
+    uses_true_patch_statistics = False  # whether `invert` needs the mean and variance of each true patch
     whole_image = False  # whether `forward` needs all patches, in row-major order, and their grid
 
     def __init__(self, encoder: VisionTransformer, width: int | None = None):
@@ -39,15 +39,15 @@ class Target(nn.Module):
         raise NotImplementedError
 
     def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Return the loss () of predictions (B, N, T), in float32: the mean squared error unless overridden."""
+        """Return the loss () of predictions (B, N, T), in float32: by default the mean squared error."""
         return (prediction.float() - target).square().mean()
 
 
 class PixelTarget(Target):
-    """Base of the targets that are pixels: `valid` (B, N, P*P) says which of them count, None: all."""
+    """Base class of pixel targets; `valid` (B, N, P*P) says which pixels count, None: all."""
 
     def loss(self, prediction: torch.Tensor, target: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the mean squared error (), over images, of the mean over their valid pixels, 0 without any."""
+        """Return the mean over images () of the mean squared error of their valid pixels, which is 0 without any."""
         error = (prediction.float() - target).square()
         if valid is None:
             return error.mean()
@@ -70,7 +70,7 @@ class Pixels(PixelTarget):
 
 
 class NormalizedPixels(PixelTarget):
-    """Predict pixels that are normalized by the mean and standard deviation of their patch, of its valid pixels."""
+    """Predict pixels that are normalized by the mean and standard deviation of the valid pixels of their patch."""
 
     name, title = "normalized", "pixels normalized per patch"
     uses_true_patch_statistics = True
@@ -87,7 +87,7 @@ class NormalizedPixels(PixelTarget):
         valid: torch.Tensor | None = None,
         weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Turn predictions into pixels; with `weights` (B, N, N), by means of the statistics of other patches."""
+        """Turn predictions into pixels; `weights` (B, N, N) average the statistics of other patches for each patch."""
         variance, mean = self.var_mean(patches.float(), valid)
         if weights is not None:
             variance, mean = weights @ variance, weights @ mean
@@ -95,7 +95,7 @@ class NormalizedPixels(PixelTarget):
 
     @staticmethod
     def var_mean(patches: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return variance, unbiased as in the official code, and mean of patches (B, N, P*P*C): (B, N, 1) each."""
+        """Return the variance, unbiased as in the official code, and mean of patches (B, N, P*P*C), each (B, N, 1)."""
         if valid is None:
             return torch.var_mean(patches, dim=-1, keepdim=True)
         weights = valid.float().repeat_interleave(patches.shape[-1] // valid.shape[-1], dim=-1)
@@ -106,9 +106,9 @@ class NormalizedPixels(PixelTarget):
 
 
 class PrincipalComponents(Target):
-    """Predict the coefficients of a patch's first principal components, 96 as in the paper if `width` is None.
+    """Predict the coefficients of a patch's first principal components, by default 96 as in the paper.
 
-    `fit` finds the components, which are buffers and so part of every checkpoint.
+    `fit` computes the components, which are buffers and therefore part of every checkpoint.
     """
 
     name = "pca"
@@ -125,13 +125,13 @@ class PrincipalComponents(Target):
 
     @torch.no_grad()
     def fit(self, batches: Iterable[torch.Tensor]) -> None:
-        """Find the components from batches of patches (B, L, P*P*C), in float64."""
+        """Compute the components from batches of patches (B, L, P*P*C), in float64."""
         count, total, products = 0, 0.0, 0.0
         for patches in batches:
             patches = patches.flatten(0, 1).double()
             count, total, products = count + len(patches), total + patches.sum(0), products + patches.T @ patches
         mean = total / count
-        vectors = torch.linalg.eigh(products / count - mean.outer(mean)).eigenvectors  # of ascending variance
+        vectors = torch.linalg.eigh(products / count - mean.outer(mean)).eigenvectors  # in order of ascending variance
         self.mean.copy_(mean)
         self.components.copy_(vectors.T.flip(0)[: self.width])
 
@@ -146,8 +146,8 @@ class PrincipalComponents(Target):
 class HOG(Target):
     """Predict histograms of oriented gradients (Wei et al. 2022, "MaskFeat", section 3.2).
 
-    Each cell of 8 x 8 pixels and each channel has a histogram of 9 orientations, whose L2 norm is 1. If 8 does not
-    divide the patch size, a patch is one cell. The prediction has no inverse.
+    Each cell of 8 x 8 pixels has a histogram of 9 orientations for each channel, scaled to an L2 norm of 1. If 8 does
+    not divide the patch size, a patch is one cell. Predictions cannot be turned into pixels.
     """
 
     name, num_bins, epsilon = "hog", 9, 1e-5
@@ -165,7 +165,7 @@ class HOG(Target):
         rows = F.pad(images[:, :, 2:] - images[:, :, :-2], (0, 0, 1, 1))  # 0 at the borders of the image
         columns = F.pad(images[..., 2:] - images[..., :-2], (1, 1))
         magnitude = torch.hypot(rows, columns)
-        angle = torch.atan2(rows, columns) * (self.num_bins / torch.pi)  # a half turn has all bins
+        angle = torch.atan2(rows, columns) * (self.num_bins / torch.pi)  # all bins cover a half turn
         bins = angle.floor() % self.num_bins
         histograms = [F.avg_pool2d(magnitude * (bins == i), self.cell) for i in range(self.num_bins)]
         cells = torch.stack(histograms, dim=2)  # (B, C, bins, H / cell, W / cell)
@@ -174,9 +174,9 @@ class HOG(Target):
 
 
 class TeacherFeatures(Target):
-    """Predict the layer-normalized patch tokens of a frozen encoder, see `modeling.teacher`, of this `width`.
+    """Predict the layer-normalized patch tokens, `width` wide, of a frozen encoder, see `modeling.teacher`.
 
-    The loss is smooth L1. The tokens are computed outside of the model, which therefore never holds the teacher.
+    The loss is smooth L1. The tokens are computed outside the model, which therefore does not contain the teacher.
     """
 
     name, invertible = "teacher", False

@@ -1,4 +1,4 @@
-"""A frozen encoder whose patch tokens are the target of a pre-training.
+"""A frozen encoder whose patch tokens are the target of pre-training.
 
 Legend: as in targets.py.
 """
@@ -20,8 +20,8 @@ from modeling.vit import Grid
 from modeling.weights import open_weights
 
 RESIZED = {"interpolate_pos_encoding": True}
-# `model_type` of encoders that transformers computes -> options of their forward pass. "clip" and "siglip" are models
-# of images and text, of which the vision tower is taken.
+# `model_type` of encoders that run in transformers -> options of their forward pass. "clip" and "siglip" are models of
+# images and text; only their vision tower is used.
 TOWERS = {"dinov2": {}, "dinov2_with_registers": {}, "dinov3_vit": {}}
 TOWERS |= {"clip": RESIZED, "clip_vision_model": RESIZED, "siglip": RESIZED, "siglip_vision_model": RESIZED}
 
@@ -29,13 +29,13 @@ TOWERS |= {"clip": RESIZED, "clip_vision_model": RESIZED, "siglip": RESIZED, "si
 class Teacher(nn.Module):
     """Compute the layer-normalized patch tokens of images.
 
-    Images are resized, if needed, to make the teacher's patches those of the student. `description` says in words what
-    was opened and assumed.
+    Images are resized if needed, so that the teacher has the same grid of patches as the student. `description` names
+    the model, its settings and assumptions.
 
     Args:
         model: returns tokens (B, N, T), the patches last, or an output of transformers with `last_hidden_state`.
-        patch_size: the model's, in pixels.
-        grid: the patches of the student, unless `forward` is given others.
+        patch_size: patch size of the model, in pixels.
+        grid: patches of the student, h and w, unless `forward` gets another grid.
         width: T.
         statistics: mean and standard deviation of the channels, for the normalization of images in [0, 1].
         options: keyword arguments of the model.
@@ -53,7 +53,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
-        """Return the tokens of images (B, C, H, W), uint8 or float32 in [0, 1], in float32: (B, L, T)."""
+        """Return the tokens (B, L, T), float32, of images (B, C, H, W), uint8 or float32 in [0, 1]."""
         grid = grid or self.grid
         size = tuple(count * self.patch_size for count in grid)
         images = images if images.is_floating_point() else images.float() / 255
@@ -65,7 +65,7 @@ class Teacher(nn.Module):
         return F.layer_norm(tokens, tokens.shape[-1:])
 
     def fingerprint(self) -> str:
-        """Return a hash of the weights, whatever their names, which differ between versions of transformers."""
+        """Return a hash of the weights without their names, which differ between versions of transformers."""
         digest = hashlib.sha256()
         for tensor in self.model.state_dict().values():
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -77,10 +77,10 @@ def open_teacher(path: str, *, grid: Grid, in_channels: int, value_range: tuple 
 
     Args:
         path: weights that `open_trained` reads, or a folder or hf:OWNER/NAME with a DINOv2, DINOv3, CLIP or SigLIP.
-        value_range: pixels that become 0 and 1; None: 0 and 255.
+        value_range: pixel values that become 0 and 1; None: 0 and 255.
 
     Raises:
-        WeightsError: with a message that begins with the path, for weights that cannot be read or see other images.
+        WeightsError: if the weights cannot be read, or need images with other channels or another value range.
     """
     folder = download(path, whole=False) if is_on_hub(path) else Path(path)
     try:
@@ -93,7 +93,7 @@ def open_teacher(path: str, *, grid: Grid, in_channels: int, value_range: tuple 
     _check_channels(path, sizes["in_channels"], in_channels)
     size = tuple(sizes["patch_size"] * count for count in grid)
     trained = open_trained(folder, whole=False, img_size=size)
-    # No range may mean 8 bits, or that a file of another library does not tell it
+    # Without a range, the pixels are 8-bit, or the weights of another library do not state it
     if trained.value_range and list(trained.value_range) != list(value_range or (0, 255)):
         theirs, ours = ("{:g} to {:g}".format(*each) for each in (trained.value_range, value_range or (0, 255)))
         raise WeightsError(f"{path}: a teacher of pixels from {theirs}, the data have {ours}; give another teacher")
@@ -105,7 +105,7 @@ def open_teacher(path: str, *, grid: Grid, in_channels: int, value_range: tuple 
 
 
 def _open_tower(folder: Path, grid: Grid, in_channels: int, options: dict) -> Teacher:
-    """Open an encoder that transformers computes; no code of its folder is run."""
+    """Open an encoder that runs in transformers, without running code from its folder."""
     from transformers import AutoModel
 
     try:
@@ -115,7 +115,7 @@ def _open_tower(folder: Path, grid: Grid, in_channels: int, options: dict) -> Te
         model, report = load(folder)
         model = getattr(model, "vision_model", model)
         _check_tower(model, report)
-    except Exception as error:  # transformers raises many types
+    except Exception as error:  # transformers raises exceptions of many types
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise WeightsError(
             f"{folder}: cannot be read ({reason}); expected config.json, preprocessor_config.json with image_mean and "
@@ -131,7 +131,7 @@ def _open_tower(folder: Path, grid: Grid, in_channels: int, options: dict) -> Te
 
 
 def _check_tower(model: nn.Module, report: dict) -> None:
-    """Raise ValueError for weights that are missing, unfit or not finite."""
+    """Raise ValueError for weights that are missing, not finite or of a wrong shape."""
     bad = sorted(name for name in report["missing_keys"] if "pooler" not in name and "head" not in name)
     if bad or report["mismatched_keys"]:
         raise ValueError(f"missing or unfit weights: {', '.join([*bad, *map(str, report['mismatched_keys'])][:4])}")

@@ -1,4 +1,4 @@
-"""Open trained weights of any known layout as the module they belong to, ready for use."""
+"""Open trained weights of any known layout as the module that they belong to, ready for use."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,9 +24,9 @@ PAPER = dict(decoder_num_heads=16, mask_ratio=0.75, target="normalized")
 
 
 class Trained(NamedTuple):
-    """Hold a trained module, and how to prepare images for it.
+    """A trained module, and how to prepare images for it.
 
-    Its image or crop size is `encoder.img_size`, its channels `encoder.in_channels`.
+    The image or crop size is `encoder.img_size`, and the number of channels is `encoder.in_channels`.
     """
 
     model: Model  # on the CPU, in evaluation mode
@@ -36,25 +36,25 @@ class Trained(NamedTuple):
     std: list[float]
     class_names: list[str] | None  # None if no file states them
     crop_ratio: float  # of an encoder or classifier: side of the centre crop / side of the resized image
-    resize: tuple[int, int] | None  # of a segmenter: LONG and SHORT side that images fit
+    resize: tuple[int, int] | None  # of a segmenter: LONG and SHORT side that images fit into
     masks: dict[str, int | None]  # "mask_offset" and "void_label" of the masks that a segmenter was trained on
-    value_range: tuple[float, float] | None  # pixels that become 0 and 1; None: 0 and 255
+    value_range: tuple[float, float] | None  # pixel values that become 0 and 1; None: 0 and 255
     class_ids: Sequence[int] = ()  # numbers of the classes in the annotations of a detector; if unknown, from 1
-    assumed: tuple[str, ...] = ()  # assumptions about facts that no file states, in words
+    assumed: tuple[str, ...] = ()  # descriptions of assumptions where no file states a fact
 
     @property
     def encoder(self) -> VisionTransformer:
-        """Return the encoder, which is the whole model or a part of it."""
+        """The encoder, which is the whole model or a part of it."""
         return self.model if isinstance(self.model, VisionTransformer) else self.model.encoder
 
     @property
     def classes(self) -> list[str]:
-        """Return the names of the classes of a head, LABEL_0, ... where unknown; otherwise []."""
+        """The names of the head's classes, LABEL_0, ... if unknown; [] without a head."""
         return self.class_names or [f"LABEL_{i}" for i in range(getattr(self.model, "num_classes", 0))]
 
     @property
     def categories(self) -> dict[int, str]:
-        """Return the names of the classes by their numbers in the annotations."""
+        """The names of the classes by their numbers in the annotations."""
         return dict(zip(self.class_ids, self.classes, strict=True))
 
 
@@ -72,13 +72,13 @@ def open_trained(
         path: a run, one of its checkpoints or exported folders, a file or folder of the official MAE, timm or
             transformers, or hf:OWNER/NAME[@revision].
         whole: open the autoencoder if there is one, not only the encoder.
-        given: facts that no file beside the weights states.
-        img_size: H and W in pixels to resize positions to; evaluation then crops and resizes as is usual for this size.
-        in_channels: another number of channels, to which weights are converted.
+        given: facts that the files beside the weights do not state.
+        img_size: H and W in pixels, to which positions are resized; evaluation then uses the defaults for this size.
+        in_channels: number of channels to which the weights are converted; None: their own.
 
     Raises:
-        WeightsError: with a message that begins with the path, for weights that cannot be read or make no module here,
-            and for facts in `given` that contradict the files.
+        WeightsError: with a message that begins with the path, if weights cannot be read or fit no model here, or
+            `given` contradicts the files.
     """
     weights = open_weights(path, whole=whole, given=given)
     stored = weights.stored
@@ -89,7 +89,7 @@ def open_trained(
         report = load_weights(model, weights.state, stored=stored, adapt_channels=in_channels is not None)
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             raise WeightsError("weights that are not finite; give an earlier checkpoint, before they diverged")
-    except ValueError as error:  # a WeightsError, or sizes that do not go together
+    except ValueError as error:  # a WeightsError, or sizes that do not fit together
         message = getattr(error, "message", str(error))
         raise WeightsError(f"{weights.path}: {message}", getattr(error, "settings", None)) from error
 
@@ -120,7 +120,7 @@ def open_trained(
 
 
 def _build(weights: Weights, *, whole: bool, img_size: Grid | None, in_channels: int | None) -> Model:
-    """Return the module that fits the weights, newly initialized."""
+    """Return a newly initialized module that fits the weights."""
     settings, stored, sizes = weights.settings, weights.stored, dict(weights.sizes)
     if sizes["num_heads"] is None:
         message = "no file states the number of attention heads; convert the weights with push_to_hub.py"
@@ -142,7 +142,7 @@ def _build(weights: Weights, *, whole: bool, img_size: Grid | None, in_channels:
     if whole and "decoder_embed_dim" in settings:
         options = {name: settings[f"decoder_{name}"] for name in ("embed_dim", "depth", "mlp_ratio")}
         known = PAPER | {name: getattr(stored, name) for name in PAPER if getattr(stored, name) is not None}
-        outputs = weights.state.get("decoder.pred.bias", ())  # of this project, the only one with other targets
+        outputs = weights.state.get("decoder.pred.bias", ())  # only this project has other targets
         target = TARGETS[known.pop("target")](encoder, len(outputs) or None)
         options |= dict(num_heads=known.pop("decoder_num_heads"), num_outputs=target.width)
         if settings["decoder"] == "cross":
@@ -156,7 +156,7 @@ def _build(weights: Weights, *, whole: bool, img_size: Grid | None, in_channels:
 
 
 def _take_out_of_head(state: State, num_classes: int, stored: Stored) -> None:
-    """Take the standardization of numbers out of the head of an exported classifier, see `export_classifier`."""
+    """Undo the folding of standardized numbers into the head of an exported classifier, see `export_classifier`."""
     if "number_mean" in state:  # a checkpoint
         return
     known = stored.standardization or dict(mean=[0.0] * num_classes, std=[1.0] * num_classes)
@@ -167,7 +167,7 @@ def _take_out_of_head(state: State, num_classes: int, stored: Stored) -> None:
 
 
 def _assumptions(trained: Trained, stored: Stored) -> Iterator[str]:
-    """Yield in words what was assumed where `stored` lacks a fact."""
+    """Yield a description of each assumption that replaces a fact missing from `stored`."""
     model = trained.model
     if isinstance(model, Segmenter) and stored.layers is None:
         yield f"the head sees the blocks {' '.join(map(str, model.layers))}"

@@ -1,7 +1,7 @@
 """Segment images with an encoder and UperNet (Xiao et al. 2018, arXiv 1807.10221), DPT or a linear head.
 
-UperNet and the linear head have parameter names of transformers' `UperNetForSemanticSegmentation`, and DPT nearly those
-of `DPTForSemanticSegmentation`.
+UperNet and the linear head have the parameter names of transformers' `UperNetForSemanticSegmentation`, and DPT has
+nearly those of `DPTForSemanticSegmentation`.
 
 Legend: B batch, C channels, H W pixels, h w patches, D width of the encoder, N classes.
 """
@@ -16,14 +16,14 @@ from torch import nn
 from modeling.batch_norm import BatchNorm
 from modeling.vit import EncoderWithHead, VisionTransformer
 
-POOL_SCALES = (1, 2, 3, 6)  # bins a side of UperNet's pyramid pooling
+POOL_SCALES = (1, 2, 3, 6)  # bins per side in UperNet's pyramid pooling
 IGNORED = 255  # label of pixels without a class
 
 
 def default_layers(depth: int, count: int) -> list[int]:
-    """Return the `count` blocks, from 0, that feed a head; ValueError for an encoder of fewer blocks.
+    """Return the indices of the `count` blocks that feed a head; raise ValueError if `depth` is smaller.
 
-    They are the last; but four stand at a third, half, two thirds and the end of an encoder of six blocks or more, as
+    They are the last blocks. But with six or more blocks, four are taken at a third, half, two thirds and the end, as
     in the published recipes (3, 5, 7, 11 of 12).
     """
     if depth < count:
@@ -34,9 +34,9 @@ def default_layers(depth: int, count: int) -> list[int]:
 
 
 def resize(maps: torch.Tensor, size: tuple[int, int], *, align_corners: bool = False) -> torch.Tensor:
-    """Resize maps (B, C, h, w) bilinearly to (B, C, *size); on a GPU in float32 and NCHW, as the loss needs logits."""
+    """Resize maps (B, C, h, w) bilinearly to (B, C, *size); on a GPU to float32 and NCHW, which the loss needs."""
     if maps.is_cuda:
-        maps = maps.float().contiguous()  # here, because they are small yet
+        maps = maps.float().contiguous()  # here, because the maps are still small
     if maps.shape[2:] == size:
         return maps
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=align_corners)
@@ -45,8 +45,8 @@ def resize(maps: torch.Tensor, size: tuple[int, int], *, align_corners: bool = F
 def resize_features(maps: torch.Tensor, size: tuple[int, int], *, align_corners: bool = False) -> torch.Tensor:
     """Resize a head's maps (B, C, h, w) bilinearly to (B, C, *size); on a GPU by matrix products.
 
-    A GPU's interpolation sums gradients in the type of the maps and in no fixed order. In bfloat16, enlarging 16 times
-    would lose a fifth of a gradient, so autocast returns float32, twice the memory and time.
+    Interpolation on a GPU sums gradients in the type of the maps and in no fixed order. In bfloat16, enlarging 16 times
+    would lose a fifth of a gradient. Autocast therefore uses float32, which takes twice the memory and time.
     """
     if maps.shape[2:] == size:
         return maps
@@ -71,12 +71,12 @@ def segmentation_loss(
 ) -> torch.Tensor:
     """Return the cross-entropy, in float32, of logits (B, N, H, W) and masks (B, H, W) in which 255 is ignored.
 
-    The sum over valid pixels is divided by the number of all pixels: the mean over equal micro-batches is then that of
-    the whole batch, and a mask without a valid pixel gives 0. `class_weights` (N,) multiply the losses of their class
-    and do not change the divisor.
+    The sum over valid pixels is divided by the number of all pixels. The mean over micro-batches of equal size is then
+    that of the global batch, and a mask without a valid pixel gives 0. `class_weights` (N,) multiply the losses of
+    their classes and do not change the divisor.
     """
     logits, masks = logits.float(), masks.long()
-    if torch.are_deterministic_algorithms_enabled():  # the GPU's kernel for maps is not
+    if torch.are_deterministic_algorithms_enabled():  # the GPU's kernel for maps is nondeterministic
         logits, masks = logits.movedim(1, -1).flatten(0, 2), masks.flatten()
     total = F.cross_entropy(logits, masks, weight=class_weights, ignore_index=IGNORED, reduction="sum")
     return total / masks.numel()
@@ -101,7 +101,7 @@ class FeaturePyramid(nn.Module):
 
 
 class ConvModule(nn.Sequential):
-    """Apply a convolution of the same size, BatchNorm and ReLU: (B, in, h, w) -> (B, out, h, w)."""
+    """Apply a convolution that keeps the size, BatchNorm and ReLU: (B, in, h, w) -> (B, out, h, w)."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
         super().__init__()
@@ -111,7 +111,7 @@ class ConvModule(nn.Sequential):
 
 
 class AveragePool(nn.AdaptiveAvgPool2d):
-    """Average maps (B, D, h, w) over bins (B, D, *output_size); with deterministic algorithms one by one."""
+    """Average maps (B, D, h, w) over n x n bins: (B, D, n, n); with deterministic algorithms one bin at a time."""
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         if not torch.are_deterministic_algorithms_enabled():
@@ -123,20 +123,20 @@ class AveragePool(nn.AdaptiveAvgPool2d):
 
 
 class UperNetHead(nn.Module):
-    """Predict logits (B, N, h, w) from the four maps of a feature pyramid, at the size of the first, the largest.
+    """Predict logits (B, N, h, w), at the size of the first and largest of the four maps of a feature pyramid.
 
-    The smallest map is pooled to 1, 2, 3 and 6 bins a side (Zhao et al. 2016, "Pyramid Scene Parsing Network"), each
-    map is added to the next larger one, and all are concatenated (section 3 of the paper).
+    The smallest map is pooled to 1, 2, 3 and 6 bins per side (Zhao et al. 2016, "Pyramid Scene Parsing Network"). Each
+    map is added to the next larger one, and all maps are concatenated (section 3 of the paper).
     """
 
     title = "UperNet"
-    num_layers = 4  # blocks of the encoder whose outputs the neck sees
+    num_layers = 4  # number of the encoder's blocks whose outputs the neck sees
     neck = FeaturePyramid
     default_width, default_auxiliary_weight = 512, 0.4  # channels, and loss weight of the auxiliary head
-    plain_encoder = False  # True: it takes no relative position bias and no LayerScale
-    min_patches = 2  # a side, which the pyramid halves
-    min_batch = 2  # images, for BatchNorms that see one value of each
-    own_parameter = "fpn.fpn2.weight"  # of files with this head
+    plain_encoder = False  # True: it must have no relative position bias and no LayerScale
+    min_patches = 2  # per side, because the pyramid halves it
+    min_batch = 2  # images, because some BatchNorms see one value per image
+    own_parameter = "fpn.fpn2.weight"  # a parameter that only this head has
     model_type = "upernet"  # in transformers
 
     def __init__(self, dim: int, num_classes: int, width: int):
@@ -163,7 +163,7 @@ class UperNetHead(nn.Module):
         return self.classifier(self.dropout(self.fpn_bottleneck(joined)))
 
     def to_transformers(self) -> dict[str, torch.Tensor]:
-        """Return the parameters, under their names there, of the head of transformers that computes the same."""
+        """Return the parameters of the equivalent head of transformers, under its names."""
         return self.state_dict(prefix="decode_head.")
 
 
@@ -183,7 +183,7 @@ class AuxiliaryHead(nn.Module):
 class LinearHead(nn.Module):
     """Predict logits (B, N, h, w) from the last map: BatchNorm and one linear layer (Oquab et al. 2023, "DINOv2").
 
-    Class attributes as in UperNetHead; it has no width to choose and no auxiliary head.
+    Class attributes are as in UperNetHead. There is no width to choose and no auxiliary head.
     """
 
     title = "linear head"
@@ -203,11 +203,11 @@ class LinearHead(nn.Module):
         return self.classifier(self.batch_norm(maps[-1]))
 
     def to_transformers(self) -> dict[str, torch.Tensor]:
-        """Return the parameters of an UperNet head of one level that computes the same.
+        """Return the parameters of an equivalent UperNet head with one level.
 
-        BatchNorm is folded into the classifier, z = W x + b. The bottleneck, twice as wide as there are classes,
-        returns relu(z) and relu(-z), the next convolution keeps them, and their difference is z. All 3x3 weights are
-        zero except those in the middle.
+        BatchNorm is folded into the classifier, z = W x + b. The bottleneck, with twice as many channels as classes,
+        returns relu(z) and relu(-z). The next convolution keeps them, and the classifier subtracts them, which gives z.
+        All 3x3 weights are zero except those in the middle.
         """
         norm, classifier = copy.deepcopy(self.batch_norm).cpu().double(), copy.deepcopy(self.classifier).cpu().double()
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -224,7 +224,7 @@ class LinearHead(nn.Module):
                 f"{name}.batch_norm.weight": torch.ones_like(shift),
                 f"{name}.batch_norm.bias": shift,
                 f"{name}.batch_norm.running_mean": torch.zeros_like(shift),
-                f"{name}.batch_norm.running_var": torch.ones_like(shift) - 1e-5,  # BatchNorm adds it again
+                f"{name}.batch_norm.running_var": torch.ones_like(shift) - 1e-5,  # BatchNorm adds 1e-5 again
                 f"{name}.batch_norm.num_batches_tracked": torch.tensor(0),
             }
         return {f"decode_head.{name}": value for name, value in state.items()}
@@ -246,9 +246,9 @@ class ResidualUnit(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Add a `level` to maps (B, D, h, w), unless they are the first, and double their size (Lin et al. 2016).
+    """Add a `level` to maps (B, D, h, w), except in the first fusion, and double their size.
 
-    ("RefineNet", section 3.2.)
+    (Lin et al. 2016, "RefineNet", section 3.2.)
     """
 
     def __init__(self, dim: int, *, first: bool):
@@ -268,15 +268,15 @@ class DPTHead(nn.Module):
     """Predict logits (B, N, 16h, 16w) from four maps (Ranftl et al. 2021, "Vision Transformers for Dense Prediction").
 
     Maps are projected, resized by 4, 2, 1 and 1/2 ("reassemble"; strides of 4 to 32 pixels for patches of 16), and
-    fused from the smallest to the largest (section 3 of the paper). The residual units have BatchNorms, as the paper's
-    for segmentation. Class attributes as in UperNetHead; there is no auxiliary head. An odd h or w counts as one more.
+    fused from the smallest to the largest (section 3 of the paper). The residual units have BatchNorms, as in the paper
+    for segmentation. An odd h or w counts as one more. Class attributes are as in UperNetHead. No auxiliary head.
     """
 
     title = "DPT"
     num_layers, neck = 4, nn.Identity
     default_width, default_auxiliary_weight = 256, None
-    plain_encoder = True  # as transformers' is
-    min_patches, min_batch = 3, 1  # so that BatchNorms see 2 x 2 values of an image at least
+    plain_encoder = True  # as in transformers
+    min_patches, min_batch = 3, 1  # BatchNorms then see at least 2 x 2 values per image
     own_parameter = "decode_head.fusion.0.projection.weight"
     model_type = "dpt"
 
@@ -306,7 +306,7 @@ class DPTHead(nn.Module):
         return resize(logits, (2 * x.shape[2], 2 * x.shape[3]), align_corners=True)
 
     def to_transformers(self) -> dict[str, torch.Tensor]:
-        """Return the parameters of transformers' DPT; its first fusion has a unit that it does not use."""
+        """Return the parameters for transformers' DPT, whose first fusion has an unused unit."""
         names = [
             (r"^projections\.(\d)", r"neck.reassemble_stage.layers.\1.projection"),
             (r"^scales\.(\d)", r"neck.reassemble_stage.layers.\1.resize"),
@@ -330,7 +330,7 @@ HEADS = {"upernet": UperNetHead, "linear": LinearHead, "dpt": DPTHead}
 def initialize_head(module: nn.Module) -> None:
     """Initialize a head as mmsegmentation does; for `model.apply`.
 
-    Convolutions before a ReLU are drawn from He's normal distribution (fan out), classifiers from N(0, 0.01).
+    Convolutions before a ReLU get He's normal distribution (fan out), and classifiers a standard deviation of 0.01.
     """
     if isinstance(module, ConvModule):
         nn.init.kaiming_normal_(module.conv.weight, mode="fan_out", nonlinearity="relu")
@@ -340,20 +340,20 @@ def initialize_head(module: nn.Module) -> None:
 
 
 class Segmenter(EncoderWithHead):
-    """Segment images with an encoder and a head: (B, C, H, W) -> logits (B, N, H, W), at least two patches a side.
+    """Segment images with at least the head's `min_patches` per side: (B, C, H, W) -> logits (B, N, H, W).
 
-    All parameters train, except blocks above the highest of `layers`, which never run, and after `freeze_encoder`.
+    All parameters train, except blocks after the last of `layers`, which never run, and those that are frozen.
 
     Args:
         encoder: becomes a part of the segmenter and loses its final norm, so load weights into it afterwards.
-        head: one of HEADS: "upernet" or "dpt", on the outputs of four blocks, or "linear", on those of one.
-        layers: these blocks, from 0, in rising order; by default `default_layers`.
-        head_width: channels of the head's layers; None for its default.
+        head: one of HEADS: "upernet" or "dpt", on the outputs of four blocks, or "linear", on that of one block.
+        layers: ascending indices of these blocks; None: `default_layers`.
+        head_width: channels of the head's layers; None: the head's default.
         auxiliary: add an auxiliary head, for training, if the head takes one.
         custom_weight_init: initialize the heads as mmsegmentation does instead of as PyTorch does.
 
     Raises:
-        ValueError: for layers that do not fit head and encoder.
+        ValueError: if `layers` do not fit the head and the encoder.
     """
 
     def __init__(
@@ -393,7 +393,7 @@ class Segmenter(EncoderWithHead):
         encoder.blocks[layers[-1] + 1 :].requires_grad_(False)
 
     def freeze_encoder(self) -> None:
-        """Train the head alone; autograd then keeps nothing of the encoder, which stays in evaluation mode."""
+        """Train only the head; the encoder stays in evaluation mode and autograd stores nothing of it."""
         self.frozen_encoder = True
         self.encoder.requires_grad_(False).eval()
 
@@ -404,13 +404,13 @@ class Segmenter(EncoderWithHead):
         return self
 
     def synchronize_batch_norms(self) -> None:
-        """Let every BatchNorm train on the statistics of the micro-batches of all processes."""
+        """Make every BatchNorm use the statistics of all processes in training."""
         for module in self.modules():
             if isinstance(module, BatchNorm):
                 module.synchronized = True
 
     def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Return the logits (B, N, H, W) of images (B, C, H, W); in training, with an auxiliary head, both logits."""
+        """Return the logits (B, N, H, W) of images (B, C, H, W), in training also those of an auxiliary head."""
         maps = self.fpn(self.encoder.forward_layers(images, self.layers))
         logits = resize(self.decode_head(maps), images.shape[2:])
         if self.training and self.auxiliary:

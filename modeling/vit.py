@@ -1,6 +1,6 @@
 """Vision Transformer (Dosovitskiy et al. 2020), with the parameter names of timm and of the official MAE.
 
-Legend: B batch, C channels, H W pixels, h w patches, L = h * w, K kept patches, T class tokens, N tokens, D width,
+Legend: B batch, C channels, H W pixels, h w patches, L = h * w, K visible patches, T class tokens, N tokens, D width,
 P patch side.
 """
 
@@ -54,7 +54,7 @@ def initialize_like_paper(module: nn.Module) -> None:
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
-    elif isinstance(module, PatchEmbedding):  # as the Linear layer that it amounts to
+    elif isinstance(module, PatchEmbedding):  # like the equivalent Linear layer
         nn.init.xavier_uniform_(module.proj.weight.data.flatten(1))
         nn.init.zeros_(module.proj.bias)
 
@@ -62,8 +62,8 @@ def initialize_like_paper(module: nn.Module) -> None:
 class PatchEmbedding(nn.Module):
     """Project patches to tokens: (B, K, P*P*C) -> (B, K, D).
 
-    The weight is stored as that of a convolution, as in every library, and applied as a matrix product, so that
-    removed patches are never embedded.
+    The weight is stored as that of a convolution, as in other libraries, and applied as a matrix product, so that
+    masked patches are not embedded.
     """
 
     def __init__(self, patch_size: int, in_channels: int, dim: int):
@@ -76,7 +76,7 @@ class PatchEmbedding(nn.Module):
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Attend from queries (B, heads, M, D) to keys and values (B, heads, N, D): returns (B, heads, M, D)."""
+    """Attend from queries (B, heads, M, d) to keys and values (B, heads, N, d); returns (B, heads, M, d)."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         # PyTorch's CPU attention is faster in float32: a step of ViT-B takes 8 % less time.
         with torch.autocast("cpu", enabled=False):
@@ -100,27 +100,27 @@ class Attention(nn.Module):
         self.register_parameter("relative_position_bias_table", None)
 
     def add_relative_position_bias(self, grid: Grid) -> None:
-        """Let each head add a learned bias to its scores, zero at first (Bao et al. 2021, "BEiT", appendix).
+        """Add a learned bias, initially zero, to the scores of each head (Bao et al. 2021, "BEiT", appendix).
 
-        Its table is for this `grid` and is resized for others.
+        Its table is for this `grid` and is resized for other grids.
         """
         offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1)
         table = torch.zeros(offsets + 3, self.num_heads)  # the last three: cls to patch, patch to cls, cls to cls
         self.bias_grid, self.relative_position_bias_table = grid, nn.Parameter(table)
 
     def bias_table(self, grid: Grid) -> torch.Tensor:
-        """Return the table of the relative position bias for this grid."""
+        """Return the table of the relative position bias, resized to `grid`: ((2h-1)*(2w-1) + 3, heads)."""
         return resize_biases(self.relative_position_bias_table, self.bias_grid, grid)
 
     def relative_position_bias(self, grid: Grid, num_cls_tokens: int = 1) -> torch.Tensor:
-        """Return the bias (heads, T + L, T + L), queries first, for a grid of this size; class tokens come first.
+        """Return the bias (heads, T + L queries, T + L keys) for `grid`; class tokens come first.
 
         Class tokens share their entries of the table.
         """
         (h, w), table = grid, self.bias_table(grid)
         offsets = table[:-3].T.reshape(-1, 2 * h - 1, 2 * w - 1)  # of the query's row and column minus the key's
-        # The keys of a query at (y, x) are the h x w window of `offsets` at (y, x), in reverse order. Windows are used
-        # because indexing would sum gradients in a nondeterministic order.
+        # The biases of a query at (y, x) are the h x w window of `offsets` at (y, x), in reverse order of the keys.
+        # Windows are used because indexing would sum gradients in a nondeterministic order.
         windows = offsets.unfold(1, h, 1).unfold(2, w, 1).flip(3, 4)  # (heads, h, w, h, w)
         cls_to_patch, patch_to_cls, cls_to_cls = table[-3:, :, None, None]  # (heads, 1, 1) each
         n = num_cls_tokens
@@ -169,7 +169,7 @@ class Block(nn.Module):
         self.register_parameter("gamma_2", None)
 
     def add_layer_scale(self, value: float) -> None:
-        """Multiply each branch by learned weights per channel, which start at `value`.
+        """Multiply each residual branch by learned weights per channel, initially `value`.
 
         (Touvron et al. 2021, "Going deeper with Image Transformers", section 2.)
         """
@@ -190,8 +190,8 @@ def run_blocks(
 ) -> torch.Tensor:
     """Run tokens (B, N, D) through all blocks; returns (B, N, D), or the last tokens (B, M, D) with `last=M`.
 
-    If `checkpointed`, only block inputs are kept for the backward pass, which computes the rest again (Chen et al.
-    2016, "Training Deep Nets with Sublinear Memory Cost"). A relative position bias needs the patches' `grid`.
+    If `checkpointed`, only block inputs are stored for the backward pass, which recomputes the rest (Chen et al. 2016,
+    "Training Deep Nets with Sublinear Memory Cost"). A relative position bias needs the patches' `grid`.
     """
     for block in blocks:
         queries = last if block is blocks[-1] else None
@@ -202,9 +202,9 @@ def run_blocks(
 def training_flops(model: nn.Module, *inputs: torch.Tensor, img_size: Grid | None = None, **options) -> float:
     """Return the floating-point operations of the matrix products of a training step, per image.
 
-    PyTorch counts them in a step without values, on images (2, C, H, W) of the encoder's size or of `img_size`. Frozen
-    layers count as far as gradients pass through them, gradient checkpointing does not count. `inputs` are those after
-    the images, on the "meta" device.
+    PyTorch counts them in a step on the "meta" device, with images of the encoder's size or of `img_size` (H and W).
+    The backward pass of frozen layers counts only where gradients pass through them. Recomputation by gradient
+    checkpointing does not count. `inputs` follow the images, and are on the "meta" device with a batch size of two.
     """
     tensors = [*model.parameters(), *model.buffers()]
     empty = {id(t): torch.empty_like(t, device="meta", requires_grad=t.requires_grad) for t in tensors}
@@ -223,15 +223,15 @@ def training_flops(model: nn.Module, *inputs: torch.Tensor, img_size: Grid | Non
 class VisionTransformer(nn.Module):
     """Encode images (B, C, H, W) as tokens (B, T + L, D), class tokens first.
 
-    Positions are the fixed sine-cosine table, a parameter without gradient by default. With `gradient_checkpointing`
-    set, activations are computed again in the backward pass, to save memory in training.
+    Positions are the fixed sine-cosine table, a parameter without gradient by default. If `gradient_checkpointing` is
+    set, activations are recomputed in the backward pass to save memory in training.
 
     Args:
         img_size: H and W, or the side of square images, in pixels.
         num_cls_tokens: T; more than one as in Pixio (Yang et al. 2025, arXiv 2512.15715).
 
     Raises:
-        ValueError: if `patch_size` does not divide `img_size`, or `num_heads` does not divide `embed_dim`.
+        ValueError: if `patch_size` does not divide `img_size`, or `num_heads` or 4 does not divide `embed_dim`.
     """
 
     def __init__(
@@ -269,16 +269,16 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
     def initialize(self, custom: bool = True) -> "VisionTransformer":
-        """Draw the weights as the paper does (appendix A.1) unless `custom` is off, and return the encoder itself."""
+        """Initialize the weights as the paper does (appendix A.1) if `custom`, and return the encoder itself."""
         return self.apply(initialize_like_paper) if custom else self
 
     def add_extras(
         self, *, drop_path: float = 0.0, relative_position_bias: bool = False, layer_scale: float | None = None
     ) -> "VisionTransformer":
-        """Add what recipes for fine-tuning add to every block, and return the encoder itself.
+        """Add the options of fine-tuning recipes to every block, and return the encoder itself.
 
         Args:
-            drop_path: stochastic depth rate of the last block; it grows linearly from 0 at the first.
+            drop_path: stochastic depth rate of the last block; rates grow linearly from 0 at the first block.
             relative_position_bias: add a relative position bias to the attention.
             layer_scale: initial value of LayerScale; None for no LayerScale.
         """
@@ -314,7 +314,7 @@ class VisionTransformer(nn.Module):
         return tokens[:, : self.num_cls_tokens], tokens[:, self.num_cls_tokens :]
 
     def encode(self, tokens: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
-        """Apply all blocks and the final norm: (B, N, D) -> (B, N, D). The patches may form another `grid`."""
+        """Apply all blocks and the final norm: (B, N, D) -> (B, N, D); the patches form `grid`, or the encoder's."""
         checkpointed = self.gradient_checkpointing and self.training
         return self.norm(run_blocks(self.blocks, tokens, checkpointed=checkpointed, grid=grid or self.grid))
 
@@ -327,9 +327,9 @@ class VisionTransformer(nn.Module):
         return [*layers[:-1], self.norm(tokens)]
 
     def forward_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode images (B, C, H, W) as tokens (B, T + L, D) after the final norm, as timm's method of this name.
+        """Encode images (B, C, H, W) as tokens (B, T + L, D) after the final norm, like timm's method of this name.
 
-        Positions and biases are resized to the patches' grid.
+        Positions and relative position biases are resized to the patches' grid.
         """
         grid = self.grid_of(images)
         return self.encode(self.embed(patchify(images, self.patch_size), grid=grid), grid)
@@ -339,8 +339,8 @@ class VisionTransformer(nn.Module):
     def forward_layers(self, images: torch.Tensor, indices: list[int]) -> list[torch.Tensor]:
         """Return one feature map (B, D, h, w) for each block in `indices` (from 0), without the final norm.
 
-        Images (B, C, H, W) may have any size: a remainder beyond whole patches is cut off, and positions and biases are
-        resized to the patches' grid, as in transformers' BEiT.
+        Images (B, C, H, W) may have any size of at least one patch. A remainder beyond whole patches is cut off, and
+        positions and biases are resized to the patches' grid, as in transformers' BEiT.
         """
         side, (height, width), (h, w) = self.patch_size, images.shape[2:], self.grid_of(images)
         if not h * w:
@@ -354,17 +354,17 @@ class VisionTransformer(nn.Module):
 
 
 class EncoderWithHead(nn.Module):
-    """Answer what a training script asks about a model with a head on an `encoder`."""
+    """Base class of models with a head on an `encoder`, with the methods that training scripts need."""
 
     @property
     def num_layers(self) -> int:
-        """Return the `layer_index` of the head."""
+        """The `layer_index` of the head."""
         return self.encoder.depth + 1
 
     def layer_index(self, name: str) -> int:
-        """Return a parameter's layer: 0 for embeddings, k + 1 for block k from 0, the last for final norm and head.
+        """Return a parameter's layer: 0 for embeddings, k + 1 for block k, `num_layers` for the final norm and head.
 
-        For layer-wise learning-rate decay (Clark et al. 2020; Bao et al. 2021, "BEiT").
+        Layer-wise learning-rate decay uses it (Clark et al. 2020; Bao et al. 2021, "BEiT").
         """
         if name.startswith(("encoder.patch_embed.", "encoder.cls_token", "encoder.pos_embed")):
             return 0

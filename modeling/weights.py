@@ -1,6 +1,6 @@
 """Load weights of several libraries into our modules, with a report of every parameter.
 
-Nothing is skipped silently: whatever is not planned for is an error that lists all of it. Legend: as in mae.py.
+Unexpected or missing parameters are an error that lists all of them. Legend: as in layouts.py, L patches.
 """
 
 import math
@@ -27,11 +27,11 @@ Model = MaskedAutoencoder | Classifier | Segmenter | Detector | VisionTransforme
 
 
 class LoadReport(NamedTuple):
-    """Describe what `load_weights` did, by our names of parameters; `str` is one line for the console."""
+    """The report of `load_weights`, with our names of parameters; `str` gives one line for the console."""
 
     layout: str
     loaded: int  # number of parameters, resized and adapted ones included
-    missing: tuple[str, ...]  # only in the model, left as they were initialized: a new decoder, EXTRAS
+    missing: tuple[str, ...]  # only in the model, left as initialized: a new decoder, EXTRAS
     ignored: tuple[str, ...]  # only in the checkpoint
     resized: tuple[str, ...]  # "name 14x14 -> 32x32"
     adapted: tuple[str, ...]  # "name 3 -> 1 channels"
@@ -51,14 +51,14 @@ class LoadReport(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Hold weights in memory, and what is known of their model."""
+    """Weights in memory, and the known facts about their model."""
 
     path: Path
     state: State
     stored: Stored
     settings: dict  # see `model_settings`
     sizes: dict  # arguments of the VisionTransformer, without image size; num_heads may be None
-    grid: Grid | None  # h and w of its positions: the stored one, otherwise a square; None if it is no square
+    grid: Grid | None  # h and w of the positions: as stored, otherwise a square; None if they are no square
 
 
 def open_weights(
@@ -70,7 +70,7 @@ def open_weights(
     """Read the weights of an encoder, alone or in a larger model; see `find_weights` for `path` and `whole`.
 
     Raises:
-        WeightsError: with a message that begins with the path; also for facts in `given` that contradict the files.
+        WeightsError: with a message that begins with the path, if weights cannot be read or `given` contradicts them.
     """
     path = find_weights(path, whole=whole)
     state, stored = read_state_dict(path), read_stored(path)
@@ -101,9 +101,9 @@ def open_weights(
 
 
 def resize_patches(weights: Weights, patch_size: int) -> Weights:
-    """Return the weights for patches of another side: the projection is resized bicubically, antialiased if it shrinks.
+    """Return weights whose patch projection is resized bicubically to `patch_size`, antialiased if it shrinks.
 
-    It is scaled by the ratio of the areas, so that tokens keep their size. ViTDet's ViT-H goes from 14 to 16 pixels.
+    It is scaled by the ratio of areas, so that tokens keep their magnitude. ViTDet takes ViT-H from 14 to 16 pixels.
     """
     state = {**to_ours(weights.state)[1]}
     old, size = weights.sizes["patch_size"], (patch_size, patch_size)
@@ -114,9 +114,9 @@ def resize_patches(weights: Weights, patch_size: int) -> Weights:
 
 
 def start_from(weights: Weights, module: Model, *, mean: list[float], std: list[float], **options) -> str:
-    """Load `weights` into `module` as `load_weights` does, and return a line of report.
+    """Load `weights` into `module` as `load_weights` does, and return a report of one line.
 
-    The module is to see images that are normalized by `mean` and `std`.
+    It says if `mean` and `std`, which normalize the images of this run, are not those that the weights had.
     """
     stored = weights.stored
     try:
@@ -136,16 +136,16 @@ def load_weights(
     stored: Stored = Stored(),  # noqa: B008 - immutable
     adapt_channels: bool = False,
 ) -> LoadReport:
-    """Copy the parameters of any known layout into `model`, and report what became of each.
+    """Copy the parameters of any known layout into `model`, and report what was done with each.
 
-    A VisionTransformer ignores heads, decoder and, if mean pooling or segmentation removed its own, the final norm. An
-    encoder's relative position bias and LayerScale may be missing, and an autoencoder's whole decoder, and are then
-    left as initialized. Positions and relative position biases are resized to the model's grid.
+    Heads that the model lacks are ignored. A VisionTransformer also ignores a decoder and, like a Segmenter or a
+    Detector, a final norm that it lacks. A missing decoder, and EXTRAS except in
+    these two, are left as initialized. Positions and relative position biases are resized to the model's grid.
 
     Args:
-        stored: facts from files beside the weights. Without their grid, it is the model's if the number of patches
-            agrees, otherwise a square; a number of heads is checked only if it is stated.
-        adapt_channels: convert weights for images with another number of channels.
+        stored: facts from files beside the weights. If the grid is unknown, it is the model's if the number of patches
+            agrees, otherwise a square. The number of heads is checked only if it is known.
+        adapt_channels: convert weights to the model's number of channels.
 
     Raises:
         WeightsError: before anything is copied, with all settings or all parameters that do not fit.
@@ -180,7 +180,7 @@ def load_weights(
 
 
 def _check_head(layout: str, model: Model, theirs: dict, stored: Stored, *, needs_norm: bool) -> None:
-    """Raise WeightsError for features that no model here has, and for a final norm that was lost in fine-tuning."""
+    """Raise WeightsError for features or pooling that no model here has, or a final norm lost in fine-tuning."""
     if stored.unsupported:
         reason = f"were trained with {stored.unsupported}, which no model here has"
         raise WeightsError(f"weights of {layout} {reason}; give others")
@@ -199,12 +199,12 @@ def _check_head(layout: str, model: Model, theirs: dict, stored: Stored, *, need
 def _check_settings(
     layout: str, model: Model, theirs: dict, ours: dict, stored: Stored, *, adapt_channels: bool
 ) -> None:
-    """Raise WeightsError with all settings of the model that are not those of the weights, and those that fit."""
+    """Raise WeightsError that lists all settings in which model and weights differ, with the values that fit."""
     theirs |= dict(encoder_num_heads=stored.num_heads, decoder_num_heads=stored.decoder_num_heads)
     ours |= dict(encoder_num_heads=getattr(model, "encoder", model).num_heads)
     if isinstance(model, MaskedAutoencoder):
         ours["decoder_num_heads"] = model.decoder.num_heads
-    if not isinstance(model, Segmenter | Detector):  # other models initialize the extras that weights lack
+    if not isinstance(model, Segmenter | Detector):  # other models may initialize the extras that weights lack
         theirs |= {option: theirs[option] or ours[option] for option in EXTRAS}
     if adapt_channels:
         theirs.pop("input_channels", None)
@@ -230,7 +230,7 @@ def _check_settings(
 
 
 def _list_misfits(state: State, target: State, expected: set[str]) -> list[str]:
-    """Return every parameter that is missing, unexpected or of another shape, except those in `expected`."""
+    """Return a message for each parameter that is missing, unexpected or of another shape, but not in `expected`."""
     problems = [f"{name} is missing" for name in target if name not in state and name not in expected]
     problems += [f"{name} is unexpected" for name in sorted(state.keys() - target.keys() - expected)]
     return problems + [
@@ -241,7 +241,7 @@ def _list_misfits(state: State, target: State, expected: set[str]) -> list[str]:
 
 
 def _resize_tables(state: State, target: State, grid: Grid, old_grid: Grid | None) -> tuple[list[str], list[str]]:
-    """Resize positions (1, T + L, D) and relative position biases in `state`; return a report and problems."""
+    """Resize positions (1, T + L, D) and relative position biases in `state`; return changes and error messages."""
     resized, problems, their_grid = [], [], grid
     prefix_tokens = model_settings(target)["num_cls_tokens"]
     for name in ("encoder.pos_embed", "decoder.pos_embed"):
@@ -258,7 +258,7 @@ def _resize_tables(state: State, target: State, grid: Grid, old_grid: Grid | Non
     for name in (name for name in extra_names(state, "relative_position_bias") if name in target):
         theirs, ours = (_bias_grid(table[name], side) for table, side in ((state, their_grid), (target, grid)))
         if None not in (theirs, ours) and theirs != ours:
-            # The offsets in a window do not change with the grid
+            # The offsets in a window do not depend on the grid
             change = resize_biases if (theirs, ours) == (their_grid, grid) else cut_biases
             state[name] = change(state[name], theirs, ours)
             changes["{}x{} -> {}x{}".format(*theirs, *ours)] += 1
@@ -267,7 +267,7 @@ def _resize_tables(state: State, target: State, grid: Grid, old_grid: Grid | Non
 
 
 def _bias_grid(table: torch.Tensor, grid: Grid) -> Grid | None:
-    """Return the grid of a table of relative position biases: that of the model, or a square window; None for none."""
+    """Return the grid of a table of relative position biases: `grid`, or else a square window; None if neither fits."""
     count = len(table) - 3
     if count == math.prod(2 * side - 1 for side in grid):
         return grid
@@ -276,12 +276,12 @@ def _bias_grid(table: torch.Tensor, grid: Grid) -> Grid | None:
 
 
 def _adapt_channels(state: State, target: State) -> list[str]:
-    """Convert the parameters in `state` that see or predict pixels to the channels of `target`; return their names.
+    """Convert the parameters in `state` that see or predict pixels to the channels of `target`; return the changes.
 
-    Old and new channels are paired by counting through both, the shorter list again and again: 3 -> 1 as (0, 0) (1, 0)
-    (2, 0), 3 -> 4 as (0, 0) (1, 1) (2, 2) (0, 3). The model then sees, as each old channel, the mean of the new ones
-    paired with it, and predicts, as each new channel, the mean of the old ones paired with it. So an image whose
-    channels are all equal keeps its tokens.
+    Old and new channels are paired in order, and the shorter list repeats: 3 -> 1 gives (0, 0) (1, 0) (2, 0), and
+    3 -> 4 gives (0, 0) (1, 1) (2, 2) (0, 3). In place of each old channel, the model then sees the mean of the new
+    channels paired with it. For each new channel, it predicts the mean of the old channels paired with it. So an image
+    with equal channels keeps its tokens.
     """
     old, new = model_settings(state).get("input_channels"), target[PROJECTION].shape[1]
     if old in (None, new):
@@ -289,7 +289,7 @@ def _adapt_channels(state: State, target: State) -> list[str]:
     pairs = torch.zeros(new, old, device=state[PROJECTION].device)
     for k in range(max(new, old)):
         pairs[k % new, k % old] = 1
-    to_input = pairs / pairs.sum(dim=0)  # the new weights of an old channel add up to its own
+    to_input = pairs / pairs.sum(dim=0)  # the new weights of an old channel sum to its weight
     to_output = pairs / pairs.sum(dim=1, keepdim=True)
 
     state[PROJECTION] = torch.einsum("ji,dihw->djhw", to_input, state[PROJECTION].float())
