@@ -221,5 +221,5 @@ def largest_difference(content: bytes, trained: Trained, deployed: Deployed, *, 
                 if output.shape != wanted.shape:
                     return math.inf
                 distance = (output - wanted).abs().max() / wanted.abs().max().clamp(min=1)
-                distances.append(distance.nan_to_num(math.inf).item())
+                distances.append(distance.nan_to_num(math.inf, math.inf).item())
     return max(distances)

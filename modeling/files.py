@@ -201,7 +201,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
                 state = torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path}: refused, as it is damaged or holds objects that run code when read; expected tensors; if "
+            f"{path}: not read, because it is damaged or holds objects that run code; expected tensors; if "
             "you trust its source, save its state dict as .safetensors"
         ) from error
     except Exception as error:  # the type for a truncated file depends on where it ends

@@ -83,7 +83,7 @@ def keep_patches(model: MaskedAutoencoder, num_kept: int) -> MaskedAutoencoder:
     """
     num_patches = math.prod(model.encoder.grid)
     if not 0 < num_kept < num_patches:
-        raise ValueError(f"{num_kept} of {num_patches} patches are kept; expected to keep and remove at least one")
+        raise ValueError(f"{num_kept} of {num_patches} patches would be visible; expected some visible and some masked")
     model = copy.copy(model)  # shares all modules and parameters
     model.mask_ratio = 1 - (num_kept + 0.5) / num_patches  # `count` rounds down; the half keeps rounding errors away
     return model

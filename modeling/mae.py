@@ -52,7 +52,9 @@ class MaskedAutoencoder(nn.Module):
         self.encoder, self.decoder, self.target = encoder, decoder, target or NormalizedPixels(encoder)
         num_patches = encoder.grid[0] * encoder.grid[1]
         if not 0 < self.num_kept < num_patches:
-            raise ValueError(f"a mask ratio of {mask_ratio} keeps {self.num_kept} of {num_patches} patches")
+            raise ValueError(
+                f"a mask ratio of {mask_ratio} keeps {self.num_kept} of {num_patches} patches; expected some, not all"
+            )
         if not self.num_predicted:
             raise ValueError(f"a ratio of {predict_ratio} predicts none of {num_patches - self.num_kept} patches")
 

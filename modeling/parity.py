@@ -62,7 +62,7 @@ def differences(folder: str | Path, model: Model) -> tuple[dict[str, float], lis
         theirs = open_trained(folder).model(images, noise, features=features)
         outputs["this project, pretraining/"] = theirs.loss, loss
     distances = {
-        library: ((theirs - ours).abs().max() / ours.abs().max().clamp(min=1)).nan_to_num(torch.inf).item()
+        library: ((theirs - ours).abs().max() / ours.abs().max().clamp(min=1)).nan_to_num(torch.inf, torch.inf).item()
         for library, (theirs, ours) in outputs.items()
     }
     return distances, notes

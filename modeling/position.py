@@ -38,7 +38,7 @@ def resize_positions(
         return table
     prefix, grid = table[:, :prefix_tokens], table[:, prefix_tokens:]
     if grid.shape[1] != old_grid[0] * old_grid[1]:
-        raise ValueError(f"a table of {grid.shape[1]} positions is no grid of {old_grid[0]} x {old_grid[1]}")
+        raise ValueError(f"a table of {grid.shape[1]} positions does not fit a grid of {old_grid[0]} x {old_grid[1]}")
     grid = grid.reshape(1, *old_grid, -1).permute(0, 3, 1, 2).float()
     grid = F.interpolate(grid, size=new_grid, mode="bicubic", align_corners=False)
     return torch.cat([prefix, grid.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)

@@ -96,7 +96,7 @@ def open_teacher(path: str, *, grid: Grid, in_channels: int, value_range: tuple 
     # Without a range, the pixels are 8-bit, or the weights of another library do not state it
     if trained.value_range and list(trained.value_range) != list(value_range or (0, 255)):
         theirs, ours = ("{:g} to {:g}".format(*each) for each in (trained.value_range, value_range or (0, 255)))
-        raise WeightsError(f"{path}: a teacher of pixels from {theirs}, the data have {ours}; give another teacher")
+        raise WeightsError(f"{path}: the teacher needs pixels from {theirs}, but the data have {ours}; give another")
     statistics = trained.mean, trained.std
     shape = dict(patch_size=sizes["patch_size"], grid=grid, width=trained.encoder.embed_dim)
     teacher = Teacher(trained.encoder, **shape, statistics=statistics, options={})
@@ -134,7 +134,7 @@ def _check_tower(model: nn.Module, report: dict) -> None:
     """Raise ValueError for weights that are missing, not finite or of a wrong shape."""
     bad = sorted(name for name in report["missing_keys"] if "pooler" not in name and "head" not in name)
     if bad or report["mismatched_keys"]:
-        raise ValueError(f"missing or unfit weights: {', '.join([*bad, *map(str, report['mismatched_keys'])][:4])}")
+        raise ValueError(f"missing or misshapen weights: {', '.join([*bad, *map(str, report['mismatched_keys'])][:4])}")
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise ValueError("weights that are not finite")
 

@@ -126,7 +126,9 @@ def _build(weights: Weights, *, whole: bool, img_size: Grid | None, in_channels:
         message = "no file states the number of attention heads; convert the weights with push_to_hub.py"
         raise WeightsError(message, dict(encoder_num_heads="N"))
     if weights.grid is None and img_size is None:
-        raise WeightsError("positions that are no square, of unknown height and width; give a folder with config.json")
+        raise WeightsError(
+            "a table of positions that is not square, of unknown height; give a folder with config.json"
+        )
     img_size = img_size or tuple(side * sizes["patch_size"] for side in weights.grid)
     sizes["in_channels"] = in_channels or sizes["in_channels"]
     encoder = VisionTransformer(img_size=img_size, **sizes)
@@ -178,12 +180,12 @@ def _assumptions(trained: Trained, stored: Stored) -> Iterator[str]:
     if isinstance(model, Classifier) and stored.pooling is None and model.pooling != "attentive":
         yield f"a head on {'the cls token' if model.pooling == 'cls' else 'the mean of the patch tokens'}"
     if isinstance(model, Classifier | Segmenter | Detector) and stored.classes is None:
-        yield "no names of classes"
+        yield "unnamed classes"
     if stored.mean is None:
         yield f"images normalized by the mean {trained.mean} and the standard deviation {trained.std}"
     if stored.norm_eps is not None:
-        yield f"norms with an epsilon of 1e-6, where these weights had {stored.norm_eps:g}"
+        yield f"norms with an epsilon of 1e-6 (these weights: {stored.norm_eps:g})"
     if isinstance(model, Segmenter) and stored.resize is None:
         yield "images that fit {} x {} pixels in evaluation".format(*trained.resize)
     if isinstance(model, Classifier) and stored.crop_ratio is None and trained.layout != "this project":
-        yield "images resized bicubically, proportions kept, and cut to their centre"
+        yield "images resized bicubically with their aspect ratio, and cropped to their centre"

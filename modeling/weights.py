@@ -77,7 +77,7 @@ def open_weights(
     for name, value in given._asdict().items():
         known = getattr(stored, name)
         if None not in (known, value) and known != value:
-            raise WeightsError(f"{path}: its {name} is {known}, not {value} as given; leave that out")
+            raise WeightsError(f"{path}: its {name} is {known}, but {value} was given; leave out this value")
         stored = stored._replace(**{name: known if value is None else value})
     try:
         layout, shapes = to_ours({name: value.to("meta") for name, value in state.items()})
@@ -124,7 +124,7 @@ def start_from(weights: Weights, module: Model, *, mean: list[float], std: list[
     except WeightsError as error:
         raise WeightsError(f"{weights.path}: {error.message}", error.settings) from error
     if stored.mean not in (None, mean) or stored.std not in (None, std):
-        report += f"; they were trained with mean {stored.mean} and std {stored.std}, "
+        report += f"; the weights were trained with mean {stored.mean} and std {stored.std}, "
         report += f"this run has mean {mean} and std {std}"
     return report
 
@@ -250,7 +250,7 @@ def _resize_tables(state: State, target: State, grid: Grid, old_grid: Grid | Non
             side = math.isqrt(count)
             their_grid = old_grid or (grid if count == math.prod(grid) else (side, side))
             if math.prod(their_grid) != count:
-                problems.append(f"{name} has {count} positions, which are no grid of {their_grid}")
+                problems.append(f"{name} has {count} positions, which do not fit a grid of {their_grid}")
             elif their_grid != grid:
                 state[name] = resize_positions(state[name], their_grid, grid, prefix_tokens=prefix_tokens)
                 resized.append(f"{name} {their_grid[0]}x{their_grid[1]} -> {grid[0]}x{grid[1]}")

@@ -258,7 +258,7 @@ def test_a_compiled_encoder_computes_the_same(monkeypatch):
 def test_sizes_that_have_no_strides_are_refused():
     sizes = (dict(img_size=(64, 32)), dict(img_size=70, patch_size=14), dict(patch_size=2), dict(img_size=56))
     for encoder in sizes:
-        with pytest.raises(ValueError, match="expected squares of a multiple of 4 patches of 4, 8, 16 or 32"):
+        with pytest.raises(ValueError, match="expected square images with a multiple of 4 patches a side"):
             new_detector(encoder=encoder)
 
 

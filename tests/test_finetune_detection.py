@@ -314,7 +314,7 @@ def test_what_does_not_fit_is_told_before_the_first_step(scene_folder, backbone,
         ("instances_train.json have no mask: 000.png; add masks, or give --head faster_rcnn",),
         ("holds no detector; give a model/, best/ or checkpoint",),
         ("an image of (70, 70) pixels does not split into patches of 8",),
-        ("images of (56, 56) pixels in patches of 8; expected squares of a multiple of 4 patches",),
+        ("images of (56, 56) pixels in patches of 8; expected square images with a multiple of 4 patches",),
         (
             "--head faster_rcnn is not the trained model's, which has --head mask_rcnn; leave it out",
             "--head_width 16 is not the trained model's, which has --head_width 8",

@@ -82,5 +82,5 @@ def test_the_same_grid_comes_back_as_it_is_and_types_are_kept():
 
 
 def test_a_table_of_another_grid_is_refused():
-    with pytest.raises(ValueError, match="16 positions is no grid of 3 x 5"):
+    with pytest.raises(ValueError, match="16 positions does not fit a grid of 3 x 5"):
         resize_positions(sincos_positions((4, 4), 8), (3, 5), (8, 8))

@@ -201,7 +201,7 @@ def test_weights_of_other_projects(runs, tmp_path, monkeypatch, capsys):
     push("mae.pth", "--output", "mae", *heads, "--decoder_num_heads", 2, "--mean", 0.1, 0.2, 0.3, "--std", 1, 1, 1)
     push("finetuned.pth", "--output", "classifier", *heads)
     stdout = capsys.readouterr().out
-    assert "read as the official MAE" in stdout and "assumed, as the weights do not say: no names of classes" in stdout
+    assert "read as the official MAE" in stdout and "assumed, as the weights do not say: unnamed classes" in stdout
     for folder, model in (("mae", mae), ("classifier", classifier)):
         again = open_trained(folder)
         assert same_weights(again.model, model) and timm.create_model(f"local-dir:{folder}", pretrained=True)
@@ -243,7 +243,7 @@ def test_bad_input_is_an_error_before_anything_is_written(runs, tmp_path, capsys
         ([mae, "--private", "--revision", "y"], "--revision needs an upload; add --repo_id OWNER/NAME"),
         (["--repo_id", "owner/x"], "the following arguments are required: RUN_FOLDER"),
         ([mae, "--mean", 0.5, 0.5], "its mean is [0.485, 0.456, 0.406], not [0.5, 0.5] as given"),
-        ([mae, "--encoder_num_heads", 4], "its num_heads is 2, not 4 as given; leave that out"),
+        ([mae, "--encoder_num_heads", 4], "its num_heads is 2, but 4 was given; leave out this value"),
         (
             [tmp_path / "fits.pth", "--output", out, "--encoder_num_heads", 2, "--mean", 0.5, 0.5],
             "--mean has 2 values for 3 channels; give one per channel",
@@ -279,7 +279,7 @@ def test_code_in_weights_never_runs(runs, image_folder, scenes, photo):
         ("finetune_segmentation.py", *SEGMENTER, "--path_to_data", scenes, "--path_to_backbone_checkpoint", file),
     ):
         (stderr,) = run_each(script, [flags], cwd=cwd, code=2)
-        assert re.search(r"^error: .*refused, as it is damaged or holds objects that run", stderr, re.M), stderr
+        assert re.search(r"^error: .*not read, because it is damaged or holds objects that run", stderr, re.M), stderr
         assert "Traceback" not in stderr
 
     run("pretrain_mae.py", *TINY, *data, "--max_steps", 2, "--save_checkpoint_steps", 1, cwd=cwd)

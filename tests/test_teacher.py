@@ -79,7 +79,9 @@ def test_an_encoder_of_this_project(tmp_path):
         open_teacher(str(tmp_path), grid=(4, 4), in_channels=3)
     open_teacher(str(tmp_path), grid=(4, 4), in_channels=4, value_range=(0, 10000))  # the teacher states no range
     export_encoder(encoder, tmp_path, mean=[0.5] * 4, std=[0.25] * 4, value_range=(0, 1000))
-    with pytest.raises(WeightsError, match="a teacher of pixels from 0 to 1000, the data have 0 to 255; give another"):
+    with pytest.raises(
+        WeightsError, match="teacher needs pixels from 0 to 1000, but the data have 0 to 255; give another"
+    ):
         open_teacher(str(tmp_path), grid=(4, 4), in_channels=4)
 
 
@@ -97,7 +99,7 @@ def test_damaged_towers(tmp_path, fault):
     else:
         processor.write_text(json.dumps(json.loads(processor.read_text()) | {"image_mean": [0.5]}))
     save_file(state, path, metadata={"format": "pt"})
-    expected = {"missing": f"missing or unfit weights: .*{name}", "not finite": "weights that are not finite"}
+    expected = {"missing": f"missing or misshapen weights: .*{name}", "not finite": "weights that are not finite"}
     with pytest.raises(WeightsError, match=expected.get(fault, "expected lists of 3 numbers in image_mean")):
         open_teacher(str(tmp_path), grid=(4, 4), in_channels=3)
 

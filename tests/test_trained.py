@@ -74,7 +74,7 @@ def test_classifiers_of_transformers(tmp_path):
         assert isinstance(ours.model, Classifier) and ours.model.pooling == pooling
         torch.testing.assert_close(ours.model(IMAGES), theirs(IMAGES).logits, rtol=0, atol=1e-5)
         assert (ours.classes, ours.crop_ratio) == (["ant", "bee", "cat"], 0.875)
-        assert ours.assumed == ("images resized bicubically, proportions kept, and cut to their centre",)
+        assert ours.assumed == ("images resized bicubically with their aspect ratio, and cropped to their centre",)
         assert (ours.mean, ours.std) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
 
 
@@ -102,10 +102,10 @@ def test_files_of_timm_and_of_the_official_code(tmp_path):
         images = torch.randn(1, 3, 224, 224)
         assert ours.model.pooling == pooling and ours.classes == ["LABEL_0", "LABEL_1", "LABEL_2"]
         torch.testing.assert_close(ours.model(images), theirs(images), rtol=0, atol=1e-5)
-        assert "no names of classes" in ours.assumed and ours.crop_ratio == 0.875
+        assert "unnamed classes" in ours.assumed and ours.crop_ratio == 0.875
         head = {"mean": "a head on the mean of the patch tokens", "cls": "a head on the cls token"}
         assert head[pooling] in ours.assumed
-        assert "images resized bicubically, proportions kept, and cut to their centre" in ours.assumed
+        assert "images resized bicubically with their aspect ratio, and cropped to their centre" in ours.assumed
 
     encoder = VisionTransformer(**SIZES["tiny"] | dict(depth=12), img_size=32)
     model = randomize(build_autoencoder(encoder, decoder_depth=2, target="pixels"))
@@ -133,7 +133,7 @@ def test_what_is_given_fills_gaps_and_contradicts_nothing(tmp_path):
     ours = open_trained(tmp_path / "encoder.pth", given=given)
     assert (ours.model.num_heads, ours.mean, ours.std) == (4, [0.1] * 3, [0.2] * 3) and ours.assumed == ()
     export_encoder(encoder, tmp_path, mean=MEAN, std=STD)
-    with pytest.raises(WeightsError, match="its num_heads is 2, not 4 as given; leave that out"):
+    with pytest.raises(WeightsError, match="its num_heads is 2, but 4 was given; leave out this value"):
         open_trained(tmp_path, given=given)
     assert open_trained(tmp_path, given=Stored(num_heads=2, mean=MEAN)).model.num_heads == 2
 
@@ -191,7 +191,7 @@ def test_weights_that_make_no_module(tmp_path):
 
     state = encoder.state_dict()
     assert message(state, Stored()).endswith("convert the weights with push_to_hub.py; set encoder_num_heads=N")
-    assert "positions that are no square" in message(state | {"pos_embed": torch.ones(1, 1 + 12, 32)})
+    assert "a table of positions that is not square" in message(state | {"pos_embed": torch.ones(1, 1 + 12, 32)})
     holed = {name: value for name, value in state.items() if name != "blocks.1.mlp.fc2.bias"}
     assert "blocks.1.mlp.fc2.bias is missing" in message(holed)
     assert "(32, 32) instead of (128, 32)" in message(state | {"blocks.1.mlp.fc1.weight": torch.ones(32, 32)})
@@ -209,7 +209,7 @@ def test_other_epsilons_of_norms_are_told_or_refused(tmp_path):
     for eps, said in ((1e-6, False), (1e-12, True)):
         config = ViTConfig(**SIZE | dict(layer_norm_eps=eps))
         ours = open_trained(written(randomize(ViTForImageClassification(config)), tmp_path))
-        told = [words for words in ours.assumed if words.startswith("norms with an epsilon of 1e-6, where these")]
+        told = [words for words in ours.assumed if words.startswith("norms with an epsilon of 1e-6 (these")]
         assert bool(told) is said
     config = ViTConfig(**SIZE | dict(layer_norm_eps=1e-3))
     with pytest.raises(WeightsError, match=r"were trained with the epsilon 0\.001 in norms"):

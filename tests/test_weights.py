@@ -113,9 +113,9 @@ def test_both_tables_of_an_autoencoder_are_resized_as_transformers_does(img_size
 
 def test_the_stored_grid():
     state = new_encoder(img_size=(16, 48)).state_dict()  # 2 x 6, which is no square
-    with pytest.raises(WeightsError, match=r"12 positions, which are no grid of \(3, 3\)"):
+    with pytest.raises(WeightsError, match=r"12 positions, which do not fit a grid of \(3, 3\)"):
         load_weights(new_encoder(), state)
-    with pytest.raises(WeightsError, match=r"12 positions, which are no grid of \(4, 4\)"):
+    with pytest.raises(WeightsError, match=r"12 positions, which do not fit a grid of \(4, 4\)"):
         load_weights(new_encoder(img_size=(16, 48)), state, stored=Stored((4, 4)))
     assert load_weights(new_encoder(), state, stored=Stored((2, 6))).resized == ("encoder.pos_embed 2x6 -> 4x4",)
     assert load_weights(new_encoder(img_size=(16, 48)), state).resized == ()
@@ -504,8 +504,8 @@ def test_starting_from_weights_reports_other_statistics(tmp_path):
     assert line.endswith(", newly initialized: decoder")
     line = start_from(weights, ours, mean=[0.5] * 3, std=[0.2] * 3)
     assert line.endswith(
-        "; they were trained with mean [0.1, 0.1, 0.1] and std [0.2, 0.2, 0.2], this run has mean [0.5, 0.5, 0.5] and "
-        "std [0.2, 0.2, 0.2]"
+        "; the weights were trained with mean [0.1, 0.1, 0.1] and std [0.2, 0.2, 0.2], this run has mean "
+        "[0.5, 0.5, 0.5] and std [0.2, 0.2, 0.2]"
     )
     export_autoencoder(source, tmp_path / "encoder" / "pretraining", mean=[0.1] * 3, std=[0.2] * 3)
     start_from(open_weights(tmp_path, whole=True), ours, mean=[0.1] * 3, std=[0.2] * 3)
