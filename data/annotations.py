@@ -1,4 +1,4 @@
-"""Open folders of annotated objects: COCO's, Pascal VOC's and YOLO's layouts, and the built-in scenes."""
+"""Open images with annotated objects: folders in the layouts of COCO, Pascal VOC and YOLO, and the built-in scenes."""
 
 import json
 import os
@@ -32,10 +32,10 @@ def open_objects(
     class_file: str | None = None,
     cache: str | None = None,
 ) -> tuple[ObjectSource | SceneObjects, ObjectSource | SceneObjects]:
-    """Open the training and the held-out images of a folder, see LAYOUTS, or of builtin:shapes.
+    """Open the training and the validation images of a folder, see LAYOUTS, or of builtin:shapes.
 
-    `validation` is another folder, whose held-out split is taken, or its only one. `class_file` names the classes of
-    Pascal VOC and YOLO, one on a line. Raises DataError with a line for each problem.
+    `validation` is another folder: its validation split is used, or else its training split. `class_file` names the
+    classes of Pascal VOC and YOLO, one per line. Raises DataError with one line per problem.
     """
     if kind_of_data(path_to_data) == "builtin":
         open_sources(path_to_data, pixels)  # refuses other names and formats
@@ -78,7 +78,7 @@ def open_objects(
 
 
 def check_sizes(source: ObjectSource, pixels: PixelFormat) -> None:
-    """Raise DataError if images have other sizes than their annotations say; some, spread over the source, are read."""
+    """Read a few images, spread over the source; raise DataError if a size differs from the one in the annotations."""
     for index in sorted({position * len(source) // NUM_CHECKED for position in range(NUM_CHECKED)}):
         try:
             image = decode(*source.fetch([index]), pixels)
@@ -91,7 +91,7 @@ def check_sizes(source: ObjectSource, pixels: PixelFormat) -> None:
 
 
 def _splits_of(root: Path, class_file: str | None, cache: Path) -> tuple[str | None, str | None, Callable]:
-    """Return the names of the training and the held-out split of a folder, and a function that opens one."""
+    """Return the names of a folder's training and validation splits, None if absent, and a function that opens one."""
     if not root.is_dir():
         raise DataError(f"{root} is no folder; expected {LAYOUTS}, or builtin:shapes")
     if files := {path.stem.removeprefix("instances_"): path for path in root.glob("annotations/instances_*.json")}:
@@ -120,7 +120,7 @@ def _splits_of(root: Path, class_file: str | None, cache: Path) -> tuple[str | N
 
 
 def _voc_classes(root: Path, lists: list[Path]) -> list[str]:
-    """Return the names of the classes in the annotations of these splits, sorted."""
+    """Return the sorted names of the classes in the annotations of the splits that `lists` name."""
     names = (
         each.findtext("name") for path in lists for _, tree in _read_voc(root, path) for each in tree.iter("object")
     )
@@ -130,7 +130,7 @@ def _voc_classes(root: Path, lists: list[Path]) -> list[str]:
 def _read_voc(root: Path, split: Path) -> Iterator[tuple[str, ElementTree.Element]]:
     for line in split.read_text().splitlines():
         if line.strip():
-            stem = re.sub(r"\s+-?[01]$", "", line.strip())  # lists of one class say whether the image has it
+            stem = re.sub(r"\s+-?[01]$", "", line.strip())  # -1, 0 or 1 in lists for one class
             path = root / "Annotations" / f"{stem}.xml"
             try:
                 yield stem, ElementTree.parse(path).getroot()
@@ -139,7 +139,7 @@ def _read_voc(root: Path, split: Path) -> Iterator[tuple[str, ElementTree.Elemen
 
 
 def open_voc(root: Path, split: Path, classes: list[str]) -> ObjectSource:
-    """Open a split of a folder laid out like Pascal VOC's: objects that are difficult count as crowd."""
+    """Open a split of a folder in Pascal VOC's layout; objects marked as difficult become crowd objects."""
     packer, names, sizes = ObjectPacker(str(split)), [], []
     images = root / "JPEGImages"
     for stem, tree in sorted(_read_voc(root, split), key=lambda item: os.fsencode(item[0])):
@@ -173,7 +173,7 @@ def open_voc(root: Path, split: Path, classes: list[str]) -> ObjectSource:
 
 
 def _read_classes(root: Path, class_file: str | None) -> list[str]:
-    """Return the lines of a file that names the classes, by default classes.txt; [] without one."""
+    """Return the class names in a file with one per line, by default classes.txt; [] if there is no file."""
     path = Path(class_file or root / "classes.txt")
     if not class_file and not path.is_file():
         return []
@@ -184,7 +184,7 @@ def _read_classes(root: Path, class_file: str | None) -> list[str]:
 
 
 def _yolo_classes(root: Path) -> dict[int, str]:
-    """Return the names of the classes by their numbers, which may have gaps."""
+    """Return the names of the classes by their numbers, which may have gaps. Raises DataError if there are none."""
     for path in sorted([*root.glob("*.yaml"), *root.glob("*.yml")]):
         try:
             names = (yaml.safe_load(path.read_text()) or {}).get("names")
@@ -204,7 +204,7 @@ def _open_pair(
 
 
 def open_yolo(images: Path, labels: Path, classes: dict[int, str], cache: Path | None) -> ObjectSource:
-    """Open a split of a folder laid out like YOLO's, whose coordinates are relative to the image's size."""
+    """Open a split of a folder in YOLO's layout, whose coordinates are relative to the image's size."""
     files, packer = FolderSource(images, cache=cache), ObjectPacker(str(labels))
     names, numbers = files.relative_names, {number: label for label, number in enumerate(classes)}
     for name in names:

@@ -1,4 +1,4 @@
-"""Read data sets of the library `datasets`: from the Hub, written by save_to_disk, or in Parquet files.
+"""Read data sets with the library `datasets`: from the Hub, from a folder of save_to_disk, or from Parquet files.
 
 Images, labels and masks stay in memory-mapped Arrow files and are not decoded here. Code that comes with a data set is
 never run.
@@ -25,17 +25,17 @@ from data.index import DataError, Names, StoredSource, default_cache, number_lab
 
 PREFIX = "hf:"
 NAME = re.compile(r"hf:([^/:@]+/[^/:@]+)(?::([^@]+))?(?:@(.+))?")
-# Names of columns, the most likely first
+# Names of columns, in order of preference
 IMAGE_COLUMNS = ("image", "img", "pixel_values", "jpg", "png")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls")
 MASK_COLUMNS = ("mask", "annotation", "label", "segmentation", "seg_map", "labels")
-END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
+END = b"\xff\xff\xff\xff\0\0\0\0"  # the last bytes of an Arrow stream
 
-logging.getLogger("datasets.packaged_modules.parquet.parquet").disabled = True  # it prints what it raises too
+logging.getLogger("datasets.packaged_modules.parquet.parquet").disabled = True  # it also logs the errors that it raises
 
 
 class EncodedColumn:
-    """Read the encoded files in a column of binaries, or of structs with `bytes` and perhaps `path`."""
+    """A column of encoded files: binary values, or structs with `bytes` and perhaps `path`."""
 
     def __init__(self, column: pa.ChunkedArray):
         self.paths, self.files = None, column
@@ -43,7 +43,7 @@ class EncodedColumn:
             self.files = pc.struct_field(column, "bytes")
             if "path" in [field.name for field in column.type]:
                 self.paths = pc.struct_field(column, "path")
-        self.sizes = pc.binary_length(self.files).cast(pa.int64()).fill_null(-1).to_numpy()  # -1: not in the table
+        self.sizes = pc.binary_length(self.files).cast(pa.int64()).fill_null(-1).to_numpy()  # -1: outside the table
 
     def path(self, index: int) -> str | None:
         return self.paths[index].as_py() if self.paths is not None else None
@@ -57,7 +57,7 @@ class EncodedColumn:
         return read_file(path) if path else OSError(errno.ENODATA, "the row has neither bytes nor a path")
 
     def digest(self) -> str:
-        """Return digits equal for equal file names and sizes in the same order, in any folder."""
+        """Return digits that are equal for equal file names and sizes in the same order, in any folder."""
         digest = hashlib.sha256(self.sizes.tobytes())
         if self.paths is not None:
             names = pc.replace_substring_regex(self.paths, "^.*/", "")  # folders differ between machines
@@ -65,7 +65,7 @@ class EncodedColumn:
         return digest.hexdigest()[:16]
 
     def size_in_bytes(self) -> float:
-        """Return the size of all files, estimated for those outside the table."""
+        """Return the size of all files in bytes, estimated for those outside the table."""
         outside, sizes = np.flatnonzero(self.sizes < 0), []
         for row in outside[:: max(1, len(outside) // 200)]:
             with contextlib.suppress(OSError, TypeError):  # no such file, no path
@@ -74,7 +74,7 @@ class EncodedColumn:
 
 
 class Columns(NamedTuple):
-    """Name the columns of images, labels and masks of a table, and the classes of labels that are numbers."""
+    """The names of a table's columns for images, labels and masks, and the class names of labels that are numbers."""
 
     image: str
     label: str | None = None
@@ -83,10 +83,10 @@ class Columns(NamedTuple):
 
 
 class ArrowSource(StoredSource):
-    """Read samples that are the rows of a table: a pyarrow Table, or Arrow files, which each process maps itself.
+    """Read the rows of a table as samples: a pyarrow Table, or Arrow files, which each process maps itself.
 
-    `name` is that of the data set in messages; `fingerprint` replaces that of the table. Raises DataError for damaged
-    or empty tables.
+    `name` names the data set in messages; `fingerprint` replaces the fingerprint of the table. Raises DataError for
+    damaged or empty tables.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class ArrowSource(StoredSource):
             raise DataError(f"{name} holds no image; expected a row for each")
         self.labels, self.classes, self.label_errors = _read_labels(table, columns, name)
         kind = table.schema.field(columns.label).type if columns.label else None
-        # Earlier versions read no labels that are floats or booleans, and pre-training runs on such data go on
+        # Earlier versions did not read float and boolean labels; their pre-training runs must keep their fingerprints
         is_new = kind is not None and (pa.types.is_floating(kind) or pa.types.is_boolean(kind))
         self._counted_labels = None if is_new else self.labels
 
@@ -128,7 +128,7 @@ class ArrowSource(StoredSource):
         return self._table.column_names
 
     def read_columns(self, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
-        """Return columns of the table, one value for each image. Raises DataError if they are damaged."""
+        """Return columns of the table, with one value per image. Raises DataError if they are damaged."""
         table = self._table.select(list(names))
         try:
             table.validate(full=True)
@@ -142,7 +142,7 @@ class ArrowSource(StoredSource):
         return self._name
 
     def names_in_lists(self, column: str) -> list[str]:
-        """Return the names of the classes whose numbers a column of lists holds, [] if the table has none."""
+        """Return the class names for a column with lists of class numbers, [] if the table states none."""
         feature = _read_features(self._table.schema).get(column) or {}
         inner = feature[0] if isinstance(feature, list) else feature.get("feature") or {}
         return list(inner.get("names") or [])
@@ -157,16 +157,16 @@ class ArrowSource(StoredSource):
         return sum(column.size_in_bytes() for column in (self._images, self._masks) if column)
 
     def fingerprint(self) -> str:
-        """Return digits equal for equal file names and sizes in the same order, in any folder, and equal labels.
+        """Return digits that are equal for equal labels, and equal file names and sizes in the same order.
 
-        See `with_labels`; labels that are floats or booleans do not count.
+        The folder does not matter, nor do float or boolean labels, see `with_labels`.
         """
         masks = self._masks.digest() if self._masks else None
         return self._fingerprint or with_labels(self._images.digest(), self._counted_labels, self.classes, masks)
 
 
 def _read_labels(table: pa.Table, columns: Columns, name: str) -> tuple[np.ndarray | None, list[str], list[str]]:
-    """Return the class of every row, the names of the classes, and errors, as `number_labels` does."""
+    """Return the class of each row, the names of the classes, and error messages, as `number_labels` does."""
     if columns.label is None:
         return None, [], []
     column, classes = table[columns.label], list(columns.classes)
@@ -180,7 +180,7 @@ def _read_labels(table: pa.Table, columns: Columns, name: str) -> tuple[np.ndarr
 
 
 def map_files(files: Sequence[str | Path]) -> pa.Table:
-    """Map Arrow files (streams) into memory as one table. Raises DataError for a missing or truncated file."""
+    """Map files in Arrow's stream format into memory as one table. Raises DataError for missing or truncated files."""
     tables = []
     for file in files:
         try:
@@ -194,7 +194,7 @@ def map_files(files: Sequence[str | Path]) -> pa.Table:
 
 
 def choose_columns(schema: pa.Schema, name: str) -> Columns:
-    """Choose the columns of images, labels and masks by their types and names. Raises DataError if it is ambiguous."""
+    """Choose the columns of images, labels and masks by type and name. Raises DataError if no image column is clear."""
     features = _read_features(schema)
     kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
     images = [field.name for field in schema if kinds.get(field.name) == "Image" and _is_encoded(field.type)]
@@ -214,7 +214,7 @@ def choose_columns(schema: pa.Schema, name: str) -> Columns:
 
 
 def _read_features(schema: pa.Schema) -> dict:
-    """Return what `datasets` says about the columns of a table, {} of tables that it did not write."""
+    """Return the features that `datasets` stored in a table's schema, {} for tables of other programs."""
     return json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
 
 
@@ -239,7 +239,7 @@ def _is_label(kind: pa.DataType) -> bool:
 
 
 def holds_images(path: Path) -> bool:
-    """Return True if a Parquet file has a column of images, see `choose_columns`, or cannot be read."""
+    """Return True if a Parquet file has a column of images (see `choose_columns`) or cannot be read."""
     import pyarrow.parquet as pq
 
     try:
@@ -247,22 +247,22 @@ def holds_images(path: Path) -> bool:
     except DataError:
         return False
     except (pa.ArrowException, OSError):
-        return True  # loading it says why
+        return True  # loading it reports the error
 
 
 def open_datasets(path: str | Path, *, cache: Path | None = None) -> dict[str, ArrowSource]:
     """Open the sources "train" and, if there is one (see `choose_splits`), "validation" of a data set.
 
-    `path` is hf:OWNER/NAME[:CONFIG][@REVISION]; a folder that save_to_disk wrote; or Parquet files, by their folder,
-    name or pattern. Converted data is stored in `cache` if that is not the default one, or in the cache of `datasets`.
-    Raises DataError.
+    `path` is hf:OWNER/NAME[:CONFIG][@REVISION]; a folder that save_to_disk wrote; or Parquet files, given by folder,
+    name or pattern. Converted data is stored in `cache`/datasets or, if `cache` is None or the default cache, in the
+    cache of `datasets`. Raises DataError.
     """
     path = str(path)
     try:
         loaded = _load(path, str(cache / "datasets") if cache and cache != default_cache() else None)
     except DataError:
         raise
-    except Exception as error:  # of nearly any type
+    except Exception as error:  # `datasets` raises nearly any type
         reason = _one_line(error.__cause__ or error)
         remedy = "correct the path, or get its files again"
         if os.path.isdir(path):
@@ -284,7 +284,7 @@ def open_datasets(path: str | Path, *, cache: Path | None = None) -> dict[str, A
 
 
 def _load(path: str, cache: str | None) -> dict:
-    """Return the splits of a data set, `datasets.Dataset` by name. Raises DataError and the errors of `datasets`."""
+    """Return the splits of a data set: name -> `datasets.Dataset`. Raises DataError and the errors of `datasets`."""
     import datasets
 
     if path.startswith(PREFIX):
@@ -298,7 +298,7 @@ def _load(path: str, cache: str | None) -> dict:
 
 
 def _load_from_hub(path: str, cache: str | None) -> dict:
-    """Download and convert a data set; without a network, use the cache."""
+    """Download and convert a data set, or load it from the cache without a network. Raises as `_load` does."""
     import datasets
     from huggingface_hub import HfApi, errors
 

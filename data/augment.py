@@ -1,7 +1,7 @@
-"""RandAugment on arrays: the draws of timm's, and its pixels up to rounding, in about half the time.
+"""RandAugment on arrays: the random draws of timm and, up to rounding, its pixels, in about half the time.
 
-Images are (H, W, C) uint8 with 1 or 3 channels. An operation takes an image, a level in [-1, 1] (in [0, 1] unless it is
-in `SIGNED`) and the values that fill areas which a rotation, a shear or a shift leaves open.
+Images are (H, W, C) uint8 with 1 or 3 channels. An operation takes an image, a level in [0, 1] ([-1, 1] for those in
+`SIGNED`) and the fill values of the areas that a rotation, shear or shift leaves empty.
 """
 
 import math
@@ -13,24 +13,23 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
-GREYS = Image.frombytes("L", (256, 1), bytes(range(256)))  # what an operation makes of it is a table of the operation
+GREYS = Image.frombytes("L", (256, 1), bytes(range(256)))  # an operation applied to it gives a look-up table
 
 
 class RandAugment:
-    """Apply two operations, each half the time, as timm's "rand-m{magnitude}-mstd0.5-inc1" for bicubic images does.
+    """Apply two operations, each half the time, as timm's "rand-m{magnitude}-mstd0.5-inc1" with bicubic interpolation.
 
-    For a seed the result is that of timm when the generators of `random` and NumPy are seeded by
-    `sampling.seed_everything`.
-    (Cubuk et al. 2019; MAE, table 9.)
+    For the same seed the result equals timm's after `sampling.seed_everything`, up to rounding. (Cubuk et al. 2019;
+    MAE, table 9.)
 
     Args:
         magnitude: the mean level of an operation, from 0 to 10.
-        mean: what open areas are filled with, one value in [0, 1] a channel.
+        mean: the fill value of empty areas for each channel, in [0, 1].
     """
 
     def __init__(self, magnitude: int, mean: Sequence[float]):
         self.magnitude, self.fill = magnitude, tuple(min(255, round(255 * value)) for value in mean)
-        self._draws, self._choices = random.Random(), np.random.RandomState()  # seeding is faster than making them
+        self._draws, self._choices = random.Random(), np.random.RandomState()  # creating them is slow
 
     def __call__(self, image: np.ndarray, seed: int) -> np.ndarray:
         """Return the augmented image for a seed below 2**64."""
@@ -52,7 +51,7 @@ def _to_pillow(image: np.ndarray) -> Image.Image:
 
 
 def _look_up(image: np.ndarray, table: Image.Image) -> np.ndarray:
-    """Replace every value by that of a table (256 pixels)."""
+    """Replace each value by its entry in a table of 256 pixels."""
     return np.frombuffer(image.tobytes().translate(table.tobytes()), np.uint8).reshape(image.shape)
 
 
@@ -107,7 +106,7 @@ def _sharpness(image, level, fill):
     wide, smooth = image.astype(np.int16), image.copy()
     columns = wide[:-2] + wide[1:-1] + wide[2:]
     sums = columns[:, :-2] + columns[:, 1:-1] + columns[:, 2:] + 4 * wide[1:-1, 1:-1]
-    smooth[1:-1, 1:-1] = (2 * sums + 13) // 26  # Pillow's filter SMOOTH: the mean with weights 1 and, in the centre, 5
+    smooth[1:-1, 1:-1] = (2 * sums + 13) // 26  # Pillow's SMOOTH: weights of 1, and 5 in the centre
     blend = smooth + np.float32(_factor(level)) * (wide - smooth)  # as Image.blend computes it
     return blend.clip(0, 255).astype(np.uint8)
 
@@ -115,14 +114,14 @@ def _sharpness(image, level, fill):
 def _move_lines(image: np.ndarray, shifts: np.ndarray, fill: tuple[int, ...], axis: int) -> np.ndarray:
     """Sample each column at y + shifts[x] (axis 0), or each row at x + shifts[y] (axis 1), bicubically.
 
-    A single shift is that of all lines.
+    A single shift applies to all lines.
 
-    The four weights of a line, those of Pillow's affine transforms, are a depthwise convolution. Pillow filters every
-    pixel alone and in both directions, in double precision: of 10,000 values fewer than ten differ, by 1.
+    The four weights of a line, which are those of Pillow's affine transforms, form a depthwise convolution. Pillow
+    filters each pixel in both directions in double precision; fewer than 10 in 10,000 values differ, each by 1.
     """
     (height, width, channels), size, starts = image.shape, image.shape[axis], np.floor(shifts).astype(int)
     sources = starts[:, None] + np.arange(-1, size + 2)
-    sources = np.minimum(np.maximum(sources, 0), size - 1)  # (lines, size + 3): edges are repeated
+    sources = np.minimum(np.maximum(sources, 0), size - 1)  # (lines, size + 3), edges repeated
     if len(shifts) == 1:
         pixels = image.take(sources[0], axis=axis)
     else:
@@ -140,7 +139,7 @@ def _move_lines(image: np.ndarray, shifts: np.ndarray, fill: tuple[int, ...], ax
         weights = weights.repeat_interleave(channels, dim=0).transpose(2, 3)
         values = F.conv2d(pixels[None, :, None].permute(0, 3, 1, 2), weights, groups=width * channels)
         values = values[0, :, :, 0].T
-    values = values.add_(2e-4).clamp_(0, 255)  # Pillow cuts decimals off: equal values must not end below themselves
+    values = values.add_(2e-4).clamp_(0, 255)  # Pillow truncates; rounding errors must not lower exact values
     result = values.numpy().astype(np.uint8, order="C").reshape(image.shape)
     colour = np.array(fill, dtype=np.uint8)
     lines = result.swapaxes(0, axis)[None] if len(shifts) == 1 else result.swapaxes(0, 1 - axis)
@@ -168,7 +167,7 @@ def _translate_y(image, level, fill):
     return _move_lines(image, np.array([0.45 * level * image.shape[0]]), fill, 0)
 
 
-OPERATIONS: tuple[Callable, ...] = (  # in timm's order, which the choice follows
+OPERATIONS: tuple[Callable, ...] = (  # in timm's order, because they are drawn by number
     *(_auto_contrast, _equalize, _invert, _rotate, _posterize, _solarize, _solarize_add, _color, _contrast),
     *(_brightness, _sharpness, _shear_x, _shear_y, _translate_x, _translate_y),
 )

@@ -1,4 +1,4 @@
-"""Samples -> batches: the data sets that run in the loader's worker processes, and the loader."""
+"""Turn samples into batches: the data sets that run in the loader's worker processes, and the loader."""
 
 import gc
 import math
@@ -23,29 +23,29 @@ from data.sampling import StepSampler, sample_generator
 from data.sources import Source, read_image
 from data.transforms import CentreCrop, RandomCrop, empty_images, split_validity
 
-FIXED_EPOCH = 2**32 - 1  # the "epoch" of validation: its noise is the same in every epoch and run
+FIXED_EPOCH = 2**32 - 1  # the "epoch" of validation, so that its noise is always the same
 
 
 class PretrainingBatch(NamedTuple):
-    """Hold a micro-batch."""
+    """A micro-batch for pre-training."""
 
     images: torch.Tensor  # (B, C, H, W), uint8, or float32 in [0, 1]
-    noise: torch.Tensor  # (B, L), float32: the K smallest values of a row mark the patches that are kept
+    noise: torch.Tensor  # (B, L), float32: the K smallest values of a row mark the visible patches
     valid: torch.Tensor | None  # (B, 1, H, W), bool: which pixels are valid; None: all
     damaged: list[tuple[int, str]]  # index and reason of every image that could not be read
 
 
 class ClassificationBatch(NamedTuple):
-    """Hold a micro-batch."""
+    """A micro-batch for classification."""
 
     images: torch.Tensor  # (B, C, H, W), uint8, or float32 in [0, 1]; or features (B, N, D), see data/features.py
-    labels: torch.Tensor  # (B,), int64: classes; or (B, T), float32
-    indices: list[int]  # of the samples; for those in `damaged`, image and label are another sample's
+    labels: torch.Tensor  # classes (B,), int64; or targets (B, T), float32
+    indices: list[int]  # the requested samples; for those in `damaged`, image and label are another sample's
     damaged: list[tuple[int, str]]  # index and reason of every image that could not be read
 
 
 class SourceDataset(Dataset):
-    """Base of the data sets over the samples of a source, which `read` decodes."""
+    """Base class of data sets whose samples `read` decodes from a source."""
 
     min_sides = None
 
@@ -56,13 +56,13 @@ class SourceDataset(Dataset):
         return len(self.source)
 
     def read(self, index: int):
-        """Return the decoded sample. Raises DamagedImage."""
+        """Return a decoded sample. Raises DamagedImage."""
         return read_image(self.source, index, self.pixels, self.min_sides)
 
     def first_readable(self, index: int, damaged: list[tuple[int, str]]) -> tuple:
-        """Return the sample `index`, or the next one that can be read, and its index; append to `damaged`.
+        """Return the first readable sample from `index` on, and its index; append the others to `damaged`.
 
-        If no sample can be read, return None and `index`: the run will stop.
+        If no sample can be read, return None and `index`; the run then stops.
         """
         for _ in range(len(self)):
             try:
@@ -74,9 +74,9 @@ class SourceDataset(Dataset):
 
 
 class ImageDataset(SourceDataset):
-    """Base of the data sets that cut one crop of each (epoch, sample index) in a list.
+    """Base class of data sets that take a list of (epoch, sample index) and cut one crop for each item.
 
-    Everything random is drawn from (seed, epoch, index) alone. A damaged image is replaced by the next readable one.
+    All random numbers depend on (seed, epoch, index) alone. A damaged image is replaced by the next readable one.
     """
 
     def __init__(self, source: Source, pixels: PixelFormat, crop: RandomCrop | CentreCrop, seed: int):
@@ -84,9 +84,9 @@ class ImageDataset(SourceDataset):
         self.crop, self.min_sides, self.seed = crop, crop.min_sides, seed
 
     def cut_crops(self, items: list[tuple[int, int]]) -> tuple[torch.Tensor, list, list[tuple[int, str]]]:
-        """Return crops (B, C, *crop.size), a list of their generators and of the indices that they show, and `damaged`.
+        """Return crops (B, C, *crop.size), the generator and the image index of each, and the damaged images.
 
-        An index that is repeated in a row is read and decoded once.
+        An image is decoded once for consecutive items of the same index.
         """
         images = empty_images(len(items), self.pixels.decoded_channels, self.crop.size, self.pixels.dtype)
         samples, damaged = [], []
@@ -103,10 +103,10 @@ class ImageDataset(SourceDataset):
 
 
 class PretrainingDataset(ImageDataset):
-    """Make a PretrainingBatch of a list of (epoch, sample index).
+    """Make a PretrainingBatch from a list of (epoch, sample index).
 
-    `grid` are the patches (h, w) of a crop, of which `num_kept` are not removed by `mask_strategy`, in blocks of
-    `mask_block`, see `mask_noise`; `options` are those of ImageDataset.
+    A crop has `grid` = (h, w) patches, of which `num_kept` stay visible; `mask_strategy` and `mask_block` are those of
+    `mask_noise`, and `options` those of ImageDataset.
     """
 
     def __init__(
@@ -129,14 +129,14 @@ class PretrainingDataset(ImageDataset):
         if self.pixels.validity:
             images, valid = split_validity(images)
             holds_data = adaptive_max_pool2d(valid.float(), self.grid).flatten(1)  # (B, L)
-            noise += 2 * (1 - holds_data)  # patches without a valid pixel come last
+            noise += 2 * (1 - holds_data)  # patches without a valid pixel are masked first
         return PretrainingBatch(images, noise, valid, damaged)
 
 
 class ClassificationDataset(ImageDataset):
-    """Make a ClassificationBatch of a list of (epoch, sample index).
+    """Make a ClassificationBatch from a list of (epoch, sample index).
 
-    `labels` are a class for each sample (N,), int64, or targets (N, T), float32. `augment` is applied to the crops;
+    `labels` are the classes (N,), int64, or targets (N, T), float32, of all samples. `augment` is applied to the crops;
     `options` are those of ImageDataset.
     """
 
@@ -154,9 +154,9 @@ class ClassificationDataset(ImageDataset):
 
 
 class ListedBatch(NamedTuple):
-    """Hold some images, prepared for a model."""
+    """A batch of images that are prepared for a model."""
 
-    indices: list[int]  # of those that could be read
+    indices: list[int]  # of the images that could be read
     inputs: tuple[torch.Tensor, ...]  # (B, ...) each; () if no image could be read
     damaged: list[tuple[int, str]]  # index and reason of the others
 
@@ -164,8 +164,8 @@ class ListedBatch(NamedTuple):
 class ListedDataset(SourceDataset):
     """Prepare a list of samples for a model; images that cannot be read are reported, not replaced.
 
-    `prepare(image, index)` makes one or several tensors of an upright image (C, H, W) of any size; those of a
-    batch have equal shapes. It may raise DamagedImage. One image at a time is in memory at its own size.
+    `prepare(image, index)` turns an upright image (C, H, W) of any size into a tuple of tensors, whose shapes must be
+    equal within a batch. It may raise DamagedImage. Only one image at a time is in memory at full size.
     """
 
     def __init__(self, source: Source, *, pixels: PixelFormat, prepare: Callable[[torch.Tensor, int], tuple]):
@@ -185,7 +185,7 @@ class ListedDataset(SourceDataset):
 
 
 def centre_crop(image: torch.Tensor, index: int, *, size: tuple[int, int], crop_ratio: float) -> tuple[torch.Tensor]:
-    """Return the input of an encoder or a classifier: (crop (C, *size),)."""
+    """Return the input of an encoder or a classifier as a tuple: (crop (C, *size),)."""
     return (CentreCrop(size, crop_ratio)(image),)
 
 
@@ -202,7 +202,7 @@ def masked_crop(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the input of a masked autoencoder: (crop (C, *size), noise (L,)).
 
-    The noise is drawn from (seed, index) alone; with seed 0, and the masks of the training, it is that of validation.
+    The noise depends on (seed, index) alone. With seed 0 and the mask options of the training, validation has the same.
     """
     noise = mask_noise(mask_strategy, sample_generator(seed, FIXED_EPOCH, index), grid, num_kept, block=mask_block)
     return CentreCrop(size)(image), torch.from_numpy(noise)
@@ -211,7 +211,7 @@ def masked_crop(
 def own_mask_crop(
     image: torch.Tensor, index: int, *, size: tuple[int, int], noise: torch.Tensor, mask_size: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the input of a masked autoencoder under a mask that a picture of `mask_size` gave: (crop, noise (L,)).
+    """Return the input of a masked autoencoder for a mask from a picture of `mask_size`: (crop, noise (L,)).
 
     Raises DamagedImage if the picture has neither the size of the image nor that of the crop.
     """
@@ -223,34 +223,34 @@ def own_mask_crop(
 
 
 class Normalization:
-    """Normalize images (B, C, H, W), uint8 or float32 in [0, 1], on the device and in float32."""
+    """Normalize images (B, C, H, W), uint8 or float32 in [0, 1], on `device` in float32."""
 
     def __init__(self, mean: list[float], std: list[float], device: torch.device):
         self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
         self.std = torch.tensor(std, device=device).view(-1, 1, 1)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        images = images.contiguous()  # batches come in channels-last memory
+        images = images.contiguous()  # batches are in channels-last memory
         scaled = images if images.is_floating_point() else images.float() / 255
         return (scaled - self.mean) / self.std
 
     def patches(self, patches: torch.Tensor) -> torch.Tensor:
-        """Normalize patches (B, L, P*P*C), pixels as (row, column, channel); equal to the patches of the result."""
+        """Normalize patches (B, L, P*P*C) with values ordered by row, column and channel, as `__call__` does images."""
         scaled = patches if patches.is_floating_point() else patches.float() / 255
         scaled = scaled.unflatten(-1, (-1, len(self.mean)))  # (B, L, P*P, C)
         return ((scaled - self.mean.flatten()) / self.std.flatten()).flatten(-2)
 
     def undo(self, images: torch.Tensor) -> torch.Tensor:
-        """Return normalized images in [0, 1] again."""
+        """Return the images in [0, 1] from normalized ones."""
         return images * self.std + self.mean
 
 
 def _begin_work(worker_id: int) -> None:
-    """Let a worker end with the run, and outlive the signals that ask it to stop: a step still needs its batches."""
+    """Make a worker end with the run, but ignore signals to stop: the current step still needs its batches."""
     watch_parent()  # the loader's own check does not run while a batch waits to be taken
     report_unsent()
-    os.nice(5)  # the step, which launches the device's work, goes first
-    gc.freeze()  # the collector would write into the memory that the worker shares with its parent, and so copy it
+    os.nice(5)  # the main process, which launches the device's work, has priority
+    gc.freeze()  # the garbage collector would write to memory that the worker shares with its parent, and so copy it
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
@@ -291,7 +291,7 @@ def training_batches(
     """Return an iterator over (model seed, micro-batch); the workers start at once.
 
     The seed is for the model's own draws in that forward pass, see `sampling.model_seed`. With `check`, WorkerError is
-    raised if the batches do not fit in shared memory, or those of `largest`, which will follow.
+    raised if the batches, or those of the later data set `largest` if given, do not fit in shared memory.
     """
     if num_workers and check:
         sample = (dataset if largest is None else largest).__getitems__([(0, 0)])
@@ -313,9 +313,9 @@ def own_batches(
     watch: Callable[[range], Iterable[int]],
     pin_memory: bool = False,
 ) -> Iterator:
-    """Yield this process's share of the samples `indices` in batches, in the epoch of validation.
+    """Yield this process's share of the samples `indices` in batches, with FIXED_EPOCH as the epoch.
 
-    `watch` wraps the range of the batches, which is the same on all processes: it shows a bar, or ends early.
+    `watch` wraps the range over the batches, which is the same on all processes: it shows a bar, or ends early.
     """
     own = [(FIXED_EPOCH, int(index)) for index in indices[process_index::num_processes]]
     batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]

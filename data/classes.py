@@ -1,4 +1,4 @@
-"""Names of classes, and their colours in masks, from the files of many programs."""
+"""Read class names, and their colours in masks, from the file formats of many programs."""
 
 import csv
 import json
@@ -14,16 +14,16 @@ import numpy as np
 from data.index import DataError, first_few
 from data.values import text_encoding
 
-ADE20K = Path("ade20k")  # instead of a file with the names of classes
-MAX_CLASSES = 254  # the values of a byte beside void, in files and in memory
+ADE20K = Path("ade20k")  # instead of a file: the classes of ADE20K
+MAX_CLASSES = 254  # a byte has 256 values, of which void takes 0 in files and 255 in memory
 
-# Columns of tables, without spaces, hyphens and underscores; the first that a table has is taken
+# Columns of tables, without spaces, hyphens and underscores, in order of preference
 NAMES = ("name", "names", "classname", "labelname", "class", "classes", "label", "labels", "category", "readable")
 NUMBERS = ("id", "idx", "index", "number", "value", "pixelvalue", "classid", "labelid", "class", "label", "trainid")
 COLOURS = ("color", "colour", "rgb", "colorrgb", "colourrgb")
 CHANNELS = (("r", "g", "b"), ("red", "green", "blue"))
 
-# Lines without a header; the first line decides which of them all others must have
+# Forms of lines without a header; all lines must have the form of the first one
 NUMBER, NAME = r"(?P<number>\d+)(?:\s*[,;:=)]\s*|\.?\s+)", r"(?P<name>[^\d\s].*?)"
 COLOUR = r"\(?(?P<red>\d+)[\s,;]+(?P<green>\d+)[\s,;]+(?P<blue>\d+)\)?"
 FORMS = {
@@ -38,7 +38,7 @@ FORMS = {
 
 
 class Row(NamedTuple):
-    """Hold what a file says about a class."""
+    """A class as a file describes it."""
 
     text: str  # as in the file, for messages
     name: str
@@ -47,24 +47,24 @@ class Row(NamedTuple):
 
 
 def ade20k_classes() -> tuple[list[str], np.ndarray]:
-    """Return names and colours, uint8 (150, 3), of ADE20K's 150 classes in the order of their labels."""
+    """Return the names and the colours, uint8 (150, 3), of ADE20K's 150 classes in the order of their labels."""
     lines = Path(__file__).with_name("ade20k.txt").read_text(encoding="utf-8").splitlines()
     rows = [line.split(maxsplit=3) for line in lines if not line.startswith("#")]
     return [row[3] for row in rows], np.array([row[:3] for row in rows]).astype(np.uint8)
 
 
 def read_classes(path: Path, first_label: int = 1) -> tuple[list[str], np.ndarray | None, list[str]]:
-    """Read the names of the classes, ADE20K's if the path is ADE20K, in the order of their labels.
+    """Read the class names in the order of their labels; those of ADE20K if `path` is ADE20K.
 
     A file has a name on each line, with or without its number or colour before or after it; or it is a table with a
-    header; or JSON: names, objects with a name, or an object from numbers to names or from names to numbers. Lines with
-    # at the top are comments.
+    header; or JSON: a list of names or of objects with a name, or an object that maps numbers to names or names to
+    numbers. Lines at the top that begin with # are comments.
 
     Args:
-        first_label: the label of the first class in masks, which numbers in the file must agree with.
+        first_label: the label of the first class in masks; numbers in the file must start with it.
 
     Returns:
-        Names; their colours in masks, uint8 (N, 3), None if the file has none; error messages.
+        The names; their colours in masks, uint8 (N, 3), None if the file has none; and error messages.
     """
     if path == ADE20K:
         return ade20k_classes()[0], None, []
@@ -89,7 +89,7 @@ def read_classes(path: Path, first_label: int = 1) -> tuple[list[str], np.ndarra
 
 
 def _check_numbers(path: Path, rows: list[Row], first_label: int) -> None:
-    """Sort numbered rows, and raise DataError unless they count from `first_label`."""
+    """Sort numbered rows in place. Raises DataError unless their numbers count up from `first_label`."""
     if not rows or rows[0].number is None:
         return
     rows.sort(key=lambda row: row.number)
@@ -102,7 +102,7 @@ def _check_numbers(path: Path, rows: list[Row], first_label: int) -> None:
 
 
 def _read_rows(path: Path) -> list[Row]:
-    """Return the classes of a file as it has them. Raises DataError."""
+    """Return the classes in the order of the file. Raises DataError."""
     is_json = path.suffix.lower() == ".json"
     try:
         data = path.read_bytes()
@@ -136,7 +136,7 @@ def _read_rows(path: Path) -> list[Row]:
 
 
 def _rows_of_lines(path: Path, lines: list[str]) -> list[Row]:
-    """Return the classes of lines without a header, which all have the form of the first one."""
+    """Return the classes from lines without a header. Raises DataError for a line in another form than the first."""
     if "" in lines or not lines:
         what = "an empty line" if lines else "no line"
         raise DataError(f"{path} has {what}; expected a name on each, from the first label on")
@@ -178,7 +178,7 @@ def _rows_of_json(path: Path, content) -> Iterator[Row]:
 
 
 def _row(path: Path, text: str, record: dict) -> Row:
-    """Return the class of a line, of a table's row or of a JSON object; `record` maps columns to values."""
+    """Return the class in a line, table row or JSON object, whose columns `record` maps to values."""
     name_column = next((key for key in NAMES if key in record), None)
     name = record.get(name_column)
     if not isinstance(name, str) or not name.strip(" \"'"):

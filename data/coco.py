@@ -1,4 +1,4 @@
-"""Annotations of objects as COCO has them. Boxes in its files are x, y, width and height in pixels."""
+"""Read object annotations in COCO's format, whose boxes are x, y, width and height in pixels."""
 
 import json
 import math
@@ -14,11 +14,11 @@ from data.files import FolderSource, is_fresh_index, stamp
 from data.index import DataError, Names, cached, first_few
 from data.objects import Entry, ObjectPacker, ObjectSource
 
-LARGEST = 1e15  # of a number of pixels, beyond which float64 is not exact
+LARGEST = 1e15  # pixels, safely in the range where float64 is exact
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and abs(value) < LARGEST  # false for NaN, too
+    return isinstance(value, int | float) and abs(value) < LARGEST  # also rejects NaN
 
 
 def _is_side(value) -> bool:
@@ -46,7 +46,7 @@ def _is_area(value) -> bool:
 
 
 def _is_mask(value) -> bool:
-    """Return True for polygons, and for RLE whose counts are numbers or compressed."""
+    """Return True for polygons and for RLE, whose counts may be numbers or compressed."""
     try:
         if not isinstance(value, dict):
             return all(len(each) % 2 == 0 and math.isfinite(math.fsum(each)) for each in value)
@@ -59,10 +59,10 @@ def _is_mask(value) -> bool:
 
 
 def _decompress(counts: bytes) -> list[int]:
-    """Return the counts of a compressed RLE, whose faults pycocotools does not check. Raises ValueError.
+    """Return the counts of a compressed RLE. Raises ValueError for errors, which pycocotools does not check.
 
-    A count is written as its difference to the one before the last, in digits of five bits and a bit for "more follow",
-    the lowest first, each as the character 48 + digit.
+    From the fourth on, a count is stored as its difference to the count two before it. Numbers are written in digits of
+    five bits and a bit for "more follow", the lowest digit first, each as the character 48 + digit.
     """
     numbers, number, shift = [], 0, 0
     for character in counts:
@@ -85,7 +85,7 @@ def _is_packed(value) -> bool:
 
 
 SIDE, NUMBER = (_is_side, "a whole number from 1"), (_is_class, "a whole number")
-KEYS = {  # list in a file -> key of its records -> check of the value, and what is expected
+KEYS = {  # list in a file -> key of its records -> (check of the value, description of the expected value)
     "images": {"id": (_is_id, "a number"), "file_name": (_is_name, "a name"), "height": SIDE, "width": SIDE},
     "annotations": {
         "image_id": (_is_id, "a number"),
@@ -102,10 +102,10 @@ UNIQUE = (("images", "id"), ("images", "file_name"), ("categories", "id"), ("cat
 
 
 def open_coco(root: Path, split: str, file: Path, cache: Path | None) -> ObjectSource:
-    """Open a split of a folder laid out like COCO's. Raises DataError.
+    """Open a split of a folder in COCO's layout. Raises DataError.
 
-    The objects of many images are cached in the folder `cache` until the file or the names of the images change: one
-    process parses the file, the others and later runs share its arrays.
+    The objects of many images are cached in the folder `cache` until the file or the names of the images change. One
+    process parses the file; the others and later runs share its arrays.
     """
     folder = next((path for path in (root / split, root / "images" / split) if path.is_dir()), None)
     if folder is None:
@@ -126,7 +126,7 @@ def open_coco(root: Path, split: str, file: Path, cache: Path | None) -> ObjectS
 
 
 def _index_objects(file: Path, images: FolderSource, inputs: list[str]) -> tuple[dict, dict[str, np.ndarray]]:
-    """Build the index of the objects in a folder of images for `cached`. Raises DataError."""
+    """Build the index of the objects in a folder of images, for `cached`. Raises DataError."""
     start, names = time.time_ns(), images.relative_names
     file_stamp, content = _read_coco(file)
     records = {os.fsencode(record["file_name"]): record for record in content["images"]}
@@ -161,7 +161,7 @@ def _index_objects(file: Path, images: FolderSource, inputs: list[str]) -> tuple
 
 
 def _read_coco(file: Path) -> tuple[list[int], dict]:
-    """Return the stamp of a file, and its content, each record of which is checked. Raises DataError."""
+    """Return the stamp and the content of a file after checking each record. Raises DataError."""
     try:
         file_stamp, content = stamp(file), json.loads(file.read_bytes(), object_hook=_pack_mask)
     except (OSError, ValueError) as error:
@@ -187,7 +187,7 @@ def _read_coco(file: Path) -> tuple[list[int], dict]:
 
 
 def _find_problem(key: str, records: list) -> str | None:
-    """Return what is wrong with the first record that cannot be used."""
+    """Describe the first record that cannot be used; return None if all can."""
     for record in records:
         if not isinstance(record, dict):
             return f"with {str(record)[:60]}; expected an object with {', '.join(KEYS[key])}"
@@ -210,9 +210,9 @@ def _find_duplicates(values: Iterable) -> list[str]:
 
 
 def _pack_mask(record: dict) -> dict:
-    """Replace the mask of an annotation by its JSON and the size of its RLE: as numbers, COCO's masks take gigabytes.
+    """Replace the mask of an annotation by (its JSON, RLE size or None): as numbers, COCO's masks take gigabytes.
 
-    Polygons of less than three corners, which have no area, are left out. Values that are no masks stay as they are.
+    Polygons of fewer than three corners, which have no area, are left out. Values that are no masks stay as they are.
     """
     mask = record.get("segmentation")
     if mask is not None and _is_mask(mask):
@@ -228,6 +228,6 @@ def _to_entry(file: Path, record: dict, numbers: dict[int, int], size: tuple[int
     if mask_size not in (None, size):
         words = "{} x {} pixels in an image of {} x {}".format(*mask_size, *size)
         raise DataError(f"{file}: annotations with RLE of {words}; give masks of the image's size")
-    if crowd and not mask:  # COCO's arithmetic needs one
+    if crowd and not mask:  # COCO's evaluation of masks needs one
         mask = json.dumps([[x, y, x + width, y, x + width, y + height, x, y + height]])
     return Entry([x, y, x + width, y + height], numbers[record["category_id"]], crowd, record.get("area"), mask)

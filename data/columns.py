@@ -1,4 +1,4 @@
-"""Read targets that are no single class: several labels for each image, or numbers, from the columns of a table."""
+"""Read targets other than a single class from the columns of a table: several labels per image, or numbers."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ import numpy as np
 from data.index import REAL_NUMBER, DataError, StoredSource, first_few
 from data.sources import Source, check_classes, labels_in
 
-LABEL_COLUMNS = ("label", "labels")  # the first that a table has, in any case, is the default of --label_columns
+LABEL_COLUMNS = ("label", "labels")  # default of --label_columns: the first such column, in any case
 YES, NO = ("1", "true"), ("0", "false")
 
 
 class TargetSource(StoredSource):
-    """Hold the samples of a source with a row of targets for each.
+    """A source with a row of targets for each sample.
 
-    `labels` is (N, T): 0 and 1 in uint8, or numbers in float64. `classes` are the T names of labels or columns.
+    `labels` is (N, T): 0 and 1 as uint8, or numbers as float64. `classes` are the T names of labels or columns.
     """
 
     def __init__(self, source: Source, names: Sequence[str], values: np.ndarray):
@@ -36,17 +36,17 @@ class TargetSource(StoredSource):
     ) -> "TargetSource":
         """Read the targets of a source.
 
-        Labels are one column of lists, of names or of class numbers, or columns that hold 1 or true where an image has
-        the label of the column's name, and 0 or false where it has not. Numbers are one column or several.
+        Labels are one column with lists of names or class numbers; or several columns, each with the name of a label,
+        that hold 1 or true for images with this label and 0 or false for others. Numbers are one column or several.
 
         Args:
             target: "labels" or "numbers".
             path: --path_to_data, for messages.
-            columns: their names; by default `names` if the table has them as columns, or the first of LABEL_COLUMNS.
-            names: labels that there may be, or columns that there must be, in this order: those of the training.
+            columns: their names; by default `names` if the table has all of them, or the first column in LABEL_COLUMNS.
+            names: names of the training's targets: the labels that lists may contain, or the columns, in this order.
 
         Raises:
-            DataError: for data without columns, and for a value that is missing or of another kind.
+            DataError: the data has no columns or other ones or unknown labels, or a value is missing or not valid.
         """
         table_columns = getattr(source, "column_names", None)
         if table_columns is None:
@@ -79,10 +79,10 @@ class TargetSource(StoredSource):
 def read_targets(
     target: str, path: str, columns: Sequence[str] | None, train: Source, validation: Source | None
 ) -> tuple[Source, Source]:
-    """Return the sources of training and held-out images with what --target says; classes are checked only.
+    """Return the training and validation sources with the targets of --target; for classes, only check the sources.
 
     Raises:
-        DataError: for images without targets, and for targets from which nothing can be learned.
+        DataError: images have no targets, or a target has the same value in all training or all validation images.
     """
     if target == "classes":
         for source in filter(None, (train, validation)):
@@ -107,16 +107,16 @@ def read_targets(
 
 
 def check_held_out(path: str, source: TargetSource) -> None:
-    """Raise DataError if all images have the same targets, by which nothing can be measured."""
+    """Raise DataError if all validation images have the same targets, so that no metric is meaningful."""
     if (source.labels == source.labels[:1]).all():
         images = f"{len(source)} held-out image{'' if len(source) == 1 else 's'}"
         raise DataError(f"{path} has the same targets in all of {images}; expected some that differ, to measure by")
 
 
 def targets_of(source: Source, names: Sequence[str], scale: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
-    """Return what a loss sees of the samples: classes (N,), int64, as indices of `names`, or targets (N, T), float32.
+    """Return the targets of the loss: classes (N,), int64, as indices of `names`, or targets (N, T), float32.
 
-    Numbers are standardized by `scale`, their mean and standard deviation (T,).
+    Numbers are standardized by `scale`, their means and standard deviations (T,).
     """
     if not isinstance(source, TargetSource):
         return labels_in(source, names).astype(np.int64)
@@ -124,7 +124,7 @@ def targets_of(source: Source, names: Sequence[str], scale: tuple[np.ndarray, np
 
 
 def _refuse_lists(source: Source) -> None:
-    """Raise DataError for a source without classes whose labels are lists."""
+    """Raise DataError if a source without classes has lists as labels."""
     names = [] if source.classes else getattr(source, "column_names", [])
     for name in [name for name in names if name.lower() in LABEL_COLUMNS]:
         if _holds_lists(source.read_columns([name])[name]):
@@ -148,7 +148,7 @@ def _raise_bad_value(source: Source, column: str, row: int, value, expected: str
 
 
 def _as_text(source: Source, name: str, column, expected: str):
-    """Return a column as text, "" where it is null. Raises DataError if it cannot be."""
+    """Return a column as text, "" where it is null. Raises DataError if it cannot be converted."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -161,7 +161,7 @@ def _as_text(source: Source, name: str, column, expected: str):
 
 
 def _read_numbers(source: Source, name: str, column) -> np.ndarray:
-    """Return a column as float64 (N,). Raises DataError for the first value that is no finite number."""
+    """Return a column as float64 (N,). Raises DataError for the first value that is not a finite number."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -188,7 +188,7 @@ def _read_flags(source: Source, name: str, column) -> np.ndarray:
 
 
 def _read_lists(source: Source, name: str, column, names: Sequence[str] | None) -> tuple[list[str], np.ndarray]:
-    """Return the names of the labels in a column of lists, and which of them an image has, uint8 (N, T)."""
+    """Return the label names in a column of lists, and 1 where an image has a label, else 0: uint8 (N, T)."""
     import pyarrow.compute as pc
 
     column = column.combine_chunks()

@@ -1,8 +1,8 @@
 """Decode bytes to pixels: JPEG, PNG, TIFF and GeoTIFF, `.npy`, and every other format that Pillow reads.
 
-The bytes decide which format a file has, never its name. simplejpeg (libjpeg-turbo) decodes baseline and progressive
-JPEG to the same pixels as Pillow, in less time. tifffile and imagecodecs decode the numbers that Pillow would shorten:
-many bands, signed, float, and 16-bit colour in PNG. Pillow decodes all others, and what simplejpeg refuses.
+The content decides the format, never the name. simplejpeg (libjpeg-turbo) decodes baseline and progressive JPEG to the
+same pixels as Pillow, in less time. tifffile and imagecodecs decode numbers that Pillow would truncate: many bands,
+signed, float, and 16-bit colour in PNG. Pillow decodes all others, and JPEGs that simplejpeg refuses.
 """
 
 import contextlib
@@ -37,20 +37,20 @@ from data.values import (
 
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 178,956,970: Pillow calls larger images decompression bombs
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-IMAGE_STARTS = re.compile(  # of formats that hold photographs; TGA has none, and icons are left out
+IMAGE_STARTS = re.compile(  # first bytes of formats for photographs: TGA has no signature, and icons are left out
     rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|BM.{4}\x00{4}|RIFF.{4}WEBP|.{4}ftypavi[fs]|II[*+]\x00|MM\x00[*+]"
     rb"|\x00{3}\x0cjP  |\xff\x4f\xff\x51|P[1-6]\s+[\d#]|P[fF]\s+\d|\x93NUMPY|8BPS|qoif|DDS |SIMPLE  ="
     rb"|\x01\xda[\x00\x01][\x01\x02]|\x59\xa6\x6a\x95|\n[\x00\x02\x03\x05]\x01[\x01\x02\x04\x08]",
     re.DOTALL,
 )
-# Marks of invalid pixels: missing values; besides these, the last channel of an image, or a mask beside it
+# Marks of invalid pixels: missing values only, or also zeros in the last channel of an image or in a separate mask
 VALIDITY = ("nodata", "channel", "mask")
-# Valid pixels in the channel that `decode` adds, of uint8 and float images; invalid ones are 0. These values lie in the
-# middle of the range, because a cubic filter also has negative weights: invalid pixels may lower or raise a value.
+# Values of valid pixels in the channel that `decode` adds to uint8 and float images; invalid pixels are 0. They lie in
+# the middle of the range because a cubic filter has negative weights: invalid pixels may lower or raise a value.
 VALID_BYTE, VALID_FLOAT = 128, 0.5
 BITS, PLANAR = 258, 284  # TIFF tags: bits per sample; 2 where each band is stored separately
 
-for library in ("tifffile", "PIL.TiffImagePlugin"):  # what matters is raised as an error
+for library in ("tifffile", "PIL.TiffImagePlugin"):  # errors that matter are raised
     logging.getLogger(library).disabled = True
 
 
@@ -59,13 +59,13 @@ class _UnknownFormat(DamagedImage):
 
 
 class PixelFormat(NamedTuple):
-    """Say how the images of a run are read."""
+    """The pixel format in which a run reads its images."""
 
     channels: int = 3  # 1 (grey), 3 (RGB) or the number of an image's bands
     value_range: tuple[float, float] | None = None  # numbers that become 0 and 1, others are clipped; None: 8 bits
-    nodata: float | None = None  # the number that marks pixels without data
-    max_pixels: int = MAX_PIXELS
-    validity: str | None = None  # one of VALIDITY: what says which pixels are valid, in a channel of its own
+    nodata: float | None = None  # the number that marks missing values
+    max_pixels: int = MAX_PIXELS  # larger images count as damaged
+    validity: str | None = None  # the mark of invalid pixels, one of VALIDITY; `decode` adds a channel for it
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,15 +81,15 @@ class PixelFormat(NamedTuple):
 
 
 def is_image(start: bytes, suffix: str) -> bool:
-    """Return True if a file of an unknown suffix, "" for none, is an image by its first 32 bytes.
+    """Return True if the first 32 bytes of a file with an unknown suffix, "" for none, are those of an image.
 
-    A TIFF of another name is a camera's raw file, whose first image is a thumbnail, or a slide of gigapixels.
+    TIFFs with other suffixes are excluded: they are raw camera files, which begin with a thumbnail, or huge slides.
     """
     return bool(IMAGE_STARTS.match(start)) and not (start[:4] in TIFF_STARTS and suffix and "tif" not in suffix)
 
 
 def preview_channels(pixels: PixelFormat) -> list[int] | None:
-    """Return the channels that pictures show by default; None if they show 8-bit grey or colour unchanged."""
+    """Return the channels that pictures show by default; None for 8-bit grey and colour, which they show unchanged."""
     if pixels.value_range is None and pixels.channels in (1, 3):
         return None
     return [0, 1, 2] if pixels.channels >= 3 else [0]
@@ -98,27 +98,27 @@ def preview_channels(pixels: PixelFormat) -> list[int] | None:
 def decode(data, pixels: PixelFormat, min_sides: tuple[int, int] | None = None, mask=None) -> torch.Tensor:
     """Decode an image and turn it upright by its orientation tag.
 
-    Without a value range the pixels have 8 bits, scaled from 16 if needed. For 3 or 1 channels, colour and grey are
-    converted to each other, palettes are resolved and transparency is dropped; any other number, and the channels of
-    arrays and of TIFFs that Pillow does not read, must be the file's own. With a value range, channels must be the
-    file's own, but transparency is dropped where the others then match. Missing values become the mean of the others
-    in their channel: those equal to `pixels.nodata` or to the number that the file declares, and those not finite.
+    Without a value range the pixels have 8 bits, scaled from 16 if needed. For 1 or 3 channels, colour and grey are
+    converted to each other, palettes are resolved and transparency is dropped. Any other number of channels, and that
+    of arrays and of TIFFs that Pillow does not read, must match the file. With a value range, the channels must match
+    the file, except that transparency is dropped if the others then match. Missing values are those equal to
+    `pixels.nodata` or to the nodata number in the file, and those not finite; the mean of their channel replaces them.
 
     With `pixels.validity`, one more channel is 0 where a pixel is invalid: where a value is missing, or where the last
     channel of the image, or a mask, is 0. All values of invalid pixels count as missing. See VALIDITY.
 
     Args:
-        data: what a source fetched: an encoded file in any buffer, of which the first image of an animation, of pages
-            or of an array (T, H, W, C) is decoded; numbers (H, W, C) of `own_values`; or the OSError in reading it.
-        min_sides: (height, width): decode a JPEG at 1/2, 1/4 or 1/8 of its size if both sides stay at least so long.
-        mask: what a source fetched as the image's mask, for the validity "mask".
+        data: a result of `Source.fetch`: an encoded file in any buffer, of which the first frame, page or array of
+            (T, H, W, C) is decoded; stored numbers (H, W, C); or the OSError from reading the file.
+        min_sides: (height, width): decode a JPEG at 1/2, 1/4 or 1/8 of its size if no side gets shorter than these.
+        mask: a result of `Source.fetch_masks`, for the validity "mask".
 
     Returns:
-        (`pixels.decoded_channels`, H, W) of `pixels.dtype`, in memory (H, W, channels): crops resize fastest from it.
+        (`pixels.decoded_channels`, H, W) of `pixels.dtype`, in channels-last memory, which is fastest to resize.
 
     Raises:
-        DamagedImage: for empty, truncated or unknown data, too many pixels, and a channel without data.
-        WrongPixels: for other channels than requested, for numbers that need a value range, and for an unfit mask.
+        DamagedImage: the data is empty, truncated or unknown, has too many pixels, or a channel without valid pixels.
+        WrongPixels: the channels are not those requested, the numbers need a value range, or the mask does not fit.
     """
     values, missing = _read_valid(data, pixels, mask, exact=pixels.value_range is not None, min_sides=min_sides)
     if pixels.value_range is not None:
@@ -142,9 +142,9 @@ def decode(data, pixels: PixelFormat, min_sides: tuple[int, int] | None = None, 
 
 
 def own_values(data, pixels: PixelFormat, mask=None) -> np.ndarray:
-    """Return the numbers that a file stores, upright: (H, W, channels) uint8 or uint16, else float32.
+    """Return the numbers that a file stores, upright: (H, W, channels), uint8 or uint16, otherwise float32.
 
-    If some are missing (see `decode`), the result is float32 with NaN in their places. Raises the errors of `decode`.
+    If values are missing (see `decode`), the result is float32 with NaN for them. Raises the errors of `decode`.
     """
     values, missing = _read_valid(data, pixels, mask, exact=True)
     if missing is not None:
@@ -154,14 +154,14 @@ def own_values(data, pixels: PixelFormat, mask=None) -> np.ndarray:
 
 
 def stores_bytes(data, pixels: PixelFormat) -> bool:
-    """Return True if a file stores 8-bit numbers, some of which may be nodata. Raises the errors of `decode`."""
+    """Return True if a file stores unsigned 8-bit numbers. Raises the errors of `decode`."""
     return _read(data, pixels._replace(channels=pixels.stored_channels), exact=True)[0].dtype == np.uint8
 
 
 def decode_stored(data, max_pixels: int = MAX_PIXELS, *, in_colour: bool = False) -> np.ndarray:
-    """Return the pixels of a mask as the file stores them, upright: (H, W), or (H, W, n) if they are in colour.
+    """Return the pixels of a mask as the file stores them, upright: (H, W), or (H, W, n) for files in colour.
 
-    Palettes give their indices and 1-bit files 0 and 1, or their colours if `in_colour`; 16-bit grey gives its full
+    Files with a palette give indices and 1-bit files 0 and 1, or colours if `in_colour`. 16-bit grey keeps its full
     range; `.npy` files, and TIFFs that Pillow does not read, keep their number type. Raises DamagedImage.
     """
     if isinstance(data, np.ndarray):
@@ -184,7 +184,7 @@ def decode_stored(data, max_pixels: int = MAX_PIXELS, *, in_colour: bool = False
 def _read_valid(
     data, pixels: PixelFormat, mask=None, *, exact: bool, min_sides: tuple[int, int] | None = None
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return upright numbers (H, W, channels) of the type that `find_missing` returns, and a mask of missing ones."""
+    """Return upright numbers (H, W, channels) of the types of `find_missing`, and a mask of missing values or None."""
     with_mask = pixels.validity == "channel"
     stored = pixels._replace(channels=pixels.stored_channels)
     try:
@@ -214,9 +214,9 @@ def _read_valid(
 def _read(
     data, pixels: PixelFormat, *, exact: bool, min_sides: tuple[int, int] | None = None
 ) -> tuple[np.ndarray, float | None]:
-    """Return upright numbers (H, W, channels) of any type and the nodata number that the file declares.
+    """Return upright numbers (H, W, channels) of any type, and the nodata number that the file declares, or None.
 
-    If `exact`, they are the file's own at full depth; otherwise Pillow converts them to 1 or 3 channels.
+    If `exact`, they are the file's own at full depth; otherwise they may be converted to 1 or 3 channels.
     """
     if isinstance(data, np.ndarray):
         check_channels(data.shape[2], pixels.channels)
@@ -232,7 +232,7 @@ def _read(
         is_tiff = data[:4] in TIFF_STARTS
         if is_tiff and (exact or pixels.channels not in (1, 3)):
             return _read_tiff(data, pixels)
-        # PNGs with several channels of 16 bits, which Pillow shortens to 8 (IHDR is always the first chunk)
+        # PNGs with several 16-bit channels, which Pillow truncates to 8 bits (IHDR is always the first chunk)
         if exact and data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 25 and data[24] == 16 and data[25] in (2, 4, 6):
             return _read_deep_png(data, pixels), None
         try:
@@ -249,7 +249,7 @@ def _read(
 def _decode_jpeg(
     data: bytes | memoryview, pixels: PixelFormat, *, exact: bool, min_sides: tuple[int, int] | None
 ) -> np.ndarray | None:
-    """Return upright pixels (H, W, channels) uint8 of a JPEG, None if Pillow must decode it.
+    """Return upright pixels (H, W, channels), uint8, of a JPEG; None if Pillow must decode it.
 
     libjpeg-turbo converts CMYK differently, and refuses some files that Pillow reads, such as those without end marker.
     """
@@ -259,7 +259,7 @@ def _decode_jpeg(
         return None
     if space not in ("Gray", "YCbCr", "RGB"):
         return None
-    check_size(height, width, pixels.max_pixels)  # libjpeg-turbo would allocate what the header claims
+    check_size(height, width, pixels.max_pixels)  # libjpeg-turbo allocates the size in the header
     if exact or pixels.channels not in (1, 3):
         check_channels(1 if space == "Gray" else 3, pixels.channels)
     orientation, scale = _jpeg_orientation(data, pixels.max_pixels), {}
@@ -277,7 +277,7 @@ def _decode_jpeg(
 
 
 def _jpeg_orientation(data: bytes | memoryview, max_pixels: int) -> int:
-    """Return the orientation in EXIF or XMP. Pillow, which is slow, reads only headers that have one of these."""
+    """Return the orientation in EXIF or XMP. Pillow is slow, so it reads only headers that seem to have either."""
     end = 2
     while end + 4 <= len(data) and data[end] == 0xFF and data[end + 1] != 0xDA:  # up to the scan
         end += 2 + (data[end + 2] << 8 | data[end + 3])
@@ -286,18 +286,18 @@ def _jpeg_orientation(data: bytes | memoryview, max_pixels: int) -> int:
 
 
 def orientation_of(data, max_pixels: int) -> int:
-    """Return the orientation that an encoded image states, 1 to 8 as in EXIF; 1 if it states none."""
+    """Return the orientation of an encoded image, 1 to 8 as in EXIF; 1 if it states none or is damaged."""
     if isinstance(data, np.ndarray):
         return 1
     try:
         with warnings.catch_warnings(action="ignore"), open_image(_as_bytes(data), max_pixels) as image:
             return _orientation_of(image)
-    except DamagedImage:  # decoding tells why
+    except DamagedImage:  # decoding reports the reason
         return 1
 
 
 def _orientation_of(image: Image.Image) -> int:
-    with contextlib.suppress(Exception):  # pixels with broken EXIF data are intact
+    with contextlib.suppress(Exception):  # broken EXIF data leaves the pixels intact
         orientation = image.getexif().get(ExifTags.Base.Orientation)
         return orientation if orientation in range(2, 9) else 1
     return 1
@@ -335,7 +335,7 @@ def _read_with_pillow(data: bytes, pixels: PixelFormat, *, exact: bool) -> tuple
 
 
 def _read_deep_png(data: bytes, pixels: PixelFormat) -> np.ndarray:
-    """Return the pixels (H, W, channels) uint16 of a PNG with several channels of 16 bits."""
+    """Return the pixels (H, W, channels), uint16, of a PNG with several 16-bit channels."""
     from imagecodecs import png_decode
 
     with open_image(data, pixels.max_pixels) as image:
@@ -373,7 +373,7 @@ def open_image(data: bytes | memoryview, max_pixels: int) -> Iterator[Image.Imag
     try:
         with damage_errors(), Image.open(io.BytesIO(data)) as image:
             check_size(image.height, image.width, max_pixels)
-            if image.format == "EPS":  # a PostScript program, which Pillow would let Ghostscript execute
+            if image.format == "EPS":  # a program, which Pillow would run with Ghostscript
                 raise DamagedImage("EPS is a drawing, not pixels")
             tags = getattr(image, "tag_v2", {})
             if tags.get(PLANAR) == 2 and max(tags.get(BITS, (1,))) > 8:  # Pillow would mix up the bytes

@@ -1,7 +1,7 @@
-"""Images and their objects -> batches for detection: large-scale jittering, masks of crops, and data sets.
+"""Make batches for detection from images and their objects: large-scale jittering, masks of crops, and data sets.
 
-Boxes are (x1, y1, x2, y2) in pixels. Sizes are (height, width), in pixels. Inputs are squares of `side` pixels; images
-are resized by an antialiased bilinear filter, stand at the left upper corner, and are padded with `fill`.
+Boxes are (x1, y1, x2, y2) and sizes (height, width), in pixels. Inputs are squares of `side` pixels: images are resized
+by an antialiased bilinear filter, placed at the upper left corner, and padded with `fill`.
 """
 
 from collections.abc import Sequence
@@ -18,24 +18,24 @@ from data.objects import Objects, ObjectSource, SceneObjects
 from data.sampling import sample_generator
 from data.transforms import empty_images
 
-SHOWN = 0.5  # score from which on a detection is in a picture
-SMALLEST = 1.0  # side of a box in a crop, in pixels, below which it is left out
+SHOWN = 0.5  # minimum score of the detections in pictures
+SMALLEST = 1.0  # pixels: boxes with a shorter side in a crop are left out
 
 
 class DetectionBatch(NamedTuple):
-    """Hold a micro-batch. The objects of all images stand one after the other."""
+    """A micro-batch for detection, with the objects of all images in one list of n."""
 
     images: torch.Tensor  # (B, C, S, S), uint8, or float32 in [0, 1]
-    sizes: list[tuple[int, int]]  # of the images without their padding
-    counts: list[int]  # of the objects in each image
+    sizes: list[tuple[int, int]]  # sizes of the images without their padding
+    counts: list[int]  # number of objects in each image
     boxes: torch.Tensor  # (n, 4), float32
     labels: torch.Tensor  # (n,), int64: from 1, as 0 is the background
-    masks: torch.Tensor | None  # (pixels,), uint8, 0 or 1: the part of each mask in its box, one after the other
-    seeds: list[int]  # of the model's draws in each image
+    masks: torch.Tensor | None  # (pixels,), uint8, 0 or 1: the part of each mask in its box, concatenated
+    seeds: list[int]  # for the random numbers of the model, one per image
     damaged: list[tuple[int, str]]  # index and reason of every image that could not be read
 
     def targets(self, device: torch.device) -> list[dict]:
-        """Return the objects of each image on a device, as `modeling.detector.Detector` takes them."""
+        """Return the objects of each image on `device`, as `modeling.detector.Detector` expects them."""
         parts = {name: getattr(self, name).to(device, non_blocking=True) for name in ("boxes", "labels")}
         if self.masks is not None:
             parts["masks"] = paste_masks(self.masks.to(device, non_blocking=True), self.boxes, self.images.shape[-1])
@@ -45,7 +45,7 @@ class DetectionBatch(NamedTuple):
 
 
 def paste_masks(pixels: torch.Tensor, boxes: torch.Tensor, side: int) -> torch.Tensor:
-    """Return masks (n, side, side) from their pixels in whole-numbered boxes (n, 4), one mask after the other."""
+    """Return masks (n, side, side) from the concatenated pixels in their boxes (n, 4) of whole numbers."""
     masks, start = pixels.new_zeros(len(boxes), side, side), 0
     for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
         h, w = y2 - y1, x2 - x1
@@ -55,23 +55,23 @@ def paste_masks(pixels: torch.Tensor, boxes: torch.Tensor, side: int) -> torch.T
 
 
 class EvaluationImage(NamedTuple):
-    """Hold a sample of evaluation."""
+    """A sample for evaluation."""
 
     index: int
     image: torch.Tensor  # (C, S, S), uint8, or float32 in [0, 1]: the model's input
-    size: tuple[int, int]  # of the image without its padding
-    original: tuple[int, int]  # size of the file's image
+    size: tuple[int, int]  # size of the image in `image`, without its padding
+    original: tuple[int, int]  # size of the image in its file
     objects: Objects | None  # in pixels of the file's image; None if it is damaged
     damaged: str | None  # why the image could not be read
 
 
 def fill_of(mean: Sequence[float], value_range: Sequence[float] | None) -> list[float]:
-    """Return the values of the pixels around an image, which are 0 once they are normalized."""
+    """Return the padding value of each channel, which becomes 0 when it is normalized."""
     return [value if value_range else round(255 * value) for value in mean]
 
 
 def fit(image: torch.Tensor, side: int, fill: Sequence[float]) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Resize an image (C, H, W) until its longer side is `side`; return it padded (C, side, side), and its size."""
+    """Resize an image (C, H, W) to a longer side of `side`; return it padded (C, side, side), and its new size."""
     size = _scaled_size(image.shape[1:], side)
     return _padded(F.resize(image, size), side, fill), size
 
@@ -87,7 +87,7 @@ def _padded(image: torch.Tensor, side: int, fill: Sequence[float]) -> torch.Tens
 def fit_and_size(
     image: torch.Tensor, index: int, *, side: int, fill: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the input of a detector (C, side, side), the image's size in it, and the image's own size."""
+    """Return the input of a detector (C, side, side), and the image's size in it and original size, as tensors."""
     view, size = fit(image, side, fill)
     return view, torch.tensor(size), torch.tensor(image.shape[1:])
 
@@ -104,13 +104,13 @@ def training_sample(
 ) -> tuple[torch.Tensor, tuple[int, int], np.ndarray, np.ndarray, list[np.ndarray] | None]:
     """Augment an image (C, H, W) and its objects for training by large-scale jittering (Ghiasi et al. 2021), as ViTDet.
 
-    The image is resized until its longer side is `side` times a factor drawn from `scales`. A square is cut out at a
-    random place, or what is missing to one is padded, and mirrored half the time. Objects that nobody trains on, or of
-    which less than a pixel is left, are left out; with `masks`, boxes are those of what is left of the masks.
+    The image is resized to a longer side of `side` times a factor drawn from `scales`. It is cropped to a square at a
+    random place, or padded to one, and mirrored half the time. Crowd objects, and boxes with a side shorter than
+    SMALLEST, are left out. With `masks`, boxes are computed from the cropped masks.
 
     Returns:
         The image (C, side, side), its size without the padding, boxes (n, 4), labels (n,) from 1, and the part of each
-        mask in its box (height, width), uint8, or None.
+        mask in its box (height, width), uint8 or bool, or None without `masks`.
     """
     mirrored, factor = rng.random() < 0.5, rng.uniform(*scales)
     old, new = image.shape[1:], _scaled_size(image.shape[1:], side * factor)
@@ -132,7 +132,7 @@ def training_sample(
             cut = cut[:, ::-1] if mirrored else cut
             box[:] = _box_of(cut)
             x1, y1, x2, y2 = box.astype(int)
-            parts.append(cut[y1:y2, x1:x2].copy())  # a view would keep all of the cut in memory
+            parts.append(cut[y1:y2, x1:x2].copy())  # a view would keep the whole cut in memory
     visible = (boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf) >= SMALLEST
     parts = [parts[number] for number in np.flatnonzero(visible)] if masks else None
     return image, (h, w), boxes[visible], labels[visible], parts
@@ -141,9 +141,9 @@ def training_sample(
 def _cut_mask(
     mask: list | dict, old: tuple[int, int], new: tuple[int, int], box: tuple[int, int, int, int], ratio: np.ndarray
 ) -> np.ndarray:
-    """Return the part of a mask in the `box` (top, left, h, w) of the image that is resized from `old` to `new`.
+    """Return the part (h, w), uint8 or bool, of a mask in the `box` (top, left, h, w) of an image resized to `new`.
 
-    Polygons are resized before they become pixels.
+    `old` is the image's original size. Polygons are resized before they are rasterized.
     """
     top, left, h, w = box
     if isinstance(mask, list):
@@ -154,20 +154,20 @@ def _cut_mask(
 
 
 def decode_rle(mask: dict, size: tuple[int, int]) -> np.ndarray:
-    """Return a mask (H, W), uint8, of COCO's RLE, whose counts are numbers or compressed."""
+    """Return a mask (H, W), uint8, from COCO's RLE, whose counts are numbers or compressed."""
     if isinstance(mask["counts"], list):
         mask = coco_masks.frPyObjects(mask, *size)
     return np.ascontiguousarray(coco_masks.decode(mask))
 
 
 def _box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Return the box around a mask (H, W); 0 for an empty one."""
+    """Return the box around a mask (H, W), all zeros if the mask is empty."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if len(rows) else (0, 0, 0, 0)
 
 
 def as_truths(objects: Objects) -> list[dict]:
-    """Return the objects of an image as COCO's records, with classes from 1."""
+    """Return the objects of an image as annotations in COCO's format, with classes from 1."""
     boxes = np.concatenate([objects.boxes[:, :2], objects.boxes[:, 2:] - objects.boxes[:, :2]], axis=1)
     columns = zip(boxes.tolist(), objects.labels.tolist(), objects.crowd.tolist(), objects.areas.tolist(), strict=True)
     names, records = ("bbox", "category_id", "iscrowd", "area"), []
@@ -179,10 +179,10 @@ def as_truths(objects: Objects) -> list[dict]:
 
 
 def as_results(detections: dict[str, torch.Tensor]) -> list[dict]:
-    """Return what was detected in an image as COCO's records.
+    """Return the detections in an image as results in COCO's format.
 
-    `boxes` (n, 4) are in its own pixels, `labels` (n,) from 1, and `masks`, if there are any, n of (H, W), uint8, of
-    which one at a time is in memory.
+    `boxes` (n, 4) are in pixels of the original image, `labels` (n,) from 1, and `masks`, if present, an iterable of n
+    masks (H, W), uint8, which may be computed one at a time.
     """
     boxes = detections["boxes"].cpu().double()
     boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
@@ -195,16 +195,16 @@ def as_results(detections: dict[str, torch.Tensor]) -> list[dict]:
 
 
 class Drawing(NamedTuple):
-    """Hold an object in a picture."""
+    """An object to draw in a picture."""
 
     box: tuple[float, float, float, float]  # x1, y1, x2, y2, in pixels of the picture
     label: int  # from 0
     score: float | None  # None for an annotation
-    mask: np.ndarray | None  # (h, w), bool
+    mask: np.ndarray | None  # (h, w) of the picture, bool
 
 
 def drawings(records: list[dict], original: tuple[int, int], size: tuple[int, int]) -> list[Drawing]:
-    """Return COCO's records of an image of `original` height and width for its picture of `size`."""
+    """Convert records in COCO's format of an image of size `original` to drawings for its picture of size `size`."""
     parts, (h, w) = [], size
     ratio = np.array([w / original[1], h / original[0]])
     for record in records:
@@ -216,11 +216,11 @@ def drawings(records: list[dict], original: tuple[int, int], size: tuple[int, in
 
 
 class DetectionDataset(SourceDataset):
-    """Make a DetectionBatch of a list of (epoch, sample index), for training.
+    """Make a DetectionBatch for training from a list of (epoch, sample index).
 
-    A sample's scale, place and flip are drawn from (seed, epoch, index) alone. A damaged image is replaced by the next
-    readable one, or if there is none, by one without objects. `options` are `side`, `scales`, `fill` and `masks` of
-    `training_sample`.
+    The scale, place and flip of a sample depend on (seed, epoch, index) alone. A damaged image is replaced by the next
+    readable one or, if there is none, by a black one without objects. `options` are `side`, `scales`, `fill` and
+    `masks` of `training_sample`.
     """
 
     def __init__(self, source: ObjectSource | SceneObjects, *, pixels: PixelFormat, seed: int, **options):
@@ -262,7 +262,7 @@ class DetectionDataset(SourceDataset):
 
 
 class EvaluationImages(SourceDataset):
-    """Make EvaluationImages of a list of (epoch, sample index), whatever the epoch.
+    """Make a list of EvaluationImage from a list of (epoch, sample index); the epoch does not matter.
 
     Damaged images are reported, not replaced. `options` are `side` and `fill` of `fit`.
     """

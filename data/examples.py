@@ -1,4 +1,4 @@
-"""Images to begin with: held-out images of a data set, or drawn scenes."""
+"""Example images for the demo: validation images of a data set, or drawn scenes."""
 
 from typing import NamedTuple
 
@@ -14,17 +14,17 @@ from data.sources import kind_of_data, open_sources
 
 
 class Example(NamedTuple):
-    """Hold an image to begin with."""
+    """An example image."""
 
     name: str
-    index: int  # in its source, on which its masks depend
-    data: object  # as `decode` takes it
+    index: int  # index in its source, on which its random mask depends
+    data: object  # an argument of `decode`
 
 
 def held_out_examples(flags: dict, pixels: PixelFormat, count: int, *, annotated: bool) -> list[Example]:
-    """Return held-out images of the data of a run, none if it holds out none.
+    """Return at most `count` validation images from the data of a run, [] if it has none.
 
-    `flags` are those of its script; `annotated` says that its data has boxes. Raises DataError, OSError, ImportError.
+    `flags` are those of the run; `annotated` data has boxes. Raises DataError, OSError, ImportError.
     """
     path, validation = flags["path_to_data"], flags.get("path_to_validation_data")
     if "hub" in map(kind_of_data, filter(None, (path, validation))):
@@ -41,7 +41,7 @@ def held_out_examples(flags: dict, pixels: PixelFormat, count: int, *, annotated
 
 
 def drawn_examples(channels: int, count: int) -> list[Example]:
-    """Return drawn scenes, of one channel or three, on which no run trains."""
+    """Return scenes of builtin:shapes with 1 or 3 channels, from the validation split, on which no run trains."""
     scenes = [Image.fromarray(shapes.draw(shapes.TRAIN_IMAGES + i)[0]) for i in range(count)]
     pixels = [np.atleast_3d(np.array(scene if channels == 3 else scene.convert("L"))) for scene in scenes]
     return [Example(f"scene {i}", i, data) for i, data in enumerate(pixels)]

@@ -1,4 +1,4 @@
-"""Features of a frozen encoder, computed once, in place of images."""
+"""Compute the features of a frozen encoder once, to train a head on them in place of images."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,11 +8,11 @@ from torch.utils.data import Dataset
 
 from data.batches import ClassificationBatch, ClassificationDataset
 
-CHUNK = 1024  # rows that processes exchange at a time
+CHUNK = 1024  # rows that each process sends at a time
 
 
 class FeatureDataset(Dataset):
-    """Make a ClassificationBatch of a list of (epoch, sample index), with features (B, N, D) in place of images."""
+    """Make a ClassificationBatch from a list of (epoch, sample index), with features (B, N, D) in place of images."""
 
     def __init__(self, source, features: torch.Tensor, labels: np.ndarray, damaged: dict[int, str]):
         self.source, self.features, self.labels, self.damaged = source, features, labels, damaged
@@ -35,12 +35,12 @@ def encode_dataset(
     share: slice,
     gather: Callable[[list], list],
 ) -> FeatureDataset:
-    """Compute the features of all samples once, on all processes; each then has all of them in memory, in float32.
+    """Compute the features of all samples, shared among the processes; each then holds all of them in float32.
 
     Args:
-        encode: images (B, C, H, W), as the loader yields them -> features (B, *shape).
-        read: returns the batches of a dataset's indices that are this process's `share`.
-        gather: returns the members of all processes' lists.
+        encode: maps images (B, C, H, W), as the loader yields them, to features (B, *shape).
+        read: returns an iterator over the batches of this process's `share` of a data set's indices.
+        gather: joins the lists of all processes.
     """
     features, labels, damaged = torch.empty(len(dataset), *shape), dataset.labels.copy(), []
     for batch in read(dataset, range(len(dataset))):

@@ -1,4 +1,4 @@
-"""Read samples that are files: all images below a folder, or files named on a command line."""
+"""Read images from files: all images below a folder, or the files that are named on a command line."""
 
 import contextlib
 import glob
@@ -16,32 +16,32 @@ import numpy as np
 from data.decode import is_image
 from data.index import DataError, Names, StoredSource, cached, first_few
 
-IMAGE_SUFFIXES = (  # of files whose content is not looked at before a run reads them
+IMAGE_SUFFIXES = (  # files with these count as images; their content is not checked before a run reads them
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".jp2"),
     *(".npy", ".jpe", ".pbm", ".pnm", ".avif", ".tga"),
 )
-SIDECARS = (".txt", ".json", ".xml", ".csv")  # of files that lie beside every image of a large data set: no images
-LITTER = re.compile(  # what file systems, browsers and editors leave behind, in a path of bytes; a folder's ends in /
+SIDECARS = (".txt", ".json", ".xml", ".csv")  # large data sets may have one beside each image; not checked for images
+LITTER = re.compile(  # files of systems, browsers and editors; matches paths as bytes, those of folders ending in /
     rb"(?:^|/)(?:\..+|@eaDir|@Recycle|@Recently-Snapshot|#recycle|#snapshot|__MACOSX|\$RECYCLE\.BIN|RECYCLER"
     rb"|System Volume Information|lost\+found|FOUND\.\d{3}|(?:eh)?thumbs(?:_vista)?\.db|desktop\.ini"
     rb"|Network Trash Folder|Temporary Items)(?:/|$)"
     rb"|(?:~|\.(?:bak|tmp|part|partial|crdownload|download|thm|[^./]+_original))$",
     re.IGNORECASE,
 )
-# Names of splits, the most likely first
+# Names of splits, in order of preference
 TRAINING = ("train", "training", "trainval")
 HELD_OUT = ("val", "validation", "valid", "dev", "eval", "evaluation", "holdout", "test", "testing")
 SPLIT = re.compile(rf"({'|'.join(TRAINING + HELD_OUT)})([-_ ]?(set|images?|data|\d{{4}}))?", re.IGNORECASE)
-CACHED_FROM = 20_000  # images of a folder; fewer are found quickly
-THREADS = 8  # that scan folders and files: on a network they wait, on a local disk more would slow each other down
-CLOCK = 2 * 10**9  # nanoseconds: the coarsest clock of a file system (FAT); those of NFS and ext4 are finer
-MAX_WORDS = 5  # of a command line in error messages; the others are counted
+CACHED_FROM = 20_000  # images in a folder; smaller folders are scanned quickly
+THREADS = 8  # for scanning: more help on network file systems, but slow each other down on local disks
+CLOCK = 2 * 10**9  # nanoseconds: resolution of the coarsest file system clock (FAT); NFS and ext4 are finer
+MAX_WORDS = 5  # of a command line that get an error message; the others are counted
 PAUSES = (0.1, 1.0)  # seconds before reading a file is retried
 PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 class FileSource(StoredSource):
-    """Read files in the order of their names, which are relative to `root`."""
+    """Read files with the given names, relative to `root`, in this order."""
 
     def __init__(self, names: Names | Sequence[bytes], root: str | Path = ""):
         self.root = root
@@ -54,7 +54,7 @@ class FileSource(StoredSource):
 
     @property
     def relative_names(self) -> list[bytes]:
-        """Return the names of all files, relative to `root`."""
+        """The names of all files, relative to `root`."""
         return [self._names[index] for index in range(len(self))]
 
     def name(self, index: int) -> str:
@@ -64,7 +64,7 @@ class FileSource(StoredSource):
         return [read_file(self.name(index)) for index in indices]
 
     def size_in_bytes(self) -> float:
-        """Estimate the size of all images from at most 200 of them."""
+        """Estimate the size of all images in bytes from at most 200 of them."""
         sizes = []
         for index in np.linspace(0, len(self) - 1, min(len(self), 200)).astype(int):
             with contextlib.suppress(OSError):
@@ -72,17 +72,17 @@ class FileSource(StoredSource):
         return len(self) * sum(sizes) / max(1, len(sizes))
 
     def fingerprint(self) -> str:
-        """Return digits equal for equal relative paths in the same order, wherever the folder is."""
+        """Return digits that are equal for equal relative paths in the same order, wherever the folder is."""
         return self._names.digest()
 
 
 class FolderSource(FileSource):
     """Read all images below a folder, in the order of the bytes of their relative paths.
 
-    Images are the files named `suffixes` or, by default, IMAGE_SUFFIXES and those of other names that begin as an image
-    does. The topmost folder below `root` that an image is in names its class; images in `root` itself have no label.
-    The index is cached in the folder `cache` until one of the folders changes. Raises DataError for a folder that does
-    not exist, cannot be read, or has no image.
+    Images are the files with one of `suffixes`; by default, those with one of IMAGE_SUFFIXES, and others whose first
+    bytes are those of an image. The topmost folder below `root` names the class of its images; images in `root` itself
+    have no label. The index of a large folder is cached in the folder `cache` until a folder in it changes. Raises
+    DataError for a folder that does not exist, cannot be read, or has no image.
     """
 
     def __init__(self, root: str | Path, suffixes: tuple[str, ...] | None = None, *, cache: Path | None = None):
@@ -103,7 +103,7 @@ class FolderSource(FileSource):
 
 
 def choose_splits(names: Iterable[str]) -> tuple[str | None, str | None]:
-    """Return the names of the training split and of the held-out split, None where there is none.
+    """Return the names of the training split and of the validation split, None for one that is missing.
 
     Case does not matter, and `set`, `images`, `data` or a year may follow: val, Valid, test_set, train2017.
     """
@@ -112,16 +112,16 @@ def choose_splits(names: Iterable[str]) -> tuple[str | None, str | None]:
 
 
 def _likeliest(names: list[str], words: tuple[str, ...]) -> str | None:
-    """Return the name of a split that begins with the first of `words` that any does."""
+    """Return the name that begins with the earliest of `words`, None if no name is one of them."""
     matches = [match for name in names if (match := SPLIT.fullmatch(name)) and match[1].lower() in words]
     ranked = sorted((words.index(match[1].lower()), match[0] not in words, match[0]) for match in matches)
     return ranked[0][2] if ranked else None
 
 
 def find_splits(root: Path) -> tuple[dict[str, Path], list[str]]:
-    """Return the folders of "train" and, if there is one, "validation", and lines of the plan.
+    """Return the folders of "train" and, if there is one, "validation", and lines for the plan.
 
-    They are below `root` or root/images, as in ADE20K, in any case; without a folder for training, `root` is that.
+    They are in `root` or, as in ADE20K, in root/images (case does not matter). Without a training folder, `root` is it.
     """
     for base in (root, *sorted(path for path in root.glob("*") if path.name.lower() == "images")):
         with contextlib.suppress(OSError), os.scandir(base) as entries:
@@ -137,13 +137,13 @@ def find_splits(root: Path) -> tuple[dict[str, Path], list[str]]:
 
 
 def note_test(held_out: str | None) -> list[str]:
-    """Return the line of the plan that says that the test split is held out, as there is no other."""
+    """Return a line for the plan if the test split is used for validation, as there is no other."""
     is_test = held_out is not None and held_out.lower().startswith("test")
     return [f"held out   {held_out}, as there is no split for validation"] if is_test else []
 
 
 def retry(read: Callable[[], bytes]) -> bytes | OSError:
-    """Return the result or the error of `read`, which is called again after errors that may be temporary."""
+    """Return the result or the error of `read`, which is retried after errors that may be temporary."""
     for pause in (*PAUSES, None):
         try:
             return read()
@@ -154,10 +154,10 @@ def retry(read: Callable[[], bytes]) -> bytes | OSError:
 
 
 def read_file(path: str) -> bytes | OSError:
-    """Return a file's content, or the error in reading it."""
+    """Return a file's content, or the error from reading it."""
 
     def read() -> bytes:
-        # O_NONBLOCK, as a named pipe would wait for a writer
+        # O_NONBLOCK, because a named pipe would wait for a writer
         with open(path, "rb", 0, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             return file.read() or b""  # an empty pipe gives None
 
@@ -165,15 +165,15 @@ def read_file(path: str) -> bytes | OSError:
 
 
 def stamp(path: str | bytes) -> list[int]:
-    """Return the time and size of a file or folder, which change with its content."""
+    """Return the modification time (ns) and size (bytes) of a file or folder, which change with its content."""
     stat = os.stat(path)
     return [stat.st_mtime_ns, stat.st_size]
 
 
 def is_unchanged(meta: dict) -> bool:
-    """Return True if all that was `seen` for an index still has its stamp.
+    """Return True if all files and folders that an index was built from, meta["seen"], still have their stamps.
 
-    A file that changed just before may have changed again within the same tick of the file system's clock.
+    A file that changed just before the start may have changed again within one tick of the file system's clock.
     """
     seen = meta["seen"]
     if max(changed for changed, _ in seen.values()) > meta["start"] - CLOCK:
@@ -186,16 +186,16 @@ def is_unchanged(meta: dict) -> bool:
 
 
 def is_fresh_index(meta: dict) -> bool:
-    """Return True for an index of many images if all that was `seen` for it still has its stamp."""
+    """Return True for an index of at least CACHED_FROM images that is unchanged."""
     return meta["count"] >= CACHED_FROM and is_unchanged(meta)
 
 
 def _index_folder(root: bytes, suffixes: tuple[str, ...] | None) -> tuple[dict, dict[str, np.ndarray]]:
-    """Build the index of all images below `root` for `cached`. Raises DataError."""
+    """Build the index of all images below `root`, for `cached`. Raises DataError."""
     start, base = time.time_ns(), os.path.abspath(root)
     paths, folders, seen, left_out = [], [b""], {}, Counter()
     with ThreadPool(THREADS) as pool:
-        while folders:  # of one depth
+        while folders:  # all folders of one depth
             try:
                 scanned = pool.map(partial(_scan, root, suffixes), folders)
             except OSError as error:
@@ -226,13 +226,13 @@ def _index_folder(root: bytes, suffixes: tuple[str, ...] | None) -> tuple[dict, 
 
 
 def _describe_left_out(left_out: Counter) -> str:
-    """Return the kinds of files and folders that are left out, and how many, from the counts of `_scan`."""
+    """Return the most frequent kinds of files and folders that are left out, with their counts from `_scan`."""
     kinds = sorted(left_out, key=lambda kind: (-left_out[kind], kind))
     return first_few((f"{left_out[kind]:,} {kind}" for kind in kinds), len(kinds))
 
 
 def _scan(root: bytes, suffixes: tuple[str, ...] | None, folder: bytes) -> tuple[list[int], list, list, Counter]:
-    """Return the stamp of a folder, its folders and images, relative to `root`, and what is left out by kind."""
+    """Return a folder's stamp, its folders and images relative to `root`, and the counts of others by kind."""
     path, endings = os.path.join(root, folder), tuple(map(str.encode, suffixes or IMAGE_SUFFIXES))
     time_and_size, folders, images, left_out = stamp(path), [], [], Counter()
     with os.scandir(path) as entries:
@@ -255,7 +255,7 @@ def _scan(root: bytes, suffixes: tuple[str, ...] | None, folder: bytes) -> tuple
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
-    """Return True for a folder or a link to one, False for a link that leads to itself."""
+    """Return True for a folder or a link to one, and False for a link to itself."""
     try:
         return entry.is_dir()
     except OSError:
@@ -263,7 +263,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _begins_as_image(entry: os.DirEntry, suffix: str) -> bool:
-    """Return True if a file of an unknown suffix is an image."""
+    """Return True if the first bytes of a file with an unknown suffix are those of an image."""
     with contextlib.suppress(OSError):
         if suffix not in SIDECARS and entry.is_file():
             with open(entry.path, "rb", 0) as file:
@@ -272,17 +272,17 @@ def _begins_as_image(entry: os.DirEntry, suffix: str) -> bool:
 
 
 def _is_loop(link: bytes) -> bool:
-    """Return True if a link leads to a folder that contains one on the way to it."""
+    """Return True if a link leads to a folder that contains the link."""
     link = Path(os.fsdecode(link))
     target = link.resolve()
     return any(folder.resolve().is_relative_to(target) for folder in link.parents)
 
 
 def find_images(words: Sequence[str]) -> tuple[FileSource, list[str]]:
-    """Return the files that words on a command line name, and error messages, one per word.
+    """Return the images that words on a command line name, and error messages for words without images.
 
     A word is a file with any name; a folder, for all images below it, see FolderSource; or a pattern (* ? [...], and **
-    for folders of any depth), for all matches in the order of their bytes, each file once.
+    for folders of any depth), for all its matches, sorted by bytes.
     """
     paths, errors = [], []
     for word in words:

@@ -1,4 +1,4 @@
-"""Find the classes of ImageNet-1k under the names that data sets and classifiers give them."""
+"""Identify the classes of ImageNet-1k by the names that data sets and classifiers give them."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -13,10 +13,10 @@ def imagenet_ids() -> list[str]:
 
 
 def find_ids(names: Sequence[str]) -> list[str | None]:
-    """Return the WordNet id of each name, None for one that is no class of ImageNet-1k or more than one.
+    """Return the WordNet id of each name; None if the name belongs to no class of ImageNet-1k or to several.
 
-    Names are WordNet ids, descriptions ("great white shark, white shark, ..."), or single words of these that belong to
-    one class; with spaces or underscores, in any case. All 1000 classes in order need no unique names: two are "crane".
+    Names are WordNet ids, descriptions ("great white shark, white shark, ..."), or single terms of these that belong to
+    one class; with spaces or underscores, in any case. All 1000 classes in order may have ambiguous names ("crane").
     """
     ids, known = imagenet_ids(), _known_names()
     keys = [name.replace("_", " ") for name in names]
@@ -33,12 +33,12 @@ def _known_names() -> dict[str, str]:
     descriptions = [info.index_to_description(number) for number in range(len(ids))]
     known = dict(zip(ids, ids, strict=True))
     for names in ([[text] for text in descriptions], [text.split(", ") for text in descriptions]):
-        known = _unique(zip(ids, names, strict=True)) | known  # an earlier meaning wins
+        known = _unique(zip(ids, names, strict=True)) | known  # earlier meanings take precedence
     return _unique((identity, [name.casefold()]) for name, identity in known.items()) | known
 
 
 def _unique(classes) -> dict[str, str]:
-    """Return name -> id of the names that belong to one id, from pairs of an id and its names."""
+    """Return a dict name -> id of the names that belong to one id only, from pairs (id, names)."""
     found = {}
     for identity, names in classes:
         for name in names:

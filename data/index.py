@@ -1,4 +1,4 @@
-"""Hold the names and labels of a data set in flat arrays that processes share, and cache what is slow to build."""
+"""Names and labels of a data set in flat arrays that processes share, and a cache for indices."""
 
 import contextlib
 import errno
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-FORMAT = 3  # of cache entries; entries of other formats are ignored
-TAG = "CACHEDIR.TAG"  # marks an entry as one of ours (https://bford.info/cachedir/)
+FORMAT = 3  # version of cache entries; others are ignored
+TAG = "CACHEDIR.TAG"  # marks cache entries of this project (https://bford.info/cachedir/)
 SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55\n# an index of masked-autoencoders\n"
 REAL_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 CLASS_NUMBER = re.compile(r"0*([0-9]{1,6})(\.0*)?")  # pandas writes 3.0 where a column has gaps
@@ -28,20 +28,20 @@ class DataError(ValueError):
 
 
 class StoredSource:
-    """Base of the sources whose samples are read on demand."""
+    """Base class of sources, with the defaults of data without labels."""
 
     labels: np.ndarray | None = None  # (N,), indices of `classes`, -1 without a label; None if no sample has one
     label_errors: Sequence[str] = ()  # reasons why the labels cannot be used; `labels` is then None
-    notes: Sequence[str] = ()  # lines of the plan
+    notes: Sequence[str] = ()  # lines for the plan
 
     def prepare(self, *, processes: int = 1, progress: bool = False) -> None:
         pass
 
 
 class Names:
-    """Hold N byte strings, one after the other in `buffer` (M,) uint8; number i ends before byte `ends[i]`, (N,) int64.
+    """N byte strings, concatenated in `buffer` (M,), uint8; string i ends before byte `ends[i]`, (N,), int64.
 
-    There is no Python object per name, so worker processes share all of them without copies.
+    There is no Python object per string, so worker processes share all of them without copies.
     """
 
     def __init__(self, buffer: np.ndarray, ends: np.ndarray):
@@ -49,7 +49,7 @@ class Names:
 
     @classmethod
     def from_list(cls, names: Sequence[bytes]) -> "Names":
-        """Copy a list."""
+        """Copy a list of byte strings."""
         ends = np.cumsum([len(name) for name in names], dtype=np.int64)
         return cls(np.frombuffer(b"".join(names), dtype=np.uint8), ends)
 
@@ -84,8 +84,8 @@ class Names:
 def with_labels(images: str, labels: np.ndarray | None, classes: Sequence[str], masks: str | None) -> str:
     """Return the fingerprint of a data set from its labels and the fingerprints of its images and masks.
 
-    Without labels and masks, it is that of the images. Labels of a part of the images do not count: earlier versions
-    read none then, and pre-training runs on such data go on.
+    Without labels and masks, it is that of the images. Labels are ignored if some images have none: earlier versions
+    did not read them, and pre-training runs on such data must be able to resume.
     """
     labels = None if labels is not None and labels.min() < 0 else labels
     if labels is None and masks is None:
@@ -104,13 +104,13 @@ def first_few(words: Iterable[str], count: int) -> str:
 def number_labels(texts, where: Callable[[int], str], source: str) -> tuple[np.ndarray | None, list[str], list[str]]:
     """Return the class of every sample (N,) int32, the names of the classes, and error messages.
 
-    If all labels are whole numbers from 0, these are the classes, named by the numbers from 0 to the largest. If none
-    is a number, classes are numbered in the order of the bytes of their names. Samples without a label, or with -1
-    or nan in any case, get -1. There are errors for other numbers, numbers mixed with names, and text in another
-    encoding than UTF-8. With errors, and if no sample has a label, the first two results are None and [].
+    If all labels are whole numbers from 0, they are the classes, whose names are the numbers from 0 to the largest. If
+    none is a number, classes are numbered in the byte order of their names. Samples without a label, or with -1 or nan
+    (in any case), get -1. Other numbers, numbers mixed with names, and text that is not UTF-8 are errors. With errors,
+    or if no sample has a label, the first two results are None and [].
 
-    `texts` is a pyarrow Array or ChunkedArray of strings or numbers. For messages, `where` returns the
-    place of a sample, such as "line 7", and `source` is the name of the data set.
+    `texts` is a pyarrow Array or ChunkedArray of strings or numbers. For messages, `where` returns the place of a
+    sample, such as "line 7", and `source` is the name of the data set.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -151,7 +151,7 @@ def number_labels(texts, where: Callable[[int], str], source: str) -> tuple[np.n
 
 
 def default_cache() -> Path:
-    """Return the default folder for indices."""
+    """Return the default folder for cached indices."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "masked-autoencoders").expanduser()
     except RuntimeError:  # the user has no home, as in containers
@@ -159,7 +159,7 @@ def default_cache() -> Path:
 
 
 def check_cache(cache: str | Path) -> None:
-    """Create the folder `cache` if needed. Raises DataError if it cannot be written."""
+    """Create the folder `cache` if needed. Raises DataError if it is not writable."""
     try:
         os.makedirs(cache, exist_ok=True)
         tempfile.TemporaryFile(dir=cache).close()
@@ -174,12 +174,11 @@ def cached(
     fresh: Callable[[dict], bool],
     build: Callable[[], tuple[dict, dict[str, np.ndarray]]],
 ) -> tuple[dict, dict[str, np.ndarray]]:
-    """Return the result of `build()`, from `cache` if it was built before.
+    """Return the result of `build()`, from the folder `cache` if it was built before.
 
-    Cached arrays are memory-mapped and read-only, so processes share them. One process builds, the others wait.
-
-    `key` identifies the result: a dict that JSON can hold, and arrays by name. `fresh` says from the dict if a result
-    is valid; one that is not valid when built is not stored. Without a `cache` that can be written, each call builds.
+    The result is a dict for JSON and arrays by name. Cached arrays are memory-mapped and read-only, so processes share
+    them. One process builds while the others wait. `key` identifies the result. `fresh(dict)` returns True if a result
+    is valid; a new result that is not valid is not stored. If `cache` is None or not writable, each call builds.
     """
     if cache is None:
         return build()
@@ -217,7 +216,7 @@ def _load(entry: Path, fresh: Callable[[dict], bool]) -> tuple[dict, dict[str, n
 
 
 def _store(entry: Path, meta: dict, arrays: dict[str, np.ndarray]) -> None:
-    """Replace an entry atomically. Raises OSError if something else has its name."""
+    """Write an entry in place of an older one. Raises OSError if its path is not a cache entry."""
     if entry.exists() and not ((entry / TAG).is_file() and (entry / TAG).read_text() == SIGNATURE):
         raise FileExistsError(errno.EEXIST, "not an index of this project", str(entry))
     with tempfile.TemporaryDirectory(prefix=f"{entry.name}.", dir=entry.parent) as folder:

@@ -1,4 +1,4 @@
-"""Read samples that a list names: a table of paths and perhaps labels and masks, as CSV or as lines of JSON."""
+"""Read the samples in a list: a table of paths, and perhaps labels and masks, in CSV or JSON lines."""
 
 import contextlib
 import csv
@@ -19,18 +19,18 @@ from data.values import text_encoding
 JSON = (".jsonl", ".ndjson")
 LISTS = (".csv", ".tsv", *JSON)
 COLUMNS = ["path", "label", "mask"]
-LONGEST_LINE = 2**25  # bytes of a line of JSON
-CHECKED = 100_000  # paths at most: on a slow file system, millions would take minutes
+LONGEST_LINE = 2**25  # bytes of a JSON object
+CHECKED = 100_000  # maximum number of paths: on a slow file system, millions would take minutes
 SOME_TEXT = re.compile(r"\S")
-BACKSLASH = "\\"  # between the folders of a path written on Windows
+BACKSLASH = "\\"  # separates folders in paths from Windows
 
 
 class ListSource(FileSource):
-    """Read the images of a list, in its order: a CSV file with a column `path`, or JSON lines with that key.
+    """Read the images of a list in its order: a CSV file with a column `path`, or JSON lines with that key.
 
-    Paths are absolute, relative to the list's folder, or begin with ~/. The list may have a `label` (whole numbers from
-    0, or names) and a `mask`, a path; other columns are ignored. Raises DataError for a list that cannot be read or is
-    empty, and for missing images.
+    Paths are absolute, relative to the list's folder, or begin with ~/. The list may have columns `label` (whole
+    numbers from 0, or names) and `mask` (paths); others are ignored. Raises DataError for a list that cannot be read or
+    is empty, and for missing images.
     """
 
     def __init__(self, path: str | Path):
@@ -50,7 +50,7 @@ class ListSource(FileSource):
         _check_files(path, "path", self)
 
     def read_columns(self, names: Sequence[str]) -> dict:
-        """Return columns as pyarrow arrays, one value for each image: lists or text. Raises DataError."""
+        """Return columns as pyarrow arrays of text or lists, with one value per image. Raises DataError."""
         with _readable(self._path):
             if not self._path.lower().endswith(JSON):
                 table = _read_csv(self._path, names)
@@ -60,14 +60,14 @@ class ListSource(FileSource):
 
     @property
     def column_names(self) -> list[str]:
-        """Return the names of the list's columns."""
+        """The names of the list's columns."""
         if self._path.lower().endswith(JSON):
             return list(dict.fromkeys(name for row in _read_objects(self._path) for name in row))
         return [name.strip() for name in _read_header(self._path)[0]]
 
     @property
     def title(self) -> str:
-        """Return the name of the list in messages."""
+        """The name of the list in messages."""
         return self._path
 
     @cached_property
@@ -77,13 +77,13 @@ class ListSource(FileSource):
         return len(self._masks) > 0
 
     def fingerprint(self) -> str:
-        """Return digits equal for equal paths, masks and labels; with paths alone, equal to a folder's."""
+        """Return digits that are equal for equal paths, masks and labels; for paths alone, those of a folder."""
         masks = self._masks.fingerprint() if len(self._masks) else None
         return with_labels(super().fingerprint(), self.labels, self.classes, masks)
 
 
 def _read_list(path: str) -> tuple:
-    """Return the columns path, label and mask of a list as a pyarrow Table, null where absent, and errors of labels.
+    """Return a list's columns path, label and mask as a pyarrow Table, null if absent, and error messages for labels.
 
     Raises DataError.
     """
@@ -99,7 +99,7 @@ def _read_list(path: str) -> tuple:
 
 @contextlib.contextmanager
 def _readable(path: str) -> Iterator[None]:
-    """Raise DataError for what libraries raise while they read a list."""
+    """Turn the errors that libraries raise while they read a list into DataError."""
     try:
         yield
     except (OSError, ValueError, csv.Error) as error:
@@ -108,7 +108,7 @@ def _readable(path: str) -> Iterator[None]:
 
 
 def _read_csv(path: str, targets: Sequence[str] = ()):
-    """Return COLUMNS and `targets` of a table whose cells are separated by commas, tabs or semicolons."""
+    """Return COLUMNS and the columns `targets` of a table with commas, tabs or semicolons between its cells."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.csv as arrow_csv
@@ -133,7 +133,7 @@ def _read_csv(path: str, targets: Sequence[str] = ()):
 
 
 def _read_json(path: str) -> tuple:
-    """Return the columns of a list of JSON objects, and errors of labels, which are then null."""
+    """Return the columns of a list of JSON objects, and error messages for labels, which are then null."""
     import pyarrow as pa
     import pyarrow.json as arrow_json
 
@@ -151,7 +151,7 @@ def _read_json(path: str) -> tuple:
 
 
 def _read_objects(path: str) -> list[dict]:
-    """Return the objects of a list in JSON, of which several may stand in a line."""
+    """Return the objects of a list in JSON; a line may have several."""
     text, decoder, rows, position = Path(path).read_text(_encoding(path)), json.JSONDecoder(), [], 0
     while start := SOME_TEXT.search(text, position):
         row, position = decoder.raw_decode(text, start.start())
@@ -160,7 +160,7 @@ def _read_objects(path: str) -> list[dict]:
 
 
 def _to_arrow(values: list):
-    """Return values of JSON as a pyarrow array: lists if all are lists or null, otherwise text."""
+    """Return JSON values as a pyarrow array: of lists if all are lists or null, otherwise of text."""
     import pyarrow as pa
 
     known = [value for value in values if value is not None]
@@ -176,14 +176,14 @@ def _encoding(path: str) -> str:
 
 
 def _as_utf8(path: str):
-    """Return the path of a list, or its content in UTF-8 if its byte order mark says UTF-16, as of PowerShell."""
+    """Return the path of a list, or its content in UTF-8 if it is in UTF-16, which PowerShell writes."""
     import pyarrow as pa
 
     return path if _encoding(path) != "utf-16" else pa.BufferReader(Path(path).read_text("utf-16").encode())
 
 
 def _read_header(path: str) -> tuple[list[str], str]:
-    """Return the names in the header of CSV and what separates them, or the keys in the first line of JSON."""
+    """Return the names in a CSV header and their delimiter, or the keys in the first line of JSON and ""."""
     with open(path, encoding=_encoding(path), errors="replace") as file:
         line = next(filter(str.strip, file), "")
         if path.lower().endswith(JSON):
@@ -197,7 +197,7 @@ def _read_header(path: str) -> tuple[list[str], str]:
 
 
 def _check_files(path: str, column: str, source: FileSource) -> None:
-    """Raise DataError if paths of a list are empty, or if files, at most CHECKED of them, do not exist."""
+    """Raise DataError if paths of a list are empty or files do not exist; at most CHECKED files are checked."""
     if len(empty := np.flatnonzero(np.diff(source._names.ends, prepend=0) == 0)):
         places = first_few((f"row {row + 1}" for row in empty), len(empty))
         raise DataError(f"{path} has no {column} in {places}; expected one in every row; correct or remove these")

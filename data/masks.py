@@ -1,7 +1,7 @@
-"""Masks: what their numbers or colours mean, how they are decoded, and how other numbers are noticed.
+"""Decode segmentation masks by their numbers or colours, and detect masks that are numbered in another way.
 
-In files a label 0 is void (ignored) and 1 .. N are the classes, as in ADE20K, unless a MaskFormat says otherwise; in
-memory a mask is uint8 (H, W) with 0 .. N-1 for the classes and 255 (IGNORED) for void.
+In files, label 0 is void (ignored) and 1 .. N are the classes, as in ADE20K, unless a MaskFormat says otherwise. In
+memory, a mask is uint8 (H, W) with 0 .. N-1 for the classes and 255 (IGNORED) for void.
 """
 
 import re
@@ -14,17 +14,17 @@ from data.index import DataError
 from data.sources import Fetched
 
 IGNORED = 255
-BACKGROUND = re.compile(  # the first class of masks that are numbered from 0
+BACKGROUND = re.compile(  # names that are usually the first class of masks numbered from 0
     "_*(bg|back_?ground|others?|void|unlabell?ed|unannotated|ignored?|unknown|no.?data)_*", re.IGNORECASE
 )
 
 
 class MaskFormat(NamedTuple):
-    """Say what the numbers or the colours of masks mean."""
+    """The meaning of the numbers or colours of masks."""
 
-    offset: int | None = None  # the label of the first class: 0, or 1 if 0 is void; None: 1, and masks may contradict
-    void_label: int | None = None  # a further label that is void
-    colours: np.ndarray | None = None  # of the classes, uint8 (N, 3), in masks that have colours
+    offset: int | None = None  # the label of the first class: 0, or 1 if 0 is void; None: 1, a default that is checked
+    void_label: int | None = None  # another label that is void
+    colours: np.ndarray | None = None  # colours of the classes in coloured masks, uint8 (N, 3)
 
     @property
     def first_label(self) -> int:
@@ -32,13 +32,13 @@ class MaskFormat(NamedTuple):
 
     @classmethod
     def from_flags(cls, flags: dict, known: dict) -> "MaskFormat":
-        """Return what the flags say or, where they are None, what is `known` of a trained run or model."""
+        """Return the format from the flags; for flags that are None, from the `known` values of a run or model."""
         names = ("mask_offset", "void_label")
         return cls(*(known.get(name) if flags[name] is None else flags[name] for name in names))
 
     @property
     def numbering(self) -> dict[str, int | None]:
-        """The values of the flags."""
+        """The values of --mask_offset and --void_label."""
         return dict(mask_offset=self.first_label, void_label=self.void_label)
 
 
@@ -48,9 +48,9 @@ LIKE_ADE20K = MaskFormat()
 def decode_labels(
     data: Fetched, num_classes: int, mask_format: MaskFormat, *, name: str, max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
-    """Decode a mask that a source fetched to the labels of its file (H, W).
+    """Decode a mask, a result of `Source.fetch_masks`, to the labels in its file (H, W).
 
-    Raises DamagedImage, and DataError, whose message has `name`, for other colours and labels than the classes'.
+    Raises DamagedImage, and DataError for labels or colours of no class; its message has the mask's `name`.
     """
     first, void, colours = mask_format.first_label, mask_format.void_label, mask_format.colours
     labels = decode_stored(data, max_pixels, in_colour=colours is not None)
@@ -85,7 +85,7 @@ def decode_labels(
 
 
 def _find_colours(pixels: np.ndarray, colours: np.ndarray, name: str) -> np.ndarray:
-    """Return the rows of `colours` that the pixels (H, W), (H, W, 3) or (H, W, 4) have, int64 (H, W)."""
+    """Return the row of `colours` for each of the pixels (H, W), (H, W, 3) or (H, W, 4): int64 (H, W)."""
     place = np.array([2**16, 2**8, 1])
     codes = pixels.astype(np.int64) * place.sum() if pixels.ndim == 2 else pixels[:, :, :3] @ place
     known = colours @ place
@@ -101,15 +101,15 @@ def _find_colours(pixels: np.ndarray, colours: np.ndarray, name: str) -> np.ndar
 
 
 def to_classes(labels: np.ndarray, mask_format: MaskFormat) -> np.ndarray:
-    """Return the classes 0 .. N-1, and 255 for void, of the labels of a file (H, W), as uint8."""
-    classes = labels.astype(np.uint8) - np.uint8(mask_format.first_label)  # void, 0 - 1, wraps around to 255
+    """Convert the labels in a file (H, W) to classes 0 .. N-1, and 255 for void: uint8 (H, W)."""
+    classes = labels.astype(np.uint8) - np.uint8(mask_format.first_label)  # void wraps around: 0 - 1 is 255
     if mask_format.void_label is not None:
         classes[labels == mask_format.void_label] = IGNORED
     return classes
 
 
 def check_size(name: str, size: tuple[int, ...], image_size: tuple[int, ...], orientation: int = 1) -> None:
-    """Raise DataError for a mask of another (height, width) than its image, which EXIF's `orientation` turned."""
+    """Raise DataError if the (height, width) of a mask and its upright image differ; `orientation` is as in EXIF."""
     if size != image_size:
         remedy = "correct the mask"
         if orientation > 4 and size == image_size[::-1]:
@@ -121,11 +121,11 @@ def check_size(name: str, size: tuple[int, ...], image_size: tuple[int, ...], or
 
 
 def doubt_numbering(mask_format: MaskFormat, classes: list[str], counts: np.ndarray, zeros: int) -> str | None:
-    """Return why masks seem to be numbered otherwise than `mask_format` says, None if nothing shows it.
+    """Return why masks seem to be numbered differently from `mask_format`, None if they do not.
 
     Args:
-        counts: pixels of each class in all masks, (N,).
-        zeros: pixels whose label is 0.
+        counts: number of pixels of each class in all masks, (N,).
+        zeros: number of pixels with label 0.
     """
     first, last = classes[0], classes[-1]
     if mask_format.offset is None and zeros and not counts[-1]:

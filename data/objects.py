@@ -1,6 +1,6 @@
-"""Annotated objects of images, and the sources that give them.
+"""Annotated objects of images, and the sources that read them.
 
-Boxes are (x1, y1, x2, y2) in pixels of the image, from its left upper corner. Sizes are (height, width).
+Boxes are (x1, y1, x2, y2) in pixels from the upper left corner of the image. Sizes are (height, width).
 """
 
 import hashlib
@@ -21,35 +21,35 @@ from data.sources import ShapesSource
 
 
 class Objects(NamedTuple):
-    """Hold the annotated objects of an image."""
+    """The annotated objects of an image."""
 
     boxes: np.ndarray  # (n, 4), float64
     labels: np.ndarray  # (n,), int64: classes from 0
-    crowd: np.ndarray  # (n,), bool: groups that are no single object; nobody trains on them, and they are not scored
-    areas: np.ndarray  # (n,), float64: pixels, by which objects are small, medium or large
-    masks: list | None  # of each object polygons [[x, y, x, y, ...], ...] or COCO's RLE; None in data of boxes alone
+    crowd: np.ndarray  # (n,), bool: groups of objects, which are neither used for training nor scored
+    areas: np.ndarray  # (n,), float64: pixels; they decide if an object counts as small, medium or large
+    masks: list | None  # polygons [[x, y, x, y, ...], ...] or COCO's RLE for each object; None for data without masks
 
 
 class Entry(NamedTuple):
-    """Hold an object as annotated."""
+    """An annotated object."""
 
     box: list[float]  # x1, y1, x2, y2, in pixels, or relative to width and height
     label: int
     crowd: bool = False
-    area: float | None = None  # None: that of the box
-    mask: str | None = None  # JSON of polygons or RLE, in the box's units: a sixth of the memory of lists of numbers
+    area: float | None = None  # in the box's units; None: the area of the box
+    mask: str | None = None  # JSON of polygons or RLE, in the box's units; lists of numbers take six times the memory
 
 
 class ObjectSource(FileSource):
-    """Read images, and give the objects in them.
+    """Read images and their annotated objects.
 
     Args:
-        names: of the files, relative to `root`.
-        objects: those of each image, packed by ObjectPacker in one flat array, which worker processes share.
-        sizes: (H, W) of the images as their annotations say; None where they say none, and are relative to it.
+        names: names of the files, relative to `root`.
+        objects: the objects of each image, packed by ObjectPacker in one flat array, which worker processes share.
+        sizes: (H, W) of each image in the annotations; None if the annotations are relative to the size.
         classes: names of the classes.
-        class_ids: the numbers of the classes in the annotations.
-        lacks_masks: why masks cannot be used, see ObjectPacker; "" if every object has one.
+        class_ids: numbers of the classes in the annotations.
+        lacks_masks: reason why masks cannot be used, see ObjectPacker; "" if each object has one.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class ObjectSource(FileSource):
         self.image_ids = list(range(1, len(self) + 1))  # numbers of the images in the annotations
 
     def objects(self, index: int, size: tuple[int, int]) -> Objects:
-        """Return the objects in an image of this size. Raises DamagedImage if they are annotated for another size."""
+        """Return the objects of an image that has this size. Raises DamagedImage if its annotations have another."""
         (height, width), scale = size, np.ones(2)
         if self.sizes is None:
             scale = np.array([width, height])
@@ -105,17 +105,17 @@ def _scaled(polygons: list, scale: np.ndarray) -> list:
 
 
 class SceneObjects(ShapesSource):
-    """Give the objects of the built-in scenes, as far as no other hides them."""
+    """Read the built-in scenes and their objects, whose masks and boxes cover the visible parts."""
 
     lacks_masks, class_ids = "", list(range(1, len(CLASSES) + 1))
 
     @property
     def image_ids(self) -> list[int]:
-        """Return the numbers of the images."""
+        """The numbers of the images."""
         return list(range(1, len(self) + 1))
 
     def objects(self, index: int, size: tuple[int, int]) -> Objects:
-        """Return the objects in a scene; see ObjectSource."""
+        """Return the objects of a scene; `size` is not used."""
         labels = np.unique(self.masks[index])
         labels = labels[labels > 0]
         masks = [coco_masks.encode(np.asfortranarray(self.masks[index] == label, np.uint8)) for label in labels]
@@ -126,18 +126,18 @@ class SceneObjects(ShapesSource):
 
 
 class ObjectPacker:
-    """Pack the objects of a split into bytes, image by image; leave out what has no area, and count that.
+    """Pack the objects of a split into bytes, image by image; leave out and count objects without an area.
 
     `where` names the annotations in messages.
     """
 
     def __init__(self, where: str):
         self.where, self.buffer, self.ends = where, bytearray(), []
-        self.left_out: list[str] = []  # image of every box that was left out
-        self.num_single, self.without_mask = 0, []  # objects that are no crowds, and the image of each without a mask
+        self.left_out: list[str] = []  # name of the image of each box that was left out
+        self.num_single, self.without_mask = 0, []  # count of objects but crowds; images of those without mask
 
     def add(self, entries: Iterable[Entry], size: tuple[float, float], name: str) -> None:
-        """Pack the objects of the next image, which has this size and name, whose box has an area in it."""
+        """Pack the next image's objects, except boxes without an area inside `size` (height, width)."""
         records, (height, width) = [], size
         for entry in entries:
             x1, y1, x2, y2 = entry.box
@@ -153,7 +153,7 @@ class ObjectPacker:
 
     @property
     def objects(self) -> Names:
-        """Return the objects of all images, as ObjectSource takes them. Raises DataError if none is a single object."""
+        """The objects of all images, as an argument of ObjectSource. Raises DataError if all are crowds or left out."""
         if not self.num_single:
             count = f"{len(self.left_out)} boxes outside their image or of no area" if self.left_out else "crowds alone"
             raise DataError(f"{self.where} has no objects that can be scored ({count}); give images with objects")
@@ -161,7 +161,7 @@ class ObjectPacker:
 
     @property
     def lacks_masks(self) -> str:
-        """Return why masks cannot be used: objects without one, counted and named; "" if every object has one."""
+        """The reason why masks cannot be used, with the objects that have none; "" if each object has one."""
         count = len(self.without_mask)
         if count == self.num_single:
             return f"the annotations in {self.where} have boxes alone"
@@ -171,7 +171,7 @@ class ObjectPacker:
 
     @property
     def notes(self) -> list[str]:
-        """Return lines of the plan: what was left out, and objects without a mask beside others that have one."""
+        """Lines for the plan: boxes that were left out, and objects without a mask if only some have none."""
         count, images = len(self.left_out), dict.fromkeys(self.left_out)
         text = f"left out   {count} boxes outside their image or of no area in {self.where}: "
         notes = [text + first_few(images, len(images))] if count else []

@@ -1,4 +1,4 @@
-"""Pairs of image and mask for semantic segmentation: their sources, and the checks before a run starts.
+"""Sources of image and mask pairs for semantic segmentation, and the checks of masks before a run starts.
 
 Sizes are (height, width), in pixels.
 """
@@ -40,26 +40,26 @@ from data.sources import Fetched, ShapesSource, Source, check_pixels, kind_of_da
 
 ADE20K_NAME = re.compile("(^|/)ADE_(train|val)_[^/]*$")
 LAYOUT = "images/{training,validation}/NAME.jpg and annotations/{training,validation}/NAME.png"
-ORIENTED = {"exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow finds an orientation
-MAX_NAMED = 5  # bad masks in messages; the others are counted
-CHUNK = 50  # masks that a worker process checks at a time
+ORIENTED = {"exif", "xmp", "XML:com.adobe.xmp"}  # keys of `Image.info` that may hold an orientation
+MAX_NAMED = 5  # bad masks that get a message; the others are counted
+CHUNK = 50  # masks that a worker process checks at a time, at most
 
 
 class MaskReport(NamedTuple):
-    """Hold what was found in some masks."""
+    """The result of checking masks."""
 
-    counts: np.ndarray  # pixels of each class, int64 (num_classes,)
-    zeros: int  # pixels whose label is 0
-    maybe_turned: list[str]  # masks whose sizes do not show if they are turned as their images are
+    counts: np.ndarray  # number of pixels of each class, int64 (num_classes,)
+    zeros: int  # number of pixels with label 0
+    maybe_turned: list[str]  # masks of rotated or mirrored images, whose size does not show if they are turned too
     errors: list[str]
 
 
 class SegmentationFolder(FolderSource):
-    """Find the pairs of a split, "training" or "validation", of a folder laid out like ADEChallengeData2016 of ADE20K.
+    """Read the pairs of a split, "training" or "validation", of a folder in the layout of ADEChallengeData2016.
 
-    Each image below images/SPLIT has a mask of the same relative name below annotations/SPLIT, as a PNG. These folders
-    may have other usual names, see `files.choose_splits`. Without a `class_file` (see `open_pairs`) and classes.txt,
-    images of ADE20K have its classes. Raises DataError.
+    Each image below images/SPLIT has a PNG mask of the same relative name below annotations/SPLIT. The SPLIT folders
+    may have other common names, see `files.choose_splits`. If neither `class_file` (see `open_pairs`) nor classes.txt
+    exists, images of ADE20K have its classes. Raises DataError.
     """
 
     has_masks = True
@@ -120,12 +120,12 @@ class SegmentationFolder(FolderSource):
 
 
 def _stems(source: FolderSource) -> list[str]:
-    """Return the relative paths without suffixes."""
+    """Return the relative paths of a source's files without suffixes."""
     return [os.path.splitext(os.path.relpath(source.name(i), source.root))[0] for i in range(len(source))]
 
 
 class Pairs:
-    """Wrap a source that has masks, such as a list, with the names of its classes. Raises DataError."""
+    """Wrap a source that has masks, such as a list, and add the names of its classes. Raises DataError."""
 
     def __init__(self, source: Source | None, path: str, class_file: str | Path | None, mask_format: MaskFormat):
         if source is None:
@@ -160,10 +160,10 @@ def open_pairs(
     cache: str | None = None,
     data_format: str | None = None,
 ) -> tuple[PairSource, PairSource]:
-    """Open the training and the validation pairs of a folder laid out like ADE20K's, or of a source with masks.
+    """Open the training and validation pairs of a folder in ADE20K's layout, a source with masks, or builtin:shapes.
 
-    `class_file` names the classes, or is "ade20k"; by default it is classes.txt beside the data. `data_format` is the
-    kind of both paths, see `kind_of_data`. Raises DataError with a line for each problem.
+    `class_file` is a file with the names of the classes, or "ade20k"; by default, it is classes.txt beside the data.
+    `data_format` is the kind of both paths, see `kind_of_data`. Raises DataError with one line per problem.
     """
     if kind_of_data(path_to_data, data_format) == "builtin":
         scenes = open_sources(path_to_data, pixels)
@@ -193,7 +193,7 @@ def open_pairs(
         except DataError as error:
             errors += str(error).splitlines()
     if errors:
-        raise DataError("\n".join(dict.fromkeys(errors)))  # an error of both splits is named once
+        raise DataError("\n".join(dict.fromkeys(errors)))  # an error of both splits is reported once
     return tuple(pairs)
 
 
@@ -214,15 +214,15 @@ def check_annotations(
         sources: pairs by name, "training" or "validation", after `prepare`.
         share: the samples that this process of the run reads.
         gather: joins the lists of all processes of the run.
-        processes: worker processes of this process.
-        say: prints what may be wrong with the masks.
-        strict: refuse masks that may be numbered from 0, where otherwise only names of classes that tell it do.
+        processes: number of worker processes of this process; `progress` shows a bar.
+        say: prints notes about masks that may be wrong.
+        strict: refuse masks that may be numbered from 0; by default, only if the first class is a background.
 
     Returns:
-        The pixels of each class, int64 (num_classes,), by the names of `sources`.
+        For each name in `sources`, the number of pixels of each class, int64 (num_classes,).
 
     Raises:
-        DataError: a line for each bad mask, or that all pixels are void, or that the masks are numbered otherwise.
+        DataError: masks are bad (one line each), all pixels are void, or the masks seem to be numbered differently.
     """
     reports, errors = {}, []
     for name, source in sources.items():
@@ -264,8 +264,8 @@ def check_masks(
 ) -> MaskReport:
     """Count the pixels of each class in the masks of `indices`, and find errors.
 
-    Errors are another size than the image's, colours without a table, and labels beyond the classes. Files that cannot
-    be read are skipped: they are reported when a run reads them. `progress` is the text of a bar.
+    Errors are a size other than the image's, colours without a table, and labels or colours of no class. Files that
+    cannot be read are skipped; a run reports them when it reads them. `progress` is the title of a bar, None for none.
     """
     num_classes = len(source.classes)
     if isinstance(source, ShapesSource):
@@ -279,7 +279,7 @@ def check_masks(
 
 
 def _check_mask(source: PairSource, pixels: PixelFormat, index: int) -> MaskReport | None:
-    """Return what is found in one mask, None if it or its image cannot be read."""
+    """Return the result of checking one mask, None if it or its image cannot be read."""
     (data,), (image,), name = source.fetch_masks([index]), source.fetch([index]), source.mask_name(index)
     num_classes, max_pixels = len(source.classes), pixels.max_pixels
     try:
@@ -297,9 +297,9 @@ def _check_mask(source: PairSource, pixels: PixelFormat, index: int) -> MaskRepo
 
 
 def _size_and_orientation(data: Fetched, pixels: PixelFormat) -> tuple[tuple[int, ...], int]:
-    """Return height and width of an upright image and its orientation, 1 to 8 as in EXIF.
+    """Return the (height, width) of an upright image, and the orientation in its file, 1 to 8 as in EXIF.
 
-    They are read from the header if nothing turns the image, which is far faster than decoding.
+    Both come from the header if it has no orientation, which is far faster than decoding.
     """
     if isinstance(data, bytes | memoryview):
         with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(io.BytesIO(data)) as image:
@@ -309,7 +309,7 @@ def _size_and_orientation(data: Fetched, pixels: PixelFormat) -> tuple[tuple[int
 
 
 def check_class_weights(weights: list | None, num_classes: int) -> None:
-    """Raise DataError for --class_weights that are not one for each class."""
+    """Raise DataError if --class_weights has another number of weights than there are classes."""
     if weights and "balanced" not in weights and len(weights) != num_classes:
         remedy = "give one each, in the order of classes.txt"
         raise DataError(f"--class_weights has {len(weights)} numbers for {num_classes} classes; {remedy}")
@@ -318,7 +318,7 @@ def check_class_weights(weights: list | None, num_classes: int) -> None:
 def check_trained_classes(
     path_to_data: str, classes: list[str], names: list[str] | None, count: int, *, model: str = "segmenter"
 ) -> None:
-    """Raise DataError for data whose classes are not those of a trained model, which has `count` of these names."""
+    """Raise DataError if `classes` are not a trained model's `count` classes, whose `names` are None if unknown."""
     what = f"--path_to_data {path_to_data}"
     if count != len(classes):
         raise DataError(f"{what} has {len(classes)} classes, the {model} {count}; give data with those classes")
@@ -331,11 +331,11 @@ def check_trained_classes(
 
 
 def class_weights(weights: list | None, areas: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor | None:
-    """Return the weights of the classes in the loss, (num_classes,), None if they are equal.
+    """Return the weights of the classes in the loss, (num_classes,), or None for equal weights.
 
-    `weights` are --class_weights. Balanced ones are the median of the classes' numbers of pixels in the training masks,
-    `areas`, divided by the class's own (Eigen & Fergus 2015, section 4.3.2), at most 10, and 1 for a class without
-    pixels.
+    `weights` are --class_weights. "balanced" divides the median of `areas`, the classes' numbers of pixels in the
+    training masks, by the class's own (Eigen & Fergus 2015, section 4.3.2). These weights are at most 10, and 1 for a
+    class without pixels.
     """
     if not weights:
         return None

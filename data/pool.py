@@ -1,4 +1,4 @@
-"""Share work among worker processes that end with the process that started them, and say what ends them."""
+"""Run work in worker processes that end with the main process, and explain why loader workers fail."""
 
 import contextlib
 import errno
@@ -17,22 +17,22 @@ from multiprocessing.queues import Queue
 
 from torch._utils import ExceptionWrapper
 
-SHARED_MEMORY = "/dev/shm"  # where torch's workers put batches
+SHARED_MEMORY = "/dev/shm"  # where the workers of torch's loader put batches
 
 
 class WorkerError(RuntimeError):
-    """End the run with one line, because loader workers cannot work: the cause, and the flag that helps."""
+    """End the run because loader workers cannot work; the message is one line with the cause and the flag to change."""
 
     def __init__(self, message: str, exit_code: int = 1):
         super().__init__(message)
-        self.exit_code = exit_code  # by which training/launch.py knows this error
+        self.exit_code = exit_code  # training/launch.py recognizes this error by it
 
 
 @contextlib.contextmanager
 def mapping(processes: int, chunk_size: int = 1) -> Iterator:
-    """Yield a `map` over this many worker processes, which keeps the order; for one process the built-in `map`.
+    """Yield a function like `map` that runs in this many worker processes; for one process, yield `map` itself.
 
-    A worker takes `chunk_size` items at a time.
+    Results come in order. A worker takes `chunk_size` items at a time.
     """
     if processes <= 1:
         yield map
@@ -42,7 +42,7 @@ def mapping(processes: int, chunk_size: int = 1) -> Iterator:
 
 
 def watch_parent() -> None:
-    """End this worker process from a thread when the main process is gone, even killed, instead of waiting forever."""
+    """Start a thread that ends this worker process when the main process ends, even if it is killed."""
 
     def end() -> None:
         multiprocessing.parent_process().join()
@@ -52,9 +52,9 @@ def watch_parent() -> None:
 
 
 def report_unsent() -> None:
-    """Let this loader worker send an error in place of a batch that cannot be sent, which Python would drop.
+    """Make this loader worker send an error in place of a batch that cannot be sent.
 
-    The main process would wait for that batch for ever.
+    Python would drop the batch, and the main process would wait for it forever.
     """
 
     def send(queue: Queue, error: Exception, item: tuple) -> None:
@@ -64,9 +64,9 @@ def report_unsent() -> None:
 
 
 def check_shared_memory(batch_bytes: int, num_workers: int) -> None:
-    """Raise WorkerError if the batches of this machine's processes do not fit in shared memory.
+    """Raise WorkerError if the batches of all processes on this machine do not fit in shared memory.
 
-    A worker prepares two batches ahead. Those of training wait while a validation reads as many.
+    A worker prepares two batches ahead, for training and, while these wait, also for validation: four in all.
     """
     if not os.path.isdir(SHARED_MEMORY):
         return
@@ -84,8 +84,8 @@ def check_shared_memory(batch_bytes: int, num_workers: int) -> None:
 def guarded_batches(start: Callable[[], Iterator]) -> Iterator:
     """Start a loader's workers, and return an iterator over the batches.
 
-    It raises WorkerError if a worker dies or cannot send a batch. torch's own handler of SIGCHLD, which raises wherever
-    the main thread is, is removed: a dead worker is noticed within five seconds of waiting for its batch.
+    The iterator raises WorkerError if a worker dies or cannot send a batch. torch's handler of SIGCHLD is removed,
+    as it raises anywhere in the main thread. A dead worker is noticed within five seconds of waiting for its batch.
     """
     handler = signal.getsignal(signal.SIGCHLD)
     with _explaining([]):
@@ -118,10 +118,10 @@ def _explaining(workers: list) -> Iterator[None]:
 
 
 def _explain(error: Exception, workers: list) -> str | None:
-    """Return what keeps loader workers from working, and the remedy; None for errors of another kind."""
+    """Return the reason why loader workers cannot work, and the remedy; None for errors of other kinds."""
     text, number = str(error), getattr(error, "errno", None)
     if "shared memory" not in text:
-        time.sleep(0.1)  # until a worker that was killed is seen to be dead
+        time.sleep(0.1)  # a worker that was killed needs time to get its exit code
     dead = [worker.exitcode for worker in workers if worker.exitcode]
     if "AF_UNIX path too long" in text:
         return f"{tempfile.gettempdir()} is too long a path for the loader's sockets; set TMPDIR to a shorter one"

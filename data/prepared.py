@@ -1,9 +1,9 @@
-"""Read prepared folders, whose shards of encoded images or of decoded pixels prepare_data.py writes.
+"""Read prepared folders: shards of encoded images or decoded pixels that prepare_data.py writes.
 
-A prepared folder has prepared.json, damaged.jsonl and a folder for each split. With --format jpeg, that is a data set
-of the library `datasets` with the columns image and, where available, label and mask. With --format array, .bin files
-hold the pixels (H, W, C) of one image after the other, uint8 or with a value range float32; the .npy files offsets
-(bytes in the .bin file), heights, widths, labels, names and name_ends have an entry for each image.
+A prepared folder has prepared.json, damaged.jsonl and a folder for each split. With --format jpeg, a split is a data
+set of the library `datasets` with the columns image and, if available, label and mask. With --format array, .bin files
+hold the pixels (H, W, C) of one image after the other, uint8 or, with a value range, float32. The .npy files offsets
+(in bytes), heights, widths and labels have an entry per image; names and name_ends are the arrays of `index.Names`.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from data.index import DataError, Names, StoredSource, first_few
 VERSION = 1
 PREPARED, PREPARING = "prepared.json", "preparing"
 PLAN = f"{PREPARING}/plan.json"
-SETTINGS = ("format", "short_side", "quality", "channels", "value_range", "nodata", "max_pixels")  # of prepared.json
+SETTINGS = ("format", "short_side", "quality", "channels", "value_range", "nodata", "max_pixels")  # in prepared.json
 REMEDY = "give another folder, or remove this one and prepare it again with prepare_data.py"
 
 
@@ -32,7 +32,7 @@ def is_prepared(folder: str | Path) -> bool:
 
 
 def read_prepared(folder: str | Path) -> dict:
-    """Read the prepared.json of a folder whose shards all have their full size. Raises DataError."""
+    """Read the prepared.json of a folder. Raises DataError if it is damaged or a shard does not have its full size."""
     path = Path(folder) / PREPARED
     if not path.is_file():
         raise DataError(f"{folder} is not completely prepared; repeat the command of prepare_data.py, which continues")
@@ -51,14 +51,14 @@ def read_prepared(folder: str | Path) -> dict:
 
 
 def keeps_files(settings: dict) -> bool:
-    """Return True if all images are stored as they were encoded, byte for byte."""
+    """Return True if all images are stored byte for byte as in their files."""
     return settings["format"] == "jpeg" and settings["short_side"] is None and settings["quality"] is None
 
 
 def open_prepared(folder: str | Path, pixels: PixelFormat) -> dict:
     """Open the sources "train" and, if there is one, "validation" of a prepared folder.
 
-    Raises DataError if it is unfinished, damaged, of another version, or holds other pixels than requested.
+    Raises DataError if it is unfinished, damaged, of another version, or has other pixels than requested.
     """
     prepared = read_prepared(folder)
     if errors := _check_pixels(prepared, pixels):
@@ -104,7 +104,7 @@ def _check_pixels(prepared: dict, pixels: PixelFormat) -> list[str]:
 
 
 def _fingerprint(prepared: dict, split: str) -> str:
-    """Return the source's own fingerprint if its files are kept, otherwise one derived from it and the settings."""
+    """Return the original source's fingerprint if its files are kept, else one derived from it and the settings."""
     source = prepared["fingerprint"][split]
     if keeps_files(prepared):
         return source
@@ -113,7 +113,7 @@ def _fingerprint(prepared: dict, split: str) -> str:
 
 
 class ArraySource(StoredSource):
-    """Read a split of decoded images, mapped into memory."""
+    """Read a split of decoded images from memory-mapped files."""
 
     def __init__(self, folder: Path, prepared: dict):
         self._arguments = folder, prepared
@@ -139,7 +139,7 @@ class ArraySource(StoredSource):
         return self._firsts[-1]
 
     def name(self, index: int) -> str:
-        """Return the folder and the image's name in the data set that it was prepared from."""
+        """Return the folder and the image's name in the original data set."""
         return os.path.join(self._folder, os.fsdecode(self._names[index]))
 
     def fetch(self, indices: Sequence[int]) -> list[np.ndarray]:
@@ -152,9 +152,9 @@ class ArraySource(StoredSource):
         return np.ndarray(shape, self._dtype, shard, int(self._offsets[index]))
 
     def size_in_bytes(self) -> float:
-        """Return the size of all shards."""
+        """Return the size of all shards in bytes."""
         return sum(shard.nbytes for shard in self._shards)
 
     def fingerprint(self) -> str:
-        """Return digits that follow from the source's own and the settings; see `_fingerprint`."""
+        """Return digits that depend on the original source's fingerprint and the settings; see `_fingerprint`."""
         return _fingerprint(self._arguments[1], self._folder.name)

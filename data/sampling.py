@@ -1,7 +1,6 @@
-"""Sample order and random seeds: everything a run draws is a function of (seed, epoch, sample index).
+"""Sample order and random seeds: all random numbers of a sample are a function of (seed, epoch, sample index).
 
-One permutation an epoch is sliced at the position, so resuming at any step costs nothing and needs no saved generator
-state.
+Each step takes a slice of its epoch's permutation, so resuming at any step is free and needs no saved generator state.
 """
 
 import random
@@ -10,8 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-# The first word of every seed, so that no two purposes share a stream. Seeds always have four words below 2^32, because
-# NumPy pads shorter ones with zeros and splits larger words.
+# The first word of each seed, so that no two purposes share a random stream. Seeds always have four words below 2^32,
+# because NumPy pads shorter seeds with zeros and splits larger words.
 ORDER, SAMPLE, MODEL = 0, 1, 2
 
 
@@ -21,21 +20,22 @@ def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 
 def model_seed(seed: int, step: int, position: int) -> int:
-    """Return the seed of the model's own draws (drop path, dropout, mixing, erasing) in the forward pass of a
-    micro-batch, which starts at the image `position` of the global batch of optimizer step `step`.
+    """Return the seed of the model's own random numbers (drop path, dropout, mixing, erasing) for a micro-batch.
+
+    The micro-batch starts at image `position` of the global batch of optimizer step `step`.
     """
     return int(np.random.SeedSequence((MODEL, seed, step, position)).generate_state(1, np.uint64)[0])
 
 
 def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    """Return the permutation of epoch `epoch`: (num_samples,), int64."""
+    """Return the permutation of the samples in epoch `epoch`: (num_samples,), int64."""
     return np.random.default_rng((ORDER, seed, epoch, 0)).permutation(num_samples)
 
 
 def seed_host(seed: int) -> None:
     """Seed the global generators of `random`, NumPy and torch on the CPU, with 0 <= seed < 2**64."""
     random.seed(seed)
-    np.random.seed([seed % 2**32, seed // 2**32])  # it takes words of 32 bits
+    np.random.seed([seed % 2**32, seed // 2**32])  # NumPy takes words of 32 bits
     torch.default_generator.manual_seed(seed)
 
 
@@ -46,20 +46,20 @@ def seed_everything(seed: int) -> None:
 
 
 def spread(count: int, total: int) -> list[int]:
-    """Return at most `count` indices, evenly spread over `total`."""
+    """Return at most `count` indices, evenly spread over range(total)."""
     count = min(count, total)
     return [i * total // count for i in range(count)]
 
 
 class StepSampler:
-    """Yield one process's micro-batches, lists of (epoch, sample index), of the optimizer steps `steps`.
+    """Yield the micro-batches of one process, lists of (epoch, sample index), for the optimizer steps `steps`.
 
-    Step s takes the samples [s * G, (s + 1) * G) of its epoch's permutation, where G is the global batch size; each
+    Step s of an epoch takes the samples [s * G, (s + 1) * G) of its permutation, where G is the global batch size; each
     process takes a contiguous share of them. The rest of a permutation after floor(num_samples / G) steps is not used.
 
-    With `views` > 1 (repeated augmentation, Hoffer et al. 2020), every sample stands that many times in a row, and an
-    epoch has floor(num_samples * views / G) steps. View v in epoch e equals the only view of epoch e * views + v of a
-    run with one view. `views` must divide the micro-batch, so that it holds all views of a sample.
+    With `views` > 1 (repeated augmentation, Hoffer et al. 2020), each sample occurs `views` times in a row, and an
+    epoch has floor(num_samples * views / G) steps. View v in epoch e has the epoch number e * views + v, and so equals
+    the view of that epoch with one view. `views` must divide the micro-batch, so that it has all views of a sample.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class StepSampler:
         self.steps_per_epoch = num_samples * views // global_batch_size
         per_process = global_batch_size // num_processes
         first = process_index * per_process
-        self.positions = range(first, first + per_process, micro_batch_size)  # of this process's micro-batches
+        self.positions = range(first, first + per_process, micro_batch_size)  # of its micro-batches
 
     def __len__(self) -> int:
         return len(self.steps) * len(self.positions)

@@ -1,4 +1,4 @@
-"""Pairs of image and mask -> batches for semantic segmentation: sizes, augmentation, data sets, and colours of classes.
+"""Make batches for semantic segmentation: sizes, augmentation, data sets of image and mask pairs, and class colours.
 
 Masks are uint8 (H, W) with 0 .. N-1 for the classes and 255 (IGNORED) for void. Sizes are (height, width), in pixels.
 Images are resized by an antialiased bilinear filter.
@@ -20,21 +20,21 @@ from data.pairs import PairSource
 from data.sampling import sample_generator
 from data.transforms import empty_images
 
-SCALES = (0.5, 2.0)  # bounds of the random resizing in training
-MAX_SHARE = 0.75  # of a class in a crop, above which another crop is drawn
+SCALES = (0.5, 2.0)  # range of the random resizing in training
+MAX_SHARE = 0.75  # maximum share of a class in a crop; otherwise another crop is drawn
 
 
 def palette(num_classes: int) -> np.ndarray:
     """Return a colour for each class, uint8 (N, 3).
 
-    150 classes have ADE20K's colours; fewer have those of them that differ most; more have ADE20K's and further ones.
-    Each colour that is chosen is the farthest from all before it.
+    150 classes have ADE20K's colours, fewer have a subset of these, and more have additional ones. A subset, or the
+    additional colours, are chosen one by one, each as far as possible from all colours before it.
     """
     known = ade20k_classes()[1].astype(np.int64)
     steps = np.arange(16, 256, 32)
     grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, 3)
     colours, others = (list(known), grid) if num_classes >= len(known) else ([known[0]], known)
-    distances = ((others[:, None] - np.array(colours)) ** 2).sum(2).min(1)  # to the nearest colour that is taken
+    distances = ((others[:, None] - np.array(colours)) ** 2).sum(2).min(1)  # to the nearest chosen colour
     while len(colours) < num_classes:
         colours.append(others[distances.argmax()])
         distances = np.minimum(distances, ((others - colours[-1]) ** 2).sum(1))
@@ -60,8 +60,8 @@ def view_sizes(
     """Return the sizes at which a model sees an image in evaluation, one for each of `scales`.
 
     With `mode` "slide", the image fits `resize` (long side, short side) times the scale, aspect ratio kept; with
-    "whole", it becomes a square of `crop_size` times the scale. Sides in which no window of `crop_size` slides are
-    whole patches, at least two, which a feature pyramid needs.
+    "whole", it becomes a square of `crop_size` times the scale. Sides over which no window of `crop_size` slides are
+    rounded to whole patches, at least two, as a feature pyramid needs.
     """
     if mode == "slide":
         long, short = resize
@@ -85,16 +85,16 @@ def training_pair(
     resize: tuple[int, int],
     fill: list[float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Augment a pair for training as mmsegmentation's recipes for ADE20K do: (C, H, W) and (H, W), to squares of
-    `crop_size`.
+    """Augment an image (C, H, W) and its mask (H, W) to squares of `crop_size`, as mmsegmentation does for ADE20K.
 
     The pair is resized to fit `resize` (long side, short side) times a factor drawn from SCALES. A crop is drawn up to
-    ten times, until no class fills MAX_SHARE of what is not void, then mirrored half the time and distorted. What is
-    too small is padded with `fill`, one value a channel (0 .. 255, or in [0, 1] for float32), and void.
+    ten times, until no class fills MAX_SHARE of the pixels that are not void. It is mirrored half the time and
+    distorted. Small images are padded with `fill`, one value per channel (0 .. 255, or in [0, 1] for float32), and
+    their masks with void.
     """
     factor = rng.uniform(*SCALES)
     size = keep_ratio(*mask.shape, int(resize[0] * factor), int(resize[1] * factor))
-    # Nearest-exact takes the centres of pixels, as the image's filter does; plain nearest is off by up to half a pixel.
+    # Nearest-exact uses pixel centres, as the filter of the image does; plain nearest is off by up to half a pixel.
     mask = F.resize(mask[None], size, InterpolationMode.NEAREST_EXACT)[0]
     top, left, h, w = _crop_box(mask, rng, crop_size)
     image, mask = (each[..., top : top + h, left : left + w] for each in (F.resize(image, size), mask))
@@ -119,9 +119,9 @@ def _crop_box(mask: torch.Tensor, rng: np.random.Generator, crop_size: int) -> t
 def photometric_distortion(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """Change brightness, contrast, saturation and hue, each half the time, of (C, H, W), uint8 or float32 in [0, 1].
 
-    As in mmsegmentation, brightness adds up to 32 (of 255) to all values, contrast and saturation are multiplied by 0.5
-    to 1.5, and the hue is turned by up to 18 degrees. Contrast is changed before or after saturation and hue, which
-    only images with three channels have.
+    As in mmsegmentation, brightness adds -32 to 32 (of 255) to all values, contrast and saturation are multiplied by
+    0.5 to 1.5, and the hue is rotated by -18 to 18 degrees. Contrast is changed before or after saturation and hue,
+    which are changed only for three channels.
     """
     changed = rng.random(5) < 0.5
     shift, contrast, saturation, hue = rng.uniform([-32, 0.5, 0.5, -18 / 360], [32, 1.5, 1.5, 18 / 360])
@@ -148,10 +148,10 @@ def _multiply(image: torch.Tensor, factor: float) -> torch.Tensor:
 def view_and_preview(
     image: torch.Tensor, index: int, *, sizes: Callable[[int, int], list[tuple[int, int]]], longest: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the input of a segmenter (C, h, w), a picture for people (C, h, w), and the image's height and width.
+    """Return the input of a segmenter (C, h, w), a preview to show (C, h, w), and the image's height and width.
 
-    `sizes` takes the height and width and returns the size of the one view; the picture has sides of at most `longest`
-    pixels.
+    `sizes` maps the height and width to a list with the size of one view. The sides of the preview have at most
+    `longest` pixels.
     """
     height, width = image.shape[1:]
     (view,) = sizes(height, width)
@@ -161,26 +161,26 @@ def view_and_preview(
 
 
 class SegmentationBatch(NamedTuple):
-    """Hold a micro-batch."""
+    """A micro-batch for segmentation."""
 
     images: torch.Tensor  # (B, C, S, S), uint8, or float32 in [0, 1]
     masks: torch.Tensor  # (B, S, S), uint8: 0 .. N-1, and 255 for void
-    indices: list[int]  # of the samples; for those in `damaged`, image and mask are another sample's
+    indices: list[int]  # the requested samples; for those in `damaged`, image and mask are another sample's
     damaged: list[tuple[int, str]]  # index and reason of every image or mask that could not be read
 
 
 class EvaluationPair(NamedTuple):
-    """Hold a sample of evaluation."""
+    """A sample for evaluation."""
 
     index: int
     image: torch.Tensor  # (C, H, W), uint8, or float32 in [0, 1]
     views: list[torch.Tensor]  # (C, h, w): the image at each size; [] if damaged
     mask: torch.Tensor  # (H, W), uint8: 0 .. N-1, and 255 for void
-    damaged: str | None  # why image or mask could not be read; they are then one black pixel and void
+    damaged: str | None  # why image or mask could not be read; they are then one pixel, black and void
 
 
 def read_pair(source: PairSource, index: int, pixels: PixelFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read the image (C, H, W) and the mask (H, W) of a sample.
+    """Return the image (C, H, W) and the mask (H, W) of a sample.
 
     Raises DamagedImage, and DataError for the errors that `check_annotations` finds.
     """
@@ -197,11 +197,11 @@ def read_pair(source: PairSource, index: int, pixels: PixelFormat) -> tuple[torc
 
 
 class SegmentationDataset(SourceDataset):
-    """Fill one batch buffer from a list of (epoch, sample index), for training.
+    """Make a SegmentationBatch for training from a list of (epoch, sample index).
 
-    A sample's crop, flip and distortion are drawn from (seed, epoch, index) alone. A pair of which image or mask is
-    damaged is replaced by the next readable one, or if there is none, by void. `options` are `crop_size`, `resize` and
-    `fill` of `training_pair`.
+    The crop, flip and distortion of a sample depend on (seed, epoch, index) alone. A pair with a damaged image or mask
+    is replaced by the next readable one or, if there is none, by a black image and void. `options` are `crop_size`,
+    `resize` and `fill` of `training_pair`.
     """
 
     def __init__(self, source: PairSource, *, pixels: PixelFormat, seed: int, **options):
@@ -225,10 +225,9 @@ class SegmentationDataset(SourceDataset):
 
 
 class EvaluationPairs(SourceDataset):
-    """Make EvaluationPairs of a list of (epoch, sample index), whatever the epoch.
+    """Make a list of EvaluationPair from a list of (epoch, sample index); the epoch does not matter.
 
-    `sizes` takes an image's height and width and returns the sizes (h, w) of its views. Damaged pairs are reported, not
-    replaced.
+    `sizes` maps an image's height and width to the sizes (h, w) of its views. Damaged pairs are reported, not replaced.
     """
 
     def __init__(self, source: PairSource, *, pixels: PixelFormat, sizes: Callable[[int, int], list[tuple[int, int]]]):

@@ -25,11 +25,11 @@ MAX_OBJECTS = 4
 LARGEST_AREA = (280, 800)  # pixels, before occlusion and the image's edge
 OTHER_AREA = (0.3, 0.65)  # areas of the other objects, relative to the largest
 CLEARLY_LARGER = 1.25  # minimum ratio of the visible areas of the largest object and the second largest
-BACKGROUND_CONTRAST = 120  # aimed-at RGB distance (0..255) between an object and the mean background
-OBJECT_CONTRAST = 80  # aimed-at RGB distance between two objects
-NOISE_SIGMA = 3  # of 255
-OVERSAMPLING = 4  # objects are drawn this much larger and averaged, for anti-aliased edges
-CHUNK = 250  # scenes a worker draws at a time
+BACKGROUND_CONTRAST = 120  # target Euclidean distance (RGB values 0..255) between an object and the mean background
+OBJECT_CONTRAST = 80  # target distance between two objects
+NOISE_SIGMA = 3  # standard deviation of the noise, for values 0..255
+OVERSAMPLING = 4  # objects are drawn this much larger and averaged, for antialiased edges
+CHUNK = 250  # scenes that a worker draws at a time
 
 AXIS = np.arange(SIZE, dtype=np.float32)
 # The normal distribution at 256 equal quantiles: looking up random bytes is much faster than sampling from it.
@@ -67,7 +67,7 @@ def draw(index: int) -> tuple[np.ndarray, int, np.ndarray]:
     area; and the mask, uint8 (64, 64): 0 is background, label + 1 an object. No two objects of a scene share a class.
     """
     rng = np.random.default_rng(index)
-    while True:  # rarely twice: if occlusion left no object clearly the largest
+    while True:  # rarely repeated: when occlusion leaves no object clearly the largest
         image, mask = _scene(rng)
         areas = mask.histogram()[1 : len(SEGMENTATION_CLASSES)]
         second, largest = sorted(areas)[-2:]
@@ -95,7 +95,7 @@ def _scene(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
 
 
 def _background(rng: np.random.Generator, mean_colour: list[float]) -> Image.Image:
-    """Draw smooth blotches or, for a small grid, a gradient; on two thirds of them stripes, rings or a weave."""
+    """Draw smooth blotches or, from a small grid, a gradient; two thirds also get stripes, rings or a weave."""
     cells = int(rng.integers(2, 6))
     grid = np.clip(mean_colour + rng.uniform(-40, 40, (cells, cells, 3)), 0, 255).astype(np.uint8)
     image = Image.fromarray(grid).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
@@ -155,7 +155,7 @@ def _paint(rng, image: Image.Image, mask: Image.Image, label: int, scale: float,
     ImageDraw.Draw(large).polygon(corners.view(np.float64).tolist(), fill=255)
     coverage = large.reduce(OVERSAMPLING)
 
-    # Light from one side: up to 40 percent more or less brightness at the corners of the box, and linear in between
+    # Light from one side: brightness changes by up to 40 percent at the corners of the box, linearly in between
     shades = [1 + 0.4 * strength * math.cos(2 * math.pi * (light + corner / 4)) for corner in (0, 1, 3, 2)]
     shaded = Image.frombytes("RGB", (2, 2), bytes([min(int(shade * c), 255) for shade in shades for c in colour]))
     shaded = shaded.resize((width, height), Image.Resampling.BILINEAR, box=(0.5, 0.5, 1.5, 1.5))
@@ -164,9 +164,9 @@ def _paint(rng, image: Image.Image, mask: Image.Image, label: int, scale: float,
 
 
 def draw_split(split: str, *, processes: int = 1, progress: bool = False) -> tuple[np.ndarray, ...]:
-    """Draw the "train" split (scenes 0..9999) or "validation" (10000..10999), whatever the number of processes.
+    """Draw the "train" split (scenes 0..9999) or "validation" (10000..10999), the same for any number of processes.
 
-    Return images uint8 (N, 64, 64, 3), labels (N,) and masks uint8 (N, 64, 64).
+    Return images, uint8 (N, 64, 64, 3); labels, int64 (N,); and masks, uint8 (N, 64, 64).
     """
     first, count = (0, TRAIN_IMAGES) if split == "train" else (TRAIN_IMAGES, VALIDATION_IMAGES)
     chunks = [range(first, first + count)[start : start + CHUNK] for start in range(0, count, CHUNK)]
@@ -177,6 +177,6 @@ def draw_split(split: str, *, processes: int = 1, progress: bool = False) -> tup
 
 
 def draw_range(indices: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw the scenes of `indices`, as `draw_split` does."""
+    """Draw the scenes `indices`, and return them as `draw_split` does."""
     images, labels, masks = zip(*map(draw, indices), strict=True)
     return np.stack(images), np.array(labels, np.int64), np.stack(masks)

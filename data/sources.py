@@ -1,7 +1,7 @@
-"""Sources of samples: their interface, `Source`, how --path_to_data is opened, and checks of images and classes.
+"""Sources of samples: their interface `Source`, functions that open --path_to_data, and checks of images and classes.
 
-Each kind of source has its file: files.py, arrow.py, tar.py, prepared.py. Paths, positions and labels are kept in flat
-arrays, which worker processes share without copies.
+Other kinds of sources are in files.py, lists.py, arrow.py, tar.py and prepared.py. Paths, positions and labels are kept
+in flat arrays, which worker processes share without copies.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from data.lists import LISTS, ListSource
 from data.prepared import is_prepared, open_prepared
 from data.values import describe_start, is_pointer
 
-NUM_CHECKED = 8  # images of a source that are decoded before a run starts
-DARK = 8  # of 255: 16-bit values of at most 11 bits are below it at 8 bits
+NUM_CHECKED = 8  # images of a source that are decoded as a check before a run starts
+DARK = 8  # of 255: 16-bit images are too dark at 8 bits if all values are below this (up to 1927 of 65535)
 LABEL_PLACES = "a column `label` (.cls in shards)"
 KINDS = {".tar": "tar", ".tar.gz": "tar", ".tgz": "tar", **dict.fromkeys(LISTS, "list"), ".parquet": "parquet"}
 
@@ -32,20 +32,20 @@ Fetched = bytes | memoryview | np.ndarray | OSError  # an encoded file, pixels (
 
 
 class Source(Protocol):
-    """Give samples by index.
+    """The interface of a source, which returns samples by index.
 
-    A source with masks also has `has_masks`, `fetch_masks` and `mask_name`, as `fetch` and `name` for its images.
+    A source with masks also has `has_masks`, and `fetch_masks` and `mask_name`, which are `fetch` and `name` for masks.
     """
 
     classes: list[str]  # names; [] without labels
     labels: np.ndarray | None  # (N,), indices of `classes`, -1 without a label
-    label_errors: Sequence[str]  # reasons why there are labels that cannot be used
-    notes: Sequence[str]  # lines of the plan, such as what is left out
+    label_errors: Sequence[str]  # reasons why labels cannot be used
+    notes: Sequence[str]  # lines for the plan, such as images that are left out
 
     def __len__(self) -> int: ...
 
     def prepare(self, *, processes: int = 1, progress: bool = False) -> None:
-        """Get ready to `fetch`; called once."""
+        """Prepare for `fetch`; called once."""
 
     def fetch(self, indices: Sequence[int]) -> list[Fetched]:
         """Return the images, in the order of `indices`."""
@@ -54,14 +54,14 @@ class Source(Protocol):
         """Return a path or name for messages."""
 
     def size_in_bytes(self) -> float:
-        """Return about how many bytes all images take."""
+        """Return the approximate size of all images in bytes."""
 
     def fingerprint(self) -> str:
         """Return a string that is equal for equal data sets, wherever they are stored."""
 
 
 class ShapesSource(StoredSource):
-    """Hold a split of the built-in scenes, drawn in `prepare`: 64 x 64 pixels, with `labels` and `masks`."""
+    """A split of the built-in scenes: 64 x 64 pixels, with `labels` and `masks`, which `prepare` draws."""
 
     def __init__(self, split: str, channels: int):
         self.classes = list(shapes.CLASSES)
@@ -97,7 +97,7 @@ class ShapesSource(StoredSource):
 
 
 class LabelledSource(StoredSource):
-    """Hold the samples of a source that have a label."""
+    """The samples of a source that have a label."""
 
     def __init__(self, source: Source):
         self._source, self._indices = source, np.flatnonzero(source.labels >= 0)
@@ -122,26 +122,26 @@ class LabelledSource(StoredSource):
         return self._source.size_in_bytes() * len(self) / len(self._source)
 
     def fingerprint(self) -> str:
-        labels = self._source.labels.tobytes() + "\n".join(self.classes).encode()  # some fingerprints are without them
+        labels = self._source.labels.tobytes() + "\n".join(self.classes).encode()  # some fingerprints ignore labels
         return hashlib.sha256(f"labelled {self._source.fingerprint()} ".encode() + labels).hexdigest()[:16]
 
 
 def read_image(
     source: Source, index: int, pixels: PixelFormat, min_sides: tuple[int, int] | None = None
 ) -> torch.Tensor:
-    """Return an image of a source, see `decode`. Raises DamagedImage."""
-    if pixels.validity == "mask":  # a mask has the image's full size
+    """Return a decoded image of a source, see `decode`. Raises DamagedImage."""
+    if pixels.validity == "mask":  # the image must keep its full size, as the mask has it
         return decode(*source.fetch([index]), pixels, None, *source.fetch_masks([index]))
     return decode(*source.fetch([index]), pixels, min_sides)
 
 
 def keep_labelled(source: Source) -> Source:
-    """Return the samples of a source that have a label; the source itself if that is all or none of them."""
+    """Return the samples of a source that have a label, or the source itself if all or none have one."""
     return source if source.labels is None or source.labels.min() >= 0 else LabelledSource(source)
 
 
 def describe_data(train: Source, validation: Source | None) -> dict[str, int]:
-    """Return the amount of data for args.json: training images, about their bytes on disk, and held-out images."""
+    """Return the amount of data for args.json: training images, their approximate bytes, and validation images."""
     held_out = len(validation) if validation else 0
     return {"images": len(train), "bytes": round(train.size_in_bytes()), "held_out": held_out}
 
@@ -149,7 +149,7 @@ def describe_data(train: Source, validation: Source | None) -> dict[str, int]:
 def kind_of_data(path_to_data: str, data_format: str | None = None) -> str:
     """Return the kind of --path_to_data: "builtin", "hub", "tar", "list", "parquet", "prepared", "datasets", "folder".
 
-    `data_format` is --data_format, which says it.
+    `data_format` is --data_format, which states the kind.
     """
     root = Path(path_to_data)
     for kind, prefix in (("builtin", "builtin:"), ("hub", "hf:")):
@@ -162,7 +162,7 @@ def kind_of_data(path_to_data: str, data_format: str | None = None) -> str:
             return kind
     if is_prepared(root):
         return "prepared"
-    if (root / "dataset_dict.json").exists() or all(  # of save_to_disk
+    if (root / "dataset_dict.json").exists() or all(  # save_to_disk writes these
         (root / name).exists() for name in ("state.json", "dataset_info.json")
     ):
         return "datasets"
@@ -170,7 +170,7 @@ def kind_of_data(path_to_data: str, data_format: str | None = None) -> str:
 
 
 def _has_parquet(root: Path) -> bool:
-    """Return True if a folder has Parquet files with images; metadata beside images are none."""
+    """Return True if a folder has Parquet files with images, rather than metadata beside images."""
     files = [next(iter(sorted(root.glob(f"{place}*.parquet"))), None) for place in ("", "data/", "train/")]
     if not any(files):
         return False
@@ -192,11 +192,11 @@ def open_sources(
 
     Args:
         path_to_data: `builtin:shapes`; a folder with folders for training and perhaps validation (see
-            `files.choose_splits`), one laid out like ADE20K's (its images are taken), or any folder of images; a list;
-            tar shards; a folder that `prepare_data.py` wrote; or a data set of the library `datasets`, on the Hub or in
-            files.
+            `files.choose_splits`), a folder in ADE20K's layout (only the images are used), or any folder of images; a
+            list; tar shards; a folder that `prepare_data.py` wrote; or a data set of the library `datasets`, on the Hub
+            or in files.
         pixels: the format that the images must have.
-        validation: a path of any of these kinds, instead of the validation images in `path_to_data`.
+        validation: a path of any of these kinds, in place of the validation images in `path_to_data`.
         cache: folder for the indices of large data sets, by default in the user's cache.
         data_format: the kind of both paths, see `kind_of_data`.
         drop_unlabelled: leave out images without a label, unless none has one.
@@ -256,10 +256,10 @@ def _open_parts(
 
 
 def check_pixels(source: Source, pixels: PixelFormat) -> None:
-    """Raise DataError if images have other channels or values than `pixels` says.
+    """Raise DataError if images do not have the channels or values of `pixels`, or required masks are missing.
 
-    Some images, spread over the source, are decoded. Damaged ones are skipped, unless all of NUM_CHECKED are: they are
-    reported when a run reads them.
+    Up to NUM_CHECKED images, spread over the source, are decoded. Damaged ones are skipped, because a run reports them
+    when it reads them, unless all NUM_CHECKED are damaged.
     """
     if pixels.validity == "mask" and not getattr(source, "has_masks", False):
         expected = "expected a column `mask`, or a mask beside each image of a shard"
@@ -290,12 +290,12 @@ def check_pixels(source: Source, pixels: PixelFormat) -> None:
 
 
 def labels_in(source: Source, classes: list[str]) -> np.ndarray:
-    """Return the labels (N,) of a source as indices of `classes`, which has all that its images have."""
+    """Return the labels (N,) of a source as indices of `classes`, which must include all classes of its images."""
     return np.array(_number_names(source.classes, classes))[source.labels]
 
 
 def _number_names(names: Sequence[str], classes: Sequence[str]) -> list[int]:
-    """Return the index in `classes` of each name, or -1; ImageNet's have a WordNet id or words on either side."""
+    """Return the index in `classes` of each name, or -1; ImageNet's classes match by WordNet id or by name."""
     numbers = {name: number for number, name in enumerate(classes)}
     if all(name in numbers for name in names):
         return [numbers[name] for name in names]
@@ -304,20 +304,20 @@ def _number_names(names: Sequence[str], classes: Sequence[str]) -> list[int]:
 
 
 def _present_classes(source: Source) -> list[str]:
-    """Return the classes of a source that images have: numbers may leave some out, and data sets name others."""
-    if source.labels is None:  # until it is prepared
+    """Return the classes that images of a source have; it may name others without images."""
+    if source.labels is None:  # before `prepare`
         return source.classes
     return [source.classes[label] for label in np.unique(source.labels).tolist() if label >= 0]
 
 
 def _missing_classes(source: Source, classes: Sequence[str]) -> list[str]:
-    """Return the classes of a source's images that `classes` lacks."""
+    """Return the sorted classes of a source's images that are not in `classes`."""
     present = _present_classes(source)
     return sorted(name for name, number in zip(present, _number_names(present, classes), strict=True) if number < 0)
 
 
 def check_num_classes(path_to_data: str, source: Source, num_classes: int | None) -> None:
-    """Raise DataError if --num_classes was given and the data have another number of classes."""
+    """Raise DataError if --num_classes is given and the data has another number of classes."""
     count = len(source.classes)
     if num_classes not in (None, count):
         raise DataError(
@@ -326,7 +326,7 @@ def check_num_classes(path_to_data: str, source: Source, num_classes: int | None
 
 
 def check_classes(path_to_data: str, train_source: Source, validation_source: Source | None) -> None:
-    """Raise DataError unless the data can be classified: images of the same classes for training and validation."""
+    """Raise DataError unless all images have labels, of at least two classes, and training has those of validation."""
     what = f"--path_to_data {path_to_data}"
     if validation_source is None:
         raise DataError(
@@ -343,7 +343,7 @@ def check_classes(path_to_data: str, train_source: Source, validation_source: So
 
 
 def _check_all_labelled(path_to_data: str, parts: dict[str, Source]) -> None:
-    """Raise DataError unless all images of the sources, by the names of their folders, have a label."""
+    """Raise DataError unless all images have a label; `parts` maps folder names, for messages, to sources."""
     errors, what = [], f"--path_to_data {path_to_data}"
     for part, source in parts.items():
         errors += source.label_errors
@@ -360,7 +360,7 @@ def _check_all_labelled(path_to_data: str, parts: dict[str, Source]) -> None:
 
 
 def check_labels(path_to_data: str, train_source: Source, validation_source: Source | None) -> None:
-    """Raise DataError unless validation images can be classified by their nearest neighbours among training images."""
+    """Raise DataError unless training images can classify validation images by nearest neighbours (--knn_every)."""
     held_out = None if validation_source is None else keep_labelled(validation_source)
     try:
         check_classes(path_to_data, keep_labelled(train_source), held_out)
@@ -373,8 +373,8 @@ def check_labels(path_to_data: str, train_source: Source, validation_source: Sou
 def match_classes(path_to_data: str, source: Source, classes: list[str] | None, num_classes: int) -> list[str]:
     """Return the names of the classes of a trained classifier, to evaluate it on `source`.
 
-    `classes` are the classifier's names of its `num_classes` outputs, or None if they are unknown: then they are those
-    of the source. Raises DataError if the source has other classes; it may lack some.
+    `classes` are the names of the classifier's `num_classes` outputs. If None, they are the WordNet ids of ImageNet-1k
+    if these fit, otherwise the classes of the source. Raises DataError for other classes; the source may lack some.
     """
     what = f"--path_to_data {path_to_data}"
     _check_all_labelled(path_to_data, {"val": source})

@@ -1,4 +1,4 @@
-"""Compute the mean and standard deviation of a data set's channels, and read them from statistics.json."""
+"""Compute the mean and standard deviation of each channel of a data set, and read them from statistics.json."""
 
 import json
 import math
@@ -18,10 +18,10 @@ STATISTICS = "statistics.json"
 
 
 class Moments(NamedTuple):
-    """Sum up the pixels with data of some images, a number per channel."""
+    """The moments of the values with data in some images, arrays of one number per channel."""
 
-    images: int
-    count: np.ndarray
+    images: int  # number of images
+    count: np.ndarray  # number of values
     mean: np.ndarray
     squares: np.ndarray  # sum of the squared distances from the mean
     low: np.ndarray
@@ -29,7 +29,7 @@ class Moments(NamedTuple):
 
 
 def moments_of(values: np.ndarray, value_range: tuple[float, float] | None) -> Moments:
-    """Return the moments of an image (H, W, C), in units of `value_range` if given."""
+    """Return the moments of an image (H, W, C), with values scaled from `value_range` to [0, 1] if it is given."""
     rows = []
     for channel in np.moveaxis(values, 2, 0):
         own = channel[np.isfinite(channel)].astype(np.float64)
@@ -41,7 +41,7 @@ def moments_of(values: np.ndarray, value_range: tuple[float, float] | None) -> M
 
 
 def merge(parts: Sequence[Moments]) -> Moments:
-    """Combine moments without cancellation, however far the mean is from 0 (Chan et al. 1979)."""
+    """Combine moments by a method that is numerically stable for any mean (Chan et al. 1979)."""
     images, count, means, squares, low, high = map(np.array, zip(*parts, strict=True))
     mean = (count * means).sum(0) / np.maximum(1, count.sum(0))
     squares = (squares + count * (means - mean) ** 2).sum(0)
@@ -49,10 +49,10 @@ def merge(parts: Sequence[Moments]) -> Moments:
 
 
 def statistics_of(moments: Moments, pixels: PixelFormat, *, eight_bit: bool) -> dict:
-    """Return the content of statistics.json, see `read_statistics`. Raises DataError if all pixels are equal.
+    """Return the content of statistics.json, see `read_statistics`.
 
-    The moments are in units of `pixels.value_range` or, if there is none, of the stored numbers; their range is then
-    0 to 255 if `eight_bit`, otherwise lowest to highest.
+    The moments are of values scaled by `pixels.value_range` or, if it is None, of the stored numbers. Then the range is
+    0 to 255 if `eight_bit`, otherwise lowest to highest; DataError is raised if all pixels are equal or lack data.
     """
     mean, std = moments.mean, np.sqrt(moments.squares / np.maximum(1, moments.count))
     value_range = pixels.value_range
@@ -76,7 +76,7 @@ def statistics_of(moments: Moments, pixels: PixelFormat, *, eight_bit: bool) -> 
 
 
 def is_statistics(path: Path) -> bool:
-    """Return True if prepare_data.py wrote the file, by the keys that it has in every version."""
+    """Return True if a file has the keys that prepare_data.py writes in every version."""
     try:
         return {"version", "images", "channels", "nodata", "mean", "std"} <= json.loads(path.read_text()).keys()
     except (OSError, ValueError, AttributeError):
@@ -84,10 +84,10 @@ def is_statistics(path: Path) -> bool:
 
 
 def read_statistics(folder: str | Path) -> dict | None:
-    """Read the statistics.json of a data folder, None if it has none, or another program's.
+    """Read the statistics.json of a data folder; return None if there is none, or one of another program.
 
-    It has the number of `images`; `channels`, `value_range` and `nodata` as in PixelFormat; `mean` and `std` of each
-    channel in [0, 1]. Raises DataError for a file of prepare_data.py that is damaged or of another version.
+    It has the number of `images`; `channels`, `value_range` and `nodata` as in PixelFormat; and the `mean` and `std` of
+    each channel, for values in [0, 1]. Raises DataError for a file that is damaged or of another version.
     """
     path = Path(folder) / STATISTICS
     if not os.path.isfile(path):

@@ -1,9 +1,9 @@
 """Read samples from tar shards in the layout of WebDataset.
 
 The members of a sample follow each other and share their name up to the first dot: dog/0001.jpg, dog/0001.cls and
-dog/0001.seg.png. Where that would join images with numbers, such as frame.0001.jpg and frame.0002.jpg, or more kinds of
-images than there are samples, they share their name up to the last dot. The headers of all shards are read once; images
-are then read from their places in any order.
+dog/0001.seg.png. If that rule would join numbered images, such as frame.0001.jpg and frame.0002.jpg, or would find more
+kinds of images than samples, the last dot ends the shared name. The headers of all shards are read once; then images
+are read at their offsets in any order.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ from data.values import describe_start, is_pointer
 IMAGE_ENDINGS = {suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES}
 TEXT_ENDINGS = {suffix.removeprefix(".") for suffix in SIDECARS}
 MASK_ENDINGS = {"seg.png", "mask.png", "seg", "mask"}
-MAX_OPEN = 256  # shards that a process keeps open; the usual limit is 1024 files
-BUFFER = 4096  # bytes read at once: the headers and labels between two images
+MAX_OPEN = 256  # shards that a process keeps open; systems usually allow 1024 files
+BUFFER = 4096  # bytes read at once: enough for the headers and labels between two images
 WORKERS = 8  # processes that index shards
 EXPECTED = "expected tar shards, such as train-{0000..0146}.tar"
 
@@ -43,11 +43,11 @@ EXPECTED = "expected tar shards, such as train-{0000..0146}.tar"
 class TarSource(StoredSource):
     """Read the samples of tar shards that have an image, in the order of the shards.
 
-    The image is the first member named .jpg, .png, .webp, .npy, ..., or else the first named like .left.jpg or of
-    another name that begins as an image does; the label is .cls, or `label` or `cls` in .json; the mask is .seg.png,
-    .mask.png, .seg or .mask. `pattern` is a path with
-    ranges {0000..0146}, alternatives {a,b} and * ?, or several, joined by ::. The index is cached in the folder `cache`
-    until a shard changes. Raises DataError for shards that are missing, damaged or without images.
+    The image is the first member named .jpg, .png, .webp, .npy, ...; without one, it is the first named like .left.jpg
+    or whose first bytes are those of an image. The label is .cls, or `label` or `cls` in .json. The mask is .seg.png,
+    .mask.png, .seg or .mask. `pattern` is a path with ranges {0000..0146}, alternatives {a,b} and * ?, or several such
+    paths joined by ::. The index is cached in the folder `cache` until a shard changes. Raises DataError if shards are
+    missing or damaged, or if none has an image.
     """
 
     def __init__(self, pattern: str, *, cache: Path | None = None):
@@ -62,7 +62,7 @@ class TarSource(StoredSource):
         self._open: dict[int, FileIO] = {}
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_open": {}}  # each process opens the shards itself
+        return self.__dict__ | {"_open": {}}  # each process opens the shards for itself
 
     @cached_property
     def has_masks(self) -> bool:
@@ -102,11 +102,11 @@ class TarSource(StoredSource):
             raise
 
     def size_in_bytes(self) -> float:
-        """Return the size of all images and masks in the shards."""
+        """Return the size of all images and masks in bytes."""
         return float(sum(places[:, 1].sum() for places in (self._images, self._masks) if places is not None))
 
     def fingerprint(self) -> str:
-        """Return digits equal for equal labels, names and sizes in the same order, however they are sharded."""
+        """Return digits that are equal for equal labels, names and sizes in the same order, in any shards."""
         masks = _digest(self._mask_names, self._masks) if self._masks is not None else None
         return with_labels(_digest(self._names, self._images), self.labels, self.classes, masks)
 
@@ -117,7 +117,7 @@ def _digest(names: Names, places: np.ndarray) -> str:
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
-    """Return the shards that patterns name, in their order; matches of * and ? are ordered by bytes.
+    """Return the paths of the shards that patterns match, in their order; matches of * and ? are sorted by bytes.
 
     Raises DataError for missing shards.
     """
@@ -136,7 +136,7 @@ def expand(patterns: Sequence[str]) -> list[str]:
 
 
 def _expand_braces(pattern: str) -> list[str]:
-    """Expand each {0..9} and {a,b} of a pattern as a shell does; other braces stay."""
+    """Expand each {0..9} and {a,b} in a pattern as a shell does; leave other braces unchanged."""
     braces = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
     if not braces:
         return [pattern]
@@ -147,11 +147,11 @@ def _expand_braces(pattern: str) -> list[str]:
 
 
 def _index(shards: list[str]) -> tuple[dict, dict[str, np.ndarray]]:
-    """Build the index of all shards for `cached`. Raises DataError."""
+    """Build the index of all shards, for `cached`. Raises DataError."""
     start, seen = time.time_ns(), {os.path.abspath(shard): stamp(shard) for shard in shards}
     parts, notes = _index_shards(shards, by_last_dot=False), []
-    # The endings of views of a sample, such as .left.jpg, are few words; where there are more of them than samples, or
-    # numbers, as of the frames of clips, they are parts of names
+    # A sample may have several views, such as .left.jpg, with few different endings. If there are more endings than
+    # samples, or if they are numbers, as for the frames of a clip, they belong to the names of the samples
     endings, joined = set().union(*(part.endings for part in parts)), sum(part.joined for part in parts)
     has_numbers = any(part.extra for part in parts) and any(ending[:1].isdigit() for ending in endings)
     if len(endings) > joined or has_numbers:
@@ -185,13 +185,13 @@ def _index(shards: list[str]) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 class Shard(NamedTuple):
-    """Hold the index of a shard."""
+    """The index of a shard."""
 
     samples: pa.Table  # `image` and `mask` with name, offset and size in bytes, and `label`, a text; null if absent
-    extra: int  # images beside that of their sample
-    joined: int  # samples that have no image whose name has one dot, but others
-    endings: set[str]  # of the images of these where no label, such as 0001.cls, shows where the name ends
-    read: set[str]  # the endings of images that have others beside them
+    extra: int  # number of images that are not read, because their sample has another
+    joined: int  # number of samples without an image like .jpg, but with others like .left.jpg
+    endings: set[str]  # of all images in those samples that have no label, such as 0001.cls, to show where a name ends
+    read: set[str]  # endings of the images that are read in samples with several
 
 
 def _index_shards(shards: list[str], *, by_last_dot: bool) -> list[Shard]:
@@ -207,13 +207,13 @@ def _index_shards(shards: list[str], *, by_last_dot: bool) -> list[Shard]:
 
 
 def _places_and_names(members: pa.ChunkedArray) -> tuple[np.ndarray, Names]:
-    """Return offsets and sizes (N, 2) int64 of images or masks, and their names."""
+    """Return the offsets and sizes of images or masks in bytes, (N, 2) int64, and their names."""
     offsets, sizes, names = (pc.struct_field(members, field) for field in ("offset", "size", "name"))
     return np.stack([offsets.to_numpy(), sizes.to_numpy()], axis=1), Names.from_arrow(names)
 
 
 def index_shard(path: str, *, by_last_dot: bool = False) -> Shard | str:
-    """Return the index of a shard, or an error message in one line."""
+    """Return the index of a shard, or an error message of one line."""
     samples, key = [], None
     try:
         with open(path, "rb", buffering=BUFFER) as file:
@@ -247,7 +247,7 @@ def index_shard(path: str, *, by_last_dot: bool = False) -> Shard | str:
 
 
 def split_name(name: str, *, by_last_dot: bool) -> tuple[str, str]:
-    """Return a member's name up to the first or the last dot, and its ending; that of a mask has a dot of its own."""
+    """Split a member's name at the first or last dot; the endings of masks, such as seg.png, always stay whole."""
     folder, slash, base = name.rpartition("/")
     stem, dot, ending = base.partition(".")
     if by_last_dot and not ending.lower().endswith(tuple(MASK_ENDINGS)):
@@ -259,7 +259,7 @@ def split_name(name: str, *, by_last_dot: bool) -> tuple[str, str]:
 
 
 def files_in(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Yield the regular files of a tar in their order, reading only headers; `file` is then at the file's content.
+    """Yield the regular files of a tar in order, reading only headers; `file` is then at the content of the member.
 
     Raises the errors of tarfile, and ReadError if the last member or the end mark is incomplete.
     """
@@ -277,7 +277,7 @@ def files_in(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 
 def _add_member(sample: dict, member: tarfile.TarInfo, ending: str, file: BinaryIO) -> None:
-    """Add an image, mask or label to a sample; `ending` is the member's name after its sample's."""
+    """Add an image, mask or label to a sample; `ending` is the part of the member's name after the sample's name."""
     last = ending.rpartition(".")[2]
     kind = "mask" if ending in MASK_ENDINGS else "image" if ending in IMAGE_ENDINGS else "other"  # such as .depth.png
     if ending == "cls":

@@ -1,4 +1,4 @@
-"""Read TIFFs with tifffile: many bands, signed and float numbers, separate bands, which Pillow shortens or refuses."""
+"""Read TIFFs with tifffile that Pillow truncates or refuses: many or separate bands, signed and float numbers."""
 
 import io
 import math
@@ -8,12 +8,12 @@ from PIL import ExifTags
 
 from data.values import DamagedImage, WrongChannels, channels_last, check_size, damage_errors, drop_alpha, turn_upright
 
-# None, LZW, deflate (two numbers), PackBits, ZSTD: these cannot give more bytes than the page has pixels. (From
+# None, LZW, deflate (two numbers), PackBits, ZSTD: these cannot give more bytes than the page has pixels. (For
 # truncated LZMA, imagecodecs returns uninitialized memory.)
 TIFF_COMPRESSIONS = (1, 5, 8, 32946, 32773, 50000)
 GDAL_NODATA = 42113  # the TIFF tag of the number that marks pixels without data
 LZW, LZW_CLEAR = 5, 256  # TIFF's number for this compression, and the code that clears the table
-# By a code's number since the table was cleared: the largest code defined so far, and the code's width and first bit
+# For the n-th code after the table is cleared: the largest code defined so far, and the code's width and first bit
 LZW_KNOWN = np.minimum(np.concatenate([[255], 258 + np.arange(3837 + 2)]), 4095)
 LZW_WIDTHS = np.digitize(np.maximum(LZW_KNOWN, 258), [511, 1023, 2047]) + 9
 LZW_STARTS = np.cumsum(LZW_WIDTHS) - LZW_WIDTHS
@@ -21,9 +21,9 @@ LZW_WEIGHTS = 1 << np.arange(11, -1, -1)
 
 
 def read_tiff(data: bytes | memoryview, channels: int, max_pixels: int) -> tuple[np.ndarray, float | None] | None:
-    """Return upright numbers (H, W, channels) of any type and the nodata number that the file declares.
+    """Return upright numbers (H, W, channels) of any type, and the nodata number that the file declares, or None.
 
-    None for palettes, YCbCr, CIELAB and pixels of less than 8 bits, which Pillow reads. Raises DamagedImage.
+    Return only None for palettes, YCbCr, CIELAB and fewer than 8 bits, which Pillow reads. Raises DamagedImage.
     """
     from tifffile import PHOTOMETRIC, TiffFile
 
@@ -39,13 +39,13 @@ def read_tiff(data: bytes | memoryview, channels: int, max_pixels: int) -> tuple
         bands, has_alpha = page.samplesperpixel, bool(page.extrasamples) and page.extrasamples[-1] in (1, 2)
         if bands == channels or (has_alpha and bands == channels + 1):
             _check_tiff_page(page, data, max_pixels)
-            buffer = np.zeros(page.shaped, page.dtype)  # tifffile leaves parts of truncated files as they are in here
+            buffer = np.zeros(page.shaped, page.dtype)  # zeros, as tifffile does not write all of truncated files
             values = page.asarray(squeeze=False, maxworkers=1, out=buffer)[:, 0]  # (separate bands, H, W, bands)
             values = np.moveaxis(values, 0, 2).reshape(*values.shape[1:3], bands)
             values = turn_upright(values, page.tags.valueof(ExifTags.Base.Orientation))
             return drop_alpha(values, channels, has_alpha), nodata
 
-        # Libraries that do not know which axis of an array is the channel write each band as a page
+        # Libraries that do not know the channel axis of an array write each band as a page
         stack = tiff.series[0]
         if bands != 1 or len(stack.shape) != 3 or channels not in (stack.shape[0], stack.shape[2]):
             raise WrongChannels(bands, channels)
@@ -56,7 +56,7 @@ def read_tiff(data: bytes | memoryview, channels: int, max_pixels: int) -> tuple
 
 
 def _check_tiff_page(page, data: bytes | memoryview, max_pixels: int) -> None:
-    """Raise DamagedImage for pages that tifffile would not refuse, or only after allocating their size."""
+    """Raise DamagedImage for pages that tifffile does not refuse, or only after allocating their memory."""
     frame = page.keyframe
     if frame.compression not in TIFF_COMPRESSIONS:
         raise DamagedImage(f"TIFF compression {frame.compression} is not read for such numbers")
@@ -72,10 +72,10 @@ def _check_tiff_page(page, data: bytes | memoryview, max_pixels: int) -> None:
 
 
 def _is_whole_lzw(data: bytes | memoryview) -> bool:
-    """Return False if a code of a TIFF's LZW data (Welch 1984; TIFF 6.0, section 13) is not defined yet.
+    """Return False if a code in a TIFF's LZW data (Welch 1984; TIFF 6.0, section 13) is used before its definition.
 
-    imagecodecs does not check and crashes. A code's place follows from its number since the table was last cleared, so
-    all codes up to the next clearing are checked at once.
+    imagecodecs does not check this and crashes. The position of a code follows from the number of codes since the table
+    was last cleared, so all codes up to the next clearing are checked at once.
     """
     bits, at = np.unpackbits(np.frombuffer(data, np.uint8)), 0
     padded = np.concatenate([bits, np.zeros(12, np.uint8)])
@@ -97,7 +97,7 @@ def _is_whole_lzw(data: bytes | memoryview) -> bool:
 
 
 def parse_nodata(text) -> float | None:
-    """Return the number in the tag GDAL_NODATA, None if it holds none."""
+    """Return the number in the tag GDAL_NODATA, None if it has none."""
     try:
         return float(text.strip(" \0") if isinstance(text, str) else text)
     except (TypeError, ValueError):

@@ -1,7 +1,7 @@
-"""Image to network input: crops of training and evaluation, and the mixing of micro-batches.
+"""Turn images into network inputs: crops for training and evaluation, and the mixing of micro-batches.
 
-Everything random comes from the generator that is passed in. Images are (C, H, W), uint8 or float32 in [0, 1], and keep
-their type; sizes are (height, width) and boxes (top, left, height, width), all in pixels.
+Crops draw random numbers only from the generator that is passed in. Images are (C, H, W), uint8 or float32 in [0, 1],
+and keep their type; sizes are (height, width) and boxes (top, left, height, width), all in pixels.
 """
 
 import math
@@ -14,12 +14,12 @@ from torch import nn
 
 from data.decode import VALID_BYTE, VALID_FLOAT
 
-CROP_RATIO = 0.875  # the share of a side that an evaluation sees: torchvision's Resize(256) and CenterCrop(224)
+CROP_RATIO = 0.875  # share of a side in an evaluation crop, as in torchvision's Resize(256) and CenterCrop(224)
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # width / height of random crops
 
 
 def evaluation_crop_ratio(img_size: tuple[int, int]) -> float:
-    """Return the crop ratio with which a classifier is evaluated: the whole image above 224 pixels."""
+    """Return the crop ratio for evaluating a classifier: 1, for the whole image, above 224 pixels."""
     return CROP_RATIO if max(img_size) <= 224 else 1.0
 
 
@@ -33,9 +33,9 @@ def random_crop_box(
 ) -> tuple[int, int, int, int]:
     """Draw a box (top, left, h, w) inside a height x width image, distributed as torchvision's RandomResizedCrop.
 
-    `scale` bounds the box's share of the area. The aspect ratio is uniform in the logarithm. After ten draws that do
-    not fit, the central box of the nearest aspect ratio is returned. With the `style` "official" there is one draw,
-    whose sides are cut to the image's, as in the official MAE's linear probe; such boxes are larger.
+    `scale` is the range of the box's share of the area. The logarithm of the aspect ratio is uniform. After ten draws
+    that do not fit, the central box of the nearest aspect ratio is returned. With the `style` "official", there is one
+    draw, whose sides are clipped to the image's, as in the official MAE's linear probe; such boxes are larger.
     """
     low, high = map(math.log, ASPECT_RATIOS)
     for _ in range(10):
@@ -55,7 +55,7 @@ def random_crop_box(
 
 
 def empty_images(count: int, channels: int, size: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """Allocate images (count, channels, *size) in channels-last memory, which decoders and the resizing use."""
+    """Allocate images (count, channels, *size) in channels-last memory, which decoders and `resized_crop` use."""
     return torch.empty(count, *size, channels, dtype=dtype).permute(0, 3, 1, 2)
 
 
@@ -64,8 +64,8 @@ def resized_crop(
 ) -> torch.Tensor:
     """Crop `image` to `box` and resize it to `size` by an antialiased bicubic filter: (C, *size).
 
-    As in torchvision, pixels outside the box do not enter the result, and a box of that very size is copied bit for
-    bit. The result is written into `out` if given; images of `empty_images` are filled fastest.
+    As in torchvision, pixels outside the box do not affect the result, and a box of the same size is copied exactly.
+    The result is written to `out` if given; images from `empty_images` are filled fastest.
     """
     top, left, h, w = box
     crop = image[:, top : top + h, left : left + w]
@@ -73,20 +73,20 @@ def resized_crop(
         return crop if out is None else out.copy_(crop)
     if out is None:
         out = empty_images(1, len(image), size, image.dtype)[0]
-    elif not out.permute(1, 2, 0).is_contiguous():  # torch would write outside of it
+    elif not out.permute(1, 2, 0).is_contiguous():  # torch would write outside it
         return out.copy_(resized_crop(image, box, size))
     if crop.is_contiguous():  # planes, which no decoder makes, and which torch cannot resize into channels-last memory
         crop = crop.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     # torch.nn.functional.interpolate has no `out` and returns some results in another memory layout; this takes a third
-    # of the time.
+    # of its time.
     torch.ops.aten._upsample_bicubic2d_aa.out(crop[None], size, False, None, None, out=out[None])
-    return out.clamp_(0, 1) if out.is_floating_point() else out  # a cubic filter overshoots at edges
+    return out.clamp_(0, 1) if out.is_floating_point() else out  # a cubic filter overshoots
 
 
 def split_validity(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split off the last channel, see `decode`: images (B, C, H, W) and which pixels are valid (B, 1, H, W), bool.
+    """Split off the last channel, see `decode`: images (B, C, H, W), and True for valid pixels, (B, 1, H, W).
 
-    A pixel of a resized image is valid if no invalid pixel enters it.
+    A pixel of a resized image is valid if no invalid pixel affects it.
     """
     images, validity = images[:, :-1], images[:, -1:]
     valid = validity == VALID_BYTE if validity.dtype == torch.uint8 else (validity - VALID_FLOAT).abs() < 1e-3
@@ -96,11 +96,11 @@ def split_validity(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class RandomCrop(NamedTuple):
     """Cut a random resized crop, mirrored half the time (MAE, appendix A.1).
 
-    With `fast`, a JPEG may be decoded at a smaller scale, as far as no crop is enlarged by that, see `min_sides`.
+    With `fast`, a JPEG may be decoded at a smaller scale if that does not enlarge any crop, see `min_sides`.
     """
 
     size: tuple[int, int]
-    scale: tuple[float, float] = (0.2, 1.0)  # bounds of the crop's share of the image's area
+    scale: tuple[float, float] = (0.2, 1.0)  # range of the crop's share of the image's area
     fast: bool = False
     style: str = "torchvision"  # see `random_crop_box`
 
@@ -113,7 +113,7 @@ class RandomCrop(NamedTuple):
 
     @property
     def min_sides(self) -> tuple[int, int] | None:
-        """Return the sides (h, w) from which on no crop of an image is enlarged; None to decode at full scale."""
+        """The smallest sides (h, w) of an image from which no crop is enlarged; None to decode at full scale."""
         if not self.fast:
             return None
         side = math.ceil(max(self.size) / math.sqrt(self.scale[0] * ASPECT_RATIOS[0]))
@@ -121,7 +121,7 @@ class RandomCrop(NamedTuple):
 
 
 class CentreCrop(NamedTuple):
-    """Resize an image, aspect ratio kept, until it just covers size / ratio, and cut `size` from its centre."""
+    """Resize an image to the smallest size of its aspect ratio that covers size / ratio, and cut out the centre."""
 
     size: tuple[int, int]
     ratio: float = 1.0
@@ -136,9 +136,9 @@ class CentreCrop(NamedTuple):
         return crop if out is None else out.copy_(crop)
 
     def place(self, height: int, width: int) -> tuple[tuple[int, int, int, int], tuple[int, int], tuple[int, int]]:
-        """Return the box of a height x width image that is resized, its new size, and where the crop's corner is."""
+        """Return the box of a height x width image to resize, its new size, and the crop's (top, left) in that."""
         cover_h, cover_w = (math.floor(side / self.ratio + 1e-6) for side in self.size)
-        # The far ends of a strip are cut off first: 1 x 100000 pixels would be resized to 224 x 22400000.
+        # The ends of long strips are cut off first: 1 x 100000 pixels would be resized to 224 x 22400000.
         cut_h = max(0, height - 8 * math.ceil(width * cover_h / cover_w)) // 2
         cut_w = max(0, width - 8 * math.ceil(height * cover_w / cover_h)) // 2
         height, width = height - 2 * cut_h, width - 2 * cut_w
@@ -151,15 +151,15 @@ class CentreCrop(NamedTuple):
 
 
 def build_mixing(random_erase: float, *, device: torch.device, **options) -> tuple[Callable, Callable | None]:
-    """Return what is done to normalized images of a micro-batch.
+    """Return the erasing and the mixing of a micro-batch of normalized images.
 
     Args:
         random_erase: the probability of erasing a part of an image.
-        options: those of timm's Mixup; an alpha of 0 turns mixup or CutMix off.
+        options: options of timm's Mixup; an alpha of 0 turns mixup or CutMix off.
 
     Returns:
-        Erasing, images -> images; and mixing, images, labels (B,), or (B, num_classes) with `multi_label`, -> images,
-        soft labels (B, num_classes), or None.
+        Erasing: images -> images. Mixing: (images, labels (B,), or (B, num_classes) with `multi_label`) -> (images,
+        soft labels (B, num_classes)); None if both alphas are 0.
     """
     from timm.data.mixup import Mixup
     from timm.data.random_erasing import RandomErasing

@@ -1,4 +1,4 @@
-"""Check and complete pixel arrays (H, W, C): size, channels, orientation and missing values."""
+"""Check and convert pixel arrays (H, W, C): size, channels, orientation and missing values; recognize file starts."""
 
 import codecs
 import contextlib
@@ -9,7 +9,7 @@ from PIL import UnidentifiedImageError
 
 
 class DamagedImage(ValueError):
-    """Report bytes that hold no complete image; `str(error)` is the reason, without the file's name."""
+    """Report data without a complete image; `str(error)` is the reason, without the file's name."""
 
 
 class WrongPixels(DamagedImage):
@@ -26,7 +26,7 @@ class WrongChannels(WrongPixels):
 
 @contextlib.contextmanager
 def damage_errors() -> Iterator[None]:
-    """Turn the errors of the libraries, of nearly any type, into DamagedImage."""
+    """Turn the errors of image libraries, which have nearly any type, into DamagedImage."""
     try:
         yield
     except (DamagedImage, UnidentifiedImageError):
@@ -34,18 +34,18 @@ def damage_errors() -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split())
         if not reason or not isinstance(error, OSError | ValueError | SyntaxError | RuntimeError):
-            # Others, such as a KeyError in a broken structure, say nothing without their type
+            # The messages of other types, such as KeyError, mean nothing without the type
             reason = f"broken ({type(error).__name__} {reason})"
-        raise DamagedImage(reason[:120]) from error  # some quote the bytes that they do not understand
+        raise DamagedImage(reason[:120]) from error  # some messages quote long bytes
 
 
 def is_pointer(start: bytes) -> bool:
-    """Return True if a file begins as Git LFS writes it where it has not downloaded the content."""
+    """Return True for the first bytes of a Git LFS pointer, which replaces a file that was not downloaded."""
     return start.startswith(b"version https://git-lfs")
 
 
 def describe_start(data: bytes | memoryview) -> str:
-    """Return what a file that is not what its name says is, from its first bytes."""
+    """Describe a file of an unexpected format by its first bytes."""
     start = bytes(data[:64]).lstrip().lower()
     if is_pointer(start):
         return "a Git LFS pointer in place of the file; run git lfs pull"
@@ -55,12 +55,12 @@ def describe_start(data: bytes | memoryview) -> str:
 
 
 def text_encoding(data: bytes) -> str:
-    """Return the encoding of a text, UTF-16 or UTF-8, from the byte order mark that it may begin with."""
+    """Return the encoding of a text: UTF-16 if it begins with the byte order mark of that, otherwise UTF-8."""
     return "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def check_size(height: int, width: int, max_pixels: int) -> None:
-    """Raise DamagedImage for an image with more than `max_pixels` pixels."""
+    """Raise DamagedImage if an image has more than `max_pixels` pixels."""
     if height * width > max_pixels:
         raise DamagedImage(f"{height} x {width} pixels, more than the {max_pixels} allowed; raise --max_pixels")
 
@@ -72,7 +72,7 @@ def check_channels(channels: int, expected: int) -> None:
 
 
 def channels_last(array: np.ndarray, channels: int, max_pixels: int) -> np.ndarray:
-    """Return (H, W), (H, W, channels), (channels, H, W), or the first of several of these, as (H, W, channels)."""
+    """Convert (H, W), (H, W, channels), (channels, H, W), or the first of several, to (H, W, channels)."""
     if array.ndim < 2 or not array.size:
         raise DamagedImage(f"an array of shape {array.shape}, expected (H, W), (H, W, C) or (C, H, W)")
     while array.ndim > 3:
@@ -88,7 +88,7 @@ def channels_last(array: np.ndarray, channels: int, max_pixels: int) -> np.ndarr
 
 
 def drop_alpha(values: np.ndarray, channels: int, has_alpha: bool) -> np.ndarray:
-    """Return (H, W, channels) without a last channel of transparency that `channels` does not count."""
+    """Return (H, W, channels), without the last channel if it is transparency and one too many."""
     if has_alpha and values.shape[2] == channels + 1:
         values = np.ascontiguousarray(values[:, :, :channels])
     check_channels(values.shape[2], channels)
@@ -96,7 +96,7 @@ def drop_alpha(values: np.ndarray, channels: int, has_alpha: bool) -> np.ndarray
 
 
 def turn_upright(values: np.ndarray, orientation: int | None) -> np.ndarray:
-    """Return (H, W, ...) rotated and mirrored as EXIF orientations 2 to 8 say, in row-major order."""
+    """Return (H, W, ...) rotated and mirrored by an EXIF orientation from 2 to 8, in row-major order."""
     if orientation not in range(2, 9):
         return np.ascontiguousarray(values)
     if orientation in (5, 6, 7, 8):
@@ -109,26 +109,26 @@ def turn_upright(values: np.ndarray, orientation: int | None) -> np.ndarray:
 
 
 def find_missing(values: np.ndarray, *nodata: float | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the values as uint8, uint16 or else float32, and a mask of those without data (None: all have data)."""
+    """Return the values as uint8, uint16 or otherwise float32, and a mask of missing values, None if all have data."""
     missing = False
     with np.errstate(all="ignore"):
         numbers = {float(number) for number in nodata if number is not None}
         if values.dtype.kind == "f":
-            numbers = {float(values.dtype.type(number)) for number in numbers}  # rounded as the file's own are
+            numbers = {float(values.dtype.type(number)) for number in numbers}  # rounded like the file's numbers
         if values.dtype not in (np.uint8, np.uint16):
             values = values.astype(np.float32, copy=False)
             missing = ~np.isfinite(values)
         for number in numbers:
-            # NumPy compares a Python integer with an array of any type exactly, even one that the type cannot hold.
+            # NumPy compares a Python integer exactly with arrays of any integer type, even if it is out of their range.
             missing |= values == (int(number) if values.dtype.kind == "u" and number.is_integer() else number)
     return values, missing if np.any(missing) else None
 
 
 def add_invalid(missing: np.ndarray | None, mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Return the mask of missing values (H, W, C) with all values of pixels that a validity mask (H, W) excludes.
+    """Add all values of the pixels that a validity mask (H, W) excludes to the mask of missing values (H, W, C).
 
-    A validity mask is 0 where a pixel is invalid, and 1 or 255, or 65535 of 16 bits, where it is valid. Raises
-    WrongPixels.
+    A validity mask is 0 for invalid pixels, and 1, 255 or the maximum of its integer type for valid ones. Raises
+    WrongPixels for other values or another size.
     """
     if mask.shape != shape[:2]:
         sizes = [" x ".join(map(str, size)) for size in (mask.shape, shape[:2])]
@@ -143,7 +143,7 @@ def add_invalid(missing: np.ndarray | None, mask: np.ndarray, shape: tuple[int, 
 
 
 def fill_missing(values: np.ndarray, missing: np.ndarray) -> np.ndarray:
-    """Copy (H, W, C) with missing values replaced by the mean of the others in their channel. Raises DamagedImage."""
+    """Return a copy of (H, W, C) with missing values replaced by the mean of their channel. Raises DamagedImage."""
     values = values.copy()
     for channel in np.flatnonzero(missing.any(axis=(0, 1))):
         band, hole = values[:, :, channel], missing[:, :, channel]

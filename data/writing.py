@@ -1,6 +1,6 @@
 """Encode and measure images for prepare_data.py, and build the indices that data/prepared.py reads.
 
-The data sets here run in loader workers: each takes a list of sample indices and keeps one image in memory at a time.
+The data sets here run in loader workers. Each takes a list of sample indices and decodes one image at a time.
 """
 
 import contextlib
@@ -25,24 +25,24 @@ from data.sources import Fetched, Source
 from data.statistics import moments_of
 from data.values import DamagedImage
 
-QUALITY = 90  # of JPEG if only --short_side is given
-LONGEST = 65500  # pixels: the longest side that libjpeg writes
+QUALITY = 90  # JPEG quality if only --short_side is given
+LONGEST = 65500  # pixels: the longest side that libjpeg can write
 
 
 class Chunk(NamedTuple):
-    """Hold a part of a shard: some encoded images that follow each other."""
+    """A part of a shard: consecutive encoded images."""
 
     data: bytes
-    samples: int
-    shapes: np.ndarray | None  # (height, width) of each decoded image, (samples, 2)
+    samples: int  # number of images in `data`
+    shapes: np.ndarray | None  # (height, width) of each image, (samples, 2), in arrays; None for files
     damaged: list[tuple[int, str]]  # index and reason of the images that cannot be read
 
 
 class Encoder(Dataset):
-    """Encode samples to Chunks; a shard is `header`, its chunks and `footer`.
+    """Base class of data sets that encode samples to Chunks; a shard is `header`, its chunks and `footer`.
 
-    `encode(index, damaged)` returns an image, and its mask if there is one, as buffers, or appends to `damaged`.
-    `pack(images, damaged)` joins encoded images, by index, to a Chunk.
+    `encode(index, damaged)` returns an image, and its mask if there is one, as buffers; or it appends to `damaged` and
+    may return None. `pack(images, damaged)` joins encoded images, by index, to a Chunk.
     """
 
     header = footer = b""
@@ -57,7 +57,7 @@ class Encoder(Dataset):
 
 
 class ArrayEncoder(Encoder):
-    """Encode decoded pixels (H, W, C): uint8, or with a value range the stored numbers as float32, missing ones NaN."""
+    """Store pixels (H, W, C): uint8 or, with a value range, the file's numbers as float32, NaN for missing ones."""
 
     def encode(self, index: int, damaged: list[tuple[int, str]]) -> tuple[np.ndarray] | None:
         (data,) = self.source.fetch([index])
@@ -76,7 +76,7 @@ class ArrayEncoder(Encoder):
 
 
 class FileEncoder(Encoder):
-    """Encode image files with labels and masks to record batches of an Arrow stream."""
+    """Store image files with labels and masks as record batches of an Arrow stream."""
 
     def __init__(self, source: Source, settings: dict, pixels: PixelFormat):
         super().__init__(source, settings, pixels)
@@ -94,7 +94,7 @@ class FileEncoder(Encoder):
             damaged.append((index, str(error)))
             if not keeps_files(self.settings):
                 return None
-            image = data  # a run replaces damaged files that are kept, as it does with those of the source
+            image = data  # kept files include damaged ones, which a run replaces as it does in the source
         return tuple(b"" if isinstance(file, OSError) else bytes(file) for file in (image, *masks))
 
     def recode(self, data: Fetched) -> bytes:
@@ -133,9 +133,9 @@ class FileEncoder(Encoder):
 
 
 class Measure(Dataset):
-    """Compute the Moments of the samples that can be read, and the indices and reasons of the others.
+    """Compute the Moments of each readable sample, and list the indices and reasons of the others.
 
-    If `eight_bit`, these are the moments of the pixels that a run sees, otherwise of the stored numbers.
+    If `eight_bit`, the moments are those of the pixels that a run reads, otherwise of the stored numbers.
     """
 
     def __init__(self, source: Source, pixels: PixelFormat, *, eight_bit: bool):
@@ -173,21 +173,21 @@ def check_mask(mask: Fetched) -> None:
 
 
 def relative_name(source: Source, index: int) -> str:
-    """Return an image's path below the data's folder, or its full name, as valid UTF-8."""
+    """Return an image's path relative to the data folder, or its full name, as valid UTF-8."""
     name = source.name(index).removeprefix(os.path.join(getattr(source, "root", ""), ""))
     return os.fsencode(name).decode(errors="replace")
 
 
 def shrink(values: np.ndarray, short_side: int | None) -> np.ndarray:
-    """Resize (H, W, C), uint8 or float32, to `short_side` by antialiased bicubic; return smaller images unchanged.
+    """Resize (H, W, C), uint8 or float32, to a shorter side of `short_side` by an antialiased bicubic filter.
 
-    Missing values (NaN) spread over the width of the filter.
+    Smaller images are returned unchanged. Missing values (NaN) spread over the width of the filter.
     """
     height, width, _ = values.shape
     if short_side is None or min(height, width) <= short_side:
         return values
     size = [side * short_side // min(height, width) for side in (height, width)]
-    image = torch.from_numpy(values.copy()).permute(2, 0, 1)[None]  # a copy, as torch warns about read-only memory
+    image = torch.from_numpy(values.copy()).permute(2, 0, 1)[None]  # torch warns about read-only memory
     return interpolate(image, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).contiguous().numpy()
 
 
@@ -204,7 +204,7 @@ def make_features(source: Source):
 
 
 def index_files(source: Source, split: str, shards: list[dict]) -> dict[str, dict]:
-    """Return the JSON files, by name, that `datasets` needs beside the Arrow shards of a split."""
+    """Return the JSON files, name -> content, that `datasets` needs beside the Arrow shards of a split."""
     checksums = "".join(shard["sha256"] for shard in shards)
     state = {
         "_data_files": [{"filename": Path(shard["file"]).name} for shard in shards],
@@ -216,9 +216,9 @@ def index_files(source: Source, split: str, shards: list[dict]) -> dict[str, dic
 
 
 def index_arrays(source: Source, shapes: list[np.ndarray], damaged: list[int], pixel_bytes: int) -> dict:
-    """Return the index arrays of a split, by name, from (height, width) of the images (n, 2) in each shard.
+    """Return the index arrays of a split, by name, from the (height, width) of the images in each shard, (n, 2) each.
 
-    `damaged` are the samples that are left out; a pixel with all its channels takes `pixel_bytes`.
+    Samples in `damaged` are left out; a pixel with all its channels takes `pixel_bytes`.
     """
     sizes = [pixel_bytes * shape.prod(1, dtype=np.int64) for shape in shapes]
     readable = np.setdiff1d(np.arange(len(source)), damaged)
