@@ -1,7 +1,7 @@
 """The page of demo.py: the image that a visitor chooses, the frame of the tabs, and the server.
 
-The page knows no model: `models` are any objects with the methods of `PageModel` in demo.py. What a visitor chose is in
-gr.State, which each session has for itself.
+`models` are any objects with the methods of `PageModel` in demo.py; this file imports no model. The image that a
+visitor chose is in gr.State, of which each session has its own.
 """
 
 import signal
@@ -41,8 +41,8 @@ CSS = """
 @media (max-width: 600px) { .labelled .grid-container { grid-template-columns: repeat(3, 1fr) !important; } }
 footer { display: none !important; }
 """
-MAX_UPLOAD = 20_000_000  # bytes of an image
-MAX_SESSIONS = 50  # whose images and features are in memory; the oldest are forgotten first
+MAX_UPLOAD = 20_000_000  # bytes per image file
+MAX_SESSIONS = 50  # sessions whose images and features stay in memory; the oldest are forgotten first
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
@@ -51,9 +51,9 @@ def build_page(models: Sequence, examples: Sequence, caption: str, pick: Callabl
 
     Args:
         models: shown side by side in each tab that they have results for.
-        examples: images to begin with, as tuples (name, index, data), and a picture of each.
-        caption: what the examples are.
-        pick: (name, index, data) -> the image as models see it (`Choice` in demo.py), or a str that says why not.
+        examples: pairs of an image to begin with, as a tuple (name, index, data), and its thumbnail.
+        caption: the caption of the examples.
+        pick: (name, index, data) -> the image as models see it (`Choice` in demo.py), or a str with the problem.
     """
     title = "Masked autoencoder" if any(model.reconstructs for model in models) else "Vision Transformer"
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(60, 600)) as page:
@@ -91,14 +91,14 @@ def build_page(models: Sequence, examples: Sequence, caption: str, pick: Callabl
 
 
 async def _take_file(take: Callable, path: str | Path | None) -> str | None:
-    """Take a file of this machine; gradio would download an address that a visitor sends in its place."""
+    """Take a file of this machine; refuse an address, which gradio would download."""
     if is_http_url_like(str(path)):
         raise gr.Error("addresses are not downloaded; upload the image")
     return await take(path)
 
 
 def _begin(first: Callable | None, tab: str) -> tuple:
-    """Return the first image, None without examples, and the first tab."""
+    """Return the first image, None if there are no examples, and the label of the first tab."""
     return first and first(), tab
 
 
@@ -112,7 +112,7 @@ def _choose(
 ) -> list[gr.events.Dependency]:
     """Add places to upload and to choose an image, and return the events that set `choice`.
 
-    Not `simple` images, which a browser cannot show, are uploaded as files.
+    A browser cannot show images that are not `simple`; they are uploaded as files.
     """
     with gr.Row():
         if simple:
@@ -137,12 +137,12 @@ def _choose(
 
 
 def _path_of(payload) -> str | None:
-    """Return the path of an uploaded file, which gradio has checked to be one."""
+    """Return the path of an uploaded file; gradio has checked that it is one."""
     return payload and payload.path
 
 
 def _choose_file(pick: Callable, path: str | None, choice):
-    """Return the image in an uploaded file and a line on it; the one before if the file cannot be read."""
+    """Return the image in an uploaded file and a status line; the previous image if the file cannot be read."""
     if path is None:
         return choice, ""
     path = Path(path)
@@ -158,10 +158,10 @@ def _choose_file(pick: Callable, path: str | None, choice):
 def serve(page: gr.Blocks, *, host: str, port: int, share: bool) -> None:
     """Serve the page until Ctrl-C, SIGTERM or SIGHUP, and print its address. Raises RunError if no port can be used."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, lambda *_: sys.exit(0))
     local, public = _launch(page, host, port, share=share)
-    page.server.force_exit = True  # ends without waiting for pages that are open in a browser
+    page.server.force_exit = True  # do not wait for pages that are open in a browser
     print(f"demo: {local}" + (f" and {public}" if public else "") + " (Ctrl-C ends it)", flush=True)
     try:
         page.block_thread()
@@ -173,7 +173,7 @@ def _launch(page: gr.Blocks, host: str, port: int, *, share: bool) -> tuple[str,
     """Start the server at a port, or a later one, and return its address and the public one of `share`."""
     options = dict(theme=THEME, css=CSS, max_file_size=MAX_UPLOAD, state_session_capacity=MAX_SESSIONS)
     options.update(footer_links=[], ssr_mode=False, quiet=True, show_error=False, prevent_thread_lock=True)
-    options["_frontend"] = False  # gradio would end where a proxy or a busy machine delays an answer of this server
+    options["_frontend"] = False  # skip gradio's check of its page: it fails behind a proxy or on a busy machine
     name = f"[{host.strip('[]')}]" if ":" in host else host
     for _ in range(10):
         try:

@@ -1,4 +1,4 @@
-"""Flags that the scripts share, and how they are read and checked."""
+"""Define, read and check the flags that the scripts share."""
 
 import argparse
 import math
@@ -13,7 +13,7 @@ from training.launch import default_workers, fail, is_main_process
 from training.upload import check_hub
 from training.wording import as_flags, as_typed
 
-# Flags that may differ between a run and its resumption: they decide neither samples nor losses. The data set is
+# Flags that may differ between a run and its resumption: they change neither samples nor losses. The data set is
 # compared by its fingerprint, the batch by its global size.
 FREE_FLAGS = {
     *("experiment_name", "working_directory", "path_to_data", "resume_from_checkpoint", "num_workers", "pin_memory"),
@@ -55,12 +55,12 @@ def number(minimum: float = 0.0, maximum: float = math.inf) -> Callable[[str], f
 
 
 def number_or(word: str, read: Callable) -> Callable[[str], float | str]:
-    """Return an argparse type: the word, or what `read` makes of the text."""
+    """Return an argparse type: `word` itself, or the value that `read` returns for other text."""
     return lambda text: word if text == word else read(text)
 
 
 def hours_and_minutes(text: str) -> str:
-    """Read a time, HH:MM, of at least a minute: an argparse type."""
+    """Check a time HH:MM of at least one minute, and return it: an argparse type."""
     if re.fullmatch(r"\d{1,4}:[0-5]\d", text) and in_seconds(text):
         return text
     raise argparse.ArgumentTypeError(f"{text!r} is not valid; expected hours and minutes, HH:MM, of at least 00:01")
@@ -73,7 +73,7 @@ def in_seconds(time: str) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with `@FILE` for recipes, no abbreviations, and errors as `error:` lines."""
+    """An ArgumentParser with `@FILE` for recipes, no abbreviations, and errors as `error:` lines."""
 
     def __init__(self, description: str):
         super().__init__(
@@ -86,7 +86,7 @@ class Parser(argparse.ArgumentParser):
         self._negative_number_matcher = NUMBER  # Python 3.11 takes -3.4e38, the no-data value of GeoTIFFs, for a flag
 
     def error(self, message: str) -> NoReturn:
-        """Exit with code 2 and one line, after those of recipes that cannot be read, which may be the cause."""
+        """Exit with code 2 and the message, after those of unreadable recipes, which may be its cause."""
         message = message.removeprefix("argument ")
         fail([*self._recipe_errors, f"{message}; {self.prog} --help lists the flags"], show=is_main_process())
 
@@ -94,7 +94,7 @@ class Parser(argparse.ArgumentParser):
         """Add to the help of each flag its default by kind of run: `recipes` maps kind -> flag -> value."""
         for action in self._actions:
             name = action.dest
-            kinds = {}  # by their default
+            kinds = {}  # default -> kinds of run
             for kind in [kind for kind, recipe in recipes.items() if name in recipe]:
                 kinds.setdefault(as_typed(recipes[kind][name]), []).append(kind)
             if kinds:
@@ -138,7 +138,7 @@ def _default(value) -> str:
 
 
 def add_run_flags(parser: Parser, *, name: str, data: str = SOURCES) -> None:
-    """Add flags for the run's folder, its `data`, how it starts and resumes."""
+    """Add flags for a run's folder and data, and for how it starts and resumes; `data` is help on --path_to_data."""
     flag = parser.add_argument_group("run").add_argument
     flag("--experiment_name", default=name, help=f"name of the run and its folder (default {name})")
     flag("--working_directory", default="work_dir", help="folder that holds the runs (default work_dir)")
@@ -157,7 +157,7 @@ def add_run_flags(parser: Parser, *, name: str, data: str = SOURCES) -> None:
 
 
 def add_source_flags(parser: Parser, *, has_labels: bool = False) -> None:
-    """Add how --path_to_data is read; `has_labels` says that the script needs labels."""
+    """Add flags for how --path_to_data is read; `has_labels` says that the script needs labels."""
     flag = parser.add_argument_group("data").add_argument
     flag("--data_format", choices=DATA_FORMATS, help="kind of the data (default: detected from suffixes and content)")
     if has_labels:
@@ -166,7 +166,7 @@ def add_source_flags(parser: Parser, *, has_labels: bool = False) -> None:
 
 
 def add_length_flags(parser: Parser, *, epochs: int | None, steps: int | None = None, warmup: int | str) -> None:
-    """Add the number of steps of a run, by default in `epochs` or otherwise in `steps`, and its warmup."""
+    """Add flags for the length of a run, by default `epochs` or, if that is None, `steps`, and for its warmup."""
     flag = parser.add_argument_group("steps").add_argument
     flag("--epochs", type=integer(1), default=epochs, help="passes over the data" + _default(epochs))
     flag("--max_steps", type=integer(1), help="optimizer steps; overrides --epochs" + _default(steps))
@@ -176,7 +176,7 @@ def add_length_flags(parser: Parser, *, epochs: int | None, steps: int | None = 
 
 
 def add_batch_flags(parser: Parser, *, global_default: int | None = None) -> None:
-    """Add the batch of an optimizer step: by default 256 images per process, or `global_default` over all processes."""
+    """Add flags for the batch: by default 256 images per process, or `global_default` over all processes."""
     flag = parser.add_argument_group("batch").add_argument
     per_process = 256 if global_default is None else None
     flag("--per_gpu_batch_size", type=integer(1), help="images per process per optimizer step" + _default(per_process))
@@ -189,7 +189,7 @@ def add_batch_flags(parser: Parser, *, global_default: int | None = None) -> Non
 def add_optimizer_flags(
     parser: Parser, *, weight_decay: float, base_learning_rate: float | None = None, learning_rate: float | None = None
 ) -> None:
-    """Add the learning rate (for 256 images, or absolute), weight decay and clipping."""
+    """Add flags for the learning rate (for 256 images, or absolute), weight decay and clipping."""
     flag = parser.add_argument_group("optimizer").add_argument
     help_text = "peak learning rate, absolute"
     if base_learning_rate is not None:
@@ -205,7 +205,7 @@ def add_optimizer_flags(
 
 
 def add_crop_flags(parser: Parser, *, crop_scale: tuple[float, float]) -> None:
-    """Add size and crops of images that have one label, or none."""
+    """Add flags for the size and the crops of images in pre-training and classification."""
     flag = parser.add_argument_group("crops").add_argument
     flag("--img_size", type=integer(1), nargs="+", metavar="H [W]", help="pixels (default 224)")
     help_text = "decode JPEGs at 1/2, 1/4 or 1/8 of their size where crops need no more: for large photographs (off)"
@@ -216,7 +216,7 @@ def add_crop_flags(parser: Parser, *, crop_scale: tuple[float, float]) -> None:
 
 
 def add_image_flags(parser: Parser) -> None:
-    """Add the format of the pixels, and their normalization."""
+    """Add flags for the format of the pixels and their normalization."""
     flag = parser.add_argument_group("images").add_argument
     source = "that of statistics.json in the data's folder, otherwise"
     flag("--input_channels", type=integer(1), help=f"3 (colour), 1 (grey), or bands of TIFF, .npy (default {source} 3)")
@@ -231,13 +231,13 @@ def add_image_flags(parser: Parser) -> None:
 
 
 def add_preview_flag(flag: Callable) -> None:
-    """Add which channels of an image a picture shows; `flag` is the add_argument of a group."""
+    """Add the flag for the channels that pictures show; `flag` is the add_argument of a group."""
     help_text = "one or three channels to show, from 0, contrast-stretched (default: the first three, or the first)"
     flag("--preview_channels", type=integer(0), nargs="+", metavar="C", help=help_text)
 
 
 def add_encoder_flags(parser: Parser, *, sizes: Iterable[str], drop_path: float = 0.0) -> None:
-    """Add the sizes of the encoder, and its stochastic depth; `sizes` are the names that --model takes."""
+    """Add flags for the encoder and its stochastic depth; `sizes` are the names that --model takes."""
     flag = parser.add_argument_group("encoder").add_argument
     flag("--model", choices=tuple(sizes), help="named sizes of the next five flags (default base)")
     flag("--patch_size", type=integer(1), help="pixels (default 16; huge: 14)")
@@ -251,7 +251,7 @@ def add_encoder_flags(parser: Parser, *, sizes: Iterable[str], drop_path: float 
 
 
 def add_finetuning_flags(parser: Parser, *, weights: str, betas: list[float] | None, layer_decay: float | None) -> None:
-    """Add what fine-tuning scripts share; `weights` is the flag that gives the pre-trained weights."""
+    """Add the flags that fine-tuning scripts share; `weights` is the flag for the pre-trained weights."""
     flag = parser.add_argument_group("fine-tuning").add_argument
     help_text = "weights: a run of pretrain_mae.py, its encoder/, the official MAE's .pth, a folder or file of timm or "
     help_text += "transformers; their sizes, --mean and --std become the defaults (left out: train from scratch)"
@@ -266,7 +266,7 @@ def add_finetuning_flags(parser: Parser, *, weights: str, betas: list[float] | N
 
 
 def add_segmenter_flags(parser: Parser, *, heads: Iterable[str]) -> None:
-    """Add the head of a segmenter, its loss, and how it is evaluated; `heads` are the names that --head takes."""
+    """Add flags for a segmenter's head, loss and evaluation; `heads` are the names that --head takes."""
     flag = parser.add_argument_group("segmenter").add_argument
     help_text = "train the head alone, on frozen features: --drop_path, --layer_decay and the next two are off (off)"
     flag("--freeze_encoder", action=Pair, default=False, help=help_text)
@@ -294,7 +294,7 @@ def add_segmenter_flags(parser: Parser, *, heads: Iterable[str]) -> None:
 def add_detector_flags(
     parser: Parser, *, heads: Iterable[str], window_size: int, head_width: int, num_regions: int
 ) -> None:
-    """Add the inputs of a detector, its windows and heads with their defaults, and its evaluation."""
+    """Add flags for a detector's inputs, windows, heads and evaluation; `heads` are the names that --head takes."""
     flag = parser.add_argument_group("detector").add_argument
     flag("--img_size", type=integer(1), nargs="+", metavar="S", help="side of the square inputs (default 1024)")
     help_text = "images are resized to fit S times a factor between these, then cut or padded (default 0.1 2)"
@@ -312,7 +312,7 @@ def add_detector_flags(
     flag("--freeze_encoder", action=Pair, default=False, help="train pyramid and heads alone, on frozen features (off)")
     schedule = "step: learning rate times 0.1 after 8/9 and again after 26/27 of the run; or cosine (default step)"
     flag("--lr_schedule", choices=("step", "cosine"), default="step", help=schedule)
-    parser.set_defaults(drop_path=None, layer_decay=None)  # those of the encoder's size, see resolve_detector
+    parser.set_defaults(drop_path=None, layer_decay=None)  # resolve_detector fills them in by the encoder's depth
 
     flag = parser.add_argument_group("evaluation").add_argument
     every = "steps between validations (0: at the end only, default 5000)"
@@ -341,7 +341,7 @@ def add_logging_flags(parser: Parser) -> None:
 
 
 def add_saving_flags(parser: Parser, *, interval: int | None = None, steps: int | None = None) -> None:
-    """Add flags for when checkpoints are written, by default every `interval` epochs or every so many `steps`."""
+    """Add flags for when checkpoints are written, by default every `interval` epochs or every `steps` steps."""
     flag = parser.add_argument_group("checkpoints").add_argument
     help_text = "epochs between two checkpoints (0: only the last step)" + _default(interval)
     flag("--save_checkpoint_interval", type=number(), default=interval, help=help_text)
@@ -377,7 +377,7 @@ def check_run(args: argparse.Namespace) -> list[str]:
 
 
 def check_crops(args: argparse.Namespace) -> list[str]:
-    """Return error messages for --crop_scale and --img_size, and make the latter [H, W] if it was given."""
+    """Return error messages for --crop_scale and --img_size, and turn the latter into [H, W] if it was given."""
     errors = []
     if args.crop_scale[0] > args.crop_scale[1]:
         low, high = args.crop_scale
@@ -425,7 +425,7 @@ def check_detector(args: argparse.Namespace) -> list[str]:
 
 
 def check_segmenter(args: argparse.Namespace, head_class) -> list[str]:
-    """Return error messages for the flags of a segmenter and --resize, and fill in those that its encoder trains by."""
+    """Return error messages for a segmenter's flags and --resize, and fill in defaults for training its encoder."""
     errors, weights = [], args.class_weights
     if args.resize and args.resize[0] < args.resize[1]:
         errors.append(f"--resize {args.resize[0]} {args.resize[1]} has its longer side last; give LONG SHORT")

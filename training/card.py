@@ -67,7 +67,7 @@ class RunRecord(NamedTuple):
 
     @property
     def initial_weights(self) -> str | None:
-        """Return the weights that the run started from."""
+        """The weights that the run started from; None if it trained from scratch."""
         return next((self.flags[name] for name in INITIAL_WEIGHTS if self.flags.get(name)), None)
 
     def metrics_at(self, step: int) -> dict:
@@ -87,7 +87,7 @@ def read_record(folder: str | Path) -> RunRecord | None:
 
 
 def find_record(path: str | Path) -> RunRecord | None:
-    """Return the record of the run that weights at `path` belong to, None if there is none that can be read."""
+    """Return the record of the run that the weights at `path` belong to, None if none can be read."""
     folder = Path(path).resolve()
     folder = folder.parent if folder.is_file() else folder
     folders = [folder]
@@ -103,7 +103,7 @@ def find_record(path: str | Path) -> RunRecord | None:
 
 
 def _read(path: Path, *names: str) -> dict:
-    """Return the object in a JSON file. Raises RunError for a damaged file, and for one that lacks some names."""
+    """Return the object in a JSON file. Raises RunError if the file is damaged or lacks one of the `names`."""
     try:
         content = json.loads(path.read_text())
         if not isinstance(content.get("flags", {}), dict):
@@ -122,7 +122,7 @@ class ModelSummary(NamedTuple):
     has_decoder: bool  # the folder has pretraining/
     is_vit_mae: bool  # transformers' ViTMAE loads it
     reconstructs: bool  # its predictions can be turned into pixels
-    libraries: Sequence[str]  # that load the folder as a whole: transformers, timm
+    libraries: Sequence[str]  # those that load the whole folder: transformers, timm
     has_encoder: bool  # the folder has encoder/, which transformers loads
     num_cls_tokens: int
     img_size: tuple[int, int]  # height and width in pixels
@@ -136,7 +136,7 @@ class ModelSummary(NamedTuple):
 
 
 def is_card(path: Path) -> bool:
-    """Check whether a file is a model card that `write_card` wrote."""
+    """Return True if a file is a model card that `write_card` wrote."""
     text = path.read_text(errors="replace") if path.is_file() else ""
     return text.startswith("---\n") and f"\n- {TAG}\n" in text.partition("\n---\n")[0]
 
@@ -155,7 +155,7 @@ def write_card(
     """Write README.md for the weights in `folder`, and its pictures: the loss curve, and the run's newest picture.
 
     The examples load the model from `location`, where the folder will be, or from `revision` of `repo_id` on the Hub.
-    `record` is None for weights of no run. `license` and `datasets`, the training data, have names of the Hub.
+    `record` is None for weights of no run. `license` and `datasets`, the training data, are names on the Hub.
     """
     metrics = record.metrics_at(model.step) if record else {}
     labels = _label_metrics(record.flags if record else {})
@@ -184,7 +184,7 @@ def write_card(
 
 
 def _label_metrics(flags: dict) -> dict[str, tuple[str, str]]:
-    """Return METRICS for a run with these flags. PSNR that uses the true patches has no baseline without them."""
+    """Return METRICS for a run with these flags; PSNR from normalized patches has its own label and no baseline."""
     if flags.get("target") != "normalized" and not flags.get("norm_pix_loss"):
         return METRICS
     labels = METRICS | {"masked_psnr": ("psnr", f"PSNR of the masked patches {TRUE_STATISTICS} (dB)")}
@@ -220,7 +220,7 @@ def _metadata(model: ModelSummary, record: RunRecord | None, scores: dict, *, la
 
 
 def _copy_picture(folder: Path, model: ModelSummary, record: RunRecord) -> dict[str, str | int] | None:
-    """Copy the newest picture of the run until the model's step into `folder`; return its file name and step."""
+    """Copy the newest picture of the run up to the model's step into `folder`; return its file name and step."""
     source, file = PICTURES[model.task]
     paths = (record.folder / source).glob("step_*.png")
     newest = max((path for path in paths if path.stem <= f"step_{model.step:08d}"), default=None)

@@ -41,8 +41,8 @@ def claim_run_folder(
 
     Args:
         name: --resume_from_checkpoint.
-        write: whether the run will write to the folder, and so locks it.
-        resumable: whether the run could resume one.
+        write: whether the run writes to the folder, which is then locked.
+        resumable: whether error messages may suggest resuming; False for an evaluation.
 
     Returns:
         The checkpoint or None, its state or {}, and error messages.
@@ -69,10 +69,10 @@ def claim_run_folder(
 def save_training(
     folder: RunFolder, accelerator, crew, model, optimizer, state: dict, *, keep: int, ema: nn.Module | None = None
 ) -> None:
-    """Save what `load_training` loads; every process must call it, and the main process writes.
+    """Save a checkpoint for `load_training`. Every process must call this; the main process writes.
 
     Raises:
-        RunError: on all processes, if it cannot write.
+        RunError: on all processes, if the checkpoint cannot be written.
     """
     failures, is_main = [], accelerator.is_main_process
     weights = gather_state(accelerator.unwrap_model(model).state_dict(), keep=is_main)
@@ -97,18 +97,18 @@ def load_training(checkpoint: Path, accelerator, model, optimizer, *, ema: nn.Mo
     The checkpoint may come from a sharded or unsharded run with any number of processes.
 
     Raises:
-        RunError: for an optimizer's file that is damaged or would run code.
+        RunError: if the optimizer's file is missing, damaged, or would run code.
     """
     model = accelerator.unwrap_model(model)
     present = model.state_dict()
-    # Older runs write the names of the decoder's parameters without a dot
+    # Older runs named the decoder's parameters decoder_X in place of decoder.X
     weights = {re.sub("^decoder_", "decoder.", name): tensor for name, tensor in load_file(checkpoint / MODEL).items()}
     model.load_state_dict({name: share_of(tensor, present.get(name)) for name, tensor in weights.items()})
     if ema is not None:
         ema.load_state_dict(load_file(checkpoint / EMA))
     try:
         states = torch.load(checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, FileNotFoundError, RuntimeError) as error:  # the latter of a cut zip file
+    except (pickle.UnpicklingError, FileNotFoundError, RuntimeError) as error:  # RuntimeError: truncated
         raise RunError(
             f"{checkpoint / OPTIMIZER} is missing, damaged, or holds objects that run code when they are read; resume "
             "from another checkpoint of the run"
@@ -138,7 +138,7 @@ def saved_flags(checkpoint: Path | None) -> dict:
         ) from None
     if "norm_pix_loss" in flags:  # of an older run
         flags["target"] = "normalized" if flags.pop("norm_pix_loss") else "pixels"
-    return {"num_cls_tokens": 1, **flags}  # which older runs do not state
+    return {"num_cls_tokens": 1, **flags}  # older runs do not store it
 
 
 def compare_with_run(
@@ -147,9 +147,9 @@ def compare_with_run(
     """Return error messages for flags and data that differ from those of the run to resume.
 
     Args:
-        flags: those that are to continue the run.
-        fingerprint: the training data's.
-        before: the flags of the run, with defaults for those that it did not know yet.
+        flags: the flags to continue the run with.
+        fingerprint: the fingerprint of the training data.
+        before: the flags of the run to resume, with defaults for flags that did not exist when it was saved.
         derived: flags that were not given and follow from others; they are named only if no other flag differs.
     """
     different = [name for name in flags if name not in FREE_FLAGS and flags[name] != before.get(name)]
@@ -168,13 +168,13 @@ def compare_with_run(
 
 
 def check_outside(path: str | None, folder: Path) -> None:
-    """Raise InputError for weights that lie in the run folder, which is about to be written."""
+    """Raise InputError for weights inside the run folder, which the run would write to."""
     if path and Path(path).resolve().is_relative_to(folder.resolve()):
         raise InputError(f"{path} lies in {folder}, which this run would write to; give another --experiment_name")
 
 
 def describe_environment(processes: int) -> dict:
-    """Return command, versions, git revision and machine, for args.json of a run of so many processes."""
+    """Return command, number of processes, versions, git revision and machine, for args.json."""
     revision = None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         here = Path(__file__).parent
@@ -198,8 +198,8 @@ def note_start(folder: Path, content: dict, step: int, processes: int, *, fresh:
     """Write args.json of a new run, or append an entry to its `resumed` list.
 
     Args:
-        content: what a new file holds beside the environment: flags, classes, data.
-        processes: their number.
+        content: the content of a new file beside the environment: flags, classes, data.
+        step, processes: the step that the run starts from, and the number of its processes.
     """
     path, environment = folder / "args.json", describe_environment(processes)
     if not fresh:

@@ -1,4 +1,4 @@
-"""Flags of classifiers, and checks of them."""
+"""Define and check the flags of classifiers."""
 
 import argparse
 
@@ -8,14 +8,14 @@ from training.recipes import RECIPES, UNFIT, choose_kind
 
 
 def add_optimizer_flags(parser: Parser) -> None:
-    """Add the optimizer and the average of the weights."""
+    """Add flags for the optimizer and the average of the weights."""
     flag = parser.add_argument_group("optimizer of a classifier").add_argument
     flag("--optimizer", choices=("adamw", "lars"), help="AdamW or LARS")
     flag("--ema_decay", type=number(0, 0.9999999), default=0.0, help="decay of averaged weights (0: off, default 0)")
 
 
 def add_target_flags(parser: Parser) -> None:
-    """Add what trains, what the outputs are, and the head."""
+    """Add flags for the parts that train, the target and the head."""
     flag = parser.add_argument_group("what trains (default: everything)").add_argument
     flag("--linear_probe", action=Pair, default=False, help="the head alone, on frozen features")
     flag("--attentive_probe", action=Pair, default=False, help="attentive pooling and the head, on frozen features")
@@ -39,7 +39,7 @@ def add_target_flags(parser: Parser) -> None:
 
 
 def add_augmentation_flags(parser: Parser) -> None:
-    """Add the augmentation of a classifier's images."""
+    """Add flags for the augmentation of a classifier's images."""
     flag = parser.add_argument_group("augmentation").add_argument
     help_text = "draw random crops as torchvision, or as the official linear probe, whose crops are larger"
     styles = ("torchvision", "official")
@@ -54,7 +54,7 @@ def add_augmentation_flags(parser: Parser) -> None:
 
 
 def check_classifier(args: argparse.Namespace) -> list[str]:
-    """Return error messages for what trains, what is learned, and how."""
+    """Return error messages for flags that contradict each other or do not apply."""
     probes = dict(linear_probe=args.linear_probe, attentive_probe=args.attentive_probe)
     kind = choose_kind(args.path_to_pretrained_mae_weights, **probes)
     usual_optimizer, errors = RECIPES[kind]["optimizer"], []

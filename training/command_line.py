@@ -1,4 +1,4 @@
-"""Words of a command line: recipe files, `~` for the home folder, and flags that were probably meant."""
+"""Expand recipe files and `~` in a command line, and suggest flags for unknown ones."""
 
 import codecs
 import difflib
@@ -8,12 +8,12 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-# Quoted text, which stays, or a comment; shlex would cut words at their first #
+# Quoted text, which stays, or a comment; shlex would also take a # inside a word for a comment
 COMMENT = re.compile(r"""("(?:\\.|[^"\\])*"|'[^']*')|(?<!\S)#.*""")
 
 
 WEIGHTS = ("path_to_pretrained_mae_weights", "path_to_backbone_checkpoint", "init_from")
-# Flags of other projects -> ours; a script has one of those that are listed
+# Flag of other projects -> flags of this one; the first that the script has is suggested
 USUAL = {
     **dict.fromkeys(("lr", "max_lr", "peak_lr"), ("learning_rate",)),
     **dict.fromkeys(("blr", "base_lr"), ("base_learning_rate", "learning_rate")),
@@ -35,7 +35,7 @@ USUAL = {
 
 
 def suggest(word: str, known: Sequence[str]) -> str | None:
-    """Return the one of the `known` flags that an unknown flag probably means: by its usual name, or its spelling."""
+    """Return the `known` flag that an unknown one probably means, by USUAL or by its spelling; None without one."""
     name = word.strip("-").replace("-", "_")
     usual = [f"--{flag}" for flag in USUAL.get(name, ())]
     similar = [flag for flag in usual if flag in known]
@@ -47,7 +47,7 @@ def suggest(word: str, known: Sequence[str]) -> str | None:
 def expand(words: list[str]) -> tuple[list[str], list[str]]:
     """Replace every `@FILE` by the words of that file, and `~` by the home folder; return errors, too.
 
-    A word that is the name of a file, with its @, stays.
+    A word stays if a file has this name, including the @.
     """
     expanded, errors = [], []
     for word in words:
@@ -71,7 +71,7 @@ def expand_home(word: str) -> str:
 
 
 def _read_recipe(path: Path) -> str:
-    """Return the text of a recipe, without a byte order mark, comments, and backslashes at the ends of lines."""
+    """Return the text of a recipe, without byte order mark, comments, no-break spaces and backslashes at line ends."""
     data = path.read_bytes()
     text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
     text = COMMENT.sub(lambda found: found[1] or "", "\n".join(text.splitlines()).replace("\u00a0", " "))

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, and which files of a folder are this project's."""
+"""Write files and folders atomically, and record which files of a folder this project wrote."""
 
 import contextlib
 import errno
@@ -11,12 +11,12 @@ from pathlib import Path
 
 from training.launch import RunError
 
-MARKER = ".mae-accelerate.json"  # of a folder that `replace_folder` wrote: the version, and the files that are its own
+MARKER = ".mae-accelerate.json"  # in folders that `replace_folder` wrote: the version, and the names of these files
 VERSION = 1
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w") as file:
         json.dump(content, file, indent=2)
@@ -27,7 +27,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Return the objects of a JSON Lines file, none if it is missing. A line that a kill cut short is left out."""
+    """Return the objects of a JSON Lines file, [] if it is missing; invalid lines, as after a kill, are left out."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
@@ -44,7 +44,7 @@ def own_files(folder: Path) -> list[str] | None:
 
 
 def remove_files(folder: Path, names: Iterable[str]) -> None:
-    """Remove files of a folder, and the folders that this leaves empty. Files of others stay."""
+    """Remove files of a folder, and the folders that this leaves empty. All other files stay."""
     paths = [folder / name for name in names]
     for path in paths:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -57,14 +57,14 @@ def remove_files(folder: Path, names: Iterable[str]) -> None:
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Replace the folder atomically: readers see the old or the new one, or none for a moment, never a mixture.
 
-    The files of others in it stay, and so does a link at its place: the folder that it names is replaced.
+    Files that this project did not write stay. If `target` is a link, the folder that it points to is replaced.
 
     Args:
-        target: the folder. If writing fails, it is as it was.
+        target: the folder; unchanged if writing fails.
         write: fills the empty folder that it is called with.
 
     Raises:
-        RunError: if a file is there, or the place beside it that the exchange needs is taken.
+        RunError: if `target` is a file, or the path beside it that the exchange needs is taken.
     """
     target = target.resolve()
     if target.is_file():
@@ -91,7 +91,7 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def _keep_others(old: Path, new: Path, *, replaced: set[str]) -> None:
-    """Copy the files and folders of `old` that are not `replaced` to `new`, as links where the disk has them."""
+    """Copy the files and folders of `old` that are not `replaced` to `new`, as hard links where possible."""
     folders = {str(parent) for name in replaced for parent in Path(name).parents}
     for path in sorted(old.rglob("*")) if old.is_dir() else []:
         name = path.relative_to(old)
@@ -107,7 +107,7 @@ def _keep_others(old: Path, new: Path, *, replaced: set[str]) -> None:
 
 
 def _beside(target: Path) -> Path:
-    """Return where `replace_folder` keeps the new and the old folder while it swaps them."""
+    """Return the path where `replace_folder` keeps the new and the old folder while it swaps them."""
     return target.with_name(f".{target.name}.replacing")
 
 
@@ -115,7 +115,7 @@ def clear_beside(target: Path) -> None:
     """Clean up after a replacement that failed or was killed: restore the old folder if the new one is not there.
 
     Raises:
-        RunError: if the place holds something else.
+        RunError: if the path beside `target` holds something that this project did not write.
     """
     target = target.resolve()
     work = _beside(target)
@@ -135,7 +135,7 @@ def alone_at(target: Path) -> Iterator[None]:
     """Make this process the only writer of the folder `target` inside the `with` block.
 
     Raises:
-        RunError: if another process writes it, or the block cannot.
+        RunError: if another process writes it, or for any OSError in the block except for a full disk.
     """
     path = target.with_name(f".{target.name}.lock")
     try:

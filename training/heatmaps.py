@@ -1,4 +1,4 @@
-"""Draw numbers of patches as colours: heat maps, overlays of classes, and the legends of all tabs as HTML."""
+"""Draw values of patches and classes of pixels as colours, and their legends as HTML."""
 
 import html
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ from PIL import Image
 
 # Dark blue, purple, red, orange, pale yellow: lightness grows evenly, so that colour-blind people can read the order
 SCALE = np.array([(12, 8, 60), (98, 20, 118), (190, 50, 84), (244, 128, 38), (252, 244, 170)], np.float64)
-WITHOUT = (225, 225, 225)  # of patches without a number
+WITHOUT = (225, 225, 225)  # colour of patches without a number
 
 
 def heat_map(values: np.ndarray, low: float, high: float) -> Image.Image:
-    """Return numbers (h, w) as colours of SCALE, a pixel each; those that are not finite are light grey."""
+    """Return values (h, w) from `low` to `high` as colours of SCALE, one pixel each; light grey if not finite."""
     share = np.clip((values - low) / max(high - low, 1e-12), 0, 1) * (len(SCALE) - 1)
     known = np.isfinite(share)
     share = np.where(known, share, 0)

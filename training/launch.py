@@ -1,4 +1,4 @@
-"""Starting and ending a script's process: exit codes, precision, threads, the compiler."""
+"""Start and end a script's process: exit codes, precision, threads, the compiler."""
 
 import contextlib
 import errno
@@ -17,15 +17,15 @@ import torch
 
 
 class RunError(Exception):
-    """End the run with exit code 1 and one line: what happened, what was expected, the remedy."""
+    """An error that ends the run with exit code 1 and one line: what happened, what was expected, the remedy."""
 
 
 class InputError(ValueError):
-    """Refuse the run before its first step, with exit code 2: one line per problem."""
+    """An error in flags, data, weights or run folder, found before the first step: exit code 2, a line per problem."""
 
 
 class Stopped(Exception):
-    """End the run with exit code 0: it was asked to stop, and has saved. Raised on all processes at the same step."""
+    """The end, with exit code 0, of a run that was asked to stop or of a dry run; raised on all processes together."""
 
 
 def check(errors: list[str]) -> None:
@@ -44,7 +44,7 @@ def fail(errors: list[str], *, show: bool = True) -> NoReturn:
 
 @contextlib.contextmanager
 def put_back() -> Iterator[None]:
-    """Put back signal handlers and torch's deterministic mode after a run, for programs that call `main` of a script.
+    """Restore signal handlers and torch's deterministic mode after a run, for programs that call a script's `main`.
 
     A decorator of `main`.
     """
@@ -63,7 +63,7 @@ def put_back() -> Iterator[None]:
 def run_script(main: Callable[[], None], *, remedy: str | None = None) -> None:
     """Run a script's `main`, and turn its end into an exit code and, for known causes, one `error:` line.
 
-    Unless `main` returns, Python's shutdown is skipped, which would wait for loader workers and for other processes.
+    If `main` does not return, Python's shutdown is skipped: it would wait for loader workers and other processes.
 
     Args:
         main: the script's main function, called without arguments.
@@ -72,7 +72,7 @@ def run_script(main: Callable[[], None], *, remedy: str | None = None) -> None:
     sys.stdout, sys.stderr = _drop_unwritable(sys.stdout, sys.__stdout__), _drop_unwritable(sys.stderr, sys.__stderr__)
     code = 1
     try:
-        inspect.unwrap(main)()  # without `put_back`: until this process ends, its signals are noted
+        inspect.unwrap(main)()  # without `put_back`: the signal handlers stay until this process ends
         end_workers()
         return
     except SystemExit as error:
@@ -85,13 +85,13 @@ def run_script(main: Callable[[], None], *, remedy: str | None = None) -> None:
     except BaseException as error:
         try:
             code = _report(error, remedy)
-        finally:  # even where the report fails: loader workers keep Python from ending
+        finally:  # even if the report fails: loader workers keep Python from ending
             _leave(code)
     _leave(code)
 
 
 class _Output(io.FileIO):
-    """Drop what cannot be written: a terminal or the reader of a pipe may be gone, which must not end a run."""
+    """A stream that drops what cannot be written: a terminal or pipe that is gone must not end a run."""
 
     def write(self, data) -> int:
         try:
@@ -101,7 +101,7 @@ class _Output(io.FileIO):
 
 
 def _drop_unwritable(stream: io.TextIOWrapper | None, original: io.TextIOWrapper | None) -> io.TextIOWrapper:
-    """Return what takes the place of sys.stdout or sys.stderr, unless a caller has already replaced the `original`."""
+    """Return a stream over `_Output` for sys.stdout or sys.stderr; `stream` if it is not the process's `original`."""
     if stream is None:  # closed by the shell
         return open(os.devnull, "w")
     if stream is not original:
@@ -135,7 +135,7 @@ def _report(error: BaseException, remedy: str | None) -> int:
     code, local = 1, False  # True for failures that the other processes of the run do not know of
     if isinstance(error, RunError):
         report = str(error)
-    elif isinstance(error, KeyboardInterrupt):  # in training the second Ctrl-C: the first finishes the step and saves
+    elif isinstance(error, KeyboardInterrupt):  # in training the second one: the first Ctrl-C saves the step
         report, code = f"interrupted; {remedy}" if remedy else f"interrupted before the step was saved; {resume}", 130
     else:
         report, local = "".join(traceback.format_exception(error)), True
@@ -143,7 +143,7 @@ def _report(error: BaseException, remedy: str | None) -> int:
             file = error.filename or "a file of the run"
             report = f"{file} could not be written (the disk is full); make room and "
             report += remedy or f"{resume}: whole checkpoints stay whole"
-        elif hasattr(error, "exit_code"):  # data/pool.py's WorkerError, which knows what helps
+        elif hasattr(error, "exit_code"):  # data/pool.py's WorkerError, whose message has the remedy
             report, code = str(error), error.exit_code
             report += "" if code == 2 else f"; {remedy or resume}"
         elif isinstance(error, OSError) and error.errno == errno.EMFILE:
@@ -182,9 +182,9 @@ def is_main_process() -> bool:
 
 
 def resolve_precision(mixed_precision: str | None) -> str:
-    """Return "no", "bf16" or "fp16": the flag, else Accelerate's value, else what the device does best.
+    """Return "no", "bf16" or "fp16": the flag, else Accelerate's value, else bf16 on a GPU that supports it.
 
-    The launcher always sets its variable, so its default `no` looks the same as a choice.
+    The launcher always sets its variable, so its default `no` cannot be told from a choice, and counts as unset.
     """
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed_precision or launched != "no":
@@ -211,16 +211,16 @@ def launcher_environment() -> dict[str, str]:
     """Return the variables that the parent of this process was started with, {} if they cannot be read."""
     try:
         return psutil.Process().parent().environ()
-    except (psutil.Error, OSError, AttributeError):  # the latter without a parent
+    except (psutil.Error, OSError, AttributeError):  # AttributeError: no parent
         return {}
 
 
 def prepare_compiler(device: torch.device) -> list[str]:
-    """Make torch.compile draw the random numbers of eager mode (drop path), and return why it cannot work, if so."""
+    """Make torch.compile draw the random numbers of eager mode (drop path); return an error message if it fails."""
     import torch._inductor.config
-    import torchmetrics.functional.image  # noqa: F401 - validation's; importing it later recompiles, in torch 2.8
+    import torchmetrics.functional.image  # noqa: F401 - for validation; in torch 2.8, importing it later recompiles
 
-    torch._dynamo.reset()  # what earlier runs of this process compiled counts towards a limit
+    torch._dynamo.reset()  # graphs of earlier runs in this process count towards a limit
     torch._dynamo.config.recompile_limit = 64  # each size of images has a graph of its own
     torch._inductor.config.fallback_random = True
     if hasattr(torch._inductor.config, "deterministic"):  # torch 2.8 lacks it

@@ -1,4 +1,4 @@
-"""What fits into the memory of a GPU, and of the machine."""
+"""Find what fits into the memory of a GPU and of the machine."""
 
 import os
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from training.wording import in_bytes
 
 
 def check_memory(flag: str, size: int) -> None:
-    """Raise RunError if the processes of this machine cannot hold so many bytes each, which a flag asks for."""
+    """Raise RunError if this machine lacks the memory for `size` bytes per process, which `flag` needs."""
     processes, free = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), psutil.virtual_memory().available
     if size * processes > free:
         words = f"{in_bytes(size)} of memory in each of {processes} processes of this machine"
@@ -26,10 +26,10 @@ def check_device(device: torch.device) -> list[str]:
 
 
 def fit_micro_batch(sizes: list[int], try_step: Callable[[int], None], *, device: torch.device, any_process) -> int:
-    """Return the largest of the rising `sizes` of a micro-batch that fits on the GPU of every process.
+    """Return the largest micro-batch of the rising `sizes` that fits on the GPU of every process.
 
     Args:
-        try_step: makes a training step of so many images.
+        try_step: takes a training step with a micro-batch of this size.
         any_process: returns True on all processes if its argument is true on any of them.
 
     Raises:
@@ -43,7 +43,7 @@ def fit_micro_batch(sizes: list[int], try_step: Callable[[int], None], *, device
 
 
 def fits_on_gpu(try_step: Callable[[int], None], size: int, device: torch.device) -> bool:
-    """Return True if a training step of so many images fits while 5 % of the memory stay free.
+    """Return True if a training step with a micro-batch of `size` fits while 5 % of the memory stay free.
 
     Libraries and fragmentation take that share in a longer run.
     """

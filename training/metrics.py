@@ -5,7 +5,7 @@ Images are (B, C, H, W) in [0, 1], masks of removed patches (B, 1, H, W) with 1 
 
 import torch
 
-IGNORED = 255  # the label of void pixels in an annotation, which count nowhere
+IGNORED = 255  # the label of void pixels in an annotation, which no metric counts
 
 
 def psnr(error: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -13,7 +13,7 @@ def psnr(error: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tenso
 
     Args:
         error: squared errors of a signal in [0, 1], (B, C, H, W).
-        weight: limits the mean to some pixels, (B, 1, H, W).
+        weight: weights of the pixels in the mean, (B, 1, H, W); None for equal ones.
     """
     if weight is None:
         mean = error.mean(dim=(1, 2, 3))
@@ -78,14 +78,14 @@ def sum_reconstruction_metrics(
 
 
 def weighted_mean(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return the means (B,) of values (B, C, H, W) by weights (B, 1, H, W)."""
+    """Return the weighted means (B,) of values (B, C, H, W) with weights (B, 1, H, W)."""
     return (values.mean(dim=1, keepdim=True) * weight).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3))
 
 
 def segmentation_areas(prediction: torch.Tensor, annotation: torch.Tensor, num_classes: int) -> torch.Tensor:
     """Return the pixels of each class in the intersection, the prediction and the annotation: (3, num_classes), int64.
 
-    Raises ValueError for a class number of `prediction` or `annotation`, of one shape, that is beyond the classes.
+    `prediction` and `annotation` are class numbers of the same shape; ones beyond the classes raise ValueError.
     """
     agreed = torch.where(prediction == annotation, annotation, IGNORED)  # selecting the pixels by a mask is far slower
     predicted = torch.where(annotation == IGNORED, IGNORED, prediction)

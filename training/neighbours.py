@@ -1,4 +1,4 @@
-"""Measures of features: nearest neighbours, a linear classifier in closed form, and their effective rank.
+"""Measure features: nearest neighbours, a linear classifier in closed form, and their effective rank.
 
 Legend: N images of the bank, M queries, D width of the features.
 """
@@ -22,7 +22,7 @@ def own_features(
         labels: the class of each sample of the dataset; None for features of NUM_UNLABELLED images at most, all of
             class 0.
         width: D.
-        read: returns the batches of a dataset's indices.
+        read: returns this process's batches of the given indices of a dataset.
         most: number of images at most, evenly spread over the dataset; None for all.
     """
     most = most or len(dataset)
@@ -45,17 +45,17 @@ def score_features(
     num_classes: int,
     crew,
 ) -> tuple[dict[str, float], str]:
-    """Return `rankme` and, with queries, the accuracies of classifying these by their features, in percent.
+    """Return `rankme` and, with queries, the accuracies of classifying them by their features, in percent.
 
-    Each process passes its share of the images, and searches its own share of the bank. The k of k-NN is 200, or the
-    size of the smallest class.
+    Each process passes its share of the images, and searches its own share of the bank. k-NN takes 200 neighbours, or
+    as many as the smallest class has images if that is fewer.
 
     Args:
         bank: features (N, D) and classes (N,) of training images.
         queries: features (M, D) and classes (M,) of validation images.
 
     Returns:
-        `rankme`, `knn_top1` and `linear_top1`, the latter of the least-squares classifier; and the same in words.
+        `rankme`, `knn_top1` and `linear_top1`, the last by `linear_vote`; and the same in words.
     """
     bank, bank_labels = bank
     sums = sum(crew.gather([linear_sums(bank, bank_labels, max(1, num_classes)).cpu()]))
@@ -80,9 +80,9 @@ def score_features(
 
 
 def rank_me(moment: torch.Tensor) -> float:
-    """Return RankMe of features Z (N, D), given Z^T Z (D, D) in float64: from 1 to D, NaN for features that have it.
+    """Return RankMe of features Z (N, D), given Z^T Z (D, D) in float64: from 1 to D, NaN if Z is not finite.
 
-    The exponential of the entropy of the singular values' shares (Garrido et al. 2023, arXiv 2210.02885, equation 1).
+    It is exp(entropy) of the normalized singular values (Garrido et al. 2023, arXiv 2210.02885, equation 1).
     """
     if not moment.isfinite().all():
         return float("nan")
@@ -99,13 +99,13 @@ def nearest(
     (N, D), (N,), (M, D) -> (M, min(k, N)), (M, min(k, N))
     """
     bank, queries = F.normalize(bank), F.normalize(queries)
-    chunk = max(1, 2**26 // max(1, len(bank)))  # of queries, so that their similarities take 256 MB at most
+    chunk = max(1, 2**26 // max(1, len(bank)))  # queries at a time: their similarities take 256 MiB at most
     results = [(part @ bank.T).topk(min(k, len(bank))) for part in queries.split(chunk)]
     return torch.cat([part.values for part in results]), bank_labels[torch.cat([part.indices for part in results])]
 
 
 def knn_vote(similarity: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Return the class of each query (M,) by a vote of its neighbours (M, k) with exp(similarity / 0.07).
+    """Return the class of each query (M,) by a vote of its neighbours (M, k), weighted by exp(similarity / 0.07).
 
     Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", section 3.4.
     """
@@ -116,7 +116,7 @@ def knn_vote(similarity: torch.Tensor, labels: torch.Tensor, num_classes: int) -
 def linear_sums(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
     """Return the sums that `linear_vote` needs: (N, D), (N,) -> (D + 1, D + 1 + num_classes), float64.
 
-    The sums of several parts of the data are added.
+    The sums of several parts of the data can be added.
     """
     dim = features.shape[1]
     sums = torch.zeros(dim + 1, dim + 1 + num_classes, dtype=torch.float64, device=features.device)

@@ -1,6 +1,6 @@
-"""What a classifier is trained for: one class for each image, several labels, or numbers.
+"""Objectives of a classifier: one class for each image, several labels, or numbers.
 
-Each objective is a loss, and says how outputs become rows and how these are scored. Legend: B batch, T outputs.
+An objective has a loss, turns outputs into one row per image, and scores the rows. Legend: B batch, T outputs.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from training.pictures import confusion_matrix
 from training.scores import score_classification, score_labels, score_numbers
 
-NUM_NAMED = 3  # columns in a line of text
+NUM_NAMED = 3  # columns that `Numbers.describe` names
 
 
 class Classes:
     """One class for each image: cross-entropy."""
 
-    best, scale = "top1", None
+    best, scale = "top1", None  # the metric that chooses best/, and the scale of the targets
 
     def __init__(self, names: Sequence[str], *, label_smoothing: float = 0.0):
         self.names, self.label_smoothing = names, label_smoothing
@@ -30,7 +30,7 @@ class Classes:
         return F.cross_entropy(outputs, targets, label_smoothing=smoothing)
 
     def to_rows(self, outputs: torch.Tensor, targets: torch.Tensor, present: torch.Tensor) -> list[tuple]:
-        """Return for each image what `score` needs: class, best classes, the best one of those `present`, loss."""
+        """Return a row for `score` per image: class, best classes, the best one of the `present` ones, loss."""
         losses = F.cross_entropy(outputs, targets, reduction="none").tolist()
         rankings = outputs.topk(min(5, len(self.names))).indices.tolist()
         best_present = present[outputs[:, present].argmax(dim=1)].tolist()
@@ -72,7 +72,7 @@ class Labels:
         return F.binary_cross_entropy_with_logits(outputs, targets, pos_weight=self.positive_weights)
 
     def to_rows(self, outputs: torch.Tensor, targets: torch.Tensor, present: torch.Tensor) -> list[tuple]:
-        """Return for each image what `score` needs: labels, their probabilities, and the loss without weights."""
+        """Return a row for `score` per image: labels, their probabilities, and the loss without weights."""
         losses = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none").mean(dim=1).tolist()
         labels, probabilities = targets.to(torch.uint8).cpu().numpy(), outputs.sigmoid().cpu().numpy()
         return list(zip(labels, probabilities, losses, strict=True))
@@ -108,7 +108,7 @@ class Numbers:
         self.names, self.scale, self.loss = names, scale, LOSSES[loss]
 
     def to_rows(self, outputs: torch.Tensor, targets: torch.Tensor, present: torch.Tensor) -> list[tuple]:
-        """Return for each image what `score` needs: true and predicted values in the columns' own units, loss."""
+        """Return a row for `score` per image: true and predicted values in the columns' own units, loss."""
         losses = self.loss(outputs, targets, reduction="none").mean(dim=1).tolist()
         mean, std = (np.asarray(part, np.float64) for part in self.scale)
         true, predicted = (part.cpu().double().numpy() * std + mean for part in (targets, outputs))
@@ -149,20 +149,20 @@ def build_objective(
     """Return the objective of --target.
 
     Args:
-        labels: those of the training images (N, T), which balance labels, and standardize numbers unless a trained
-            model gives the `scale`.
+        labels: labels or numbers (N, T) of the training images, for --positive_weights balanced or the scale.
+        scale: mean and standard deviation (T,) of a trained model's numbers; None for those of `labels`.
     """
     if target == "classes":
         return Classes(names, label_smoothing=label_smoothing)
     if target == "labels":
         weights = torch.from_numpy(balance(labels)).float().to(device) if positive_weights == "balanced" else None
         return Labels(names, positive_weights=weights)
-    if scale is None:  # in the precision of the model, which keeps it
+    if scale is None:  # float32, as in the model that stores it
         scale = labels.mean(axis=0).astype(np.float32), labels.std(axis=0).astype(np.float32)
     return Numbers(names, scale, loss=regression_loss or "l2")
 
 
 def balance(labels: np.ndarray) -> np.ndarray:
-    """Return for each label of (N, T) how many images lack it for one that has it: (T,)."""
+    """Return the ratio (T,) of images without a label to images with it, for each label of (N, T)."""
     positives = labels.sum(axis=0, dtype=np.int64)
     return (len(labels) - positives) / positives

@@ -7,7 +7,7 @@ from torch.nn.utils import get_total_norm
 from training.sharding import whole
 
 DECAY_FLAGS = ("weight_decay", "bias_weight_decay", "norm_weight_decay", "layer_decay")
-MUON_PARTS = {"qkv": 3, "kv": 2}  # matrices in the weight of a layer, by its name; 1 in others
+MUON_PARTS = {"qkv": 3, "kv": 2}  # number of matrices in a layer's weight, by its name; 1 for others
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
@@ -19,12 +19,12 @@ def parameter_groups(
     norm_weight_decay: bool = False,
     layer_decay: float = 1.0,
 ) -> list[dict]:
-    """Return the parameters that train in groups of one `weight_decay` and one `lr_scale`.
+    """Return the trainable parameters in groups that share `weight_decay` and `lr_scale`.
 
     Biases and norms are not decayed unless asked for (a norm's bias counts as the norm's), nor are the parameters in
     `model.no_weight_decay()`. With `layer_decay` below 1, lower layers learn slower (Clark et al. 2020, "ELECTRA",
-    appendix; Bao et al. 2021, "BEiT", for ViT): the scale of layer i of n is layer_decay^(n - i), where the model gives
-    `layer_index(name)`, and `num_layers`, the index of its head.
+    appendix; Bao et al. 2021, "BEiT", for ViT): the scale of a layer is layer_decay^(n - i), where i is the model's
+    `layer_index(name)`, and n its `num_layers`, the index of the head.
     """
     excluded = set(model.no_weight_decay())
     groups: dict[tuple[float, float], dict] = {}
@@ -70,7 +70,7 @@ def lars(groups: list[dict]) -> torch.optim.Optimizer:
 
 
 def check_muon(optimizer: str) -> list[str]:
-    """Return an error message if --optimizer is muon and torch has none."""
+    """Return an error message if --optimizer is muon and this torch has no Muon."""
     if optimizer != "muon" or hasattr(torch.optim, "Muon"):
         return []
     return [f"--optimizer muon needs torch 2.9, this is torch {torch.__version__}; upgrade it, or leave the flag out"]
@@ -134,10 +134,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def clip_gradients(accelerator, model: nn.Module, max_norm: float) -> torch.Tensor:
-    """Clip the global norm of the gradients, unless `max_norm` is 0; return the norm before, (), on the device."""
+    """Clip the global norm of the gradients, unless `max_norm` is 0; return the norm before clipping, ()."""
     if max_norm:
         return accelerator.clip_grad_norm_(model.parameters(), max_norm)
-    accelerator.unscale_gradients()  # of fp16's loss scaler
+    accelerator.unscale_gradients()  # fp16's loss scaler has multiplied them
     return whole(get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
 
 

@@ -1,4 +1,4 @@
-"""Draw pictures of what a model does."""
+"""Draw pictures of images, predictions, attention and losses."""
 
 import math
 import unicodedata
@@ -70,7 +70,7 @@ def reconstruction_tiles(
 def displayable(image: torch.Tensor) -> torch.Tensor:
     """Return an image (C, H, W), uint8 or float32 in [0, 1], as uint8 with one channel or three.
 
-    8-bit colour and grey stay as they are; of others the first channels are shown, with stretched contrast.
+    8-bit colour and grey stay as they are. Others show their first three channels, or the first, contrast-stretched.
     """
     if image.dtype == torch.uint8 and len(image) in (1, 3):
         return image
@@ -81,7 +81,7 @@ def displayable(image: torch.Tensor) -> torch.Tensor:
 def confusion_matrix(
     path: Path, labels: Sequence[int], predictions: Sequence[int], classes: Sequence[str], *, title: str
 ) -> bool:
-    """Write a PNG of how often images of each class are predicted as each, and return True; False for too many classes.
+    """Write a PNG of the confusion matrix and return True; return False for more than MOST_CLASSES classes.
 
     `labels` and `predictions` are class numbers, one per image. Colour and number of a cell are its share of the row's
     images in percent; cells below 0.5 % have no number.
@@ -174,7 +174,7 @@ def segmentation_overlay(
 def detection_grid(
     path: Path, rows: Sequence[tuple], classes: Sequence[str], colours: np.ndarray, *, title: str
 ) -> None:
-    """Write a PNG with a row per image: its annotations, and what was detected; below them a legend.
+    """Write a PNG with a row per image: annotations and detections; below them a legend.
 
     A row is an image (C, h, w), uint8, C 1 or 3, and two lists of `data.detection.Drawing`. `colours` (classes, 3) are
     uint8.
@@ -225,7 +225,7 @@ def _draw_objects(
 
 
 def attention_grid(path: Path, image: np.ndarray, maps: np.ndarray) -> None:
-    """Write a PNG of an image and, over it, the attention of each query or head: brighter where it looks.
+    """Write a PNG of an image and, over it, the attention of each query or head: bright where it is high.
 
     `image` is (C, H, W), uint8, C 1 or 3; `maps` are (Q, h, w), each drawn from its minimum to its maximum.
     """
@@ -279,7 +279,7 @@ def _figure(path: Path, size: tuple[float, float], xlabel: str, ylabel: str):
 
 
 def _enlarged(image: np.ndarray) -> Image.Image:
-    """Return an image (C, H, W), uint8, C 1 or 3, in colour and about 128 pixels wide if it is smaller."""
+    """Return an image (C, H, W), uint8, C 1 or 3, in colour; up to 64 pixels wide, it is enlarged to at most 128."""
     scale = max(1, 128 // image.shape[2])
     size = (image.shape[2] * scale, image.shape[1] * scale)
     return to_pil_image(torch.as_tensor(image)).convert("RGB").resize(size, Image.Resampling.NEAREST)
@@ -321,7 +321,7 @@ def _write_grid(path: Path, rows: list, *, title: str = "", captions: Sequence[s
 
 
 def _legend(counts: np.ndarray, classes: Sequence[str], colours: np.ndarray) -> Legend:
-    """Return names and swatches of the classes, by their pixel `counts` (256,), the largest first."""
+    """Return names and swatches of the classes, by their `counts` (256,) of pixels or objects, the largest first."""
     numbers = [number for number in np.argsort(-counts, kind="stable") if counts[number] and number != IGNORED]
     names = [(classes[number], Image.new("RGB", (14, 14), tuple(colours[number].tolist()))) for number in numbers]
     void = [("void: not labelled", Image.fromarray(_hatching((14, 14))))] if counts[IGNORED] else []

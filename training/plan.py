@@ -18,7 +18,7 @@ class BatchPlan(NamedTuple):
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches of a process in one optimizer step."""
+        """The micro-batches of a process in one optimizer step."""
         return self.per_process // self.micro
 
 
@@ -81,7 +81,7 @@ def plan_batch(
     Args:
         micro_batch_size: "auto" means all images of a process, until `memory.fit_micro_batch` finds what fits.
         checkpoint_size: the global batch of the checkpoint to resume, which takes precedence; see `compare_batch`.
-        default: the global batch without any flag; by default 256 images per process.
+        default: the global batch if no flag gives one; None for 256 images per process.
 
     Raises:
         InputError: for contradictions, one line each.
@@ -140,10 +140,10 @@ def compare_batch(
 
 
 def plan_learning_rate(given: float | None, base: float | None, minimum: float, global_batch_size: int) -> float:
-    """Return the peak: the one that is given, or `base` scaled to the batch (Goyal et al. 2017).
+    """Return the peak: `given`, or `base` * global batch size / 256 if that is None (Goyal et al. 2017).
 
     Raises:
-        InputError: if the minimum is above it.
+        InputError: if the minimum is above the peak.
     """
     peak = base * global_batch_size / 256 if given is None else given
     if minimum > peak:
@@ -164,11 +164,11 @@ def plan_length(
 ) -> LengthPlan:
     """Return the length that the flags ask for; a flag that was not given is None.
 
-    A default warmup is the recipe's, and in a shorter run the same share of it.
+    The default warmup is the recipe's; in a run shorter than the recipe it is the same share of the steps.
 
     Args:
         recipe_epochs: warmup and length of the recipe in epochs.
-        recipe_steps: the same in optimizer steps, of a recipe that counts these.
+        recipe_steps: the same in optimizer steps, for a recipe that counts steps.
 
     Raises:
         InputError: for fewer samples than one global batch, or a warmup that is not shorter than the run.
@@ -196,8 +196,8 @@ def describe_images(path_to_data: str, train, validation, *, targets: str = "", 
     """Return the plan's lines about the data.
 
     Args:
-        targets: "10 classes", "5 labels" or the like; "" where they do not matter.
-        views: the crops of each image that is read.
+        targets: "10 classes", "5 labels" or the like; "" if there are none.
+        views: number of views of each image that is read.
     """
     images = f"{len(train)} images" + (f" {'of' if 'classes' in targets else 'with'} {targets}" if targets else "")
     repeated = f", {views} views of each" if views > 1 else ""
@@ -221,8 +221,8 @@ def describe_run(
     """Return the lines of the plan that every script prints.
 
     Args:
-        speed: what else changes how fast a step is, in words.
-        decay: how the learning rate falls, by default by a cosine to its minimum.
+        speed: options that change the speed of a step, in words, such as "TF32".
+        decay: how the learning rate falls, in words; None for a cosine to its minimum.
     """
     (batch, length), on_cpu = plan[:2], accelerator.device.type == "cpu"
     values = "8 bits" if images.value_range is None else in_range(images.value_range)

@@ -5,7 +5,7 @@ import socket
 
 
 def free_port(host: str, port: int) -> tuple[int, list[str]]:
-    """Return `port`, or the next of 100 that is free at an IPv4 or IPv6 address or a name; and error messages."""
+    """Return the first free port of the 100 from `port` on, at an IPv4 or IPv6 address or name; and error messages."""
     try:
         family, *_, place = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:

@@ -1,4 +1,4 @@
-"""Write what a model says of a list of images: one line of JSON per image with its pictures, or features."""
+"""Write the results of a model for a list of images: a line of JSON per image and pictures, or features."""
 
 import json
 import os
@@ -67,11 +67,11 @@ def predict_all(loader: Iterable, predict_batch: Callable[..., Sequence], names:
     """Yield (name, result, error) of each image in order, with a bar in a terminal; result or error is None.
 
     Args:
-        loader: batches with the `indices` of images that could be read, and of the others, with reasons, in `damaged`.
-        predict_batch: makes a result of each image of a batch that could be read.
-        names: those of all images.
+        loader: batches with the `indices` of readable images; `damaged` has (index, reason) of the others.
+        predict_batch: returns a result for each readable image of a batch.
+        names: the names of all images.
     """
-    with tqdm(total=len(names), unit="image", disable=None) as bar:  # none in a file
+    with tqdm(total=len(names), unit="image", disable=None) as bar:  # shown in a terminal alone
         for batch in loader:
             results, errors = iter(predict_batch(batch) if batch.indices else ()), dict(batch.damaged)
             for index in sorted([*batch.indices, *errors]):
@@ -124,7 +124,7 @@ def describe_result(result: dict) -> str:
 def write_labels(
     labels: torch.Tensor, image: np.ndarray, *, classes: Sequence[str], colours: np.ndarray, folder: Path, name: str
 ) -> list[dict]:
-    """Write the class numbers (H, W) of an image and an overlay, and return their names and the areas of the classes.
+    """Write the class numbers (H, W) of an image and an overlay, and return their names and the pixels per class.
 
     `image` is the picture (C, h, w), uint8, and `colours` (classes, 3).
     """
@@ -150,8 +150,8 @@ def write_objects(
 ) -> list[dict]:
     """Write an overlay of the objects in an image, and return its name, the image's size and the objects.
 
-    `records` are COCO's, with classes from 1, which get the numbers of `classes`; `size` is (H, W), and `drawings` are
-    those of them that the picture (C, h, w), uint8, gets.
+    `records` are COCO's, with classes counted from 1, which become the keys of `classes`; `size` is (H, W). `drawings`
+    are the objects that are drawn on the picture `image` (C, h, w), uint8.
     """
     numbers, names = [*classes], [*classes.values()]
     detection_overlay(folder / "overlays" / name, image, drawings, names, colours)
@@ -164,7 +164,7 @@ def write_objects(
 
 
 def write_coco(lines: Path, classes: dict[int, str]) -> None:
-    """Write the objects in a file of `write_lines` as COCO's annotation files have them, beside it."""
+    """Write the objects in a file of `write_lines` as an annotation file of COCO, into the same folder."""
     from pycocotools import mask as coco_masks
 
     images, annotations = [], []
@@ -200,8 +200,8 @@ def write_reconstructions(
 ) -> list[dict]:
     """Write the reconstruction of each image, and return the names of the pictures and the metrics.
 
-    `images` and `prediction` are (B, C, H, W) in [0, 1], `removed` (B, 1, H, W) the mask; None if each patch was
-    removed by one of several.
+    `images` and `prediction` are (B, C, H, W) in [0, 1], `removed` (B, 1, H, W) is the mask; None if several
+    masks together removed every patch.
     """
     if removed is None:
         part, prefix = "whole image", "filled"
@@ -230,7 +230,7 @@ def write_colours(
     folder: Path,
     names: Sequence,
 ) -> Iterator[tuple]:
-    """Replace results, the features (L, D) of an image and the image (C, H, W) to show, by the names of pictures.
+    """Yield `results` with the name of a picture in place of features (L, D) and the image (C, H, W) to show.
 
     Args:
         shape: N, L and D of all features, which are in memory at the same time.
@@ -255,7 +255,7 @@ def write_colours(
 def write_features(path: Path, results: Results, shape: Sequence[int]) -> int:
     """Write the features (N, *shape), float32, of the readable images, and the list of their names; return N.
 
-    They are written as they come, so memory holds one batch, and the file takes its name when it is whole.
+    They are written as they come, so memory holds one batch. The file gets its name when it is complete.
     """
     names, part = [], _part_of(path)
     try:

@@ -1,6 +1,6 @@
-"""Flags of a pre-training's views, sizes, masks, decoder and target: how they are checked and described.
+"""Define, check and describe the flags of pre-training: views, sizes, masks, decoder and target.
 
-Also the stages of a run whose images grow: their steps, their batches and their cost.
+The stages of a run whose images grow are planned here too: their steps, batches and cost.
 """
 
 import argparse
@@ -20,7 +20,7 @@ DECODER_FLAGS = {name: f"decoder_{name}" for name in ("embed_dim", "depth", "num
 
 
 def add_mask_flags(parser: Parser, *, strategies: Iterable[str], validities: Iterable[str]) -> None:
-    """Add views, sizes and masks; the names are those that --mask_strategy and --validity take."""
+    """Add flags for views, sizes and masks, given the names that --mask_strategy and --validity take."""
     flag = parser.add_argument_group("views, sizes and masks").add_argument
     help_text = "square images of SIZE pixels until a SHARE of the steps, such as 96:0.5 160:0.8 224:1 (default: all "
     help_text += "of --img_size)"
@@ -38,7 +38,7 @@ def add_mask_flags(parser: Parser, *, strategies: Iterable[str], validities: Ite
 
 
 def add_decoder_flags(parser: Parser, *, decoders: Iterable[str], targets: Iterable[str]) -> None:
-    """Add the decoder, its target, and the weights to start from.
+    """Add flags for the decoder, its target, and the weights to start from.
 
     `decoders` and `targets` are the names that --decoder and --target take.
     """
@@ -65,7 +65,7 @@ def add_decoder_flags(parser: Parser, *, decoders: Iterable[str], targets: Itera
 
 
 def size_and_share(text: str) -> str:
-    """Read SIZE:SHARE, in pixels and of the run: an argparse type."""
+    """Check SIZE:SHARE, pixels and a share of the run, and return it: an argparse type."""
     size, _, share = text.partition(":")
     try:
         return f"{integer(1)(size)}:{number(0, 1)(share):.9g}"
@@ -134,7 +134,7 @@ def check_mask_block(block: int, strategy: str, grid: Sequence[int]) -> list[str
 
 
 def check_decoder(args: argparse.Namespace, decoder_class) -> list[str]:
-    """Return error messages for the flags of `add_decoder_flags`, and fill in the depth that --decoder implies."""
+    """Return error messages for the flags of the decoder, and fill in the default depth of --decoder."""
     if args.decoder_depth is None:
         args.decoder_depth = decoder_class.default_depth
     errors = check_width("decoder", args.decoder_embed_dim, args.decoder_num_heads)
@@ -149,7 +149,7 @@ def check_decoder(args: argparse.Namespace, decoder_class) -> list[str]:
 
 
 def check_target(args: argparse.Namespace) -> list[str]:
-    """Return error messages for the flags of the target, and make --norm_pix_loss the --target that it means."""
+    """Return error messages for the flags of the target, and replace --norm_pix_loss by the --target that it means."""
     errors, normalized = [], vars(args).pop("norm_pix_loss")
     if normalized is not None:
         flag, same = ("--norm_pix_loss", "normalized") if normalized else ("--no-norm_pix_loss", "pixels")
@@ -177,12 +177,12 @@ def check_components(num_components: int | None, num_values: int) -> list[str]:
 
 
 def resolve_validity(given: str | None, target: str, nodata: float | None, previous: dict) -> str | None:
-    """Return the mark of invalid pixels, None if all are valid.
+    """Return how invalid pixels are marked, None if all pixels are valid.
 
     Args:
         given: --validity, None if it was left out.
         target: --target.
-        nodata: the number of pixels without data.
+        nodata: the value of pixels without data, None if there is none.
         previous: the flags of the run to resume, or {}.
     """
     if given is None and previous:
@@ -222,7 +222,7 @@ def plan_stages(schedule: Sequence[str] | None, img_size: Sequence[int], total_s
 def staged_batches(stages: list[Stage], load: Callable, start_step: int, rehearsal=None) -> Iterator:
     """Return an iterator over the batches of a run from `start_step` on, `load(stage)` of one stage after the other.
 
-    A dry run, which has a `rehearsal`, times them one after the other.
+    In a dry run, `rehearsal` times the stages one after the other.
     """
     left = [Stage(size, range(max(steps.start, start_step), steps.stop)) for size, steps in stages]
     first, *others = [stage for stage in left if stage.steps] or left[-1:]

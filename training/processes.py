@@ -1,4 +1,4 @@
-"""The processes of a run: how they start, and what they agree on, such as when to stop."""
+"""Join the processes of a run, and let them agree, for example on when to stop."""
 
 import contextlib
 import os
@@ -21,10 +21,10 @@ from training.arguments import in_seconds
 from training.launch import RunError, fail, is_main_process, prepare_compiler, resolve_precision, set_speed
 from training.wording import in_one_line
 
-# Flags that may differ between machines: their cores, and the places of their data, which are compared themselves
+# Flags that may differ between machines: workers and paths; the data themselves are compared by fingerprint
 MACHINE_FLAGS = {"num_workers", "cache_dir", "path_to_data", "path_to_validation_data", "path_to_classes"}
-ECHO_SECONDS = 2  # within which another SIGTERM is the same one
-STALL_SECONDS = 30  # that a step waits for data after a SIGTERM
+ECHO_SECONDS = 2  # another SIGTERM within this time counts as the same one
+STALL_SECONDS = 30  # after a SIGTERM, a step that waits this long for data ends the process
 
 
 def start_accelerator(
@@ -32,8 +32,8 @@ def start_accelerator(
 ) -> tuple[Accelerator, list[str]]:
     """Join this process with the others of the run, and set torch's process-wide options.
 
-    DDP keeps gradients as views of the buckets that it exchanges, which saves a copy of them. Each bucket splits
-    the graph of torch.compile, so there are fewer then.
+    DDP keeps gradients as views of the buckets that it exchanges, which saves a copy. Each bucket splits the graph of
+    torch.compile, so compiled runs have fewer and larger ones. Settings that cannot work exit with code 2.
 
     Args:
         mixed_precision, tf32, compiled, deterministic: the flags.
@@ -64,7 +64,7 @@ def start_accelerator(
 
 
 def check_settings(precision: str) -> list[str]:
-    """Return error messages for settings of Accelerate's file or launcher that the scripts do not have."""
+    """Return error messages for settings of Accelerate's file or launcher that the scripts do not support."""
     remedy = "leave it out (FSDP2, accelerate_configs/fsdp2.yaml, splits models over GPUs)"
     errors = [
         f"Accelerate is configured for {name}, which does not work here; {remedy}"
@@ -98,8 +98,8 @@ def report_waiting() -> None:
 def check_processes(num_processes: int, device: torch.device) -> list[str]:
     """Return an error message if the environment asks for more processes than `num_processes`, the number that started.
 
-    Some ways to ask for several processes silently start one, or several that do not know of each other; each would
-    train on all samples, and the work of all but one be lost.
+    Some launchers silently start one process, or several that do not know of each other. Each of these would train on
+    all samples, and the work of all but one would be lost.
     """
     variables = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
     name, most = max(((name, int(os.environ.get(name) or 1)) for name in variables), key=lambda item: item[1])
@@ -120,9 +120,9 @@ def check_processes(num_processes: int, device: torch.device) -> list[str]:
 class Crew:
     """The processes of a run, each of which notes SIGTERM, SIGHUP, SIGUSR1, Ctrl-C and the time limit.
 
-    Several agree by one integer over a group on the CPU, so the device never waits. A second Ctrl-C ends its process at
-    once, and so does a second SIGTERM, even while the main thread waits for another process or the device, and a first
-    one if the step's data do not come. The time limit counts from the start of the process. Every process must make the
+    To agree, they exchange an integer on the CPU, so the device never waits. A second Ctrl-C ends its process at once.
+    So does a second SIGTERM, even while the main thread waits for another process or the device. A single SIGTERM does
+    if the step's data do not come. The time limit counts from the start of the process. Every process must make the
     same calls.
 
     Args:
@@ -158,7 +158,7 @@ class Crew:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def watch(self, batches: Iterator) -> Iterator:
-        """Yield the batches of training, and let a SIGTERM end the process if one does not come."""
+        """Yield the batches of training, and let a SIGTERM end the process if a batch does not come."""
         while True:
             self._waiting_since = time.monotonic()
             batch = next(batches, None)
@@ -170,7 +170,7 @@ class Crew:
     def _watch_sigterm(self) -> None:
         """End this process at a second SIGTERM, or STALL_SECONDS after the first if the step still waits for data.
 
-        Another one within ECHO_SECONDS is an echo of the first: a launcher passes on its own.
+        A second one within ECHO_SECONDS is an echo of the first: the launcher also got it, and passes it on.
         """
         first = None
         while True:
@@ -196,8 +196,8 @@ class Crew:
     def _time_is_up(self, after_step: bool) -> bool:
         """Return True if another step and a save might not end within the limit.
 
-        The estimate adds the longest recent step, the longest save, and a reserve of 5 % of the limit, from 15 seconds
-        to 5 minutes, for the first save and the exit.
+        The estimate adds the longest recent step, the longest save, and a reserve for the first save and the exit. The
+        reserve is 5 % of the limit, but at least 15 seconds and at most 5 minutes.
         """
         if self._limit is None:
             return False
@@ -255,7 +255,7 @@ class Crew:
         return [item for part in parts for item in part]
 
     def differences(self, flags: dict, fingerprints: list[str | None]) -> list[str]:
-        """Return error messages for flags, and for training and validation data, that are not the same on all."""
+        """Return error messages for flags, and for training and validation data, that differ between processes."""
         shared = {f"--{name}": value for name, value in flags.items() if name not in MACHINE_FLAGS}
         for part, fingerprint in zip(("training", "validation"), fingerprints, strict=True):
             shared[f"the fingerprint of {part} images and labels"] = fingerprint

@@ -26,7 +26,7 @@ BAR = dict(dynamic_ncols=True, leave=False, mininterval=0.5 if sys.stderr.isatty
 
 
 class Progress:
-    """One bar and one log, on the main process. Steps are counted as completed optimizer steps.
+    """The progress bar and the log of a run, on the main process. A step counts once it is completed.
 
     A line of log.jsonl has `step`, `epoch`, and either the metrics of a validation or those of one training step:
         loss: mean over that step's global batch, all micro-batches and processes
@@ -36,8 +36,9 @@ class Progress:
         data_wait: share of that time in which the main process waited for the loader
 
     Args:
+        log_every: steps between two lines of the log.
         start_step: the step of the checkpoint that the run resumes, or 0.
-        seconds: the time that the run took before.
+        seconds: the time that the run took before it was resumed.
     """
 
     def __init__(
@@ -70,16 +71,15 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Count the time inside neither as training nor as waiting: validation, saving."""
+        """Leave the time inside, such as validation or saving, out of the measured speed."""
         start = time.perf_counter()
         yield
         self.clock_time += time.perf_counter() - start
 
     def step(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, learning_rate: float) -> bool:
-        """Note a completed step, and write a line at step 1, every `log_every` steps and the last.
+        """Note a completed step, and write a line at step 1, every `log_every` steps and at the last one.
 
-        Only steps that write a line wait for the device. `loss` is this process's mean over the step; the line has that
-        of all processes.
+        Only these steps wait for the device. `loss` is this process's mean over the step; the line has the global mean.
 
         Returns:
             True if a line was written.
@@ -150,21 +150,21 @@ class Progress:
 class Rehearsal:
     """The timing of --dry_run: a step to compile and start workers, some to empty the loader's stock, then 10 seconds.
 
-    The stock of `read_ahead` steps, which the loader workers hold, would hide that they are slow. As in training, steps
-    are launched ahead of the device; it is waited for at the end of each phase. Each stage that `walk` goes through is
-    timed like this.
+    The loader workers read `read_ahead` steps ahead; this stock would hide that they are slow. As in training, steps
+    are launched ahead of the device, which is waited for at the end of each phase. Each stage that `walk` goes through
+    is timed like this.
     """
 
     def __init__(self, progress: Progress, crew, *, read_ahead: int):
         self.progress, self.crew, self.steps, self.losses = progress, crew, 0, 0.0
-        self.all_phases = [(0.0, 1), (3.0, 1 + read_ahead), (10.0, 3)]  # seconds and steps that each takes at least
+        self.all_phases = [(0.0, 1), (3.0, 1 + read_ahead), (10.0, 3)]  # least seconds and steps of each
         self.phases = list(self.all_phases)
         self.stages = [Stage((), range(progress.clock_step, progress.plan.length.total_steps))]
-        self.timings = []  # of each stage: number of timed steps, seconds and data wait of one
+        self.timings = []  # per stage: timed steps, seconds and data wait (s) of a step
         progress.restart_clock(0)
 
     def walk(self, stages: list[Stage], load: Callable) -> Iterator:
-        """Yield from the batches of each stage, `load(stage)`, until it is timed, even if that takes more steps."""
+        """Yield from the batches of each stage, `load(stage)`, until it is timed, even if it has fewer steps."""
         self.stages = stages
         for number, stage in enumerate(stages):
             batches = load(stage._replace(steps=range(stage.steps.start, 2**40)))
@@ -176,13 +176,13 @@ class Rehearsal:
         """Note a step; after the last one, print the times and the memory, and return True.
 
         Raises:
-            RunError: if a loss since the last phase is not finite.
+            RunError: if a loss so far is not finite.
         """
         self.steps += 1
         self.losses = self.losses + loss  # not finite once a loss is not
         progress, (at_least, min_steps) = self.progress, self.phases[0]
         spent, steps = time.perf_counter() - progress.clock_time, self.steps - progress.clock_step
-        enough = (spent > at_least and steps >= min_steps) or spent > 6 * at_least > 0
+        enough = (spent > at_least and steps >= min_steps) or spent > 6 * at_least > 0  # few, slow steps
         if not self.crew.any(enough or self.crew.signal_name is not None):
             return False
         if self.crew.any(not math.isfinite(self.losses.item())):  # waits for the device
@@ -201,7 +201,7 @@ class Rehearsal:
         return True
 
     def report(self) -> None:
-        """Print the time of a step, on average over the run, and of the run, and the memory."""
+        """Print the mean time of a step over the run, the time of the run, and the peak memory."""
         progress, device = self.progress, self.progress.accelerator.device
         if device.type == "cuda":
             peak = torch.cuda.max_memory_reserved(device)
@@ -226,7 +226,7 @@ class Rehearsal:
 
 
 def truncate_log(folder: Path, step: int) -> dict[str, float]:
-    """Remove the lines of log.jsonl beyond a step, and return the metrics of the validation after that very step."""
+    """Remove the lines of log.jsonl beyond a step, and return the metrics of the validation after that step."""
     path = (folder / "log.jsonl").resolve()  # a link stays
     lines = [line for line in read_lines(path) if line["step"] <= step]
     temporary = path.with_name(".log.jsonl.tmp")
@@ -244,10 +244,10 @@ def best_of(folder: Path, metric: str) -> tuple[float, int | None]:
 
 
 class DamagedImages:
-    """Name each damaged image once in damaged.jsonl, and end a run that has too many.
+    """The damaged images of a run, each named once in damaged.jsonl; too many of them end the run.
 
     Args:
-        num_samples: images of the run.
+        num_samples: number of images of the run.
         is_main_process: whether this process writes the file.
         replace: whether damaged images are replaced; otherwise the first one ends the run.
     """
@@ -258,13 +258,13 @@ class DamagedImages:
         self.names = {image["path"] for image in read_lines(self.path)}
         if is_main_process and self.path.exists() and not self.path.read_text().endswith("\n"):
             with open(self.path, "a") as file:
-                file.write("\n")  # behind a line that a kill cut short
+                file.write("\n")  # after a line that a kill cut short
 
     def add(self, images: list[tuple[str, str]]) -> None:
         """Note (path, reason) pairs, the same on all processes.
 
         Raises:
-            RunError: beyond the limit.
+            RunError: for too many images (over 1 % and over 10, or all), or for any without `replace`.
         """
         new = {path: reason for path, reason in images if path not in self.names}
         if new and self.is_main_process:

@@ -1,12 +1,12 @@
 """Default flags of a classifier: the paper's recipes, by what trains and by the size of the encoder."""
 
-PROBE = dict(  # what both probes have
+PROBE = dict(  # defaults of both probes
     **dict(epochs=90, warmup_epochs=10, base_learning_rate=0.1, min_learning_rate=0.0, layer_decay=1.0),
     **dict(optimizer="lars", betas=[0.9, 0.999], weight_decay=0.0, max_grad_norm=0.0),
     **dict(drop_path=0.0, random_aug_magnitude=0, random_erase=0.0),
     **dict(mixup_alpha=0.0, cutmix_alpha=0.0, label_smoothing=0.0),
 )
-# ViT-B's (He et al. 2021, tables 9 to 11). Partial fine-tuning uses the first ones.
+# Defaults for ViT-B (He et al. 2021, tables 9 to 11). Partial fine-tuning uses the first recipe.
 RECIPES = {
     "fine-tuning": dict(
         **dict(epochs=100, warmup_epochs=5, base_learning_rate=5e-4, min_learning_rate=1e-6, layer_decay=0.65),
@@ -47,9 +47,9 @@ def choose_recipe(kind: str, encoder: dict, *, learning_rate: float | None, targ
 
     Args:
         kind: a key in RECIPES.
-        encoder: its sizes, `embed_dim` and `depth` among them.
-        learning_rate: the flag, which a default minimum does not exceed.
-        target: the flag, see UNFIT.
+        encoder: the sizes of the encoder, among them `embed_dim` and `depth`.
+        learning_rate: the flag; the default of --min_learning_rate does not exceed it.
+        target: the flag; the recipe's flags in UNFIT[target] become 0.
     """
     name = f"{NAMES.get((encoder['embed_dim'], encoder['depth']), 'ViT-B')} {kind}"
     recipe = {**RECIPES[kind], **LARGER.get(name, {})}

@@ -1,4 +1,4 @@
-"""Values of flags that follow from the data, the weights, or the run to resume."""
+"""Resolve flags whose values follow from the data, the weights, or the run to resume."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,11 +12,11 @@ ENCODER_FLAGS |= {name: f"encoder_{name}" for name in ("embed_dim", "depth", "nu
 USUAL_SIZES = dict(mlp_ratio=4.0, num_cls_tokens=1)
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
-DETECTION_RECIPES = ((12, 0.7, 0.1), (24, 0.8, 0.4), (math.inf, 0.9, 0.5))  # depth at most, layer decay, drop path
+DETECTION_RECIPES = ((12, 0.7, 0.1), (24, 0.8, 0.4), (math.inf, 0.9, 0.5))  # greatest depth, layer decay, drop path
 
 
 class ImageFormat(NamedTuple):
-    """The flags that say what a pixel is, in their names; None for one that was not given."""
+    """The format of the pixels, in fields named like the flags; None for a flag that was not given."""
 
     input_channels: int | None
     value_range: Sequence[float] | None  # the values of black and white; None: 8 bits
@@ -26,7 +26,7 @@ class ImageFormat(NamedTuple):
 
     @classmethod
     def from_dict(cls, values: dict | None) -> "ImageFormat | None":
-        """Return the format in a dict, such as flags or statistics.json, None if there is none."""
+        """Return the format in a dict, such as flags or statistics.json; None if the dict is empty or None."""
         if not values:
             return None
         channels = values.get("input_channels", values.get("channels"))
@@ -38,7 +38,7 @@ def resolve_images(
 ) -> ImageFormat:
     """Return the format of the images, with a value for every flag that was left out.
 
-    Channels, value range and no-data value are those of the data, mean and standard deviation those of the weights.
+    Defaults are channels, value range and no-data value of the data, and mean and standard deviation of the weights.
 
     Args:
         given: the flags.
@@ -60,7 +60,7 @@ def resolve_images(
     source = trained or data
     if source and not (given.mean and given.std):
         same = list(source.value_range or [0, 255]) == list(value_range or [0, 255])
-        unknown = trained and None in (trained.value_range, value_range)  # weights of other libraries do not tell it
+        unknown = trained and None in (trained.value_range, value_range)  # weights of other libraries do not store it
         if not same and not unknown:
             errors.append(
                 f"--value_range {in_range(value_range)} is not the range of the known mean and standard deviation, "
@@ -110,9 +110,9 @@ def resolve_inputs(flags: dict, *, previous: dict, statistics: dict | None, weig
 
 
 def resolve_encoder(flags: dict, named_sizes: dict[str, dict], *, previous: dict, weights=None) -> dict:
-    """Return the sizes of the encoder of a fine-tuning run; for a classifier with `img_size`.
+    """Return the sizes of the encoder of a fine-tuning run, with `img_size` (H, W) if `flags` have it.
 
-    Each is the flag's, else that of --model, else that of the run to resume, else that of the weights.
+    Each is that of the flag, else of --model, else of the run to resume, else of the weights, else of ViT-B.
 
     Raises:
         InputError: for sizes that contradict each other, one line each.
@@ -182,7 +182,7 @@ def check_preview(channels: Sequence[int] | None, input_channels: int | None = N
 
 
 def resolve_augmentation(magnitude: int, default: int, images: ImageFormat) -> int:
-    """Return the magnitude of RandAugment; raise InputError for images of a format that it does not know."""
+    """Return the magnitude of RandAugment: 0 for formats that it lacks; raise InputError if one was given for them."""
     if not magnitude or (images.value_range is None and images.input_channels in (1, 3)):
         return magnitude
     if magnitude != default:
@@ -236,14 +236,14 @@ def resolve_detector(flags: dict, depth: int, lacks_masks: str, *, settings: dic
     Layer decay and drop path are ViTDet's for ViT-B, L and H (Li et al. 2022, appendix A.2).
 
     Args:
-        flags: `head`, `drop_path`, `layer_decay`, `relative_position_bias`, and those in `defaults`; None for those
-            that were left out.
+        flags: `head`, `drop_path`, `layer_decay`, `relative_position_bias`, and those in `defaults`, None for those
+            that were left out; and `freeze_encoder`.
         lacks_masks: why the masks of the data cannot be used; "" if they can.
-        settings: the flags of the run to resume, or `model_settings` of the weights, or {}.
-        defaults: those of flags that do not depend on the data or the encoder.
+        settings: the flags of the run to resume, or the `settings` of the weights, or {}.
+        defaults: defaults of the flags that do not depend on the data or the encoder.
 
     Raises:
-        InputError: for masks that are asked for and absent.
+        InputError: if --head mask_rcnn is given, and the data have no masks that can be used.
     """
     if flags["head"] == "mask_rcnn" and lacks_masks:
         raise InputError(f"--head mask_rcnn needs masks, and {lacks_masks}; add masks, or give --head faster_rcnn")
@@ -270,9 +270,9 @@ def check_trained_detector(flags: dict, settings: dict, lacks_masks: str) -> Non
 
 
 def check_detector_sizes(encoder: dict) -> dict:
-    """Return the arguments of a detector's encoder.
+    """Check the arguments of a detector's encoder, and return them unchanged.
 
-    Raises InputError for patches or images that give no strides of a power of two.
+    Raises InputError for patches of other than 4, 8, 16 or 32 pixels, and sides that are no multiple of 4 patches.
     """
     patch_size, side = encoder["patch_size"], encoder["img_size"][0]
     if patch_size not in (4, 8, 16, 32):
@@ -287,7 +287,7 @@ def check_detector_sizes(encoder: dict) -> dict:
 
 
 def check_blocks(trainable_blocks: float | None, depth: int) -> None:
-    """Raise InputError for more blocks that train than an encoder has."""
+    """Raise InputError for more trainable blocks than the encoder has."""
     if trainable_blocks is not None and trainable_blocks > depth:
         raise InputError(
             f"--trainable_blocks {trainable_blocks:g} is more than the encoder has; expected at most {depth}"
@@ -295,10 +295,10 @@ def check_blocks(trainable_blocks: float | None, depth: int) -> None:
 
 
 def resolve_queries(num_queries: int | None, width: int) -> int:
-    """Return the queries of attentive pooling: those given, or the largest power of two up to 32 that divides `width`.
+    """Return the number of queries: `num_queries`, or the largest power of two up to 32 that divides `width`.
 
     Raises:
-        InputError: for queries that do not divide the width.
+        InputError: if `num_queries` does not divide the width.
     """
     if num_queries and width % num_queries:
         raise InputError(f"--num_queries {num_queries} does not divide the encoder's width of {width}; give a divisor")
@@ -319,6 +319,6 @@ def check_classifier_batch(size: int, *, mixing: bool, probe: bool) -> list[str]
 
 
 def check_segmenter_batch(size: int, *, min_batch: int) -> list[str]:
-    """Return error messages for micro-batches of `size` images, fewer than a segmenter's BatchNorms need."""
+    """Return an error message if micro-batches of `size` images are too small for a segmenter's BatchNorms."""
     message = f"the head has BatchNorms that see one value per image; give micro-batches of at least {min_batch} images"
     return [message] if size < min_batch else []

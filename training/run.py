@@ -49,14 +49,14 @@ from training.wording import as_flags
 class Run:
     """One training run: start, resume, log, save and stop. The forward pass and the loss stay in the script.
 
-    The order in which a script uses it: `refusing` and `gate` while data and weights are opened, `fill_in`,
+    A script uses it in this order: `refusing` and `gate` while data and weights are opened, `fill_in`,
     `plan_steps`, `compare`, `prepare`, `resume`; in the loop `steps`, `is_due`, `paused`, `record`, `completed`; then
-    `end`. Every process must make the same calls. A method that finds the run asked to stop, see
-    `training.processes.Crew`, saves, and raises Stopped on all processes, which ends the script with exit code 0.
+    `end`. Every process must make the same calls. If the run is asked to stop, see `training.processes.Crew`,
+    `completed` and `watch` save and raise Stopped on all processes, which ends the script with exit code 0.
 
     Args:
         flags: the parsed flags of the script, which are never modified.
-        errors: error messages for the flags. With any the constructor exits; those of the batch wait for the next gate.
+        errors: error messages for the flags. If there are any, the constructor exits; those of the batch come later.
         default_batch_size: the global batch if no flag gives one; None for 256 images per process.
     """
 
@@ -96,7 +96,7 @@ class Run:
     def refusing(self, *kinds: type[Exception], flag: str = "") -> Iterator[None]:
         """Collect exceptions of these kinds as error messages for the next gate; `flag` is put before each line.
 
-        A block that needs what an earlier one refused is skipped: after the gate everything exists.
+        A block that needs a variable of a refused block is skipped. After the gate, all variables exist.
         """
         try:
             yield
@@ -129,7 +129,7 @@ class Run:
         )
 
     def fill_in(self, recipe: dict) -> argparse.Namespace:
-        """Return the flags; those left out, but for the warmup, have the run to resume's value or the `recipe`'s."""
+        """Return the flags; those left out, except the warmup, come from the run to resume or else the `recipe`."""
         known = {name: self.previous.get(name, recipe[name]) for name in recipe.keys() - {"warmup_epochs"}}
         given = {name: value for name, value in vars(self.given).items() if value is not None}
         self.given = argparse.Namespace(**{**vars(self.given), **known, **given})
@@ -140,7 +140,7 @@ class Run:
 
         Args:
             check_micro_batch: returns error messages for a size of micro-batches.
-            defaults: those of `plan_length`.
+            defaults: the recipe's options of `plan_length`.
 
         Raises:
             InputError: for a length or learning rate that does not fit, or a micro-batch that is refused.
@@ -249,7 +249,7 @@ class Run:
 
     @property
     def needs_warm_up(self) -> bool:
-        """True if a checkpoint is loaded after a step: before its first, DDP sums gradients in another order."""
+        """True if a step must precede loading a checkpoint: DDP sums gradients in another order in its first step."""
         return self.checkpoint is not None and self.num_processes > 2
 
     @property
@@ -268,7 +268,7 @@ class Run:
         """Write args.json, load the checkpoint, and start trackers, bar and log.
 
         Args:
-            content: what args.json holds beside flags and environment.
+            content: the content of args.json beside flags and environment.
         """
         flags, writes, measured = self.given, not self.given.dry_run, [{}]
         if self.is_main_process and writes:
@@ -330,7 +330,7 @@ class Run:
             damaged: index and reason of training images that could not be read.
 
         Raises:
-            Stopped: on all processes, after a checkpoint was saved.
+            Stopped: on all processes, after a checkpoint was saved or a dry run has measured its steps.
             RunError: for losses that are not finite, too many damaged images, a checkpoint that cannot be written.
         """
         self.new_damage += [(self.sources[0].name(index), reason) for index, reason in damaged]
@@ -369,7 +369,7 @@ class Run:
         """Yield the numbers of the batches of a validation, with a bar in a terminal, until the run is asked to stop.
 
         Raises:
-            Stopped: at the end, on all processes, after a checkpoint was saved.
+            Stopped: at the end, on all processes, after a checkpoint was saved (none in an evaluation).
         """
         for batch in tqdm(batches, desc=title, unit="batch", disable=not self.is_main_process or None, **BAR):
             if self.crew.stop_requested():
@@ -391,7 +391,7 @@ class Run:
 
     @property
     def epoch(self) -> float:
-        """The passes over the data after the current step."""
+        """The number of passes over the data after the current step."""
         return self.step / self.plan.length.steps_per_epoch
 
     def is_best(self, metric: str, metrics: dict) -> bool:
@@ -400,7 +400,7 @@ class Run:
         return self.is_main_process and value is not None and value > best_of(self.folder, metric)[0]
 
     def note_damage(self, images: Iterable[tuple[str, str]] = ()) -> None:
-        """Write damaged images, (path, reason) each, and those met in training, to damaged.jsonl."""
+        """Write damaged images, (path, reason) each, and those found in training, to damaged.jsonl."""
         self.damaged_images.add(self.crew.gather([*self.new_damage, *images]))
         self.new_damage.clear()
 
@@ -431,7 +431,7 @@ class Run:
         Args:
             text: where the results are.
             best: a metric whose best value and step are reported as `best_METRIC` and `best_step`.
-            metrics: what else metrics.json holds beside step, speed (with validation and saving) and last validation.
+            metrics: further content of metrics.json, beside step, speed (saving included) and last validation.
         """
         self.note_damage()
         self.progress.bar.close()

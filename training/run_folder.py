@@ -24,7 +24,7 @@ MODEL, EMA, OPTIMIZER, STATE = "model.safetensors", "ema.safetensors", "optimize
 FILES = (MODEL, EMA, OPTIMIZER)
 CHECKPOINT = "step_" + 8 * "[0-9]"  # others, such as a copy step_00000100_keep, are the user's
 PICTURES, EVENTS = "step_*.png", "events.out.tfevents.*"
-# What a run removes or overwrites, and so what a folder that is no run's must not have
+# Names that a run removes or overwrites, so that a folder that is not a run's must not have them
 NAMES = ("args.json", "best", "checkpoints", "damaged.jsonl", "encoder", "hub", "hub.log", "log.jsonl")
 NAMES += ("metrics.json", "model", "predictions", "reconstructions", "tensorboard", "wandb_run_id")
 
@@ -39,7 +39,7 @@ class RunFolder:
         self._created: list[Path] = []
 
     def lock(self) -> None:
-        """Make this process the writer until it ends.
+        """Make this process the only writer of the folder until it ends.
 
         Raises:
             InputError: if the folder has a writer, cannot be written to, or holds files that no run wrote.
@@ -57,9 +57,9 @@ class RunFolder:
             tempfile.TemporaryFile(dir=self.checkpoints).close()
             self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 - stays open until the process ends
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not inherited by loader workers
-            if not os.fstat(self._lock.fileno()).st_nlink:  # its folder was released in the meantime
+            if not os.fstat(self._lock.fileno()).st_nlink:  # another start released its folder
                 raise BlockingIOError
-            self.checkpoints.mkdir(exist_ok=True)  # which another start may have released before the lock was free
+            self.checkpoints.mkdir(exist_ok=True)  # another start may have released it before the lock
             self._created = created
         except BlockingIOError:
             raise InputError(
@@ -77,7 +77,7 @@ class RunFolder:
                 path.rmdir() if path.is_dir() else path.unlink()
 
     def foreign_files(self) -> list[str]:
-        """Return what a run would remove or overwrite in the folder of something else."""
+        """Return the names of files that no run wrote and that a run would remove or overwrite."""
         try:
             args = json.loads((self.path / "args.json").read_text())
             if args.get("format") == FORMAT or {"flags", "versions"} <= args.keys():  # older runs have no format
@@ -85,7 +85,7 @@ class RunFolder:
         except (OSError, ValueError, AttributeError):
             pass
         present = {path.name for path in self.path.glob("*")}  # links to missing files too
-        if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):  # made before args.json is
+        if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):  # created before args.json
             present -= {self.checkpoints.name}
         return [name for name in NAMES if name in present]
 
@@ -137,7 +137,7 @@ class RunFolder:
         """Remove what the run wrote beyond the step to start from.
 
         These are later checkpoints, the final metrics and the rest of a save or removal that was killed; from step 0
-        also log, pictures and models of a start that left no checkpoint. Files of others stay.
+        also log, pictures and models of a start that left no checkpoint. All other files stay.
         """
         if not (self.path / "args.json").exists():  # nothing here is a run's, see `lock`
             return
@@ -166,11 +166,11 @@ class RunFolder:
         keep: int,
         ema: dict[str, torch.Tensor] | None = None,
     ) -> Path:
-        """Write the checkpoint of `state["step"]`, then remove all but the newest.
+        """Write the checkpoint of `state["step"]`, then remove all but the `keep` newest.
 
         Args:
             model: a state dict.
-            optimizer: what torch.load(weights_only=True) can read.
+            optimizer: a state dict that torch.load(weights_only=True) can read.
             state: the content of state.json.
             keep: the number of checkpoints to keep.
             ema: the state dict of the model's moving average.
@@ -179,7 +179,7 @@ class RunFolder:
             RunError: if the checkpoint cannot be written; earlier ones stay.
         """
         target = self.checkpoints / f"step_{state['step']:08d}"
-        if is_whole(target):  # a run is a function of its flags
+        if is_whole(target):  # with the same content: the flags determine it
             return target
         temporary = self.checkpoints / f".saving_{target.name}"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -202,7 +202,7 @@ class RunFolder:
 
 
 def _write_checkpoint(folder: Path, weights: dict[str, dict], optimizer: dict, state: dict) -> None:
-    """Write the files of a checkpoint, of which `weights` are state dicts by file name, and sync them."""
+    """Write the files of a checkpoint, and sync them; `weights` maps file names to state dicts."""
     folder.mkdir()
     for name, tensors in weights.items():
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
@@ -217,7 +217,7 @@ def _write_checkpoint(folder: Path, weights: dict[str, dict], optimizer: dict, s
 
 
 def _move_checkpoint(folder: Path, target: Path) -> None:
-    """Give a checkpoint its name, `target`, where an incomplete one and files of others may be."""
+    """Move a checkpoint to `target`, which may hold an incomplete one and files that no run wrote."""
     remove_checkpoint(target)
     if target.exists():
         for path in sorted(folder.iterdir(), key=lambda path: path.name == STATE):

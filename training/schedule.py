@@ -10,7 +10,7 @@ def learning_rate_at(
 ) -> float:
     """Return the learning rate of a step: linear from 0 over the warmup, then half a cosine down to the minimum.
 
-    Loshchilov & Hutter 2016; with `linear`, the fall is a line, the "poly" of power 1 of segmentation.
+    Loshchilov & Hutter 2016; with `linear`, a straight line instead, the "poly" schedule of power 1 of segmentation.
 
     Args:
         step: counts from 0. The learning rate is 0 at step 0 of a warmup, `peak` at step `warmup_steps` and
@@ -37,5 +37,5 @@ def stepped_learning_rate(
 
 
 def is_due(step: int, *every: float) -> bool:
-    """Return True if something that happens every so many steps (0: never), or any of several, happens after `step`."""
+    """Return True if an event that happens every so many steps (0: never), or any of several, is due after `step`."""
     return step > 0 and any(steps and step % steps == 0 for steps in every)

@@ -12,7 +12,7 @@ import torch
 def score_classification(rows: list[tuple], classes: Sequence[str]) -> dict:
     """Return `val_loss`, `top1` and `top5` in percent, and `per_class_accuracy`: name -> percent, None without images.
 
-    `most_frequent_class` is the share of its images in percent: the top-1 of always predicting that class.
+    `most_frequent_class` is the baseline: the top-1 accuracy, in percent, of always predicting that class.
     If some classes have no image, also `subset_top1`: the accuracy of the best one among those that have.
 
     Args:
@@ -45,8 +45,8 @@ def score_labels(rows: list[tuple], names: Sequence[str]) -> dict:
     `per_label_ap`, `per_label_auroc` and `per_label_f1` are None for the others. Without any, the means are None.
 
     Args:
-        rows: labels of the image (T,), 0 and 1, their probabilities (T,), loss; arrays of NumPy.
-        names: those of the labels.
+        rows: labels of the image (T,), 0 and 1, their probabilities (T,), loss; NumPy arrays.
+        names: names of the labels.
     """
     from torchmetrics.functional import classification
 
@@ -78,8 +78,8 @@ def score_numbers(rows: list[tuple], names: Sequence[str]) -> dict:
     others, None without any.
 
     Args:
-        rows: true values of the image (T,), predicted values (T,), loss; arrays of NumPy.
-        names: those of the columns.
+        rows: true values of the image (T,), predicted values (T,), loss; NumPy arrays.
+        names: names of the columns.
     """
     true, predicted, losses = zip(*rows, strict=True)
     true = np.stack(true)
@@ -97,14 +97,14 @@ def score_numbers(rows: list[tuple], names: Sequence[str]) -> dict:
 
 
 def score_segmentation(rows: list[tuple], classes: Sequence[str]) -> dict:
-    """Return mean IoU and accuracies, in percent over all images together, from areas in place of masks.
+    """Return mean IoU and accuracies in percent, from the areas of all images together.
 
     `mean_iou` is averaged over the classes in an annotation or a prediction, `mean_accuracy` over those in an
     annotation; `per_class_iou` and `per_class_accuracy` are None for an absent class.
 
     Args:
-        rows: index of the image, areas (3, classes) as `metrics.segmentation_areas` returns them. A pixel of one image
-            at least has a class.
+        rows: index of the image, areas (3, classes) as `metrics.segmentation_areas` returns them. At least one pixel of
+            an annotation must have a class.
         classes: names.
     """
     hits, predicted, labelled = np.sum([areas for _, areas in rows], axis=0, dtype=np.int64).tolist()
@@ -125,9 +125,9 @@ def score_segmentation(rows: list[tuple], classes: Sequence[str]) -> dict:
 def score_detection(rows: list[tuple], classes: Sequence[str], *, masks: bool) -> dict:
     """Return COCO's average precisions of boxes and, with `masks`, of masks, in percent.
 
-    `box_ap` is the mean over the classes and ten overlaps from 0.5 to 0.95, `box_ap50` and `box_ap75` are those of one
-    overlap, `box_ap_small`, `_medium` and `_large` those of objects by their area; None without such an object.
-    `per_class_box_ap` is None for a class without one. All of these with `mask` too.
+    `box_ap` is the mean over the classes and ten overlaps from 0.5 to 0.95; `box_ap50` and `box_ap75` are for one
+    overlap; `box_ap_small`, `_medium` and `_large` are for objects by their area, None without such an object.
+    `per_class_box_ap` is None for a class without an object. With `masks`, `mask_ap` and so on are the same of masks.
 
     Args:
         rows: index of the image, its size (H, W), and COCO's records of its objects and of what was detected:
@@ -138,7 +138,7 @@ def score_detection(rows: list[tuple], classes: Sequence[str], *, masks: bool) -
     from pycocotools.cocoeval import COCOeval
 
     scores = {}
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truths = _coco(rows, 2, classes)
         for name, kind in [("box", "bbox"), *([("mask", "segm")] if masks else [])]:
             evaluation = COCOeval(truths, _coco(rows, 3, classes, kind), kind)

@@ -74,7 +74,7 @@ def wrap(accelerator, model: nn.Module, optimizer) -> tuple[nn.Module, torch.opt
         return model, optimizer, lambda: plain
     classes = {type(module).__name__ for module in model.modules()}
     accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(classes & {"Block", "CrossBlock"})
-    # In torch 2.14 about outputs that are views, as those of every Linear; the loop changes none in place
+    # torch 2.14 warns of outputs that are views, as those of every Linear are; the loop changes none in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     plain = copy.deepcopy(model).to(accelerator.device)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -89,12 +89,12 @@ def _copy_weights(model: nn.Module, plain: nn.Module) -> nn.Module:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the whole of a tensor that may be sharded. Every process must call it; no device waits."""
+    """Return the whole of a tensor that may be sharded. Every process must call it; the device is not synchronized."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_state(state: dict, *, keep: bool) -> dict:
-    """Return a nested dict of tensors, whole and on the CPU, where `keep` is true. Every process must call it."""
+    """Return a nested dict of whole tensors on the CPU; none unless `keep`. Every process must call it."""
     gathered = {}
     for name, value in state.items():
         if isinstance(value, dict):

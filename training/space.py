@@ -1,4 +1,4 @@
-"""Write a Hugging Face Space: a folder with demo.py, what it imports, and its README; it runs without this project."""
+"""Write a Hugging Face Space: a folder with demo.py, the packages it imports, and a README; it runs on its own."""
 
 import re
 import shutil
@@ -35,12 +35,12 @@ def write_space(folder: Path, *, title: str, description: str, origin: str, lice
     """Write all files of a Space but the weights, which belong in `folder`/model.
 
     Args:
-        folder: exists.
-        title: of the Space.
+        folder: an existing folder.
+        title: the title of the Space.
         description: one line on the model.
         origin: the run or the weights that it comes from.
         license: as the Hub spells it.
-        datasets: names on the Hub of the training data.
+        datasets: names of the training data on the Hub.
     """
     (folder / "app.py").write_text(APP)
     for name in ("demo.py", "LICENSE"):
@@ -49,7 +49,7 @@ def write_space(folder: Path, *, title: str, description: str, origin: str, lice
         (folder / package).mkdir()
         for path in sorted(path for pattern in patterns for path in (ROOT / package).glob(pattern)):
             shutil.copyfile(path, folder / package / path.name)
-    needed = (ROOT / "requirements.txt").read_text().partition("\n# ")[0]  # without what reads or tracks results
+    needed = (ROOT / "requirements.txt").read_text().partition("\n# ")[0]  # without the optional packages
     gradio = re.search(r"^gradio>=(.*)$", (ROOT / "requirements-demo.txt").read_text(), re.MULTILINE)
     (folder / "requirements.txt").write_text(f"{needed}\n{gradio[0]}\n")
     data = SpaceCardData(

@@ -1,4 +1,4 @@
-"""The tabs of demo.py's page. Each function adds one, and returns it, its function, its inputs and its outputs."""
+"""The tabs of demo.py's page. Each *_tab adds one, and returns the tab, its function, its inputs and its outputs."""
 
 import html
 import re
@@ -12,10 +12,10 @@ from PIL import Image
 from training.heatmaps import class_legend, heat_map, object_list, overlay, scale_legend
 from training.pictures import RECONSTRUCTION, displayable
 
-# No event is part of an API; a slider that moves on while a picture is computed asks for its last place alone
+# No event is part of an API. If a slider moves while a picture is computed, only its last place is drawn next.
 EVENT = dict(api_visibility="private", show_progress="minimal", trigger_mode="always_last")
 STATE = dict(time_to_live=3600)  # seconds without a change after which what a visitor chose is forgotten
-CLICKED = 1  # of the pictures RECONSTRUCTION
+CLICKED = 1  # index in RECONSTRUCTION of the picture that can be clicked
 METRICS = {  # row of the table -> prefix of PSNR and SSIM in metrics.json
     "masked patches": "masked",
     "whole image": "prediction",
@@ -27,19 +27,19 @@ LEAKS = "Predictions use the true mean and variance of each masked patch, which 
 def picture(label: str, **options) -> gr.Image:
     """Return a place for a small picture, whose pixels stay sharp when they are enlarged."""
     classes = ["pixels", "labelled", *options.pop("elem_classes", [])]
-    # In full screen a click would have another place
+    # In full screen, a click would be taken for another place
     defaults = dict(buttons=[] if "clickable" in classes else ["fullscreen"], min_width=150)
     return gr.Image(label=label, elem_classes=classes, format="png", interactive=False, **defaults | options)
 
 
 def gallery(label: str, columns: int, **options) -> gr.Gallery:
-    """Return a place for pictures, all of which are seen."""
+    """Return a gallery that shows all its pictures at once."""
     own = dict(columns=columns, height="auto", object_fit="contain", elem_classes=["labelled"], format="png")
     return gr.Gallery(label=label, **own, **options)
 
 
 def if_chosen(draw: Callable, choice, *values):
-    """Return what `draw` does, or leave all as it is if no image is chosen, or it is forgotten."""
+    """Return the results of `draw`; leave the page as it is if no image is chosen, or its State has expired."""
     if choice is None:
         gr.Info("Choose an image first.")
         return gr.skip()
@@ -102,7 +102,7 @@ def reconstruct_tab(models: Sequence, choice: gr.State) -> tuple:
 def _factor(size: tuple[int, int]) -> int:
     """Return how many times larger a picture that is clicked is sent than its `size`.
 
-    gradio takes places for those in a picture that is shrunk, never enlarged, and none is shown 512 pixels wide.
+    gradio converts the place of a click only in a picture that the page shrinks; the page shows none 512 pixels wide.
     """
     return -(-512 // max(size))
 
@@ -238,7 +238,7 @@ def _classify(models: Sequence, indices: Sequence[int], choice) -> list:
 
 
 def in_markdown(text: str) -> str:
-    """Return text in one line for a cell of a Markdown table, in which no character has a meaning."""
+    """Return text for a cell of a Markdown table: in one line, with all punctuation escaped."""
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(text.split()))
 
 
@@ -287,10 +287,10 @@ def _slider_tab(
     """Add a tab of pictures that a slider changes without another forward pass.
 
     Args:
-        names: of the tab, and of the pictures.
+        names: titles of the tab and of the pictures.
         slider: options of the slider, in percent.
-        compute: returns from a model and its inputs what `draw` needs besides.
-        draw: returns from a model, its inputs, that, and the share of the slider a picture and HTML that explains it.
+        compute: (model, its inputs) -> a result for `draw`.
+        draw: (model, its inputs, the result, the slider's value in [0, 1]) -> a picture, and HTML that explains it.
     """
     places = []
     with gr.Tab(names[0]) as tab:
@@ -306,7 +306,7 @@ def _slider_tab(
 
 
 def _compute_and_draw(models: Sequence, indices: Sequence[int], compute: Callable, draw: Callable, choice, percent):
-    """Return the time of the image with what is computed of it by each model; a picture and HTML for each."""
+    """Return the time of the image with the result of each model, and then a picture and HTML for each."""
     inputs = [choice.inputs[i] for i in indices]
     results = [
         None if isinstance(each, str) else compute(models[i], each) for i, each in zip(indices, inputs, strict=True)
@@ -315,7 +315,7 @@ def _compute_and_draw(models: Sequence, indices: Sequence[int], compute: Callabl
 
 
 def _draw_again(models: Sequence, indices: Sequence[int], draw: Callable, choice, results, percent) -> list | dict:
-    """Return a picture and HTML for each model; skip if `results` are those of another image, or none yet."""
+    """Return a picture and HTML for each model; skip if there are no `results`, or those of another image."""
     if results is None or results[0] != choice.time:
         return gr.skip()
     outputs = []
@@ -330,7 +330,7 @@ def _draw_again(models: Sequence, indices: Sequence[int], draw: Callable, choice
 def look_tab(models: Sequence, choice: gr.State, choose: Callable, other: Callable) -> tuple:
     """Add the tab of features and attention of two images.
 
-    `choose` adds places to choose the second image, and returns their events; `other` returns it until one is chosen.
+    `choose` adds the controls for the second image, and returns their events; `other` returns its default.
     """
     indices, outputs, places = [i for i, each in enumerate(models) if not each.detects], [], []
     with gr.Tab("Look inside") as tab:
@@ -365,7 +365,7 @@ def look_tab(models: Sequence, choice: gr.State, choose: Callable, other: Callab
 
 
 def _look(models: Sequence, indices: Sequence[int], other: Callable, choice, second) -> list:
-    """Return the features of all models by their indices, and nine outputs of each that is shown."""
+    """Return the features by model index, and nine outputs for each model in the tab."""
     second = second or other() or choice
     all_features, outputs = {}, []
     for i in indices:

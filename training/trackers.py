@@ -43,7 +43,7 @@ def finish_trackers(accelerator) -> None:
 
 
 class WandB(WandBTracker):
-    """Log to a Weights & Biases run; its id in `wandb_run_id` of the run folder lets a resumed run continue its curves.
+    """Log to Weights & Biases; the run id in `wandb_run_id` of the run folder lets a resumed run continue its curves.
 
     wandb's own steps cannot go back, as a resumed run does after a kill: it would drop the repeated steps. So the step
     is logged as a value, which is the x axis of every curve. Offline, wandb keeps a folder for each start.
@@ -67,21 +67,21 @@ class WandB(WandBTracker):
         self.run.define_metric("*", step_metric="step")
 
     def store_init_configuration(self, values: dict) -> None:
-        self.run.config.update(values, allow_val_change=True)  # Accelerate 1.10 starts a second run offline
+        self.run.config.update(values, allow_val_change=True)  # offline, Accelerate 1.10's own would start a second run
 
     def log(self, values: dict, step: int | None = None, **kwargs) -> None:
         self.run.log({**values, "step": step}, **kwargs)
 
 
 class TensorBoard(TensorBoardTracker):
-    """Write event files to `tensorboard` of the run folder; a resumed run removes the points after its checkpoint."""
+    """Write event files to `tensorboard/` in the run folder; a resumed run removes the points after its checkpoint."""
 
     def __init__(self, folder: Path, start_step: int):
         super().__init__("tensorboard", folder, purge_step=start_step + 1)
         self.start_step = start_step
 
     def store_init_configuration(self, values: dict) -> None:
-        """Add a table as text; Accelerate's hyperparameters would add a run at each start."""
+        """Add the flags as a table; Accelerate's hyperparameters would add a run at each start."""
         rows = [f"| {name} | `{value}` |" for name, value in values.items()]
         self.writer.add_text("flags", "\n".join(["| flag | value |", "|---|---|", *rows]), self.start_step)
 

@@ -32,7 +32,7 @@ LOG_IN = "run `hf auth login`, or set HF_TOKEN to a token with write access (htt
 
 
 def check_repo_id(repo_id: str) -> list[str]:
-    """Return the error in the name of a repository, if any."""
+    """Return an error message if this is not a valid repository name."""
     reason = "" if "/" in repo_id else "the owner is missing"
     try:
         validate_repo_id(repo_id)
@@ -42,12 +42,12 @@ def check_repo_id(repo_id: str) -> list[str]:
 
 
 def check_token() -> list[str]:
-    """Return an error if nobody is logged in to the Hub. Asks no server."""
+    """Return an error message if there is no token for the Hub, without asking the server whether it is valid."""
     return [] if get_token() else [f"no valid token for the Hugging Face Hub; {LOG_IN}"]
 
 
 def check_hub(push_to_hub: bool, *, repository: str | None, every: int, private: bool) -> list[str]:
-    """Return the errors in a training script's flags for the Hub."""
+    """Return error messages for a training script's flags for the Hub."""
     if push_to_hub:
         if repository is None:
             return ["--push_to_hub needs a repository; give --hub_model_id OWNER/NAME"]
@@ -62,7 +62,7 @@ def upload(
     """Upload a folder in one commit. Large files that arrived before an interruption are not sent again.
 
     Args:
-        folder: What `push_to_hub.py` wrote.
+        folder: Folder that `push_to_hub.py` wrote.
         repo_id: OWNER/NAME; created if missing.
         private: Create a private repository, and refuse an existing public one.
         revision: Branch, created if missing; None for main.
@@ -73,7 +73,7 @@ def upload(
         The address of the commit.
 
     Raises:
-        RunError: The upload failed, or was refused because the repository holds another type of model or app.
+        RunError: The upload failed; the repository is public despite `private`, or holds another model type or app.
     """
     try:
         _check_repository(folder, repo_id, private, revision, repo_type)

@@ -1,6 +1,6 @@
 """Numbers and errors in words."""
 
-TRUE_STATISTICS = "with each patch's true mean and variance"  # of a PSNR that predictions of normalized patches reach
+TRUE_STATISTICS = "with each patch's true mean and variance"  # for the PSNR of predicted normalized patches
 
 
 def in_bytes(count: float) -> str:
