@@ -3,7 +3,7 @@
     python demo.py work_dir/quickstart_pretrain
 
 serves a page on this machine and prints its address; several models are shown side by side. Without a model, the
-newest run in work_dir/ is shown. Images are uploaded, taken by a webcam, or held-out images of the run. Uploads
+newest run in work_dir/ is shown. Images are uploaded, taken by a webcam, or validation images of the run. Uploads
 are deleted after ten minutes. `pip install -r requirements-demo.txt` installs what the page needs.
 """
 
@@ -297,7 +297,7 @@ class PageModel:
 
 
 def find_examples(model):
-    """Return held-out images of a run's data or drawn scenes, each with a small picture, and a caption."""
+    """Return validation images of a run's data or drawn scenes, each with a small picture, and a caption."""
     flags = model.record.flags if model.record else {}
     path, channels, reason = flags.get("path_to_data") or "builtin:shapes", model.pixels.channels, None
     if path != "builtin:shapes":

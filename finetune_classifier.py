@@ -183,7 +183,7 @@ def evaluate(run, model, dataset, objective, normalize, *, read, export=None):
     run.note_damage(damaged)
     rows, scores = [row for _, row in sorted(run.crew.gather(rows), key=itemgetter(0))], []
     if not rows:
-        raise RunError(f"none of the {len(dataset)} held-out images can be read; see damaged.jsonl, and repair them")
+        raise RunError(f"none of the {len(dataset)} validation images can be read; see damaged.jsonl, and repair them")
     if run.is_main_process:
         scores = [objective.score(rows)]
         path = run.folder / "predictions" / f"step_{run.step:08d}.png"
@@ -229,7 +229,7 @@ def describe_model(model, recipe, augmentation):
 
 
 def evaluate_trained(run):
-    """Measure a trained classifier on the held-out images, or on all images if none are held out (--eval_only)."""
+    """Measure a trained classifier on the validation images, or on all images if there are none (--eval_only)."""
     flags, path = run.given, run.given.path_to_pretrained_mae_weights
     with run.refusing(WeightsError, InputError, flag=WEIGHTS):
         check_outside(path, run.folder)

@@ -195,7 +195,7 @@ def evaluate(run, model, dataset, normalize, *, read, num_previews, export=None)
     rows, previews = (sorted(run.crew.gather(part), key=lambda row: row[0]) for part in (rows, previews))
     if not any(not truth["iscrowd"] for _, _, truths, _ in rows for truth in truths):
         reason = "" if rows else "; none can be read (damaged.jsonl says why)"
-        words = f"none of the {len(dataset)} held-out images has an object that is not a crowd{reason}"
+        words = f"none of the {len(dataset)} validation images has an object that is not a crowd{reason}"
         raise RunError(f"{words}; give images with objects")
     scores = []
     if run.is_main_process:
@@ -231,7 +231,7 @@ def describe_scores(scores):
 
 
 def evaluate_trained(run):
-    """Measure a trained detector, as it is, on the held-out images (--eval_only)."""
+    """Measure a trained detector, as it is, on the validation images (--eval_only)."""
     args, path = run.given, run.given.path_to_backbone_checkpoint
     with run.refusing(WeightsError, InputError, flag=WEIGHTS):
         check_outside(path, run.folder)

@@ -194,9 +194,9 @@ def evaluate(run, model, dataset, normalize, *, read, predict, num_previews, exp
     run.note_damage(damaged)
     rows, previews = sorted(run.crew.gather(rows)), sorted(run.crew.gather(previews), key=lambda row: row[0])
     if not rows:
-        raise RunError(f"none of the {len(dataset)} held-out images can be read; see damaged.jsonl, and repair them")
+        raise RunError(f"none of the {len(dataset)} validation images can be read; see damaged.jsonl, and repair them")
     if not any(sum(labelled) for _, (_, _, labelled) in rows):
-        raise RunError("no pixel of the held-out annotations has a class; give annotations that are not all void")
+        raise RunError("no pixel of the validation annotations has a class; give annotations that are not all void")
     scores = []
     if run.is_main_process:
         scores = [score_segmentation(rows, classes)]
@@ -228,7 +228,7 @@ def build_evaluation(flags, source, pixels, *, crop_size, resize, patch_size):
 
 
 def evaluate_trained(run):
-    """Measure a trained segmenter, as it is, on the held-out images (--eval_only)."""
+    """Measure a trained segmenter, as it is, on the validation images (--eval_only)."""
     flags, path = run.given, run.given.path_to_backbone_checkpoint
     with run.refusing(WeightsError, InputError, flag=WEIGHTS):
         check_outside(path, run.folder)

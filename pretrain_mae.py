@@ -88,7 +88,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("validation").add_argument
     flag("--validate_every", type=integer(0), default=10, help="epochs between validations (0: at the end only)")
     flag("--knn_every", type=number(), default=0, help="epochs between RankMe and k-NN, or 0.5 (0: none, default 0)")
-    flag("--knn_images", type=integer(1), metavar="N", help="training, and held-out, images for these (default all)")
+    flag("--knn_images", type=integer(1), metavar="N", help="training and validation images for these (default all)")
     flag("--num_preview_images", type=integer(0), default=8, help="rows of the pictures (default 8)")
     arguments.add_preview_flag(flag)
     args, errors = parser.read(argv)

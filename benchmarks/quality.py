@@ -46,7 +46,7 @@ def parse_args(argv=None):
     """Return the flags and a list of error messages."""
     parser = Parser(__doc__)
     flag = parser.add_argument
-    flag("--path_to_data", required=True, help="labelled images, some held out, as pretrain_mae.py takes them")
+    flag("--path_to_data", required=True, help="labelled training and validation images, as pretrain_mae.py takes them")
     help_text = 'name and flags of a recipe (repeat; the first is the baseline; default baseline="")'
     flag("--recipe", type=read_recipe, action="append", metavar="NAME=FLAGS", dest="recipes", help=help_text)
     flag("--common", type=read_words, default=[], metavar="FLAGS", help="flags of all recipes, given as --common=FLAGS")
@@ -200,7 +200,7 @@ def read_run(folder: Path, seed: int, recipe: dict, *, points: int) -> dict:
         if "linear_top1" in line
     ]
     if len(curve) < points:
-        raise RunError(f"{run} has no linear_top1; expected data with labelled held-out images")
+        raise RunError(f"{run} has no linear_top1; expected data with labelled validation images")
     size = json.loads((run / "args.json").read_text())["flags"]["global_batch_size"]
     logged = [{"step": 0}, *(line for line in lines if "loss" in line)]
     trained = sum((b["step"] - a["step"]) * size / b["images_per_second"] for a, b in pairwise(logged))

@@ -50,7 +50,7 @@ def open_objects(
         train, held_out, open_split = splits[root]
         name = train if is_training else held_out or (train if validation else None)
         if name is None:
-            lacks = "training split" if is_training else "held-out split; give --path_to_validation_data"
+            lacks = "training split" if is_training else "validation split; give --path_to_validation_data"
             errors.append(f"{root} has no {lacks}; expected {LAYOUTS}")
             continue
         try:
@@ -70,7 +70,7 @@ def open_objects(
     if ours != theirs:
         other = next((name for name in theirs if name not in ours), next((n for n in ours if n not in theirs), "order"))
         remedy = "give both the same classes, those of Pascal VOC and YOLO by --path_to_classes FILE"
-        raise DataError(f"the classes of training and held-out images differ ({other}); {remedy}")
+        raise DataError(f"the classes of training and validation images differ ({other}); {remedy}")
     for source in opened:
         check_pixels(source, pixels)
         check_sizes(source, pixels)
@@ -93,7 +93,7 @@ def check_sizes(source: ObjectSource, pixels: PixelFormat) -> None:
 def _splits_of(root: Path, class_file: str | None, cache: Path) -> tuple[str | None, str | None, Callable]:
     """Return the names of a folder's training and validation splits, None if absent, and a function that opens one."""
     if not root.is_dir():
-        raise DataError(f"{root} is no folder; expected {LAYOUTS}, or builtin:shapes")
+        raise DataError(f"{root} is not a folder; expected {LAYOUTS}, or builtin:shapes")
     if files := {path.stem.removeprefix("instances_"): path for path in root.glob("annotations/instances_*.json")}:
         if class_file:
             raise DataError(
@@ -135,7 +135,7 @@ def _read_voc(root: Path, split: Path) -> Iterator[tuple[str, ElementTree.Elemen
             try:
                 yield stem, ElementTree.parse(path).getroot()
             except (OSError, ElementTree.ParseError) as error:
-                raise DataError(f"{path} cannot be read ({error}); expected XML as Pascal VOC's") from None
+                raise DataError(f"{path} cannot be read ({error}); expected XML in Pascal VOC's format") from None
 
 
 def open_voc(root: Path, split: Path, classes: list[str]) -> ObjectSource:

@@ -186,7 +186,7 @@ def map_files(files: Sequence[str | Path]) -> pa.Table:
         try:
             mapped = pa.memory_map(str(file))
             if mapped.size() <= len(END) or mapped.read_at(len(END), mapped.size() - len(END)) != END:
-                raise ValueError("it is truncated, or no Arrow stream")
+                raise ValueError("it is truncated or not an Arrow stream")
             tables.append(pa.ipc.open_stream(mapped).read_all())
         except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"{file} cannot be read ({_one_line(error)}); write or download it again") from None
@@ -304,7 +304,7 @@ def _load_from_hub(path: str, cache: str | None) -> dict:
 
     match = NAME.fullmatch(path)
     if not match:
-        raise DataError(f"{path}: no name of a data set; expected {PREFIX}OWNER/NAME[:CONFIG][@REVISION]; correct it")
+        raise DataError(f"{path}: not a data set name; expected {PREFIX}OWNER/NAME[:CONFIG][@REVISION]; correct it")
     repository, config, revision = match.groups()
     try:
         HfApi().auth_check(repository, repo_type="dataset")

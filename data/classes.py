@@ -139,7 +139,7 @@ def _rows_of_lines(path: Path, lines: list[str]) -> list[Row]:
     """Return the classes from lines without a header. Raises DataError for a line in another form than the first."""
     if "" in lines or not lines:
         what = "an empty line" if lines else "no line"
-        raise DataError(f"{path} has {what}; expected a name on each, from the first label on")
+        raise DataError(f"{path} has {what}; expected one name per line, from the first label on")
     form = next(form for form in FORMS if re.fullmatch(FORMS[form], lines[0]))
     rows = []
     for line in lines:

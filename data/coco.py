@@ -165,7 +165,7 @@ def _read_coco(file: Path) -> tuple[list[int], dict]:
     try:
         file_stamp, content = stamp(file), json.loads(file.read_bytes(), object_hook=_pack_mask)
     except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read ({error}); expected annotations as COCO's") from None
+        raise DataError(f"{file} cannot be read ({error}); expected annotations in COCO's format") from None
     errors = []
     for key in KEYS:
         records = content.get(key) if isinstance(content, dict) else None

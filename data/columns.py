@@ -100,7 +100,7 @@ def read_targets(
         values = first_few((f"{value:g}" for value in train.labels[0, is_constant]), len(names))
         raise DataError(
             f"{path} has the same value in all training images for {first_few(names, len(names))}: {values}; expected "
-            "values that differ; leave it out, or add images"
+            "values that differ; leave the column out, or add images"
         )
     check_held_out(path, validation)
     return train, validation
@@ -109,8 +109,8 @@ def read_targets(
 def check_held_out(path: str, source: TargetSource) -> None:
     """Raise DataError if all validation images have the same targets, so that no metric is meaningful."""
     if (source.labels == source.labels[:1]).all():
-        images = f"{len(source)} held-out image{'' if len(source) == 1 else 's'}"
-        raise DataError(f"{path} has the same targets in all of {images}; expected some that differ, to measure by")
+        images = f"{len(source)} validation image{'' if len(source) == 1 else 's'}"
+        raise DataError(f"{path} has the same targets in all of {images}; expected targets that differ")
 
 
 def targets_of(source: Source, names: Sequence[str], scale: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:

@@ -91,7 +91,7 @@ class FolderSource(FileSource):
             raise DataError(f"{root} is a file; {expected}; --data_format says what a file of another name is")
         if not os.path.isdir(root):
             hint = f"; did you mean hf:{root}?" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(root)) else ""
-            raise DataError(f"{root} is no folder; expected one of images, or other data that --help lists{hint}")
+            raise DataError(f"{root} is not a folder; expected one of images, or other data that --help lists{hint}")
         key = f"folder {os.path.abspath(root)} {' '.join(suffixes or ['by content'])}"
         meta, arrays = cached(
             cache, key, fresh=is_fresh_index, build=partial(_index_folder, os.fsencode(root), suffixes)
@@ -139,7 +139,7 @@ def find_splits(root: Path) -> tuple[dict[str, Path], list[str]]:
 def note_test(held_out: str | None) -> list[str]:
     """Return a line for the plan if the test split is used for validation, as there is no other."""
     is_test = held_out is not None and held_out.lower().startswith("test")
-    return [f"held out   {held_out}, as there is no split for validation"] if is_test else []
+    return [f"validation {held_out}, as there is no other split for it"] if is_test else []
 
 
 def retry(read: Callable[[], bytes]) -> bytes | OSError:

@@ -130,15 +130,15 @@ def number_labels(texts, where: Callable[[int], str], source: str) -> tuple[np.n
     garbled = np.array(["\ufffd" in value for value in values], dtype=bool)
     errors = []
     if unfit.any():
-        errors.append(f"has labels that are no class numbers ({places(unfit)}); expected 0 to 999999, or names")
+        errors.append(f"has labels that are not class numbers ({places(unfit)}); expected 0 to 999999, or names")
     if garbled.any():
-        errors.append(f"has labels that are no text ({places(garbled)}); expected UTF-8")
+        errors.append(f"has labels that are not text ({places(garbled)}); expected UTF-8")
     name = ~(number | none | garbled)
     fit = number & ~unfit
     if fit.any() and name.any():
         errors.append(
             f"has labels that are numbers ({places(fit)}) and labels that are names ({places(name)}); "
-            "expected one kind; change the fewer ones"
+            "expected one kind; change the less frequent one"
         )
     if errors or none.all():
         return None, [], [f"{source} {error}" for error in errors]

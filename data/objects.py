@@ -155,7 +155,7 @@ class ObjectPacker:
     def objects(self) -> Names:
         """The objects of all images, as an argument of ObjectSource. Raises DataError if all are crowds or left out."""
         if not self.num_single:
-            count = f"{len(self.left_out)} boxes outside their image or of no area" if self.left_out else "crowds alone"
+            count = f"{len(self.left_out)} boxes outside their image or of no area" if self.left_out else "only crowds"
             raise DataError(f"{self.where} has no objects that can be scored ({count}); give images with objects")
         return Names(np.frombuffer(self.buffer, np.uint8), np.array(self.ends, np.int64))
 
@@ -164,7 +164,7 @@ class ObjectPacker:
         """The reason why masks cannot be used, with the objects that have none; "" if each object has one."""
         count = len(self.without_mask)
         if count == self.num_single:
-            return f"the annotations in {self.where} have boxes alone"
+            return f"the annotations in {self.where} have only boxes"
         images = dict.fromkeys(self.without_mask)
         text = f"{count} of {self.num_single} objects in {self.where} have no mask: {first_few(images, len(images))}"
         return text if count else ""

@@ -74,7 +74,7 @@ class SegmentationFolder(FolderSource):
     ):
         root = Path(root)
         if not root.is_dir():
-            raise DataError(f"{root} is no folder; --path_to_data takes a folder with {LAYOUT}, or builtin:shapes")
+            raise DataError(f"{root} is not a folder; --path_to_data takes a folder with {LAYOUT}, or builtin:shapes")
         train, held_out = choose_splits(path.name for path in root.glob("images/*/"))
         folder = (train if split == "training" else held_out) or split
         images, annotations = root / "images" / folder, root / "annotations" / folder
@@ -90,9 +90,9 @@ class SegmentationFolder(FolderSource):
         stems, mask_stems = _stems(self), _stems(self.masks)
         numbers = {stem: number for number, stem in enumerate(mask_stems)}
         self._mask_of = np.array([numbers.get(stem, -1) for stem in stems])
-        class_file = Path(class_file or root / "classes.txt")
+        default = root / "classes.txt"
         is_ade20k = (root / "objectInfo150.txt").exists() or all(map(ADE20K_NAME.search, stems))
-        self.class_file = ADE20K if is_ade20k and not class_file.exists() else class_file
+        self.class_file = Path(class_file or (ADE20K if is_ade20k and not default.exists() else default))
         self.classes, colours, errors = read_classes(self.class_file, mask_format.first_label)
         self.mask_format = mask_format._replace(colours=colours)
         repeated = [stem for stem, count in Counter(stems).items() if count > 1]

@@ -46,7 +46,7 @@ def read_prepared(folder: str | Path) -> dict:
         raise DataError(f"{folder} was prepared by another version: {version}, expected {VERSION}; {REMEDY}")
     if damaged:
         files = first_few(damaged, len(damaged))
-        raise DataError(f"{folder}: {len(damaged)} of {len(shards)} shards are cut ({files}); {REMEDY}")
+        raise DataError(f"{folder}: {len(damaged)} of {len(shards)} shards have a wrong size ({files}); {REMEDY}")
     return prepared
 
 
@@ -99,7 +99,7 @@ def _check_pixels(prepared: dict, pixels: PixelFormat) -> list[str]:
         remedy = "give --value_range {!r} {!r}".format(*stored_range) if stored_range else "leave out --value_range"
         errors.append(f"holds {prepared['dtype']} pixels; {remedy}, or prepare again")
     if pixels.validity and (not is_array or stored_range is None):
-        errors.append("has filled the pixels without data; give --validity none, or prepare the files as they are")
+        errors.append("has filled pixels without data; give --validity none, or prepare the files as they are")
     return errors
 
 

@@ -96,7 +96,7 @@ def read_statistics(folder: str | Path) -> dict | None:
         statistics = json.loads(path.read_text())
         if not is_statistics(path):
             if os.environ.get("RANK", "0") == "0":
-                print(f"warning: {path} is another program's, and is not read", file=sys.stderr)
+                print(f"warning: {path} was not written by prepare_data.py, and is not read", file=sys.stderr)
             return None
         mean, std, channels = (statistics[name] for name in ("mean", "std", "channels"))
         low, high = statistics["value_range"] or (0, 1)

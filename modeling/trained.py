@@ -126,9 +126,7 @@ def _build(weights: Weights, *, whole: bool, img_size: Grid | None, in_channels:
         message = "no file states the number of attention heads; convert the weights with push_to_hub.py"
         raise WeightsError(message, dict(encoder_num_heads="N"))
     if weights.grid is None and img_size is None:
-        raise WeightsError(
-            "a table of positions that is not square, of unknown height; give a folder with config.json"
-        )
+        raise WeightsError("a table of positions that is not square, of unknown height; give a folder with config.json")
     img_size = img_size or tuple(side * sizes["patch_size"] for side in weights.grid)
     sizes["in_channels"] = in_channels or sizes["in_channels"]
     encoder = VisionTransformer(img_size=img_size, **sizes)

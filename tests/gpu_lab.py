@@ -187,7 +187,7 @@ def run_script(script: str, flags: tuple, cwd: Path, variables: dict[str, str], 
 
 
 def write_pictures(folder: Path) -> None:
-    """Write 64 training and 16 held-out pictures of rectangles, in classes/ and, with masks and boxes, in pairs/."""
+    """Write 64 training and 16 validation pictures of rectangles, in classes/ and, with masks and boxes, in pairs/."""
     generator = np.random.default_rng(0)
     for split, name, count in (("train", "training", 64), ("val", "validation", 16)):
         objects = {"images": [], "annotations": [], "categories": [{"id": i, "name": str(i)} for i in range(4)]}

@@ -108,8 +108,8 @@ def test_labels(labels, kind, numbers, classes, tmp_path):
     ("labels", "classes", "word"),
     [
         ([0, 1, 2], ["cat", "dog"], "rows has the label 2; expected 0 to 1"),
-        ([0, 1, -2], [], "rows has labels that are no class numbers .row 2: '-2'"),
-        ([0.0, 0.5, 1.0], [], "rows has labels that are no class numbers .row 1: '0.5'"),
+        ([0, 1, -2], [], "rows has labels that are not class numbers .row 2: '-2'"),
+        ([0.0, 0.5, 1.0], [], "rows has labels that are not class numbers .row 1: '0.5'"),
     ],
 )
 def test_labels_that_cannot_be_used(labels, classes, word):
@@ -266,7 +266,7 @@ def test_arrow_files_that_are_cut_between_two_batches(tmp_path):
     rows_of(range(4)).save_to_disk(tmp_path / "saved")
     path = tmp_path / "saved" / "data-00000-of-00001.arrow"
     path.write_bytes(path.read_bytes()[:-8])  # removes the end-of-stream mark
-    with pytest.raises(DataError, match=f"{path} cannot be read .it is truncated, or no Arrow stream"):
+    with pytest.raises(DataError, match=f"{path} cannot be read .it is truncated or not an Arrow stream"):
         open_datasets(tmp_path / "saved")
 
 
@@ -354,7 +354,7 @@ def test_without_a_network_the_cache_is_read(on_hub, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "token", "word"),
     [
-        ("hf:pets", server.VALID, "no name of a data set; expected hf:OWNER/NAME"),
+        ("hf:pets", server.VALID, "not a data set name; expected hf:OWNER/NAME"),
         ("hf:owner/hidden", None, "the Hub refuses it .*; correct the name, or log in"),
         ("hf:owner/gated", server.VALID, "Cannot access gated repo .*request access on its page"),
         ("hf:owner/pets@nothing", server.VALID, "Invalid rev id: nothing"),

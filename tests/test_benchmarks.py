@@ -322,7 +322,7 @@ def test_scaling_takes_all_gpus_by_default_and_no_more(gpus, processes, monkeypa
     ("script", "flags", "expected"),
     [
         (data, "--num_images 3", "--path_to_data"),
-        (data, "--path_to_data NOWHERE", "NOWHERE is no folder"),
+        (data, "--path_to_data NOWHERE", "NOWHERE is not a folder"),
         (step, "--task both", "--task"),
         (step, "--model base --img_size 230", "--img_size 230 is not divided by the patches of base, 16 pixels"),
         (step, "--task encoder --official_manner", "--official_manner has no --task encoder"),

@@ -224,8 +224,8 @@ def test_scores_and_settings_of_the_run(kind, script, tmp_path):
     assert command in code_blocks(card.text, "bash")
     for text in (
         "step 40 of 40",
-        "Measured after step 40 on 30 held-out images",
-        "| data | `/data/beans`: 160 images, about 2.0 MB, 30 held out |",
+        "Measured after step 40 on 30 validation images",
+        "| data | `/data/beans`: 160 images, about 2.0 MB, 30 for validation |",
         "| optimizer steps | 40 (4 epochs) |",
         "| hardware | 2 x NVIDIA H200, processes: 2 |",
         "| resumed after step 30 | `again`, no GPU, 8 CPU cores, processes: 1 |",

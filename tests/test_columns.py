@@ -149,9 +149,9 @@ def test_data_from_which_nothing_can_be_learned(tmp_path):
     with pytest.raises(DataError, match="for three: 3"):
         read_targets("numbers", "DATA", ["three"], source, source)
     same = new_list(tmp_path, "path,odd\n1.png,1\n3.png,1", "same.csv")
-    with pytest.raises(DataError, match="the same targets in all of 2 held-out images"):
+    with pytest.raises(DataError, match="the same targets in all of 2 validation images"):
         check_held_out("DATA", read("numbers", same, ["odd"]))
-    with pytest.raises(DataError, match="the same targets in all of 2 held-out images"):
+    with pytest.raises(DataError, match="the same targets in all of 2 validation images"):
         read_targets("numbers", "DATA", ["odd"], source, same)
     with pytest.raises(DataError, match="has no validation images"):
         read_targets("numbers", "DATA", ["odd"], source, None)

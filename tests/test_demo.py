@@ -351,7 +351,13 @@ def test_bad_input_is_an_error_in_one_line(models, photos, tmp_path):
     detector = [models / "detector", "--nearest", photos[0].parent]
     starts = [[], [empty], [mae, "--nearest", "nowhere"], [mae, "--nearest", empty], [mae, "--host", "300.1.1.1"]]
     ends = run_each("demo.py", [*starts, detector], cwd=tmp_path, code=2)
-    words = ("make one with: accelerate", "without weights", "nowhere", "no image", "--host 300.1.1.1 is no address")
+    words = (
+        "make one with: accelerate",
+        "without weights",
+        "nowhere",
+        "no image",
+        "--host 300.1.1.1 is not an address",
+    )
     words += ("is a segmentation model or a detector, whose encoder has no norm",)
     for said, expected in zip(ends, words, strict=True):
         (line,) = said.strip().splitlines()
@@ -369,7 +375,11 @@ def test_ports(monkeypatch):
             port = taken.getsockname()[1]
             candidate, errors = free_port(host, port)
             assert port < candidate < port + 100 and not errors
-    for host, expected in (("300.1.1.1", "is no address"), ("192.0.2.1", "cannot be used"), ("a..b", "is no address")):
+    for host, expected in (
+        ("300.1.1.1", "is not an address"),
+        ("192.0.2.1", "cannot be used"),
+        ("a..b", "is not an address"),
+    ):
         (error,) = free_port(host, 7860)[1]
         assert error.startswith(f"--host {host} ") and expected in error
 

@@ -220,7 +220,7 @@ def test_splits_of_crowds_alone_are_refused(tmp_path):
     for folder, places in ((root, ["instances_train2017.json", "instances_val2017.json"]), (yolo, ["labels/val"])):
         with pytest.raises(DataError) as error:
             open_objects(str(folder), PIXELS)
-        expected = [f"{place} has no objects that can be scored (crowds alone); give images" for place in places]
+        expected = [f"{place} has no objects that can be scored (only crowds); give images" for place in places]
         assert all(text in line for text, line in zip(expected, str(error.value).splitlines(), strict=True))
 
 
@@ -335,7 +335,7 @@ def test_folders_that_cannot_be_used(tmp_path):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "is no folder; expected COCO's" in refusal(tmp_path / "nowhere")
+    assert "is not a folder; expected COCO's" in refusal(tmp_path / "nowhere")
     write_images(tmp_path / "images")
     assert "has no annotations of objects" in refusal(tmp_path)
     assert "which has its own" in refusal("builtin:shapes", class_file="x")
@@ -344,9 +344,11 @@ def test_folders_that_cannot_be_used(tmp_path):
     (coco / "annotations" / "instances_val2017.json").write_text("{")
     assert "cannot be read" in refusal(coco)
     (coco / "annotations" / "instances_val2017.json").unlink()
-    assert "has no held-out split; give --path_to_validation_data" in refusal(coco)
+    assert "has no validation split; give --path_to_validation_data" in refusal(coco)
     yolo = write_yolo(tmp_path / "yolo")
-    assert "the classes of training and held-out images differ (a)" in refusal(coco, validation=renamed(yolo, tmp_path))
+    assert "the classes of training and validation images differ (a)" in refusal(
+        coco, validation=renamed(yolo, tmp_path)
+    )
     (yolo / "labels" / "val" / "z.txt").write_text("2 0.5 0.5 0.1 0.1")
     assert "expected a class (0, 1), and" in refusal(yolo)
     (yolo / "data.yaml").unlink()
@@ -546,4 +548,4 @@ def test_images_of_another_size_than_annotated_are_damaged(tmp_path):
 def test_real_annotations(real_images):
     train, held_out = open_objects(str(real_images / "bccd"), PIXELS)
     assert (len(train), len(held_out)) == (140, 40) and train.classes == ["RBC", "WBC", "Platelets"]
-    assert "have boxes alone" in train.lacks_masks and all(len(train.objects(i, (480, 640)).boxes) for i in range(5))
+    assert "have only boxes" in train.lacks_masks and all(len(train.objects(i, (480, 640)).boxes) for i in range(5))

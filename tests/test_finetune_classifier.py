@@ -488,7 +488,7 @@ def test_held_out_images_that_cannot_be_read(image_folder, pretrained, tmp_path)
         path.write_text("no image") if path.stem in ("0000", "0001") else path.unlink()
     flags = ["--path_to_data", data, WEIGHTS, pretrained, *SMALL, "--max_steps", 1]
     done = run(SCRIPT, *flags, cwd=tmp_path, code=1)
-    assert "error: none of the 2 held-out images can be read" in done.stderr and "Traceback" not in done.stderr
+    assert "error: none of the 2 validation images can be read" in done.stderr and "Traceback" not in done.stderr
     assert len((tmp_path / "work_dir/finetune_classifier/damaged.jsonl").read_text().splitlines()) == 2
 
 
@@ -594,14 +594,14 @@ def test_images_without_a_label_and_classes_without_held_out_images(tmp_path):
     ]
     end = run(SCRIPT, *small, *data, "--drop_unlabelled", cwd=tmp_path)
     assert "left out   4 images without a label\nleft out   3 images without a label\n" in end.stdout
-    assert "unmeasured 1 of 3 classes, without held-out images: 2\n" in end.stdout
+    assert "unmeasured 1 of 3 classes, without validation images: 2\n" in end.stdout
     weights = ["--path_to_pretrained_mae_weights", "work_dir/finetune_classifier", "--experiment_name", "scores"]
     end = run(SCRIPT, "--path_to_data", "val.csv", *weights, "--eval_only", "--drop_unlabelled", cwd=tmp_path)
     assert "left out   3 images without a label\n" in end.stdout
     scores = metrics_of(tmp_path / "work_dir" / "finetune_classifier")["per_class_accuracy"]
     assert list(scores) == ["0", "1", "2"] and scores["2"] is None and None not in (scores["0"], scores["1"])
     end = run("pretrain_mae.py", *TINY, *data, "--knn_every", 1, cwd=tmp_path)
-    assert "24 images" in end.stdout and "16 held out" in end.stdout and "nearest neighbours" in end.stdout
+    assert "24 images" in end.stdout and "16 for validation" in end.stdout and "nearest neighbours" in end.stdout
 
 
 @pytest.fixture(scope="session")

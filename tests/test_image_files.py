@@ -282,7 +282,7 @@ def test_lists_that_cannot_be_used(tmp_path, name, content, message):
         ("x.jsonl", b'{"path": "a", "label": 1}\n{"path": "a", "label": "x"}\n', "from number to string in row 1"),
         ("x.jsonl", b'{"path": "a", "label": 0.5}\n{"path": "a", "label": 1}\n', r"class numbers \(row 1: '0.5'\)"),
         ("x.jsonl", b'{"path": "a", "label": [1, 2]}\n{"path": "a", "label": [0]}\n', r"labels that cannot be read \("),
-        ("x.csv", b"path,label\n\na,-1\na,1.5\n", r"no class numbers \(row 2: '1.5'\)"),
+        ("x.csv", b"path,label\n\na,-1\na,1.5\n", r"not class numbers \(row 2: '1.5'\)"),
     ],
 )
 def test_lists_whose_labels_are_broken_are_read_without_them(tmp_path, name, content, message):

@@ -92,12 +92,12 @@ def test_without_any_label_there_are_no_classes(texts):
 @pytest.mark.parametrize(
     ("texts", "messages"),
     [
-        (["1", "-1", "2.5", "1e3"], ["no class numbers (line 3: '2.5', line 4: '1e3')"]),
-        (["1", "1000000"], ["no class numbers (line 2: '1000000')"]),
-        ([3, -2], ["no class numbers (line 2: '-2')"]),
-        (["a", b"\xff".decode(errors="replace")], ["has labels that are no text (line 2: '\ufffd'); expected UTF-8"]),
+        (["1", "-1", "2.5", "1e3"], ["not class numbers (line 3: '2.5', line 4: '1e3')"]),
+        (["1", "1000000"], ["not class numbers (line 2: '1000000')"]),
+        ([3, -2], ["not class numbers (line 2: '-2')"]),
+        (["a", b"\xff".decode(errors="replace")], ["has labels that are not text (line 2: '\ufffd'); expected UTF-8"]),
         (["a", "1", "2", "b"], ["numbers (line 2: '1', line 3: '2') and labels that are names (line 1: 'a', line 4:"]),
-        (["a", "", ".5"], ["no class numbers (line 3: '.5')"]),
+        (["a", "", ".5"], ["not class numbers (line 3: '.5')"]),
     ],
 )
 def test_labels_that_cannot_be_used(texts, messages):

@@ -111,6 +111,8 @@ def test_classes_of_ade20k_need_no_list(pair_folder):
     assert "classes.txt is missing; write a line for each class" in error
     (pair_folder / "objectInfo150.txt").touch()
     assert open_pairs(str(pair_folder), RGB)[0].classes == ade20k_classes()[0]
+    with pytest.raises(DataError, match="mistyped.txt is missing"):
+        open_pairs(str(pair_folder), RGB, class_file="mistyped.txt")
     os.remove(pair_folder / "objectInfo150.txt")
     for folder in ("images", "annotations"):
         for split, short in (("training", "train"), ("validation", "val")):
@@ -131,7 +133,7 @@ def test_splits_have_any_usual_name(pair_folder, train, held_out):
             (pair_folder / folder / split).rename(pair_folder / folder / name)
     found = open_pairs(str(pair_folder), RGB)
     assert [source.fingerprint() for source in found] == [source.fingerprint() for source in expected]
-    assert any("held out   test" in note for note in found[1].notes) == (held_out == "test")
+    assert any("validation test" in note for note in found[1].notes) == (held_out == "test")
     shutil.rmtree(pair_folder / "annotations" / held_out)
     assert f"has no annotations/{held_out}" in errors_of(pair_folder)[0]
 
@@ -171,8 +173,8 @@ def test_bad_folders_are_reported_in_a_line_each(pair_folder, change, expected):
 
 def test_what_is_no_folder(tmp_path):
     assert errors_of(tmp_path / "nowhere") == [
-        f"{tmp_path}/nowhere is no folder; --path_to_data takes a folder with images/{{training,validation}}/NAME.jpg "
-        "and annotations/{training,validation}/NAME.png, or builtin:shapes"
+        f"{tmp_path}/nowhere is not a folder; --path_to_data takes a folder with "
+        "images/{training,validation}/NAME.jpg and annotations/{training,validation}/NAME.png, or builtin:shapes"
     ]
     assert "builtin:shapes" in errors_of("builtin:scenes")[0]
 

@@ -118,16 +118,16 @@ class Images(SimpleNamespace):
 def test_built_in_images_are_generated_and_others_have_a_size():
     images = Images(labels=np.array([0, 1]))
     (line,) = describe_images("builtin:shapes", images, images)
-    assert line == "data       builtin:shapes: 2 images (generated), 2 held out"
+    assert line == "data       builtin:shapes: 2 images (generated), 2 for validation"
     (line,) = describe_images("D", images, None)
-    assert line == "data       D: 2 images (about 1 kB), none held out: validated on training images"
+    assert line == "data       D: 2 images (about 1 kB), none for validation: training images are used"
 
 
 def test_classes_without_images_are_named():
     train, validation = Images(labels=np.array([1, 2, 3, 1])), Images(labels=np.array([1, 2]))
     assert describe_images("D", train, validation, targets="4 classes")[1:] == [
         "untrained  1 of 4 classes, without training images: 0",
-        "unmeasured 2 of 4 classes, without held-out images: 0, 3",
+        "unmeasured 2 of 4 classes, without validation images: 0, 3",
     ]
     assert len(describe_images("D", train, validation)) == len(describe_images("D", train, None)) == 1
     train = Images(labels=np.array([7, 200_002]), classes=list(map(str, range(200_003))))

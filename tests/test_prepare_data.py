@@ -538,7 +538,7 @@ def test_labels_with_gaps_are_kept_and_broken_ones_told(tmp_path, capsys, labels
     train, _ = open_sources(str(tmp_path / "out"), PixelFormat(3))
     is_broken = "1.5" in labels
     assert (train.labels is None) if is_broken else train.labels.tolist() == [0, -1, 1]
-    told = "list.txt has labels that are no class numbers (row 2: '1.5'); expected 0 to 999999, or names; they are left"
+    told = "list.txt has labels that are not class numbers (row 2: '1.5'); expected 0 to 999999, or names"
     assert (told in capsys.readouterr().err) == is_broken
 
 
@@ -581,6 +581,6 @@ def test_statistics_of_masks_in_files_that_declare_zeros_to_be_nodata(tmp_path, 
 def test_prepared_images_whose_holes_are_filled_have_no_validity(tmp_path, capsys):
     write_images(tmp_path / "images", 4)
     prepare(tmp_path / "images", tmp_path / "out", "--format", "array", "--nodata", 0)
-    with pytest.raises(DataError, match="has filled the pixels without data; give --validity none, or prepare"):
+    with pytest.raises(DataError, match="has filled pixels without data; give --validity none, or prepare"):
         open_sources(str(tmp_path / "out"), PixelFormat(3, nodata=0, validity="nodata"))
     assert open_sources(str(tmp_path / "out"), PixelFormat(3, nodata=0))

@@ -235,7 +235,7 @@ def test_data_without_labels_and_stopped_runs_have_no_curves(compared, tmp_path)
     run = shutil.copytree(compared / "grid", tmp_path / "grid") / "pretrain_0"
     lines = [line for line in (run / "log.jsonl").read_text().splitlines(keepends=True) if "linear_top1" not in line]
     (run / "log.jsonl").write_text("".join(lines))
-    with pytest.raises(RunError, match="pretrain_0 has no linear_top1; expected data with labelled held-out images"):
+    with pytest.raises(RunError, match="pretrain_0 has no linear_top1; expected data with labelled validation images"):
         quality.read_run(tmp_path / "grid", 0, dict(step_seconds=1), points=4)
     os.unlink(run / "metrics.json")
     with pytest.raises(RunError, match="pretrain_0 was stopped; continue with the same command"):

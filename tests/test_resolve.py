@@ -96,7 +96,7 @@ def test_errors_of_the_encoder_are_told_together():
         resolve_encoder(values, SIZES, previous={})
     assert [line.partition(";")[0] for line in str(error.value).splitlines()] == [
         "--encoder_embed_dim 30 is not divisible by --encoder_num_heads 7",
-        "--encoder_embed_dim 30 is not divisible by 4, as its positions need",
+        "--encoder_embed_dim 30 is not divisible by 4, as its positions require",
         "--img_size 5 32 is too small",
         "--img_size 5 32 is not divisible by --patch_size 16",
     ]

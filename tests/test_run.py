@@ -223,6 +223,14 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     assert "8 steps timed after 1" in capsys.readouterr().out and not os.listdir(tmp_path)
 
 
+def test_a_dry_run_that_is_stopped_saves_nothing(tmp_path, capsys):
+    run = begin(tmp_path, "--dry_run")
+    with pytest.raises(Stopped):
+        for batch in run.watch(range(5), "features"):
+            terminate(batch == 1)
+    assert "nothing was measured" in capsys.readouterr().out and not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize("limit, before, expected", [(4, None, 4), (8, 2, 2), (1, 2, 1), (8, 3, 8)])
 def test_the_micro_batch_that_fits_is_kept_by_a_resumed_run(tmp_path, limit, before, expected):
     def step(model, optimizer, size):

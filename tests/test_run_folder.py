@@ -319,3 +319,9 @@ def test_what_lies_beside_a_replaced_folder_stays(tmp_path):
     with pytest.raises(RunError, match=r"\.hub\.replacing is in the way, and was not written by this project; move it"):
         replace_folder(tmp_path / "hub", lambda folder: fill(folder, "config.json"))
     assert ".hub.replacing/old/mine" in files_in(tmp_path)
+
+
+def test_a_checkpoint_of_a_folder_that_is_gone_is_an_error_of_one_line(folder):
+    shutil.rmtree(folder.path)
+    with pytest.raises(RunError, match=r"the checkpoint of step 3 could not be written to .*No such file"):
+        save(folder, 3)

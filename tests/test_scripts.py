@@ -325,7 +325,7 @@ def test_the_launcher_and_the_quickstart_recipe(tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "work_dir" / "quickstart_pretrain"
     assert metrics_of(folder)["masked_psnr_visible_mean"] > 10
-    assert "builtin:shapes: 640 images (generated), 60 held out" in done.stdout
+    assert "builtin:shapes: 640 images (generated), 60 for validation" in done.stdout
 
 
 def test_real_photographs(real_images, tmp_path):
@@ -366,7 +366,7 @@ def test_a_dry_run_says_what_will_happen_and_writes_nothing(image_folder, undist
     flags += ["--epochs", 300, "--repeated_augmentation", 2, "--report_to", "tensorboard"]
     said = dry_run(SCRIPT, *flags, cwd=fresh)
     for word in (
-        *("40 images (about ", "2 views of each, 11 held out", "M parameters", "GFLOP per image and step"),
+        *("40 images (about ", "2 views of each, 11 for validation", "M parameters", "GFLOP per image and step"),
         *("8 = 1 process x 2 micro-batches x 4", "steps      3000, 10 per epoch, 150 warmup"),
         *("peak 0.001, cosine to 0", "float32 on cpu", "steps timed after", "images/s, data wait", "peak memory"),
         *("3000 steps take", "nothing was written"),
@@ -422,12 +422,12 @@ def test_features_of_few_images_are_measured_between_epochs(flags, tmp_path):
     run(SCRIPT, *flags, "--max_steps", 5, "--knn_every", 0.4, "--knn_images", 10, cwd=tmp_path)
     lines = [line for line in log_of(tmp_path / "work_dir" / "pretrain_mae") if "knn_top1" in line]
     assert [line["step"] for line in lines] == [2, 4, 5]
-    correct = [line["linear_top1"] * 6 / 100 for line in lines]  # six of 11 held-out images are used
+    correct = [line["linear_top1"] * 6 / 100 for line in lines]  # six of 11 validation images are used
     assert correct == pytest.approx([round(number) for number in correct])
 
 
 def test_the_rank_of_features_needs_no_labels(tmp_path):
-    alone = write_images(tmp_path / "alone", 8)  # classes, but no held-out images
+    alone = write_images(tmp_path / "alone", 8)  # classes, but no validation images
     said = run(SCRIPT, *TINY, "--path_to_data", alone, "--knn_every", 1, "--max_steps", 1, cwd=tmp_path).stdout
     metrics = metrics_of(tmp_path / "work_dir" / "pretrain_mae")
     assert 1 < metrics["rankme"] < 8 and "knn_top1" not in metrics

@@ -69,7 +69,7 @@ def test_training_and_validation_folders(tmp_path, train, held_out):
     assert tuple(map(len, sources)) == (5, 3)
     name = os.path.basename(held_out)
     is_test = name.lower().startswith("test")
-    assert sources[0].notes == ([f"held out   {name}, as there is no split for validation"] if is_test else [])
+    assert sources[0].notes == ([f"validation {name}, as there is no other split for it"] if is_test else [])
 
 
 def test_folders_beside_the_splits_are_told(tmp_path):
@@ -333,7 +333,7 @@ def test_a_path_that_is_no_folder_is_refused_with_a_suggestion(tmp_path, monkeyp
     for name in ("a.tar.gz", "a.tgz"):
         Path(name).write_bytes(b"\x1f\x8b" + bytes(1000))
     for path, words in (
-        ("nowhere", "is no folder"),
+        ("nowhere", "is not a folder"),
         ("builtin:nothing", "the built-in data set is builtin:shapes"),
         ("list.txt", r"list.txt is a file; expected a folder of images, a list \(.csv, .jsonl\)"),
         ("a.tar.gz", r"a.tar.gz is compressed, .*; decompress it"),
@@ -431,8 +431,8 @@ def test_the_labelled_samples_of_a_source():
 @pytest.mark.parametrize("check", [check_classes, check_labels])
 def test_labels_that_cannot_be_used_are_refused_where_they_are_needed(check):
     broken = OfClasses("")
-    broken.label_errors = ["x.csv has labels that are no class numbers"]
-    with pytest.raises(DataError, match=r"x\.csv has labels that are no class numbers"):
+    broken.label_errors = ["x.csv has labels that are not class numbers"]
+    with pytest.raises(DataError, match=r"x\.csv has labels that are not class numbers"):
         check("D", broken, OfClasses("ab"))
 
 

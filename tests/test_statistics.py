@@ -80,6 +80,6 @@ def test_the_statistics_of_another_program_are_not_read(tmp_path, monkeypatch, c
     path = tmp_path / "statistics.json"
     path.write_text(content)
     assert read_statistics(tmp_path) is None
-    assert capsys.readouterr().err == f"warning: {path} is another program's, and is not read\n"
+    assert capsys.readouterr().err == f"warning: {path} was not written by prepare_data.py, and is not read\n"
     monkeypatch.setenv("RANK", "1")  # only the main process prints the warning
     assert read_statistics(tmp_path) is None and not capsys.readouterr().err

@@ -243,8 +243,8 @@ def test_shards_that_cannot_be_used(tmp_path):
 
 def test_shards_whose_labels_or_masks_are_broken_are_read_without_them(tmp_path):
     for name, files, word in [
-        ("labels", samples([1, 2], cls=lambda n: b"1.5"), "labels.tar has labels that are no class numbers"),
-        ("bytes", samples([1, 2], cls=lambda n: b"\xff"), "bytes.tar has labels that are no text .*0001.jpg"),
+        ("labels", samples([1, 2], cls=lambda n: b"1.5"), "labels.tar has labels that are not class numbers"),
+        ("bytes", samples([1, 2], cls=lambda n: b"\xff"), "bytes.tar has labels that are not text .*0001.jpg"),
     ]:
         source = TarSource(str(write_tar(tmp_path / f"{name}.tar", files)))
         assert fetched(source) == [encoded(1), encoded(2)] and source.labels is None and not source.has_masks

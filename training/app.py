@@ -175,12 +175,13 @@ def _launch(page: gr.Blocks, host: str, port: int, *, share: bool) -> tuple[str,
     options.update(footer_links=[], ssr_mode=False, quiet=True, show_error=False, prevent_thread_lock=True)
     options["_frontend"] = False  # skip gradio's check of its page: it fails behind a proxy or on a busy machine
     name = f"[{host.strip('[]')}]" if ":" in host else host
+    first = port
     for _ in range(10):
         try:
             return page.launch(server_name=name, server_port=port, share=share, **options)[1:]
         except OSError:  # the port was taken meanwhile, or is in use at 127.0.0.1, where gradio tries it too
-            print(f"port {port} cannot be used; a later one is tried")
+            print(f"port {port} cannot be used; trying a later one")
             port, errors = free_port(host, port + 1)
             if errors:
                 raise RunError(errors[0]) from None
-    raise RunError(f"no port from {port - 9} on can be used; give another --port")
+    raise RunError(f"no port from {first} on can be used; give another --port")

@@ -143,7 +143,7 @@ def add_run_flags(parser: Parser, *, name: str, data: str = SOURCES) -> None:
     flag("--experiment_name", default=name, help=f"name of the run and its folder (default {name})")
     flag("--working_directory", default="work_dir", help="folder that holds the runs (default work_dir)")
     flag("--path_to_data", help=f"{data}; or builtin:shapes (required)")
-    flag("--path_to_validation_data", help="held-out images, of any of these kinds (default: those of --path_to_data)")
+    flag("--path_to_validation_data", help="validation images in any of these forms (default: those of --path_to_data)")
     flag("--cache_dir", help="folder for indices of large data sets (default ~/.cache/masked-autoencoders)")
     flag("--seed", type=integer(0, 2**32 - 1), default=0, help="seed of samples, masks and weights (default 0)")
     flag("--dry_run", action=Pair, default=False, help="print the plan, time some steps, write nothing (off)")
@@ -225,7 +225,7 @@ def add_image_flags(parser: Parser) -> None:
     help_text = f"read 16-bit and float pixels at full depth, LO as 0 and HI as 1 (default {source} 8 bits)"
     flag("--value_range", type=number(-math.inf), nargs=2, metavar=("LO", "HI"), help=help_text)
     flag("--nodata", type=number(-math.inf), help="value of pixels without data, besides a GeoTIFF's own and NaN")
-    flag("--max_pixels", type=integer(1), default=178956970, help="larger images are damaged (default 178956970)")
+    flag("--max_pixels", type=integer(1), default=178956970, help="treat larger images as damaged (default 178956970)")
     help_text = "show the next readable image, or end the run; damaged.jsonl names damaged images (default replace)"
     flag("--on_damaged", choices=("replace", "error"), default="replace", help=help_text)
 
@@ -420,7 +420,7 @@ def check_detector(args: argparse.Namespace) -> list[str]:
     if args.freeze_encoder and wrong:
         errors.append(f"{as_flags(wrong)} does not go with --freeze_encoder; leave it out")
     if args.img_size and (len(args.img_size) > 2 or len({*args.img_size}) > 1):
-        errors.append(f"{as_flags({'img_size': args.img_size})} is no square; give one side")
+        errors.append(f"{as_flags({'img_size': args.img_size})} is not square; give one side")
     return errors
 
 
@@ -432,7 +432,7 @@ def check_segmenter(args: argparse.Namespace, head_class) -> list[str]:
     if weights and "balanced" in weights and len(weights) > 1:
         errors.append("--class_weights mixes balanced and numbers; give one or the other")
     elif weights and not any(weights):
-        errors.append("--class_weights are all 0, so that there is nothing to learn; give at least one above 0")
+        errors.append("--class_weights are all 0: nothing would be learned; give at least one above 0")
     extras = dict(relative_position_bias=False, layer_scale=0.0)
     of_head = dict(head_width=head_class.default_width, auxiliary_weight=head_class.default_auxiliary_weight)
     of_head = {name: None for name, default in of_head.items() if default is None}

@@ -142,7 +142,7 @@ def _report(error: BaseException, remedy: str | None) -> int:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             file = error.filename or "a file of the run"
             report = f"{file} could not be written (the disk is full); make room and "
-            report += remedy or f"{resume}: whole checkpoints stay whole"
+            report += remedy or f"{resume}: earlier checkpoints are intact"
         elif hasattr(error, "exit_code"):  # data/pool.py's WorkerError, whose message has the remedy
             report, code = str(error), error.exit_code
             report += "" if code == 2 else f"; {remedy or resume}"

@@ -201,11 +201,11 @@ def describe_images(path_to_data: str, train, validation, *, targets: str = "", 
     """
     images = f"{len(train)} images" + (f" {'of' if 'classes' in targets else 'with'} {targets}" if targets else "")
     repeated = f", {views} views of each" if views > 1 else ""
-    validated = f"{len(validation)} held out" if validation else "none held out: validated on training images"
+    validated = f"{len(validation)} for validation" if validation else "none for validation: training images are used"
     size = "generated" if path_to_data.startswith("builtin:") else f"about {in_bytes(train.size_in_bytes())}"
     lines = [f"data       {path_to_data}: {images} ({size}){repeated}, {validated}"]
     lines += [note for source in (train, validation) for note in getattr(source, "notes", ())]
-    for word, source, kind in (("untrained ", train, "training"), ("unmeasured", validation, "held-out")):
+    for word, source, kind in (("untrained ", train, "training"), ("unmeasured", validation, "validation")):
         if "classes" in targets and getattr(source, "labels", None) is not None:
             present = {source.classes[label] for label in {*source.labels.tolist()}}
             absent = [name for name in train.classes if name not in present]

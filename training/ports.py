@@ -10,7 +10,7 @@ def free_port(host: str, port: int) -> tuple[int, list[str]]:
         family, *_, place = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        return port, [f"--host {host} is no address ({reason}); expected one of this machine, such as 127.0.0.1"]
+        return port, [f"--host {host} is not an address ({reason}); expected one of this machine, such as 127.0.0.1"]
     for candidate in range(port, min(port + 100, 65536)):
         with socket.socket(family) as tried:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -21,4 +21,4 @@ def free_port(host: str, port: int) -> tuple[int, list[str]]:
                 if error.errno != errno.EADDRINUSE:
                     text = f"--host {host} --port {candidate} cannot be used ({error.strerror})"
                     return port, [f"{text}; give another --host or --port"]
-    return port, [f"--port {port}: this one and the next 99 are in use; give another --port"]
+    return port, [f"--port {port} and the ports after it are in use; give another --port"]

@@ -121,8 +121,8 @@ class Progress:
         bad_step = int(self.accelerator.gather(self.first_bad_step).max())
         if bad_step >= 0:
             raise RunError(
-                f"the loss or gradient norm of step {bad_step} is not finite; nothing was saved since: resume with "
-                "--resume_from_checkpoint auto, and if it returns take a lower learning rate, a longer warmup, "
+                f"the loss or gradient norm of step {bad_step} is not finite; no later step is saved: resume with "
+                "--resume_from_checkpoint auto, and if it happens again take a lower learning rate, a longer warmup, "
                 "--max_grad_norm 1 or another --mixed_precision"
             )
 

@@ -159,7 +159,7 @@ def check_width(part: str, dim: int, heads: int) -> list[str]:
     if dim % heads:
         errors.append(f"--{part}_embed_dim {dim} is not divisible by --{part}_num_heads {heads}; take a multiple")
     if dim % 4:
-        errors.append(f"--{part}_embed_dim {dim} is not divisible by 4, as its positions need; take a multiple of 4")
+        errors.append(f"--{part}_embed_dim {dim} is not divisible by 4, as its positions require; take a multiple of 4")
     return errors
 
 
@@ -277,12 +277,12 @@ def check_detector_sizes(encoder: dict) -> dict:
     patch_size, side = encoder["patch_size"], encoder["img_size"][0]
     if patch_size not in (4, 8, 16, 32):
         expected = "expected 4, 8, 16 or 32; give --patch_size 16, to which weights are resized"
-        raise InputError(f"--patch_size {patch_size} is no side for a detector; {expected}")
+        raise InputError(f"--patch_size {patch_size} does not fit a detector; {expected}")
     multiple = 4 * patch_size
     if side % multiple:
         expected = f"expected a multiple of {multiple}, 4 patches of {patch_size}"
         remedy = f"give {max(1, side // multiple) * multiple}"
-        raise InputError(f"--img_size {side} is no side for a detector; {expected}; {remedy}")
+        raise InputError(f"--img_size {side} does not fit a detector; {expected}; {remedy}")
     return encoder
 
 

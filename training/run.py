@@ -369,16 +369,16 @@ class Run:
         """Yield the numbers of the batches of a validation, with a bar in a terminal, until the run is asked to stop.
 
         Raises:
-            Stopped: at the end, on all processes, after a checkpoint was saved (none in an evaluation).
+            Stopped: at the end, on all processes, after a checkpoint was saved (none in an evaluation or a dry run).
         """
         for batch in tqdm(batches, desc=title, unit="batch", disable=not self.is_main_process or None, **BAR):
             if self.crew.stop_requested():
                 break
             yield batch
         if self.crew.stop_requested():
-            if self.model is not None:
+            if saves := self.model is not None and not self.rehearsal:
                 self.save()
-            self._stop()
+            self._stop(saves)
 
     def record(self, metrics: dict, text: str) -> None:
         """Log metrics of a validation after the current step, and print `text` above the bar.
@@ -414,9 +414,9 @@ class Run:
             options = dict(keep=self.given.keep_checkpoints, ema=self.average)
             save_training(self.claim, self.accelerator, self.crew, self.model, self.optimizer, state, **options)
 
-    def _stop(self) -> None:
+    def _stop(self, saved: bool = True) -> None:
         nothing = "stopped before the end; nothing was measured"
-        self.say(nothing if self.model is None else self.crew.describe_stop(self.step, start_step=self.start_step))
+        self.say(self.crew.describe_stop(self.step, start_step=self.start_step) if saved else nothing)
         self._leave()
         raise Stopped
 

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -187,7 +188,8 @@ class RunFolder:
             _write_checkpoint(temporary, {MODEL: model} | ({EMA: ema} if ema else {}), optimizer, state)
             _move_checkpoint(temporary, target)
         except Exception as error:  # safetensors and torch wrap a full disk in errors of their own
-            full = shutil.disk_usage(self.path).free < 2**16 or getattr(error, "errno", None) == errno.ENOSPC
+            free = shutil.disk_usage(self.path).free if self.path.exists() else math.inf
+            full = free < 2**16 or getattr(error, "errno", None) == errno.ENOSPC
             problem, remedy = ("the disk is full", "make room") if full else (in_one_line(error), "make it writable")
             shutil.rmtree(temporary, ignore_errors=True)
             whole = self.whole_checkpoints()

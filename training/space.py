@@ -27,7 +27,7 @@ TEXT = """
 {description}
 
 Written by `push_to_hub.py` of mae-accelerate from {origin}. `pip install -r requirements.txt && python app.py` shows
-the same page on your own machine. What visitors upload is deleted after about ten minutes.
+the same page on your own machine. Uploads are deleted after about ten minutes.
 """
 
 
