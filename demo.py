@@ -168,7 +168,7 @@ class PageModel:
         return picture
 
     def draw_mask(self, index, *, mask_ratio, strategy, seed, clicks=()):
-        """Return the noise (1, L) and the number of kept patches of a mask, with the patches at `clicks` inverted.
+        """Return the noise (1, L) and the number of visible patches of a mask, with the patches at `clicks` inverted.
 
         Without clicks, it is predict.py's mask. A click is (x, y) in [0, 1]. No mask keeps or removes all patches.
         """
@@ -191,7 +191,7 @@ class PageModel:
         """Return the Reconstruction of an image from the patches that noise (1, L) keeps, as predict.py does.
 
         With `everywhere`, each patch is predicted from masks that remove it. Without `true_statistics`, predictions of
-        normalized pixels are inverted by the mean and variance of the kept patches, not by those of the true patch.
+        normalized pixels are inverted by the mean and variance of the visible patches, not by those of the true patch.
         """
         model, images = keep_patches(self.model, num_kept), self.normalize(image[None].to(self.device))
         noise = noise.to(self.device)

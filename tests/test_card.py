@@ -297,7 +297,7 @@ def test_names_that_are_no_text(tmp_path):
         ("segmenter", dict(path_to_backbone_checkpoint="x", freeze_encoder=True), ": a head on a frozen encoder"),
         ("classifier", dict(path_to_pretrained_mae_weights="x", trainable_blocks=4.0), "and the last 4 blocks"),
         ("segmenter", dict(path_to_backbone_checkpoint="hf:a/b@v1"), "Training started from the weights `hf:a/b@v1`."),
-        ("autoencoder", dict(mask_ratio=0.6), "60% of the patches of each image were removed"),
+        ("autoencoder", dict(mask_ratio=0.6), "60% of the patches of each image were masked"),
     ],
 )
 def test_introduction(kind, flags, words, tmp_path):

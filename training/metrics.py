@@ -1,6 +1,6 @@
 """Metrics of reconstructions and segmentations, on the device.
 
-Images are (B, C, H, W) in [0, 1], masks of removed patches (B, 1, H, W) with 1 = removed.
+Images are (B, C, H, W) in [0, 1], masks of patches (B, 1, H, W) with 1 = masked.
 """
 
 import torch
