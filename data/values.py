@@ -110,9 +110,11 @@ def turn_upright(values: np.ndarray, orientation: int | None) -> np.ndarray:
 
 def find_missing(values: np.ndarray, *nodata: float | None) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the values as uint8, uint16 or otherwise float32, and a mask of missing values, None if all have data."""
+    numbers = {float(number) for number in nodata if number is not None}
+    if not numbers and values.dtype in (np.uint8, np.uint16):  # the usual images, in a tenth of the time
+        return values, None
     missing = False
     with np.errstate(all="ignore"):
-        numbers = {float(number) for number in nodata if number is not None}
         if values.dtype.kind == "f":
             numbers = {float(values.dtype.type(number)) for number in numbers}  # rounded like the file's numbers
         if values.dtype not in (np.uint8, np.uint16):
