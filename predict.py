@@ -53,7 +53,7 @@ PREVIEW_SIZE = 1024  # maximum of the longer side of an overlay, in pixels
 MASK_DEFAULTS = dict(mask_strategy="random", mask_block=1, seed=0)
 KINDS = {  # class of the model -> its name, flags that only its predictions take
     Classifier: ("a classifier", ["top_k"]),
-    Segmenter: ("a segmentation model", ["evaluate"]),
+    Segmenter: ("a segmentation model", ["evaluation_mode"]),
     Detector: ("a detector", []),
     MaskedAutoencoder: (
         "a masked autoencoder",
@@ -90,7 +90,7 @@ def parse_args(argv=None):
     flag("--top_k", type=integer(1), help="classes or labels per image (default 5 classes, all labels)")
     flag = parser.add_argument_group("segmentation").add_argument
     mode = "sliding windows, or the image as one crop (default slide)"
-    flag("--evaluation_mode", "--evaluate", dest="evaluate", choices=("slide", "whole"), help=mode)
+    flag("--evaluation_mode", "--evaluate", choices=("slide", "whole"), help=mode)
     flag = parser.add_argument_group("masked autoencoder").add_argument
     flag("--mask_ratio", type=number(0, 1), help="share of masked patches (default as in training)")
     flag("--mask_strategy", choices=MASK_STRATEGIES, help="pattern of masked patches (default random)")
@@ -148,7 +148,7 @@ def check_masks(encoder, given, removed):
         errors += [] if 0 < num_kept < patches else [f"--mask_ratio {given['mask_ratio']:g} {words}"]
     if removed is not None:
         count = int(removed.sum())
-        words = f"removes {count} of {patches} patches; expected a picture that masks some and not all"
+        words = f"removes {count} of {patches} patches; expected white on half of a patch or more, and not of all"
         errors += [] if 0 < count < patches else [f"--mask {given['mask']} {words}"]
     others = [flag for flag in given if flag in ("mask_ratio", "mask_strategy", "mask_block", "seed", "fill")]
     if "mask" in given:
@@ -276,7 +276,7 @@ def plan_predictions(trained, given, removed, *, mask_size, pixels, **pictures):
         transform = partial(centre_crop, size=encoder.img_size, crop_ratio=trained.crop_ratio)
         return task, transform, partial(predict_classes, model=model, classes=classes, top_k=top_k, **pictures)
     if isinstance(model, Segmenter):
-        mode, crop_size = given.get("evaluate", "slide"), encoder.img_size[0]
+        mode, crop_size = given.get("evaluation_mode", "slide"), encoder.img_size[0]
         view = "windows over images that fit {} x {}".format(*trained.resize) if mode == "slide" else "one crop"
         task = f"one of {len(classes)} classes per pixel, in {view}"
         sides = dict(resize=trained.resize, crop_size=crop_size, patch_size=encoder.patch_size)

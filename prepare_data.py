@@ -5,8 +5,8 @@
 SOURCE is anything that --path_to_data of the training scripts takes; OUT can then be given to --path_to_data instead.
 OUT holds shards of JPEG files whose shorter side has at most 256 pixels; datasets.load_from_disk("prepared") loads them
 too. With --format array, the shards hold decoded pixels, which are larger and read fastest. Without --short_side and
---quality, files are kept unchanged, and a run on OUT equals one on SOURCE. A folder with images/ and annotations/ stays
-one for finetune_segmentation.py. damaged.jsonl lists unreadable images. After an interruption, repeat the command.
+--quality, files are kept unchanged, and a run on OUT equals one on SOURCE. A folder with images/ and annotations/ gives
+pairs for finetune_segmentation.py. damaged.jsonl lists unreadable images. After an interruption, repeat the command.
 --statistics writes statistics.json into OUT, or SOURCE without OUT; the scripts take --mean and --std from it.
 """
 
@@ -53,7 +53,7 @@ def parse_args(argv=None):
     flag("--data_format", choices=arguments.DATA_FORMATS, help="kind (default: detected from suffixes and content)")
     flag("--format", choices=("jpeg", "array"), default="jpeg", help="image files or decoded pixels (default jpeg)")
     flag("--short_side", type=integer(1), metavar="N", help="shrink the shorter side to N pixels (default: unchanged)")
-    flag("--quality", type=integer(1, 100), metavar="Q", help=f"JPEG quality (default: {QUALITY} for shrunk images)")
+    flag("--quality", type=integer(1, 100), metavar="Q", help=f"JPEG quality of all (default: {QUALITY}, if shrunk)")
     flag("--shard_size", type=number(1e-3), default=512, metavar="MB", help="approximate size of a file (default 512)")
     flag("--statistics", action="store_true", help=f"measure the channels of the training images ({STATISTICS})")
     flag("--verify", action="store_true", help="compare the shards of OUT, or of SOURCE, with their checksums")
@@ -65,7 +65,7 @@ def parse_args(argv=None):
     flag("--value_range", type=real, nargs=2, metavar=("LO", "HI"), help="values that become 0 and 1 (default: 8 bits)")
     flag("--nodata", type=real, help="value of pixels without data, besides a GeoTIFF's own and NaN")
     flag("--validity", choices=VALIDITY, help="mark of invalid pixels, as in pretrain_mae.py")
-    flag("--max_pixels", type=integer(1), default=MAX_PIXELS, help=f"skip larger images (default {MAX_PIXELS})")
+    flag("--max_pixels", type=integer(1), default=MAX_PIXELS, help=f"larger images are damaged (default {MAX_PIXELS})")
     args, errors = parser.read(argv)
     if args.out is None:
         for name in ("format", "short_side", "quality", "shard_size"):

@@ -57,7 +57,7 @@ def launch(folder: Path, flags: list, *, processes: int) -> subprocess.Popen:
     config = ROOT / "accelerate_configs" / f"{names[processes > 1]}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
     command += ["--num_processes", processes, SCRIPT, *flags]
-    # The launcher's default lets the processes divide all cores among themselves
+    # If nobody chose the threads, the processes divide all cores among themselves
     variables = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     variables |= {"ACCELERATE_USE_CPU": "true"} if on_cpu else {}
     with (folder / "errors").open("w") as stream:

@@ -60,7 +60,7 @@ def parse_args(argv=None):
 
 
 class Side(NamedTuple):
-    """Hold a model and everything that its training step needs, eager or compiled."""
+    """A model and everything that its training step needs, eager or compiled."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer

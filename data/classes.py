@@ -69,7 +69,9 @@ def read_classes(path: Path, first_label: int = 1) -> tuple[list[str], np.ndarra
     if path == ADE20K:
         return ade20k_classes()[0], None, []
     if not path.exists():
-        remedy = f"write a line for each class, the first for label {first_label}, or give --path_to_classes FILE"
+        remedy = (
+            f"write a line for each class, the first for label {first_label}, or give another --path_to_classes FILE"
+        )
         return [], None, [f"{path} is missing; {remedy}" + (" (label 0 is void)" if first_label else "")]
     try:
         rows = _read_rows(path)

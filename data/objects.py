@@ -134,7 +134,7 @@ class ObjectPacker:
     def __init__(self, where: str):
         self.where, self.buffer, self.ends = where, bytearray(), []
         self.left_out: list[str] = []  # name of the image of each box that was left out
-        self.num_single, self.without_mask = 0, []  # count of objects but crowds; images of those without mask
+        self.num_single, self.without_mask = 0, []  # objects that are no crowds; the image of each without mask
 
     def add(self, entries: Iterable[Entry], size: tuple[float, float], name: str) -> None:
         """Pack the next image's objects, except boxes without an area inside `size` (height, width)."""

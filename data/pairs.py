@@ -58,8 +58,8 @@ class SegmentationFolder(FolderSource):
     """Read the pairs of a split, "training" or "validation", of a folder in the layout of ADEChallengeData2016.
 
     Each image below images/SPLIT has a PNG mask of the same relative name below annotations/SPLIT. The SPLIT folders
-    may have other common names, see `files.choose_splits`. If neither `class_file` (see `open_pairs`) nor classes.txt
-    exists, images of ADE20K have its classes. Raises DataError.
+    may have other common names, see `files.choose_splits`. Without `class_file` (see `open_pairs`) and classes.txt,
+    images of ADE20K have its classes. Raises DataError.
     """
 
     has_masks = True

@@ -9,15 +9,15 @@ from PIL import UnidentifiedImageError
 
 
 class DamagedImage(ValueError):
-    """Report data without a complete image; `str(error)` is the reason, without the file's name."""
+    """Raised for data without a complete image; `str(error)` is the reason, without the file's name."""
 
 
 class WrongPixels(DamagedImage):
-    """Report an intact image with other channels or another number type than requested."""
+    """Raised for an intact image with other channels or another number type than requested."""
 
 
 class WrongChannels(WrongPixels):
-    """Report an intact image with another number of channels than requested."""
+    """Raised for an intact image with another number of channels than requested."""
 
     def __init__(self, channels: int, expected: int):
         super().__init__(f"has {channels} channels, expected {expected}; give --input_channels {channels}")
@@ -111,7 +111,7 @@ def turn_upright(values: np.ndarray, orientation: int | None) -> np.ndarray:
 def find_missing(values: np.ndarray, *nodata: float | None) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the values as uint8, uint16 or otherwise float32, and a mask of missing values, None if all have data."""
     numbers = {float(number) for number in nodata if number is not None}
-    if not numbers and values.dtype in (np.uint8, np.uint16):  # the usual images, in a tenth of the time
+    if not numbers and values.dtype in (np.uint8, np.uint16):  # nothing can be missing
         return values, None
     missing = False
     with np.errstate(all="ignore"):

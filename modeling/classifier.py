@@ -147,7 +147,7 @@ class Classifier(EncoderWithHead):
     def train_last_blocks(self, n: float) -> None:
         """Freeze all parameters except the head, the last `n` blocks and the norm (section 4.3, "Partial fine-tuning").
 
-        With `n` = 0.5, only the MLP of the last block trains, without the norm before it.
+        With `n` = 0.5, the MLP of the last block takes the place of the blocks, without the norm before it.
 
         Raises:
             ValueError: if `n` is another fraction, negative, or more than the blocks of the encoder.

@@ -150,7 +150,7 @@ class Detector(EncoderWithHead):
         if encoder.img_size[1] != side or patch_size & (patch_size - 1) or patch_size < 4 or side % (4 * patch_size):
             raise ValueError(
                 f"images of {encoder.img_size} pixels in patches of {patch_size}; expected square images "
-                "with a multiple of 4 patches a side, of 4, 8, 16, ... pixels"
+                "with a multiple of 4 patches a side; patches of 4, 8, 16 or 32"
             )
         self.num_classes, self.window, self.width, self.head = num_classes, window, width, HEADS[not masks]
         self.frozen_encoder = False

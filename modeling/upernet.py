@@ -269,7 +269,7 @@ class DPTHead(nn.Module):
 
     Maps are projected, resized by 4, 2, 1 and 1/2 ("reassemble"; strides of 4 to 32 pixels for patches of 16), and
     fused from the smallest to the largest (section 3 of the paper). The residual units have BatchNorms, as in the paper
-    for segmentation. An odd h or w counts as one more. Class attributes are as in UperNetHead. No auxiliary head.
+    for segmentation. An odd h or w counts as one more. Class attributes are as in UperNetHead, without auxiliary head.
     """
 
     title = "DPT"

@@ -139,8 +139,8 @@ def load_weights(
     """Copy the parameters of any known layout into `model`, and report what was done with each.
 
     Heads that the model lacks are ignored. A VisionTransformer also ignores a decoder and, like a Segmenter or a
-    Detector, a final norm that it lacks. A missing decoder, and EXTRAS except in
-    these two, are left as initialized. Positions and relative position biases are resized to the model's grid.
+    Detector, a final norm that it lacks. A missing decoder is left as initialized, and so are missing EXTRAS, except in
+    a Segmenter or a Detector. Positions and relative position biases are resized to the model's grid.
 
     Args:
         stored: facts from files beside the weights. If the grid is unknown, it is the model's if the number of patches

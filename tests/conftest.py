@@ -222,8 +222,8 @@ numpy.random.seed()  # a new Python has another seed each time
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
 except BaseException as end:
-    code = getattr(end, "code", 1) or 0
-    code = code if isinstance(code, int) else 1
+    code = end.code if isinstance(end, SystemExit) else 1
+    code = code if isinstance(code, int) else int(code is not None)
     raise
 """
 

@@ -35,7 +35,7 @@ OTHER_FLAGS = {  # flags of other programs, and of tests/gpu.py and tests/soak.p
     *("--job-name", "--nodes", "--gpus-per-node", "--signal", "--batch"),  # sbatch, scancel
     *("--shm-size", "--check", "--help"),  # docker run, ruff format
     *("--images", "--cifar10", "--out", "--seconds", "--only", "--device", "--tiny", "--table"),
-    *("--kills", "--processes", "--launcher"),
+    *("--kills", "--processes", "--launcher", "--launch_flags"),
 }
 
 

@@ -149,7 +149,7 @@ def test_every_number_of_patches_can_be_kept(num_patches):
         assert keep_patches(model, num_kept).num_kept == num_kept
     assert model.mask_ratio == 0.5
     for num_kept in (0, num_patches):
-        with pytest.raises(ValueError, match=f"{num_kept} of {num_patches} patches are kept"):
+        with pytest.raises(ValueError, match=f"{num_kept} of {num_patches} patches would be visible"):
             keep_patches(model, num_kept)
 
 

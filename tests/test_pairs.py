@@ -111,8 +111,8 @@ def test_classes_of_ade20k_need_no_list(pair_folder):
     assert "classes.txt is missing; write a line for each class" in error
     (pair_folder / "objectInfo150.txt").touch()
     assert open_pairs(str(pair_folder), RGB)[0].classes == ade20k_classes()[0]
-    with pytest.raises(DataError, match="mistyped.txt is missing"):
-        open_pairs(str(pair_folder), RGB, class_file="mistyped.txt")
+    with pytest.raises(DataError, match="mistyped is missing"):
+        open_pairs(str(pair_folder), RGB, class_file="mistyped")
     os.remove(pair_folder / "objectInfo150.txt")
     for folder in ("images", "annotations"):
         for split, short in (("training", "train"), ("validation", "val")):

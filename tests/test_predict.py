@@ -739,7 +739,7 @@ def test_all_errors_at_once(models, photos, tmp_path):
         (
             "autoencoder",
             ["--evaluate", "slide"],
-            ["--evaluate has no effect on the predictions of a masked"],
+            ["--evaluation_mode has no effect on the predictions of a masked"],
         ),
         ("autoencoder", ["--mask_ratio", 0.99], ["--mask_ratio 0.99 keeps 0 of 16 patches; expected a ratio"]),
         ("encoder", [], ["{} is an encoder without a head, which only computes features; give --features FILE.npy"]),
@@ -795,7 +795,7 @@ def test_flags_that_do_not_fit_the_model(name, flags, expected, models, photos, 
 def test_masks_that_remove_nothing_or_everything(box, count, models, photos, tmp_path):
     mask = write_mask(tmp_path / "mask.png", (64, 64), box)
     (error,) = errors_of(models["autoencoder"], photos[0], "--mask", mask, cwd=tmp_path)
-    expected = f"--mask {mask} removes {count} of 16 patches; expected a picture that masks some and not all"
+    expected = f"--mask {mask} removes {count} of 16 patches; expected white on half of a patch or more, and not of all"
     assert error == f"error: {expected}" and os.listdir(tmp_path) == ["mask.png"]
 
 

@@ -242,7 +242,7 @@ def test_bad_input_is_an_error_before_anything_is_written(runs, tmp_path, capsys
         ([mae, "--repo_id", "mae"], "expected OWNER/NAME"),
         ([mae, "--private", "--revision", "y"], "--revision needs an upload; add --repo_id OWNER/NAME"),
         (["--repo_id", "owner/x"], "the following arguments are required: RUN_FOLDER"),
-        ([mae, "--mean", 0.5, 0.5], "its mean is [0.485, 0.456, 0.406], not [0.5, 0.5] as given"),
+        ([mae, "--mean", 0.5, 0.5], "its mean is [0.485, 0.456, 0.406], but [0.5, 0.5] was given"),
         ([mae, "--encoder_num_heads", 4], "its num_heads is 2, but 4 was given; leave out this value"),
         (
             [tmp_path / "fits.pth", "--output", out, "--encoder_num_heads", 2, "--mean", 0.5, 0.5],

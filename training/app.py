@@ -183,5 +183,5 @@ def _launch(page: gr.Blocks, host: str, port: int, *, share: bool) -> tuple[str,
             print(f"port {port} cannot be used; trying a later one")
             port, errors = free_port(host, port + 1)
             if errors:
-                raise RunError(errors[0]) from None
+                break
     raise RunError(f"no port from {first} on can be used; give another --port")

@@ -300,7 +300,7 @@ def add_detector_flags(
     help_text = "images are resized to fit S times a factor between these, then cut or padded (default 0.1 2)"
     flag("--scale_jitter", type=number(0.01, 10), nargs=2, metavar=("MIN", "MAX"), default=[0.1, 2.0], help=help_text)
     flag(
-        "--head", choices=tuple(heads), help="boxes and masks, or boxes alone (default mask_rcnn if the data has masks)"
+        "--head", choices=tuple(heads), help="boxes and masks, or only boxes (default mask_rcnn if the data has masks)"
     )
     help_text = "side of the attention windows, in patches, of all but four blocks (0: no windows, default "
     flag("--window_size", type=integer(0), help=f"{help_text}{window_size})")

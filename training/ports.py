@@ -21,4 +21,4 @@ def free_port(host: str, port: int) -> tuple[int, list[str]]:
                 if error.errno != errno.EADDRINUSE:
                     text = f"--host {host} --port {candidate} cannot be used ({error.strerror})"
                     return port, [f"{text}; give another --host or --port"]
-    return port, [f"--port {port} and the ports after it are in use; give another --port"]
+    return port, [f"no port from {port} to {candidate} is free; give another --port"]

@@ -121,7 +121,7 @@ class Progress:
         bad_step = int(self.accelerator.gather(self.first_bad_step).max())
         if bad_step >= 0:
             raise RunError(
-                f"the loss or gradient norm of step {bad_step} is not finite; no later step is saved: resume with "
+                f"the loss or gradient norm of step {bad_step} is not finite; it is not saved: resume with "
                 "--resume_from_checkpoint auto, and if it happens again take a lower learning rate, a longer warmup, "
                 "--max_grad_norm 1 or another --mixed_precision"
             )
@@ -157,7 +157,7 @@ class Rehearsal:
 
     def __init__(self, progress: Progress, crew, *, read_ahead: int):
         self.progress, self.crew, self.steps, self.losses = progress, crew, 0, 0.0
-        self.all_phases = [(0.0, 1), (3.0, 1 + read_ahead), (10.0, 3)]  # least seconds and steps of each
+        self.all_phases = [(0.0, 1), (3.0, 1 + read_ahead), (10.0, 3)]  # minimum seconds and steps of each phase
         self.phases = list(self.all_phases)
         self.stages = [Stage((), range(progress.clock_step, progress.plan.length.total_steps))]
         self.timings = []  # per stage: timed steps, seconds and data wait (s) of a step

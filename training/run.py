@@ -431,7 +431,7 @@ class Run:
         Args:
             text: where the results are.
             best: a metric whose best value and step are reported as `best_METRIC` and `best_step`.
-            metrics: further content of metrics.json, beside step, speed (saving included) and last validation.
+            metrics: further content of metrics.json, beside step, speed of the whole run and last validation.
         """
         self.note_damage()
         self.progress.bar.close()

@@ -13,7 +13,8 @@ from training.heatmaps import class_legend, heat_map, object_list, overlay, scal
 from training.pictures import RECONSTRUCTION, displayable
 
 # No event is part of an API. If a slider moves while a picture is computed, only its last place is drawn next.
-EVENT = dict(api_visibility="private", show_progress="minimal", trigger_mode="always_last")
+# With one `concurrency_id`, events run one after the other: an older result never replaces a newer one
+EVENT = dict(api_visibility="private", show_progress="minimal", trigger_mode="always_last", concurrency_id="page")
 STATE = dict(time_to_live=3600)  # seconds without a change after which what a visitor chose is forgotten
 CLICKED = 1  # index in RECONSTRUCTION of the picture that can be clicked
 METRICS = {  # row of the table -> prefix of PSNR and SSIM in metrics.json
