@@ -4,7 +4,8 @@
 
 `accelerate launch pretrain_mae.py` runs in turns with 1, 2, 4, ... and all GPUs, or with 1 and 2 processes on a CPU.
 Each process has its own batch. "Ours" are several processes, "theirs" is one. N GPUs reach at most N times the
-images/s. The processes on a CPU share the cores that a single one has to itself, so about 1 is expected there.
+images/s. The processes on a CPU share the cores that a single one has to itself, so about 1 is expected there;
+OMP_NUM_THREADS is ignored.
 
 Images/s and the data wait come from the run's log, for --steps steps after as many warmup steps. The start is the time
 from the command to the first line of the log. The time of a checkpoint ends when it is complete in the temporary folder
